@@ -1,0 +1,84 @@
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+
+# A stamp per set of packages: make installs again when one of the files that name the packages is newer.
+PIP_STAMP := $(VENV)/.installed-pip
+PACKAGE_STAMP := $(VENV)/.installed-package
+DEV_STAMP := $(VENV)/.installed-dev
+DOCS_STAMP := $(VENV)/.installed-docs
+REQUIREMENTS := pyproject.toml constraints.txt src/diffenc/_version.py
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-shapes lint format types layers docs wheel check clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "PYTHON=python3.12 picks the interpreter for $(VENV); ARGS='-k name' is passed on to demo and test."
+
+demo: $(PACKAGE_STAMP)  ## Features, scores and word maps of a bundled picture, written to diffenc-demo.png
+	$(BIN)/diffenc demo -o diffenc-demo.png --force $(ARGS)
+
+test: $(DEV_STAMP)  ## Run the tests that need no GPU, no network and little time
+	$(BIN)/python -m pytest $(ARGS)
+
+test-shapes: $(DEV_STAMP)  ## Run the tests with every shape annotation checked at run time
+	$(BIN)/python -m pytest --jaxtyping-packages=diffenc,beartype.beartype $(ARGS)
+
+lint: $(DEV_STAMP)  ## Check style, formatting and spelling
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/codespell
+
+format: $(DEV_STAMP)  ## Repair what ruff can repair
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+types: $(DEV_STAMP)  ## Check types (mypy --strict)
+	$(BIN)/mypy
+
+layers: $(DEV_STAMP)  ## Check that imports go one way
+	$(BIN)/lint-imports
+
+docs: $(DOCS_STAMP)  ## Build the documentation into site/
+	$(BIN)/zensical build --strict --clean
+
+wheel: $(DEV_STAMP)  ## Build the wheel into dist/, look inside, and run it away from the checkout
+	rm -rf dist
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist
+	$(BIN)/python tools/check_wheel.py dist/*.whl
+
+check: test lint types layers docs wheel  ## All checks that CI runs
+
+clean:  ## Remove what builds and checks leave behind, but not the environment
+	rm -rf dist site .cache .import_linter_cache .mypy_cache .pytest_cache .ruff_cache diffenc-demo.png
+	find src tests tools examples benchmarks -name __pycache__ -type d -exec rm -rf {} + 2>/dev/null || true
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { \
+		echo "'$(PYTHON)' was not found. Install Python 3.11 or newer, or name one: make PYTHON=/path/to/python" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "diffenc needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) -V 2>&1). Name another: make PYTHON=python3.12" >&2; \
+		exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(PIP_STAMP): constraints.txt | $(BIN)/python
+	$(INSTALL) --upgrade pip
+	@touch $@
+
+$(PACKAGE_STAMP): $(REQUIREMENTS) | $(PIP_STAMP)
+	$(INSTALL) --build-constraint constraints.txt --editable .
+	@touch $@
+
+$(DEV_STAMP): $(REQUIREMENTS) | $(PIP_STAMP)
+	$(INSTALL) --build-constraint constraints.txt --editable ".[all]" --group dev
+	@touch $@ $(PACKAGE_STAMP)
+
+# The pages are made from the source text: neither torch nor the package is needed.
+$(DOCS_STAMP): pyproject.toml constraints.txt | $(PIP_STAMP)
+	$(INSTALL) --group docs
+	@touch $@

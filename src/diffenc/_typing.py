@@ -1,0 +1,8 @@
+"""Literal unions that appear in public signatures."""
+
+from typing import Literal
+
+Conditioning = Literal["uncond", "cond", "cfg", "concat"]
+Resize = Literal["squash", "crop", "pad", "none"]
+Uncond = Literal["zeros", "empty"]
+Posterior = Literal["mode", "sample"]

@@ -1,0 +1,75 @@
+"""Fixtures for all tests: tiny seeded stand-ins for real models, built without network."""
+
+import os
+
+# Both are read once, when the library behind them is loaded.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # on busy cores spinning takes 80 times longer
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+import builders
+
+torch.set_num_threads(2)  # the same order of sums on every machine
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    no_gpu = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(no_gpu)
+
+
+@pytest.fixture(scope="session")
+def tiny_unet() -> UNet2DConditionModel:
+    """SD2-shaped U-Net of two levels: 17k parameters, for 8-channel text states."""
+    return builders.tiny_unet()
+
+
+@pytest.fixture(scope="session")
+def tiny_vae() -> AutoencoderKL:
+    """VAE of two levels: a 16 x 16 image becomes 8 x 8 latents, the size of `tiny_unet`."""
+    return builders.tiny_vae()
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> CLIPTokenizer:
+    """CLIP tokenizer that keeps a few words whole and spells all others."""
+    return builders.tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_text_encoder() -> CLIPTextModel:
+    """CLIP text model for `tiny_tokenizer`, with the 8 channels that `tiny_unet` attends to."""
+    return builders.tiny_text_encoder()
+
+
+@pytest.fixture(scope="session")
+def tiny_sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a diffusers pipeline in the shape of Stable Diffusion 1.5, at 64 pixels."""
+    return builders.save_sd(tmp_path_factory.mktemp("tiny-sd"), "sd1.5")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd21_base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder in the shape of Stable Diffusion 2.1-base: linear projections, heads per level."""
+    return builders.save_sd(tmp_path_factory.mktemp("tiny-sd21-base"), "sd2.1-base")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd21_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder in the shape of Stable Diffusion 2.1: as 2.1-base, but predicts v."""
+    return builders.save_sd(tmp_path_factory.mktemp("tiny-sd21"), "sd2.1")
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder in the shape of SDXL: two text encoders, pooled text and time ids."""
+    return builders.save_sdxl(tmp_path_factory.mktemp("tiny-sdxl"))

@@ -1,0 +1,53 @@
+import subprocess
+import sys
+
+import pytest
+
+from diffenc.config import EncoderConfig
+from diffenc.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"timestep": 1000}, r"\[0, 1000\), got 1000"),
+        ({"timestep": -1}, "got -1"),
+        ({"timestep": 0.5}, "must be an int"),
+        ({"timestep": True}, "must be an int"),
+        ({"taps": "mid_block"}, "tuple of module paths"),
+        ({"taps": ()}, "at least one"),
+        ({"size": 0}, "size must be a positive int"),
+        ({"size": (64, 64, 64)}, "size must be"),
+        ({"grid": -2}, "grid must be"),
+        ({"resize": "sqaush"}, "Did you mean 'squash'"),
+        ({"conditioning": "both"}, r"\['uncond', 'cond', 'cfg', 'concat'\]"),
+        ({"posterior": "mean"}, "posterior must be one of"),
+        ({"uncond": "none"}, "uncond must be one of"),
+    ],
+    ids=str,
+)
+def test_wrong_options_are_refused_with_what_is_allowed(options, message):
+    with pytest.raises(ConfigError, match=message):
+        EncoderConfig(**options)
+
+
+def test_a_config_survives_json_types():
+    config = EncoderConfig(taps=("mid_block", "up_blocks.1"), size=(64, 32), guidance_scale=4.5)
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in config.to_dict().items()}
+    assert EncoderConfig.from_dict(values) == config
+
+
+def test_an_unknown_option_is_refused_with_a_near_match():
+    with pytest.raises(ConfigError, match="Did you mean 'timestep'"):
+        EncoderConfig.from_dict({"timesteps": 3})
+
+
+def test_the_config_imports_no_torch():
+    code = (
+        "import sys, types; package = types.ModuleType('diffenc');"
+        "package.__path__ = [sys.argv[1]]; sys.modules['diffenc'] = package;"
+        "import diffenc.config; assert 'torch' not in sys.modules"
+    )
+    import diffenc
+
+    subprocess.run([sys.executable, "-c", code, diffenc.__path__[0]], check=True)
