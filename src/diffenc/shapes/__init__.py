@@ -1,0 +1,40 @@
+"""The miniature world: scenes, pictures, masks, captions, questions and contrast pairs.
+
+Everything follows from a seeded `Scene`, so truth is known: what is where, how many, in front of
+what. `sample_scenes` makes scenes, `render` pictures, `masks` the pixels of each object, `captions`
+and `questions` texts, `mmvp_pairs` and `winoground_items` benchmarks in miniature.
+"""
+
+from diffenc.shapes.captions import caption, captions
+from diffenc.shapes.pairs import (
+    MMVP_PATTERNS,
+    WINOGROUND_KINDS,
+    ContrastPair,
+    mmvp_pairs,
+    winoground_items,
+)
+from diffenc.shapes.questions import Question, conversation, multiple_choice, questions
+from diffenc.shapes.render import masks, render, render_array
+from diffenc.shapes.scenes import Scene, SceneObject, perturb, sample_scene, sample_scenes
+
+__all__ = [
+    "MMVP_PATTERNS",
+    "WINOGROUND_KINDS",
+    "ContrastPair",
+    "Question",
+    "Scene",
+    "SceneObject",
+    "caption",
+    "captions",
+    "conversation",
+    "masks",
+    "mmvp_pairs",
+    "multiple_choice",
+    "perturb",
+    "questions",
+    "render",
+    "render_array",
+    "sample_scene",
+    "sample_scenes",
+    "winoground_items",
+]

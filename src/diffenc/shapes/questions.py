@@ -1,0 +1,223 @@
+"""Questions with answers about a scene, and conversations of several turns in LLaVA's format."""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from diffenc.errors import ConfigError
+from diffenc.shapes.captions import (
+    NUMBERS,
+    PLACE_PHRASES,
+    captions,
+    noun_phrase,
+    plural,
+    require_describable,
+)
+from diffenc.shapes.scenes import COLORS, INVERSE, SHAPES, SIZES, Scene, SceneObject
+
+QuestionKind = Literal["color", "shape", "size", "count", "position", "presence", "relation"]
+QUESTION_KINDS: tuple[QuestionKind, ...] = get_args(QuestionKind)
+
+_LETTERS = ("a", "b", "c", "d")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question about one scene.
+
+    Attributes:
+        text: The question, lower case, with its question mark.
+        answer: One or a few words; "yes" or "no" for presence and relation.
+        kind: Which property is asked for.
+        choices: All answers that make sense, the right one among them, in a fixed order.
+        subjects: Indices of the scene's objects that the question is about; empty when nothing in
+            the scene is (a "no" to "is there a ...?").
+    """
+
+    text: str
+    answer: str
+    kind: QuestionKind
+    choices: tuple[str, ...]
+    subjects: tuple[int, ...]
+
+
+def questions(scene: Scene, *, seed: int = 0) -> list[Question]:
+    """Every kind of question that has one clear answer in this scene, in a seeded order.
+
+    Raises:
+        ConfigError: The scene has no object, or more than three.
+    """
+    require_describable(scene)
+    rng = random.Random(f"questions/{seed}")
+    found = [question for make in _MAKERS for question in make(scene, rng)]
+    rng.shuffle(found)
+    return found
+
+
+def sample_question(scene: Scene, rng: random.Random) -> Question:
+    """One question, every kind that this scene allows equally likely.
+
+    Raises:
+        ConfigError: The scene has no object, or more than three.
+    """
+    require_describable(scene)
+    makers = list(_MAKERS)
+    rng.shuffle(makers)
+    for make in makers:
+        if found := list(make(scene, rng)):
+            return rng.choice(found)
+    raise AssertionError("questions of presence exist for every scene")
+
+
+def multiple_choice(question: Question, rng: random.Random, *, options: int = 4) -> Question:
+    """The same question with lettered options, ``"... (a) red (b) blue"``, answered ``"(b)"``.
+
+    Args:
+        question: One with words for an answer.
+        rng: Source of the wrong options and of the order.
+        options: How many to show, 2 to 4; fewer where the question has no more choices.
+
+    Raises:
+        ConfigError: `options` is not 2 to 4.
+    """
+    if not 2 <= options <= len(_LETTERS):
+        raise ConfigError(f"options must be 2 to {len(_LETTERS)}, got {options}")
+    others = [choice for choice in question.choices if choice != question.answer]
+    shown = [question.answer, *rng.sample(others, min(len(others), options - 1))]
+    rng.shuffle(shown)
+    letters = [f"({letter})" for letter in _LETTERS[: len(shown)]]
+    listed = " ".join(f"{letter} {choice}" for letter, choice in zip(letters, shown, strict=True))
+    return Question(
+        text=f"{question.text} {listed}",
+        answer=letters[shown.index(question.answer)],
+        kind=question.kind,
+        choices=tuple(letters),
+        subjects=question.subjects,
+    )
+
+
+def conversation(scene: Scene, *, turns: int = 3, seed: int = 0) -> list[dict[str, str]]:
+    """A conversation in LLaVA's format: ``{"from": "human" | "gpt", "value": ...}`` in turns.
+
+    The first human turn begins with ``"<image>"`` and a line break. One turn at most asks for a
+    description, all others are `questions`; there are fewer turns where those run out.
+
+    Raises:
+        ConfigError: `turns` is below 1, or the scene has no object, or more than three.
+    """
+    if turns < 1:
+        raise ConfigError(f"a conversation has 1 turn or more, got {turns}")
+    rng = random.Random(f"conversation/{seed}")
+    asked = questions(scene, seed=seed)
+    messages: list[dict[str, str]] = []
+    described = False
+    while len(messages) < 2 * turns and (asked or not described):
+        if not described and (not asked or rng.random() < 1 / 3):
+            described = True
+            text, answer = "describe the picture.", captions(scene, 1, seed=seed)[0]
+        else:
+            question = asked.pop()
+            text, answer = question.text, question.answer
+        prefix = "" if messages else "<image>\n"
+        messages += [{"from": "human", "value": prefix + text}, {"from": "gpt", "value": answer}]
+    return messages
+
+
+def _unique_name(scene: Scene, index: int) -> str | None:
+    """The shortest name that fits this object alone: "circle", else "red circle", else None."""
+    thing = scene.objects[index]
+    if scene.count(shape=thing.shape) == 1:
+        return thing.shape
+    if scene.count(shape=thing.shape, color=thing.color) == 1:
+        return f"{thing.color} {thing.shape}"
+    return None
+
+
+def _ask_color(scene: Scene, rng: random.Random) -> Iterator[Question]:
+    for index, thing in enumerate(scene.objects):
+        if scene.count(shape=thing.shape) == 1:
+            text = rng.choice(("what color is the {}?", "which color does the {} have?"))
+            yield Question(text.format(thing.shape), thing.color, "color", COLORS, (index,))
+
+
+def _ask_shape(scene: Scene, rng: random.Random) -> Iterator[Question]:
+    for index, thing in enumerate(scene.objects):
+        if scene.count(color=thing.color) == 1:
+            text = rng.choice(("what shape is the {} object?", "which shape is {}?"))
+            yield Question(text.format(thing.color), thing.shape, "shape", SHAPES, (index,))
+
+
+def _ask_size(scene: Scene, rng: random.Random) -> Iterator[Question]:
+    for index, thing in enumerate(scene.objects):
+        if name := _unique_name(scene, index):
+            text = rng.choice(("is the {} small or large?", "what size is the {}?"))
+            yield Question(text.format(name), thing.size, "size", SIZES, (index,))
+
+
+def _ask_count(scene: Scene, rng: random.Random) -> Iterator[Question]:
+    asked: list[SceneObject] = list(scene.objects)
+    names: dict[str, tuple[int, ...]] = {"objects": tuple(range(len(scene.objects)))}
+    for thing in asked:
+        for shape, color in ((thing.shape, None), (None, thing.color), (thing.shape, thing.color)):
+            name = plural(noun_phrase(shape=shape, color=color, article=False))
+            names[name] = tuple(
+                index
+                for index, other in enumerate(scene.objects)
+                if shape in (None, other.shape) and color in (None, other.color)
+            )
+    for name, members in names.items():
+        text = rng.choice(("how many {} are there?", "how many {} do we see?"))
+        answer = NUMBERS[len(members)]
+        yield Question(text.format(name), answer, "count", NUMBERS[1:], members)
+
+
+def _ask_position(scene: Scene, rng: random.Random) -> Iterator[Question]:
+    for index, thing in enumerate(scene.objects):
+        name = _unique_name(scene, index)
+        if name and thing.place:
+            answer = PLACE_PHRASES[thing.place]
+            choices = tuple(PLACE_PHRASES.values())
+            yield Question(f"where is the {name}?", answer, "position", choices, (index,))
+
+
+def _ask_presence(scene: Scene, rng: random.Random) -> Iterator[Question]:
+    text = rng.choice(("is there {}?", "do we see {}?"))
+    present = rng.choice(scene.objects)
+    members = tuple(i for i, other in enumerate(scene.objects) if other.kind == present.kind)
+    there = noun_phrase(shape=present.shape, color=present.color)
+    yield Question(text.format(there), "yes", "presence", ("yes", "no"), members)
+    kinds = {thing.kind for thing in scene.objects}
+    near = [(c, s) for c in COLORS for s in SHAPES if (c == present.color) != (s == present.shape)]
+    color, shape = rng.choice([kind for kind in near if kind not in kinds])
+    absent = noun_phrase(shape=shape, color=color)
+    yield Question(text.format(absent), "no", "presence", ("yes", "no"), ())
+
+
+def _ask_relation(scene: Scene, rng: random.Random) -> Iterator[Question]:
+    for first in range(len(scene.objects)):
+        for second in range(len(scene.objects)):
+            names = _unique_name(scene, first), _unique_name(scene, second)
+            relation = scene.relation(first, second) if first != second else None
+            if relation is None or None in names:
+                continue
+            yes = rng.random() < 0.5
+            asked = relation if yes else INVERSE[relation]
+            yield Question(
+                f"is the {names[0]} {asked} the {names[1]}?",
+                "yes" if yes else "no",
+                "relation",
+                ("yes", "no"),
+                (first, second),
+            )
+
+
+_MAKERS: tuple[Callable[[Scene, random.Random], Iterator[Question]], ...] = (
+    _ask_color,
+    _ask_shape,
+    _ask_size,
+    _ask_count,
+    _ask_position,
+    _ask_presence,
+    _ask_relation,
+)

@@ -1,0 +1,182 @@
+"""Train a small CLIP on the miniature world.
+
+    python tools/shapes/train_clip.py --hard-negatives --output runs/shapes-teacher
+    python tools/shapes/train_clip.py --output runs/shapes-clip
+
+With hard negatives half of a batch are near twins of the other half (colours swapped, relation
+turned, sizes exchanged ...): its text encoder must read word order, and becomes the diffusion
+model's. Without them it is the `shapes-clip` baseline, with CLIP's known weakness in miniature.
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from texts import training_text
+from torch import Tensor
+from torch.nn import functional as F
+from training import HELD_OUT_SEED, Run
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+from diffenc.shapes.captions import caption
+from diffenc.shapes.pairs import WINOGROUND_KINDS, winoground_items
+from diffenc.shapes.render import render_array
+from diffenc.shapes.scenes import Scene, perturb, sample_scene
+
+
+def build(tokenizer: CLIPTokenizer) -> CLIPModel:
+    width = dict(hidden_size=128, intermediate_size=512, num_attention_heads=4)
+    special = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    return CLIPModel(
+        CLIPConfig(
+            text_config=dict(
+                **width,
+                **special,
+                pad_token_id=tokenizer.pad_token_id,
+                num_hidden_layers=3,
+                vocab_size=len(tokenizer),
+                max_position_embeddings=tokenizer.model_max_length,
+                projection_dim=128,
+            ),
+            vision_config=dict(
+                **width, num_hidden_layers=4, image_size=64, patch_size=8, projection_dim=128
+            ),
+            projection_dim=128,
+        )
+    )
+
+
+def pixels(scenes: list[Scene]) -> Tensor:
+    """CLIP's input: (b 3 64 64), mean 0.5 and deviation 0.5, so [-1, 1]."""
+    stacked = np.stack([render_array(scene) for scene in scenes])
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def tokens(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
+    """Padded to the longest: the text model is causal, so nothing before the end sees padding."""
+    ids: Tensor = tokenizer(
+        texts, padding="longest", truncation=True, return_tensors="pt"
+    ).input_ids
+    return ids
+
+
+def batch(count: int, seed: str, *, hard: bool) -> tuple[list[Scene], list[str]]:
+    """Scenes with texts; with `hard`, the second half are twins of the first with other texts."""
+    rng = random.Random(seed)
+    scenes: list[Scene] = []
+    texts: list[str] = []
+    twins: list[Scene] = []
+    twin_texts: list[str] = []
+    while len(scenes) < (count // 2 if hard else count):
+        scene = sample_scene(rng, overlap=rng.choice((0.0, 0.4)))
+        state = rng.getstate()
+        text = training_text(scene, rng)
+        if text in texts:
+            continue
+        if hard:
+            after = rng.getstate()
+            twin = perturb(scene, rng)
+            rng.setstate(state)
+            twin_text = training_text(twin, rng)
+            rng.setstate(after)
+            rng.random()
+            if twin_text == text or twin_text in twin_texts or twin_text in texts:
+                continue
+            twins.append(twin)
+            twin_texts.append(twin_text)
+        scenes.append(scene)
+        texts.append(text)
+    return scenes + twins, texts + twin_texts
+
+
+def different_captions(count: int, seed: str) -> tuple[list[Scene], list[str]]:
+    """Held-out scenes with captions that all differ."""
+    rng = random.Random(seed)
+    scenes: list[Scene] = []
+    texts: list[str] = []
+    while len(scenes) < count:
+        scene = sample_scene(rng)
+        text = caption(scene, rng)
+        if text not in texts:
+            scenes.append(scene)
+            texts.append(text)
+    return scenes, texts
+
+
+def similarities(
+    model: CLIPModel, tokenizer: CLIPTokenizer, scenes: list[Scene], texts: list[str]
+) -> Tensor:
+    logits: Tensor = model(
+        input_ids=tokens(tokenizer, texts), pixel_values=pixels(scenes)
+    ).logits_per_image
+    return logits
+
+
+@torch.no_grad()
+def measure(model: CLIPModel, tokenizer: CLIPTokenizer) -> dict[str, float]:
+    """Percentages: one of 64 captions, and the text score of each Winoground-like kind."""
+    model.eval()
+    right = []
+    for index in range(8):
+        scenes, texts = different_captions(64, f"clip/{HELD_OUT_SEED + index}")
+        logits = similarities(model, tokenizer, scenes, texts)
+        right.append((logits.argmax(dim=1) == torch.arange(64)).float().mean())
+    found = {"one_of_64": 100 * float(torch.stack(right).mean())}
+    for kind in WINOGROUND_KINDS:
+        items = winoground_items(100, seed=HELD_OUT_SEED, kinds=[kind])
+        hits = 0
+        for item in items:
+            scores = similarities(model, tokenizer, list(item.scenes), list(item.captions))
+            hits += bool(scores[0, 0] > scores[0, 1] and scores[1, 1] > scores[1, 0])
+        found[kind] = float(hits)
+    model.train()
+    return {name: round(value, 1) for name, value in found.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--hard-negatives", action="store_true")
+    parser.add_argument("--tokenizer", type=Path, default=Path("runs/shapes/tokenizer"))
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(options.tokenizer)
+    model = build(tokenizer)
+    run = Run(
+        options.output / "run",
+        {"clip": model},
+        steps=options.steps,
+        lr=1e-3,
+        ema_decay=0.995,
+        weight_decay=0.05,
+    )
+    target = torch.arange(options.batch)
+    while run.step < options.steps:
+        scenes, texts = batch(options.batch, f"clip/{run.step}", hard=options.hard_negatives)
+        logits = model(
+            input_ids=tokens(tokenizer, texts), pixel_values=pixels(scenes)
+        ).logits_per_image
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        run.update(loss)
+        if run.step % 50 == 0:
+            run.log(loss=round(float(loss), 4))
+        if run.step % 500 == 0 or run.step == options.steps:
+            run.swap_average()
+            run.log(**measure(model, tokenizer))
+            model.save_pretrained(options.output)
+            run.swap_average()
+            run.save()
+    tokenizer.save_pretrained(options.output)
+    run.swap_average()
+    print(json.dumps(measure(model, tokenizer)))
+
+
+if __name__ == "__main__":
+    main()

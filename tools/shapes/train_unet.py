@@ -1,0 +1,195 @@
+"""Train the U-Net of the miniature diffusion model on frozen latents and a frozen text encoder.
+
+    python tools/shapes/train_unet.py --steps 3000
+
+Needs the VAE, the text encoder and the tokenizer in `--model`. Latents and token ids of the
+training scenes are computed once and kept beside the run. Writes averaged weights to `--model`.
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from texts import training_text
+from torch import Tensor
+from torch.nn import functional as F
+from train_clip import pixels
+from training import HELD_OUT_SEED, Run
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from diffenc.shapes.pairs import WINOGROUND_KINDS, WinogroundKind, winoground_items
+from diffenc.shapes.scenes import sample_scene
+
+TEXTS_PER_SCENE = 4
+TIMESTEPS = (189, 389, 589, 789, 989)
+MIN_SNR_GAMMA = 5.0
+
+
+def build_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(32, 64, 128),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",) * 3,
+        mid_block_type="UNetMidBlock2DCrossAttn",
+        up_block_types=("CrossAttnUpBlock2D",) * 3,
+        cross_attention_dim=128,
+        attention_head_dim=(2, 4, 8),
+        norm_num_groups=8,
+        use_linear_projection=True,
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        num_train_timesteps=1000,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="epsilon",
+    )
+
+
+class Text:
+    """The frozen tokenizer and text encoder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+        self.encoder = CLIPTextModel.from_pretrained(folder / "text_encoder").eval()
+        self.encoder.requires_grad_(False)
+
+    def ids(self, texts: list[str]) -> Tensor:
+        ids: Tensor = self.tokenizer(
+            texts, padding="max_length", truncation=True, return_tensors="pt"
+        ).input_ids
+        return ids
+
+    def states(self, ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            states: Tensor = self.encoder(ids).last_hidden_state
+        return states
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, values: Tensor) -> Tensor:
+    latents: Tensor = vae.encode(values).latent_dist.mode() * vae.config.scaling_factor
+    return latents
+
+
+def cached_data(file: Path, count: int, vae: AutoencoderKL, text: Text) -> dict[str, Tensor]:
+    """Latents (n 4 16 16) and token ids (n texts 32) of the training scenes."""
+    if file.exists():
+        kept: dict[str, Tensor] = torch.load(file, weights_only=True)
+        return kept
+    rng = random.Random("unet")
+    latents, ids = [], []
+    for start in range(0, count, 250):
+        scenes = [sample_scene(rng, overlap=rng.choice((0.0, 0.0, 0.4))) for _ in range(250)]
+        latents.append(encode(vae, pixels(scenes)).half())
+        texts = [training_text(s, rng) for s in scenes for _ in range(TEXTS_PER_SCENE)]
+        ids.append(text.ids(texts).view(250, TEXTS_PER_SCENE, -1).short())
+        if start % 5000 == 0:
+            print(f"encoded {start}", flush=True)
+    data = {"latents": torch.cat(latents), "ids": torch.cat(ids)}
+    torch.save(data, file)
+    return data
+
+
+@torch.no_grad()
+def winoground_text(
+    unet: UNet2DConditionModel, vae: AutoencoderKL, text: Text, kind: WinogroundKind, items: int
+) -> dict[str, float]:
+    """Text, image and group score in percent, by negative squared error with shared noise."""
+    pairs = winoground_items(items, seed=HELD_OUT_SEED, kinds=[kind])
+    schedule = build_scheduler().alphas_cumprod
+    latents = encode(vae, pixels([scene for pair in pairs for scene in pair.scenes]))
+    states = text.states(text.ids([caption for pair in pairs for caption in pair.captions]))
+    rows = torch.arange(2 * items)
+    scores = torch.zeros(2, 2, items)  # image, text
+    for timestep in TIMESTEPS:
+        generator = torch.Generator().manual_seed(timestep)
+        noise = torch.randn(latents.shape[1:], generator=generator).expand_as(latents)
+        signal = schedule[timestep]
+        noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
+        for other in (False, True):
+            order = rows.view(-1, 2).flip(1).flatten() if other else rows
+            found = []
+            for part in rows.split(64):
+                predicted = unet(noisy[part], timestep, states[order[part]]).sample
+                found.append(-(predicted - noise[part]).square().mean(dim=(1, 2, 3)))
+            error = torch.cat(found).view(-1, 2)
+            for image in (0, 1):
+                scores[image, image ^ int(other)] += error[:, image]
+    by_text = (scores[0, 0] > scores[0, 1]) & (scores[1, 1] > scores[1, 0])
+    by_image = (scores[0, 0] > scores[1, 0]) & (scores[1, 1] > scores[0, 1])
+    parts = {"text": by_text, "image": by_image, "group": by_text & by_image}
+    return {name: round(100 * hits.float().mean().item(), 1) for name, hits in parts.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--scenes", type=int, default=24_000)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--run", type=Path, default=Path("runs/shapes-unet"))
+    parser.add_argument("--model", type=Path, default=Path("runs/shapes"))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    vae = AutoencoderKL.from_pretrained(options.model / "vae").eval()
+    text = Text(options.model)
+    options.run.mkdir(parents=True, exist_ok=True)
+    data = cached_data(options.run / "data.pt", options.scenes, vae, text)
+    unet = build_unet()
+    run = Run(options.run, {"unet": unet}, steps=options.steps, lr=options.lr, ema_decay=0.997)
+    alphas = build_scheduler().alphas_cumprod
+    snr = alphas / (1 - alphas)
+    weights = snr.clamp(max=MIN_SNR_GAMMA) / snr
+    empty = text.ids([""]).short()
+    running = 0.0
+    while run.step < options.steps:
+        generator = torch.Generator().manual_seed(run.step)
+        rows = torch.randint(len(data["latents"]), (options.batch,), generator=generator)
+        which = torch.randint(TEXTS_PER_SCENE, (options.batch,), generator=generator)
+        ids = data["ids"][rows, which]
+        dropped = torch.rand(options.batch, generator=generator) < 0.1
+        ids = torch.where(dropped[:, None], empty, ids).long()
+        latents = data["latents"][rows].float()
+        noise = torch.randn(latents.shape, generator=generator)
+        # One timestep from each of `batch` equal parts of the schedule: less variance.
+        shift = torch.rand(options.batch, generator=generator)
+        timesteps = ((torch.arange(options.batch) + shift) / options.batch * 1000).long()
+        signal = alphas[timesteps].view(-1, 1, 1, 1)
+        noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
+        predicted = unet(noisy, timesteps, text.states(ids)).sample
+        errors = F.mse_loss(predicted, noise, reduction="none").mean(dim=(1, 2, 3))
+        loss = (weights[timesteps] * errors).mean()
+        run.update(loss)
+        running = 0.98 * running + 0.02 * loss.item() if run.step > 1 else loss.item()
+        if run.step % 50 == 0:
+            run.log(loss=round(running, 5))
+        if run.step % 500 == 0 or run.step == options.steps:
+            run.swap_average()
+            unet.eval()
+            found = {k: winoground_text(unet, vae, text, k, 40) for k in WINOGROUND_KINDS}
+            run.log(**found)
+            unet.save_pretrained(options.model / "unet")
+            unet.train()
+            run.swap_average()
+            run.save()
+    build_scheduler().save_pretrained(options.model / "scheduler")
+    print(json.dumps({"parameters": sum(p.numel() for p in unet.parameters())}))
+
+
+if __name__ == "__main__":
+    main()
