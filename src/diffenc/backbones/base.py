@@ -1,0 +1,116 @@
+"""What the encoder and the scorer need of a model: components, text embeddings, taps."""
+
+import threading
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffenc._typing import Uncond
+from diffenc.backbones.taps import TapInfo, unet_taps
+from diffenc.prompts import PromptEmbeds
+
+
+class Backbone(nn.Module):
+    """A diffusion model taken apart: VAE, text encoders, U-Net, schedule.
+
+    All parts are frozen and in evaluation mode. `from_parts` of the subclasses takes any objects
+    with diffusers' interfaces.
+
+    Attributes:
+        name: Alias, Hub id or folder it was loaded from.
+        unet: Denoising U-Net (`UNet2DConditionModel`).
+        vae: Autoencoder.
+        scheduler: Holder of `alphas_cumprod` and of the prediction type.
+        default_size: Side of the square that images are brought to, in pixels.
+        default_taps: What the encoder reads when nothing else is asked for.
+        lock: Held while the U-Net is read, so that threads may share a backbone.
+    """
+
+    family: str
+    default_taps: tuple[str, ...]
+    uncond_rule: Uncond = "empty"
+
+    def __init__(
+        self, *, name: str, unet: Any, vae: Any, scheduler: Any, default_size: int
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.unet, self.vae, self.scheduler = unet, vae, scheduler
+        self.default_size = default_size
+        self.lock = threading.RLock()
+
+    def freeze(self) -> "Backbone":
+        """Evaluation mode, no gradients to weights."""
+        self.eval()
+        self.requires_grad_(False)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the U-Net is."""
+        device: torch.device = next(self.unet.parameters()).device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The U-Net's; the VAE may stay in float32."""
+        dtype: torch.dtype = next(self.unet.parameters()).dtype
+        return dtype
+
+    @property
+    def reduction(self) -> int:
+        """Image pixels per latent cell."""
+        levels: int = len(self.vae.config.block_out_channels)
+        return int(2 ** (levels - 1))
+
+    @property
+    def prediction_type(self) -> str:
+        """What the U-Net predicts: "epsilon", "v_prediction" or "sample"."""
+        kind: str = self.scheduler.config.prediction_type
+        return kind
+
+    def taps(self) -> tuple[TapInfo, ...]:
+        """Every readable place of the U-Net."""
+        return unet_taps(dict(self.unet.config), self.reduction)
+
+    @abstractmethod
+    def embed(self, texts: Sequence[str], *, size: tuple[int, int]) -> PromptEmbeds:
+        """Encode texts, one row each.
+
+        Args:
+            texts: Prompts; what exceeds the encoder's limit is cut and counted.
+            size: (height, width) of the pictures they go with, in pixels; SDXL reads it.
+        """
+
+    def embed_uncond(self, rule: Uncond | None, *, size: tuple[int, int]) -> PromptEmbeds:
+        """The unconditional embedding, one row.
+
+        Args:
+            rule: "empty" encodes the empty text; "zeros" is what SDXL's own pipeline uses; None is
+                the model's own rule.
+            size: As for `embed`.
+        """
+        embeds = self.embed([""], size=size)
+        if (rule or self.uncond_rule) == "empty":
+            return embeds
+        pooled = embeds.pooled_prompt_embeds
+        return PromptEmbeds(
+            torch.zeros_like(embeds.prompt_embeds),
+            None if pooled is None else torch.zeros_like(pooled),
+            embeds.time_ids,
+            embeds.truncated,
+        )
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Named components that hold weights."""
+        return dict(self.named_children())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.lock = threading.RLock()

@@ -1,0 +1,51 @@
+"""Stable Diffusion 1.x and 2.x, and everything shaped like them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from diffenc.backbones.base import Backbone
+from diffenc.prompts import PromptEmbeds, tokenize
+
+
+class StableDiffusion(Backbone):
+    """One text encoder, whose last hidden states condition the U-Net."""
+
+    family = "sd"
+    # Meng et al. 2024 (generic-diffusion-feature), the "practical" set for SD 1.5; the same
+    # topology in SD 2.1.
+    default_taps: tuple[str, ...] = (
+        "up_blocks.1.attentions.1.transformer_blocks.0.attn2.to_q",
+        "up_blocks.1.resnets.2",
+        "up_blocks.2.attentions.1.transformer_blocks.0.attn2.to_q",
+        "up_blocks.3.attentions.0.transformer_blocks.0.attn1.to_k",
+    )
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        unet: Any,
+        vae: Any,
+        scheduler: Any,
+        text_encoder: Any,
+        tokenizer: Any,
+        default_size: int = 512,
+        default_taps: tuple[str, ...] | None = None,
+    ) -> None:
+        super().__init__(
+            name=name, unet=unet, vae=vae, scheduler=scheduler, default_size=default_size
+        )
+        self.text_encoder, self.tokenizer = text_encoder, tokenizer
+        if default_taps is not None:
+            self.default_taps = default_taps
+        self.freeze()
+
+    def embed(self, texts: Sequence[str], *, size: tuple[int, int]) -> PromptEmbeds:
+        """Encode texts, one row each; see `Backbone.embed`."""
+        ids, truncated = tokenize(self.tokenizer, texts)
+        device = next(self.text_encoder.parameters()).device
+        with torch.no_grad():
+            states = self.text_encoder(ids.to(device)).last_hidden_state
+        return PromptEmbeds(states, truncated=truncated)

@@ -1,0 +1,108 @@
+"""Which places of a U-Net can be read, with channels and reduction, from its config alone."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache
+from json import dumps, loads
+from typing import Any
+
+import torch
+
+from diffenc.errors import TapError, near_matches
+from diffenc.hooks import ForwardTaps
+
+_TRANSFORMER = (
+    r"attentions\.\d+(\.transformer_blocks\.\d+(\.attn1\.to_[qkv]|\.attn2\.to_q|\.ff(\.net\.0)?)?)?"
+)
+_BLOCK = rf"(\.resnets\.\d+(\.conv2)?|\.{_TRANSFORMER}|\.(up|down)samplers\.0)?"
+_READABLE = re.compile(rf"conv_in|(down_blocks\.\d+|up_blocks\.\d+|mid_block){_BLOCK}")
+
+
+@dataclass(frozen=True, slots=True)
+class TapInfo:
+    """A place in the U-Net.
+
+    Attributes:
+        name: Module path; its output is what is read.
+        channels: Of the feature map.
+        reduction: Image pixels per feature cell (nominal: for sides that divide evenly).
+    """
+
+    name: str
+    channels: int
+    reduction: int
+
+
+def unet_taps(config: dict[str, Any], vae_reduction: int) -> tuple[TapInfo, ...]:
+    """Every readable place of a U-Net with this config, in module order.
+
+    Shapes come from a pass on the meta device: no weights, no memory.
+
+    Args:
+        config: A `UNet2DConditionModel` config as JSON holds it.
+        vae_reduction: Image pixels per latent cell.
+    """
+    plain = {key: value for key, value in config.items() if not key.startswith("_")}
+    return _unet_taps(dumps(plain, sort_keys=True, default=list), vae_reduction)
+
+
+@cache
+def _unet_taps(config: str, vae_reduction: int) -> tuple[TapInfo, ...]:
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(loads(config)).eval()
+    names = [name for name, _ in unet.named_modules() if _READABLE.fullmatch(name)]
+    side = 64
+    with torch.no_grad(), ForwardTaps(unet, names) as taps:
+        maps = taps.run(lambda: unet(**_meta_inputs(unet.config, side)))
+    return tuple(
+        TapInfo(name, features.shape[1], vae_reduction * side // features.shape[2])
+        for name, features in maps.items()
+    )
+
+
+def _meta_inputs(config: Any, side: int) -> dict[str, Any]:
+    width = config.cross_attention_dim
+    width = width if isinstance(width, int) else width[0]
+    inputs: dict[str, Any] = {
+        "sample": torch.empty(1, config.in_channels, side, side, device="meta"),
+        "timestep": torch.empty((), dtype=torch.long, device="meta"),
+        "encoder_hidden_states": torch.empty(1, 4, width, device="meta"),
+    }
+    if config.addition_embed_type == "text_time":
+        time = 6 * config.addition_time_embed_dim
+        pooled = config.projection_class_embeddings_input_dim - time
+        inputs["added_cond_kwargs"] = {
+            "text_embeds": torch.empty(1, pooled, device="meta"),
+            "time_ids": torch.empty(1, 6, device="meta"),
+        }
+    return inputs
+
+
+def match_taps(patterns: Sequence[str], known: Sequence[TapInfo]) -> tuple[TapInfo, ...]:
+    """The places that module paths or globs name, in the order given, each once.
+
+    In a glob, `*` stays within one part of the path: "up_blocks.*" are the blocks themselves.
+
+    Raises:
+        TapError: A pattern names nothing; the message offers near matches.
+    """
+    found: dict[str, TapInfo] = {}
+    for pattern in patterns:
+        parts = pattern.split(".")
+        matches = [
+            tap
+            for tap in known
+            if len(tap.name.split(".")) == len(parts)
+            and all(map(fnmatchcase, tap.name.split("."), parts))
+        ]
+        if not matches:
+            raise TapError(
+                f"no tap matches {pattern!r}.{near_matches(pattern, [t.name for t in known])} "
+                "diffenc.list_taps(backbone) gives every valid name; * stands for one part of it."
+            )
+        found.update((tap.name, tap) for tap in matches)
+    return tuple(found.values())

@@ -1,0 +1,275 @@
+import copy
+import pickle
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffenc import DiffusionEncoder, EncoderConfig
+from diffenc.errors import (
+    BackboneError,
+    ConfigError,
+    ImageError,
+    OutputError,
+    PromptError,
+    ShapeError,
+    TapError,
+)
+
+TAPS = ("up_blocks.1", "mid_block", "up_blocks.2.attentions.0.transformer_blocks.0.attn2.to_q")
+
+
+def picture(seed: int = 0, height: int = 64, width: int = 64) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_sd_folder):
+    return DiffusionEncoder.from_pretrained(tiny_sd_folder, taps=TAPS)
+
+
+@pytest.fixture(scope="module")
+def sdxl_encoder(tiny_sdxl_folder):
+    taps = ("up_blocks.0", "mid_block")
+    return DiffusionEncoder.from_pretrained(tiny_sdxl_folder, taps=taps, size=64)
+
+
+@pytest.fixture
+def calls(encoder, monkeypatch):
+    """Rows of each call of the U-Net."""
+    rows: list[int] = []
+    forward = encoder.backbone.unet.forward
+
+    def counting(sample, *args, **kwargs):
+        rows.append(len(sample))
+        return forward(sample, *args, **kwargs)
+
+    monkeypatch.setattr(encoder.backbone.unet, "forward", counting)
+    return rows
+
+
+def hooks(module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
+
+
+def test_features_come_in_tap_order_with_the_shapes_foretold(encoder):
+    features = encoder.extract([picture(), picture(1)], "red circle")
+    assert list(features) == list(TAPS) == [tap.name for tap in encoder.feature_info]
+    for tap in encoder.feature_info:
+        cells = 64 // tap.reduction
+        assert features[tap.name].shape == (2, tap.channels, cells, cells)
+
+
+def test_tokens_concatenate_the_taps_on_the_middle_grid(encoder):
+    tokens = encoder([picture(), picture(1)], ["red", "blue"])
+    features = encoder.extract([picture(), picture(1)], ["red", "blue"])
+    assert features.grid == (4, 4)
+    assert tokens.shape == (2, 16, encoder.hidden_size)
+    assert torch.equal(tokens, features.tokens())
+    assert features.tokens(3).shape == (2, 9, encoder.hidden_size)
+
+
+def test_text_changes_features_and_unconditional_ones_have_none(encoder):
+    red, blue = encoder(picture(), "red circle"), encoder(picture(), "blue square")
+    assert not torch.allclose(red, blue)
+    assert torch.equal(encoder(picture()), encoder(picture(), None))
+    assert torch.equal(encoder(picture()), encoder(picture(), ""))
+
+
+@pytest.mark.parametrize(
+    ("conditioning", "rows"), [("uncond", 3), ("cond", 3), ("cfg", 6), ("concat", 6)]
+)
+def test_only_what_is_asked_is_computed_in_one_call(encoder, calls, conditioning, rows):
+    encoder.extract([picture(i) for i in range(3)], "red", conditioning=conditioning)
+    assert calls == [rows]
+
+
+def test_the_fused_pass_equals_two_passes(encoder):
+    images, prompts = [picture(), picture(1)], ["red circle", "blue square"]
+    fused = encoder.extract(images, prompts, conditioning="cfg")
+    for half in ("uncond", "cond"):
+        alone = encoder.extract(images, prompts, conditioning=half)
+        for tap in TAPS:
+            scale = alone[tap].abs().max()
+            difference = (fused.select(half)[tap] - alone[tap]).abs().max()
+            assert difference <= 1e-5 * scale
+
+
+def test_guidance_is_linear_in_its_scale_and_exact_at_its_ends(encoder):
+    features = encoder.extract(picture(), "red", conditioning="cfg", guidance_scale=4.5)
+    uncond, cond = features.select("uncond"), features.select("cond")
+    for tap in TAPS:
+        expected = uncond[tap] + 4.5 * (cond[tap] - uncond[tap])
+        torch.testing.assert_close(features[tap], expected)
+        assert torch.equal(features.select("cfg", guidance_scale=1)[tap], cond[tap])
+        assert torch.equal(features.select("cfg", guidance_scale=0)[tap], uncond[tap])
+
+
+def test_concat_doubles_the_channels(tiny_sd_folder, encoder):
+    double = DiffusionEncoder.from_pretrained(tiny_sd_folder, taps=TAPS, conditioning="concat")
+    features = double.extract(picture(), "red")
+    assert double.hidden_size == 2 * encoder.hidden_size == features.tokens().shape[2]
+    halves = torch.cat(
+        [features.select("uncond")["mid_block"], features.select("cond")["mid_block"]], 1
+    )
+    assert torch.equal(features["mid_block"], halves)
+
+
+def test_an_image_s_features_do_not_depend_on_the_rest_of_the_batch(encoder):
+    images = [picture(seed) for seed in range(7)]
+    prompts = [f"{'red ' * seed}circle" for seed in range(7)]
+    together = encoder(images, prompts)
+    for index in (0, 3, 6):
+        alone = encoder(images[index], prompts[index])[0]
+        assert (together[index] - alone).abs().max() <= 1e-5 * alone.abs().max()
+
+
+def test_equal_calls_give_equal_features_and_leave_the_global_generator(encoder):
+    state = torch.random.get_rng_state()
+    assert torch.equal(encoder(picture(), "red"), encoder(picture(), "red"))
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_seed_and_timestep_matter(tiny_sd_folder, encoder):
+    base = encoder(picture(), "red")
+    for option in ({"seed": 1}, {"timestep": 500}, {"posterior": "sample"}):
+        other = DiffusionEncoder.from_pretrained(encoder.backbone, taps=TAPS, **option)
+        assert not torch.allclose(other(picture(), "red"), base)
+
+
+@pytest.mark.parametrize("size", [(288, 352), (264, 280), (40, 72)], ids=str)
+def test_odd_sizes_work_without_resizing(tiny_sd_folder, encoder, size):
+    whole = DiffusionEncoder.from_pretrained(encoder.backbone, taps=TAPS, resize="none")
+    features = whole.extract(picture(0, *size), "red", conditioning="cfg")
+    height, width = features["up_blocks.2.attentions.0.transformer_blocks.0.attn2.to_q"].shape[2:]
+    assert (height, width) == tuple(-(-side // 16) for side in size)
+
+
+def test_no_hook_survives_and_nothing_is_aliased(encoder):
+    before = hooks(encoder)
+    features = encoder.extract(picture(), "red", conditioning="cfg")
+    pointers = {
+        half[tap].untyped_storage().data_ptr()
+        for half in (features.select("uncond"), features.select("cond"))
+        for tap in TAPS
+    }
+    assert len(pointers) == 2 * len(TAPS)
+    kept = features["mid_block"].clone()
+    encoder.extract(picture(1), "blue", conditioning="cfg")
+    assert torch.equal(features["mid_block"], kept)
+    assert hooks(encoder) == before
+
+
+def test_a_failure_inside_the_unet_leaves_no_hook(encoder, monkeypatch):
+    before = hooks(encoder)
+
+    def fail(*_args, **_kwargs):
+        raise RuntimeError("out of luck")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encoder.backbone.unet.mid_block, "forward", fail)
+        with pytest.raises(RuntimeError, match="out of luck"):
+            encoder(picture(), "red")
+    assert hooks(encoder) == before
+    encoder(picture(), "red")
+
+
+def test_two_threads_may_share_an_encoder(encoder):
+    prompts = ["red circle", "blue square"]
+    expected = [encoder(picture(i), prompts[i]) for i in range(2)]
+    results: list[list[torch.Tensor]] = [[], []]
+
+    def work(index: int) -> None:
+        for _ in range(5):
+            results[index].append(encoder(picture(index), prompts[index]))
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index in range(2):
+        assert len(results[index]) == 5
+        assert all(torch.equal(result, expected[index]) for result in results[index])
+
+
+def test_the_backbone_is_registered_copied_and_pickled(encoder):
+    assert any(name.startswith("backbone.unet.") for name in encoder.state_dict())
+    for twin in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
+        # Other memory may be aligned otherwise and summed in another order.
+        torch.testing.assert_close(twin(picture(), "red"), encoder(picture(), "red"))
+    double = copy.deepcopy(encoder).to(torch.float64)
+    assert double(picture(), "red").dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_stays_close_to_float32(tiny_sd_folder, encoder, dtype):
+    half = DiffusionEncoder.from_pretrained(tiny_sd_folder, taps=TAPS, dtype=dtype)
+    exact, rounded = encoder(picture(), "red"), half(picture(), "red")
+    assert rounded.dtype == dtype
+    # Six levels of random layers: measured 1 % of the largest magnitude in bfloat16.
+    assert (rounded.float() - exact).abs().max() <= 0.05 * exact.abs().max()
+
+
+def test_sdxl_is_told_the_size_and_zeros_differ_from_empty(sdxl_encoder):
+    by_rule = sdxl_encoder.extract(picture())["mid_block"]
+    empty = DiffusionEncoder.from_pretrained(
+        sdxl_encoder.backbone, taps=("mid_block",), size=64, uncond="empty"
+    )
+    assert not torch.allclose(empty.extract(picture())["mid_block"], by_rule)
+    embeds = sdxl_encoder.backbone.embed(["red"], size=(64, 96))
+    assert embeds.time_ids.tolist() == [[64, 96, 0, 0, 64, 96]]
+
+
+def test_truncated_prompts_are_counted(encoder):
+    limit = encoder.backbone.tokenizer.model_max_length
+    features = encoder.extract([picture(), picture()], ["red", "red " * (limit + 1)])
+    assert features.truncated == (0, 3)
+
+
+def test_maps_from_fine_to_coarse(encoder):
+    sides = [features.shape[2] for features in encoder.extract(picture(), "red").to_list()]
+    assert sides == sorted(sides, reverse=True)
+
+
+def test_save_and_load_is_identity(tiny_sd_folder, tmp_path, encoder):
+    options = {"taps": ("mid_block",), "timestep": 261, "size": (64, 96), "guidance_scale": 4.5}
+    first = DiffusionEncoder.from_pretrained(tiny_sd_folder, **options)
+    first.save_pretrained(tmp_path / "saved")
+    second = DiffusionEncoder.from_pretrained(tmp_path / "saved")
+    assert second.config == first.config == EncoderConfig(**options)
+    assert torch.equal(second(picture(), "red"), first(picture(), "red"))
+    assert DiffusionEncoder.from_pretrained(tmp_path / "saved", timestep=50).config.timestep == 50
+
+
+def test_bad_calls_are_answered(encoder, tmp_path):
+    with pytest.raises(PromptError, match="3 prompts, 2 images"):
+        encoder([picture(), picture()], ["a", "b", "c"])
+    with pytest.raises(ConfigError, match="'cfg' needs prompts"):
+        encoder.extract(picture(), conditioning="cfg")
+    with pytest.raises(ConfigError, match="must be one of"):
+        encoder.extract(picture(), "red", conditioning="guided")
+    with pytest.raises(ShapeError, match="no images"):
+        encoder([], "red")
+    with pytest.raises(ImageError, match="no such image file"):
+        encoder("nowhere.png")
+    features = encoder.extract(picture(), "red")
+    with pytest.raises(ConfigError, match="needs the uncond features"):
+        features.select("cfg")
+    with pytest.raises(TapError, match=r"Did you mean .*'up_blocks\.1'"):
+        features["up_blocks.3"]
+    with pytest.raises(TapError, match="Did you mean 'mid_block'"):
+        DiffusionEncoder(encoder.backbone, EncoderConfig(taps=("midblock",)))
+    with pytest.raises(ConfigError, match="Did you mean 'timestep'"):
+        DiffusionEncoder.from_pretrained(encoder.backbone, timesteps=3)
+    with pytest.raises(ShapeError, match="multiples of 8"):
+        DiffusionEncoder.from_pretrained(encoder.backbone, size=60)(picture())
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(BackboneError, match="save_pretrained"):
+        DiffusionEncoder.from_pretrained(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot write"):
+        encoder.save_pretrained(tmp_path / "file")
