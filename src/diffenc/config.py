@@ -1,8 +1,9 @@
 """What the public objects are told to do, as frozen dataclasses that check themselves."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from diffenc._typing import Conditioning, Posterior, Resize, Uncond
 from diffenc.errors import ConfigError, near_matches
@@ -24,6 +25,25 @@ def check_pair(name: str, value: object) -> None:
     raise ConfigError(f"{name} must be a positive int or (height, width), got {value!r}")
 
 
+def _check_positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} must be an int of 1 or more, got {value!r}")
+
+
+def _check_timesteps(timestep: object) -> None:
+    steps = timestep if isinstance(timestep, tuple) else (timestep,)
+    if not steps:
+        raise ConfigError("timestep must be an int or a tuple with one or more, got none")
+    for step in steps:
+        if isinstance(step, bool) or not isinstance(step, int):
+            raise ConfigError(f"timestep must be an int or a tuple of ints, got {timestep!r}")
+        if not 0 <= step < 1000:
+            raise ConfigError(
+                f"timestep must be in [0, 1000), got {step}. It counts scheduler steps; "
+                "for a fraction of the schedule pass int(fraction * 1000)."
+            )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncoderConfig:
     """What to read from the U-Net, at which noise level, and under which text.
@@ -31,7 +51,10 @@ class EncoderConfig:
     Attributes:
         taps: Module paths or globs of the U-Net, in the order in which features are returned;
             None takes the backbone's default set.
-        timestep: Scheduler step, 0 (clean) to 999 (pure noise).
+        timestep: Scheduler step, 0 (clean) to 999 (pure noise); several add a dimension to the
+            features, after the batch.
+        draws: Number of noise tensors per timestep; features are the mean over them.
+        noise: "shared", or None for clean latents at that timestep (CleanDIFT's way).
         size: Side of the square that images are brought to, or (height, width), in pixels; None
             takes the backbone's own.
         resize: "squash" ignores the aspect ratio, "crop" keeps the middle, "pad" adds grey,
@@ -39,16 +62,20 @@ class EncoderConfig:
         conditioning: What `extract` and the tokens hold by default; None is "cond" with prompts
             and "uncond" without.
         guidance_scale: s of f_u + s (f_c - f_u), for "cfg".
-        seed: Of the one noise tensor that all images, prompts and halves share.
+        seed: Of the noise tensors that all images, prompts and halves share.
         posterior: Take the mode of the VAE's posterior, or a seeded sample.
         uncond: Which embedding is "unconditional": "zeros", "empty" (the empty text's), or None
             for the model's own rule.
         grid: Side, or (height, width), of the token grid; None takes the middle tap's by
             resolution.
+        batch_size: Most rows (images x halves x timesteps x draws) per call of the U-Net; None is
+            all at once.
     """
 
     taps: tuple[str, ...] | None = None
-    timestep: int = 50
+    timestep: int | tuple[int, ...] = 50
+    draws: int = 1
+    noise: Literal["shared"] | None = "shared"
     size: int | tuple[int, int] | None = None
     resize: Resize = "squash"
     conditioning: Conditioning | None = None
@@ -57,19 +84,23 @@ class EncoderConfig:
     posterior: Posterior = "mode"
     uncond: Uncond | None = None
     grid: int | tuple[int, int] | None = None
+    batch_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.taps is not None and (isinstance(self.taps, str) or not self.taps):
             raise ConfigError(
                 f"taps must be a tuple of module paths with at least one entry, got {self.taps!r}"
             )
-        if isinstance(self.timestep, bool) or not isinstance(self.timestep, int):
-            raise ConfigError(f"timestep must be an int, got {self.timestep!r}")
-        if not 0 <= self.timestep < 1000:
-            raise ConfigError(
-                f"timestep must be in [0, 1000), got {self.timestep}. It counts scheduler steps; "
-                "for a fraction of the schedule pass int(fraction * 1000)."
-            )
+        _check_timesteps(self.timestep)
+        _check_positive("draws", self.draws)
+        if self.noise not in ("shared", None):
+            raise ConfigError(f"noise must be 'shared' or None, got {self.noise!r}")
+        if self.noise is None and self.draws > 1:
+            raise ConfigError(f"without noise there is one draw, got draws={self.draws}")
+        if self.batch_size is not None:
+            _check_positive("batch_size", self.batch_size)
+        if not math.isfinite(self.guidance_scale):
+            raise ConfigError(f"guidance_scale must be a finite number, got {self.guidance_scale}")
         check_pair("size", self.size)
         check_pair("grid", self.grid)
         check_choice("resize", self.resize, get_args(Resize))
@@ -78,6 +109,11 @@ class EncoderConfig:
             check_choice("conditioning", self.conditioning, get_args(Conditioning))
         if self.uncond is not None:
             check_choice("uncond", self.uncond, get_args(Uncond))
+
+    @property
+    def timesteps(self) -> tuple[int, ...]:
+        """The timesteps, one or several."""
+        return (self.timestep,) if isinstance(self.timestep, int) else self.timestep
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON holds them."""

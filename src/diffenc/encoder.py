@@ -2,149 +2,58 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from diffenc._typing import Conditioning
 from diffenc.backbones import TapInfo, load_backbone, match_taps
 from diffenc.backbones.base import Backbone
+from diffenc.cache import state_key
 from diffenc.config import EncoderConfig, check_choice
-from diffenc.errors import BackboneError, ConfigError, OutputError, TapError, near_matches
+from diffenc.errors import BackboneError, ConfigError, OutputError
+from diffenc.features import Features, Maps
 from diffenc.forward import read_taps
 from diffenc.images import Images, to_pixel_values
-from diffenc.latents import encode_latents
-from diffenc.maps import middle_grid, to_tokens
+from diffenc.maps import middle_grid
+from diffenc.memo import image_keys, latents_of, prompts_of
 from diffenc.noise import add_noise, shared_noise
 from diffenc.prompts import PromptEmbeds, match_batch
 
-Maps = dict[str, Float[Tensor, "b _c _h _w"]]
-
 _CONFIG_FILE = "config.json"
-
-
-class Features(Mapping[str, Tensor]):
-    """Feature maps per tap, (b channels h w), in the dtype and on the device of the backbone.
-
-    As a mapping it holds the maps in one conditioning; `select` gives another one of the same
-    pass, without running anything.
-
-    Attributes:
-        conditioning: Of the maps that the mapping holds.
-        guidance_scale: s of f_u + s (f_c - f_u).
-        grid: (height, width) of `tokens`.
-        truncated: Number of prompt tokens that were cut, per image; empty without prompts.
-    """
-
-    def __init__(
-        self,
-        *,
-        uncond: Maps | None,
-        cond: Maps | None,
-        conditioning: Conditioning,
-        guidance_scale: float,
-        grid: tuple[int, int],
-        truncated: tuple[int, ...] = (),
-    ) -> None:
-        self._halves = {"uncond": uncond, "cond": cond}
-        self.conditioning, self.guidance_scale = conditioning, guidance_scale
-        self.grid, self.truncated = grid, truncated
-        self._maps = self._derive(conditioning, guidance_scale)
-
-    def __getitem__(self, tap: str) -> Float[Tensor, "b c h w"]:
-        try:
-            return self._maps[tap]
-        except KeyError:
-            raise TapError(
-                f"no tap {tap!r} was read.{near_matches(tap, self._maps)} "
-                f"These were: {list(self._maps)}"
-            ) from None
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._maps)
-
-    def __len__(self) -> int:
-        return len(self._maps)
-
-    def __repr__(self) -> str:
-        shapes = {name: tuple(features.shape) for name, features in self._maps.items()}
-        return f"Features({self.conditioning}, {shapes})"
-
-    def select(
-        self, conditioning: Conditioning, *, guidance_scale: float | None = None
-    ) -> "Features":
-        """The same pass in another conditioning.
-
-        Args:
-            conditioning: "uncond", "cond", "cfg" or "concat".
-            guidance_scale: For "cfg"; None keeps this object's.
-
-        Raises:
-            ConfigError: It needs a half that was not computed.
-        """
-        scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        return Features(
-            uncond=self._halves["uncond"],
-            cond=self._halves["cond"],
-            conditioning=conditioning,
-            guidance_scale=scale,
-            grid=self.grid,
-            truncated=self.truncated,
-        )
-
-    def tokens(self, grid: int | tuple[int, int] | None = None) -> Float[Tensor, "b n c"]:
-        """All taps on one grid, channels concatenated in tap order, cells row by row.
-
-        Args:
-            grid: Side or (height, width); None takes the encoder's.
-        """
-        grid = self.grid if grid is None else (grid, grid) if isinstance(grid, int) else grid
-        return to_tokens(self._maps, grid)
-
-    def to_list(self) -> list[Float[Tensor, "b c h w"]]:
-        """The maps from fine to coarse, as timm's `features_only` gives them."""
-        return sorted(self._maps.values(), key=lambda m: m.shape[2] * m.shape[3], reverse=True)
-
-    def _half(self, name: str, wanted: Conditioning) -> Maps:
-        half = self._halves[name]
-        if half is None:
-            raise ConfigError(
-                f"conditioning {wanted!r} needs the {name} features, which were not computed; "
-                "pass prompts and conditioning='cfg' or 'concat' to `extract` to have both"
-            )
-        return half
-
-    def _derive(self, conditioning: Conditioning, scale: float) -> Maps:
-        check_choice("conditioning", conditioning, get_args(Conditioning))
-        if conditioning in ("uncond", "cond"):
-            return self._half(conditioning, conditioning)
-        uncond, cond = self._half("uncond", conditioning), self._half("cond", conditioning)
-        if conditioning == "concat":
-            return {name: torch.cat([uncond[name], cond[name]], dim=1) for name in cond}
-        return {name: torch.lerp(uncond[name], cond[name], scale) for name in cond}
 
 
 class DiffusionEncoder(nn.Module):
     """Text-conditioned visual features from the U-Net of a text-to-image model.
 
-    Images are encoded by the VAE, noised to one timestep, and passed once through the U-Net under
-    the prompt; nothing is generated. The backbone is a registered submodule: `.to()`, `.half()`
-    and `state_dict` reach it.
+    Images are encoded by the VAE, noised, and passed once through the U-Net under the prompt;
+    nothing is generated. The backbone is a registered submodule: `.to()`, `.half()` and
+    `state_dict` reach it.
+
+    Attributes:
+        backbone: The model.
+        config: What is read from it.
+        use_cache: Remember latents, prompts and unconditional features of frozen parts, so that
+            a second question about an image costs one conditional pass.
 
     Example:
         >>> encoder = DiffusionEncoder.from_pretrained("shapes")
         >>> encoder(image, "what color is the circle?").shape
-        torch.Size([1, 64, 192])
+        torch.Size([1, 64, 224])
     """
 
-    def __init__(self, backbone: Backbone, config: EncoderConfig | None = None) -> None:
+    def __init__(
+        self, backbone: Backbone, config: EncoderConfig | None = None, *, use_cache: bool = True
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.config = config or EncoderConfig()
+        self.use_cache = use_cache
         wanted = self.config.taps or backbone.default_taps
         self._taps = match_taps(wanted, backbone.taps())
 
@@ -155,7 +64,8 @@ class DiffusionEncoder(nn.Module):
         *,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
-        **options: Any,
+        use_cache: bool = True,
+        **options: Any,  # attributes of EncoderConfig, which checks their names
     ) -> "DiffusionEncoder":
         """Load an encoder.
 
@@ -164,6 +74,7 @@ class DiffusionEncoder(nn.Module):
                 folder, a folder that `save_pretrained` wrote, or a `Backbone`.
             device: Where it runs.
             dtype: Of U-Net and text encoder; the VAE stays in float32 where half overflows.
+            use_cache: See the class.
             options: Attributes of `EncoderConfig`, such as `taps`, `timestep` or `size`; they win
                 over a saved config.
 
@@ -175,11 +86,10 @@ class DiffusionEncoder(nn.Module):
         config = EncoderConfig()
         if not isinstance(name, Backbone) and (Path(name) / _CONFIG_FILE).is_file():
             config, name = _read_saved(Path(name))
-        if "taps" in options and options["taps"] is not None:
-            taps = options["taps"]
-            options["taps"] = (taps,) if isinstance(taps, str) else tuple(taps)
+        if isinstance(options.get("taps"), str):
+            options["taps"] = (options["taps"],)
         config = EncoderConfig.from_dict({**config.to_dict(), **options})
-        return cls(load_backbone(name, device=device, dtype=dtype), config)
+        return cls(load_backbone(name, device=device, dtype=dtype), config, use_cache=use_cache)
 
     def save_pretrained(self, folder: "str | os.PathLike[str]") -> None:
         """Write the config and a reference to the backbone (not its weights) to a folder.
@@ -218,8 +128,12 @@ class DiffusionEncoder(nn.Module):
         """The U-Net's."""
         return self.backbone.dtype
 
+    def clear_cache(self) -> None:
+        """Forget latents, prompts and features; needed after writes through `.data`."""
+        self.backbone.clear_caches()
+
     def forward(
-        self, images: Images, prompts: str | Sequence[str] | None = None
+        self, images: Images, prompts: str | Sequence[str] | PromptEmbeds | None = None
     ) -> Float[Tensor, "b n c"]:
         """Tokens in place of a CLIP encoder's: `extract(images, prompts).tokens()`."""
         return self.extract(images, prompts).tokens()
@@ -229,7 +143,7 @@ class DiffusionEncoder(nn.Module):
     def extract(
         self,
         images: Images,
-        prompts: str | Sequence[str] | None = None,
+        prompts: str | Sequence[str] | PromptEmbeds | None = None,
         *,
         conditioning: Conditioning | None = None,
         guidance_scale: float | None = None,
@@ -238,75 +152,172 @@ class DiffusionEncoder(nn.Module):
 
         Args:
             images: One or several pictures of any kind, see `diffenc.images.to_pixel_values`.
-            prompts: One text for all images or one for each; None is unconditional.
+            prompts: One text for all images or one for each, or texts encoded before; None is
+                unconditional.
             conditioning: "uncond" and "cond" run the U-Net once per image, "cfg" and "concat"
                 run both halves in one fused call; None takes the config's, which is "cond" with
                 prompts and "uncond" without.
             guidance_scale: s of f_u + s (f_c - f_u); None takes the config's.
 
         Returns:
-            One map (b, channels, h, w) per tap, in tap order.
+            One map (b, channels, h, w) per tap, in tap order; (b, timesteps, channels, h, w) where
+            the config has several timesteps.
 
         Raises:
             ImageError: A picture cannot be read.
             ShapeError: Sizes that the model does not take.
             PromptError: A prompt is no text, or their number fits the images in no way.
             ConfigError: A conditioning that needs prompts, without prompts.
+            NonFiniteError: NaN or infinity in the features.
 
         Source:
             Features under a text and their guidance: "Multimodal Understanding using Stable
             Diffusion as a Task Aware Feature Extractor", section 5.
         """
-        conditioning = conditioning or self.config.conditioning or ("cond" if prompts else "uncond")
-        check_choice("conditioning", conditioning, get_args(Conditioning))
-        if prompts is None and conditioning != "uncond":
-            raise ConfigError(f"conditioning {conditioning!r} needs prompts; got none")
-        scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
-        noisy_latents, size = self._noisy_latents(images)
-        texts: dict[str, PromptEmbeds] = {}
-        if conditioning != "cond":
-            texts["uncond"] = self.backbone.embed_uncond(self.config.uncond, size=size)
-        if conditioning != "uncond":
-            assert prompts is not None
-            matched = match_batch(prompts, len(noisy_latents))
-            texts["cond"] = self.backbone.embed(matched, size=size)
-        names = [tap.name for tap in self._taps]
-        with torch.no_grad():
-            halves = read_taps(
-                self.backbone, noisy_latents, self.config.timestep, list(texts.values()), names
-            )
-        maps = dict(zip(texts, halves, strict=True))
-        first = halves[0]
-        grid = self.config.grid or middle_grid([(m.shape[2], m.shape[3]) for m in first.values()])
-        return Features(
-            uncond=maps.get("uncond"),
-            cond=maps.get("cond"),
-            conditioning=conditioning,
-            guidance_scale=scale,
-            grid=(grid, grid) if isinstance(grid, int) else grid,
-            truncated=texts["cond"].rows(len(noisy_latents)).truncated if "cond" in texts else (),
-        )
-
-    def _noisy_latents(self, images: Images) -> tuple[Tensor, tuple[int, int]]:
-        """Latents at the config's noise level, and (height, width) of the pictures behind them."""
-        config = self.config
+        conditioning = self._conditioning(conditioning, prompts)
+        config, backbone = self.config, self.backbone
         pixel_values = to_pixel_values(
             images,
-            size=config.size or self.backbone.default_size,
+            size=config.size or backbone.default_size,
             resize=config.resize,
-            multiple=self.backbone.reduction,
+            multiple=backbone.reduction,
         )
-        generator = torch.Generator().manual_seed(config.seed)
-        with torch.no_grad():
-            latents = encode_latents(
-                self.backbone.vae, pixel_values, posterior=config.posterior, generator=generator
+        size = (pixel_values.shape[2], pixel_values.shape[3])
+        keys = image_keys(pixel_values) if self.use_cache else None
+        latents = latents_of(
+            backbone,
+            pixel_values,
+            keys=keys,
+            posterior=config.posterior,
+            seed=config.seed,
+            batch_size=config.batch_size,
+        )
+        uncond = cond = None
+        if conditioning != "cond":
+            uncond = prompts_of(
+                backbone, [""], size=size, uncond=config.uncond, use_cache=self.use_cache
             )
+        if conditioning != "uncond":
+            assert prompts is not None
+            cond = self._embed(prompts, len(latents), size)
+        halves = self._read(latents, keys, uncond, cond)
+        first = next(half for half in halves.values() if half is not None)
+        grid = config.grid or middle_grid([(m.shape[-2], m.shape[-1]) for m in first.values()])
+        return Features(
+            **halves,
+            conditioning=conditioning,
+            guidance_scale=config.guidance_scale if guidance_scale is None else guidance_scale,
+            grid=(grid, grid) if isinstance(grid, int) else grid,
+            truncated=() if cond is None else cond.truncated,
+        )
+
+    def _conditioning(self, wanted: Conditioning | None, prompts: object) -> Conditioning:
+        unprompted = prompts is None or (isinstance(prompts, str) and prompts == "")
+        chosen = wanted or self.config.conditioning or ("uncond" if unprompted else "cond")
+        check_choice("conditioning", chosen, get_args(Conditioning))
+        if prompts is None and chosen != "uncond":
+            raise ConfigError(f"conditioning {chosen!r} needs prompts; got none")
+        return chosen
+
+    def _embed(
+        self, prompts: str | Sequence[str] | PromptEmbeds, batch: int, size: tuple[int, int]
+    ) -> PromptEmbeds:
+        if isinstance(prompts, PromptEmbeds):
+            return prompts.rows(batch)
+        return prompts_of(
+            self.backbone,
+            match_batch(prompts, batch),
+            size=size,
+            uncond=self.config.uncond,
+            use_cache=self.use_cache,
+        ).rows(batch)
+
+    def _read(
+        self,
+        latents: Float[Tensor, "b c h w"],
+        keys: list[bytes] | None,
+        uncond: PromptEmbeds | None,
+        cond: PromptEmbeds | None,
+    ) -> dict[str, Maps | None]:
+        """Both halves: what the cache lacks of the unconditional one, and the conditional one."""
+        cache, known, full_keys = self.backbone.caches.features, {}, None
+        if uncond is not None and keys is not None:
+            state = [state_key(part) for part in self.backbone.parts().values()]
+            if None not in state:
+                full_keys = [(*state, key, *self._noise_key()) for key in keys]
+                known = {key: found for key in set(full_keys) if (found := cache.get(key))}
+        names = [tap.name for tap in self._taps]
+        missing: list[int] = []
+        if uncond is not None:
+            missing = [i for i in range(len(latents)) if not full_keys or full_keys[i] not in known]
+        everything = list(range(len(latents))) if cond is not None else []
+        texts = [part for part in (uncond and uncond.rows(len(missing)), cond) if part is not None]
+        maps = self._run(latents, [*missing, *everything], PromptEmbeds.concat(texts))
+        fresh = {name: features[: len(missing)] for name, features in maps.items()}
+        halves: dict[str, Maps | None] = {"uncond": None, "cond": None}
+        if full_keys:
+            for row, index in enumerate(missing):
+                known[full_keys[index]] = tuple(fresh[name][row].detach().clone() for name in names)
+                cache.put(full_keys[index], known[full_keys[index]])
+            rows = [known[key] for key in full_keys]
+            halves["uncond"] = {
+                name: torch.stack([row[tap] for row in rows]) for tap, name in enumerate(names)
+            }
+        elif uncond is not None:
+            halves["uncond"] = {name: features.clone() for name, features in fresh.items()}
+        if cond is not None:
+            halves["cond"] = {name: maps[name][len(missing) :].clone() for name in names}
+        return halves
+
+    def _noise_key(self) -> tuple[object, ...]:
+        """What unconditional features depend on beside image and weights."""
+        config = self.config
+        taps = tuple(tap.name for tap in self._taps)
+        steps = config.timestep, config.draws, config.noise, config.seed
+        return taps, steps, config.posterior, config.uncond
+
+    def _run(self, latents: Tensor, images: list[int], texts: PromptEmbeds) -> Maps:
+        """Features of rows, mean over draws: (rows c h w), or (rows t c h w) for several steps.
+
+        Args:
+            latents: Of all images.
+            images: Which image each row shows.
+            texts: One row each.
+        """
+        names = [tap.name for tap in self._taps]
+        if not images:
+            return {}
+        config = self.config
+        steps, draws, rows = config.timesteps, config.draws, len(images)
+        noisy_latents = torch.cat(
+            [self._noised(latents, step, draw)[images] for step in steps for draw in range(draws)]
+        )
+        repeats = len(steps) * draws
+        maps = read_taps(
+            self.backbone,
+            noisy_latents,
+            torch.tensor(steps).repeat_interleave(draws * rows),
+            PromptEmbeds.concat([texts] * repeats),
+            names,
+            batch_size=config.batch_size,
+        )
+        if repeats == 1 and isinstance(config.timestep, int):
+            return maps
+        merged = {}
+        for name, features in maps.items():
+            split = rearrange(features, "(t d b) c h w -> b t d c h w", t=len(steps), d=draws)
+            mean = split.mean(dim=2)
+            merged[name] = mean[:, 0] if isinstance(config.timestep, int) else mean
+        return merged
+
+    def _noised(self, latents: Tensor, timestep: int, draw: int) -> Tensor:
+        if self.config.noise is None:
+            return latents
         _, channels, rows, columns = latents.shape
-        shape = (channels, rows, columns)
-        noise = shared_noise(shape, seed=config.seed, timestep=config.timestep)
-        noisy_latents = add_noise(self.backbone.scheduler, latents, noise, config.timestep)
-        height, width = pixel_values.shape[2:]
-        return noisy_latents, (height, width)
+        noise = shared_noise(
+            (channels, rows, columns), seed=self.config.seed, timestep=timestep, draw=draw
+        )
+        return add_noise(self.backbone.scheduler, latents, noise, timestep)
 
 
 def _read_saved(folder: Path) -> tuple[EncoderConfig, str]:

@@ -1,55 +1,94 @@
 """The only place that calls the U-Net."""
 
 import math
+import warnings
 from collections.abc import Sequence
+from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from diffenc.attention import CrossAttnTaps
 from diffenc.backbones.base import Backbone
-from diffenc.errors import ConfigError
+from diffenc.errors import ConfigError, NonFiniteError
 from diffenc.hooks import ForwardTaps
 from diffenc.prompts import PromptEmbeds
 
 
 def read_taps(
     backbone: Backbone,
-    noisy_latents: Float[Tensor, "b c h w"],
-    timestep: int,
-    prompts: Sequence[PromptEmbeds],
+    noisy_latents: Float[Tensor, "rows c h w"],
+    timesteps: Int[Tensor, " rows"],
+    prompt_embeds: PromptEmbeds,
     taps: Sequence[str],
-) -> list[dict[str, Float[Tensor, "b _c _h _w"]]]:
-    """Read features under one or several texts with one call of the U-Net.
+    *,
+    batch_size: int | None = None,
+) -> dict[str, Float[Tensor, "rows _c _h _w"]]:
+    """Read features of rows, each with latents, a noise level and a text of its own.
 
-    All texts are fused into one batch; for unconditional and conditional features its order is
-    [uncond, cond], as in diffusers. The call ends after the last tap.
+    One call of the U-Net for all rows, or several of at most `batch_size`; each ends after the last
+    tap. On CUDA a call that runs out of memory is repeated in halves, with one warning. A graph is
+    built only where something inside, or the latents, or the text, requires a gradient.
 
     Args:
         backbone: Whose U-Net is called, in its dtype and on its device.
-        noisy_latents: At the noise level of `timestep`; the same for every text.
-        timestep: Scheduler step.
-        prompts: Each holds one row for all latents, or one per latent.
+        noisy_latents: Each at the noise level of its timestep.
+        timesteps: Scheduler steps.
+        prompt_embeds: One row each.
         taps: Module paths.
+        batch_size: Most rows per call; None is all.
 
     Returns:
-        For each of `prompts` a map per tap, in the order of `taps`, none sharing memory.
+        A map per tap, in the order of `taps`.
+
+    Raises:
+        NonFiniteError: A map holds NaN or infinity.
     """
-    batch = len(noisy_latents)
-    texts = PromptEmbeds.concat([part.rows(batch) for part in prompts])
-    texts = texts.to(backbone.device, backbone.dtype)
-    sample = noisy_latents.to(backbone.device, backbone.dtype).repeat(len(prompts), 1, 1, 1)
-    step = torch.tensor(timestep, device=backbone.device)
-    with backbone.lock, ForwardTaps(backbone.unet, taps, early_exit=True) as reader:
-        maps = reader.run(
-            lambda: backbone.unet(sample, step, return_dict=False, **texts.unet_kwargs())
+    grad = torch.is_grad_enabled() and (
+        noisy_latents.requires_grad
+        or prompt_embeds.prompt_embeds.requires_grad
+        or any(parameter.requires_grad for parameter in backbone.unet.parameters())
+    )
+    rows = len(noisy_latents)
+    size = min(batch_size or rows, rows)
+    found: list[dict[str, Tensor]] = []
+    start = 0
+    with torch.set_grad_enabled(grad), backbone.lock:
+        while start < rows:
+            stop = min(start + size, rows)
+            try:
+                with ForwardTaps(backbone.unet, taps, early_exit=True) as reader:
+                    call = partial(
+                        _call_unet,
+                        backbone,
+                        noisy_latents[start:stop],
+                        timesteps[start:stop],
+                        prompt_embeds.select(start, stop),
+                    )
+                    found.append(reader.run(call))
+            except torch.cuda.OutOfMemoryError:
+                if size == 1:
+                    raise
+                size = (size + 1) // 2
+                torch.cuda.empty_cache()
+                continue
+            start = stop
+    if size < min(batch_size or rows, rows):
+        warnings.warn(
+            f"{rows} rows did not fit on {backbone.device}; calls of the U-Net were cut down to "
+            f"{size}. Pass batch_size={size} to begin there.",
+            stacklevel=2,
         )
-    parts = {name: features.split(batch) for name, features in maps.items()}
-    return [
-        {name: halves[index].clone() for name, halves in parts.items()}
-        for index in range(len(prompts))
-    ]
+    maps = found[0] if len(found) == 1 else {t: torch.cat([m[t] for m in found]) for t in taps}
+    for name, features in maps.items():
+        if not torch.isfinite(features).all():
+            raise NonFiniteError(
+                f"features at {name!r} hold NaN or infinity in {features.dtype}; load the model "
+                "with dtype=torch.bfloat16 or torch.float32, and check its weights if that is so "
+                "already"
+            )
+    return maps
 
 
 def predict_noise(
@@ -125,12 +164,15 @@ def read_attention(
 
 
 def _call_unet(
-    backbone: Backbone, noisy_latents: Tensor, timestep: int, prompt_embeds: PromptEmbeds
+    backbone: Backbone,
+    noisy_latents: Tensor,
+    timestep: int | Tensor,
+    prompt_embeds: PromptEmbeds,
 ) -> Tensor:
     device, dtype = backbone.device, backbone.dtype
     output: Tensor = backbone.unet(
         noisy_latents.to(device, dtype),
-        torch.tensor(timestep, device=device),
+        torch.as_tensor(timestep, device=device),
         return_dict=False,
         **prompt_embeds.rows(len(noisy_latents)).to(device, dtype).unet_kwargs(),
     )[0]

@@ -14,7 +14,7 @@ def encode_latents(
     pixel_values: Float[Tensor, "b 3 height width"],
     *,
     posterior: Posterior = "mode",
-    generator: torch.Generator | None = None,
+    seed: int = 0,
 ) -> Float[Tensor, "b c h w"]:
     """Encode pictures and scale them as the U-Net expects.
 
@@ -24,8 +24,8 @@ def encode_latents(
     Args:
         vae: An `AutoencoderKL`, or another autoencoder with the same `encode` and `config`.
         pixel_values: RGB in [-1, 1].
-        posterior: "mode", or "sample" with the noise of `generator`.
-        generator: Of the sample, on the CPU; the global one if None.
+        posterior: "mode", or "sample": mean plus deviation times noise that all pictures share.
+        seed: Of that noise; the global generator is not touched.
 
     Returns:
         Latents in float32, on the VAE's device.
@@ -39,8 +39,8 @@ def encode_latents(
         latents = encoded.latent_dist.mode()
     else:
         mean, deviation = encoded.latent_dist.mean, encoded.latent_dist.std
-        drawn = torch.randn(mean.shape, generator=generator).to(mean)
-        latents = mean + deviation * drawn
+        generator = torch.Generator().manual_seed(seed)
+        latents = mean + deviation * torch.randn(mean.shape[1:], generator=generator).to(mean)
     shift = vae.config.get("shift_factor", None) or 0.0
     scaled: Tensor = (latents.float() - shift) * vae.config.scaling_factor
     return scaled

@@ -28,11 +28,14 @@ def to_grid(
 
 
 def to_tokens(
-    maps: Mapping[str, Float[Tensor, "b _c _h _w"]], grid: tuple[int, int]
-) -> Float[Tensor, "b n c"]:
+    maps: Mapping[str, Float[Tensor, "b *t _c _h _w"]], grid: tuple[int, int]
+) -> Float[Tensor, "b *t n c"]:
     """Bring every map to one grid, concatenate channels in order, and flatten row by row."""
-    joined = torch.cat([to_grid(features, grid) for features in maps.values()], dim=1)
-    return rearrange(joined, "b c h w -> b (h w) c")
+    leading = next(iter(maps.values())).shape[:-3]
+    rows = [features.flatten(0, -4) for features in maps.values()]
+    joined = torch.cat([to_grid(features, grid) for features in rows], dim=1)
+    tokens: Tensor = rearrange(joined, "b c h w -> b (h w) c")
+    return tokens.reshape(*leading, *tokens.shape[1:])
 
 
 def middle_grid(grids: list[tuple[int, int]]) -> tuple[int, int]:

@@ -73,6 +73,18 @@ class PromptEmbeds:
         truncated = tuple(cut for part in parts for cut in part.truncated)
         return PromptEmbeds(states, joined("pooled_prompt_embeds"), joined("time_ids"), truncated)
 
+    def pack(self) -> tuple[Tensor, ...]:
+        """Everything as tensors, for a cache; `unpack` is the inverse."""
+        extra = [t for t in (self.pooled_prompt_embeds, self.time_ids) if t is not None]
+        parts = (self.prompt_embeds, *extra, torch.tensor(self.truncated))
+        return tuple(part.clone() for part in parts)
+
+    @staticmethod
+    def unpack(parts: tuple[Tensor, ...]) -> "PromptEmbeds":
+        """Inverse of `pack`."""
+        pooled, time_ids = parts[1:-1] if len(parts) > 2 else (None, None)
+        return PromptEmbeds(parts[0], pooled, time_ids, tuple(parts[-1].tolist()))
+
     def unet_kwargs(self) -> dict[str, Any]:
         """Keyword arguments of a diffusers U-Net."""
         kwargs: dict[str, Any] = {"encoder_hidden_states": self.prompt_embeds}

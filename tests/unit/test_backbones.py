@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from diffenc.backbones import list_backbones, list_taps, load_backbone, match_taps
+from diffenc.backbones.configs import architecture
 from diffenc.backbones.taps import TapInfo
 from diffenc.errors import BackboneError, TapError
 from diffenc.hooks import ForwardTaps
@@ -150,3 +151,30 @@ def test_the_schedule_is_the_folder_s(tiny_sd21_folder):
     config = json.loads((tiny_sd21_folder / "scheduler" / "scheduler_config.json").read_text())
     betas = torch.linspace(config["beta_start"] ** 0.5, config["beta_end"] ** 0.5, 1000) ** 2
     torch.testing.assert_close(backbone.scheduler.alphas_cumprod, (1 - betas).cumprod(0))
+
+
+@pytest.mark.parametrize(
+    ("alias", "millions", "taps"),
+    [
+        ("sd1.5", 859.52, {"up_blocks.1": (1280, 16), "up_blocks.3.attentions.0": (320, 8)}),
+        ("sd2.1-base", 865.91, {"mid_block": (1280, 64), "up_blocks.2": (640, 8)}),
+        ("sd2.1", 865.91, {"up_blocks.1": (1280, 16)}),
+        (
+            "sdxl",
+            2567.46,
+            {
+                "up_blocks.0.attentions.0.transformer_blocks.7": (1280, 32),
+                "up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_q": (640, 16),
+            },
+        ),
+    ],
+)
+def test_known_architectures_have_the_published_size_and_shapes(alias, millions, taps):
+    """Parameter counts as published; channels and resolutions as the papers' tables state them."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(architecture(alias)["unet"])
+    assert sum(p.numel() for p in unet.parameters()) / 1e6 == pytest.approx(millions, abs=0.01)
+    known = {tap.name: (tap.channels, tap.reduction) for tap in list_taps(alias)}
+    assert taps.items() <= known.items()

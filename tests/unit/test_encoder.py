@@ -12,11 +12,15 @@ from diffenc.errors import (
     BackboneError,
     ConfigError,
     ImageError,
+    NonFiniteError,
     OutputError,
     PromptError,
     ShapeError,
     TapError,
 )
+from diffenc.hooks import ForwardTaps
+from diffenc.images import to_pixel_values
+from diffenc.noise import add_noise, shared_noise
 
 TAPS = ("up_blocks.1", "mid_block", "up_blocks.2.attentions.0.transformer_blocks.0.attn2.to_q")
 
@@ -39,7 +43,8 @@ def sdxl_encoder(tiny_sdxl_folder):
 
 @pytest.fixture
 def calls(encoder, monkeypatch):
-    """Rows of each call of the U-Net."""
+    """Rows of each call of the U-Net; nothing is remembered from before."""
+    encoder.clear_cache()
     rows: list[int] = []
     forward = encoder.backbone.unet.forward
 
@@ -85,6 +90,187 @@ def test_text_changes_features_and_unconditional_ones_have_none(encoder):
 def test_only_what_is_asked_is_computed_in_one_call(encoder, calls, conditioning, rows):
     encoder.extract([picture(i) for i in range(3)], "red", conditioning=conditioning)
     assert calls == [rows]
+
+
+def test_a_second_question_costs_one_conditional_pass(encoder, calls, monkeypatch):
+    pictures = []
+    encode = encoder.backbone.vae.encode
+    monkeypatch.setattr(
+        encoder.backbone.vae, "encode", lambda x, *a: (pictures.append(len(x)), encode(x, *a))[1]
+    )
+    images = [picture(seed) for seed in range(3)]
+    first = encoder.extract(images, "red", conditioning="cfg")
+    assert (calls, pictures) == ([6], [3])
+    second = encoder.extract(images, "blue", conditioning="cfg")
+    assert (calls, pictures) == ([6, 3], [3])
+    third = encoder.extract([images[2], picture(3)], "red", conditioning="cfg")
+    assert (calls, pictures) == ([6, 3, 3], [3, 1])
+    for tap in TAPS:
+        assert torch.equal(first.select("uncond")[tap], second.select("uncond")[tap])
+        torch.testing.assert_close(third[tap][0], first[tap][2], atol=1e-5, rtol=1e-5)
+
+
+def test_equal_images_of_a_batch_are_encoded_once(encoder, monkeypatch):
+    encoder.clear_cache()
+    pictures = []
+    encode = encoder.backbone.vae.encode
+    monkeypatch.setattr(
+        encoder.backbone.vae, "encode", lambda x, *a: (pictures.append(len(x)), encode(x, *a))[1]
+    )
+    features = encoder.extract([picture(), picture(1), picture()], "red")["mid_block"]
+    assert pictures == [2]
+    assert torch.equal(features[0], features[2])
+
+
+def test_caches_are_bypassed_when_weights_train_or_the_switch_is_off(tiny_sd_folder):
+    encoder = DiffusionEncoder.from_pretrained(tiny_sd_folder, taps=("mid_block",))
+    caches = encoder.backbone.caches
+
+    def kept() -> tuple[int, int, int]:
+        encoder.clear_cache()
+        encoder.extract(picture(), "red", conditioning="cfg")
+        return len(caches.latents), len(caches.prompts), len(caches.features)
+
+    assert kept() == (1, 2, 1)
+    encoder.use_cache = False
+    assert kept() == (0, 0, 0)
+    encoder.use_cache = True
+    encoder.backbone.unet.requires_grad_(True)
+    assert kept() == (1, 2, 0)
+    encoder.backbone.unet.requires_grad_(False)
+    encoder.backbone.text_encoder.train()
+    assert kept() == (1, 0, 0)
+    encoder.backbone.text_encoder.eval()
+    encoder.backbone.vae.requires_grad_(True)
+    assert kept() == (0, 2, 0)
+
+
+def test_new_weights_and_other_dtypes_are_seen(tiny_sd_folder):
+    encoder = DiffusionEncoder.from_pretrained(tiny_sd_folder, taps=("mid_block",))
+    before = encoder.extract(picture())["mid_block"]
+    halved = {k: v / 2 for k, v in encoder.state_dict().items()}
+    encoder.load_state_dict(halved)
+    assert not torch.allclose(encoder.extract(picture())["mid_block"], before)
+    assert encoder.to(torch.float64).extract(picture())["mid_block"].dtype == torch.float64
+
+
+def test_returned_maps_do_not_alias_the_cache(encoder):
+    encoder.clear_cache()
+    encoder.extract(picture(), "red", conditioning="cfg")["mid_block"]
+    first = encoder.extract(picture(), conditioning="uncond")["mid_block"]
+    expected = first.clone()
+    first.zero_()
+    assert torch.equal(encoder.extract(picture(), conditioning="uncond")["mid_block"], expected)
+
+
+def test_several_timesteps_stand_on_a_dimension_of_their_own(encoder):
+    options = {"taps": TAPS, "conditioning": "cfg"}
+    several = DiffusionEncoder.from_pretrained(encoder.backbone, timestep=(50, 261, 600), **options)
+    features = several.extract([picture(), picture(1)], "red")
+    for index, timestep in enumerate((50, 261, 600)):
+        alone = DiffusionEncoder.from_pretrained(encoder.backbone, timestep=timestep, **options)
+        one = alone.extract([picture(), picture(1)], "red")
+        for tap in TAPS:
+            assert features[tap].shape[:2] == (2, 3)
+            difference = (features[tap][:, index] - one[tap]).abs().max()
+            assert difference <= 1e-5 * one[tap].abs().max()
+        torch.testing.assert_close(features.tokens()[:, index], one.tokens(), atol=1e-5, rtol=1e-4)
+
+
+def test_draws_are_averaged(encoder, calls):
+    mean = DiffusionEncoder.from_pretrained(encoder.backbone, taps=TAPS, draws=3)
+    features = mean.extract(picture(), "red")
+    assert calls == [3]
+    by_hand = []
+    for draw in range(3):
+        latents = encoder.backbone.vae.encode(
+            to_pixel_values(picture(), size=64)
+        ).latent_dist.mode()
+        latents = latents * encoder.backbone.vae.config.scaling_factor
+        noise = shared_noise((4, 8, 8), seed=0, timestep=50, draw=draw)
+        noisy = add_noise(encoder.backbone.scheduler, latents, noise, 50)
+        embeds = encoder.backbone.embed(["red"], size=(64, 64))
+        with torch.no_grad(), ForwardTaps(encoder.backbone.unet, ["mid_block"]) as taps:
+            encoder.backbone.unet(noisy, 50, **embeds.unet_kwargs())
+        by_hand.append(taps["mid_block"])
+    torch.testing.assert_close(features["mid_block"], sum(by_hand) / 3, atol=1e-5, rtol=1e-4)
+
+
+def test_without_noise_the_latents_stay_clean(encoder):
+    clean = [
+        DiffusionEncoder.from_pretrained(encoder.backbone, taps=TAPS, noise=None, seed=seed)
+        for seed in (0, 1)
+    ]
+    assert torch.equal(clean[0](picture(), "red"), clean[1](picture(), "red"))
+    assert not torch.allclose(clean[0](picture(), "red"), encoder(picture(), "red"))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_splitting_a_batch_changes_nothing(encoder, calls, batch_size):
+    images = [picture(seed) for seed in range(3)]
+    split = DiffusionEncoder.from_pretrained(encoder.backbone, taps=TAPS, batch_size=batch_size)
+    parts = split.extract(images, "red", conditioning="cfg")
+    assert sum(calls) == 6
+    assert max(calls) == batch_size
+    encoder.clear_cache()
+    whole = encoder.extract(images, "red", conditioning="cfg")
+    for tap in TAPS:
+        assert (parts[tap] - whole[tap]).abs().max() <= 1e-5 * whole[tap].abs().max()
+
+
+def test_running_out_of_memory_is_answered_with_smaller_calls(encoder, calls, monkeypatch):
+    forward = encoder.backbone.unet.forward
+
+    def small_only(sample, *args, **kwargs):
+        if len(sample) > 2:
+            raise torch.cuda.OutOfMemoryError("too large")
+        return forward(sample, *args, **kwargs)
+
+    images = [picture(seed) for seed in range(5)]
+    expected = encoder.extract(images, "red")
+    with monkeypatch.context() as patch:
+        patch.setattr(encoder.backbone.unet, "forward", small_only)
+        with pytest.warns(UserWarning, match="batch_size=2") as warned:
+            features = encoder.extract(images, "red")
+    assert len(warned) == 1
+    for tap in TAPS:
+        torch.testing.assert_close(features[tap], expected[tap], atol=1e-5, rtol=1e-4)
+
+
+def test_prompts_may_be_encoded_before(encoder):
+    embeds = encoder.backbone.embed(["red circle"], size=(64, 64))
+    assert torch.equal(encoder(picture(), embeds), encoder(picture(), "red circle"))
+
+
+def test_the_empty_prompt_of_sdxl_is_the_unconditional_one(sdxl_encoder):
+    features = sdxl_encoder.extract([picture(), picture()], ["", "red"], conditioning="cfg")
+    for tap in features:
+        uncond, cond = features.select("uncond")[tap], features.select("cond")[tap]
+        torch.testing.assert_close(cond[0], uncond[0], atol=1e-5, rtol=1e-4)
+        assert not torch.allclose(cond[1], uncond[1])
+
+
+def test_non_finite_features_name_tap_and_remedy(tiny_sd_folder):
+    encoder = DiffusionEncoder.from_pretrained(tiny_sd_folder, taps=("mid_block",))
+    with torch.no_grad():
+        encoder.backbone.unet.conv_in.weight[0, 0, 0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"'mid_block'.*bfloat16"):
+        encoder(picture(), "red")
+
+
+def test_gradients_flow_where_something_requires_them_and_nowhere_else(tiny_sd_folder):
+    encoder = DiffusionEncoder.from_pretrained(tiny_sd_folder, taps=("mid_block",))
+    assert not encoder(picture(), "red").requires_grad
+    pixels = torch.zeros(1, 3, 64, 64, requires_grad=True)
+    encoder(pixels, "red").sum().backward()
+    assert pixels.grad.abs().sum() > 0
+    assert all(p.grad is None for p in encoder.parameters())
+    weight = encoder.backbone.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.weight
+    weight.requires_grad_(True)
+    encoder(picture(), "red").sum().backward()
+    assert weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        assert not encoder(picture(), "red").requires_grad
 
 
 def test_the_fused_pass_equals_two_passes(encoder):

@@ -11,6 +11,7 @@ model's. Without them it is the `shapes-clip` baseline, with CLIP's known weakne
 import argparse
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from diffenc.shapes.captions import caption
 from diffenc.shapes.pairs import WINOGROUND_KINDS, winoground_items
 from diffenc.shapes.render import render_array
-from diffenc.shapes.scenes import Scene, perturb, sample_scene
+from diffenc.shapes.scenes import Scene, perturb, sample_scene, turn
 
 
 def build(tokenizer: CLIPTokenizer) -> CLIPModel:
@@ -63,6 +64,27 @@ def tokens(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
     return ids
 
 
+def near_twin(scene: Scene, rng: random.Random) -> Scene:
+    """Often the scene turned or with sizes exchanged: what is learnt last; else anything near."""
+    if len(scene.objects) > 1:
+        draw = rng.random()
+        if draw < 0.35:
+            return turn(scene)
+        if draw < 0.6:
+            return sizes_exchanged(scene)
+    return perturb(scene, rng)
+
+
+def sizes_exchanged(scene: Scene) -> Scene:
+    """The first two objects with each other's size, where they are."""
+    a, b, *rest = scene.objects
+    exchanged = (
+        replace(a, size=b.size, radius=b.radius),
+        replace(b, size=a.size, radius=a.radius),
+    )
+    return replace(scene, objects=(*exchanged, *rest))
+
+
 def batch(count: int, seed: str, *, hard: bool) -> tuple[list[Scene], list[str]]:
     """Scenes with texts; with `hard`, the second half are twins of the first with other texts."""
     rng = random.Random(seed)
@@ -78,7 +100,7 @@ def batch(count: int, seed: str, *, hard: bool) -> tuple[list[Scene], list[str]]
             continue
         if hard:
             after = rng.getstate()
-            twin = perturb(scene, rng)
+            twin = near_twin(scene, rng)
             rng.setstate(state)
             twin_text = training_text(twin, rng)
             rng.setstate(after)

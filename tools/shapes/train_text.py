@@ -22,13 +22,19 @@ from training import HELD_OUT_SEED, Run
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffenc.shapes.pairs import WINOGROUND_KINDS, winoground_items
-from diffenc.shapes.scenes import BACKGROUNDS, COLORS, SHAPES, SIZES, Scene
+from diffenc.shapes.scenes import BACKGROUNDS, COLORS, RELATIONS, SHAPES, SIZES, Scene
 
 WIDTH = 128
+PAIRS = ((0, 1), (1, 0), (0, 2), (2, 0), (1, 2), (2, 1))
 
 
 class SceneReader(nn.Module):
-    """Scenes to unit vectors: one token an object, one for the background, two layers, a mean."""
+    """Scenes to unit vectors: two layers over tokens, and a mean.
+
+    One token an object, one for each two objects that stand in a clear relation, in both orders,
+    and one for the background. Without those for relations, word order in "a left of b" was not
+    learnt in 2,000 steps, while everything else was.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,6 +43,8 @@ class SceneReader(nn.Module):
         self.sizes = nn.Embedding(len(SIZES), WIDTH)
         self.backgrounds = nn.Embedding(len(BACKGROUNDS), WIDTH)
         self.places = nn.Linear(16, WIDTH)
+        self.relations = nn.Embedding(len(RELATIONS), WIDTH)
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
         layer = nn.TransformerEncoderLayer(
             WIDTH, 4, 4 * WIDTH, dropout=0.0, batch_first=True, norm_first=True
         )
@@ -46,8 +54,9 @@ class SceneReader(nn.Module):
     def forward(self, scenes: Sequence[Scene]) -> Tensor:
         kinds = torch.zeros(len(scenes), 3, 3, dtype=torch.long)
         centers = torch.zeros(len(scenes), 3, 2)
-        absent = torch.ones(len(scenes), 4, dtype=torch.bool)
-        absent[:, 3] = False
+        relations = torch.zeros(len(scenes), len(PAIRS), dtype=torch.long)
+        absent = torch.ones(len(scenes), 3 + len(PAIRS) + 1, dtype=torch.bool)
+        absent[:, -1] = False
         for row, scene in enumerate(scenes):
             for column, thing in enumerate(scene.objects):
                 words = (
@@ -58,12 +67,19 @@ class SceneReader(nn.Module):
                 kinds[row, column] = torch.tensor(words)
                 centers[row, column] = torch.tensor((thing.x, thing.y))
                 absent[row, column] = False
+            for column, pair in enumerate(PAIRS):
+                if max(pair) < len(scene.objects) and (relation := scene.relation(*pair)):
+                    relations[row, column] = RELATIONS.index(relation)
+                    absent[row, 3 + column] = False
         grounds = torch.tensor([BACKGROUNDS.index(scene.background) for scene in scenes])
         angles = centers[..., None] * torch.tensor([1.0, 2.0, 4.0, 8.0]) * math.pi
         waves = torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(2)
-        objects = self.colors(kinds[..., 0]) + self.shapes(kinds[..., 1])
-        objects = objects + self.sizes(kinds[..., 2]) + self.places(waves)
-        states = torch.cat([objects, self.backgrounds(grounds)[:, None]], dim=1)
+        looks = self.colors(kinds[..., 0]) + self.shapes(kinds[..., 1])
+        looks = looks + self.sizes(kinds[..., 2])
+        left, right = (looks[:, list(column)] for column in zip(*PAIRS, strict=True))
+        related = self.first(left) + self.relations(relations) + self.second(right)
+        ground = self.backgrounds(grounds)[:, None]
+        states = torch.cat([looks + self.places(waves), related, ground], dim=1)
         states = self.layers(states, src_key_padding_mask=absent)
         kept = (~absent).float()[..., None]
         return F.normalize(self.head((states * kept).sum(1) / kept.sum(1)), dim=-1)
@@ -86,6 +102,24 @@ def build(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     )
 
 
+WORD_CLASSES: tuple[tuple[tuple[str, ...], ...], ...] = (
+    tuple((color,) for color in COLORS),
+    tuple((shape, f"{shape}s") for shape in SHAPES),
+    (("small",), ("large", "big")),
+    (("left",), ("right",), ("above", "over", "top"), ("below", "under", "bottom"), ("middle",)),
+)
+
+
+def words_in_order(text: str) -> list[int]:
+    """For each class, which of its words comes first and which second; 0 is none."""
+    found = []
+    words = text.replace(",", " ").replace("?", " ").split()
+    for groups in WORD_CLASSES:
+        seen = [i for word in words for i, group in enumerate(groups, start=1) if word in group]
+        found += [*seen, 0, 0][:2]
+    return found
+
+
 class Contrast(nn.Module):
     """Text encoder, scene reader and temperature."""
 
@@ -93,13 +127,42 @@ class Contrast(nn.Module):
         super().__init__()
         self.text, self.scenes = text, SceneReader()
         self.projection = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.word_heads = nn.ModuleList(
+            nn.Linear(WIDTH, len(groups) + 1) for groups in WORD_CLASSES for _ in range(2)
+        )
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
 
     def forward(self, scenes: Sequence[Scene], ids: Tensor) -> Tensor:
         """Logits (scenes, texts)."""
-        pooled = F.normalize(self.projection(self.text(ids).pooler_output), dim=-1)
+        return self.match(scenes, self.text(ids).pooler_output)
+
+    def match(self, scenes: Sequence[Scene], pooled: Tensor) -> Tensor:
+        """Logits (scenes, texts) from the text's end state."""
+        pooled = F.normalize(self.projection(pooled), dim=-1)
         logits: Tensor = self.log_scale.exp().clamp(max=100) * self.scenes(scenes) @ pooled.T
         return logits
+
+    def reading_loss(self, pooled: Tensor, texts: Sequence[str]) -> Tensor:
+        """Cross-entropy of reading the words, in order, off the end state.
+
+        "left" and "right" start out exchangeable on both sides of the contrast, a saddle that
+        it did not leave in thousands of steps; this makes the text side tell them apart.
+        """
+        facts = torch.tensor([words_in_order(text) for text in texts]).T
+        losses = [
+            F.cross_entropy(head(pooled), fact)
+            for head, fact in zip(self.word_heads, facts, strict=True)
+        ]
+        return torch.stack(losses).sum()
+
+
+def twin_loss(logits: Tensor) -> Tensor:
+    """Cross-entropy between each text's scene and its twin, and each scene's text and its twin."""
+    half = len(logits) // 2
+    own = logits.diagonal()
+    other = torch.cat([logits[:half, half:].diagonal(), logits[half:, :half].diagonal()])
+    turned = torch.cat([other[half:], other[:half]])
+    return (F.softplus(other - own) + F.softplus(turned - own)).mean() / 2
 
 
 @torch.no_grad()
@@ -129,6 +192,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--run", type=Path, default=Path("runs/shapes-text"))
+    parser.add_argument("--warm-start", type=Path, help="state.pt of another run")
     parser.add_argument("--tokenizer", type=Path, default=Path("runs/shapes/tokenizer"))
     parser.add_argument("--output", type=Path, default=Path("runs/shapes/text_encoder"))
     options = parser.parse_args()
@@ -136,16 +200,23 @@ def main() -> None:
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(options.tokenizer)
     model = Contrast(build(tokenizer))
+    if options.warm_start is not None:
+        state = torch.load(options.warm_start, weights_only=True)["modules"]
+        model.load_state_dict(
+            {key.removeprefix("model."): value for key, value in state.items()}, strict=False
+        )
     run = Run(options.run, {"model": model}, steps=options.steps, lr=1e-3, ema_decay=0.995)
     target = torch.arange(options.batch)
     while run.step < options.steps:
         scenes, texts = batch(options.batch, f"text/{run.step}", hard=True)
-        logits = model(scenes, tokens(tokenizer, texts))
+        pooled = model.text(tokens(tokenizer, texts)).pooler_output
+        logits = model.match(scenes, pooled)
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        loss = loss + twin_loss(logits) + 0.2 * model.reading_loss(pooled, texts)
         run.update(loss)
         if run.step % 50 == 0:
             run.log(loss=round(loss.item(), 4))
-        if run.step % 500 == 0 or run.step == options.steps:
+        if run.step % 300 == 0 or run.step == options.steps:
             run.swap_average()
             run.log(**measure(model, tokenizer))
             model.text.save_pretrained(options.output)

@@ -178,7 +178,7 @@ def main() -> None:
         running = 0.98 * running + 0.02 * loss.item() if run.step > 1 else loss.item()
         if run.step % 50 == 0:
             run.log(loss=round(running, 5))
-        if run.step % 500 == 0 or run.step == options.steps:
+        if run.step % 400 == 0 or run.step == options.steps:
             run.swap_average()
             unet.eval()
             found = {k: winoground_text(unet, vae, text, k, 40) for k in WINOGROUND_KINDS}

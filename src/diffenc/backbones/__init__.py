@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from diffenc.backbones.base import Backbone
+from diffenc.backbones.configs import architecture
 from diffenc.backbones.folder import load_folder, read_config, read_model_index
 from diffenc.backbones.shapes import SHAPES_TAPS, shapes_folder
 from diffenc.backbones.taps import TapInfo, match_taps, unet_taps
@@ -159,13 +160,16 @@ def _fetch(label: str, hub_ids: tuple[str, ...], weights: bool) -> Path:
 
 
 def list_taps(name: "str | os.PathLike[str] | Backbone") -> tuple[TapInfo, ...]:
-    """Every readable place of a model's U-Net, without loading weights.
+    """Every readable place of a model's U-Net, without weights; for aliases without network too.
 
     Raises:
         BackboneError: See `load_backbone`.
     """
     if isinstance(name, Backbone):
         return name.taps()
+    known = architecture(os.fspath(name))
+    if known is not None:
+        return unet_taps(known["unet"], 2 ** (len(known["vae"]["block_out_channels"]) - 1))
     folder = resolve_folder(name, weights=False)
     read_model_index(folder)
     levels = len(read_config(folder, "vae")["block_out_channels"])

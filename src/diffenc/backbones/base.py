@@ -3,6 +3,7 @@
 import threading
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,7 +11,23 @@ from torch import nn
 
 from diffenc._typing import Uncond
 from diffenc.backbones.taps import TapInfo, unet_taps
+from diffenc.cache import TensorCache
 from diffenc.prompts import PromptEmbeds
+
+
+@dataclass(frozen=True, slots=True)
+class Caches:
+    """What a backbone remembers, each bounded in bytes.
+
+    Attributes:
+        latents: Per picture: 64 KB for 512 pixels.
+        prompts: Per text: 0.3 MB for SD 2.1 in float32.
+        features: Unconditional maps per picture, noise and set of taps, on the U-Net's device.
+    """
+
+    latents: TensorCache = field(default_factory=lambda: TensorCache(64 * 2**20))
+    prompts: TensorCache = field(default_factory=lambda: TensorCache(64 * 2**20))
+    features: TensorCache = field(default_factory=lambda: TensorCache(256 * 2**20))
 
 
 class Backbone(nn.Module):
@@ -26,6 +43,7 @@ class Backbone(nn.Module):
         scheduler: Holder of `alphas_cumprod` and of the prediction type.
         default_size: Side of the square that images are brought to, in pixels.
         default_taps: What the encoder reads when nothing else is asked for.
+        caches: Latents, prompts and unconditional features that were computed before.
         lock: Held while the U-Net is read, so that threads may share a backbone.
     """
 
@@ -40,6 +58,7 @@ class Backbone(nn.Module):
         self.name = name
         self.unet, self.vae, self.scheduler = unet, vae, scheduler
         self.default_size = default_size
+        self.caches = Caches()
         self.lock = threading.RLock()
 
     def freeze(self) -> "Backbone":
@@ -103,6 +122,16 @@ class Backbone(nn.Module):
             embeds.time_ids,
             embeds.truncated,
         )
+
+    def clear_caches(self) -> None:
+        """Forget everything; needed after weights were written through `.data`."""
+        for cache in (self.caches.latents, self.caches.prompts, self.caches.features):
+            cache.clear()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Backbone":
+        self.clear_caches()  # another device or dtype
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def parts(self) -> dict[str, nn.Module]:
         """Named components that hold weights."""

@@ -59,7 +59,7 @@ class SceneObject:
         x: Centre, fraction of the width from the left.
         y: Centre, fraction of the height from the top.
         radius: Half its extent, fraction of the side: how far a star's points and a triangle's top
-            lie from the centre. Circles reach 0.9 of it, corners of squares 1.13, of triangles 1.24.
+            lie from the centre. Circles reach 0.9 of it, squares' corners 1.13, triangles' 1.24.
 
     Raises:
         ConfigError: An unknown word, or a radius that is not above 0.

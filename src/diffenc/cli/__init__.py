@@ -1,0 +1,1 @@
+"""The command line: `diffenc demo`, `diffenc encode`, `diffenc info`."""

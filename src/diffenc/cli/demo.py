@@ -1,0 +1,223 @@
+"""`diffenc demo`: features, scores and word maps of a bundled picture, as numbers and a figure."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from diffenc.cli.files import check_output, write_whole
+from diffenc.cli.options import (
+    Debug,
+    Device,
+    Dtype,
+    Force,
+    Model,
+    quiet_libraries,
+    to_device,
+    to_dtype,
+)
+from diffenc.cli.tables import print_table, readable_bytes
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from diffenc.encoder import DiffusionEncoder
+    from diffenc.features import Features
+
+PROMPTS = (
+    "a red circle left of a blue square",
+    "a yellow star below a red circle",
+    "a red circle, a blue square and a yellow star",
+)
+WRONG_PROMPT = "a green triangle above a purple star"
+WORDS = ("circle", "square")
+"""Of the first prompt."""
+
+GUIDANCE_SCALE = 3.0
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def demo(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="The figure, a .png file.")
+    ] = Path("diffenc-demo.png"),
+    model: Model = "shapes",
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    force: Force = False,
+    _debug: Debug = False,
+) -> None:
+    """Draw features, scores and word maps of a bundled picture.
+
+    Prints the model's parts, the shapes of its features, how well each prompt fits the picture, and
+    timings; writes a figure. The bundled model needs no network and no GPU.
+    """
+    check_output(output, suffixes=_SUFFIXES, force=force)
+    quiet_libraries()
+    from diffenc.encoder import DiffusionEncoder
+
+    clock = Clock()
+    with clock("load the model"):
+        encoder = DiffusionEncoder.from_pretrained(
+            model, device=to_device(device), dtype=to_dtype(dtype)
+        )
+    _print_parts(encoder)
+    picture = bundled_picture(encoder.backbone.default_size)
+    with clock(f"features under {len(PROMPTS)} prompts, both halves"):
+        features = encoder.extract(
+            [picture] * len(PROMPTS), PROMPTS, conditioning="cfg", guidance_scale=GUIDANCE_SCALE
+        )
+    _print_features(features)
+    scores, maps = _scores_and_maps(encoder, picture, clock)
+    _print_scores(scores)
+    with clock("draw the figure"):
+        drawn = _draw(encoder, picture, features, scores, maps)
+        write_whole(output, drawn.save)
+    print_table("timings", ("step", "seconds"), clock.rows(), right=("seconds",))
+    if model == "shapes":
+        typer.echo(
+            "The bundled model knows coloured shapes only. For photographs: --model sd2.1-base"
+        )
+    typer.echo(f"wrote {output}")
+
+
+class Clock:
+    """Wall-clock seconds of named steps."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, step: str) -> Iterator[None]:
+        """Time what runs in the block, to the end of what it started on a GPU."""
+        import torch
+
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        self._seconds[step] = time.perf_counter() - start
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Steps in order, and all together."""
+        steps = {**self._seconds, "all": sum(self._seconds.values())}
+        return [(step, f"{seconds:.2f}") for step, seconds in steps.items()]
+
+
+def bundled_picture(size: int) -> "Image.Image":
+    """The picture of the demo: a red circle left of a blue square, a yellow star below."""
+    from diffenc.shapes import Scene, SceneObject, render
+
+    objects = (
+        SceneObject("circle", "red", "large", 0.27, 0.32, 0.21),
+        SceneObject("square", "blue", "large", 0.73, 0.35, 0.21),
+        SceneObject("star", "yellow", "small", 0.45, 0.79, 0.14),
+    )
+    return render(Scene(objects), size)
+
+
+def _scores_and_maps(
+    encoder: "DiffusionEncoder", picture: "Image.Image", clock: Clock
+) -> "tuple[dict[str, float], Tensor]":
+    """Score of each prompt and the wrong one, and a map (words h w) of the first prompt."""
+    import torch
+
+    from diffenc.images import to_pixel_values
+    from diffenc.latents import encode_latents
+    from diffenc.scorer import SCORE_TIMESTEPS, denoising_scores, word_maps
+
+    backbone, texts = encoder.backbone, [*PROMPTS, WRONG_PROMPT]
+    with torch.no_grad():
+        pixel_values = to_pixel_values(
+            picture, size=backbone.default_size, multiple=backbone.reduction
+        )
+        latents = encode_latents(backbone.vae, pixel_values)
+    with clock(f"scores of {len(texts)} texts at {len(SCORE_TIMESTEPS)} timesteps"):
+        (row,) = denoising_scores(backbone, latents, texts).tolist()
+    with clock(f"attention maps of {len(WORDS)} words at {len(SCORE_TIMESTEPS)} timesteps"):
+        (maps,) = word_maps(backbone, latents, PROMPTS[0], WORDS)
+    return dict(zip(texts, row, strict=True)), maps
+
+
+def _draw(
+    encoder: "DiffusionEncoder",
+    picture: "Image.Image",
+    features: "Features",
+    scores: dict[str, float],
+    maps: "Tensor",
+) -> "Image.Image":
+    from diffenc.viz import HeatMap, Panel, dot_chart, figure, pca_maps
+
+    side = 256
+    heats = [HeatMap(values) for values in maps]
+    top: list[Panel | None] = [
+        Panel(picture, "picture", f"{picture.height} x {picture.width} pixels"),
+        *(
+            Panel(heat.to_pil(side, overlay=picture), f'where "{word}" is seen', PROMPTS[0], heat)
+            for heat, word in zip(heats, WORDS, strict=True)
+        ),
+        Panel(
+            dot_chart(list(scores), list(scores.values()), side=side),
+            "how well a text fits",
+            "Minus the error of the noise that the model predicts under it; higher is better.",
+        ),
+    ]
+    tap = max(features, key=lambda name: features[name].shape[2] * features[name].shape[3])
+    uncond, cond, guided = (features.select(half)[tap] for half in ("uncond", "cond", "cfg"))
+    (first, *_), under, beyond = pca_maps([uncond[:1], cond, guided], size=side, resample="bicubic")
+    channels, h, w = cond.shape[1:]
+    explanation = (
+        f"Colours are the first three principal components of the features at {tap} ({h} x {w} "
+        f"cells, {channels} channels), in one scheme for all seven maps: equal colours are equal "
+        f"features. Guided features are f_u + s (f_c - f_u), from the unconditional f_u beyond the "
+        f"conditional f_c."
+    )
+    middle: list[Panel | None] = [Panel(first, "unconditional", "no text")]
+    middle += [Panel(m, "conditional", text) for m, text in zip(under, PROMPTS, strict=True)]
+    bottom: list[Panel | None] = [Panel(caption=explanation)]
+    title = f"guided, s = {GUIDANCE_SCALE:g}"
+    bottom += [Panel(m, title, text) for m, text in zip(beyond, PROMPTS, strict=True)]
+    return figure(
+        [top, middle, bottom],
+        title="One picture under three prompts",
+        note=f"Model: {_name_of(encoder)}. Made by: diffenc demo",
+        side=side,
+    )
+
+
+def _name_of(encoder: "DiffusionEncoder") -> str:
+    name: str = encoder.backbone.name
+    return "shapes, a miniature that knows coloured shapes only" if name == "shapes" else name
+
+
+def _print_parts(encoder: "DiffusionEncoder") -> None:
+    rows = []
+    for name, module in encoder.backbone.parts().items():
+        weights = list(module.parameters())
+        count, size = sum(w.numel() for w in weights), sum(w.nbytes for w in weights)
+        dtype = str(weights[0].dtype).removeprefix("torch.")
+        rows.append((name, type(module).__name__, f"{count:,}", dtype, readable_bytes(size)))
+    columns = ("part", "class", "parameters", "dtype", "memory")
+    title = f"model {encoder.backbone.name} on {encoder.device}"
+    print_table(title, columns, rows, right=("parameters", "memory"))
+
+
+def _print_features(features: "Features") -> None:
+    rows = [(name, " x ".join(map(str, maps.shape[1:]))) for name, maps in features.items()]
+    tokens = " x ".join(map(str, features.tokens().shape[1:]))
+    rows.append(("all taps as tokens", tokens))
+    print_table("features of an image", ("tap", "channels x height x width"), rows)
+
+
+def _print_scores(scores: dict[str, float]) -> None:
+    best = max(scores.values())
+    rows = [
+        (text, f"{score:.5f}", f"{score - best:.5f}")
+        for text, score in sorted(scores.items(), key=lambda item: -item[1])
+    ]
+    columns = ("text", "score", "to the best")
+    print_table("image-text scores, higher is better", columns, rows, right=columns[1:])

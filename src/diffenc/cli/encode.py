@@ -1,0 +1,234 @@
+"""`diffenc encode`: features of image files, written as safetensors."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from diffenc._version import __version__
+from diffenc.cli.files import check_output, write_whole
+from diffenc.cli.options import (
+    Debug,
+    Device,
+    Dtype,
+    Force,
+    Model,
+    quiet_libraries,
+    to_device,
+    to_dtype,
+)
+from diffenc.cli.tables import print_table, readable_bytes
+from diffenc.errors import ConfigError, ShapeError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from torch import Tensor
+
+    from diffenc.encoder import DiffusionEncoder
+    from diffenc.features import Features
+
+
+def encode(
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Picture files.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="A .safetensors file.")
+    ] = Path("features.safetensors"),
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--prompt",
+            "-p",
+            metavar="TEXT",
+            help="One for all images, or repeated: one per image, in order. None: unconditional.",
+        ),
+    ] = None,
+    model: Model = "shapes",
+    taps: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Places in the U-Net, with commas or repeated; * stands for one part of a path. "
+            "See diffenc info.",
+        ),
+    ] = None,
+    timestep: Annotated[
+        int | None, typer.Option(metavar="T", help="Noise level, 0 to 999; default 50.")
+    ] = None,
+    conditioning: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WORD",
+            help="uncond, cond, cfg or concat; default cond with prompts, uncond without.",
+        ),
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(metavar="S", help="Of cfg; default 1.5.")
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(metavar="PIXELS", help="Side, or HEIGHTxWIDTH; default the model's own."),
+    ] = None,
+    resize: Annotated[
+        str | None, typer.Option(metavar="WORD", help="squash (default), crop, pad or none.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the noise; default 0.")] = None,
+    maps: Annotated[
+        bool, typer.Option("--maps/--no-maps", help="Write one feature map per tap.")
+    ] = True,
+    tokens: Annotated[
+        bool,
+        typer.Option("--tokens/--no-tokens", help='Write "tokens": all taps on one grid, in rows.'),
+    ] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per pass.")] = 8,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    force: Force = False,
+    _debug: Debug = False,
+) -> None:
+    """Write features of images under a text to a file.
+
+    One tensor per tap (images, channels, height, width) and, with --tokens, "tokens" (images,
+    cells, channels). The metadata entry "diffenc" holds, as JSON, the names of the images, the
+    prompts, the options and the version.
+    """
+    options = {
+        "taps": [name for entry in taps for name in entry.split(",") if name] if taps else None,
+        "timestep": timestep,
+        "conditioning": conditioning,
+        "guidance_scale": guidance_scale,
+        "size": None if size is None else parse_size(size),
+        "resize": resize,
+        "seed": seed,
+    }
+    check_output(output, suffixes=(".safetensors",), force=force)
+    if not (maps or tokens):
+        raise ConfigError("nothing to write: --no-maps needs --tokens")
+    _check_inputs(images, prompts, conditioning)
+
+    import torch
+    from safetensors.torch import save_file
+
+    from diffenc.encoder import DiffusionEncoder
+
+    quiet_libraries()
+    encoder = DiffusionEncoder.from_pretrained(
+        model,
+        device=to_device(device),
+        dtype=to_dtype(dtype),
+        **{name: value for name, value in options.items() if value is not None},
+    )
+    tensors: dict[str, torch.Tensor] = {}
+    truncated: list[int] = []
+    for start, features in _passes(encoder, images, prompts, batch_size):
+        truncated += features.truncated
+        for name, rows in _to_write(features, maps=maps, tokens=tokens).items():
+            _fill(tensors, name, rows, start, len(images))
+    metadata = {
+        "version": __version__,
+        "model": encoder.backbone.name,
+        "dtype": str(encoder.dtype).removeprefix("torch."),
+        "images": [str(image) for image in images],
+        "prompts": prompts or [],
+        "truncated": truncated,
+        "conditioning": features.conditioning,
+        "grid": list(features.grid),
+        "taps": [asdict(tap) for tap in encoder.feature_info],
+        "config": encoder.config.to_dict(),
+    }
+    # One entry: the order of several is random, and equal calls shall write equal files.
+    described = {"diffenc": json.dumps(metadata)}
+    write_whole(output, lambda path: save_file(tensors, path, metadata=described))
+    _report(output, tensors, sum(count > 0 for count in truncated))
+
+
+def parse_size(text: str) -> int | tuple[int, int]:
+    """Read ``"512"`` as 512 and ``"384x512"`` as (384, 512).
+
+    Raises:
+        ConfigError: Anything else.
+    """
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+        raise ConfigError(f"size must be like 512 or 384x512 (height x width), got {text!r}")
+    return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
+
+
+def _check_inputs(
+    images: "Sequence[Path]", prompts: "Sequence[str] | None", conditioning: str | None
+) -> None:
+    """Find what is wrong with the input before a model is loaded."""
+    if not prompts and conditioning not in (None, "uncond"):
+        raise ConfigError(f"conditioning {conditioning!r} needs --prompt; got none")
+    from diffenc.images import load_image
+    from diffenc.prompts import match_batch
+
+    if prompts:
+        match_batch(prompts, len(images))
+    for image in images:
+        load_image(image)
+
+
+def _passes(
+    encoder: "DiffusionEncoder",
+    images: "Sequence[Path]",
+    prompts: "Sequence[str] | None",
+    batch_size: int,
+) -> "Iterator[tuple[int, Features]]":
+    """The first image and the features of each batch, with a progress bar on a terminal."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        *Progress.get_default_columns()[:2],
+        MofNCompleteColumn(),
+        TextColumn("images"),
+        TimeRemainingColumn(),
+    )
+    quiet = not sys.stderr.isatty() or len(images) <= batch_size
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=quiet, transient=True) as progress:
+        task = progress.add_task("encoding", total=len(images))
+        for start in range(0, len(images), batch_size):
+            part = slice(start, start + batch_size)
+            texts = prompts[part] if prompts and len(prompts) > 1 else prompts or None
+            yield start, encoder.extract(images[part], texts)
+            progress.update(task, completed=min(start + batch_size, len(images)))
+
+
+def _to_write(features: "Features", *, maps: bool, tokens: bool) -> "Mapping[str, Tensor]":
+    found = dict(features) if maps else {}
+    return {**found, "tokens": features.tokens()} if tokens else found
+
+
+def _fill(tensors: "dict[str, Tensor]", name: str, rows: "Tensor", start: int, count: int) -> None:
+    """Put the rows of a batch into the tensor of all images, which the first batch creates."""
+    import torch
+
+    if name not in tensors:
+        tensors[name] = torch.empty(count, *rows.shape[1:], dtype=rows.dtype)
+    whole = tensors[name]
+    if rows.shape[1:] != whole.shape[1:]:
+        raise ShapeError(
+            f"the images have different sizes: {name} is {tuple(whole.shape[1:])} for the first "
+            f"and {tuple(rows.shape[1:])} from image {start} on; choose --resize squash, crop or "
+            "pad, or encode them one by one"
+        )
+    whole[start : start + len(rows)] = rows.cpu()
+
+
+def _report(output: Path, tensors: "Mapping[str, Any]", truncated: int) -> None:
+    rows = [
+        (name, " x ".join(map(str, tensor.shape)), str(tensor.dtype).removeprefix("torch."))
+        for name, tensor in tensors.items()
+    ]
+    print_table("features", ("tensor", "shape", "dtype"), rows)
+    if truncated:
+        typer.echo(
+            f"warning: {truncated} prompts are longer than the text encoder reads and were cut",
+            err=True,
+        )
+    typer.echo(f"wrote {output} ({readable_bytes(output.stat().st_size)})")

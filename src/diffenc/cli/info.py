@@ -1,0 +1,253 @@
+"""`diffenc info`: what a model is made of and where it can be read, from its configs alone."""
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from diffenc.cli.options import Debug, quiet_libraries
+from diffenc.cli.tables import print_table, readable_bytes
+from diffenc.errors import BackboneError
+
+if TYPE_CHECKING:
+    from diffenc.backbones import BackboneSource, TapInfo
+
+_MAIN_TAPS = re.compile(r"conv_in|(mid_block|(down|up)_blocks\.\d+)(\.attentions\.\d+)?")
+_WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """A part of a model that holds weights.
+
+    Attributes:
+        name: Its folder.
+        kind: Its class.
+        parameters: How many numbers.
+        bytes_on_disk: Size of its weight files; 0 where they are not here.
+        overflows: Kept in float32 when float16 is asked for.
+    """
+
+    name: str
+    kind: str
+    parameters: int
+    bytes_on_disk: int
+    overflows: bool = False
+
+    def memory(self, dtype: str) -> int:
+        """Bytes of the weights in a dtype."""
+        half = dtype == "bfloat16" or (dtype == "float16" and not self.overflows)
+        return self.parameters * (2 if half else 4)
+
+
+def info(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL", help="Alias, Hub id or diffusers folder; left out: list the aliases."
+        ),
+    ] = None,
+    every_tap: Annotated[
+        bool, typer.Option("--all", "-a", help="List every tap, not the main ones alone.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    _debug: Debug = False,
+) -> None:
+    """Show a model's parts, memory and taps, or list the known models.
+
+    No weights are loaded; the aliases need no network.
+    """
+    if model is None:
+        _list_models(as_json)
+        return
+    quiet_libraries()
+    description = describe(model)
+    if as_json:
+        typer.echo(json.dumps(description, indent=2))
+        return
+    _print_description(description, every_tap)
+
+
+def _list_models(as_json: bool) -> None:
+    from diffenc.backbones import list_backbones
+
+    sources = list_backbones()
+    if as_json:
+        typer.echo(
+            json.dumps([{**asdict(s), "here": _here(s) is not None} for s in sources], indent=2)
+        )
+        return
+    rows = [
+        (s.alias, s.summary, ", ".join(s.hub_ids) or "bundled", "yes" if _here(s) else "no")
+        for s in sources
+    ]
+    print_table("models", ("alias", "what it is", "from", "here"), rows)
+    typer.echo("Any other diffusers folder or Hub id of the SD 1.x, SD 2.x or SDXL kind works too.")
+
+
+def _here(source: "BackboneSource") -> Path | None:
+    """The folder of a model that needs no download."""
+    from huggingface_hub import try_to_load_from_cache
+
+    from diffenc.backbones.shapes import shapes_folder
+
+    if not source.hub_ids:
+        return shapes_folder() if shapes_folder().is_dir() else None
+    for hub_id in source.hub_ids:
+        weights = try_to_load_from_cache(hub_id, "unet/diffusion_pytorch_model.safetensors")
+        if isinstance(weights, str):
+            return Path(weights).parents[1]
+    return None
+
+
+def describe(model: str) -> dict[str, Any]:
+    """Everything that `info` shows, as plain values.
+
+    Raises:
+        BackboneError: The model is unknown, not to be had, incomplete or broken.
+    """
+    from diffenc.backbones import list_taps
+
+    folder, configs = _configs(model)
+    unet, vae = configs["unet"], configs["vae"]
+    reduction = 2 ** (len(vae["block_out_channels"]) - 1)
+    sample_size = unet.get("sample_size") or 64
+    side = min(sample_size) if isinstance(sample_size, list) else sample_size
+    family = "sdxl" if "text_encoder_2" in configs else "sd"
+    default_taps = _default_taps(model, family)
+    parts = [
+        _component(name, config, folder) for name, config in configs.items() if name != "scheduler"
+    ]
+    return {
+        "model": model,
+        "folder": None if folder is None else str(folder),
+        "family": family,
+        "default_size": min(512, side * reduction),
+        "latent_reduction": reduction,
+        "prediction_type": configs["scheduler"].get("prediction_type", "epsilon"),
+        "components": [_component_values(part) for part in parts],
+        "taps": [_tap_values(tap, default_taps) for tap in list_taps(model)],
+    }
+
+
+def _configs(model: str) -> tuple[Path | None, dict[str, dict[str, Any]]]:
+    """Where a model lies, if it is here, and the config of each part."""
+    from diffenc.backbones import list_backbones, resolve_folder
+    from diffenc.backbones.configs import architecture
+    from diffenc.backbones.folder import read_config, read_model_index
+
+    known = architecture(model)
+    if known is not None:
+        (source,) = (source for source in list_backbones() if source.alias == model)
+        return _here(source), known
+    folder = resolve_folder(model, weights=False)
+    family, _ = read_model_index(folder)
+    second = ("text_encoder_2",) if family == "sdxl" else ()
+    names = ("unet", "vae", "text_encoder", *second, "scheduler")
+    return folder, {name: read_config(folder, name) for name in names}
+
+
+def _default_taps(model: str, family: str) -> tuple[str, ...]:
+    from diffenc.backbones.sd import StableDiffusion
+    from diffenc.backbones.sdxl import StableDiffusionXL
+    from diffenc.backbones.shapes import SHAPES_TAPS
+
+    if model == "shapes":
+        return SHAPES_TAPS
+    return (StableDiffusionXL if family == "sdxl" else StableDiffusion).default_taps
+
+
+def _component(name: str, config: dict[str, Any], folder: Path | None) -> Component:
+    """Count a part's parameters without memory for them."""
+    import torch
+
+    try:
+        with torch.device("meta"):
+            module = _build(name, config)
+    except Exception as error:  # a broken config fails in any way
+        raise BackboneError(f"cannot build {name} of {folder} from its config: {error}") from error
+    files = [folder / name / file for file in _WEIGHTS] if folder else []
+    return Component(
+        name=name,
+        kind=type(module).__name__,
+        parameters=sum(parameter.numel() for parameter in module.parameters()),
+        bytes_on_disk=sum(file.stat().st_size for file in files if file.is_file()),
+        overflows=name == "vae" and bool(config.get("force_upcast", False)),
+    )
+
+
+def _build(name: str, config: dict[str, Any]) -> Any:
+    if name in ("unet", "vae"):
+        from diffusers import AutoencoderKL, UNet2DConditionModel
+
+        model = UNet2DConditionModel if name == "unet" else AutoencoderKL
+        return model.from_config({k: v for k, v in config.items() if not k.startswith("_")})
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    encoder = CLIPTextModelWithProjection if name == "text_encoder_2" else CLIPTextModel
+    return encoder(CLIPTextConfig(**config))
+
+
+def _component_values(part: Component) -> dict[str, Any]:
+    memory = {dtype: part.memory(dtype) for dtype in ("float32", "float16", "bfloat16")}
+    return {
+        "name": part.name,
+        "class": part.kind,
+        "parameters": part.parameters,
+        "memory_bytes": memory,
+        "bytes_on_disk": part.bytes_on_disk,
+    }
+
+
+def _tap_values(tap: "TapInfo", default_taps: tuple[str, ...]) -> dict[str, Any]:
+    return {**asdict(tap), "default": tap.name in default_taps}
+
+
+def _print_description(found: dict[str, Any], every_tap: bool) -> None:
+    parts, size = found["components"], found["default_size"]
+    rows = [
+        (
+            part["name"],
+            part["class"],
+            f"{part['parameters']:,}",
+            *(readable_bytes(count) for count in part["memory_bytes"].values()),
+            readable_bytes(part["bytes_on_disk"]) if part["bytes_on_disk"] else "not here",
+        )
+        for part in parts
+    ]
+    dtypes = tuple(parts[0]["memory_bytes"])
+    totals = (
+        readable_bytes(sum(part["memory_bytes"][dtype] for part in parts)) for dtype in dtypes
+    )
+    on_disk = sum(part["bytes_on_disk"] for part in parts)
+    parameters = sum(part["parameters"] for part in parts)
+    rows.append(("all", "", f"{parameters:,}", *totals, readable_bytes(on_disk) if on_disk else ""))
+    numbers = ("parameters", *dtypes, "on disk")
+    typer.echo(f"{found['model']}, {found['folder'] or 'to be downloaded when it is used'}")
+    typer.echo(
+        f"{found['family']}, predicts {found['prediction_type']}, {size} px by default, one latent "
+        f"cell per {found['latent_reduction']} px\n"
+    )
+    print_table("components", ("part", "class", *numbers), rows, right=numbers)
+    shown = [
+        tap
+        for tap in found["taps"]
+        if every_tap or tap["default"] or _MAIN_TAPS.fullmatch(tap["name"])
+    ]
+    tap_rows = [
+        (
+            tap["name"],
+            tap["channels"],
+            tap["reduction"],
+            f"{size // tap['reduction']} x {size // tap['reduction']}",
+            "yes" if tap["default"] else "",
+        )
+        for tap in shown
+    ]
+    columns = ("tap", "channels", "reduction", f"cells at {size} px", "default")
+    print_table("taps", columns, tap_rows, right=columns[1:4])
+    if len(shown) < len(found["taps"]):
+        typer.echo(f"{len(shown)} of {len(found['taps'])} taps shown; --all lists the others.")

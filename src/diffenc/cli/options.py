@@ -1,0 +1,98 @@
+"""Options that several commands share."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from diffenc.config import check_choice
+from diffenc.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+_DTYPES = {
+    "float32": "float32",
+    "float16": "float16",
+    "bfloat16": "bfloat16",
+    "fp32": "float32",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+}
+
+
+class _Switch:
+    """Whether tracebacks are wanted, known before the command runs."""
+
+    on = False
+
+    def turn(self, wanted: bool) -> bool:
+        self.on = self.on or wanted
+        return wanted
+
+    def off(self) -> None:
+        self.on = False
+
+
+DEBUG = _Switch()
+
+Debug = Annotated[
+    bool,
+    typer.Option(
+        "--debug", callback=DEBUG.turn, is_eager=True, help="Show a traceback when something fails."
+    ),
+]
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model", "-m", metavar="NAME", help="Alias, Hub id or diffusers folder; see diffenc info."
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, mps; auto is cuda where there is one."),
+]
+Dtype = Annotated[
+    str, typer.Option(metavar="NAME", help="Of the weights: float32, float16 or bfloat16.")
+]
+Force = Annotated[bool, typer.Option("--force", "-f", help="Replace the output file if it exists.")]
+
+
+def to_dtype(name: str) -> "torch.dtype":
+    """The dtype of that name.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    check_choice("dtype", name, list(_DTYPES))
+    import torch
+
+    dtype: torch.dtype = getattr(torch, _DTYPES[name])
+    return dtype
+
+
+def to_device(name: str) -> "torch.device":
+    """The device of that name, "auto" being CUDA where there is one.
+
+    Raises:
+        ConfigError: No such device here.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"cannot use device {name!r}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def quiet_libraries() -> None:
+    """Keep progress bars and notices of the libraries behind the models off the terminal."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    for library in (of_diffusers, of_transformers):
+        library.set_verbosity_error()
+        library.disable_progress_bar()

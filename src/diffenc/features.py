@@ -1,0 +1,117 @@
+"""What an encoder reads: maps per tap in one of four conditionings, and tokens made of them."""
+
+from collections.abc import Iterator, Mapping
+from typing import TypeAlias, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diffenc._typing import Conditioning
+from diffenc.config import check_choice
+from diffenc.errors import ConfigError, TapError, near_matches
+from diffenc.maps import to_tokens
+
+Maps: TypeAlias = dict[str, Tensor]
+"""Per tap (b c h w), or (b t c h w) for several timesteps."""
+
+
+class Features(Mapping[str, Tensor]):
+    """Feature maps per tap, (b channels h w), in the dtype and on the device of the backbone.
+
+    As a mapping it holds the maps in one conditioning; `select` gives another one of the same
+    pass, without running anything.
+
+    Attributes:
+        conditioning: Of the maps that the mapping holds.
+        guidance_scale: s of f_u + s (f_c - f_u).
+        grid: (height, width) of `tokens`.
+        truncated: Number of prompt tokens that were cut, per image; empty without prompts.
+    """
+
+    def __init__(
+        self,
+        *,
+        uncond: Maps | None,
+        cond: Maps | None,
+        conditioning: Conditioning,
+        guidance_scale: float,
+        grid: tuple[int, int],
+        truncated: tuple[int, ...] = (),
+    ) -> None:
+        self._halves = {"uncond": uncond, "cond": cond}
+        self.conditioning, self.guidance_scale = conditioning, guidance_scale
+        self.grid, self.truncated = grid, truncated
+        self._maps = self._derive(conditioning, guidance_scale)
+
+    def __getitem__(self, tap: str) -> Float[Tensor, "b c h w"]:
+        try:
+            return self._maps[tap]
+        except KeyError:
+            raise TapError(
+                f"no tap {tap!r} was read.{near_matches(tap, self._maps)} "
+                f"These were: {list(self._maps)}"
+            ) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._maps)
+
+    def __len__(self) -> int:
+        return len(self._maps)
+
+    def __repr__(self) -> str:
+        shapes = {name: tuple(features.shape) for name, features in self._maps.items()}
+        return f"Features({self.conditioning}, {shapes})"
+
+    def select(
+        self, conditioning: Conditioning, *, guidance_scale: float | None = None
+    ) -> "Features":
+        """The same pass in another conditioning.
+
+        Args:
+            conditioning: "uncond", "cond", "cfg" or "concat".
+            guidance_scale: For "cfg"; None keeps this object's.
+
+        Raises:
+            ConfigError: It needs a half that was not computed.
+        """
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        return Features(
+            uncond=self._halves["uncond"],
+            cond=self._halves["cond"],
+            conditioning=conditioning,
+            guidance_scale=scale,
+            grid=self.grid,
+            truncated=self.truncated,
+        )
+
+    def tokens(self, grid: int | tuple[int, int] | None = None) -> Float[Tensor, "b n c"]:
+        """All taps on one grid, channels concatenated in tap order, cells row by row.
+
+        Args:
+            grid: Side or (height, width); None takes the encoder's.
+        """
+        grid = self.grid if grid is None else (grid, grid) if isinstance(grid, int) else grid
+        return to_tokens(self._maps, grid)
+
+    def to_list(self) -> list[Float[Tensor, "b c h w"]]:
+        """The maps from fine to coarse, as timm's `features_only` gives them."""
+        return sorted(self._maps.values(), key=lambda m: m.shape[-2] * m.shape[-1], reverse=True)
+
+    def _half(self, name: str, wanted: Conditioning) -> Maps:
+        half = self._halves[name]
+        if half is None:
+            raise ConfigError(
+                f"conditioning {wanted!r} needs the {name} features, which were not computed; "
+                "pass prompts and conditioning='cfg' or 'concat' to `extract` to have both"
+            )
+        return half
+
+    def _derive(self, conditioning: Conditioning, scale: float) -> Maps:
+        check_choice("conditioning", conditioning, get_args(Conditioning))
+        if conditioning in ("uncond", "cond"):
+            return self._half(conditioning, conditioning)
+        uncond, cond = self._half("uncond", conditioning), self._half("cond", conditioning)
+        if conditioning == "concat":
+            return {name: torch.cat([uncond[name], cond[name]], dim=-3) for name in cond}
+        return {name: torch.lerp(uncond[name], cond[name], scale) for name in cond}

@@ -1,0 +1,113 @@
+"""Latents and prompt embeddings of a backbone, computed once for each image and each text."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diffenc._typing import Posterior, Uncond
+from diffenc.backbones.base import Backbone
+from diffenc.cache import content_key, state_key
+from diffenc.latents import encode_latents
+from diffenc.prompts import PromptEmbeds
+
+
+def image_keys(pixel_values: Float[Tensor, "b 3 height width"]) -> list[bytes] | None:
+    """A digest of each picture, or None where a gradient flows into them."""
+    if pixel_values.requires_grad:
+        return None
+    return [content_key(picture) for picture in pixel_values]
+
+
+def latents_of(
+    backbone: Backbone,
+    pixel_values: Float[Tensor, "b 3 height width"],
+    *,
+    keys: Sequence[bytes] | None,
+    posterior: Posterior = "mode",
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> Float[Tensor, "b c h w"]:
+    """Scaled latents in float32; the VAE runs only for pictures that it has not seen.
+
+    Args:
+        backbone: Whose VAE is called.
+        pixel_values: RGB in [-1, 1].
+        keys: Of `image_keys`; None computes everything anew and keeps nothing.
+        posterior: Mode, or a sample that depends on the seed alone.
+        seed: Of the sample.
+        batch_size: Most pictures per call of the VAE.
+    """
+    state = None if keys is None else state_key(backbone.vae)
+    if keys is None or state is None:
+        return _encode(backbone, pixel_values, posterior, seed, batch_size)
+    cache = backbone.caches.latents
+    full = [(state, key, posterior, seed) for key in keys]
+    known = {key: entry[0] for key in dict.fromkeys(full) if (entry := cache.get(key))}
+    rows = {key: row for row, key in enumerate(full) if key not in known}
+    if rows:
+        fresh = _encode(
+            backbone, pixel_values[list(rows.values())], posterior, seed, batch_size
+        ).detach()
+        for key, latents in zip(rows, fresh, strict=True):
+            known[key] = latents.clone()
+            cache.put(key, (known[key],))
+    return torch.stack([known[key] for key in full])
+
+
+def _encode(
+    backbone: Backbone,
+    pixel_values: Tensor,
+    posterior: Posterior,
+    seed: int,
+    batch_size: int | None,
+) -> Tensor:
+    grad = torch.is_grad_enabled() and (
+        pixel_values.requires_grad or any(p.requires_grad for p in backbone.vae.parameters())
+    )
+    with torch.set_grad_enabled(grad):
+        return torch.cat(
+            [
+                encode_latents(backbone.vae, part, posterior=posterior, seed=seed)
+                for part in pixel_values.split(batch_size or len(pixel_values))
+            ]
+        )
+
+
+def prompts_of(
+    backbone: Backbone,
+    texts: Sequence[str],
+    *,
+    size: tuple[int, int],
+    uncond: Uncond | None,
+    use_cache: bool = True,
+) -> PromptEmbeds:
+    """Encoded texts, one row each; each text is encoded once.
+
+    Args:
+        backbone: Whose text encoders are called.
+        texts: Prompts. The empty text is the unconditional embedding, whatever its rule.
+        size: (height, width) of the pictures, in pixels.
+        uncond: Rule of the unconditional embedding; None is the model's own.
+        use_cache: Look up and keep.
+    """
+    states = [state_key(part) for name, part in backbone.parts().items() if name.startswith("text")]
+    keep = use_cache and None not in states
+    cache = backbone.caches.prompts
+    keys = {text: (*states, text, size, uncond if text == "" else None) for text in texts}
+    known: dict[str, PromptEmbeds] = {}
+    if keep:
+        for text, key in keys.items():
+            if entry := cache.get(key):
+                known[text] = PromptEmbeds.unpack(entry)
+    missing = [text for text in keys if text not in known]
+    if "" in missing:
+        known[""] = backbone.embed_uncond(uncond, size=size)
+    if worded := [text for text in missing if text]:
+        fresh = backbone.embed(worded, size=size)
+        known |= {text: fresh.select(row, row + 1) for row, text in enumerate(worded)}
+    if keep:
+        for text in missing:
+            cache.put(keys[text], known[text].pack())
+    return PromptEmbeds.concat([known[text] for text in texts])

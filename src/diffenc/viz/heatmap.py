@@ -1,0 +1,101 @@
+"""One number per cell as a colour, alone or over the picture it belongs to."""
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64, UInt8
+from PIL import Image
+
+from diffenc.errors import ConfigError
+from diffenc.viz.arrays import Resample, pil_filter, pil_size, to_array
+
+# From dark blue over magenta to pale yellow: lightness (CIE L*) rises evenly from 5 to 90, so that
+# the map reads in grey and with any colour vision.
+_POSITIONS = (0.0, 0.18, 0.37, 0.56, 0.77, 1.0)
+_COLORS = (
+    (12, 12, 44),
+    (70, 22, 110),
+    (150, 38, 110),
+    (216, 80, 62),
+    (246, 150, 50),
+    (250, 226, 140),
+)
+
+
+def colorize(unit: Float64[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w 3"]:
+    """Colours of values in [0, 1]."""
+    channels = [np.interp(unit, _POSITIONS, channel) for channel in zip(*_COLORS, strict=True)]
+    return np.round(np.stack(channels, axis=-1)).astype(np.uint8)
+
+
+class HeatMap:
+    """A map of numbers, such as `diffenc.scorer.word_maps` gives.
+
+    Args:
+        values: (h w), a tensor or an array.
+        low: Value of the darkest colour; None is the smallest of `values`.
+        high: Value of the lightest colour; None is the largest.
+
+    Attributes:
+        low: See above.
+        high: See above.
+
+    Raises:
+        ShapeError: Not (h w).
+        NonFiniteError: NaN or infinity.
+        ConfigError: `low` above `high`.
+    """
+
+    def __init__(self, values: Any, *, low: float | None = None, high: float | None = None) -> None:
+        self._values = to_array(values, "h w")
+        self.low = float(self._values.min()) if low is None else float(low)
+        self.high = float(self._values.max()) if high is None else float(high)
+        if not self.low <= self.high:
+            raise ConfigError(f"low must not be above high, got {self.low} and {self.high}")
+
+    def __repr__(self) -> str:
+        height, width = self._values.shape
+        return f"HeatMap({height} x {width} cells, {self.low:.3g} to {self.high:.3g})"
+
+    def to_pil(
+        self,
+        size: int | tuple[int, int] | None = None,
+        *,
+        overlay: Image.Image | None = None,
+        alpha: float = 0.7,
+        resample: Resample = "bicubic",
+    ) -> Image.Image:
+        """Draw the map.
+
+        Args:
+            size: Of the picture, a side or (height, width); None is the size of `overlay`, or one
+                pixel per cell.
+            overlay: Lies under the colours, in grey so that it does not tint them, brought to the
+                same size.
+            alpha: Weight of the colours over it, 0 to 1.
+            resample: "bicubic" smooths the values, "nearest" shows the cells.
+
+        Raises:
+            ConfigError: `alpha` or `size` is out of range.
+        """
+        if not 0 <= alpha <= 1:
+            raise ConfigError(f"alpha must be in [0, 1], got {alpha}")
+        if size is None:
+            width, height = overlay.size if overlay is not None else self._values.shape[::-1]
+        else:
+            width, height = pil_size(size)
+        cells = Image.fromarray(self._values.astype(np.float32))
+        values = np.asarray(cells.resize((width, height), pil_filter(resample)), dtype=np.float64)
+        span = self.high - self.low
+        unit = np.clip((values - self.low) / span, 0, 1) if span > 0 else np.zeros_like(values)
+        colors = Image.fromarray(colorize(unit))
+        if overlay is None:
+            return colors
+        under = overlay.convert("L").resize((width, height), Image.Resampling.BICUBIC)
+        return Image.blend(under.convert("RGB"), colors, alpha)
+
+    def legend(self, size: tuple[int, int]) -> Image.Image:
+        """The colours from `low` on the left to `high` on the right, as (height, width)."""
+        width, height = pil_size(size)
+        ramp = np.broadcast_to(np.linspace(0, 1, width), (height, width))
+        return Image.fromarray(colorize(ramp))

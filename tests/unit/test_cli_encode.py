@@ -1,0 +1,156 @@
+import json
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from typer.testing import CliRunner
+
+from diffenc import DiffusionEncoder, __version__
+from diffenc.cli.encode import parse_size
+from diffenc.cli.main import app
+from diffenc.errors import ConfigError
+
+TAPS = ["mid_block", "up_blocks.3"]
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["encode", *map(str, arguments)])
+
+
+def read(path):
+    with safe_open(path, "pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        return tensors, json.loads(opened.metadata()["diffenc"])
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    paths = [folder / "a.png", folder / "b.jpg", folder / "c.png"]
+    for path, color, size in zip(paths, ("red", "blue", "white"), (64, 40, 80), strict=True):
+        Image.new("RGB", (size, size), color).save(path)
+    return paths
+
+
+def test_the_file_holds_what_the_encoder_gives(tiny_sd_folder, pictures, tmp_path):
+    output = tmp_path / "f.safetensors"
+    prompts = ["a red circle", "blue", "a square"]
+    result = run(
+        *pictures,
+        *(part for prompt in prompts for part in ("-p", prompt)),
+        *("--model", tiny_sd_folder, "--taps", ",".join(TAPS), "--timestep", 100, "--seed", 3),
+        *("--conditioning", "cfg", "--guidance-scale", 2, "--size", "64x96", "--tokens"),
+        *("--batch-size", 2, "-o", output),
+    )
+    assert result.exit_code == 0, result.output
+    assert f"wrote {output}" in result.stdout
+    assert "3 x 16 x 1 x 2  float32" in result.stdout
+    tensors, metadata = read(output)
+    encoder = DiffusionEncoder.from_pretrained(
+        tiny_sd_folder, taps=TAPS, timestep=100, size=(64, 96), seed=3
+    )
+    expected = encoder.extract(pictures, prompts, conditioning="cfg", guidance_scale=2.0)
+    assert set(tensors) == {*TAPS, "tokens"}
+    for tap in TAPS:
+        torch.testing.assert_close(tensors[tap], expected[tap], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(tensors["tokens"], expected.tokens(), rtol=1e-5, atol=1e-5)
+    assert metadata["images"] == list(map(str, pictures))
+    assert metadata["prompts"] == prompts
+    assert metadata["version"] == __version__
+    assert metadata["conditioning"] == "cfg"
+    assert metadata["config"]["timestep"] == 100
+    assert [tap["name"] for tap in metadata["taps"]] == TAPS
+    assert metadata["truncated"] == [0, 0, 0]
+
+
+def test_equal_calls_write_equal_files_and_cut_prompts_are_told(tiny_sd_folder, pictures, tmp_path):
+    paths = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
+    for path in paths:
+        result = run(
+            *(pictures[0], "-p", "circle " * 99, "-m", tiny_sd_folder, "--dtype", "bf16"),
+            *("--taps", "mid_block", "--no-maps", "--tokens", "-o", path),
+        )
+        assert result.exit_code == 0, result.output
+        assert "warning: 1 prompts are longer" in result.output
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    tensors, metadata = read(paths[0])
+    assert {name: rows.dtype for name, rows in tensors.items()} == {"tokens": torch.bfloat16}
+    assert metadata["truncated"] == [99 + 2 - 77]
+    assert run(pictures[0], "-o", paths[0]).exit_code == 2
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_images_of_different_sizes_need_a_common_one(tiny_sd_folder, pictures, tmp_path):
+    result = run(
+        *(*pictures, "-m", tiny_sd_folder, "--taps", "up_blocks.3", "--resize", "none"),
+        *("--batch-size", 1, "-o", tmp_path / "f.safetensors"),
+    )
+    assert result.exit_code == 2
+    assert "the images have different sizes: up_blocks.3 is (8, 8, 8) for" in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-p", "a", "-p", "b"], "2 prompts, 3 images"),
+        (["-m", "no/such/model"], "unknown model 'no/such/model'"),
+        (["-m", "shape"], "Did you mean 'shapes'"),
+        (["--taps", "up_block.3"], "Did you mean 'up_blocks.3'"),
+        (["--size", "65"], "64 and 72 are the nearest"),
+        (["--size", "huge"], "size must be like 512 or 384x512"),
+        (["--timestep", "1000"], "timestep must be in [0, 1000)"),
+        (["--conditioning", "both", "-p", "a"], "conditioning must be one of"),
+        (["--conditioning", "cfg"], "needs --prompt"),
+        (["--resize", "stretch"], "resize must be one of"),
+        (["--dtype", "int8"], "dtype must be one of"),
+        (["--device", "gpu"], "cannot use device 'gpu'"),
+        (["--no-maps"], "nothing to write"),
+        (["-o", "features.npz"], "must end in .safetensors"),
+        (["-o", "no/such/folder/f.safetensors"], "folder of the output does not exist"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    tiny_sd_folder, pictures, tmp_path, monkeypatch, pytestconfig, arguments, message
+):
+    if {"both", "stretch"} & set(arguments) and pytestconfig.getoption("jaxtyping_packages", None):
+        pytest.skip("the run-time type checker refuses it before the config does")
+    monkeypatch.chdir(tmp_path)
+    result = run(*pictures, "-m", tiny_sd_folder, *arguments)
+    assert result.exit_code == 2
+    assert result.output.startswith("error: ")
+    assert message in result.output
+    assert result.output.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n"])
+def test_a_corrupt_image_is_found_before_the_model_is_loaded(tmp_path, content):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(content)
+    result = run(broken, "-m", tmp_path / "no-model", "-o", tmp_path / "f.safetensors")
+    assert result.exit_code == 2
+    assert result.output.startswith(f"error: cannot read the image {broken}: ")
+    assert list(tmp_path.iterdir()) == [broken]
+
+
+def test_a_broken_model_folder(tmp_path, pictures):
+    (tmp_path / "model").mkdir()
+    arguments = (pictures[0], "-m", tmp_path / "model", "-o", tmp_path / "f.safetensors")
+    assert "has no model_index.json" in run(*arguments).output
+    (tmp_path / "model/model_index.json").write_text("{")
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert "model_index.json is broken" in result.output
+
+
+@pytest.mark.parametrize(("text", "size"), [("512", 512), ("384x512", (384, 512))])
+def test_sizes_are_read(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "x", "64x", "-64", "64x64x64", "64.0"])
+def test_anything_else_is_no_size(text):
+    with pytest.raises(ConfigError, match="size must be like"):
+        parse_size(text)

@@ -1,0 +1,87 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffenc.errors import ConfigError, NonFiniteError, ShapeError
+from diffenc.viz.heatmap import HeatMap, colorize
+
+
+def lightness(colors):
+    """CIE L* of sRGB bytes."""
+    unit = colors / 255
+    linear = np.where(unit <= 0.04045, unit / 12.92, ((unit + 0.055) / 1.055) ** 2.4)
+    luminance = linear @ [0.2126, 0.7152, 0.0722]
+    return np.where(luminance > 0.008856, 116 * np.cbrt(luminance) - 16, 903.3 * luminance)
+
+
+def test_lightness_rises_evenly():
+    steps = np.diff(lightness(colorize(np.linspace(0, 1, 51)[None])[0]))
+    assert steps.min() > 0.5 * steps.mean()
+    assert steps.max() < 2 * steps.mean()
+
+
+def test_values_become_colours_between_low_and_high():
+    values = [[0.0, 1.0], [2.0, 4.0]]
+    cells = np.asarray(HeatMap(values).to_pil())
+    assert np.array_equal(cells, colorize(np.array([[0, 0.25], [0.5, 1]])))
+    fixed = np.asarray(HeatMap(values, low=1.0, high=2.0).to_pil())
+    assert np.array_equal(fixed, colorize(np.array([[0.0, 0.0], [1.0, 1.0]])))
+
+
+def test_the_range_is_that_of_the_values_unless_given():
+    heat = HeatMap(torch.tensor([[0.25, 0.5]], dtype=torch.float16))
+    assert (heat.low, heat.high) == (0.25, 0.5)
+    assert repr(heat) == "HeatMap(1 x 2 cells, 0.25 to 0.5)"
+    assert HeatMap([[0.25, 0.5]], low=0.0, high=1.0).high == 1
+
+
+def test_an_even_map_is_cold():
+    cells = np.asarray(HeatMap(np.full((2, 2), 3.0)).to_pil())
+    assert np.array_equal(cells, colorize(np.zeros((2, 2))))
+
+
+@pytest.mark.parametrize("resample", ["nearest", "bicubic"])
+def test_size_is_height_and_width(resample):
+    assert HeatMap(np.eye(3)).to_pil((20, 30), resample=resample).size == (30, 20)
+    assert HeatMap(np.eye(3)).to_pil(20).size == (20, 20)
+
+
+def test_smoothing_stays_between_low_and_high():
+    peak = np.zeros((5, 5))
+    peak[2, 2] = 1
+    colors = np.asarray(HeatMap(peak).to_pil(100))  # bicubic overshoots below 0
+    assert np.array_equal(colors[0, 0], colorize(np.zeros((1, 1)))[0, 0])
+
+
+def test_an_overlay_mixes_the_picture_in_grey():
+    picture = Image.new("RGB", (6, 4), (255, 0, 0))
+    heat = HeatMap([[0.0, 1.0]])
+    over = heat.to_pil(overlay=picture, alpha=0.5, resample="nearest")
+    assert over.size == (6, 4)
+    grey = np.asarray(picture.convert("L"))[0, 0]
+    expected = (colorize(np.array([[0.0, 1.0]]))[0].astype(int) + grey) // 2
+    assert np.abs(np.asarray(over)[0, [0, -1]] - expected).max() <= 1
+    alone = np.asarray(heat.to_pil(overlay=picture, alpha=1.0))
+    assert np.array_equal(alone, np.asarray(heat.to_pil((4, 6))))
+    assert heat.to_pil(12, overlay=picture).size == (12, 12)
+    assert picture.getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_the_legend_runs_from_low_to_high():
+    ramp = np.asarray(HeatMap(np.eye(2)).legend((3, 50)))
+    assert ramp.shape == (3, 50, 3)
+    assert np.array_equal(ramp[1], colorize(np.linspace(0, 1, 50)[None])[0])
+
+
+def test_bad_input():
+    with pytest.raises(ShapeError, match=r"\(h w\), got shape \(3,\)"):
+        HeatMap([1, 2, 3])
+    with pytest.raises(ShapeError, match=r"\(0, 4\)"):
+        HeatMap(np.zeros((0, 4)))
+    with pytest.raises(NonFiniteError):
+        HeatMap([[0.0, float("inf")]])
+    with pytest.raises(ConfigError, match="low must not be above high"):
+        HeatMap(np.eye(2), low=2.0)
+    with pytest.raises(ConfigError, match="alpha must be in"):
+        HeatMap(np.eye(2)).to_pil(alpha=2.0)
