@@ -1,0 +1,148 @@
+"""Train the miniature language model on the world's texts.
+
+    python tools/shapes/make_lm_tokenizer.py
+    python tools/shapes/train_lm.py --steps 2000
+
+A small Llama that has read captions, questions and conversations and never seen a picture: the
+pretrained language model of a miniature multimodal one. Documents are made as training goes on, one
+scene each, and packed into rows; a step is seeded by its number. Perplexity is measured on scenes
+of held-out seeds. What is written is a folder that `AutoModelForCausalLM` and `AutoTokenizer` of
+transformers 4 and 5 load.
+"""
+
+import argparse
+import json
+import math
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from documents import document
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+from training import HELD_OUT_SEED, Run
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from diffenc.shapes.scenes import sample_scene
+
+HIDDEN, LAYERS, HEADS, INNER = 128, 4, 4, 448
+HELD_OUT_ROWS = 64
+
+
+def build(tokenizer: Any, context: int) -> LlamaForCausalLM:
+    """The model with random weights."""
+    return LlamaForCausalLM(LlamaConfig(**configuration(tokenizer, context)))
+
+
+def configuration(tokenizer: Any, context: int) -> dict[str, Any]:
+    """The fields that all versions of transformers know; the rest are Llama's defaults."""
+    return {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": len(tokenizer),
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "max_position_embeddings": context,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def packed(tokenizer: Any, seed: str, rows: int, context: int) -> Tensor:
+    """Token ids (rows context): each row full of documents, the last one cut off.
+
+    Documents follow each other as ``<bos> ... <eos> <bos> ... <eos>``. Positions count through a
+    row, so that the model knows all of them: pictures will stand before its texts.
+    """
+    rng = random.Random(seed)
+    found = []
+    for _ in range(rows):
+        row: list[int] = []
+        while len(row) < context:
+            row += tokenizer(document(sample_scene(rng), rng)).input_ids
+            row.append(tokenizer.eos_token_id)
+        found.append(row[:context])
+    return torch.tensor(found)
+
+
+def next_token_loss(model: LlamaForCausalLM, rows: Tensor) -> Tensor:
+    """Mean cross-entropy over all tokens but the first of each row."""
+    logits = model(input_ids=rows[:, :-1], use_cache=False).logits
+    return F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
+
+
+@torch.no_grad()
+def perplexity(model: LlamaForCausalLM, rows: Tensor) -> float:
+    """Per token, on average over equally long rows."""
+    model.eval()
+    losses = [next_token_loss(model, part).item() for part in rows.split(8)]
+    weights = [len(part) for part in rows.split(8)]
+    model.train()
+    return math.exp(sum(map(math.prod, zip(losses, weights, strict=True))) / len(rows))
+
+
+def save(model: LlamaForCausalLM, tokenizer: Path, output: Path, context: int) -> None:
+    """Write the folder; the output layer is the embedding and is stored once."""
+    output.mkdir(parents=True, exist_ok=True)
+    state = {key: value.contiguous() for key, value in model.state_dict().items()}
+    state.pop("lm_head.weight")
+    save_file(state, output / "model.safetensors", metadata={"format": "pt"})
+    config = configuration(AutoTokenizer.from_pretrained(tokenizer), context)
+    # transformers 4 and 5 read the type of the weights by different names
+    write_json(output / "config.json", {**config, "dtype": "float32", "torch_dtype": "float32"})
+    ids = {key: value for key, value in config.items() if key.endswith("_token_id")}
+    write_json(output / "generation_config.json", ids)
+    shutil.copy(tokenizer / "tokenizer.json", output)
+    settings = json.loads((tokenizer / "tokenizer_config.json").read_text(encoding="utf-8"))
+    write_json(output / "tokenizer_config.json", {**settings, "model_max_length": context})
+
+
+def write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--batch", type=int, default=8, help="rows")
+    parser.add_argument("--context", type=int, default=256, help="tokens a row")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--run", type=Path, default=Path("runs/shapes-lm/run"))
+    parser.add_argument("--tokenizer", type=Path, default=Path("runs/shapes-lm/tokenizer"))
+    parser.add_argument("--output", type=Path, default=Path("runs/shapes-lm/model"))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+    model = build(tokenizer, options.context)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
+    run = Run(
+        options.run, {"model": model}, steps=options.steps, lr=2e-3, ema_decay=0.995, warmup=100
+    )
+    held_out = packed(tokenizer, f"lm/{HELD_OUT_SEED}", HELD_OUT_ROWS, options.context)
+    while run.step < options.steps:
+        rows = packed(tokenizer, f"lm/{run.step}", options.batch, options.context)
+        loss = next_token_loss(model, rows)
+        run.update(loss)
+        if run.step % 50 == 0:
+            run.log(loss=round(loss.item(), 4))
+        if run.step % 250 == 0 or run.step == options.steps:
+            run.swap_average()
+            run.log(perplexity=round(perplexity(model, held_out), 4))
+            save(model, options.tokenizer, options.output, options.context)
+            run.swap_average()
+            run.save()
+    run.swap_average()
+    print(json.dumps({"perplexity": round(perplexity(model, held_out), 4)}))
+
+
+if __name__ == "__main__":
+    main()
