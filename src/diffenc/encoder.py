@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from diffenc._typing import Conditioning
 from diffenc.backbones import TapInfo, load_backbone, match_taps
 from diffenc.backbones.base import Backbone
+from diffenc.backbones.presets import preset_options
 from diffenc.cache import state_key
 from diffenc.config import EncoderConfig, check_choice
 from diffenc.errors import BackboneError, ConfigError, OutputError
 from diffenc.features import Features, Maps
 from diffenc.forward import read_taps
 from diffenc.images import Images, to_pixel_values
+from diffenc.latents import draw_latents
 from diffenc.maps import middle_grid
-from diffenc.memo import image_keys, latents_of, prompts_of
+from diffenc.memo import image_keys, posterior_of, prompts_of
 from diffenc.noise import add_noise, shared_noise
 from diffenc.prompts import PromptEmbeds, match_batch
 
@@ -65,6 +67,7 @@ class DiffusionEncoder(nn.Module):
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         use_cache: bool = True,
+        preset: str | None = None,
         **options: Any,  # attributes of EncoderConfig, which checks their names
     ) -> "DiffusionEncoder":
         """Load an encoder.
@@ -75,8 +78,10 @@ class DiffusionEncoder(nn.Module):
             device: Where it runs.
             dtype: Of U-Net and text encoder; the VAE stays in float32 where half overflows.
             use_cache: See the class.
+            preset: Where a published method reads: "gdf", "dift", "cleandift" or "hyperfeatures",
+                see `diffenc.backbones.presets`.
             options: Attributes of `EncoderConfig`, such as `taps`, `timestep` or `size`; they win
-                over a saved config.
+                over a preset, and that over a saved config.
 
         Raises:
             BackboneError: The model is unknown, missing, incomplete or broken.
@@ -88,8 +93,10 @@ class DiffusionEncoder(nn.Module):
             config, name = _read_saved(Path(name))
         if isinstance(options.get("taps"), str):
             options["taps"] = (options["taps"],)
-        config = EncoderConfig.from_dict({**config.to_dict(), **options})
-        return cls(load_backbone(name, device=device, dtype=dtype), config, use_cache=use_cache)
+        backbone = load_backbone(name, device=device, dtype=dtype)
+        published = {} if preset is None else preset_options(preset, backbone.family)
+        config = EncoderConfig.from_dict({**config.to_dict(), **published, **options})
+        return cls(backbone, config, use_cache=use_cache)
 
     def save_pretrained(self, folder: "str | os.PathLike[str]") -> None:
         """Write the config and a reference to the backbone (not its weights) to a folder.
@@ -184,14 +191,7 @@ class DiffusionEncoder(nn.Module):
         )
         size = (pixel_values.shape[2], pixel_values.shape[3])
         keys = image_keys(pixel_values) if self.use_cache else None
-        latents = latents_of(
-            backbone,
-            pixel_values,
-            keys=keys,
-            posterior=config.posterior,
-            seed=config.seed,
-            batch_size=config.batch_size,
-        )
+        latents = posterior_of(backbone, pixel_values, keys=keys, batch_size=config.batch_size)
         uncond = cond = None
         if conditioning != "cond":
             uncond = prompts_of(
@@ -199,7 +199,7 @@ class DiffusionEncoder(nn.Module):
             )
         if conditioning != "uncond":
             assert prompts is not None
-            cond = self._embed(prompts, len(latents), size)
+            cond = self._embed(prompts, len(pixel_values), size)
         halves = self._read(latents, keys, uncond, cond)
         first = next(half for half in halves.values() if half is not None)
         grid = config.grid or middle_grid([(m.shape[-2], m.shape[-1]) for m in first.values()])
@@ -234,7 +234,7 @@ class DiffusionEncoder(nn.Module):
 
     def _read(
         self,
-        latents: Float[Tensor, "b c h w"],
+        latents: tuple[Tensor, Tensor],
         keys: list[bytes] | None,
         uncond: PromptEmbeds | None,
         cond: PromptEmbeds | None,
@@ -246,11 +246,11 @@ class DiffusionEncoder(nn.Module):
             if None not in state:
                 full_keys = [(*state, key, *self._noise_key()) for key in keys]
                 known = {key: found for key in set(full_keys) if (found := cache.get(key))}
-        names = [tap.name for tap in self._taps]
+        batch, names = len(latents[0]), [tap.name for tap in self._taps]
         missing: list[int] = []
         if uncond is not None:
-            missing = [i for i in range(len(latents)) if not full_keys or full_keys[i] not in known]
-        everything = list(range(len(latents))) if cond is not None else []
+            missing = [i for i in range(batch) if not full_keys or full_keys[i] not in known]
+        everything = list(range(batch)) if cond is not None else []
         texts = [part for part in (uncond and uncond.rows(len(missing)), cond) if part is not None]
         maps = self._run(latents, [*missing, *everything], PromptEmbeds.concat(texts))
         fresh = {name: features[: len(missing)] for name, features in maps.items()}
@@ -276,11 +276,11 @@ class DiffusionEncoder(nn.Module):
         steps = config.timestep, config.draws, config.noise, config.seed
         return taps, steps, config.posterior, config.uncond
 
-    def _run(self, latents: Tensor, images: list[int], texts: PromptEmbeds) -> Maps:
+    def _run(self, latents: tuple[Tensor, Tensor], images: list[int], texts: PromptEmbeds) -> Maps:
         """Features of rows, mean over draws: (rows c h w), or (rows t c h w) for several steps.
 
         Args:
-            latents: Of all images.
+            latents: Mode and deviation of all images.
             images: Which image each row shows.
             texts: One row each.
         """
@@ -310,13 +310,13 @@ class DiffusionEncoder(nn.Module):
             merged[name] = mean[:, 0] if isinstance(config.timestep, int) else mean
         return merged
 
-    def _noised(self, latents: Tensor, timestep: int, draw: int) -> Tensor:
-        if self.config.noise is None:
+    def _noised(self, posterior: tuple[Tensor, Tensor], timestep: int, draw: int) -> Tensor:
+        config = self.config
+        latents = draw_latents(*posterior, config.posterior, seed=config.seed, draw=draw)
+        if config.noise is None:
             return latents
-        _, channels, rows, columns = latents.shape
-        noise = shared_noise(
-            (channels, rows, columns), seed=self.config.seed, timestep=timestep, draw=draw
-        )
+        _, c, h, w = latents.shape
+        noise = shared_noise((c, h, w), seed=config.seed, timestep=timestep, draw=draw)
         return add_noise(self.backbone.scheduler, latents, noise, timestep)
 
 

@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffenc._typing import Posterior, Uncond
+from diffenc._typing import Uncond
 from diffenc.backbones.base import Backbone
 from diffenc.cache import content_key, state_key
-from diffenc.latents import encode_latents
+from diffenc.latents import encode_posterior
 from diffenc.prompts import PromptEmbeds
 
 
@@ -20,59 +20,49 @@ def image_keys(pixel_values: Float[Tensor, "b 3 height width"]) -> list[bytes] |
     return [content_key(picture) for picture in pixel_values]
 
 
-def latents_of(
+def posterior_of(
     backbone: Backbone,
     pixel_values: Float[Tensor, "b 3 height width"],
     *,
     keys: Sequence[bytes] | None,
-    posterior: Posterior = "mode",
-    seed: int = 0,
     batch_size: int | None = None,
-) -> Float[Tensor, "b c h w"]:
-    """Scaled latents in float32; the VAE runs only for pictures that it has not seen.
+) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
+    """Mode and deviation of scaled latents; the VAE runs only for pictures that it has not seen.
 
     Args:
         backbone: Whose VAE is called.
         pixel_values: RGB in [-1, 1].
         keys: Of `image_keys`; None computes everything anew and keeps nothing.
-        posterior: Mode, or a sample that depends on the seed alone.
-        seed: Of the sample.
         batch_size: Most pictures per call of the VAE.
     """
     state = None if keys is None else state_key(backbone.vae)
     if keys is None or state is None:
-        return _encode(backbone, pixel_values, posterior, seed, batch_size)
+        return _encode(backbone, pixel_values, batch_size)
     cache = backbone.caches.latents
-    full = [(state, key, posterior, seed) for key in keys]
-    known = {key: entry[0] for key in dict.fromkeys(full) if (entry := cache.get(key))}
+    full = [(state, key) for key in keys]
+    known = {key: entry for key in dict.fromkeys(full) if (entry := cache.get(key))}
     rows = {key: row for row, key in enumerate(full) if key not in known}
     if rows:
-        fresh = _encode(
-            backbone, pixel_values[list(rows.values())], posterior, seed, batch_size
-        ).detach()
-        for key, latents in zip(rows, fresh, strict=True):
-            known[key] = latents.clone()
-            cache.put(key, (known[key],))
-    return torch.stack([known[key] for key in full])
+        fresh = _encode(backbone, pixel_values[list(rows.values())], batch_size)
+        for key, mode, deviation in zip(rows, *fresh, strict=True):
+            known[key] = (mode.detach().clone(), deviation.detach().clone())
+            cache.put(key, known[key])
+    modes, deviations = zip(*(known[key] for key in full), strict=True)
+    return torch.stack(modes), torch.stack(deviations)
 
 
 def _encode(
-    backbone: Backbone,
-    pixel_values: Tensor,
-    posterior: Posterior,
-    seed: int,
-    batch_size: int | None,
-) -> Tensor:
+    backbone: Backbone, pixel_values: Tensor, batch_size: int | None
+) -> tuple[Tensor, Tensor]:
     grad = torch.is_grad_enabled() and (
         pixel_values.requires_grad or any(p.requires_grad for p in backbone.vae.parameters())
     )
     with torch.set_grad_enabled(grad):
-        return torch.cat(
-            [
-                encode_latents(backbone.vae, part, posterior=posterior, seed=seed)
-                for part in pixel_values.split(batch_size or len(pixel_values))
-            ]
+        parts = pixel_values.split(batch_size or len(pixel_values))
+        modes, deviations = zip(
+            *(encode_posterior(backbone.vae, part) for part in parts), strict=True
         )
+    return torch.cat(modes), torch.cat(deviations)
 
 
 def prompts_of(

@@ -7,7 +7,7 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 from diffenc import DiffusionEncoder, __version__
-from diffenc.cli.encode import parse_size
+from diffenc.cli.encode import parse_size, parse_timestep
 from diffenc.cli.main import app
 from diffenc.errors import ConfigError
 
@@ -145,12 +145,31 @@ def test_a_broken_model_folder(tmp_path, pictures):
     assert "model_index.json is broken" in result.output
 
 
+def test_several_timesteps_add_an_axis(tiny_sd_folder, pictures, tmp_path):
+    output = tmp_path / "f.safetensors"
+    result = run(
+        *(*pictures[:2], "-m", tiny_sd_folder, "--taps", "up_blocks.3", "--timestep", "50,261"),
+        *("--draws", 2, "-o", output),
+    )
+    assert result.exit_code == 0, result.output
+    tensors, metadata = read(output)
+    assert tensors["up_blocks.3"].shape == (2, 2, 8, 8, 8)
+    assert metadata["config"]["timestep"] == [50, 261]
+
+
 @pytest.mark.parametrize(("text", "size"), [("512", 512), ("384x512", (384, 512))])
 def test_sizes_are_read(text, size):
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "x", "64x", "-64", "64x64x64", "64.0"])
-def test_anything_else_is_no_size(text):
+@pytest.mark.parametrize(("text", "timestep"), [("50", 50), ("50, 261", (50, 261))])
+def test_timesteps_are_read(text, timestep):
+    assert parse_timestep(text) == timestep
+
+
+@pytest.mark.parametrize("text", ["", "x", "64x", "-64", "64x64x64", "64.0", "1,,2"])
+def test_anything_else_is_no_size_and_no_timestep(text):
     with pytest.raises(ConfigError, match="size must be like"):
         parse_size(text)
+    with pytest.raises(ConfigError, match="timestep must be like"):
+        parse_timestep(text)

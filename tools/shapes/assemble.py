@@ -47,6 +47,7 @@ def copy_weights(source: Path, target: Path, part: str) -> None:
     }
     (target / part).mkdir(parents=True, exist_ok=True)
     save_file(halves, target / part / WEIGHTS[part], metadata={"format": "pt"})
+    (target / part / WEIGHTS[part]).chmod(0o644)
     config = json.loads((source / part / "config.json").read_text(encoding="utf-8"))
     config.pop("_name_or_path", None)
     if part == "text_encoder":

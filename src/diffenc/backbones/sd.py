@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from diffenc.backbones.base import Backbone
+from diffenc.backbones.presets import preset_options
 from diffenc.prompts import PromptEmbeds, tokenize
 
 
@@ -13,14 +14,7 @@ class StableDiffusion(Backbone):
     """One text encoder, whose last hidden states condition the U-Net."""
 
     family = "sd"
-    # Meng et al. 2024 (generic-diffusion-feature), the "practical" set for SD 1.5; the same
-    # topology in SD 2.1.
-    default_taps: tuple[str, ...] = (
-        "up_blocks.1.attentions.1.transformer_blocks.0.attn2.to_q",
-        "up_blocks.1.resnets.2",
-        "up_blocks.2.attentions.1.transformer_blocks.0.attn2.to_q",
-        "up_blocks.3.attentions.0.transformer_blocks.0.attn1.to_k",
-    )
+    default_taps: tuple[str, ...] = preset_options("gdf", "sd")["taps"]
 
     def __init__(
         self,

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from diffenc.backbones.base import Backbone
+from diffenc.backbones.presets import preset_options
 from diffenc.prompts import PromptEmbeds, tokenize
 
 
@@ -16,13 +17,7 @@ class StableDiffusionXL(Backbone):
     """
 
     family = "sdxl"
-    # Meng et al. 2024 (generic-diffusion-feature), the "practical" set for SDXL.
-    default_taps: tuple[str, ...] = (
-        "up_blocks.0.attentions.0.transformer_blocks.7",
-        "up_blocks.0.attentions.0.transformer_blocks.5",
-        "up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_q",
-        "up_blocks.1.attentions.0.transformer_blocks.0",
-    )
+    default_taps: tuple[str, ...] = preset_options("gdf", "sdxl")["taps"]
 
     def __init__(
         self,

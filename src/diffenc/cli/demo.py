@@ -37,6 +37,10 @@ WRONG_PROMPT = "a green triangle above a purple star"
 WORDS = ("circle", "square")
 """Of the first prompt."""
 
+WORD_LAYERS = {"shapes": ("up_blocks.2",)}
+"""Where cross-attention finds the objects; another model's is averaged over all layers."""
+
+WORD_TIMESTEPS = (50, 189)
 GUIDANCE_SCALE = 3.0
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -58,6 +62,7 @@ def demo(
     """
     check_output(output, suffixes=_SUFFIXES, force=force)
     quiet_libraries()
+    from diffenc.cli.demo_figure import draw_demo
     from diffenc.encoder import DiffusionEncoder
 
     clock = Clock()
@@ -75,7 +80,15 @@ def demo(
     scores, maps = _scores_and_maps(encoder, picture, clock)
     _print_scores(scores)
     with clock("draw the figure"):
-        drawn = _draw(encoder, picture, features, scores, maps)
+        drawn = draw_demo(
+            picture,
+            features,
+            dict(zip(WORDS, maps, strict=True)),
+            scores,
+            prompts=PROMPTS,
+            model=encoder.backbone.name,
+            attention=_attention_source(encoder.backbone.name),
+        )
         write_whole(output, drawn.save)
     print_table("timings", ("step", "seconds"), clock.rows(), right=("seconds",))
     if model == "shapes":
@@ -138,60 +151,17 @@ def _scores_and_maps(
         latents = encode_latents(backbone.vae, pixel_values)
     with clock(f"scores of {len(texts)} texts at {len(SCORE_TIMESTEPS)} timesteps"):
         (row,) = denoising_scores(backbone, latents, texts).tolist()
-    with clock(f"attention maps of {len(WORDS)} words at {len(SCORE_TIMESTEPS)} timesteps"):
-        (maps,) = word_maps(backbone, latents, PROMPTS[0], WORDS)
+    with clock(f"attention maps of {len(WORDS)} words at {len(WORD_TIMESTEPS)} timesteps"):
+        layers = WORD_LAYERS.get(backbone.name)
+        (maps,) = word_maps(
+            backbone, latents, PROMPTS[0], WORDS, timesteps=WORD_TIMESTEPS, layers=layers
+        )
     return dict(zip(texts, row, strict=True)), maps
 
 
-def _draw(
-    encoder: "DiffusionEncoder",
-    picture: "Image.Image",
-    features: "Features",
-    scores: dict[str, float],
-    maps: "Tensor",
-) -> "Image.Image":
-    from diffenc.viz import HeatMap, Panel, dot_chart, figure, pca_maps
-
-    side = 256
-    heats = [HeatMap(values) for values in maps]
-    top: list[Panel | None] = [
-        Panel(picture, "picture", f"{picture.height} x {picture.width} pixels"),
-        *(
-            Panel(heat.to_pil(side, overlay=picture), f'where "{word}" is seen', PROMPTS[0], heat)
-            for heat, word in zip(heats, WORDS, strict=True)
-        ),
-        Panel(
-            dot_chart(list(scores), list(scores.values()), side=side),
-            "how well a text fits",
-            "Minus the error of the noise that the model predicts under it; higher is better.",
-        ),
-    ]
-    tap = max(features, key=lambda name: features[name].shape[2] * features[name].shape[3])
-    uncond, cond, guided = (features.select(half)[tap] for half in ("uncond", "cond", "cfg"))
-    (first, *_), under, beyond = pca_maps([uncond[:1], cond, guided], size=side, resample="bicubic")
-    channels, h, w = cond.shape[1:]
-    explanation = (
-        f"Colours are the first three principal components of the features at {tap} ({h} x {w} "
-        f"cells, {channels} channels), in one scheme for all seven maps: equal colours are equal "
-        f"features. Guided features are f_u + s (f_c - f_u), from the unconditional f_u beyond the "
-        f"conditional f_c."
-    )
-    middle: list[Panel | None] = [Panel(first, "unconditional", "no text")]
-    middle += [Panel(m, "conditional", text) for m, text in zip(under, PROMPTS, strict=True)]
-    bottom: list[Panel | None] = [Panel(caption=explanation)]
-    title = f"guided, s = {GUIDANCE_SCALE:g}"
-    bottom += [Panel(m, title, text) for m, text in zip(beyond, PROMPTS, strict=True)]
-    return figure(
-        [top, middle, bottom],
-        title="One picture under three prompts",
-        note=f"Model: {_name_of(encoder)}. Made by: diffenc demo",
-        side=side,
-    )
-
-
-def _name_of(encoder: "DiffusionEncoder") -> str:
-    name: str = encoder.backbone.name
-    return "shapes, a miniature that knows coloured shapes only" if name == "shapes" else name
+def _attention_source(model: str) -> str:
+    layers = " and ".join(WORD_LAYERS.get(model, ("all layers",)))
+    return f"{layers}, timesteps {' and '.join(map(str, WORD_TIMESTEPS))}"
 
 
 def _print_parts(encoder: "DiffusionEncoder") -> None:

@@ -56,7 +56,15 @@ def encode(
         ),
     ] = None,
     timestep: Annotated[
-        int | None, typer.Option(metavar="T", help="Noise level, 0 to 999; default 50.")
+        str | None,
+        typer.Option(
+            metavar="T",
+            help="Noise level, 0 to 999, or several with commas, which add an axis after the "
+            "images; default 50.",
+        ),
+    ] = None,
+    draws: Annotated[
+        int | None, typer.Option(metavar="N", help="Noise tensors to average over; default 1.")
     ] = None,
     conditioning: Annotated[
         str | None,
@@ -95,9 +103,10 @@ def encode(
     cells, channels). The metadata entry "diffenc" holds, as JSON, the names of the images, the
     prompts, the options and the version.
     """
-    options = {
+    options: dict[str, Any] = {
         "taps": [name for entry in taps for name in entry.split(",") if name] if taps else None,
-        "timestep": timestep,
+        "timestep": None if timestep is None else parse_timestep(timestep),
+        "draws": draws,
         "conditioning": conditioning,
         "guidance_scale": guidance_scale,
         "size": None if size is None else parse_size(size),
@@ -155,6 +164,18 @@ def parse_size(text: str) -> int | tuple[int, int]:
     if len(sides) > 2 or not all(side.isdecimal() for side in sides):
         raise ConfigError(f"size must be like 512 or 384x512 (height x width), got {text!r}")
     return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
+
+
+def parse_timestep(text: str) -> int | tuple[int, ...]:
+    """Read ``"50"`` as 50 and ``"50,261"`` as (50, 261).
+
+    Raises:
+        ConfigError: Anything else.
+    """
+    steps = text.split(",")
+    if not all(step.strip().isdecimal() for step in steps):
+        raise ConfigError(f"timestep must be like 50 or 50,261, got {text!r}")
+    return int(text) if len(steps) == 1 else tuple(int(step) for step in steps)
 
 
 def _check_inputs(
