@@ -7,7 +7,6 @@ import tomllib
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
@@ -37,13 +36,13 @@ def run_python(code: str) -> str:
 
 
 def test_all_is_sorted_and_equals_what_can_be_imported():
-    public = {
-        name
-        for name, value in vars(diffenc).items()
-        if not name.startswith("_") and not isinstance(value, ModuleType)
-    }
-    assert list(diffenc.__all__) == sorted(diffenc.__all__)
-    assert set(diffenc.__all__) - {"__version__"} == public
+    assert list(diffenc.__all__) == sorted(diffenc.__all__) == sorted(dir(diffenc))
+    assert set(diffenc.__all__) - {"__version__"} == diffenc._HOMES.keys()
+    for name in diffenc.__all__:
+        value = getattr(diffenc, name)
+        assert getattr(value, "__name__", name) == name
+    with pytest.raises(AttributeError, match="no attribute 'Encoder'"):
+        diffenc.Encoder  # noqa: B018
     assert diffenc.__version__ == version("diffenc")
 
 
@@ -58,8 +57,13 @@ def test_every_module_imports_without_extras():
 
 
 def test_importing_the_package_is_light():
-    loaded = run_python("import diffenc, sys; print(*sys.modules)").split()
-    assert not {name.partition(".")[0] for name in loaded} & set(HEAVY)
+    loaded = run_python("import diffenc.cli.main, sys; print(*sys.modules)").split()
+    assert not {name.partition(".")[0] for name in loaded} & {"torch", *HEAVY}
+
+
+def test_importing_the_encoder_costs_torch_and_nothing_heavier():
+    loaded = run_python("from diffenc import DiffusionEncoder; import sys; print(*sys.modules)")
+    assert not {name.partition(".")[0] for name in loaded.split()} & set(HEAVY)
 
 
 def test_imports_follow_the_layers(monkeypatch):

@@ -1,12 +1,9 @@
 """diffenc: text-to-image diffusion models as task-aware vision encoders."""
 
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
 from diffenc._version import __version__
-from diffenc.backbones import TapInfo, list_backbones, list_taps, load_backbone
-from diffenc.backbones.base import Backbone
-from diffenc.config import EncoderConfig
-from diffenc.encoder import DiffusionEncoder
-from diffenc.errors import DiffencError
-from diffenc.features import Features
 
 __all__ = [
     "Backbone",
@@ -20,3 +17,36 @@ __all__ = [
     "list_taps",
     "load_backbone",
 ]
+
+# Names are imported when they are first used, so that `diffenc --help` need not wait for torch.
+_HOMES = {
+    "Backbone": "diffenc.backbones.base",
+    "DiffencError": "diffenc.errors",
+    "DiffusionEncoder": "diffenc.encoder",
+    "EncoderConfig": "diffenc.config",
+    "Features": "diffenc.features",
+    "TapInfo": "diffenc.backbones",
+    "list_backbones": "diffenc.backbones",
+    "list_taps": "diffenc.backbones",
+    "load_backbone": "diffenc.backbones",
+}
+
+if _TYPE_CHECKING:
+    from diffenc.backbones import TapInfo, list_backbones, list_taps, load_backbone
+    from diffenc.backbones.base import Backbone
+    from diffenc.config import EncoderConfig
+    from diffenc.encoder import DiffusionEncoder
+    from diffenc.errors import DiffencError
+    from diffenc.features import Features
+else:  # hidden from type checkers, which would otherwise accept any name
+
+    def __getattr__(name: str) -> object:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(_import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return __all__

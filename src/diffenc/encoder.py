@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from diffenc._typing import Conditioning
-from diffenc.backbones import TapInfo, load_backbone, match_taps
+from diffenc.backbones import TapInfo, list_taps, load_backbone, match_taps
 from diffenc.backbones.base import Backbone
 from diffenc.backbones.presets import preset_options
 from diffenc.cache import state_key
@@ -93,6 +93,8 @@ class DiffusionEncoder(nn.Module):
             config, name = _read_saved(Path(name))
         if isinstance(options.get("taps"), str):
             options["taps"] = (options["taps"],)
+        if options.get("taps") and not isinstance(name, Backbone):
+            match_taps(options["taps"], list_taps(name))  # before weights are loaded
         backbone = load_backbone(name, device=device, dtype=dtype)
         published = {} if preset is None else preset_options(preset, backbone.family)
         config = EncoderConfig.from_dict({**config.to_dict(), **published, **options})

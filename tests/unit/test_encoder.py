@@ -1,5 +1,6 @@
 import copy
 import pickle
+import shutil
 import threading
 
 import numpy as np
@@ -459,3 +460,11 @@ def test_bad_calls_are_answered(encoder, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot write"):
         encoder.save_pretrained(tmp_path / "file")
+
+
+def test_an_unknown_tap_is_refused_before_weights_are_loaded(tiny_sd_folder, tmp_path):
+    hollow = shutil.copytree(
+        tiny_sd_folder, tmp_path / "hollow", ignore=shutil.ignore_patterns("*.safetensors")
+    )
+    with pytest.raises(TapError, match="Did you mean 'mid_block'"):
+        DiffusionEncoder.from_pretrained(hollow, taps="midblock")

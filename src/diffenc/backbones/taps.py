@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
+from inspect import signature
 from json import dumps, loads
 from typing import Any
 
@@ -44,8 +45,12 @@ def unet_taps(config: dict[str, Any], vae_reduction: int) -> tuple[TapInfo, ...]
         config: A `UNet2DConditionModel` config as JSON holds it.
         vae_reduction: Image pixels per latent cell.
     """
-    plain = {key: value for key, value in config.items() if not key.startswith("_")}
-    return _unet_taps(dumps(plain, sort_keys=True, default=list), vae_reduction)
+    from diffusers import UNet2DConditionModel
+
+    # With defaults filled in, a config file and a loaded model's config are one key of the cache.
+    arguments = signature(UNet2DConditionModel.__init__).parameters
+    whole = {name: config.get(name, arguments[name].default) for name in list(arguments)[1:]}
+    return _unet_taps(dumps(whole, sort_keys=True), vae_reduction)
 
 
 @cache

@@ -37,10 +37,9 @@ WRONG_PROMPT = "a green triangle above a purple star"
 WORDS = ("circle", "square")
 """Of the first prompt."""
 
-WORD_LAYERS = {"shapes": ("up_blocks.2",)}
-"""Where cross-attention finds the objects; another model's is averaged over all layers."""
-
 WORD_TIMESTEPS = (50, 189)
+"""Of the attention maps: with little noise the objects are there to be found."""
+
 GUIDANCE_SCALE = 3.0
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -87,7 +86,6 @@ def demo(
             scores,
             prompts=PROMPTS,
             model=encoder.backbone.name,
-            attention=_attention_source(encoder.backbone.name),
         )
         write_whole(output, drawn.save)
     print_table("timings", ("step", "seconds"), clock.rows(), right=("seconds",))
@@ -152,16 +150,8 @@ def _scores_and_maps(
     with clock(f"scores of {len(texts)} texts at {len(SCORE_TIMESTEPS)} timesteps"):
         (row,) = denoising_scores(backbone, latents, texts).tolist()
     with clock(f"attention maps of {len(WORDS)} words at {len(WORD_TIMESTEPS)} timesteps"):
-        layers = WORD_LAYERS.get(backbone.name)
-        (maps,) = word_maps(
-            backbone, latents, PROMPTS[0], WORDS, timesteps=WORD_TIMESTEPS, layers=layers
-        )
+        (maps,) = word_maps(backbone, latents, PROMPTS[0], WORDS, timesteps=WORD_TIMESTEPS)
     return dict(zip(texts, row, strict=True)), maps
-
-
-def _attention_source(model: str) -> str:
-    layers = " and ".join(WORD_LAYERS.get(model, ("all layers",)))
-    return f"{layers}, timesteps {' and '.join(map(str, WORD_TIMESTEPS))}"
 
 
 def _print_parts(encoder: "DiffusionEncoder") -> None:

@@ -20,7 +20,6 @@ def draw_demo(
     *,
     prompts: Sequence[str],
     model: str,
-    attention: str,
 ) -> Image.Image:
     """Draw what the demo computed.
 
@@ -31,7 +30,6 @@ def draw_demo(
         scores: Per text.
         prompts: Of `features`.
         model: Its name.
-        attention: Where `word_maps` were read, in words.
     """
     tap = max(features, key=lambda name: features[name].shape[2] * features[name].shape[3])
     uncond, cond, guided = (features.select(half)[tap] for half in ("uncond", "cond", "cfg"))
@@ -52,7 +50,7 @@ def draw_demo(
     guidance = f"guided, s = {features.guidance_scale:g}"
     return figure(
         [
-            _top(picture, word_maps, scores, prompts[0], attention),
+            _top(picture, word_maps, scores, prompts[0]),
             [Panel(first, "unconditional", "no text"), *_panels("conditional", under, prompts)],
             [colors, *_panels(guidance, beyond, prompts)],
             [changed, *_changes(uncond, cond, picture, prompts)],
@@ -71,11 +69,10 @@ def _top(
     word_maps: Mapping[str, Tensor],
     scores: Mapping[str, float],
     prompt: str,
-    attention: str,
 ) -> list[Panel]:
     explanation = (
-        f"{picture.height} x {picture.width} pixels. Where a word is seen: its share of the "
-        f"cross-attention of a cell ({attention})."
+        f"{picture.height} x {picture.width} pixels. Where a word is seen: the share of a cell's "
+        "cross-attention that it gets, mean over layers and heads."
     )
     heats = {word: HeatMap(values) for word, values in word_maps.items()}
     return [

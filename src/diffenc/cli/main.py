@@ -1,5 +1,6 @@
 """The program `diffenc`: its commands, and how errors reach the terminal."""
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -97,6 +98,9 @@ app.command()(info)
 
 def main() -> None:
     """Entry point of the program."""
+    # Read when torch loads. Threads that spin while they wait make the program many times slower
+    # beside another one that keeps the cores busy.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()
 
 
