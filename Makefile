@@ -14,7 +14,7 @@ REQUIREMENTS := pyproject.toml constraints.txt src/diffenc/_version.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-shapes lint format types layers docs wheel check clean
+.PHONY: help demo test test-shapes test-oldest lint format types layers docs wheel check clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,12 @@ test: $(DEV_STAMP)  ## Run the tests that need no GPU, no network and little tim
 
 test-shapes: $(DEV_STAMP)  ## Run the tests with every shape annotation checked at run time
 	$(BIN)/python -m pytest --jaxtyping-packages=diffenc,beartype.beartype $(ARGS)
+
+test-oldest: | $(BIN)/python  ## Run the unit and integration tests with the oldest versions the package asks for
+	test -d .venv-oldest || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt \
+		--editable . accelerate pytest pytest-timeout
+	.venv-oldest/bin/python -m pytest -W default tests/unit tests/integration $(ARGS)
 
 lint: $(DEV_STAMP)  ## Check style, formatting and spelling
 	$(BIN)/ruff check

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -211,8 +212,9 @@ def _passes(
     )
     quiet = not sys.stderr.isatty() or len(images) <= batch_size
     console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=quiet, transient=True) as progress:
-        task = progress.add_task("encoding", total=len(images))
+    progress = Progress(*columns, console=console, disable=quiet, transient=True)
+    task = progress.add_task("encoding", total=len(images))
+    with nullcontext() if quiet else progress:  # rich before 15 ends even a disabled one's line
         for start in range(0, len(images), batch_size):
             part = slice(start, start + batch_size)
             texts = prompts[part] if prompts and len(prompts) > 1 else prompts or None
