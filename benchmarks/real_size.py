@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from diffenc.backbones.configs import architecture
+from diffenc.backbones.configs import known_architecture
 from diffenc.backbones.shapes import shapes_folder
 
 GAIN = 0.5
@@ -29,9 +29,10 @@ def build_folder(alias: str, folder: Path, *, dtype: torch.dtype = torch.float32
 
     The tokenizer is the bundled miniature's, with the published limit of 77 tokens.
     """
-    configs = architecture(alias)
-    if configs is None:
+    known = known_architecture(alias)
+    if known is None:
         raise ValueError(f"no bundled architecture for {alias!r}")
+    configs = known.configs
     if (folder / "model_index.json").exists():
         return folder
     builders: dict[str, Callable[[dict[str, Any]], nn.Module]] = {

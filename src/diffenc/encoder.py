@@ -12,7 +12,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from diffenc._typing import Conditioning
-from diffenc.backbones import TapInfo, list_taps, load_backbone, match_taps
+from diffenc.backbones import (
+    TapInfo,
+    describe,
+    load_backbone,
+    match_taps,
+)
 from diffenc.backbones.base import Backbone
 from diffenc.backbones.presets import preset_options
 from diffenc.cache import state_key
@@ -68,6 +73,7 @@ class DiffusionEncoder(nn.Module):
         dtype: torch.dtype = torch.float32,
         use_cache: bool = True,
         preset: str | None = None,
+        truncate: bool = False,
         **options: Any,  # attributes of EncoderConfig, which checks their names
     ) -> "DiffusionEncoder":
         """Load an encoder.
@@ -80,6 +86,8 @@ class DiffusionEncoder(nn.Module):
             use_cache: See the class.
             preset: Where a published method reads: "gdf", "dift", "cleandift" or "hyperfeatures",
                 see `diffenc.backbones.presets`.
+            truncate: Load and run nothing that lies behind the last tap: the same features from
+                less memory. Such an encoder has no later taps and predicts no noise.
             options: Attributes of `EncoderConfig`, such as `taps`, `timestep` or `size`; they win
                 over a preset, and that over a saved config.
 
@@ -93,11 +101,15 @@ class DiffusionEncoder(nn.Module):
             config, name = _read_saved(Path(name))
         if isinstance(options.get("taps"), str):
             options["taps"] = (options["taps"],)
-        if options.get("taps") and not isinstance(name, Backbone):
-            match_taps(options["taps"], list_taps(name))  # before weights are loaded
-        backbone = load_backbone(name, device=device, dtype=dtype)
-        published = {} if preset is None else preset_options(preset, backbone.family)
+        if isinstance(name, Backbone) and truncate:
+            raise ConfigError("a Backbone is not truncated; pass the name that it is loaded by")
+        told = name if isinstance(name, Backbone) else describe(name)
+        published = {} if preset is None else preset_options(preset, told.family)
         config = EncoderConfig.from_dict({**config.to_dict(), **published, **options})
+        # Taps are checked before weights are loaded.
+        taps = match_taps(config.taps or told.default_taps, told.taps())
+        keep = [tap.name for tap in taps] if truncate else None
+        backbone = load_backbone(name, device=device, dtype=dtype, keep_taps=keep)
         return cls(backbone, config, use_cache=use_cache)
 
     def save_pretrained(self, folder: "str | os.PathLike[str]") -> None:

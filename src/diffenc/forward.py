@@ -106,11 +106,16 @@ def predict_noise(
         prompt_embeds: One row for all latents, or one per latent.
 
     Raises:
-        ConfigError: The model predicts something else.
+        ConfigError: The model predicts something else, or its U-Net was truncated.
 
     Source:
         Salimans and Ho 2022 (v-prediction), arXiv:2202.00512, appendix D.
     """
+    if backbone.truncated:
+        raise ConfigError(
+            f"the U-Net of {backbone.name!r} was truncated after its last tap and predicts no "
+            "noise; load the model without truncate"
+        )
     with backbone.lock:
         output: Tensor = _call_unet(backbone, noisy_latents, timestep, prompt_embeds).float()
     noisy = noisy_latents.to(output)

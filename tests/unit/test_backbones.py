@@ -4,8 +4,7 @@ import shutil
 import pytest
 import torch
 
-from diffenc.backbones import list_backbones, list_taps, load_backbone, match_taps
-from diffenc.backbones.configs import architecture
+from diffenc.backbones import describe, list_backbones, list_taps, load_backbone, match_taps
 from diffenc.backbones.taps import TapInfo
 from diffenc.errors import BackboneError, TapError
 from diffenc.hooks import ForwardTaps
@@ -174,7 +173,7 @@ def test_known_architectures_have_the_published_size_and_shapes(alias, millions,
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(architecture(alias)["unet"])
+        unet = UNet2DConditionModel.from_config(describe(alias).configs["unet"])
     assert sum(p.numel() for p in unet.parameters()) / 1e6 == pytest.approx(millions, abs=0.01)
     known = {tap.name: (tap.channels, tap.reduction) for tap in list_taps(alias)}
     assert taps.items() <= known.items()

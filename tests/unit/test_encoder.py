@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from diffenc import DiffusionEncoder, EncoderConfig
 from diffenc.errors import (
@@ -19,6 +20,7 @@ from diffenc.errors import (
     ShapeError,
     TapError,
 )
+from diffenc.forward import predict_noise
 from diffenc.hooks import ForwardTaps
 from diffenc.images import to_pixel_values
 from diffenc.noise import add_noise, shared_noise
@@ -468,3 +470,40 @@ def test_an_unknown_tap_is_refused_before_weights_are_loaded(tiny_sd_folder, tmp
     )
     with pytest.raises(TapError, match="Did you mean 'mid_block'"):
         DiffusionEncoder.from_pretrained(hollow, taps="midblock")
+
+
+@pytest.mark.parametrize("kind", ["tiny_sd_folder", "tiny_sdxl_folder"])
+def test_a_truncated_encoder_gives_the_same_features_from_fewer_weights(request, kind):
+    folder = request.getfixturevalue(kind)
+    options = {"taps": ("mid_block", "up_blocks.1.attentions.0"), "size": (64, 96)}
+    whole = DiffusionEncoder.from_pretrained(folder, **options)
+    short = DiffusionEncoder.from_pretrained(folder, truncate=True, **options)
+    expected = whole.extract(picture(), "red", conditioning="cfg")
+    found = short.extract(picture(), "red", conditioning="cfg")
+    for tap in expected:
+        torch.testing.assert_close(found[tap], expected[tap], atol=1e-6, rtol=1e-5)
+    kept = {name for name, _ in short.backbone.unet.named_parameters()}
+    assert kept < {name for name, _ in whole.backbone.unet.named_parameters()}
+    assert not any(name.startswith("up_blocks.1.resnets.1") for name in kept)
+    assert all(parameter.device.type != "meta" for parameter in short.parameters())
+
+
+def test_a_truncated_encoder_says_what_it_cannot_do(tiny_sd_folder):
+    short = DiffusionEncoder.from_pretrained(tiny_sd_folder, taps="mid_block", truncate=True)
+    with pytest.raises(TapError, match="no tap matches"):
+        DiffusionEncoder.from_pretrained(short.backbone, taps="up_blocks.1")
+    embeds = short.backbone.embed(["red"], size=(64, 64))
+    with pytest.raises(ConfigError, match="truncated"):
+        predict_noise(short.backbone, torch.zeros(1, 4, 8, 8), 50, embeds)
+    with pytest.raises(ConfigError, match="is not truncated"):
+        DiffusionEncoder.from_pretrained(short.backbone, truncate=True)
+
+
+def test_missing_weights_of_a_truncated_unet_are_named(tiny_sd_folder, tmp_path):
+    broken = shutil.copytree(tiny_sd_folder, tmp_path / "broken")
+    file = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights.pop("conv_in.weight")
+    save_file(weights, file)
+    with pytest.raises(BackboneError, match=r"lacks 1 weights, such as 'conv_in\.weight'"):
+        DiffusionEncoder.from_pretrained(broken, taps="mid_block", truncate=True)

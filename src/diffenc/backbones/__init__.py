@@ -6,23 +6,25 @@ repositories were withdrawn in November 2025, so theirs are community mirrors.
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from diffenc.backbones.base import Backbone
-from diffenc.backbones.configs import architecture
-from diffenc.backbones.folder import load_folder, read_config, read_model_index
+from diffenc.backbones.configs import Architecture, known_architecture
+from diffenc.backbones.folder import load_folder, read_architecture
 from diffenc.backbones.shapes import SHAPES_TAPS, shapes_folder
-from diffenc.backbones.taps import TapInfo, match_taps, unet_taps
+from diffenc.backbones.taps import TapInfo, match_taps
 from diffenc.errors import BackboneError, near_matches
 
 __all__ = [
+    "Architecture",
     "Backbone",
     "BackboneSource",
     "TapInfo",
+    "describe",
     "list_backbones",
     "list_taps",
     "load_backbone",
@@ -94,6 +96,7 @@ def load_backbone(
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    keep_taps: Sequence[str] | None = None,
 ) -> Backbone:
     """Load a model.
 
@@ -102,17 +105,22 @@ def load_backbone(
             `Backbone`, which is returned as it is, moved to `device` and `dtype` not at all.
         dtype: Of U-Net and text encoders.
         device: Where the parts go.
+        keep_taps: Module paths of the U-Net; what lies behind the last of them is neither loaded
+            nor run. None loads everything.
 
     Raises:
         BackboneError: Unknown, not to be had, incomplete or broken.
     """
     if isinstance(name, Backbone):
         return name
-    label = os.fspath(name)
-    options: dict[str, Any] = {}
-    if label == "shapes":
-        options = {"default_taps": SHAPES_TAPS}
-    return load_folder(resolve_folder(name), name=label, dtype=dtype, device=device, **options)
+    return load_folder(
+        resolve_folder(name),
+        name=os.fspath(name),
+        dtype=dtype,
+        device=device,
+        own_taps=_own_taps(name),
+        keep_taps=keep_taps,
+    )
 
 
 def resolve_folder(name: "str | os.PathLike[str]", *, weights: bool = True) -> Path:
@@ -159,18 +167,26 @@ def _fetch(label: str, hub_ids: tuple[str, ...], weights: bool) -> Path:
     )
 
 
-def list_taps(name: "str | os.PathLike[str] | Backbone") -> tuple[TapInfo, ...]:
-    """Every readable place of a model's U-Net, without weights; for aliases without network too.
+def describe(name: "str | os.PathLike[str]") -> Architecture:
+    """What a model's configs tell, without its weights; for aliases without network too.
 
     Raises:
         BackboneError: See `load_backbone`.
     """
-    if isinstance(name, Backbone):
-        return name.taps()
-    known = architecture(os.fspath(name))
+    known = known_architecture(os.fspath(name))
     if known is not None:
-        return unet_taps(known["unet"], 2 ** (len(known["vae"]["block_out_channels"]) - 1))
-    folder = resolve_folder(name, weights=False)
-    read_model_index(folder)
-    levels = len(read_config(folder, "vae")["block_out_channels"])
-    return unet_taps(read_config(folder, "unet"), 2 ** (levels - 1))
+        return known
+    return read_architecture(resolve_folder(name, weights=False), own_taps=_own_taps(name))
+
+
+def list_taps(name: "str | os.PathLike[str] | Backbone") -> tuple[TapInfo, ...]:
+    """Every readable place of a model's U-Net, without its weights.
+
+    Raises:
+        BackboneError: See `load_backbone`.
+    """
+    return name.taps() if isinstance(name, Backbone) else describe(name).taps()
+
+
+def _own_taps(name: "str | os.PathLike[str]") -> tuple[str, ...] | None:
+    return SHAPES_TAPS if os.fspath(name) == "shapes" else None

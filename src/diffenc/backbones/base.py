@@ -48,16 +48,22 @@ class Backbone(nn.Module):
     """
 
     family: str
-    default_taps: tuple[str, ...]
     uncond_rule: Uncond = "empty"
 
     def __init__(
-        self, *, name: str, unet: Any, vae: Any, scheduler: Any, default_size: int
+        self,
+        *,
+        name: str,
+        unet: Any,
+        vae: Any,
+        scheduler: Any,
+        default_size: int,
+        default_taps: tuple[str, ...],
     ) -> None:
         super().__init__()
         self.name = name
         self.unet, self.vae, self.scheduler = unet, vae, scheduler
-        self.default_size = default_size
+        self.default_size, self.default_taps = default_size, default_taps
         self.caches = Caches()
         self.lock = threading.RLock()
 
@@ -93,7 +99,14 @@ class Backbone(nn.Module):
 
     def taps(self) -> tuple[TapInfo, ...]:
         """Every readable place of the U-Net."""
-        return unet_taps(dict(self.unet.config), self.reduction)
+        known = dict(self.unet.named_modules())
+        every = unet_taps(dict(self.unet.config), self.reduction)
+        return tuple(tap for tap in every if tap.name in known)
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the U-Net ends after the last tap it was loaded for, and predicts no noise."""
+        return not hasattr(self.unet.conv_out, "weight")
 
     @abstractmethod
     def embed(self, texts: Sequence[str], *, size: tuple[int, int]) -> PromptEmbeds:

@@ -4,7 +4,11 @@ They let taps, shapes and parameter counts be told before any weight is loaded, 
 be built for benchmarks without a download.
 """
 
+from dataclasses import dataclass
 from typing import Any
+
+from diffenc.backbones.presets import preset_options
+from diffenc.backbones.taps import TapInfo, unet_taps
 
 _SCHEDULE = {
     "beta_start": 0.00085,
@@ -118,6 +122,48 @@ _ARCHITECTURES: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def architecture(alias: str) -> dict[str, dict[str, Any]] | None:
-    """Configs per part (unet, vae, text_encoder ..., scheduler), or None for an unknown alias."""
-    return _ARCHITECTURES.get(alias)
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """What a model's configs tell, without its weights.
+
+    Attributes:
+        configs: Per part (unet, vae, text_encoder ..., scheduler), as JSON holds them.
+        own_taps: What the encoder reads by default; None is the family's `gdf` set.
+    """
+
+    configs: dict[str, dict[str, Any]]
+    own_taps: tuple[str, ...] | None = None
+
+    @property
+    def family(self) -> str:
+        """What it is shaped like: "sd" or "sdxl"."""
+        return "sdxl" if "text_encoder_2" in self.configs else "sd"
+
+    @property
+    def reduction(self) -> int:
+        """Image pixels per latent cell."""
+        return int(2 ** (len(self.configs["vae"]["block_out_channels"]) - 1))
+
+    @property
+    def default_size(self) -> int:
+        """Side of the square that images are brought to: 512 pixels, or less for a small U-Net."""
+        side = self.configs["unet"].get("sample_size") or 64
+        return min(512, (min(side) if isinstance(side, list) else int(side)) * self.reduction)
+
+    @property
+    def default_taps(self) -> tuple[str, ...]:
+        """Module paths of the U-Net."""
+        if self.own_taps is not None:
+            return self.own_taps
+        taps: tuple[str, ...] = preset_options("gdf", self.family)["taps"]
+        return taps
+
+    def taps(self) -> tuple[TapInfo, ...]:
+        """Every readable place of the U-Net."""
+        return unet_taps(self.configs["unet"], self.reduction)
+
+
+def known_architecture(alias: str) -> Architecture | None:
+    """Of an alias whose weights lie on the Hub; None for any other name."""
+    configs = _ARCHITECTURES.get(alias)
+    return None if configs is None else Architecture(configs)

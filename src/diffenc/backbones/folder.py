@@ -1,13 +1,17 @@
 """Reading a diffusers folder: which model it is, its parts, and clear errors where it is broken."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from diffenc.backbones.base import Backbone
+from diffenc.backbones.configs import Architecture
 from diffenc.errors import BackboneError
+from diffenc.truncation import truncate
 
 _PIPELINES = {
     "StableDiffusionPipeline": "sd",
@@ -74,14 +78,25 @@ def read_config(folder: Path, part: str) -> dict[str, Any]:
     return config
 
 
+def read_architecture(folder: Path, *, own_taps: tuple[str, ...] | None = None) -> Architecture:
+    """What a folder's configs tell; no weights are needed.
+
+    Raises:
+        BackboneError: The folder is missing, incomplete or broken.
+    """
+    family, _ = read_model_index(folder)
+    names = [part for part in _PARTS[family] if not part.startswith("tokenizer")]
+    return Architecture({name: read_config(folder, name) for name in names}, own_taps)
+
+
 def load_folder(
     folder: Path,
     *,
     name: str,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-    default_size: int | None = None,
-    default_taps: tuple[str, ...] | None = None,
+    own_taps: tuple[str, ...] | None = None,
+    keep_taps: Sequence[str] | None = None,
 ) -> Backbone:
     """Load every part of a diffusers folder.
 
@@ -90,35 +105,34 @@ def load_folder(
         name: What the backbone is called in messages and configs.
         dtype: Of U-Net and text encoders; the VAE stays in float32 where half precision overflows.
         device: Where the parts go.
-        default_size: See `Backbone`; None is 512, or less for a U-Net of smaller `sample_size`.
-        default_taps: See `Backbone`; None takes the family's.
+        own_taps: See `Architecture`.
+        keep_taps: Module paths of the U-Net; what lies behind the last of them is not loaded. None
+            loads everything.
 
     Raises:
         BackboneError: The folder is missing, incomplete or broken, or names another kind of model.
     """
     family, index = read_model_index(folder)
-    parts = {part: _load_part(folder, part, dtype, device) for part in _PARTS[family]}
-    if default_size is None:
-        reduction = 2 ** (len(parts["vae"].config.block_out_channels) - 1)
-        default_size = min(512, _sample_size(parts["unet"]) * reduction)
+    told = read_architecture(folder, own_taps=own_taps)
+    parts = {part: _load_part(folder, part, dtype, device, keep_taps) for part in _PARTS[family]}
+    options: dict[str, Any] = {"default_size": told.default_size, "default_taps": told.default_taps}
     if family == "sdxl":
         from diffenc.backbones.sdxl import StableDiffusionXL
 
         force_zeros = bool(index.get("force_zeros_for_empty_prompt", True))
-        return StableDiffusionXL(
-            name=name, default_size=default_size, force_zeros=force_zeros, **parts
-        )
+        return StableDiffusionXL(name=name, force_zeros=force_zeros, **options, **parts)
     from diffenc.backbones.sd import StableDiffusion
 
-    return StableDiffusion(name=name, default_size=default_size, default_taps=default_taps, **parts)
+    return StableDiffusion(name=name, **options, **parts)
 
 
-def _sample_size(unet: Any) -> int:
-    size = unet.config.sample_size or 64
-    return min(size) if isinstance(size, (tuple, list)) else int(size)
-
-
-def _load_part(folder: Path, part: str, dtype: torch.dtype, device: str | torch.device) -> Any:
+def _load_part(
+    folder: Path,
+    part: str,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    keep_taps: Sequence[str] | None,
+) -> Any:
     try:
         if part.startswith("tokenizer"):
             from transformers import CLIPTokenizer
@@ -130,6 +144,8 @@ def _load_part(folder: Path, part: str, dtype: torch.dtype, device: str | torch.
             config = read_config(folder, part)
             kept = {key: config[key] for key in _SCHEDULE if key in config}
             return DDPMScheduler.from_config(kept)
+        if part == "unet" and keep_taps is not None:
+            return _load_truncated(folder / part, dtype, keep_taps).to(device)
         return _load_weights(folder, part, dtype).to(device)
     except BackboneError:
         raise
@@ -146,6 +162,27 @@ _SCHEDULE = (
     "prediction_type",
     "rescale_betas_zero_snr",
 )
+
+
+def _load_truncated(folder: Path, dtype: torch.dtype, taps: Sequence[str]) -> Any:
+    """A U-Net that ends after the last tap; only its own weights are read from the files."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        whole = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
+    short = truncate(whole, taps)
+    wanted = set(short.state_dict())
+    state = {}
+    for file in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
+        if ".fp16." in file.name or ".non_ema." in file.name:
+            continue
+        with safe_open(file, framework="pt") as weights:
+            for key in wanted.intersection(weights.keys()):
+                state[key] = weights.get_tensor(key).to(dtype)
+    if missing := sorted(wanted - state.keys()):
+        raise BackboneError(f"{folder} lacks {len(missing)} weights, such as {missing[0]!r}")
+    short.load_state_dict(state, assign=True)
+    return short
 
 
 def _load_weights(folder: Path, part: str, dtype: torch.dtype) -> Any:

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 
 from diffenc.backbones.base import Backbone
-from diffenc.backbones.presets import preset_options
 from diffenc.prompts import PromptEmbeds, tokenize
 
 
@@ -14,7 +13,6 @@ class StableDiffusion(Backbone):
     """One text encoder, whose last hidden states condition the U-Net."""
 
     family = "sd"
-    default_taps: tuple[str, ...] = preset_options("gdf", "sd")["taps"]
 
     def __init__(
         self,
@@ -25,15 +23,18 @@ class StableDiffusion(Backbone):
         scheduler: Any,
         text_encoder: Any,
         tokenizer: Any,
-        default_size: int = 512,
-        default_taps: tuple[str, ...] | None = None,
+        default_size: int,
+        default_taps: tuple[str, ...],
     ) -> None:
         super().__init__(
-            name=name, unet=unet, vae=vae, scheduler=scheduler, default_size=default_size
+            name=name,
+            unet=unet,
+            vae=vae,
+            scheduler=scheduler,
+            default_size=default_size,
+            default_taps=default_taps,
         )
         self.text_encoder, self.tokenizer = text_encoder, tokenizer
-        if default_taps is not None:
-            self.default_taps = default_taps
         self.freeze()
 
     def embed(self, texts: Sequence[str], *, size: tuple[int, int]) -> PromptEmbeds:

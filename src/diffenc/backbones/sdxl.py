@@ -6,7 +6,6 @@ from typing import Any
 import torch
 
 from diffenc.backbones.base import Backbone
-from diffenc.backbones.presets import preset_options
 from diffenc.prompts import PromptEmbeds, tokenize
 
 
@@ -17,7 +16,6 @@ class StableDiffusionXL(Backbone):
     """
 
     family = "sdxl"
-    default_taps: tuple[str, ...] = preset_options("gdf", "sdxl")["taps"]
 
     def __init__(
         self,
@@ -30,11 +28,17 @@ class StableDiffusionXL(Backbone):
         tokenizer: Any,
         text_encoder_2: Any,
         tokenizer_2: Any,
-        default_size: int = 512,
+        default_size: int,
+        default_taps: tuple[str, ...],
         force_zeros: bool = True,
     ) -> None:
         super().__init__(
-            name=name, unet=unet, vae=vae, scheduler=scheduler, default_size=default_size
+            name=name,
+            unet=unet,
+            vae=vae,
+            scheduler=scheduler,
+            default_size=default_size,
+            default_taps=default_taps,
         )
         self.text_encoder, self.tokenizer = text_encoder, tokenizer
         self.text_encoder_2, self.tokenizer_2 = text_encoder_2, tokenizer_2

@@ -109,55 +109,27 @@ def describe(model: str) -> dict[str, Any]:
     Raises:
         BackboneError: The model is unknown, not to be had, incomplete or broken.
     """
-    from diffenc.backbones import list_taps
+    from diffenc.backbones import describe as read
+    from diffenc.backbones import list_backbones, resolve_folder
 
-    folder, configs = _configs(model)
-    unet, vae = configs["unet"], configs["vae"]
-    reduction = 2 ** (len(vae["block_out_channels"]) - 1)
-    sample_size = unet.get("sample_size") or 64
-    side = min(sample_size) if isinstance(sample_size, list) else sample_size
-    family = "sdxl" if "text_encoder_2" in configs else "sd"
-    default_taps = _default_taps(model, family)
+    told = read(model)
+    aliases = {source.alias: source for source in list_backbones()}
+    folder = _here(aliases[model]) if model in aliases else resolve_folder(model, weights=False)
     parts = [
-        _component(name, config, folder) for name, config in configs.items() if name != "scheduler"
+        _component(name, config, folder)
+        for name, config in told.configs.items()
+        if name != "scheduler"
     ]
     return {
         "model": model,
         "folder": None if folder is None else str(folder),
-        "family": family,
-        "default_size": min(512, side * reduction),
-        "latent_reduction": reduction,
-        "prediction_type": configs["scheduler"].get("prediction_type", "epsilon"),
+        "family": told.family,
+        "default_size": told.default_size,
+        "latent_reduction": told.reduction,
+        "prediction_type": told.configs["scheduler"].get("prediction_type", "epsilon"),
         "components": [_component_values(part) for part in parts],
-        "taps": [_tap_values(tap, default_taps) for tap in list_taps(model)],
+        "taps": [_tap_values(tap, told.default_taps) for tap in told.taps()],
     }
-
-
-def _configs(model: str) -> tuple[Path | None, dict[str, dict[str, Any]]]:
-    """Where a model lies, if it is here, and the config of each part."""
-    from diffenc.backbones import list_backbones, resolve_folder
-    from diffenc.backbones.configs import architecture
-    from diffenc.backbones.folder import read_config, read_model_index
-
-    known = architecture(model)
-    if known is not None:
-        (source,) = (source for source in list_backbones() if source.alias == model)
-        return _here(source), known
-    folder = resolve_folder(model, weights=False)
-    family, _ = read_model_index(folder)
-    second = ("text_encoder_2",) if family == "sdxl" else ()
-    names = ("unet", "vae", "text_encoder", *second, "scheduler")
-    return folder, {name: read_config(folder, name) for name in names}
-
-
-def _default_taps(model: str, family: str) -> tuple[str, ...]:
-    from diffenc.backbones.sd import StableDiffusion
-    from diffenc.backbones.sdxl import StableDiffusionXL
-    from diffenc.backbones.shapes import SHAPES_TAPS
-
-    if model == "shapes":
-        return SHAPES_TAPS
-    return (StableDiffusionXL if family == "sdxl" else StableDiffusion).default_taps
 
 
 def _component(name: str, config: dict[str, Any], folder: Path | None) -> Component:
