@@ -24,7 +24,7 @@ from diffenc.cache import state_key
 from diffenc.config import EncoderConfig, check_choice
 from diffenc.errors import BackboneError, ConfigError, OutputError
 from diffenc.features import Features, Maps
-from diffenc.forward import read_taps
+from diffenc.forward import compile_taps, read_taps
 from diffenc.images import Images, to_pixel_values
 from diffenc.latents import draw_latents
 from diffenc.maps import middle_grid
@@ -148,6 +148,18 @@ class DiffusionEncoder(nn.Module):
     def dtype(self) -> torch.dtype:
         """The U-Net's."""
         return self.backbone.dtype
+
+    def compile(self, **options: Any) -> None:
+        """Compile the U-Net up to the last tap, without graph breaks.
+
+        The first call of each batch and image size compiles, and takes minutes for a real model.
+        Features stay within the dtype's rounding of the eager ones. Compile again after adding or
+        removing LoRA.
+
+        Args:
+            options: Of `torch.compile`, such as `mode` and `dynamic`.
+        """
+        compile_taps(self.backbone, [tap.name for tap in self._taps], **options)
 
     def clear_cache(self) -> None:
         """Forget latents, prompts and features; needed after writes through `.data`."""

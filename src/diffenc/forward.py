@@ -2,8 +2,9 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -12,8 +13,9 @@ from torch import Tensor
 from diffenc.attention import CrossAttnTaps
 from diffenc.backbones.base import Backbone
 from diffenc.errors import ConfigError, NonFiniteError
-from diffenc.hooks import ForwardTaps
+from diffenc.hooks import ForwardTaps, TapOutputs
 from diffenc.prompts import PromptEmbeds
+from diffenc.truncation import truncate
 
 
 def read_taps(
@@ -58,15 +60,16 @@ def read_taps(
         while start < rows:
             stop = min(start + size, rows)
             try:
-                with ForwardTaps(backbone.unet, taps, early_exit=True) as reader:
-                    call = partial(
-                        _call_unet,
+                part = slice(start, stop)
+                found.append(
+                    _read(
                         backbone,
-                        noisy_latents[start:stop],
-                        timesteps[start:stop],
+                        noisy_latents[part],
+                        timesteps[part],
                         prompt_embeds.select(start, stop),
+                        taps,
                     )
-                    found.append(reader.run(call))
+                )
             except torch.cuda.OutOfMemoryError:
                 if size == 1:
                     raise
@@ -89,6 +92,37 @@ def read_taps(
                 "already"
             )
     return maps
+
+
+def compile_taps(backbone: Backbone, taps: Sequence[str], **options: Any) -> None:
+    """Compile the U-Net up to the last of these taps; `read_taps` then uses it for them.
+
+    The first call of each shape compiles, and takes minutes for a real model. Compile again after
+    modules were exchanged (LoRA added or removed); weights may change.
+
+    Args:
+        backbone: Whose U-Net is compiled; it is left as it is.
+        taps: Module paths.
+        options: Of `torch.compile`.
+    """
+    outputs = TapOutputs(truncate(backbone.unet, taps), taps)
+    backbone.compiled[tuple(taps)] = torch.compile(outputs, **options)
+
+
+def _read(
+    backbone: Backbone,
+    noisy_latents: Tensor,
+    timesteps: Tensor,
+    prompt_embeds: PromptEmbeds,
+    taps: Sequence[str],
+) -> dict[str, Tensor]:
+    compiled = backbone.compiled.get(tuple(taps))
+    if compiled is not None:
+        maps = _call_unet(backbone, noisy_latents, timesteps, prompt_embeds, unet=compiled)
+        # A compiled graph may give its outputs' memory to its next call.
+        return {name: tap.clone() for name, tap in zip(taps, maps, strict=True)}
+    with ForwardTaps(backbone.unet, taps, early_exit=True) as reader:
+        return reader.run(partial(_call_unet, backbone, noisy_latents, timesteps, prompt_embeds))
 
 
 def predict_noise(
@@ -117,7 +151,7 @@ def predict_noise(
             "noise; load the model without truncate"
         )
     with backbone.lock:
-        output: Tensor = _call_unet(backbone, noisy_latents, timestep, prompt_embeds).float()
+        output = _call_unet(backbone, noisy_latents, timestep, prompt_embeds)[0].float()
     noisy = noisy_latents.to(output)
     signal = float(backbone.scheduler.alphas_cumprod[timestep])
     of_image, of_noise = math.sqrt(signal), math.sqrt(1 - signal)
@@ -173,12 +207,15 @@ def _call_unet(
     noisy_latents: Tensor,
     timestep: int | Tensor,
     prompt_embeds: PromptEmbeds,
-) -> Tensor:
+    *,
+    unet: Callable[..., tuple[Tensor, ...]] | None = None,
+) -> tuple[Tensor, ...]:
     device, dtype = backbone.device, backbone.dtype
-    output: Tensor = backbone.unet(
+    called = backbone.unet if unet is None else unet
+    output: tuple[Tensor, ...] = called(
         noisy_latents.to(device, dtype),
         torch.as_tensor(timestep, device=device),
         return_dict=False,
         **prompt_embeds.rows(len(noisy_latents)).to(device, dtype).unet_kwargs(),
-    )[0]
+    )
     return output

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from diffenc.errors import TapError, near_matches
+from diffenc.truncation import shallow_copy
 
 
 class AllTapsRead(BaseException):
@@ -87,6 +88,41 @@ class ForwardTaps:
                 raise AllTapsRead
 
         return read
+
+
+class TapOutputs(nn.Module):
+    """A U-Net that returns its taps: what `torch.compile` needs, which ignores later hooks.
+
+    The hooks sit on copies of the modules that lead to the taps, so the U-Net itself has none.
+
+    Args:
+        unet: A `UNet2DConditionModel`, best one that ends after the last tap.
+        names: Module paths.
+
+    Raises:
+        TapError: The U-Net has no such module.
+    """
+
+    def __init__(self, unet: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.unet = shallow_copy(unet)
+        self.names = tuple(names)
+        copied = {"": self.unet}
+        for name in names:
+            parts = name.split(".")
+            for depth in range(1, len(parts) + 1):
+                path = ".".join(parts[:depth])
+                if path not in copied:
+                    parent = copied[".".join(parts[: depth - 1])]
+                    copied[path] = shallow_copy(parent.get_submodule(parts[depth - 1]))
+                    parent._modules[parts[depth - 1]] = copied[path]
+        self._taps = ForwardTaps(self.unet, names)
+        self._taps.__enter__()
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Float[Tensor, "b _c _h _w"], ...]:
+        """Call the U-Net with these arguments; a map per tap, in the order of `names`."""
+        self.unet(*args, **kwargs)
+        return tuple(self._taps[name] for name in self.names)
 
 
 def _carrier(known: dict[str, nn.Module], name: str) -> nn.Module | None:

@@ -48,7 +48,7 @@ def truncate(unet: nn.Module, taps: Sequence[str]) -> nn.Module:
         kept[-1] = _shortened(kept[-1], last_layer + 1)
     if len(kept) < len(blocks):
         kept.append(Passthrough(len(blocks[len(kept)].resnets)))
-    short = _shallow(unet)
+    short = shallow_copy(unet)
     short.up_blocks = nn.ModuleList(kept)
     short.conv_norm_out = None
     short.conv_out = nn.Identity()
@@ -70,7 +70,7 @@ def _last(taps: Sequence[str]) -> tuple[int, int | None]:
 
 
 def _shortened(block: nn.Module, layers: int) -> nn.Module:
-    short = _shallow(block)
+    short = shallow_copy(block)
     short.resnets = nn.ModuleList(list(block.resnets)[:layers])  # type: ignore[arg-type]
     if hasattr(block, "attentions"):
         short.attentions = nn.ModuleList(list(block.attentions)[:layers])  # type: ignore[arg-type]
@@ -79,8 +79,11 @@ def _shortened(block: nn.Module, layers: int) -> nn.Module:
     return kept
 
 
-def _shallow(module: nn.Module) -> Any:
-    """A copy with the same submodules, whose own list of them can be changed."""
+def shallow_copy(module: nn.Module) -> Any:
+    """A copy that shares submodules and weights, with lists of submodules and hooks of its own."""
     twin = copy.copy(module)
     twin._modules = dict(module._modules)
+    for name, value in vars(module).items():
+        if "hooks" in name and isinstance(value, dict):
+            setattr(twin, name, type(value)(value))
     return twin

@@ -507,3 +507,26 @@ def test_missing_weights_of_a_truncated_unet_are_named(tiny_sd_folder, tmp_path)
     save_file(weights, file)
     with pytest.raises(BackboneError, match=r"lacks 1 weights, such as 'conv_in\.weight'"):
         DiffusionEncoder.from_pretrained(broken, taps="mid_block", truncate=True)
+
+
+def test_a_compiled_encoder_gives_the_same_features_without_graph_breaks(tiny_sd_folder):
+    torch._dynamo.reset()
+    options = {"taps": TAPS, "size": (72, 40), "conditioning": "cfg", "use_cache": False}
+    encoder = DiffusionEncoder.from_pretrained(tiny_sd_folder, **options)
+    before = hooks(encoder)
+    expected = encoder.extract([picture(), picture(1)], "red")
+    encoder.compile(backend="eager", fullgraph=True)
+    found = encoder.extract([picture(), picture(1)], "red")
+    assert hooks(encoder) == before
+    for tap in TAPS:
+        torch.testing.assert_close(found[tap], expected[tap], atol=1e-6, rtol=1e-5)
+    other = encoder.extract([picture(1), picture()], "blue")
+    for tap in TAPS:
+        assert not torch.equal(other[tap], found[tap])
+
+
+def test_a_copy_of_a_compiled_encoder_is_not_compiled(tiny_sd_folder):
+    encoder = DiffusionEncoder.from_pretrained(tiny_sd_folder, taps=("mid_block",))
+    encoder.compile(backend="eager")
+    assert encoder.backbone.compiled
+    assert not copy.deepcopy(encoder).backbone.compiled

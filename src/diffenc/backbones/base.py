@@ -2,12 +2,12 @@
 
 import threading
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffenc._typing import Uncond
 from diffenc.backbones.taps import TapInfo, unet_taps
@@ -44,6 +44,7 @@ class Backbone(nn.Module):
         default_size: Side of the square that images are brought to, in pixels.
         default_taps: What the encoder reads when nothing else is asked for.
         caches: Latents, prompts and unconditional features that were computed before.
+        compiled: Per tuple of taps the compiled U-Net that returns them.
         lock: Held while the U-Net is read, so that threads may share a backbone.
     """
 
@@ -65,6 +66,7 @@ class Backbone(nn.Module):
         self.unet, self.vae, self.scheduler = unet, vae, scheduler
         self.default_size, self.default_taps = default_size, default_taps
         self.caches = Caches()
+        self.compiled: dict[tuple[str, ...], Callable[..., tuple[Tensor, ...]]] = {}
         self.lock = threading.RLock()
 
     def freeze(self) -> "Backbone":
@@ -143,6 +145,7 @@ class Backbone(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Backbone":
         self.clear_caches()  # another device or dtype
+        self.compiled.clear()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
@@ -151,7 +154,8 @@ class Backbone(nn.Module):
         return dict(self.named_children())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "lock"}
+        kept = {key: value for key, value in self.__dict__.items() if key != "lock"}
+        return {**kept, "compiled": {}}  # compiled code is neither copied nor pickled
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
