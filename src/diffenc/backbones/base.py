@@ -145,7 +145,6 @@ class Backbone(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Backbone":
         self.clear_caches()  # another device or dtype
-        self.compiled.clear()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
