@@ -38,7 +38,8 @@ WORDS = ("circle", "square")
 """Of the first prompt."""
 
 WORD_TIMESTEPS = (50, 189)
-"""Of the attention maps: with little noise the objects are there to be found."""
+WORD_LAYERS = ("up_blocks.1",)
+"""Of the attention maps: little noise, and the block whose maps point best (the model's card)."""
 
 GUIDANCE_SCALE = 3.0
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -150,7 +151,9 @@ def _scores_and_maps(
     with clock(f"scores of {len(texts)} texts at {len(SCORE_TIMESTEPS)} timesteps"):
         (row,) = denoising_scores(backbone, latents, texts).tolist()
     with clock(f"attention maps of {len(WORDS)} words at {len(WORD_TIMESTEPS)} timesteps"):
-        (maps,) = word_maps(backbone, latents, PROMPTS[0], WORDS, timesteps=WORD_TIMESTEPS)
+        (maps,) = word_maps(
+            backbone, latents, PROMPTS[0], WORDS, timesteps=WORD_TIMESTEPS, layers=WORD_LAYERS
+        )
     return dict(zip(texts, row, strict=True)), maps
 
 

@@ -72,7 +72,7 @@ def _top(
 ) -> list[Panel]:
     explanation = (
         f"{picture.height} x {picture.width} pixels. Where a word is seen: the share of a cell's "
-        "cross-attention that it gets, mean over layers and heads."
+        "cross-attention that it gets in up_blocks.1, mean over layers and heads."
     )
     heats = {word: HeatMap(values) for word, values in word_maps.items()}
     return [
