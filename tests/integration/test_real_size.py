@@ -41,3 +41,17 @@ def test_sd21_at_512_pixels(folder):
     assert not torch.equal(
         features.select("cond")["up_blocks.1"], features.select("uncond")["up_blocks.1"]
     )
+
+
+@pytest.mark.timeout(1200)
+def test_sd21_in_bfloat16(folder):
+    """At 64 pixels, so that it ends in time where the processor has to emulate bfloat16."""
+    options = {"taps": ("up_blocks.1",), "size": 64, "truncate": True}
+    exact = DiffusionEncoder.from_pretrained(folder, **options)
+    half = DiffusionEncoder.from_pretrained(folder, dtype=torch.bfloat16, **options)
+    image = Image.new("RGB", (80, 60), (200, 30, 30))
+    expected = exact.extract(image, "a red circle", conditioning="cfg")["up_blocks.1"]
+    found = half.extract(image, "a red circle", conditioning="cfg")["up_blocks.1"]
+    assert found.dtype == torch.bfloat16
+    assert found.shape == (1, 1280, 4, 4)
+    assert (found.float() - expected).abs().max() <= 0.05 * expected.abs().max()
