@@ -108,6 +108,8 @@ def test_a_second_question_costs_one_conditional_pass(encoder, calls, monkeypatc
     assert (calls, pictures) == ([6, 3], [3])
     third = encoder.extract([images[2], picture(3)], "red", conditioning="cfg")
     assert (calls, pictures) == ([6, 3, 3], [3, 1])
+    encoder.extract(images, conditioning="uncond")
+    assert (calls, pictures) == ([6, 3, 3], [3, 1])
     for tap in TAPS:
         assert torch.equal(first.select("uncond")[tap], second.select("uncond")[tap])
         torch.testing.assert_close(third[tap][0], first[tap][2], atol=1e-5, rtol=1e-5)

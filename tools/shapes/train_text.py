@@ -3,9 +3,9 @@
     python tools/shapes/train_text.py --steps 3000
 
 Stable Diffusion's text encoder was trained by CLIP before it was frozen. Here the other side of the
-contrast is not a vision tower but the scene itself, read object by object: what a caption says is
-then learnt in minutes, word order included, since half of a batch are near twins of the other half
-(colours swapped, relation turned, sizes exchanged ...). Only the text encoder is kept.
+contrast is not a vision tower but the scene itself, read object by object, which is cheaper and
+learns sooner. Half of a batch are near twins of the other half (colours swapped, relation turned,
+sizes exchanged ...), so that word order matters. Only the text encoder is kept.
 """
 
 import argparse
@@ -32,8 +32,7 @@ class SceneReader(nn.Module):
     """Scenes to unit vectors: two layers over tokens, and a mean.
 
     One token an object, one for each two objects that stand in a clear relation, in both orders,
-    and one for the background. Without those for relations, word order in "a left of b" was not
-    learnt in 2,000 steps, while everything else was.
+    and one for the background.
     """
 
     def __init__(self) -> None:
