@@ -19,7 +19,7 @@ import torch
 from texts import training_text
 from torch import Tensor
 from torch.nn import functional as F
-from training import HELD_OUT_SEED, Run
+from training import VALIDATION_SEED, Run
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from diffenc.shapes.captions import caption
@@ -143,12 +143,12 @@ def measure(model: CLIPModel, tokenizer: CLIPTokenizer) -> dict[str, float]:
     model.eval()
     right = []
     for index in range(8):
-        scenes, texts = different_captions(64, f"clip/{HELD_OUT_SEED + index}")
+        scenes, texts = different_captions(64, f"clip/{VALIDATION_SEED + index}")
         logits = similarities(model, tokenizer, scenes, texts)
         right.append((logits.argmax(dim=1) == torch.arange(64)).float().mean())
     found = {"one_of_64": 100 * float(torch.stack(right).mean())}
     for kind in WINOGROUND_KINDS:
-        items = winoground_items(100, seed=HELD_OUT_SEED, kinds=[kind])
+        items = winoground_items(100, seed=VALIDATION_SEED, kinds=[kind])
         hits = 0
         for item in items:
             scores = similarities(model, tokenizer, list(item.scenes), list(item.captions))

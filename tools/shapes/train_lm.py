@@ -23,7 +23,7 @@ from documents import document
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
-from training import HELD_OUT_SEED, Run
+from training import VALIDATION_SEED, Run
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from diffenc.shapes.scenes import sample_scene
@@ -127,7 +127,7 @@ def main() -> None:
     run = Run(
         options.run, {"model": model}, steps=options.steps, lr=2e-3, ema_decay=0.995, warmup=100
     )
-    held_out = packed(tokenizer, f"lm/{HELD_OUT_SEED}", HELD_OUT_ROWS, options.context)
+    held_out = packed(tokenizer, f"lm/{VALIDATION_SEED}", HELD_OUT_ROWS, options.context)
     while run.step < options.steps:
         rows = packed(tokenizer, f"lm/{run.step}", options.batch, options.context)
         loss = next_token_loss(model, rows)

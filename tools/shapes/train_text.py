@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from train_clip import batch, different_captions, tokens
-from training import HELD_OUT_SEED, Run
+from training import VALIDATION_SEED, Run
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffenc.shapes.pairs import WINOGROUND_KINDS, winoground_items
@@ -170,12 +170,12 @@ def measure(model: Contrast, tokenizer: CLIPTokenizer) -> dict[str, float]:
     model.eval()
     right = []
     for index in range(8):
-        scenes, texts = different_captions(64, f"text/{HELD_OUT_SEED + index}")
+        scenes, texts = different_captions(64, f"text/{VALIDATION_SEED + index}")
         logits = model(scenes, tokens(tokenizer, texts))
         right.append((logits.argmax(dim=1) == torch.arange(64)).float().mean())
     found = {"one_of_64": 100 * float(torch.stack(right).mean())}
     for kind in WINOGROUND_KINDS:
-        items = winoground_items(100, seed=HELD_OUT_SEED, kinds=[kind])
+        items = winoground_items(100, seed=VALIDATION_SEED, kinds=[kind])
         hits = 0
         for item in items:
             scores = model(item.scenes, tokens(tokenizer, list(item.captions)))

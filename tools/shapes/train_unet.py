@@ -1,8 +1,8 @@
 """Train the U-Net of the miniature diffusion model on frozen latents and a frozen text encoder.
 
-    python tools/shapes/train_unet.py --steps 3000
+    python tools/shapes/train_unet.py --steps 6000
 
-Needs the VAE, the text encoder and the tokenizer in `--model`. Latents and token ids of the
+Needs the VAE, the text encoder and the tokenizer in `--model`. Latents, token ids and masks of the
 training scenes are computed once and kept beside the run. Writes averaged weights to `--model`.
 """
 
@@ -13,19 +13,24 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from grounding import GROUNDED_LAYERS, outside, spoken_of
 from texts import training_text
 from torch import Tensor
 from torch.nn import functional as F
 from train_clip import pixels
-from training import HELD_OUT_SEED, Run
+from training import VALIDATION_SEED, Run
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from diffenc.attention import CrossAttnTaps
 from diffenc.shapes.pairs import WINOGROUND_KINDS, WinogroundKind, winoground_items
-from diffenc.shapes.scenes import sample_scene
+from diffenc.shapes.render import masks
+from diffenc.shapes.scenes import Scene, sample_scene
 
 TEXTS_PER_SCENE = 4
+CHUNK = 250
 TIMESTEPS = (189, 389, 589, 789, 989)
 MIN_SNR_GAMMA = 5.0
+GROUNDING_WEIGHT = 0.03
 
 
 def build_unet() -> UNet2DConditionModel:
@@ -85,22 +90,41 @@ def encode(vae: AutoencoderKL, values: Tensor) -> Tensor:
 
 
 def cached_data(file: Path, count: int, vae: AutoencoderKL, text: Text) -> dict[str, Tensor]:
-    """Latents (n 4 16 16) and token ids (n texts 32) of the training scenes."""
+    """What the training reads of its scenes, in integers and half precision.
+
+    latents (n 4 16 16), shares (n 3 16 16) of each cell that an object covers in 255ths, and for
+    several texts a scene their token ids and the objects they speak of (n texts 32).
+    """
     if file.exists():
         kept: dict[str, Tensor] = torch.load(file, weights_only=True)
         return kept
     rng = random.Random("unet")
-    latents, ids = [], []
-    for start in range(0, count, 250):
-        scenes = [sample_scene(rng, overlap=rng.choice((0.0, 0.0, 0.4))) for _ in range(250)]
-        latents.append(encode(vae, pixels(scenes)).half())
-        texts = [training_text(s, rng) for s in scenes for _ in range(TEXTS_PER_SCENE)]
-        ids.append(text.ids(texts).view(250, TEXTS_PER_SCENE, -1).short())
-        if start % 5000 == 0:
+    found: dict[str, list[Tensor]] = {"latents": [], "shares": [], "ids": [], "bits": []}
+    for start in range(0, count, CHUNK):
+        scenes = [sample_scene(rng, overlap=rng.choice((0.0, 0.0, 0.4))) for _ in range(CHUNK)]
+        found["latents"].append(encode(vae, pixels(scenes)).half())
+        found["shares"].append(torch.stack([covered(scene) for scene in scenes]))
+        texts = [[training_text(s, rng) for _ in range(TEXTS_PER_SCENE)] for s in scenes]
+        ids = text.ids([line for lines in texts for line in lines])
+        found["ids"].append(ids.view(CHUNK, TEXTS_PER_SCENE, -1).short())
+        bits = [
+            [spoken_of(text.tokenizer, line, scene) for line in lines]
+            for scene, lines in zip(scenes, texts, strict=True)
+        ]
+        found["bits"].append(torch.tensor(bits, dtype=torch.uint8))
+        if start % (20 * CHUNK) == 0:
             print(f"encoded {start}", flush=True)
-    data = {"latents": torch.cat(latents), "ids": torch.cat(ids)}
+    data = {name: torch.cat(parts) for name, parts in found.items()}
     torch.save(data, file)
     return data
+
+
+def covered(scene: Scene) -> Tensor:
+    """Share of each latent cell that an object covers, in 255ths (3 16 16)."""
+    seen = torch.from_numpy(masks(scene)).float()
+    shares = torch.zeros(3, 16, 16)
+    shares[: len(seen)] = F.avg_pool2d(seen, 4)
+    return (255 * shares).round().byte()
 
 
 @torch.no_grad()
@@ -108,7 +132,7 @@ def winoground_text(
     unet: UNet2DConditionModel, vae: AutoencoderKL, text: Text, kind: WinogroundKind, items: int
 ) -> dict[str, float]:
     """Text, image and group score in percent, by negative squared error with shared noise."""
-    pairs = winoground_items(items, seed=HELD_OUT_SEED, kinds=[kind])
+    pairs = winoground_items(items, seed=VALIDATION_SEED, kinds=[kind])
     schedule = build_scheduler().alphas_cumprod
     latents = encode(vae, pixels([scene for pair in pairs for scene in pair.scenes]))
     states = text.states(text.ids([caption for pair in pairs for caption in pair.captions]))
@@ -136,9 +160,9 @@ def winoground_text(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--scenes", type=int, default=24_000)
+    parser.add_argument("--scenes", type=int, default=40_000)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--run", type=Path, default=Path("runs/shapes-unet"))
@@ -151,12 +175,12 @@ def main() -> None:
     options.run.mkdir(parents=True, exist_ok=True)
     data = cached_data(options.run / "data.pt", options.scenes, vae, text)
     unet = build_unet()
-    run = Run(options.run, {"unet": unet}, steps=options.steps, lr=options.lr, ema_decay=0.997)
+    run = Run(options.run, {"unet": unet}, steps=options.steps, lr=options.lr, ema_decay=0.9985)
     alphas = build_scheduler().alphas_cumprod
     snr = alphas / (1 - alphas)
     weights = snr.clamp(max=MIN_SNR_GAMMA) / snr
     empty = text.ids([""]).short()
-    running = 0.0
+    means = [0.0, 0.0]
     while run.step < options.steps:
         generator = torch.Generator().manual_seed(run.step)
         rows = torch.randint(len(data["latents"]), (options.batch,), generator=generator)
@@ -171,14 +195,21 @@ def main() -> None:
         timesteps = ((torch.arange(options.batch) + shift) / options.batch * 1000).long()
         signal = alphas[timesteps].view(-1, 1, 1, 1)
         noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
-        predicted = unet(noisy, timesteps, text.states(ids)).sample
+        with CrossAttnTaps(unet, GROUNDED_LAYERS, tokens=range(ids.shape[1])) as taps:
+            predicted = unet(noisy, timesteps, text.states(ids)).sample
         errors = F.mse_loss(predicted, noise, reduction="none").mean(dim=(1, 2, 3))
         loss = (weights[timesteps] * errors).mean()
-        run.update(loss)
-        running = 0.98 * running + 0.02 * loss.item() if run.step > 1 else loss.item()
+        bits = torch.where(dropped[:, None], 0, data["bits"][rows, which])
+        shares = data["shares"][rows].float() / 255
+        astray = outside(taps.maps(), shares, bits, snr[timesteps].clamp(max=1))
+        run.update(loss + GROUNDING_WEIGHT * astray)
+        means = [
+            0.98 * mean + 0.02 * value.item() if run.step > 1 else value.item()
+            for mean, value in zip(means, (loss, astray), strict=True)
+        ]
         if run.step % 50 == 0:
-            run.log(loss=round(running, 5))
-        if run.step % 400 == 0 or run.step == options.steps:
+            run.log(loss=round(means[0], 5), astray=round(means[1], 4))
+        if run.step % 500 == 0 or run.step == options.steps:
             run.swap_average()
             unet.eval()
             found = {k: winoground_text(unet, vae, text, k, 40) for k in WINOGROUND_KINDS}

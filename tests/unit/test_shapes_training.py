@@ -1,0 +1,79 @@
+"""The parts of the training scripts that a mistake in would not show in a loss curve."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "shapes"))
+
+from grounding import outside, spoken_of
+from train_vae import SCALING_FACTOR, build, correlations, pictures, whiten
+from transformers import CLIPTokenizer
+
+from diffenc.backbones.shapes import shapes_folder
+from diffenc.shapes.scenes import Scene, SceneObject
+
+
+def thing(color: str, shape: str, size: str = "small", x: float = 0.5) -> SceneObject:
+    return SceneObject(shape, color, size, x, 0.5, 0.13)  # type: ignore[arg-type]
+
+
+RED_CIRCLE, BLUE_CIRCLE = thing("red", "circle"), thing("blue", "circle", "large", 0.2)
+GREEN_STAR = thing("green", "star", x=0.8)
+SCENE = Scene((RED_CIRCLE, BLUE_CIRCLE, GREEN_STAR))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> CLIPTokenizer:
+    return CLIPTokenizer.from_pretrained(shapes_folder() / "tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("a red circle left of a green star", {"red": 1, "circle": 1, "green": 4, "star": 4}),
+        ("two circles and a star", {"circles": 3, "star": 4}),
+        ("a big blue circle", {"big": 2, "blue": 2, "circle": 2}),
+        ("is there a red star?", {"red": 0, "star": 0}),
+        ("what color is the star? green", {"star": 4, "green": 0}),
+        ("a small circle", {"small": 1, "circle": 1}),
+    ],
+)
+def test_words_stand_for_the_objects_with_all_their_properties(
+    tokenizer: CLIPTokenizer, text: str, named: dict[str, int]
+) -> None:
+    bits = spoken_of(tokenizer, text, SCENE)
+    pieces = tokenizer.convert_ids_to_tokens(tokenizer(text).input_ids)
+    assert len(bits) == tokenizer.model_max_length
+    found = {piece.removesuffix("</w>"): bit for piece, bit in zip(pieces, bits, strict=False)}
+    assert {word: found[word] for word in named} == named
+    assert sum(map(bool, bits)) == sum(map(bool, named.values()))
+
+
+def test_attention_inside_costs_nothing_and_outside_everything() -> None:
+    shares = torch.zeros(1, 3, 16, 16)
+    shares[0, 0, :8] = 1.0
+    bits = torch.tensor([[0, 1]])
+    above, below = torch.zeros(2, 1, 2, 8, 8)
+    above[..., :4, :], below[..., 4:, :] = 0.5, 0.5
+    weight = torch.ones(1)
+    assert outside({"a": above}, shares, bits, weight).item() == pytest.approx(0, abs=1e-6)
+    assert outside({"a": below}, shares, bits, weight).item() == pytest.approx(1, abs=1e-6)
+    both = outside({"a": above, "b": below}, shares, bits, weight).item()
+    assert both == pytest.approx(0.5, abs=1e-6)
+    assert outside({"a": below}, shares, 0 * bits, weight).item() == 0
+
+
+def test_whitening_changes_the_latents_and_not_the_pictures() -> None:
+    torch.manual_seed(0)
+    vae = build().eval().requires_grad_(False)
+    held_out = pictures(16, "test")
+    before = vae.decode(vae.encode(held_out).latent_dist.mode()).sample
+    whiten(vae)
+    latents = vae.encode(held_out).latent_dist.mode()
+    torch.testing.assert_close(vae.decode(latents).sample, before, rtol=0, atol=1e-3)
+    mean, covariance = correlations(SCALING_FACTOR * latents)
+    assert mean.abs().max() < 0.3
+    assert (covariance - torch.eye(4)).abs().max() < 0.5
