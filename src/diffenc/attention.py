@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from einops import rearrange, reduce
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -26,6 +26,8 @@ class CrossAttnTaps:
         layers: Names of `cross_attention_layers`, or of modules around them ("up_blocks.1"); None
             reads all.
         tokens: Positions in the prompt, the start token being 0, for every row of the batch.
+        merge_heads: Take the mean over heads; otherwise maps have an axis of heads after the
+            tokens.
 
     Raises:
         TapError: No cross-attention by that name.
@@ -39,13 +41,18 @@ class CrossAttnTaps:
     """
 
     def __init__(
-        self, unet: nn.Module, layers: Sequence[str] | None = None, *, tokens: Sequence[int]
+        self,
+        unet: nn.Module,
+        layers: Sequence[str] | None = None,
+        *,
+        tokens: Sequence[int],
+        merge_heads: bool = True,
     ) -> None:
         known = _attentions(unet)
         self._layers = {name: known[name] for name in _match(layers, list(known))}
         if not tokens or min(tokens) < 0:
             raise ShapeError(f"tokens must be one position or more, 0 or above, got {list(tokens)}")
-        self._tokens = list(tokens)
+        self._tokens, self._merge_heads = list(tokens), merge_heads
         self._grids: dict[nn.Module, tuple[int, int]] = {}
         self._queries: dict[str, Tensor] = {}
         self._maps: dict[str, Tensor] = {}
@@ -69,7 +76,7 @@ class CrossAttnTaps:
         self._grids.clear()
         self._queries.clear()
 
-    def maps(self) -> dict[str, Float[Tensor, "b tokens _h _w"]]:
+    def maps(self) -> dict[str, Float[Tensor, "b tokens *heads _h _w"]]:
         """Per layer the mean over its heads, in float32: how much each cell looks at a token.
 
         Over all tokens of a prompt the values of a cell sum to 1.
@@ -95,24 +102,25 @@ class CrossAttnTaps:
             self._queries[name] = output
 
         def read_key(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-            maps = token_maps(
+            maps = head_maps(
                 self._queries.pop(name), output, self._tokens, heads=attn.heads, scale=attn.scale
             )
             h, w = self._grids[transformer]
-            self._maps[name] = rearrange(maps, "b (h w) tokens -> b tokens h w", h=h, w=w)
+            maps = rearrange(maps, "b heads (h w) tokens -> b tokens heads h w", h=h, w=w)
+            self._maps[name] = maps.mean(dim=2) if self._merge_heads else maps
 
         return read_query, read_key
 
 
-def token_maps(
+def head_maps(
     query: Float[Tensor, "b hw qc"],
     key: Float[Tensor, "b l kc"],
     tokens: Sequence[int],
     *,
     heads: int,
     scale: float,
-) -> Float[Tensor, "b hw tokens"]:
-    """Attention probabilities of some tokens, mean over heads, computed and returned in float32.
+) -> Float[Tensor, "b heads hw tokens"]:
+    """Attention probabilities of some tokens, per head, computed and returned in float32.
 
     Args:
         query: Projected image cells, heads side by side.
@@ -131,13 +139,49 @@ def token_maps(
         keys = rearrange(key.float(), "b l (heads d) -> b heads d l", heads=heads)
         scores = (queries * scale) @ keys
         total = scores.logsumexp(dim=-1, keepdim=True)
-        attn_probs = (scores[..., list(tokens)] - total).exp()
-    return reduce(attn_probs, "b heads n tokens -> b n tokens", "mean")
+        return (scores[..., list(tokens)] - total).exp()
 
 
 def cross_attention_layers(unet: nn.Module) -> tuple[str, ...]:
     """Module paths of every cross-attention, in the order in which they run."""
     return tuple(_attentions(unet))
+
+
+def cross_attentions(unet: nn.Module) -> dict[str, Any]:
+    """Every cross-attention by its module path, in the order in which they run."""
+    return {name: attn for name, (_, attn) in _attentions(unet).items()}
+
+
+def match_layers(unet: nn.Module, layers: str | Sequence[str] | None = None) -> tuple[str, ...]:
+    """Names of `cross_attention_layers`, in the order in which they run.
+
+    Args:
+        unet: A `UNet2DConditionModel`.
+        layers: Some of the names, or modules around them ("up_blocks.1"); "discffusion" is that
+            code's set; "all" and None are all.
+
+    Raises:
+        TapError: No cross-attention by that name.
+
+    Source:
+        He et al. 2023 (Discffusion), arXiv:2305.10722, released code: of the last down block with
+        cross-attention, the middle and the last such up block, in every transformer the last block.
+    """
+    known = cross_attention_layers(unet)
+    if layers == "discffusion":
+        return _last_of_each_stage(known)
+    wanted = set(_match(None if layers == "all" else layers, known))
+    return tuple(name for name in known if name in wanted)
+
+
+def _last_of_each_stage(known: Sequence[str]) -> tuple[str, ...]:
+    last_blocks = {name.partition("_block")[0]: name.partition(".attentions")[0] for name in known}
+    last_of: dict[str, str] = {}  # per transformer
+    for name in known:
+        transformer = name.partition(".transformer_blocks")[0]
+        if transformer.partition(".attentions")[0] in last_blocks.values():
+            last_of[transformer] = name
+    return tuple(last_of.values())
 
 
 def _attentions(unet: nn.Module) -> dict[str, tuple[nn.Module, Any]]:

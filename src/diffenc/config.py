@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-from diffenc._typing import Conditioning, Posterior, Resize, Uncond
+from diffenc._typing import Conditioning, LongPrompts, Posterior, Resize, Uncond
 from diffenc.errors import ConfigError, near_matches
 
 
@@ -61,11 +61,16 @@ class EncoderConfig:
             "none" keeps the size and pads to a multiple of what the model needs.
         conditioning: What `extract` and the tokens hold by default; None is "cond" with prompts
             and "uncond" without.
-        guidance_scale: s of f_u + s (f_c - f_u), for "cfg".
+        guidance_scale: s of f_u + s (f_c - f_u); read by "cfg" alone.
         seed: Of the noise tensors that all images, prompts and halves share.
         posterior: Take the mode of the VAE's posterior, or a seeded sample.
         uncond: Which embedding is "unconditional": "zeros", "empty" (the empty text's), or None
             for the model's own rule.
+        long_prompts: What a prompt has beyond the text encoder's limit is cut, and the result says
+            how much ("truncate"), or it is encoded in several windows whose states stand side by
+            side ("chunk").
+        original_size: What SDXL is told of the picture's size before it was resized: None tells
+            the size it was resized to, "image" its own, (height, width) these numbers for all.
         grid: Side, or (height, width), of the token grid; None takes the middle tap's by
             resolution.
         batch_size: Most rows (images x halves x timesteps x draws) per call of the U-Net; None is
@@ -83,6 +88,8 @@ class EncoderConfig:
     seed: int = 0
     posterior: Posterior = "mode"
     uncond: Uncond | None = None
+    long_prompts: LongPrompts = "truncate"
+    original_size: Literal["image"] | tuple[int, int] | None = None
     grid: int | tuple[int, int] | None = None
     batch_size: int | None = None
 
@@ -103,6 +110,13 @@ class EncoderConfig:
             raise ConfigError(f"guidance_scale must be a finite number, got {self.guidance_scale}")
         check_pair("size", self.size)
         check_pair("grid", self.grid)
+        if self.original_size not in ("image", None):
+            check_pair("original_size", self.original_size)
+            if not isinstance(self.original_size, tuple):
+                raise ConfigError(
+                    f"original_size must be 'image' or (height, width), got {self.original_size!r}"
+                )
+        check_choice("long_prompts", self.long_prompts, get_args(LongPrompts))
         check_choice("resize", self.resize, get_args(Resize))
         check_choice("posterior", self.posterior, get_args(Posterior))
         if self.conditioning is not None:

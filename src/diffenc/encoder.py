@@ -1,38 +1,29 @@
 """A diffusion U-Net as a vision encoder that reads the question."""
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, overload
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from diffenc._typing import Conditioning
-from diffenc.backbones import (
-    TapInfo,
-    describe,
-    load_backbone,
-    match_taps,
-)
+from diffenc.backbones import Architecture, TapInfo, describe, load_backbone
 from diffenc.backbones.base import Backbone
 from diffenc.backbones.presets import preset_options
-from diffenc.cache import state_key
+from diffenc.backbones.taps import LATENTS
 from diffenc.config import EncoderConfig, check_choice
-from diffenc.errors import BackboneError, ConfigError, OutputError
-from diffenc.features import Features, Maps
-from diffenc.forward import compile_taps, read_taps
-from diffenc.images import Images, to_pixel_values
-from diffenc.latents import draw_latents
+from diffenc.errors import ConfigError
+from diffenc.features import Features, check_guidance
+from diffenc.forward import compile_taps
+from diffenc.halves import read_halves
+from diffenc.images import Images, image_sizes, to_pixel_values
 from diffenc.maps import middle_grid
 from diffenc.memo import image_keys, posterior_of, prompts_of
-from diffenc.noise import add_noise, shared_noise
 from diffenc.prompts import PromptEmbeds, match_batch
-
-_CONFIG_FILE = "config.json"
+from diffenc.saved import is_saved, merge_parts, read_config, write_config
 
 
 class DiffusionEncoder(nn.Module):
@@ -61,8 +52,17 @@ class DiffusionEncoder(nn.Module):
         self.backbone = backbone
         self.config = config or EncoderConfig()
         self.use_cache = use_cache
-        wanted = self.config.taps or backbone.default_taps
-        self._taps = match_taps(wanted, backbone.taps())
+        self._taps = backbone.match_taps(self.config.taps or backbone.default_taps)
+        length = len(backbone.scheduler.alphas_cumprod)
+        if max(self.config.timesteps) >= length:
+            raise ConfigError(
+                f"timestep must be in [0, {length}) for the schedule of {backbone.name!r}, got "
+                f"{max(self.config.timesteps)}"
+            )
+        if self.config.original_size is not None and backbone.family != "sdxl":
+            raise ConfigError(
+                f"original_size is read by SDXL alone; {backbone.name!r} is no SDXL: leave it out"
+            )
 
     @classmethod
     def from_pretrained(
@@ -74,59 +74,95 @@ class DiffusionEncoder(nn.Module):
         use_cache: bool = True,
         preset: str | None = None,
         truncate: bool = False,
+        channels_last: bool | None = None,
+        architecture: "str | os.PathLike[str] | None" = None,
+        unet: Any = None,
+        vae: Any = None,
+        text_encoder: Any = None,
+        text_encoder_2: Any = None,
+        tokenizer: Any = None,
+        tokenizer_2: Any = None,
         **options: Any,  # attributes of EncoderConfig, which checks their names
     ) -> "DiffusionEncoder":
         """Load an encoder.
 
         Args:
             name: An alias ("shapes", "sd1.5", "sd2.1-base", "sd2.1", "sdxl"), a Hub id, a diffusers
-                folder, a folder that `save_pretrained` wrote, or a `Backbone`.
+                folder, a `.safetensors` checkpoint in the original layout, a folder that
+                `save_pretrained` wrote, or a `Backbone`.
             device: Where it runs.
-            dtype: Of U-Net and text encoder; the VAE stays in float32 where half overflows.
+            dtype: Of U-Net and text encoder: float32, bfloat16 or float16; the VAE stays in
+                float32 where float16 overflows.
             use_cache: See the class.
             preset: Where a published method reads: "gdf", "dift", "cleandift" or "hyperfeatures",
                 see `diffenc.backbones.presets`.
             truncate: Load and run nothing that lies behind the last tap: the same features from
                 less memory. Such an encoder has no later taps and predicts no noise.
+            channels_last: Memory format of convolutions; None takes what was measured to be
+                fastest.
+            architecture: For a single file: the alias or folder whose configs describe it.
+            unet: Instead of the model's own: a model, a state dict, or a `.safetensors` file.
+            vae: Instead of the model's own: a model (TAESD too), its folder, or a file.
+            text_encoder: Instead of the model's own; as the next three see `load_backbone`.
+            text_encoder_2: SDXL's second.
+            tokenizer: Of the text encoder; a single file may need it.
+            tokenizer_2: SDXL's second.
             options: Attributes of `EncoderConfig`, such as `taps`, `timestep` or `size`; they win
                 over a preset, and that over a saved config.
 
         Raises:
-            BackboneError: The model is unknown, missing, incomplete or broken.
-            ConfigError: An option is unknown or not allowed.
+            BackboneError: The model is unknown, missing, incomplete or broken, or a part does not
+                fit.
+            ConfigError: An option is unknown or not allowed, or the device lacks the dtype.
             TapError: A tap does not exist in this model.
         """
+        parts: dict[str, Any] = {
+            "architecture": architecture,
+            "unet": unet,
+            "vae": vae,
+            "text_encoder": text_encoder,
+            "text_encoder_2": text_encoder_2,
+            "tokenizer": tokenizer,
+            "tokenizer_2": tokenizer_2,
+        }
         config = EncoderConfig()
-        if not isinstance(name, Backbone) and (Path(name) / _CONFIG_FILE).is_file():
-            config, name = _read_saved(Path(name))
+        if not isinstance(name, Backbone) and is_saved(name):
+            folder = Path(name)
+            config, name, saved = read_config(folder)
+            parts.update(merge_parts(saved, parts, folder))
         if isinstance(options.get("taps"), str):
             options["taps"] = (options["taps"],)
         if isinstance(name, Backbone) and truncate:
             raise ConfigError("a Backbone is not truncated; pass the name that it is loaded by")
-        told = name if isinstance(name, Backbone) else describe(name)
+        told: Backbone | Architecture
+        if isinstance(name, Backbone):
+            told = name
+        else:
+            told = describe(name, **{part: parts[part] for part in ("architecture", "unet", "vae")})
         published = {} if preset is None else preset_options(preset, told.family)
         config = EncoderConfig.from_dict({**config.to_dict(), **published, **options})
         # Taps are checked before weights are loaded.
-        taps = match_taps(config.taps or told.default_taps, told.taps())
+        taps = told.match_taps(config.taps or told.default_taps)
         keep = [tap.name for tap in taps] if truncate else None
-        backbone = load_backbone(name, device=device, dtype=dtype, keep_taps=keep)
+        backbone = load_backbone(
+            name,
+            device=device,
+            dtype=dtype,
+            keep_taps=keep,
+            channels_last=channels_last,
+            **parts,
+        )
         return cls(backbone, config, use_cache=use_cache)
 
     def save_pretrained(self, folder: "str | os.PathLike[str]") -> None:
         """Write the config and a reference to the backbone (not its weights) to a folder.
 
+        Parts that were given as paths are found again; those given as objects are asked for.
+
         Raises:
             OutputError: The folder cannot be written.
         """
-        target = Path(folder)
-        content = {"backbone": self.backbone.name, **self.config.to_dict()}
-        try:
-            target.mkdir(parents=True, exist_ok=True)
-            partial = target / f"{_CONFIG_FILE}.partial"
-            partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            partial.replace(target / _CONFIG_FILE)
-        except OSError as error:
-            raise OutputError(f"cannot write {target}: {error}") from error
+        write_config(Path(folder), self.backbone, self.config)
 
     @property
     def feature_info(self) -> tuple[TapInfo, ...]:
@@ -136,8 +172,13 @@ class DiffusionEncoder(nn.Module):
     @property
     def hidden_size(self) -> int:
         """Channels of a token: of all taps together, twice that for "concat"."""
-        channels = sum(tap.channels for tap in self._taps)
-        return 2 * channels if self.config.conditioning == "concat" else channels
+        return sum(self.token_channels)
+
+    @property
+    def token_channels(self) -> tuple[int, ...]:
+        """Channels of a token that come from each tap and half, in order; see `Projector`."""
+        halves = 2 if self.config.conditioning == "concat" else 1
+        return tuple(tap.channels for tap in self._taps for _ in range(halves))
 
     @property
     def device(self) -> torch.device:
@@ -159,7 +200,8 @@ class DiffusionEncoder(nn.Module):
         Args:
             options: Of `torch.compile`, such as `mode` and `dynamic`.
         """
-        compile_taps(self.backbone, [tap.name for tap in self._taps], **options)
+        names = [tap.name for tap in self._taps if tap.name != LATENTS]
+        compile_taps(self.backbone, names, **options)
 
     def clear_cache(self) -> None:
         """Forget latents, prompts and features; needed after writes through `.data`."""
@@ -173,6 +215,7 @@ class DiffusionEncoder(nn.Module):
 
     encode = forward
 
+    @overload
     def extract(
         self,
         images: Images,
@@ -180,7 +223,29 @@ class DiffusionEncoder(nn.Module):
         *,
         conditioning: Conditioning | None = None,
         guidance_scale: float | None = None,
-    ) -> Features:
+        output: Literal["features"] = "features",
+    ) -> Features: ...
+
+    @overload
+    def extract(
+        self,
+        images: Images,
+        prompts: str | Sequence[str] | PromptEmbeds | None = None,
+        *,
+        conditioning: Conditioning | None = None,
+        guidance_scale: float | None = None,
+        output: Literal["list"],
+    ) -> list[Tensor]: ...
+
+    def extract(
+        self,
+        images: Images,
+        prompts: str | Sequence[str] | PromptEmbeds | None = None,
+        *,
+        conditioning: Conditioning | None = None,
+        guidance_scale: float | None = None,
+        output: Literal["features", "list"] = "features",
+    ) -> Features | list[Tensor]:
         """Feature maps per tap.
 
         Args:
@@ -190,7 +255,9 @@ class DiffusionEncoder(nn.Module):
             conditioning: "uncond" and "cond" run the U-Net once per image, "cfg" and "concat"
                 run both halves in one fused call; None takes the config's, which is "cond" with
                 prompts and "uncond" without.
-            guidance_scale: s of f_u + s (f_c - f_u); None takes the config's.
+            guidance_scale: s of f_u + s (f_c - f_u), for "cfg"; None takes the config's.
+            output: "features" is a mapping by tap; "list" gives the maps alone, from fine to
+                coarse, as timm's `features_only` and heads for several scales have it.
 
         Returns:
             One map (b, channels, h, w) per tap, in tap order; (b, timesteps, channels, h, w) where
@@ -200,14 +267,17 @@ class DiffusionEncoder(nn.Module):
             ImageError: A picture cannot be read.
             ShapeError: Sizes that the model does not take.
             PromptError: A prompt is no text, or their number fits the images in no way.
-            ConfigError: A conditioning that needs prompts, without prompts.
+            ConfigError: A conditioning that needs prompts, without prompts; a guidance scale
+                that nothing reads.
             NonFiniteError: NaN or infinity in the features.
 
         Source:
             Features under a text and their guidance: "Multimodal Understanding using Stable
             Diffusion as a Task Aware Feature Extractor", section 5.
         """
+        check_choice("output", output, ("features", "list"))
         conditioning = self._conditioning(conditioning, prompts)
+        check_guidance(guidance_scale, conditioning)
         config, backbone = self.config, self.backbone
         pixel_values = to_pixel_values(
             images,
@@ -217,25 +287,46 @@ class DiffusionEncoder(nn.Module):
         )
         size = (pixel_values.shape[2], pixel_values.shape[3])
         keys = image_keys(pixel_values) if self.use_cache else None
-        latents = posterior_of(backbone, pixel_values, keys=keys, batch_size=config.batch_size)
+        posteriors = posterior_of(backbone, pixel_values, keys=keys, batch_size=config.batch_size)
+        batch = len(pixel_values)
         uncond = cond = None
         if conditioning != "cond":
             uncond = prompts_of(
                 backbone, [""], size=size, uncond=config.uncond, use_cache=self.use_cache
-            )
+            ).rows(batch)
         if conditioning != "uncond":
             assert prompts is not None
-            cond = self._embed(prompts, len(pixel_values), size)
-        halves = self._read(latents, keys, uncond, cond)
+            cond = self._embed(prompts, batch, size)
+        sizes = self._original_sizes(images, batch)
+        if sizes is not None:
+            uncond = uncond and uncond.with_original_sizes(sizes)
+            cond = cond and cond.with_original_sizes(sizes)
+        halves = read_halves(
+            backbone,
+            config,
+            [tap.name for tap in self._taps],
+            posteriors,
+            keys=None if keys is None else list(zip(keys, sizes or keys, strict=True)),
+            uncond=uncond,
+            cond=cond,
+        )
         first = next(half for half in halves.values() if half is not None)
         grid = config.grid or middle_grid([(m.shape[-2], m.shape[-1]) for m in first.values()])
-        return Features(
+        features = Features(
             **halves,
             conditioning=conditioning,
             guidance_scale=config.guidance_scale if guidance_scale is None else guidance_scale,
             grid=(grid, grid) if isinstance(grid, int) else grid,
             truncated=() if cond is None else cond.truncated,
         )
+        return features.to_list() if output == "list" else features
+
+    def _original_sizes(self, images: Images, batch: int) -> list[tuple[int, int]] | None:
+        """(height, width) per picture that SDXL is told; None leaves the processed size."""
+        told = self.config.original_size
+        if told is None:
+            return None
+        return image_sizes(images) if told == "image" else [told] * batch
 
     def _conditioning(self, wanted: Conditioning | None, prompts: object) -> Conditioning:
         unprompted = prompts is None or (isinstance(prompts, str) and prompts == "")
@@ -249,110 +340,13 @@ class DiffusionEncoder(nn.Module):
         self, prompts: str | Sequence[str] | PromptEmbeds, batch: int, size: tuple[int, int]
     ) -> PromptEmbeds:
         if isinstance(prompts, PromptEmbeds):
+            self.backbone.check_embeds(prompts)
             return prompts.rows(batch)
         return prompts_of(
             self.backbone,
             match_batch(prompts, batch),
             size=size,
             uncond=self.config.uncond,
+            long_prompts=self.config.long_prompts,
             use_cache=self.use_cache,
         ).rows(batch)
-
-    def _read(
-        self,
-        latents: tuple[Tensor, Tensor],
-        keys: list[bytes] | None,
-        uncond: PromptEmbeds | None,
-        cond: PromptEmbeds | None,
-    ) -> dict[str, Maps | None]:
-        """Both halves: what the cache lacks of the unconditional one, and the conditional one."""
-        cache, known, full_keys = self.backbone.caches.features, {}, None
-        if uncond is not None and keys is not None:
-            state = [state_key(part) for part in self.backbone.parts().values()]
-            if None not in state:
-                full_keys = [(*state, key, *self._noise_key()) for key in keys]
-                known = {key: found for key in set(full_keys) if (found := cache.get(key))}
-        batch, names = len(latents[0]), [tap.name for tap in self._taps]
-        missing: list[int] = []
-        if uncond is not None:
-            missing = [i for i in range(batch) if not full_keys or full_keys[i] not in known]
-        everything = list(range(batch)) if cond is not None else []
-        texts = [part for part in (uncond and uncond.rows(len(missing)), cond) if part is not None]
-        maps = self._run(latents, [*missing, *everything], PromptEmbeds.concat(texts))
-        fresh = {name: features[: len(missing)] for name, features in maps.items()}
-        halves: dict[str, Maps | None] = {"uncond": None, "cond": None}
-        if full_keys:
-            for row, index in enumerate(missing):
-                known[full_keys[index]] = tuple(fresh[name][row].detach().clone() for name in names)
-                cache.put(full_keys[index], known[full_keys[index]])
-            rows = [known[key] for key in full_keys]
-            halves["uncond"] = {
-                name: torch.stack([row[tap] for row in rows]) for tap, name in enumerate(names)
-            }
-        elif uncond is not None:
-            halves["uncond"] = {name: features.clone() for name, features in fresh.items()}
-        if cond is not None:
-            halves["cond"] = {name: maps[name][len(missing) :].clone() for name in names}
-        return halves
-
-    def _noise_key(self) -> tuple[object, ...]:
-        """What unconditional features depend on beside image and weights."""
-        config = self.config
-        taps = tuple(tap.name for tap in self._taps)
-        steps = config.timestep, config.draws, config.noise, config.seed
-        return taps, steps, config.posterior, config.uncond
-
-    def _run(self, latents: tuple[Tensor, Tensor], images: list[int], texts: PromptEmbeds) -> Maps:
-        """Features of rows, mean over draws: (rows c h w), or (rows t c h w) for several steps.
-
-        Args:
-            latents: Mode and deviation of all images.
-            images: Which image each row shows.
-            texts: One row each.
-        """
-        names = [tap.name for tap in self._taps]
-        if not images:
-            return {}
-        config = self.config
-        steps, draws, rows = config.timesteps, config.draws, len(images)
-        noisy_latents = torch.cat(
-            [self._noised(latents, step, draw)[images] for step in steps for draw in range(draws)]
-        )
-        repeats = len(steps) * draws
-        maps = read_taps(
-            self.backbone,
-            noisy_latents,
-            torch.tensor(steps).repeat_interleave(draws * rows),
-            PromptEmbeds.concat([texts] * repeats),
-            names,
-            batch_size=config.batch_size,
-        )
-        if repeats == 1 and isinstance(config.timestep, int):
-            return maps
-        merged = {}
-        for name, features in maps.items():
-            split = rearrange(features, "(t d b) c h w -> b t d c h w", t=len(steps), d=draws)
-            mean = split.mean(dim=2)
-            merged[name] = mean[:, 0] if isinstance(config.timestep, int) else mean
-        return merged
-
-    def _noised(self, posterior: tuple[Tensor, Tensor], timestep: int, draw: int) -> Tensor:
-        config = self.config
-        latents = draw_latents(*posterior, config.posterior, seed=config.seed, draw=draw)
-        if config.noise is None:
-            return latents
-        _, c, h, w = latents.shape
-        noise = shared_noise((c, h, w), seed=config.seed, timestep=timestep, draw=draw)
-        return add_noise(self.backbone.scheduler, latents, noise, timestep)
-
-
-def _read_saved(folder: Path) -> tuple[EncoderConfig, str]:
-    path = folder / _CONFIG_FILE
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        backbone = values.pop("backbone")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise BackboneError(
-            f"{path} is not a config that DiffusionEncoder.save_pretrained wrote: {error!r}"
-        ) from error
-    return EncoderConfig.from_dict(values), backbone

@@ -1,5 +1,6 @@
 """What an encoder reads: maps per tap in one of four conditionings, and tokens made of them."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import TypeAlias, get_args
 
@@ -14,6 +15,19 @@ from diffenc.maps import to_tokens
 
 Maps: TypeAlias = dict[str, Tensor]
 """Per tap (b c h w), or (b t c h w) for several timesteps."""
+
+
+def check_guidance(guidance_scale: float | None, conditioning: str) -> None:
+    """Raise a `ConfigError` unless a scale is a finite number, and something that reads it."""
+    if guidance_scale is None:
+        return
+    if not math.isfinite(guidance_scale):
+        raise ConfigError(f"guidance_scale must be a finite number, got {guidance_scale}")
+    if conditioning != "cfg":
+        raise ConfigError(
+            f"guidance_scale={guidance_scale} is read by conditioning='cfg' alone, and this call "
+            f"gives {conditioning!r}; pass conditioning='cfg' too, or leave the scale out"
+        )
 
 
 class Features(Mapping[str, Tensor]):
@@ -73,8 +87,9 @@ class Features(Mapping[str, Tensor]):
             guidance_scale: For "cfg"; None keeps this object's.
 
         Raises:
-            ConfigError: It needs a half that was not computed.
+            ConfigError: It needs a half that was not computed, or the scale is not "cfg"'s.
         """
+        check_guidance(guidance_scale, conditioning)
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         return Features(
             uncond=self._halves["uncond"],
@@ -95,7 +110,10 @@ class Features(Mapping[str, Tensor]):
         return to_tokens(self._maps, grid)
 
     def to_list(self) -> list[Float[Tensor, "b c h w"]]:
-        """The maps from fine to coarse, as timm's `features_only` gives them."""
+        """The maps from fine to coarse, as timm's `features_only` gives them.
+
+        Maps of one size stay in tap order.
+        """
         return sorted(self._maps.values(), key=lambda m: m.shape[-2] * m.shape[-1], reverse=True)
 
     def _half(self, name: str, wanted: Conditioning) -> Maps:

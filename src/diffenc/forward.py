@@ -2,17 +2,19 @@
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from diffenc.attention import CrossAttnTaps
+from diffenc.attention_scores import Pooling, read_queries, read_scores
 from diffenc.backbones.base import Backbone
-from diffenc.errors import ConfigError, NonFiniteError
+from diffenc.errors import ConfigError, NonFiniteError, TapError
 from diffenc.hooks import ForwardTaps, TapOutputs
 from diffenc.prompts import PromptEmbeds
 from diffenc.truncation import truncate
@@ -49,7 +51,7 @@ def read_taps(
     """
     grad = torch.is_grad_enabled() and (
         noisy_latents.requires_grad
-        or prompt_embeds.prompt_embeds.requires_grad
+        or prompt_embeds.requires_grad
         or any(parameter.requires_grad for parameter in backbone.unet.parameters())
     )
     rows = len(noisy_latents)
@@ -84,6 +86,8 @@ def read_taps(
             stacklevel=2,
         )
     maps = found[0] if len(found) == 1 else {t: torch.cat([m[t] for m in found]) for t in taps}
+    # A U-Net in channels_last gives such maps, which callers could not reshape as they expect.
+    maps = {name: features.contiguous() for name, features in maps.items()}
     for name, features in maps.items():
         if not torch.isfinite(features).all():
             raise NonFiniteError(
@@ -200,6 +204,151 @@ def read_attention(
     ):
         _call_unet(backbone, noisy_latents, timestep, prompt_embeds)
         return reader.maps()
+
+
+def read_statistics(
+    backbone: Backbone,
+    noisy_latents: Float[Tensor, "rows c h w"],
+    timesteps: Int[Tensor, " rows"],
+    prompt_embeds: PromptEmbeds,
+    attentions: Mapping[str, Any],
+    pooling: Pooling,
+    *,
+    mask: Bool[Tensor, "rows l"] | None = None,
+    predict: bool,
+) -> tuple[Float[Tensor, "rows layers"] | None, Float[Tensor, "rows c h w"] | None]:
+    """Read what scores are made of, with one call of the U-Net for all rows.
+
+    Args:
+        backbone: Whose U-Net is called, in its dtype and on its device.
+        noisy_latents: Each at the noise level of its timestep.
+        timesteps: Scheduler steps.
+        prompt_embeds: One row each.
+        attentions: The cross-attentions to score by; none is allowed.
+        pooling: What becomes of their products.
+        mask: Tokens that count, per row; None is all.
+        predict: Whether the noise is predicted too; otherwise the pass ends at the last attention.
+
+    Returns:
+        Attention scores per layer, and the predicted noise, in float32; None where not asked for.
+
+    Raises:
+        TapError: A layer did not run.
+        ConfigError: A U-Net that predicts no noise, see `predict_noise`.
+    """
+    if predict:
+        _check_whole(backbone)
+    output: list[Tensor] = []
+
+    def call() -> None:
+        output[:] = _call_unet(backbone, noisy_latents, timesteps, prompt_embeds)
+
+    scores = None
+    with backbone.lock, torch.no_grad():
+        if attentions:
+            scores = read_scores(attentions, pooling, call, mask=mask, early_exit=not predict)
+        else:
+            call()
+    if not predict:
+        return scores, None
+    return scores, _to_noise(backbone, output[0].float(), noisy_latents, timesteps)
+
+
+def read_late_queries(
+    backbone: Backbone,
+    noisy_latents: Float[Tensor, "rows c h w"],
+    timesteps: Int[Tensor, " rows"],
+    prompt_embeds: PromptEmbeds,
+    attentions: Mapping[str, Any],
+) -> dict[str, Float[Tensor, "rows _n _c"]]:
+    """Queries of cross-attentions, with one call of the U-Net that ends at the last of them.
+
+    Args:
+        backbone: Whose U-Net is called, in its dtype and on its device.
+        noisy_latents: Each at the noise level of its timestep.
+        timesteps: Scheduler steps.
+        prompt_embeds: One row for all, or one each.
+        attentions: The layers.
+
+    Raises:
+        TapError: A layer did not run.
+    """
+    call = partial(_call_unet, backbone, noisy_latents, timesteps, prompt_embeds)
+    with backbone.lock, torch.no_grad():
+        return read_queries(attentions, call)
+
+
+def read_head_attention(
+    backbone: Backbone,
+    noisy_latents: Float[Tensor, "b c h w"],
+    timestep: int,
+    prompt_embeds: PromptEmbeds,
+    positions: Sequence[int],
+    layers: Sequence[str],
+    heads: Sequence[int] | None = None,
+) -> dict[str, Float[Tensor, "b tokens _heads _h _w"]]:
+    """As `read_attention`, with the heads apart.
+
+    Args:
+        backbone: Whose U-Net is called, in its dtype and on its device.
+        noisy_latents: At the noise level of `timestep`.
+        timestep: Scheduler step.
+        prompt_embeds: One row for all latents, or one per latent.
+        positions: Of the tokens, see `diffenc.attention.word_token_positions`.
+        layers: See `diffenc.attention.CrossAttnTaps`.
+        heads: Indices of the heads that are returned; None is all.
+
+    Raises:
+        TapError: No cross-attention by that name, or it has no such head.
+        ShapeError: A position that the text does not have.
+    """
+    reader = CrossAttnTaps(backbone.unet, layers, tokens=positions, merge_heads=False)
+    with backbone.lock, torch.no_grad(), reader:
+        _call_unet(backbone, noisy_latents, timestep, prompt_embeds)
+        maps = reader.maps()
+    if heads is None:
+        return maps
+    for name, of_layer in maps.items():
+        count = of_layer.shape[2]
+        if not heads or not all(0 <= head < count for head in heads):
+            raise TapError(
+                f"{name} has heads 0 to {count - 1}, and {list(heads)} were asked for; name layers "
+                "that have them"
+            )
+    return {name: of_layer[:, :, list(heads)] for name, of_layer in maps.items()}
+
+
+def _check_whole(backbone: Backbone) -> None:
+    if backbone.truncated:
+        raise ConfigError(
+            f"the U-Net of {backbone.name!r} was truncated after its last tap and predicts no "
+            "noise; load the model without truncate"
+        )
+
+
+def _to_noise(
+    backbone: Backbone,
+    output: Float[Tensor, "rows c h w"],
+    noisy_latents: Float[Tensor, "rows c h w"],
+    timesteps: Int[Tensor, " rows"],
+) -> Float[Tensor, "rows c h w"]:
+    """As in `predict_noise`, for rows at different noise levels."""
+    noisy = noisy_latents.to(output)
+    signal = backbone.scheduler.alphas_cumprod.double()[timesteps.cpu()]
+    signal = rearrange(signal, "rows -> rows 1 1 1")
+    of_image: Tensor = signal.sqrt().to(output)
+    of_noise: Tensor = (1 - signal).sqrt().to(output)
+    match backbone.prediction_type:
+        case "epsilon":
+            return output
+        case "v_prediction":
+            return of_image * output + of_noise * noisy
+        case "sample":
+            return (noisy - of_image * output) / of_noise
+    raise ConfigError(
+        f"cannot derive noise from a model that predicts {backbone.prediction_type!r}; it must be "
+        "'epsilon', 'v_prediction' or 'sample'"
+    )
 
 
 def _call_unet(

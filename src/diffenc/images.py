@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -28,11 +28,17 @@ def as_list(images: Images) -> list[ImageSource]:
 
     Raises:
         ShapeError: There is no picture at all.
+        ImageError: Something that is neither a picture nor a sequence of them.
     """
     if isinstance(images, (Image.Image, str, os.PathLike)):
         return [images]
     if isinstance(images, (np.ndarray, Tensor)):
         return list(images) if images.ndim == 4 else [images]
+    if not isinstance(images, Iterable):
+        raise ImageError(
+            "images must be PIL images, paths, arrays, tensors or a list of them, "
+            f"got {type(images).__name__}"
+        )
     pictures = list(images)
     if not pictures:
         raise ShapeError("got no images; pass at least one")
@@ -132,6 +138,24 @@ def load_image(source: "Image.Image | str | os.PathLike[str]") -> Image.Image:
     return _to_rgb(source)
 
 
+def image_sizes(images: Images) -> list[tuple[int, int]]:
+    """(height, width) of pictures as they are before any resizing, in pixels, upright.
+
+    Raises:
+        ImageError: A picture cannot be read.
+        ShapeError: No picture.
+    """
+    return [_size(picture) for picture in as_list(images)]
+
+
+def _size(source: ImageSource) -> tuple[int, int]:
+    if isinstance(source, (str, os.PathLike, Image.Image)):
+        width, height = load_image(source).size
+        return height, width
+    _, height, width = _read(source).shape
+    return height, width
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if 0 in image.size:
         raise ImageError(f"the image has no pixels: its size is {image.height} x {image.width}")
@@ -213,7 +237,11 @@ def _check_range(values: Tensor, low: float, what: str, remedy: str) -> None:
     if least < low - _TOLERANCE or most > 1 + _TOLERANCE:
         raise ImageError(
             f"{what} must lie in [{low}, 1], got [{least:.3g}, {most:.3g}]; "
-            f"values in [0, 255]: {remedy}"
+            + (
+                f"values in [0, 255]: {remedy}"
+                if most > 1
+                else "values in [-1, 1]: add 1 and halve"
+            )
         )
 
 

@@ -36,7 +36,7 @@ def encode_posterior(
         mode, deviation = encoded.latent_dist.mode().float(), encoded.latent_dist.std.float()
     shift = vae.config.get("shift_factor", None) or 0.0
     scale = float(vae.config.scaling_factor)
-    return (mode - shift) * scale, deviation * scale
+    return ((mode - shift) * scale).contiguous(), (deviation * scale).contiguous()
 
 
 def draw_latents(

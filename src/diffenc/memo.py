@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffenc._typing import Uncond
+from diffenc._typing import LongPrompts, Uncond
 from diffenc.backbones.base import Backbone
 from diffenc.cache import content_key, state_key
 from diffenc.latents import encode_posterior
@@ -71,6 +71,7 @@ def prompts_of(
     *,
     size: tuple[int, int],
     uncond: Uncond | None,
+    long_prompts: LongPrompts = "truncate",
     use_cache: bool = True,
 ) -> PromptEmbeds:
     """Encoded texts, one row each; each text is encoded once.
@@ -80,12 +81,13 @@ def prompts_of(
         texts: Prompts. The empty text is the unconditional embedding, whatever its rule.
         size: (height, width) of the pictures, in pixels.
         uncond: Rule of the unconditional embedding; None is the model's own.
+        long_prompts: See `Backbone.embed`.
         use_cache: Look up and keep.
     """
     states = [state_key(part) for name, part in backbone.parts().items() if name.startswith("text")]
     keep = use_cache and None not in states
     cache = backbone.caches.prompts
-    keys = {text: (*states, text, size, uncond if text == "" else None) for text in texts}
+    keys = {text: (*states, text, size, uncond if text == "" else long_prompts) for text in texts}
     known: dict[str, PromptEmbeds] = {}
     if keep:
         for text, key in keys.items():
@@ -95,7 +97,7 @@ def prompts_of(
     if "" in missing:
         known[""] = backbone.embed_uncond(uncond, size=size)
     if worded := [text for text in missing if text]:
-        fresh = backbone.embed(worded, size=size)
+        fresh = backbone.embed(worded, size=size, long_prompts=long_prompts)
         known |= {text: fresh.select(row, row + 1) for row, text in enumerate(worded)}
     if keep:
         for text in missing:

@@ -56,6 +56,11 @@ def truncate(unet: nn.Module, taps: Sequence[str]) -> nn.Module:
     return whole
 
 
+def is_whole(module: nn.Module) -> bool:
+    """Whether a module gives what it gives in the U-Net that it was taken from."""
+    return not (isinstance(module, Passthrough) or getattr(module, "is_shortened", False))
+
+
 def _last(taps: Sequence[str]) -> tuple[int, int | None]:
     """Index of the last up block that is needed (-1: none) and of its last layer (None: all)."""
     order = []
@@ -75,6 +80,7 @@ def _shortened(block: nn.Module, layers: int) -> nn.Module:
     if hasattr(block, "attentions"):
         short.attentions = nn.ModuleList(list(block.attentions)[:layers])  # type: ignore[arg-type]
     short.upsamplers = None
+    short.is_shortened = True
     kept: nn.Module = short
     return kept
 

@@ -1,9 +1,11 @@
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
+from diffenc import DiffusionEncoder
 from diffenc.backbones import describe, list_backbones, list_taps, load_backbone, match_taps
 from diffenc.backbones.taps import TapInfo
 from diffenc.errors import BackboneError, TapError
@@ -29,6 +31,8 @@ def test_tap_info_equals_real_shapes_for_every_tap(folder):
     assert len(taps) > 100
     side = 16
     embeds = backbone.embed(["red"], size=(64, 64))
+    assert taps[0] == TapInfo("latents", 4, backbone.reduction)
+    taps = taps[1:]
     names = [tap.name for tap in taps]
     with torch.no_grad(), ForwardTaps(backbone.unet, names) as reader:
         sample = torch.zeros(1, 4, side, side)
@@ -36,6 +40,54 @@ def test_tap_info_equals_real_shapes_for_every_tap(folder):
     for tap in taps:
         cells = side * backbone.reduction // tap.reduction
         assert maps[tap.name].shape == (1, tap.channels, cells, cells), tap
+
+
+KINDS_OF_TAPS = [
+    "latents",
+    "conv_in",
+    "down_blocks.*",
+    "mid_block",
+    "up_blocks.*",
+    "down_blocks.*.resnets.*",
+    "mid_block.resnets.*",
+    "up_blocks.*.resnets.*",
+    "up_blocks.*.resnets.*.conv2",
+    "mid_block.attentions.*",
+    "up_blocks.*.attentions.*",
+    "up_blocks.*.attentions.*.transformer_blocks.*",
+    "mid_block.attentions.*.transformer_blocks.*",
+    "up_blocks.*.attentions.*.transformer_blocks.*.attn1.to_[qkv]",
+    "up_blocks.*.attentions.*.transformer_blocks.*.attn2.to_q",
+    "up_blocks.*.attentions.*.transformer_blocks.*.ff",
+    "up_blocks.*.attentions.*.transformer_blocks.*.ff.net.0",
+    "down_blocks.*.downsamplers.*",
+    "up_blocks.*.upsamplers.*",
+]
+
+
+@pytest.mark.parametrize("size", [(288, 352), (264, 280)], ids=str)
+@pytest.mark.parametrize("batch", [1, 7])
+def test_every_kind_of_tap_has_the_shape_foretold_at_odd_sizes(folder, size, batch):
+    """A cell is a part of the latents, halved and rounded up once per level above it."""
+    backbone = load_backbone(folder)
+    taps = match_taps(KINDS_OF_TAPS, backbone.taps())
+    missing = set(match_taps(["*", *KINDS_OF_TAPS], backbone.taps())) - set(taps)
+    assert not missing
+    options = {"taps": tuple(tap.name for tap in taps), "resize": "none"}
+    encoder = DiffusionEncoder.from_pretrained(backbone, use_cache=False, **options)
+    images = torch.linspace(-1, 1, batch * 3 * size[0] * size[1]).reshape(batch, 3, *size)
+    posterior = "mode" if batch == 1 else "sample"
+    encoder.config = replace(encoder.config, posterior=posterior)
+    features = encoder.extract(images, "red circle")
+    for tap in taps:
+        sides = []
+        for side in size:
+            cells, reduction = side // backbone.reduction, backbone.reduction
+            while reduction < tap.reduction:
+                cells, reduction = -(-cells // 2), 2 * reduction
+            sides.append(cells)
+        assert features[tap.name].shape == (batch, tap.channels, *sides), tap
+    assert torch.isfinite(features["latents"]).all()
 
 
 def test_taps_are_known_without_loading_weights(folder, tmp_path):

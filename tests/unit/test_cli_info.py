@@ -1,10 +1,12 @@
 import json
+import re
 
 import pytest
 from typer.testing import CliRunner
 
 from diffenc import list_backbones, list_taps, load_backbone
 from diffenc.cli.main import app
+from diffenc.truncation import truncate
 
 
 def run(*arguments):
@@ -34,6 +36,9 @@ def test_numbers_from_configs_equal_those_of_the_loaded_model(kind, request):
     }
     assert {part["name"]: part["parameters"] for part in values["components"]} == parts
     assert all(part["bytes_on_disk"] > 4 * part["parameters"] for part in values["components"])
+    short = truncate(backbone.unet, backbone.default_taps)
+    expected = sum(weight.numel() for weight in short.parameters())
+    assert values["truncated_unet_parameters"] == expected < parts["unet"]
     unet = values["components"][0]
     assert unet["memory_bytes"] == {
         "float32": 4 * parts["unet"],
@@ -57,6 +62,7 @@ def test_main_and_default_taps_are_shown_and_all_on_request(tiny_sd_folder):
     assert "up_blocks.1.resnets.1 " in long
     assert f"of {len(list_taps(tiny_sd_folder))} taps shown; --all" in short
     assert "not here" not in short
+    assert re.search(r"truncate=True .*: [\d,]+ of [\d,]+ U-Net parameters, .* less", short)
 
 
 def test_weights_are_not_needed(tiny_sd_folder, tmp_path):

@@ -124,7 +124,7 @@ def test_equal_images_of_a_batch_are_encoded_once(encoder, monkeypatch):
     )
     features = encoder.extract([picture(), picture(1), picture()], "red")["mid_block"]
     assert pictures == [2]
-    assert torch.equal(features[0], features[2])
+    torch.testing.assert_close(features[0], features[2], atol=1e-5, rtol=1e-5)
 
 
 def test_caches_are_bypassed_when_weights_train_or_the_switch_is_off(tiny_sd_folder):
@@ -421,9 +421,68 @@ def test_truncated_prompts_are_counted(encoder):
     assert features.truncated == (0, 3)
 
 
-def test_maps_from_fine_to_coarse(encoder):
-    sides = [features.shape[2] for features in encoder.extract(picture(), "red").to_list()]
-    assert sides == sorted(sides, reverse=True)
+@pytest.mark.parametrize("conditioning", ["cond", "cfg", "concat"])
+def test_a_list_holds_the_maps_from_fine_to_coarse(encoder, conditioning):
+    several = DiffusionEncoder.from_pretrained(
+        encoder.backbone, taps=("mid_block", "up_blocks.3", "up_blocks.1", "mid_block.resnets.0")
+    )
+    features = several.extract(picture(), "red", conditioning=conditioning)
+    maps = several.extract(picture(), "red", conditioning=conditioning, output="list")
+    assert isinstance(maps, list)
+    assert [m.shape[2] for m in maps] == [8, 4, 1, 1]
+    order = ["up_blocks.3", "up_blocks.1", "mid_block", "mid_block.resnets.0"]
+    for name, found in zip(order, maps, strict=True):
+        assert (found - features[name]).abs().max() <= 1e-5 * features[name].abs().max()
+    with pytest.raises(ConfigError, match=r"output must be one of .*'list'"):
+        several.extract(picture(), "red", output="maps")
+
+
+def test_latents_are_a_tap_that_needs_no_unet(encoder, calls):
+    backbone = encoder.backbone
+    latents = DiffusionEncoder.from_pretrained(
+        backbone, taps=("latents",), timestep=(50, 261), posterior="sample", draws=2
+    )
+    features = latents.extract([picture(), picture(1)], "red", conditioning="cfg")
+    assert calls == []
+    pixel_values = to_pixel_values([picture(), picture(1)], size=64)
+    posterior = backbone.vae.encode(pixel_values).latent_dist
+    drawn = [shared_noise((4, 8, 8), seed=0, timestep=-1, draw=draw) for draw in range(2)]
+    expected = posterior.mean + posterior.std * sum(drawn) / 2
+    expected = expected * backbone.vae.config.scaling_factor
+    assert features["latents"].shape == (2, 2, 4, 8, 8)
+    for step in range(2):
+        torch.testing.assert_close(features["latents"][:, step], expected, atol=1e-5, rtol=1e-4)
+    assert latents.feature_info[0].reduction == 8
+    assert latents.hidden_size == 4
+
+
+def test_sdxl_may_be_told_the_original_size(sdxl_encoder, tmp_path):
+    """By hand: the first two time ids are the picture's own height and width."""
+    backbone = sdxl_encoder.backbone
+    picture(2, 100, 80).save(tmp_path / "b.png")
+    images = [picture(1, 96, 48), tmp_path / "b.png"]
+    expected = []
+    for image, original in zip(images, [(96, 48), (100, 80)], strict=True):
+        embeds = backbone.embed(["red"], size=(64, 64))
+        embeds.time_ids.copy_(torch.tensor([[*original, 0, 0, 64, 64]]))
+        expected.append(sdxl_encoder.extract(image, embeds)["mid_block"])
+    options = {"taps": ("mid_block",), "size": 64}
+    told = DiffusionEncoder.from_pretrained(backbone, original_size="image", **options)
+    found = told.extract(images, "red", conditioning="cfg")
+    cond, uncond = found.select("cond")["mid_block"], found.select("uncond")["mid_block"]
+    torch.testing.assert_close(cond, torch.cat(expected), atol=1e-5, rtol=1e-4)
+    plain = sdxl_encoder.extract(images, conditioning="uncond")["mid_block"]
+    assert not torch.allclose(uncond, plain)
+    fixed = DiffusionEncoder.from_pretrained(backbone, original_size=(96, 48), **options)
+    torch.testing.assert_close(
+        fixed.extract(images[0], "red")["mid_block"], expected[0], atol=1e-5, rtol=1e-4
+    )
+    torch.testing.assert_close(
+        fixed.extract(images, conditioning="uncond")["mid_block"][:1],
+        uncond[:1],
+        atol=1e-5,
+        rtol=1e-4,
+    )
 
 
 def test_save_and_load_is_identity(tiny_sd_folder, tmp_path, encoder):
@@ -492,8 +551,19 @@ def test_a_truncated_encoder_gives_the_same_features_from_fewer_weights(request,
 
 def test_a_truncated_encoder_says_what_it_cannot_do(tiny_sd_folder):
     short = DiffusionEncoder.from_pretrained(tiny_sd_folder, taps="mid_block", truncate=True)
-    with pytest.raises(TapError, match="no tap matches"):
+    message = r"'up_blocks\.1' lies behind 'mid_block.*was truncated.*without truncate"
+    with pytest.raises(TapError, match=message):
         DiffusionEncoder.from_pretrained(short.backbone, taps="up_blocks.1")
+    with pytest.raises(TapError, match=r"'up_blocks\.0' lies behind"):
+        DiffusionEncoder.from_pretrained(short.backbone, taps=("mid_block", "up_blocks.*"))
+    inside = DiffusionEncoder.from_pretrained(
+        tiny_sd_folder, taps="up_blocks.1.resnets.0", truncate=True
+    )
+    with pytest.raises(TapError, match=r"'up_blocks\.1' lies behind"):  # the block is cut short
+        DiffusionEncoder.from_pretrained(inside.backbone, taps="up_blocks.1")
+    assert DiffusionEncoder.from_pretrained(inside.backbone, taps="up_blocks.0").feature_info
+    with pytest.raises(TapError, match="no tap matches 'midblock'"):
+        DiffusionEncoder.from_pretrained(short.backbone, taps="midblock")
     embeds = short.backbone.embed(["red"], size=(64, 64))
     with pytest.raises(ConfigError, match="truncated"):
         predict_noise(short.backbone, torch.zeros(1, 4, 8, 8), 50, embeds)
@@ -532,3 +602,18 @@ def test_a_copy_of_a_compiled_encoder_is_not_compiled(tiny_sd_folder):
     encoder.compile(backend="eager")
     assert encoder.backbone.compiled
     assert not copy.deepcopy(encoder).backbone.compiled
+
+
+def test_token_channels_tell_tap_and_half_of_each_channel(encoder):
+    options = {"conditioning": "concat", "taps": TAPS}
+    both = DiffusionEncoder(encoder.backbone, EncoderConfig(**options))
+    groups = both(picture(), "a red circle").split(both.token_channels, dim=-1)
+    features = both.extract(picture(), "a red circle")
+    expected = [
+        features.select(half).tokens()[..., sum(widths[:tap]) : sum(widths[: tap + 1])]
+        for widths in [[info.channels for info in both.feature_info]]
+        for tap in range(len(TAPS))
+        for half in ("uncond", "cond")
+    ]
+    for group, channels in zip(groups, expected, strict=True):
+        torch.testing.assert_close(group, channels)

@@ -3,16 +3,79 @@
 import threading
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffenc._typing import Uncond
-from diffenc.backbones.taps import TapInfo, unet_taps
+from diffenc._typing import LongPrompts, Uncond
+from diffenc.backbones.configs import Architecture
+from diffenc.backbones.presets import preset_options
+from diffenc.backbones.taps import LATENTS, TapInfo, match_taps, unet_taps
 from diffenc.cache import TensorCache
+from diffenc.errors import BackboneError, ShapeError, TapError
 from diffenc.prompts import PromptEmbeds
+from diffenc.truncation import is_whole
+
+
+def grad_where_trained(module: nn.Module) -> AbstractContextManager[Any]:
+    """A graph where one is wanted and a parameter of the module requires a gradient, else none."""
+    trained = any(parameter.requires_grad for parameter in module.parameters())
+    return torch.set_grad_enabled(torch.is_grad_enabled() and trained)
+
+
+def check_components(unet: Any, vae: Any, scheduler: Any) -> None:
+    """Raise a `BackboneError` that says which two of these do not fit each other, and why."""
+    for name, part, needed in (
+        ("unet", unet, ("in_channels", "cross_attention_dim")),
+        ("vae", vae, ("latent_channels", "block_out_channels", "scaling_factor")),
+    ):
+        config = getattr(part, "config", None)
+        if lacking := [key for key in needed if not hasattr(config, key)]:
+            raise BackboneError(
+                f"{name} is a {type(part).__name__} whose config lacks {lacking}; pass a model of "
+                "diffusers"
+            )
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise BackboneError(
+            f"scheduler is a {type(scheduler).__name__} without alphas_cumprod; pass one of "
+            "diffusers' that counts steps of noise, such as DDPMScheduler"
+        )
+    if vae.config.latent_channels != unet.config.in_channels:
+        raise BackboneError(
+            f"the VAE gives {vae.config.latent_channels} channels and the U-Net takes "
+            f"{unet.config.in_channels}; they belong to different models"
+        )
+
+
+def text_width(unet: Any) -> int:
+    """Channels of the text states that a U-Net reads."""
+    width = unet.config.cross_attention_dim
+    return int(width if isinstance(width, int) else width[0])
+
+
+def check_text(unet: Any, *towers: tuple[Any, Any]) -> None:
+    """Raise a `BackboneError` unless tokenizers, text encoders and the U-Net fit each other.
+
+    Args:
+        unet: Reads the states of all encoders side by side.
+        towers: Tokenizer and text encoder, for each.
+    """
+    width = sum(encoder.config.hidden_size for _, encoder in towers)
+    wanted = text_width(unet)
+    if width != wanted:
+        raise BackboneError(
+            f"the text encoders give states of width {width} and the U-Net takes {wanted}; they "
+            "belong to different models"
+        )
+    for tokenizer, encoder in towers:
+        if len(tokenizer) > encoder.config.vocab_size:
+            raise BackboneError(
+                f"the tokenizer knows {len(tokenizer)} tokens and the text encoder "
+                f"{encoder.config.vocab_size}; they belong to different models"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +96,8 @@ class Caches:
 class Backbone(nn.Module):
     """A diffusion model taken apart: VAE, text encoders, U-Net, schedule.
 
-    All parts are frozen and in evaluation mode. `from_parts` of the subclasses takes any objects
-    with diffusers' interfaces.
+    All parts are frozen and in evaluation mode. `StableDiffusion` and `StableDiffusionXL` take any
+    objects with the interfaces of diffusers' and transformers' classes.
 
     Attributes:
         name: Alias, Hub id or folder it was loaded from.
@@ -43,6 +106,7 @@ class Backbone(nn.Module):
         scheduler: Holder of `alphas_cumprod` and of the prediction type.
         default_size: Side of the square that images are brought to, in pixels.
         default_taps: What the encoder reads when nothing else is asked for.
+        given: Parts that are not the named model's own: their paths, None for objects.
         caches: Latents, prompts and unconditional features that were computed before.
         compiled: Per tuple of taps the compiled U-Net that returns them.
         lock: Held while the U-Net is read, so that threads may share a backbone.
@@ -58,13 +122,19 @@ class Backbone(nn.Module):
         unet: Any,
         vae: Any,
         scheduler: Any,
-        default_size: int,
-        default_taps: tuple[str, ...],
+        default_size: int | None = None,
+        default_taps: tuple[str, ...] | None = None,
     ) -> None:
         super().__init__()
+        check_components(unet, vae, scheduler)
         self.name = name
         self.unet, self.vae, self.scheduler = unet, vae, scheduler
-        self.default_size, self.default_taps = default_size, default_taps
+        self.given: dict[str, str | None] = {}
+        told = Architecture({"unet": dict(unet.config), "vae": dict(vae.config)})
+        self.default_size = told.default_size if default_size is None else default_size
+        if default_taps is None:
+            default_taps = preset_options("gdf", self.family)["taps"]
+        self.default_taps = default_taps
         self.caches = Caches()
         self.compiled: dict[tuple[str, ...], Callable[..., tuple[Tensor, ...]]] = {}
         self.lock = threading.RLock()
@@ -101,9 +171,32 @@ class Backbone(nn.Module):
 
     def taps(self) -> tuple[TapInfo, ...]:
         """Every readable place of the U-Net."""
-        known = dict(self.unet.named_modules())
+        modules = self.unet.named_modules()
+        known = {LATENTS, *(name for name, module in modules if is_whole(module))}
         every = unet_taps(dict(self.unet.config), self.reduction)
         return tuple(tap for tap in every if tap.name in known)
+
+    def match_taps(self, patterns: Sequence[str]) -> tuple[TapInfo, ...]:
+        """The places that module paths or globs name, see `diffenc.match_taps`.
+
+        Raises:
+            TapError: A pattern names nothing, or something behind the point where this U-Net was
+                truncated.
+        """
+        if self.truncated:
+            self._check_reach(patterns)
+        return match_taps(patterns, self.taps())
+
+    def _check_reach(self, patterns: Sequence[str]) -> None:
+        left = self.taps()
+        for pattern in patterns:
+            every = match_taps([pattern], unet_taps(dict(self.unet.config), self.reduction))
+            if gone := [tap.name for tap in every if tap not in left]:
+                raise TapError(
+                    f"{gone[0]!r} lies behind {left[-1].name!r}, after which the U-Net of "
+                    f"{self.name!r} was truncated when it was loaded; load the model with this tap "
+                    "among those it is truncated for, or without truncate"
+                )
 
     @property
     def truncated(self) -> bool:
@@ -111,12 +204,17 @@ class Backbone(nn.Module):
         return not hasattr(self.unet.conv_out, "weight")
 
     @abstractmethod
-    def embed(self, texts: Sequence[str], *, size: tuple[int, int]) -> PromptEmbeds:
+    def embed(
+        self, texts: Sequence[str], *, size: tuple[int, int], long_prompts: LongPrompts = "truncate"
+    ) -> PromptEmbeds:
         """Encode texts, one row each.
 
         Args:
-            texts: Prompts; what exceeds the encoder's limit is cut and counted.
+            texts: Prompts.
             size: (height, width) of the pictures they go with, in pixels; SDXL reads it.
+            long_prompts: What exceeds the encoder's limit is cut and counted ("truncate"), or
+                encoded in windows that stand side by side ("chunk"); SDXL's pooled text is the
+                first window's.
         """
 
     def embed_uncond(self, rule: Uncond | None, *, size: tuple[int, int]) -> PromptEmbeds:
@@ -137,6 +235,22 @@ class Backbone(nn.Module):
             embeds.time_ids,
             embeds.truncated,
         )
+
+    def check_embeds(self, embeds: PromptEmbeds) -> None:
+        """Raise a `ShapeError` unless embeddings made elsewhere are what the U-Net reads."""
+        width = embeds.prompt_embeds.shape[-1]
+        wanted = text_width(self.unet)
+        if width != wanted:
+            raise ShapeError(
+                f"prompt embeddings have width {width}, the U-Net of {self.name!r} reads {wanted}; "
+                "encode the texts with this backbone's `embed`"
+            )
+        pooled = self.unet.config.addition_embed_type == "text_time"
+        if pooled and (embeds.pooled_prompt_embeds is None or embeds.time_ids is None):
+            raise ShapeError(
+                f"{self.name!r} needs pooled_prompt_embeds and time_ids beside the states; encode "
+                "the texts with this backbone's `embed`"
+            )
 
     def clear_caches(self) -> None:
         """Forget everything; needed after weights were written through `.data`."""

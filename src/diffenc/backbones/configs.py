@@ -4,11 +4,12 @@ They let taps, shapes and parameter counts be told before any weight is loaded, 
 be built for benchmarks without a download.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from diffenc.backbones.presets import preset_options
-from diffenc.backbones.taps import TapInfo, unet_taps
+from diffenc.backbones.taps import TapInfo, match_taps, unet_taps
 
 _SCHEDULE = {
     "beta_start": 0.00085,
@@ -161,6 +162,10 @@ class Architecture:
     def taps(self) -> tuple[TapInfo, ...]:
         """Every readable place of the U-Net."""
         return unet_taps(self.configs["unet"], self.reduction)
+
+    def match_taps(self, patterns: Sequence[str]) -> tuple[TapInfo, ...]:
+        """The places that module paths or globs name, see `diffenc.match_taps`."""
+        return match_taps(patterns, self.taps())
 
 
 def known_architecture(alias: str) -> Architecture | None:

@@ -10,6 +10,13 @@ from safetensors import safe_open
 
 from diffenc.backbones.base import Backbone
 from diffenc.backbones.configs import Architecture
+from diffenc.backbones.parts import (
+    GivenParts,
+    fitting_tokenizer,
+    load_text_encoder,
+    load_tokenizer,
+)
+from diffenc.backbones.weights import load_unet
 from diffenc.errors import BackboneError
 from diffenc.truncation import truncate
 
@@ -97,8 +104,9 @@ def load_folder(
     device: str | torch.device = "cpu",
     own_taps: tuple[str, ...] | None = None,
     keep_taps: Sequence[str] | None = None,
+    given: GivenParts | None = None,
 ) -> Backbone:
-    """Load every part of a diffusers folder.
+    """Load every part of a diffusers folder that is not given.
 
     Args:
         folder: Holds `model_index.json`.
@@ -108,45 +116,65 @@ def load_folder(
         own_taps: See `Architecture`.
         keep_taps: Module paths of the U-Net; what lies behind the last of them is not loaded. None
             loads everything.
+        given: Parts in place of the folder's.
 
     Raises:
         BackboneError: The folder is missing, incomplete or broken, or names another kind of model.
     """
+    given = given or GivenParts()
     family, index = read_model_index(folder)
-    told = read_architecture(folder, own_taps=own_taps)
-    parts = {part: _load_part(folder, part, dtype, device, keep_taps) for part in _PARTS[family]}
-    options: dict[str, Any] = {"default_size": told.default_size, "default_taps": told.default_taps}
+    told = given.described(read_architecture(folder, own_taps=own_taps))
+    parts = {}
+    for part in _PARTS[family]:
+        loaded = given.load(part, told, dtype=dtype, keep_taps=keep_taps)
+        parts[part] = _load_part(folder, part, dtype, keep_taps) if loaded is None else loaded
     if family == "sdxl":
+        parts["force_zeros"] = bool(index.get("force_zeros_for_empty_prompt", True))
+    return assemble(name, told, parts, device)
+
+
+def assemble(
+    name: str, told: Architecture, parts: dict[str, Any], device: str | torch.device
+) -> Backbone:
+    """A backbone of loaded parts, on a device.
+
+    Raises:
+        BackboneError: Parts do not fit each other.
+    """
+    for part in ("tokenizer", "tokenizer_2"):
+        if part in parts:
+            encoder = parts[part.replace("tokenizer", "text_encoder")]
+            parts[part] = fitting_tokenizer(parts[part], encoder)
+    for part, module in parts.items():
+        if isinstance(module, torch.nn.Module):
+            parts[part] = module.to(device)
+    if told.family == "sdxl":
         from diffenc.backbones.sdxl import StableDiffusionXL
 
-        force_zeros = bool(index.get("force_zeros_for_empty_prompt", True))
-        return StableDiffusionXL(name=name, force_zeros=force_zeros, **options, **parts)
+        return StableDiffusionXL(name=name, default_taps=told.default_taps, **parts)
     from diffenc.backbones.sd import StableDiffusion
 
-    return StableDiffusion(name=name, **options, **parts)
+    return StableDiffusion(name=name, default_taps=told.default_taps, **parts)
 
 
-def _load_part(
-    folder: Path,
-    part: str,
-    dtype: torch.dtype,
-    device: str | torch.device,
-    keep_taps: Sequence[str] | None,
-) -> Any:
+def make_scheduler(config: dict[str, Any]) -> Any:
+    """The noise schedule of a config, whatever sampler it names."""
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler.from_config({key: config[key] for key in _SCHEDULE if key in config})
+
+
+def _load_part(folder: Path, part: str, dtype: torch.dtype, keep_taps: Sequence[str] | None) -> Any:
     try:
         if part.startswith("tokenizer"):
-            from transformers import CLIPTokenizer
-
-            return CLIPTokenizer.from_pretrained(folder / part)
+            return load_tokenizer(folder / part)
         if part == "scheduler":
-            from diffusers import DDPMScheduler
-
-            config = read_config(folder, part)
-            kept = {key: config[key] for key in _SCHEDULE if key in config}
-            return DDPMScheduler.from_config(kept)
+            return make_scheduler(read_config(folder, part))
+        if part.startswith("text_encoder"):
+            return load_text_encoder(folder / part, part, dtype)
         if part == "unet" and keep_taps is not None:
-            return _load_truncated(folder / part, dtype, keep_taps).to(device)
-        return _load_weights(folder, part, dtype).to(device)
+            return _load_truncated(folder / part, dtype, keep_taps)
+        return _load_weights(folder, part, dtype)
     except BackboneError:
         raise
     except Exception as error:  # the libraries raise anything from OSError to SafetensorError
@@ -168,21 +196,17 @@ def _load_truncated(folder: Path, dtype: torch.dtype, taps: Sequence[str]) -> An
     """A U-Net that ends after the last tap; only its own weights are read from the files."""
     from diffusers import UNet2DConditionModel
 
+    config = UNet2DConditionModel.load_config(folder)
     with torch.device("meta"):
-        whole = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
-    short = truncate(whole, taps)
-    wanted = set(short.state_dict())
+        wanted = set(truncate(UNet2DConditionModel.from_config(config), taps).state_dict())
     state = {}
     for file in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
         if ".fp16." in file.name or ".non_ema." in file.name:
             continue
         with safe_open(file, framework="pt") as weights:
             for key in wanted.intersection(weights.keys()):
-                state[key] = weights.get_tensor(key).to(dtype)
-    if missing := sorted(wanted - state.keys()):
-        raise BackboneError(f"{folder} lacks {len(missing)} weights, such as {missing[0]!r}")
-    short.load_state_dict(state, assign=True)
-    return short
+                state[key] = weights.get_tensor(key)
+    return load_unet(config, state, what=str(folder), dtype=dtype, keep_taps=taps)
 
 
 def _load_weights(folder: Path, part: str, dtype: torch.dtype) -> Any:
@@ -191,14 +215,8 @@ def _load_weights(folder: Path, part: str, dtype: torch.dtype) -> Any:
         from diffusers import UNet2DConditionModel
 
         return UNet2DConditionModel.from_pretrained(folder / part, torch_dtype=dtype)
-    if part == "vae":
-        from diffusers import AutoencoderKL
+    from diffusers import AutoencoderKL
 
-        overflows = dtype == torch.float16 and config.get("force_upcast", False)
-        vae_dtype = torch.float32 if overflows else dtype
-        return AutoencoderKL.from_pretrained(folder / part, torch_dtype=vae_dtype)
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
-    model = CLIPTextModelWithProjection if part == "text_encoder_2" else CLIPTextModel
-    loaded: Any = model.from_pretrained(folder / part)
-    return loaded.to(dtype)
+    overflows = dtype == torch.float16 and config.get("force_upcast", False)
+    vae_dtype = torch.float32 if overflows else dtype
+    return AutoencoderKL.from_pretrained(folder / part, torch_dtype=vae_dtype)

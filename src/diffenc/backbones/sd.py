@@ -3,14 +3,33 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from diffenc.backbones.base import Backbone
-from diffenc.prompts import PromptEmbeds, tokenize
+from diffenc._typing import LongPrompts
+from diffenc.backbones.base import Backbone, check_text, grad_where_trained
+from diffenc.prompts import (
+    PromptEmbeds,
+    count_windows,
+    join_windows,
+    tokenize,
+    tokenize_windows,
+)
 
 
 class StableDiffusion(Backbone):
-    """One text encoder, whose last hidden states condition the U-Net."""
+    """One text encoder, whose last hidden states condition the U-Net.
+
+    Args:
+        name: What it is called in messages and saved configs.
+        unet: A `UNet2DConditionModel`.
+        vae: An `AutoencoderKL` or `AutoencoderTiny`.
+        scheduler: Anything of diffusers' with `alphas_cumprod`.
+        text_encoder: A `CLIPTextModel`.
+        tokenizer: Its `CLIPTokenizer`.
+        default_size: See `Backbone`; None follows from the U-Net's config.
+        default_taps: See `Backbone`; None is the `gdf` set.
+
+    Raises:
+        BackboneError: Parts do not fit each other.
+    """
 
     family = "sd"
 
@@ -23,8 +42,8 @@ class StableDiffusion(Backbone):
         scheduler: Any,
         text_encoder: Any,
         tokenizer: Any,
-        default_size: int,
-        default_taps: tuple[str, ...],
+        default_size: int | None = None,
+        default_taps: tuple[str, ...] | None = None,
     ) -> None:
         super().__init__(
             name=name,
@@ -34,13 +53,23 @@ class StableDiffusion(Backbone):
             default_size=default_size,
             default_taps=default_taps,
         )
+        check_text(unet, (tokenizer, text_encoder))
         self.text_encoder, self.tokenizer = text_encoder, tokenizer
         self.freeze()
 
-    def embed(self, texts: Sequence[str], *, size: tuple[int, int]) -> PromptEmbeds:
+    def embed(
+        self, texts: Sequence[str], *, size: tuple[int, int], long_prompts: LongPrompts = "truncate"
+    ) -> PromptEmbeds:
         """Encode texts, one row each; see `Backbone.embed`."""
-        ids, truncated = tokenize(self.tokenizer, texts)
+        cuts: tuple[int, ...] = (0,) * len(texts)
+        counts: tuple[int, ...] = (1,) * len(texts)
+        if long_prompts == "chunk":
+            counts = count_windows(self.tokenizer, texts)
+            ids = tokenize_windows(self.tokenizer, texts, counts)
+        else:
+            ids, cuts = tokenize(self.tokenizer, texts)
         device = next(self.text_encoder.parameters()).device
-        with torch.no_grad():
+        with grad_where_trained(self.text_encoder):
             states = self.text_encoder(ids.to(device)).last_hidden_state
-        return PromptEmbeds(states, truncated=truncated)
+        rows, lengths = join_windows(states, counts)
+        return PromptEmbeds(rows, truncated=cuts, lengths=lengths)

@@ -13,6 +13,7 @@ import torch
 
 from diffenc.errors import TapError, near_matches
 from diffenc.hooks import ForwardTaps
+from diffenc.truncation import truncate
 
 _TRANSFORMER = (
     r"attentions\.\d+(\.transformer_blocks\.\d+(\.attn1\.to_[qkv]|\.attn2\.to_q|\.ff(\.net\.0)?)?)?"
@@ -20,13 +21,16 @@ _TRANSFORMER = (
 _BLOCK = rf"(\.resnets\.\d+(\.conv2)?|\.{_TRANSFORMER}|\.(up|down)samplers\.0)?"
 _READABLE = re.compile(rf"conv_in|(down_blocks\.\d+|up_blocks\.\d+|mid_block){_BLOCK}")
 
+LATENTS = "latents"
+"""Reads the VAE's latents, scaled and without noise; no module of the U-Net has this name."""
+
 
 @dataclass(frozen=True, slots=True)
 class TapInfo:
-    """A place in the U-Net.
+    """A place in the U-Net, or before it.
 
     Attributes:
-        name: Module path; its output is what is read.
+        name: Module path, whose output is what is read; or "latents", the VAE's.
         channels: Of the feature map.
         reduction: Image pixels per feature cell (nominal: for sides that divide evenly).
     """
@@ -63,10 +67,27 @@ def _unet_taps(config: str, vae_reduction: int) -> tuple[TapInfo, ...]:
     side = 64
     with torch.no_grad(), ForwardTaps(unet, names) as taps:
         maps = taps.run(lambda: unet(**_meta_inputs(unet.config, side)))
-    return tuple(
+    latents = TapInfo(LATENTS, unet.config.in_channels, vae_reduction)
+    return latents, *(
         TapInfo(name, features.shape[1], vae_reduction * side // features.shape[2])
         for name, features in maps.items()
     )
+
+
+def count_parameters(config: dict[str, Any], taps: Sequence[str] | None = None) -> int:
+    """Parameters of a U-Net with this config: of all of it, or of what is needed for some taps.
+
+    Args:
+        config: A `UNet2DConditionModel` config as JSON holds it.
+        taps: Module paths; None counts everything. What lies behind the last of them is what
+            `truncate=True` neither loads nor runs.
+    """
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+    kept = unet if taps is None else truncate(unet, taps)
+    return sum(parameter.numel() for parameter in kept.parameters())
 
 
 def _meta_inputs(config: Any, side: int) -> dict[str, Any]:

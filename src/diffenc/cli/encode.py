@@ -84,6 +84,28 @@ def encode(
     resize: Annotated[
         str | None, typer.Option(metavar="WORD", help="squash (default), crop, pad or none.")
     ] = None,
+    long_prompts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WORD", help="truncate (default) or chunk: encode what is beyond the limit too."
+        ),
+    ] = None,
+    unet: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Weights of another U-Net, a .safetensors file."),
+    ] = None,
+    vae: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Another VAE: its folder or file.")
+    ] = None,
+    architecture: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Of a single file: the alias or folder with its configs."
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Of a single file, which holds none.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the noise; default 0.")] = None,
     maps: Annotated[
         bool, typer.Option("--maps/--no-maps", help="Write one feature map per tap.")
@@ -112,12 +134,17 @@ def encode(
         "guidance_scale": guidance_scale,
         "size": None if size is None else parse_size(size),
         "resize": resize,
+        "long_prompts": long_prompts,
+        "unet": unet,
+        "vae": vae,
+        "architecture": architecture,
+        "tokenizer": tokenizer,
         "seed": seed,
     }
     check_output(output, suffixes=(".safetensors",), force=force)
     if not (maps or tokens):
         raise ConfigError("nothing to write: --no-maps needs --tokens")
-    _check_inputs(images, prompts, conditioning)
+    _check_inputs(images, prompts, conditioning, guidance_scale)
 
     import torch
     from safetensors.torch import save_file
@@ -180,11 +207,16 @@ def parse_timestep(text: str) -> int | tuple[int, ...]:
 
 
 def _check_inputs(
-    images: "Sequence[Path]", prompts: "Sequence[str] | None", conditioning: str | None
+    images: "Sequence[Path]",
+    prompts: "Sequence[str] | None",
+    conditioning: str | None,
+    guidance_scale: float | None,
 ) -> None:
     """Find what is wrong with the input before a model is loaded."""
     if not prompts and conditioning not in (None, "uncond"):
         raise ConfigError(f"conditioning {conditioning!r} needs --prompt; got none")
+    if guidance_scale is not None and conditioning != "cfg":
+        raise ConfigError("--guidance-scale is read by --conditioning cfg alone; pass that too")
     from diffenc.images import load_image
     from diffenc.prompts import match_batch
 
@@ -251,7 +283,8 @@ def _report(output: Path, tensors: "Mapping[str, Any]", truncated: int) -> None:
     print_table("features", ("tensor", "shape", "dtype"), rows)
     if truncated:
         typer.echo(
-            f"warning: {truncated} prompts are longer than the text encoder reads and were cut",
+            f"warning: {truncated} prompts are longer than the text encoder reads and were cut; "
+            "--long-prompts chunk reads all of them",
             err=True,
         )
     typer.echo(f"wrote {output} ({readable_bytes(output.stat().st_size)})")

@@ -47,7 +47,9 @@ def info(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="MODEL", help="Alias, Hub id or diffusers folder; left out: list the aliases."
+            metavar="MODEL",
+            help="Alias, Hub id, diffusers folder or .safetensors checkpoint; left out: list the "
+            "aliases.",
         ),
     ] = None,
     every_tap: Annotated[
@@ -111,15 +113,21 @@ def describe(model: str) -> dict[str, Any]:
     """
     from diffenc.backbones import describe as read
     from diffenc.backbones import list_backbones, resolve_folder
+    from diffenc.backbones.sources import single_file
+    from diffenc.backbones.taps import count_parameters
 
     told = read(model)
     aliases = {source.alias: source for source in list_backbones()}
-    folder = _here(aliases[model]) if model in aliases else resolve_folder(model, weights=False)
+    if model in aliases:
+        folder = _here(aliases[model])
+    else:
+        folder = single_file(model) or resolve_folder(model, weights=False)
     parts = [
         _component(name, config, folder)
         for name, config in told.configs.items()
         if name != "scheduler"
     ]
+    truncated = count_parameters(told.configs["unet"], told.default_taps)
     return {
         "model": model,
         "folder": None if folder is None else str(folder),
@@ -128,6 +136,7 @@ def describe(model: str) -> dict[str, Any]:
         "latent_reduction": told.reduction,
         "prediction_type": told.configs["scheduler"].get("prediction_type", "epsilon"),
         "components": [_component_values(part) for part in parts],
+        "truncated_unet_parameters": truncated,
         "taps": [_tap_values(tap, told.default_taps) for tap in told.taps()],
     }
 
@@ -198,12 +207,17 @@ def _print_description(found: dict[str, Any], every_tap: bool) -> None:
     parameters = sum(part["parameters"] for part in parts)
     rows.append(("all", "", f"{parameters:,}", *totals, readable_bytes(on_disk) if on_disk else ""))
     numbers = ("parameters", *dtypes, "on disk")
+    kept, whole = found["truncated_unet_parameters"], parts[0]["parameters"]
     typer.echo(f"{found['model']}, {found['folder'] or 'to be downloaded when it is used'}")
     typer.echo(
         f"{found['family']}, predicts {found['prediction_type']}, {size} px by default, one latent "
         f"cell per {found['latent_reduction']} px\n"
     )
     print_table("components", ("part", "class", *numbers), rows, right=numbers)
+    typer.echo(
+        f"truncate=True with the default taps: {kept:,} of {whole:,} U-Net parameters, "
+        f"{readable_bytes(2 * (whole - kept))} less in half precision\n"
+    )
     shown = [
         tap
         for tap in found["taps"]

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from diffenc.config import check_choice
-from diffenc.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +43,10 @@ Debug = Annotated[
 Model = Annotated[
     str,
     typer.Option(
-        "--model", "-m", metavar="NAME", help="Alias, Hub id or diffusers folder; see diffenc info."
+        "--model",
+        "-m",
+        metavar="NAME",
+        help="Alias, Hub id, diffusers folder or .safetensors checkpoint; see diffenc info.",
     ),
 ]
 Device = Annotated[
@@ -80,12 +82,9 @@ def to_device(name: str) -> "torch.device":
 
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"cannot use device {name!r}: {str(error).splitlines()[0]}") from error
-    return device
+    from diffenc.backbones.device import check_placement
+
+    return check_placement(name, torch.float32)
 
 
 def quiet_libraries() -> None:
