@@ -1,3 +1,5 @@
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -85,3 +87,23 @@ def test_bad_input():
         HeatMap(np.eye(2), low=2.0)
     with pytest.raises(ConfigError, match="alpha must be in"):
         HeatMap(np.eye(2)).to_pil(alpha=2.0)
+
+
+def test_a_map_knows_its_word_and_its_picture():
+    picture = Image.new("RGB", (30, 20), (255, 0, 0))
+    heat = HeatMap(np.eye(3), label="circle", picture=picture)
+    assert repr(heat) == "HeatMap('circle', 3 x 3 cells, 0 to 1)"
+    assert heat.to_pil(overlay=True).size == (30, 20)
+    assert np.array_equal(heat.to_pil(overlay=True), heat.to_pil(overlay=picture))
+    assert np.array_equal(heat.to_pil(overlay=False), heat.to_pil())
+    heat.array[0, 0] = 9
+    assert heat.array[0, 0] == 1  # a copy
+    with pytest.raises(ConfigError, match="needs a map with a picture"):
+        HeatMap(np.eye(3)).to_pil(overlay=True)
+
+
+def test_a_notebook_shows_the_map_over_its_picture():
+    picture = Image.new("RGB", (30, 20))
+    shown = Image.open(io.BytesIO(HeatMap(np.eye(3), picture=picture)._repr_png_()))
+    assert shown.size == (256, 171)
+    assert Image.open(io.BytesIO(HeatMap(np.eye(4)[:2])._repr_png_())).size == (256, 128)

@@ -1,5 +1,6 @@
 """One number per cell as a colour, alone or over the picture it belongs to."""
 
+import io
 from typing import Any
 
 import numpy as np
@@ -28,17 +29,24 @@ def colorize(unit: Float64[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w 3"]:
     return np.round(np.stack(channels, axis=-1)).astype(np.uint8)
 
 
+_NOTEBOOK_SIDE = 256
+
+
 class HeatMap:
-    """A map of numbers, such as `diffenc.scorer.word_maps` gives.
+    """A map of numbers, such as `CrossAttnScorer.word_maps` gives; notebooks show it as a picture.
 
     Args:
         values: (h w), a tensor or an array.
         low: Value of the darkest colour; None is the smallest of `values`.
         high: Value of the lightest colour; None is the largest.
+        label: What the map shows, such as a word.
+        picture: What it lies over in a notebook, and where `overlay` is True.
 
     Attributes:
         low: See above.
         high: See above.
+        label: See above.
+        picture: See above.
 
     Raises:
         ShapeError: Not (h w).
@@ -46,22 +54,46 @@ class HeatMap:
         ConfigError: `low` above `high`.
     """
 
-    def __init__(self, values: Any, *, low: float | None = None, high: float | None = None) -> None:
+    def __init__(
+        self,
+        values: Any,
+        *,
+        low: float | None = None,
+        high: float | None = None,
+        label: str | None = None,
+        picture: Image.Image | None = None,
+    ) -> None:
         self._values = to_array(values, "h w")
         self.low = float(self._values.min()) if low is None else float(low)
         self.high = float(self._values.max()) if high is None else float(high)
         if not self.low <= self.high:
             raise ConfigError(f"low must not be above high, got {self.low} and {self.high}")
+        self.label, self.picture = label, picture
+
+    @property
+    def array(self) -> Float64[np.ndarray, "h w"]:
+        """The values, as a copy."""
+        return self._values.copy()
 
     def __repr__(self) -> str:
         height, width = self._values.shape
-        return f"HeatMap({height} x {width} cells, {self.low:.3g} to {self.high:.3g})"
+        label = "" if self.label is None else f"{self.label!r}, "
+        return f"HeatMap({label}{height} x {width} cells, {self.low:.3g} to {self.high:.3g})"
+
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows: the map over its picture, the longer side 256 pixels."""
+        width, height = self.picture.size if self.picture else self._values.shape[::-1]
+        factor = _NOTEBOOK_SIDE / max(height, width)
+        size = (max(1, round(height * factor)), max(1, round(width * factor)))
+        buffer = io.BytesIO()
+        self.to_pil(size, overlay=self.picture).save(buffer, format="png")
+        return buffer.getvalue()
 
     def to_pil(
         self,
         size: int | tuple[int, int] | None = None,
         *,
-        overlay: Image.Image | None = None,
+        overlay: Image.Image | bool | None = None,
         alpha: float = 0.7,
         resample: Resample = "bicubic",
     ) -> Image.Image:
@@ -71,17 +103,20 @@ class HeatMap:
             size: Of the picture, a side or (height, width); None is the size of `overlay`, or one
                 pixel per cell.
             overlay: Lies under the colours, in grey so that it does not tint them, brought to the
-                same size.
+                same size; True takes `picture`.
             alpha: Weight of the colours over it, 0 to 1.
             resample: "bicubic" smooths the values, "nearest" shows the cells.
 
         Raises:
-            ConfigError: `alpha` or `size` is out of range.
+            ConfigError: `alpha` or `size` is out of range, or there is no picture to take.
         """
+        if overlay is True and self.picture is None:
+            raise ConfigError("overlay=True needs a map with a picture; pass the picture itself")
+        under = self.picture if overlay is True else overlay or None
         if not 0 <= alpha <= 1:
             raise ConfigError(f"alpha must be in [0, 1], got {alpha}")
         if size is None:
-            width, height = overlay.size if overlay is not None else self._values.shape[::-1]
+            width, height = under.size if under is not None else self._values.shape[::-1]
         else:
             width, height = pil_size(size)
         cells = Image.fromarray(self._values.astype(np.float32))
@@ -89,10 +124,10 @@ class HeatMap:
         span = self.high - self.low
         unit = np.clip((values - self.low) / span, 0, 1) if span > 0 else np.zeros_like(values)
         colors = Image.fromarray(colorize(unit))
-        if overlay is None:
+        if under is None:
             return colors
-        under = overlay.convert("L").resize((width, height), Image.Resampling.BICUBIC)
-        return Image.blend(under.convert("RGB"), colors, alpha)
+        grey = under.convert("L").resize((width, height), Image.Resampling.BICUBIC)
+        return Image.blend(grey.convert("RGB"), colors, alpha)
 
     def legend(self, size: tuple[int, int]) -> Image.Image:
         """The colours from `low` on the left to `high` on the right, as (height, width)."""

@@ -1,0 +1,127 @@
+"""`diffenc maps`: where in an image the words of a text are seen."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from diffenc.cli.files import check_output, write_whole
+from diffenc.cli.options import Debug, Device, Dtype, Force, Model
+from diffenc.cli.score_options import (
+    Layers,
+    ResizeOption,
+    Seed,
+    Size,
+    Timesteps,
+    load_scorer,
+    split_names,
+)
+from diffenc.cli.tables import print_table
+from diffenc.errors import ConfigError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+_COLUMNS, _SIDE = 4, 256
+
+
+def maps(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture file.")],
+    text: Annotated[str, typer.Option("--text", "-t", metavar="TEXT", help="The prompt.")],
+    words: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--word", "-w", metavar="WORD", help="A word of the text, repeated; default all."
+        ),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="The figure, a .png file.")
+    ] = Path("maps.png"),
+    model: Model = "shapes",
+    preset: Annotated[
+        str | None, typer.Option(metavar="NAME", help="daam: that program's definition.")
+    ] = None,
+    layers: Layers = None,
+    heads: Annotated[
+        str | None, typer.Option(metavar="N,N", help="Heads that count; default all.")
+    ] = None,
+    timesteps: Timesteps = None,
+    size: Size = None,
+    resize: ResizeOption = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    force: Force = False,
+    _debug: Debug = False,
+) -> None:
+    """Draw where each word of a text is seen in an image.
+
+    Each word has a range of colours of its own, which the figure states: compare places, not words.
+    """
+    check_output(output, suffixes=_SUFFIXES, force=force)
+    from diffenc.images import load_image
+
+    picture = load_image(image)
+    scorer = load_scorer(
+        model,
+        device=device,
+        dtype=dtype,
+        preset="paper",
+        timesteps=timesteps,
+        size=size,
+        resize=resize,
+        seed=seed,
+    )
+    found = scorer.word_maps(
+        picture,
+        text,
+        words or None,
+        preset=preset,  # type: ignore[arg-type]  # checked there
+        layers=split_names(layers),
+        heads=None if heads is None else parse_heads(heads),
+    )
+    from diffenc.viz import Panel, figure
+
+    panels: list[Panel | None] = [Panel(picture, image.name)]
+    for word, heat in found.items():
+        over = heat.to_pil(_fit(heat.picture or picture), overlay=True)
+        panels.append(Panel(over, word, legend=heat))
+    rows = [panels[start : start + _COLUMNS] for start in range(0, len(panels), _COLUMNS)]
+    drawn = figure(
+        rows,
+        title=text,
+        note=f"Model: {scorer.backbone.name}. Share of each cell's attention that the word gets, "
+        "each word in its own range. Made by: diffenc maps",
+        side=_SIDE,
+    )
+    write_whole(output, drawn.save)
+    print_table(
+        f"maps of {scorer.backbone.name}",
+        ("word", "cells", "lowest", "highest"),
+        [
+            (word, " x ".join(map(str, heat.array.shape)), f"{heat.low:.4g}", f"{heat.high:.4g}")
+            for word, heat in found.items()
+        ],
+        right=("lowest", "highest"),
+    )
+    typer.echo(f"wrote {output}")
+
+
+def parse_heads(text: str) -> tuple[int, ...]:
+    """Read ``"0,3"`` as (0, 3).
+
+    Raises:
+        ConfigError: Anything else.
+    """
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise ConfigError(f"heads must be like 0 or 0,3, got {text!r}")
+    return tuple(map(int, parts))
+
+
+def _fit(picture: "Image") -> tuple[int, int]:
+    """(height, width) of a panel, the longer side filling it."""
+    width, height = picture.size
+    factor = _SIDE / max(width, height)
+    return max(1, round(height * factor)), max(1, round(width * factor))

@@ -1,0 +1,139 @@
+"""`diffenc score`: how well images and texts fit."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from diffenc._version import __version__
+from diffenc.cli.options import Debug, Device, Dtype, Model
+from diffenc.cli.score_options import (
+    AsJson,
+    BatchSize,
+    CalibrationOption,
+    Layers,
+    Mode,
+    Preset,
+    References,
+    ResizeOption,
+    Seed,
+    Size,
+    Texts,
+    Timesteps,
+    load_scorer,
+)
+from diffenc.cli.tables import print_table
+
+if TYPE_CHECKING:
+    from diffenc.scoring.result import Scores
+
+
+def score(
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Picture files.")],
+    texts: Texts,
+    model: Model = "shapes",
+    preset: Preset = "calibrated",
+    mode: Mode = None,
+    trials: Annotated[int, typer.Option(min=1, help="Scores with other noise, averaged.")] = 1,
+    screen: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Drop texts that fall behind; score N per image to the end."
+        ),
+    ] = None,
+    calibration: CalibrationOption = None,
+    references: References = None,
+    timesteps: Timesteps = None,
+    layers: Layers = None,
+    size: Size = None,
+    resize: ResizeOption = None,
+    seed: Seed = None,
+    batch_size: BatchSize = 16,
+    as_json: AsJson = False,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    _debug: Debug = False,
+) -> None:
+    """Score every image under every text; higher is better.
+
+    The best text of each image and the best image of each text are marked. With several trials the
+    sample standard deviation stands beside the mean.
+    """
+    from diffenc.images import load_image
+
+    for image in images:
+        load_image(image)  # what cannot be read is told before the model is loaded
+    scorer = load_scorer(
+        model,
+        device=device,
+        dtype=dtype,
+        preset=preset,
+        calibration=calibration,
+        references=references,
+        timesteps=timesteps,
+        layers=layers,
+        size=size,
+        mode=mode,
+        resize=resize,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # cut texts are told below
+        scores = scorer.score([str(image) for image in images], texts, trials=trials, screen=screen)
+    if as_json:
+        typer.echo(json.dumps(_content(scores, images, scorer.backbone.name), indent=2))
+    else:
+        _print(scores, images, scorer.backbone.name)
+    if cut := sum(count > 0 for count in scores.truncated):
+        typer.echo(
+            f"warning: {cut} texts are longer than the text encoder reads and were cut", err=True
+        )
+
+
+def _content(scores: "Scores", images: list[Path], model: str) -> dict[str, object]:
+    several = len(scores.seeds) > 1
+    mean = [
+        [None if out else value for value, out in zip(row, gone, strict=True)]
+        for row, gone in zip(scores.mean.tolist(), scores.dropped.tolist(), strict=True)
+    ]
+    return {
+        "version": __version__,
+        "model": model,
+        "config": scores.config.to_dict(),
+        "images": [str(image) for image in images],
+        "texts": list(scores.texts),
+        "mean": mean,
+        "std": scores.std.tolist() if several and not scores.dropped.any() else None,
+        "trials": None if scores.dropped.any() else scores.trials.tolist(),
+        "seeds": list(scores.seeds),
+        "dropped": scores.dropped.tolist(),
+        "truncated": list(scores.truncated),
+        "best_text": scores.mean.argmax(dim=1).tolist(),
+        "best_image": scores.mean.argmax(dim=0).tolist(),
+    }
+
+
+def _print(scores: "Scores", images: list[Path], model: str) -> None:
+    mean, std, dropped = scores.mean, scores.std, scores.dropped
+    best_text, best_image = mean.argmax(dim=1).tolist(), mean.argmax(dim=0).tolist()
+    rows = []
+    for i, image in enumerate(images):
+        for j, text in enumerate(scores.texts):
+            value = "dropped" if dropped[i, j] else f"{mean[i, j]:.4f}"
+            row = [image.name, text, value]
+            if len(scores.seeds) > 1:
+                row.append("" if dropped[i, j] else f"{std[i, j]:.4f}")
+            if len(scores.texts) > 1:
+                row.append("best" if j == best_text[i] else "")
+            if len(images) > 1:
+                row.append("best" if i == best_image[j] else "")
+            rows.append(row)
+    columns = ["image", "text", "score"]
+    columns += ["deviation"] if len(scores.seeds) > 1 else []
+    columns += ["of texts"] if len(scores.texts) > 1 else []
+    columns += ["of images"] if len(images) > 1 else []
+    title = f"scores of {model}, higher is better"
+    print_table(title, columns, rows, right=("score", "deviation"))

@@ -1,0 +1,92 @@
+"""Reference pictures: what a text scores on them is its own offset, not a match."""
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffenc.cache import content_key
+from diffenc.errors import ConfigError
+from diffenc.images import Images, to_pixel_values
+from diffenc.scoring.config import ScorerConfig
+
+
+class References:
+    """Pictures given by the user, in bytes, so that what is saved is what was used.
+
+    Attributes:
+        pictures: RGB, 0 to 255.
+    """
+
+    def __init__(self, pictures: UInt8[Tensor, "r 3 height width"]) -> None:
+        self.pictures = pictures
+
+    @classmethod
+    def read(
+        cls, images: Images, config: ScorerConfig, *, default_size: int, multiple: int
+    ) -> "References":
+        """Read and resize pictures as the scorer reads those that it scores.
+
+        Raises:
+            ImageError: A picture cannot be read.
+            ShapeError: No picture, or a size that the model does not take.
+        """
+        pixel_values = to_pixel_values(
+            images, size=config.size or default_size, resize=config.resize, multiple=multiple
+        )
+        return cls(((pixel_values.cpu() + 1) * 127.5).round().to(torch.uint8))
+
+    @property
+    def digest(self) -> str:
+        """Their number and a digest of their pixels, such as ``"12-5f0c..."``."""
+        return f"{len(self.pictures)}-{content_key(self.pictures).hex()}"
+
+    def pixel_values(self, size: tuple[int, int]) -> Float[Tensor, "r 3 height width"]:
+        """In [-1, 1], squashed to (height, width) where they have another size."""
+        values = self.pictures.float() / 127.5 - 1
+        if tuple(values.shape[2:]) == size:
+            return values
+        return F.interpolate(values, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
+
+
+def reference_pixels(
+    config: ScorerConfig, size: tuple[int, int], given: References | None
+) -> Float[Tensor, "r 3 height width"]:
+    """Reference pictures of a config, none where it has no calibration.
+
+    Args:
+        config: Of the scorer.
+        size: (height, width).
+        given: Pictures of the user.
+
+    Raises:
+        ConfigError: The config wants the user's, and there are none or others.
+    """
+    if config.calibration is None:
+        return torch.zeros(0, 3, *size)
+    if config.calibration == "gray":
+        return torch.zeros(1, 3, *size)
+    if config.calibration == "neutral":
+        return neutral_pictures(size)
+    if given is None or given.digest != config.reference_digest:
+        have = "none" if given is None else f"others ({given.digest})"
+        raise ConfigError(
+            f"calibration 'given' needs the reference images {config.reference_digest}, and there "
+            f"are {have}: call scorer.calibrate(images), or use calibration='gray'"
+        )
+    return given.pixel_values(size)
+
+
+def neutral_pictures(size: tuple[int, int]) -> Float[Tensor, "8 3 height width"]:
+    """Eight pictures that show nothing: three greys, two ramps, three soft clouds of colour.
+
+    Equal on every machine; nothing is read from disk.
+    """
+    height, width = size
+    plain = [torch.full((3, height, width), level) for level in (-0.6, 0.0, 0.6)]
+    down = torch.linspace(-0.8, 0.8, height)[:, None].expand(3, height, width)
+    across = torch.linspace(-0.8, 0.8, width).expand(3, height, width)
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(3, 3, 4, 4, generator=generator) * 2 - 1
+    clouds = F.interpolate(coarse, size=size, mode="bicubic", align_corners=False)
+    return torch.stack([*plain, down, across, *clouds.clamp(-1, 1)])

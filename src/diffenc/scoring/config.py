@@ -1,0 +1,285 @@
+"""What a scorer is told to do: its options, the presets of published scores, their timesteps."""
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+from diffenc._typing import Posterior, Resize, Uncond
+from diffenc.config import check_choice, check_pair
+from diffenc.errors import ConfigError, near_matches
+
+ScoreMode = Literal["exact", "shared-query"]
+Space = Literal["logits", "probs"]
+PoolAxis = Literal["tokens", "pixels", "both"]
+TokenMask = Literal["none", "no_pad", "content"]
+HeadReduce = Literal["mean", "max"]
+ErrorTerm = Literal["l2_gap", "mse", "mse_gap"]
+Calibration = Literal["gray", "neutral", "given"]
+
+SCORE_TIMESTEPS = (189, 389, 589, 789, 989)
+"""Noise levels of scores and word maps, as in the paper."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScorerConfig:
+    """How an image and a text become a number; higher is a better match.
+
+    The score is the mean over timesteps and draws of an attention part, an error part, or their
+    sum. Attention part: per layer and head the scaled products q·k of cells and tokens become one
+    number by log-sum-exp; then the mean over layers.
+
+    Attributes:
+        attention: Whether there is an attention part.
+        layers: "all" cross-attentions, the "discffusion" set (of the last down block with
+            attention, the middle and the last up block, the last block of each transformer), or a
+            tuple of module paths.
+        layer_weights: One per layer, in the order in which they run; None weighs all alike.
+        space: Pool the "logits" (q·k / sqrt(d)) or their softmax over tokens, "probs".
+        lse_axis: "tokens": log-sum-exp over tokens, mean over cells. "pixels": over cells, mean
+            over tokens. "both": over all.
+        lse_lambda: λ of (1/λ) log Σ exp(λ a); a large one approaches the maximum.
+        token_mask: Tokens that are pooled: all ("none"), without padding ("no_pad": start, words,
+            end), or the words alone ("content").
+        head_reduce: Over heads: "mean" or "max".
+        include_uncond: Average the attention part with that of the unconditional half.
+        error_term: "mse": minus the mean squared error of the predicted noise. "mse_gap": that
+            error without the text minus that with it. "l2_gap": the same of Euclidean norms.
+        timesteps: Noise levels, scheduler steps.
+        draws: Noise tensors per timestep.
+        seed: Of the noise that all images, texts and halves share.
+        posterior: Take the mode of the VAE's posterior, or a seeded sample.
+        uncond: Which embedding is "unconditional"; None is the model's own rule.
+        mode: "exact" runs the U-Net under each text. "shared-query" runs it once per image and
+            noise under `query_prompt` and lets the keys of every text meet these queries.
+        query_prompt: For "shared-query"; the empty text is encoded, never zeros.
+        calibration: Subtract from each text's scores its mean over reference images: a "gray" one,
+            a "neutral" set, or those "given" to `CrossAttnScorer.calibrate`. None subtracts
+            nothing.
+        reference_texts: Subtract from each image's scores its mean over these texts.
+        reference_digest: Number and digest of the given reference images; written by `calibrate`.
+        size: Side of the square that images are brought to, or (height, width), in pixels; None
+            takes the backbone's own.
+        resize: See `EncoderConfig.resize`.
+        batch_size: Most rows (images x texts x timesteps x draws) per call of the U-Net.
+    """
+
+    attention: bool = True
+    layers: str | tuple[str, ...] = "all"
+    layer_weights: tuple[float, ...] | None = None
+    space: Space = "logits"
+    lse_axis: PoolAxis = "tokens"
+    lse_lambda: float = 1.0
+    token_mask: TokenMask = "none"
+    head_reduce: HeadReduce = "mean"
+    include_uncond: bool = False
+    error_term: ErrorTerm | None = None
+    timesteps: tuple[int, ...] = SCORE_TIMESTEPS
+    draws: int = 1
+    seed: int = 0
+    posterior: Posterior = "mode"
+    uncond: Uncond | None = None
+    mode: ScoreMode = "exact"
+    query_prompt: str = ""
+    calibration: Calibration | None = None
+    reference_texts: tuple[str, ...] = ()
+    reference_digest: str | None = None
+    size: int | tuple[int, int] | None = None
+    resize: Resize = "squash"
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        self._check_statistic()
+        self._check_combinations()
+        if not isinstance(self.timesteps, tuple) or not self.timesteps:
+            raise ConfigError(
+                f"timesteps must hold one scheduler step or more, got {self.timesteps!r}"
+            )
+        for step in self.timesteps:
+            if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 1000:
+                raise ConfigError(f"timesteps must be ints in [0, 1000), got {step!r}")
+        if len(set(self.timesteps)) < len(self.timesteps):
+            raise ConfigError(
+                f"timesteps hold one twice: {self.timesteps}; more noise at a level is draws=2"
+            )
+        for name in ("draws", "batch_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} must be an int of 1 or more, got {value!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ConfigError(f"seed must be an int, got {self.seed!r}")
+        check_pair("size", self.size)
+        check_choice("resize", self.resize, get_args(Resize))
+        check_choice("posterior", self.posterior, get_args(Posterior))
+        if self.uncond is not None:
+            check_choice("uncond", self.uncond, get_args(Uncond))
+
+    def _check_statistic(self) -> None:
+        if isinstance(self.layers, str):
+            check_choice("layers", self.layers, ("all", "discffusion"))
+        elif not self.layers or not all(isinstance(layer, str) for layer in self.layers):
+            raise ConfigError(
+                "layers must be 'all', 'discffusion' or a tuple of module paths with at least one "
+                f"entry, got {self.layers!r}"
+            )
+        if self.layer_weights is not None:
+            usable = all(math.isfinite(w) and w >= 0 for w in self.layer_weights)
+            if not usable or not sum(self.layer_weights) > 0:
+                raise ConfigError(
+                    "layer_weights must be finite, 0 or above and not all 0, got "
+                    f"{self.layer_weights}"
+                )
+        if not (math.isfinite(self.lse_lambda) and self.lse_lambda > 0):
+            raise ConfigError(f"lse_lambda must be a number above 0, got {self.lse_lambda}")
+        check_choice("space", self.space, get_args(Space))
+        check_choice("lse_axis", self.lse_axis, get_args(PoolAxis))
+        check_choice("token_mask", self.token_mask, get_args(TokenMask))
+        check_choice("head_reduce", self.head_reduce, get_args(HeadReduce))
+        check_choice("mode", self.mode, get_args(ScoreMode))
+        if self.error_term is not None:
+            check_choice("error_term", self.error_term, get_args(ErrorTerm))
+        if self.calibration is not None:
+            check_choice("calibration", self.calibration, get_args(Calibration))
+
+    def _check_combinations(self) -> None:
+        if not self.attention and self.error_term is None:
+            raise ConfigError("there is nothing to score by: attention is off, error_term is None")
+        if self.mode == "shared-query" and (self.error_term or not self.attention):
+            raise ConfigError(
+                "mode 'shared-query' scores by attention alone, since the error of a text needs a "
+                "pass of its own; set error_term=None, or mode='exact'"
+            )
+        if self.include_uncond and self.token_mask == "content":
+            raise ConfigError(
+                "token_mask 'content' leaves nothing of the unconditional half; set "
+                "include_uncond=False or another mask"
+            )
+        if self.include_uncond and not self.attention:
+            raise ConfigError("include_uncond belongs to the attention part, which is off")
+
+    @property
+    def steps(self) -> tuple[tuple[int, int], ...]:
+        """Every (timestep, draw), in the order in which they are scored."""
+        return tuple((t, draw) for t in self.timesteps for draw in range(self.draws))
+
+    @property
+    def needs_uncond(self) -> bool:
+        """Whether a score has a part without the text."""
+        return self.include_uncond or self.error_term in ("l2_gap", "mse_gap")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as JSON holds them."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ScorerConfig":
+        """Inverse of `to_dict`.
+
+        Raises:
+            ConfigError: A key is no attribute, or a value is not allowed.
+        """
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(values.keys() - known):
+            hint = near_matches(unknown[0], known)
+            raise ConfigError(f"unknown options {unknown}; known are {sorted(known)}.{hint}")
+        plain: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
+        }
+        return cls(**plain)
+
+
+def discffusion_timesteps(steps: int) -> tuple[int, ...]:
+    """Noise levels of Discffusion's released code, which are those of the paper for 5 steps.
+
+    Args:
+        steps: Its `sampling_steps`, 1 to 1000; for some numbers it gives one less.
+
+    Raises:
+        ConfigError: Out of range.
+
+    Example:
+        >>> discffusion_timesteps(5)
+        (189, 389, 589, 789, 989)
+
+    Source:
+        He et al. 2023 (Discffusion), arXiv:2305.10722, released code: of 999 to 0 ten are left out
+        at both ends.
+    """
+    _check_count(steps)
+    return tuple(range(999, -1, -1)[10:990][:: 1000 // steps])[::-1]
+
+
+def classifier_timesteps(steps: int, of: int | None = None) -> tuple[int, ...]:
+    """Noise levels of Diffusion Classifier: evenly spaced and centred.
+
+    Args:
+        steps: How many.
+        of: Size of the grid that they are the first stage of; None is `steps` itself.
+
+    Raises:
+        ConfigError: Out of range.
+
+    Example:
+        >>> classifier_timesteps(5, of=20)
+        (125, 325, 525, 725, 925)
+
+    Source:
+        Li et al. 2023 (Diffusion Classifier), arXiv:2303.16203, appendix and released code.
+    """
+    _check_count(steps)
+    whole = steps if of is None else of
+    _check_count(whole)
+    if steps > whole:
+        raise ConfigError(f"a grid of {whole} timesteps has no {steps}")
+    interval, every = 1000 // whole, whole // steps
+    grid = [interval // 2 + interval * index for index in range(whole)]
+    return tuple(grid[every // 2 :: every][:steps])
+
+
+def _check_count(count: int) -> None:
+    if not 1 <= count <= 1000:
+        raise ConfigError(f"the number of timesteps must be in [1, 1000], got {count}")
+
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    # The earlier draft's text: attention of all layers, conditional half, five timesteps.
+    "paper": {},
+    # The same score without each text's own offset.
+    "calibrated": {"calibration": "gray"},
+    # He et al. 2023, arXiv:2305.10722, as released: six modules of SD, both halves, a sample of
+    # the posterior, norms of errors. The released mean over the batch is a mean per sample here.
+    "discffusion": {
+        "layers": "discffusion",
+        "include_uncond": True,
+        "error_term": "l2_gap",
+        "uncond": "empty",
+        "posterior": "sample",
+    },
+    # Li et al. 2023, arXiv:2303.16203: the first stage of its adaptive grid.
+    "diffusion-classifier": {
+        "attention": False,
+        "error_term": "mse",
+        "timesteps": classifier_timesteps(5, of=20),
+        "resize": "crop",
+    },
+}
+
+
+def scorer_preset(name: str) -> dict[str, Any]:
+    """Options of `ScorerConfig` for a published score.
+
+    Args:
+        name: "paper", "calibrated", "discffusion" or "diffusion-classifier".
+
+    Raises:
+        ConfigError: No such preset.
+    """
+    if name not in _PRESETS:
+        raise ConfigError(
+            f"unknown preset {name!r}.{near_matches(name, _PRESETS)} Known are {sorted(_PRESETS)}."
+        )
+    return dict(_PRESETS[name])
+
+
+def scorer_presets() -> tuple[str, ...]:
+    """Names that `scorer_preset` knows."""
+    return tuple(_PRESETS)

@@ -1,0 +1,70 @@
+"""How well a model finds the noise under each text: the plain function on latents."""
+
+from collections.abc import Sequence
+
+import torch
+from einops import reduce
+from jaxtyping import Float
+from torch import Tensor
+
+from diffenc.backbones.base import Backbone
+from diffenc.errors import ConfigError
+from diffenc.forward import predict_noise
+from diffenc.noise import add_noise, shared_noise
+from diffenc.prompts import match_batch
+from diffenc.scoring.config import SCORE_TIMESTEPS
+
+
+def denoising_scores(
+    backbone: Backbone,
+    latents: Float[Tensor, "images c h w"],
+    texts: str | Sequence[str],
+    *,
+    timesteps: Sequence[int] = SCORE_TIMESTEPS,
+    seed: int = 0,
+    batch_size: int = 16,
+) -> Float[Tensor, "images texts"]:
+    """Score each image under each text by how well the model finds the noise: higher is better.
+
+    The negative mean squared error of the predicted noise, mean over timesteps, without guidance.
+    All images and texts see the same noise. Scores of one image under several texts can be
+    compared; those of several images under one text cannot, as some images are easier than others.
+    `diffenc.scorer.CrossAttnScorer` has this score as preset "diffusion-classifier", from pictures.
+
+    Args:
+        backbone: The model.
+        latents: Of the images, without noise.
+        texts: One or several.
+        timesteps: Noise levels, scheduler steps.
+        seed: Of the noise.
+        batch_size: Texts per call of the U-Net.
+
+    Returns:
+        float32 scores on the CPU; 0 is the best there is.
+
+    Raises:
+        PromptError: A text is no text.
+        ConfigError: No timestep, or one outside the schedule.
+
+    Source:
+        Li et al. 2023 (Diffusion Classifier), arXiv:2303.16203, equation 6.
+    """
+    if not timesteps:
+        raise ConfigError("timesteps must hold one scheduler step or more, got none")
+    texts = match_batch(texts, len(texts))
+    h, w = latents.shape[2:]
+    embeds = backbone.embed(texts, size=(h * backbone.reduction, w * backbone.reduction))
+    errors = torch.zeros(len(latents), len(texts))
+    for timestep in timesteps:
+        noise = shared_noise((latents.shape[1], h, w), seed=seed, timestep=timestep)
+        noisy_latents = add_noise(backbone.scheduler, latents, noise, timestep)
+        for image, noisy in enumerate(noisy_latents):
+            for start in range(0, len(texts), batch_size):
+                part = embeds.select(start, start + batch_size)
+                rows = noisy.expand(len(part), -1, -1, -1)
+                with torch.no_grad():
+                    error = predict_noise(backbone, rows, timestep, part).cpu() - noise
+                errors[image, start : start + batch_size] += reduce(
+                    error**2, "b c h w -> b", "mean"
+                )
+    return -errors / len(timesteps)

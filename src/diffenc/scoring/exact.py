@@ -1,0 +1,152 @@
+"""Exact scores: one row of the U-Net per picture, text and noise, batched over all three."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from diffenc.attention import cross_attentions, match_layers
+from diffenc.cache import TensorCache
+from diffenc.forward import read_statistics
+from diffenc.prompts import PromptEmbeds
+from diffenc.scoring.inputs import ScoreInputs, check_finite, in_batches, pooling_of
+
+Step = tuple[int, int]
+_Row = tuple[int, int, int]  # picture, step, text: neighbours share latents
+
+
+def exact_scores(
+    inputs: ScoreInputs,
+    wanted: Bool[Tensor, "pictures texts"],
+    steps: Sequence[Step],
+    mix: Float[Tensor, "layers out"],
+    *,
+    memory: TensorCache,
+) -> Float[Tensor, "pictures texts steps out"]:
+    """Score distinct pictures under distinct texts, each with a pass of its own.
+
+    Args:
+        inputs: Pictures and texts.
+        wanted: Which pairs; nothing else is computed but the unconditional rows that they need.
+        steps: (timestep, draw).
+        mix: What the attention parts of the layers are multiplied by.
+        memory: Rows that were computed before.
+
+    Returns:
+        float32 on the CPU; NaN where not wanted.
+
+    Raises:
+        NonFiniteError: NaN or infinity came out of the U-Net.
+    """
+    config = inputs.config
+    empty = inputs.texts.index("") if config.needs_uncond else None
+    needed = wanted.clone()
+    if empty is not None:
+        needed[:, empty] |= wanted.any(dim=1)
+    table = _statistics(inputs, needed, steps, memory)
+    attention, squared = table[..., :-1], table[..., -1:]
+    scores = torch.zeros(*table.shape[:3], mix.shape[1])
+    if config.attention:
+        mixed = attention @ mix
+        if config.include_uncond:
+            mixed = (mixed + mixed[:, empty, None]) / 2
+        scores = scores + mixed
+    if config.error_term is not None:
+        scores = scores + _error_part(inputs, squared, empty)
+    return scores.masked_fill(~wanted[:, :, None, None], torch.nan)
+
+
+def _error_part(inputs: ScoreInputs, squared: Tensor, empty: int | None) -> Tensor:
+    """Of sums of squared errors.
+
+    Source:
+        Li et al. 2023 (Diffusion Classifier), arXiv:2303.16203, equation 6; He et al. 2023
+        (Discffusion), arXiv:2305.10722, released code, for the gap of norms.
+    """
+    size = inputs.posterior[0][0].numel()
+    if inputs.config.error_term == "mse":
+        return -squared / size
+    without = squared[:, empty, None]
+    if inputs.config.error_term == "mse_gap":
+        return (without - squared) / size
+    return without.sqrt() - squared.sqrt()
+
+
+def _statistics(
+    inputs: ScoreInputs, needed: Tensor, steps: Sequence[Step], memory: TensorCache
+) -> Float[Tensor, "pictures texts steps statistics"]:
+    """Per row the attention score of each layer and the sum of squared errors; NaN: not needed."""
+    config = inputs.config
+    unet = inputs.backbone.unet
+    names = match_layers(unet, config.layers) if config.attention else ()
+    table = torch.full((*needed.shape, len(steps), len(names) + 1), torch.nan)
+    rows: list[_Row] = [
+        (picture, step, text)
+        for picture in range(len(needed))
+        for step in range(len(steps))
+        for text in needed[picture].nonzero().flatten().tolist()
+    ]
+    keys = dict(zip(rows, _memory_keys(inputs, rows, steps, names), strict=True))
+    missing = []
+    for row in rows:
+        known = None if keys[row] is None else memory.get(keys[row])
+        if known is None:
+            missing.append(row)
+        else:
+            picture, step, text = row
+            table[picture, text, step] = known[0]
+    for part, values in _passes(inputs, missing, steps, names):
+        for (picture, step, text), value in zip(part, values, strict=True):
+            table[picture, text, step] = value
+            if (key := keys[picture, step, text]) is not None:
+                memory.put(key, (value.clone(),))
+    return table
+
+
+def _memory_keys(
+    inputs: ScoreInputs, rows: Sequence[_Row], steps: Sequence[Step], names: Sequence[str]
+) -> list[object]:
+    if inputs.memory_key is None or inputs.picture_keys is None:
+        return [None] * len(rows)
+    config = inputs.config
+    predicts = config.error_term is not None
+    common = (*inputs.memory_key, names, pooling_of(config), config.token_mask, predicts)
+    return [
+        (common, inputs.seed, inputs.picture_keys[picture], inputs.texts[text], steps[step])
+        for picture, step, text in rows
+    ]
+
+
+def _passes(
+    inputs: ScoreInputs, rows: Sequence[_Row], steps: Sequence[Step], names: Sequence[str]
+) -> Iterator[tuple[Sequence[_Row], Float[Tensor, "rows statistics"]]]:
+    """Run the U-Net on rows, `batch_size` at a time."""
+    config, backbone = inputs.config, inputs.backbone
+    known = cross_attentions(backbone.unet)
+    attentions = {name: known[name] for name in names}
+    predicts = config.error_term is not None
+
+    def run(part: Sequence[_Row]) -> Tensor:
+        texts = [text for _, _, text in part]
+        attention, predicted = read_statistics(
+            backbone,
+            inputs.noisy_latents([(picture, steps[step]) for picture, step, _ in part]),
+            torch.tensor([steps[step][0] for _, step, _ in part]),
+            PromptEmbeds.concat([inputs.embeds.select(text, text + 1) for text in texts]),
+            attentions,
+            pooling_of(config),
+            mask=None if inputs.mask is None else inputs.mask[texts],
+            predict=predicts,
+        )
+        columns = torch.full((len(part), len(names) + 1), torch.nan)
+        if attention is not None:
+            columns[:, :-1] = attention.cpu()
+        if predicted is not None:
+            noise = torch.stack([inputs.noise(steps[step]) for _, step, _ in part])
+            error = predicted - noise.to(predicted)
+            columns[:, -1] = error.square().sum(dim=(1, 2, 3)).cpu()
+        check_finite(columns if predicts else columns[:, :-1], backbone)
+        return columns
+
+    return in_batches(rows, config.batch_size, run)

@@ -1,0 +1,222 @@
+"""Pictures and texts of a scoring call, each once, and encoded once."""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from diffenc.attention_scores import Pooling
+from diffenc.backbones.base import Backbone
+from diffenc.cache import state_key
+from diffenc.errors import NonFiniteError, PromptError
+from diffenc.latents import draw_latents
+from diffenc.memo import image_keys, posterior_of, prompts_of
+from diffenc.noise import add_noise, shared_noise
+from diffenc.prompts import PromptEmbeds
+from diffenc.scoring.config import ScorerConfig, TokenMask
+
+_Row = TypeVar("_Row")
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class ScoreInputs:
+    """Distinct pictures and texts, ready for the U-Net.
+
+    Attributes:
+        backbone: The model.
+        config: Of the scorer.
+        posterior: Mode and deviation of the latents of distinct pictures.
+        picture_keys: Digests of distinct pictures, or None where nothing is remembered.
+        picture_rows: Per picture of the call its place among the distinct ones.
+        texts: Distinct texts.
+        text_rows: Per text of the call its place among the distinct ones.
+        embeds: Of distinct texts.
+        mask: Tokens that count, of distinct texts; None is all.
+        size: (height, width) of the pictures.
+        seed: Of the noise.
+        memory_key: What results depend on beside picture, text, noise and the kind of score; None:
+            remember nothing.
+    """
+
+    backbone: Backbone
+    config: ScorerConfig
+    posterior: tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]
+    picture_keys: list[bytes] | None
+    picture_rows: list[int]
+    texts: list[str]
+    text_rows: list[int]
+    embeds: PromptEmbeds
+    mask: Bool[Tensor, "texts l"] | None
+    size: tuple[int, int]
+    seed: int
+    memory_key: tuple[object, ...] | None
+
+    def noise(self, step: tuple[int, int]) -> Float[Tensor, "c h w"]:
+        """The noise of a (timestep, draw), on the CPU."""
+        _, c, h, w = self.posterior[0].shape
+        return shared_noise((c, h, w), seed=self.seed, timestep=step[0], draw=step[1])
+
+    def noisy_latents(
+        self, rows: Sequence[tuple[int, tuple[int, int]]]
+    ) -> Float[Tensor, "rows c h w"]:
+        """Latents of (picture, (timestep, draw)), each at its noise level."""
+        modes, deviations = self.posterior
+        known: dict[tuple[int, tuple[int, int]], Tensor] = {}
+        for picture, step in rows:
+            if (picture, step) in known:
+                continue
+            part = slice(picture, picture + 1)
+            latents = draw_latents(
+                modes[part],
+                deviations[part],
+                self.config.posterior,
+                seed=self.seed,
+                draw=step[1],
+            )
+            scheduler = self.backbone.scheduler
+            known[picture, step] = add_noise(scheduler, latents, self.noise(step), step[0])
+        return torch.cat([known[row] for row in rows])
+
+    @property
+    def truncated(self) -> tuple[int, ...]:
+        """Tokens that did not fit, per text of the call."""
+        return tuple(self.embeds.truncated[row] for row in self.text_rows)
+
+
+def pooling_of(config: ScorerConfig) -> Pooling:
+    """What becomes of a layer's attention."""
+    return Pooling(config.space, config.lse_axis, config.lse_lambda, config.head_reduce)
+
+
+def encode_inputs(
+    backbone: Backbone,
+    pixel_values: Float[Tensor, "b 3 height width"],
+    texts: Sequence[str],
+    config: ScorerConfig,
+    *,
+    seed: int,
+    use_cache: bool,
+) -> ScoreInputs:
+    """Encode each distinct picture and text once.
+
+    Args:
+        backbone: The model.
+        pixel_values: RGB in [-1, 1].
+        texts: One or more; the empty one is added where the config needs the unconditional half.
+        config: Of the scorer.
+        seed: Of the noise.
+        use_cache: Look up and keep.
+
+    Raises:
+        PromptError: A text without words where only words count.
+    """
+    every_key = image_keys(pixel_values)
+    assert every_key is not None
+    first = {key: row for row, key in reversed(list(enumerate(every_key)))}
+    distinct = sorted(first.values())
+    place = {every_key[row]: index for index, row in enumerate(distinct)}
+    keys = [every_key[row] for row in distinct]
+    size = (pixel_values.shape[2], pixel_values.shape[3])
+    posterior = posterior_of(
+        backbone,
+        pixel_values[distinct],
+        keys=keys if use_cache else None,
+        batch_size=config.batch_size,
+    )
+    known = list(dict.fromkeys([*texts, ""] if config.needs_uncond else texts))
+    embeds = prompts_of(backbone, known, size=size, uncond=config.uncond, use_cache=use_cache)
+    states = tuple(state_key(part) for part in backbone.parts().values())
+    remember = use_cache and None not in states
+    key = (states, size, config.posterior, config.uncond)
+    return ScoreInputs(
+        backbone=backbone,
+        config=config,
+        posterior=posterior,
+        picture_keys=keys if remember else None,
+        picture_rows=[place[key] for key in every_key],
+        texts=known,
+        text_rows=[known.index(text) for text in texts],
+        embeds=embeds,
+        mask=token_mask(backbone, known, embeds.prompt_embeds.shape[1], config.token_mask),
+        size=size,
+        seed=seed,
+        memory_key=key if remember else None,
+    )
+
+
+def token_mask(
+    backbone: Backbone, texts: Sequence[str], length: int, kind: TokenMask
+) -> Bool[Tensor, "texts l"] | None:
+    """Which tokens of each text count, as `ScorerConfig.token_mask` says; None is all.
+
+    Raises:
+        PromptError: A text without words where only words count.
+    """
+    if kind == "none":
+        return None
+    tokenizer: Any = backbone.tokenizer
+    ids = tokenizer(list(texts), truncation=False, verbose=False).input_ids
+    ends = torch.tensor([min(len(tokens), length) for tokens in ids])[:, None]
+    places = torch.arange(length)
+    if kind == "no_pad":
+        return (places < ends).to(backbone.device)
+    mask = (places > 0) & (places < ends - 1)
+    if empty := [text for text, kept in zip(texts, mask, strict=True) if not kept.any()]:
+        raise PromptError(
+            f"text {empty[0]!r} has no words, and token_mask 'content' pools nothing else; leave "
+            "it out, or use token_mask='no_pad'"
+        )
+    return mask.to(backbone.device)
+
+
+def in_batches(
+    rows: Sequence[_Row], batch_size: int, run: Callable[[Sequence[_Row]], _Result]
+) -> Iterator[tuple[Sequence[_Row], _Result]]:
+    """Rows in parts of at most `batch_size`, with what `run` makes of each.
+
+    On CUDA a part that runs out of memory is repeated in halves, with one warning at the end.
+    """
+    size, start = batch_size, 0
+    while start < len(rows):
+        part = rows[start : start + size]
+        try:
+            result = run(part)
+        except torch.cuda.OutOfMemoryError:
+            if size == 1:
+                raise
+            size = (min(size, len(part)) + 1) // 2
+            torch.cuda.empty_cache()
+            continue
+        yield part, result
+        start += len(part)
+    if size < batch_size:
+        warnings.warn(
+            f"calls of the U-Net with {batch_size} rows did not fit and were cut down to {size}. "
+            f"Pass batch_size={size} to begin there.",
+            stacklevel=2,
+        )
+
+
+def warn_truncated(inputs: ScoreInputs) -> None:
+    """Say once per call how many texts were cut."""
+    if cut := sum(count > 0 for count in inputs.truncated):
+        tokenizer: Any = inputs.backbone.tokenizer
+        warnings.warn(
+            f"{cut} of {len(inputs.truncated)} texts are longer than the "
+            f"{tokenizer.model_max_length} tokens that the text encoder reads and were cut",
+            stacklevel=4,
+        )
+
+
+def check_finite(scores: Tensor, backbone: Backbone) -> None:
+    """Raise a `NonFiniteError` unless all scores are numbers."""
+    if not torch.isfinite(scores).all():
+        raise NonFiniteError(
+            f"scores hold NaN or infinity with a U-Net in {backbone.dtype}; load the model with "
+            "dtype=torch.bfloat16 or torch.float32, and check its weights if that is so already"
+        )

@@ -1,0 +1,62 @@
+"""Calibrated scores of pairs, by passes of their own or by shared queries."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from diffenc.cache import TensorCache
+from diffenc.scoring.exact import exact_scores
+from diffenc.scoring.inputs import ScoreInputs
+from diffenc.scoring.shared_query import shared_query_scores
+
+
+def pair_scores(
+    inputs: ScoreInputs,
+    pairs: Bool[Tensor, "images texts"],
+    steps: Sequence[tuple[int, int]],
+    mix: Float[Tensor, "layers out"],
+    *,
+    rows: TensorCache,
+    queries: TensorCache,
+) -> Float[Tensor, "images texts steps out"]:
+    """Score pairs, with all that they are compared with.
+
+    From the score of an image and a text the mean score of that text over the reference images is
+    subtracted, at the same timestep and noise, and the mean score of that image over the reference
+    texts.
+
+    Args:
+        inputs: Images and behind them reference images; texts and behind them reference texts.
+        pairs: Which ones.
+        steps: (timestep, draw).
+        mix: What the attention parts of the layers are multiplied by.
+        rows: Memory of "exact" scores.
+        queries: Memory of "shared-query" scores.
+
+    Returns:
+        float32 on the CPU; NaN for other pairs.
+
+    Raises:
+        NonFiniteError: NaN or infinity came out of the U-Net.
+    """
+    count, texts = pairs.shape
+    pictures, columns = torch.tensor(inputs.picture_rows), torch.tensor(inputs.text_rows)
+    images, references = pictures[:count], pictures[count:]
+    asked, others = columns[:texts], columns[texts:]
+    wanted = torch.zeros(int(pictures.max()) + 1, len(inputs.texts), dtype=torch.bool)
+    of_pairs = pairs.nonzero().T
+    wanted[images[of_pairs[0]], asked[of_pairs[1]]] = True
+    wanted[references[:, None], asked[pairs.any(dim=0)]] = True
+    wanted[images[pairs.any(dim=1)][:, None], others] = True
+    if inputs.config.mode == "exact":
+        scores = exact_scores(inputs, wanted, steps, mix, memory=rows)
+    else:
+        scores = shared_query_scores(inputs, wanted, steps, mix, memory=queries)
+    result = scores[images[:, None], asked]
+    if len(references):
+        result = result - scores[references[:, None], asked].mean(dim=0)
+    if len(others):
+        result = result - scores[images[:, None], others].mean(dim=1, keepdim=True)
+    return result.masked_fill(~pairs[:, :, None, None], torch.nan)

@@ -1,0 +1,57 @@
+"""What a scorer returns: scores over several noises, their mean and deviation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from diffenc.scoring.config import ScorerConfig
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of images under texts, higher is better, in float32 on the CPU.
+
+    Attributes:
+        trials: One score per noise seed (trials images texts).
+        by_timestep: The same before the mean over timesteps (trials images texts timesteps); NaN
+            where a candidate was dropped before.
+        seeds: Of the noise, one per trial.
+        texts: What was scored.
+        truncated: Tokens of each text that the text encoder did not read.
+        dropped: Candidates that `screen` left out in any trial (images texts); their score is
+            -inf.
+        config: Of the scorer.
+    """
+
+    trials: Float[Tensor, "trials images texts"]
+    by_timestep: Float[Tensor, "trials images texts timesteps"]
+    seeds: tuple[int, ...]
+    texts: tuple[str, ...]
+    truncated: tuple[int, ...]
+    dropped: Bool[Tensor, "images texts"]
+    config: ScorerConfig = field(repr=False)
+
+    @property
+    def mean(self) -> Float[Tensor, "images texts"]:
+        """Over trials."""
+        return self.trials.mean(dim=0)
+
+    @property
+    def std(self) -> Float[Tensor, "images texts"]:
+        """Sample standard deviation over trials (ddof 1); NaN for one trial, and where dropped."""
+        if len(self.trials) == 1:
+            return torch.full_like(self.trials[0], torch.nan)
+        return self.trials.std(dim=0, correction=1)
+
+    def best_texts(self) -> list[str]:
+        """Per image the text with the highest mean; of equal ones the first."""
+        return [self.texts[index] for index in self.mean.argmax(dim=1).tolist()]
+
+
+def stack_trials(trials: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Scores and scores by timestep of several trials."""
+    scores, by_timestep = zip(*trials, strict=True)
+    return torch.stack(scores), torch.stack(by_timestep)

@@ -1,0 +1,180 @@
+"""Approximate scores: queries of one pass per picture and noise meet the keys of every text."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from diffenc.attention import cross_attentions, match_layers
+from diffenc.attention_scores import Pooling, crossed_scores
+from diffenc.backbones.base import Backbone
+from diffenc.cache import TensorCache
+from diffenc.forward import read_late_queries
+from diffenc.memo import prompts_of
+from diffenc.prompts import PromptEmbeds
+from diffenc.scoring.inputs import ScoreInputs, check_finite, in_batches, pooling_of
+
+Step = tuple[int, int]
+Place = tuple[int, int]
+"""A picture and a step, as indices."""
+
+_TEXTS_AT_ONCE = 64
+
+
+def shared_query_scores(
+    inputs: ScoreInputs,
+    wanted: Bool[Tensor, "pictures texts"],
+    steps: Sequence[Step],
+    mix: Float[Tensor, "layers out"],
+    *,
+    memory: TensorCache,
+) -> Float[Tensor, "pictures texts steps out"]:
+    """Score distinct pictures under distinct texts with one pass per picture and step.
+
+    The queries come from a pass under the generic prompt, so that a text changes the keys alone:
+    what it does to the picture's own features in earlier layers is left out. The same holds for
+    SDXL's pooled text, which stays the generic prompt's.
+
+    Args:
+        inputs: Pictures and texts.
+        wanted: Which pairs.
+        steps: (timestep, draw).
+        mix: What the layers are multiplied by.
+        memory: Queries that were read before.
+
+    Returns:
+        float32 on the CPU; NaN where not wanted.
+
+    Raises:
+        NonFiniteError: NaN or infinity came out of the U-Net.
+    """
+    config, backbone = inputs.config, inputs.backbone
+    empty = inputs.texts.index("") if config.include_uncond else None
+    needed = wanted.clone()
+    if empty is not None:
+        needed[:, empty] |= wanted.any(dim=1)
+    scores = torch.full((*wanted.shape, len(steps), mix.shape[1]), torch.nan)
+    places = [(p, s) for p in range(len(wanted)) for s in range(len(steps)) if wanted[p].any()]
+    attentions = chosen_attentions(backbone, config.layers)
+
+    def run(part: Sequence[Place]) -> None:
+        queries = late_queries(inputs, part, steps, memory)
+        rows = score_queries(
+            backbone,
+            queries,
+            attentions,
+            inputs.embeds,
+            pooling_of(config),
+            mix,
+            mask=inputs.mask,
+            wanted=torch.stack([needed[picture] for picture, _ in part]),
+        )
+        for (picture, step), row in zip(part, rows, strict=True):
+            scores[picture, :, step] = row
+
+    for _ in in_batches(places, config.batch_size, run):
+        pass
+    if empty is not None:
+        scores = (scores + scores[:, empty, None]) / 2
+    check_finite(scores[wanted], backbone)
+    return scores.masked_fill(~wanted[:, :, None, None], torch.nan)
+
+
+def chosen_attentions(backbone: Backbone, layers: str | Sequence[str]) -> dict[str, Any]:
+    """Cross-attentions of a config's `layers`, by name, in the order in which they run."""
+    known = cross_attentions(backbone.unet)
+    return {name: known[name] for name in match_layers(backbone.unet, layers)}
+
+
+def late_queries(
+    inputs: ScoreInputs, places: Sequence[Place], steps: Sequence[Step], memory: TensorCache
+) -> list[tuple[Float[Tensor, "_n _c"], ...]]:
+    """Per place the queries of each layer, under the generic prompt.
+
+    Args:
+        inputs: Pictures.
+        places: Which ones, at which steps.
+        steps: (timestep, draw).
+        memory: Queries that were read before.
+    """
+    config, backbone = inputs.config, inputs.backbone
+    attentions = chosen_attentions(backbone, config.layers)
+    keys: dict[Place, object] = {}
+    if inputs.memory_key is not None and inputs.picture_keys is not None:
+        common = (*inputs.memory_key, "queries", tuple(attentions), config.query_prompt)
+        keys = {(p, s): (common, inputs.seed, inputs.picture_keys[p], steps[s]) for p, s in places}
+    found = {place: entry for place, key in keys.items() if (entry := memory.get(key))}
+    missing = [place for place in places if place not in found]
+    if missing:
+        read = read_late_queries(
+            backbone,
+            inputs.noisy_latents([(picture, steps[step]) for picture, step in missing]),
+            torch.tensor([steps[step][0] for _, step in missing]),
+            _query_prompt(inputs),
+            attentions,
+        )
+        for row, place in enumerate(missing):
+            found[place] = tuple(queries[row].clone() for queries in read.values())
+            if place in keys:
+                memory.put(keys[place], found[place])
+    return [found[place] for place in places]
+
+
+def _query_prompt(inputs: ScoreInputs) -> PromptEmbeds:
+    # The empty text is encoded here: SDXL's zeros would give queries of no text at all.
+    return prompts_of(
+        inputs.backbone,
+        [inputs.config.query_prompt],
+        size=inputs.size,
+        uncond="empty",
+        use_cache=inputs.memory_key is not None,
+    )
+
+
+def score_queries(
+    backbone: Backbone,
+    queries: Sequence[Sequence[Float[Tensor, "_n _c"]]],
+    attentions: Mapping[str, Any],
+    embeds: PromptEmbeds,
+    pooling: Pooling,
+    mix: Float[Tensor, "layers out"],
+    *,
+    mask: Bool[Tensor, "texts l"] | None,
+    wanted: Bool[Tensor, "rows texts"],
+) -> Float[Tensor, "rows texts out"]:
+    """Score queries under texts, whose keys are projected here.
+
+    Args:
+        backbone: Whose device and dtype count.
+        queries: Per row one entry per layer.
+        attentions: The layers, in the same order.
+        embeds: Of the texts.
+        pooling: What becomes of the products.
+        mix: What the layers are multiplied by.
+        mask: Tokens that count, per text; None is all.
+        wanted: Which pairs; the others stay NaN.
+    """
+    device, dtype = backbone.device, backbone.dtype
+    scores = torch.zeros(*wanted.shape, mix.shape[1])
+    for start in range(0, wanted.shape[1], _TEXTS_AT_ONCE):
+        texts = torch.arange(start, min(start + _TEXTS_AT_ONCE, wanted.shape[1]))
+        states = embeds.select(start, start + len(texts)).to(device, dtype).prompt_embeds
+        for layer, attn in enumerate(attentions.values()):
+            with torch.no_grad():
+                keys = attn.to_k(states)
+            for row, per_layer in enumerate(queries):
+                kept = wanted[row, texts].nonzero().flatten()
+                if not len(kept):
+                    continue
+                values = crossed_scores(
+                    per_layer[layer][None].to(device),
+                    keys if len(kept) == len(texts) else keys[kept.to(device)],
+                    pooling,
+                    heads=attn.heads,
+                    scale=attn.scale,
+                    mask=None if mask is None else mask[texts[kept]],
+                )
+                scores[row, texts[kept]] += values[0].cpu()[:, None] * mix[layer]
+    return scores.masked_fill(~wanted[..., None], torch.nan)

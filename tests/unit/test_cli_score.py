@@ -1,0 +1,162 @@
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from diffenc import CrossAttnScorer, ScorerConfig
+from diffenc.cli.main import app
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [*map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    generator = np.random.default_rng(0)
+    paths = [folder / "a.png", folder / "b.png", folder / "c.png"]
+    for path, size in zip(paths, ((64, 64), (40, 80), (64, 64)), strict=True):
+        Image.fromarray(generator.integers(0, 256, (*size, 3), np.uint8)).save(path)
+    return paths
+
+
+TEXTS = ["a red circle", "blue", "a square"]
+ASKED = [part for text in TEXTS for part in ("--text", text)]
+FAST = ("--size", 64, "--timesteps", "200,700")
+
+
+def test_json_holds_what_the_scorer_gives(tiny_sd_folder, pictures):
+    result = run(
+        *("score", *pictures, *ASKED, *FAST, "-m", tiny_sd_folder, "--preset", "paper"),
+        *("--trials", 2, "--seed", 3, "--layers", "mid_block,up_blocks.1", "--json"),
+    )
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    scorer = CrossAttnScorer.from_pretrained(
+        tiny_sd_folder,
+        preset="paper",
+        size=64,
+        timesteps=(200, 700),
+        seed=3,
+        layers=("mid_block", "up_blocks.1"),
+    )
+    scores = scorer.score(pictures, TEXTS, trials=2)
+    np.testing.assert_allclose(found["mean"], scores.mean, rtol=1e-6)
+    np.testing.assert_allclose(found["std"], scores.std, rtol=1e-4)
+    assert ScorerConfig.from_dict(found["config"]) == scorer.config
+    assert found["best_text"] == scores.mean.argmax(dim=1).tolist()
+    assert found["images"] == list(map(str, pictures))
+    assert found["seeds"] == [3, 4]
+
+
+def test_the_table_marks_the_best_text_and_the_best_image(tiny_sd_folder, pictures):
+    result = run("score", *pictures, *ASKED, *FAST, "-m", tiny_sd_folder, "--trials", 2)
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert "higher is better" in lines[0]
+    assert lines[1].split("  ")[1] == "image"
+    assert "deviation" in lines[1]
+    scorer = CrossAttnScorer.from_pretrained(tiny_sd_folder, size=64, timesteps=(200, 700))
+    best = scorer.score(pictures, TEXTS, trials=2).mean.argmax(dim=1).tolist()
+    of_texts = lines[1].index("of texts")
+    for image, wanted in enumerate(best):
+        rows = lines[2 + 3 * image : 5 + 3 * image]
+        assert [row[of_texts : of_texts + 4] == "best" for row in rows] == [
+            text == wanted for text in range(3)
+        ]
+
+
+def test_one_text_and_one_image_need_no_marks(tiny_sd_folder, pictures):
+    result = run("score", pictures[0], "-t", "red " * 99, *FAST, "-m", tiny_sd_folder)
+    assert result.exit_code == 0, result.output
+    assert "best" not in result.output
+    assert "warning: 1 texts are longer" in result.output
+
+
+def test_screened_texts_are_told_apart(tiny_sd_folder, pictures):
+    options = ("score", *pictures[:1], *ASKED, *FAST, "-m", tiny_sd_folder, "--screen", 1)
+    result = run(*options)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("dropped") == 1  # two steps: one halving
+    content = json.loads(run(*options, "--json").stdout)
+    assert sum(value is None for value in content["mean"][0]) == 1
+
+
+def test_own_references_and_shared_queries(tiny_sd_folder, pictures):
+    result = run(
+        *("score", pictures[0], *ASKED, *FAST, "-m", tiny_sd_folder, "--mode", "shared-query"),
+        *("--reference", pictures[1], "--reference", pictures[2], "--json"),
+    )
+    assert result.exit_code == 0, result.output
+    config = json.loads(result.stdout)["config"]
+    assert (config["mode"], config["calibration"]) == ("shared-query", "given")
+    assert config["reference_digest"].startswith("2-")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("score", "none.png", "-t", "a"), "no such image file"),
+        (("score", "{a}", "-t", "a", "--preset", "papers"), "Did you mean 'paper'"),
+        (("score", "{a}", "-t", "a", "--timesteps", "x"), "timestep must be like"),
+        (("score", "{a}", "-t", "a", "--calibration", "grey"), "Did you mean 'gray'"),
+        (("score", "{a}"), "Missing option"),
+        (("maps", "{a}", "-t", "a", "-o", "maps.txt"), "must end in .png"),
+        (("maps", "{a}", "-t", "a", "--heads", "one"), "heads must be like"),
+        (("maps", "{a}", "-t", "a", "-w", "zebra"), "is no word of"),
+        (("search", "nowhere", "-t", "a"), "no complete query bank"),
+    ],
+    ids=str,
+)
+def test_what_the_caller_can_repair_is_one_line(
+    pictures, tmp_path, monkeypatch, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    result = run(*(str(part).format(a=pictures[0]) for part in arguments))
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_maps_are_drawn_in_rows(tiny_sd_folder, pictures, tmp_path):
+    output = tmp_path / "maps.png"
+    result = run(
+        *("maps", pictures[1], "-t", "a red circle left of a blue square", "-o", output),
+        *("-m", tiny_sd_folder, "--size", "64x128", "--timesteps", "50", "--preset", "daam"),
+    )
+    assert result.exit_code == 0, result.output
+    assert "8 x 16" in result.stdout
+    with Image.open(output) as drawn:
+        width, height = drawn.size
+    assert (width > 4 * 256, height > 2 * 256) == (True, True)  # a picture and seven words
+    assert run("maps", pictures[0], "-t", "red", "-o", output).exit_code == 2  # it exists
+
+
+def test_a_bank_is_written_and_searched(tiny_sd_folder, pictures, tmp_path):
+    bank = tmp_path / "bank"
+    built = run(
+        *("index", *pictures, "-o", bank, "-m", tiny_sd_folder, *FAST, "--layers", "up_blocks.1")
+    )
+    assert built.exit_code == 0, built.output
+    told, written = re.findall(r"([\d.]+) kB", built.stdout)
+    assert "3 images, 3 layers, 2 timesteps" in built.stdout
+    assert float(told) < float(written)
+    found = run("search", bank, "-t", "red", "-t", "blue", "--top", 2)
+    assert found.exit_code == 0, found.output
+    assert found.stdout.count(".png") == 4
+    content = json.loads(run("search", bank, "-t", "red", "--json").stdout)
+    scorer = CrossAttnScorer.from_pretrained(
+        tiny_sd_folder,
+        mode="shared-query",
+        size=64,
+        timesteps=(200, 700),
+        layers="up_blocks.1",
+    )
+    expected = scorer(pictures, "red")[:, 0]
+    for entry in content["red"]:
+        assert entry["score"] == pytest.approx(float(expected[entry["index"]]), abs=2e-3)
+    assert run("index", *pictures, "-o", bank, "-m", tiny_sd_folder).exit_code == 2
