@@ -7,10 +7,15 @@ from diffenc._version import __version__
 
 __all__ = [
     "Backbone",
+    "CrossAttnScorer",
     "DiffencError",
     "DiffusionEncoder",
     "EncoderConfig",
     "Features",
+    "Projector",
+    "QueryBank",
+    "ScorerConfig",
+    "Scores",
     "TapInfo",
     "__version__",
     "list_backbones",
@@ -21,10 +26,15 @@ __all__ = [
 # Names are imported when they are first used, so that `diffenc --help` need not wait for torch.
 _HOMES = {
     "Backbone": "diffenc.backbones.base",
+    "CrossAttnScorer": "diffenc.scorer",
     "DiffencError": "diffenc.errors",
     "DiffusionEncoder": "diffenc.encoder",
     "EncoderConfig": "diffenc.config",
     "Features": "diffenc.features",
+    "Projector": "diffenc.projector",
+    "QueryBank": "diffenc.scoring.query_bank",
+    "ScorerConfig": "diffenc.scoring.config",
+    "Scores": "diffenc.scoring.result",
     "TapInfo": "diffenc.backbones",
     "list_backbones": "diffenc.backbones",
     "list_taps": "diffenc.backbones",
@@ -38,6 +48,11 @@ if _TYPE_CHECKING:
     from diffenc.encoder import DiffusionEncoder
     from diffenc.errors import DiffencError
     from diffenc.features import Features
+    from diffenc.projector import Projector
+    from diffenc.scorer import CrossAttnScorer
+    from diffenc.scoring.config import ScorerConfig
+    from diffenc.scoring.query_bank import QueryBank
+    from diffenc.scoring.result import Scores
 else:  # hidden from type checkers, which would otherwise accept any name
 
     def __getattr__(name: str) -> object:

@@ -9,7 +9,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "shapes"))
 
 from grounding import outside, spoken_of
-from train_vae import SCALING_FACTOR, build, correlations, pictures, whiten
+from train_vae import UNITS, build, correlations, pictures, whiten
 from transformers import CLIPTokenizer
 
 from diffenc.backbones.shapes import shapes_folder
@@ -33,15 +33,15 @@ def tokenizer() -> CLIPTokenizer:
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("a red circle left of a green star", {"red": 1, "circle": 1, "green": 4, "star": 4}),
+        ("a red circle left of a green star", {"red": 0, "circle": 1, "green": 0, "star": 4}),
         ("two circles and a star", {"circles": 3, "star": 4}),
-        ("a big blue circle", {"big": 2, "blue": 2, "circle": 2}),
+        ("a big blue circle", {"big": 0, "blue": 0, "circle": 2}),
         ("is there a red star?", {"red": 0, "star": 0}),
         ("what color is the star? green", {"star": 4, "green": 0}),
-        ("a small circle", {"small": 1, "circle": 1}),
+        ("a small circle", {"small": 0, "circle": 1}),
     ],
 )
-def test_words_stand_for_the_objects_with_all_their_properties(
+def test_shape_words_stand_for_the_objects_with_all_their_properties(
     tokenizer: CLIPTokenizer, text: str, named: dict[str, int]
 ) -> None:
     bits = spoken_of(tokenizer, text, SCENE)
@@ -74,6 +74,6 @@ def test_whitening_changes_the_latents_and_not_the_pictures() -> None:
     whiten(vae)
     latents = vae.encode(held_out).latent_dist.mode()
     torch.testing.assert_close(vae.decode(latents).sample, before, rtol=0, atol=1e-3)
-    mean, covariance = correlations(SCALING_FACTOR * latents)
+    mean, covariance = correlations(latents / UNITS.view(1, 4, 1, 1))
     assert mean.abs().max() < 0.3
     assert (covariance - torch.eye(4)).abs().max() < 0.5

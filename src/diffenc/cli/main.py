@@ -11,8 +11,13 @@ from typer.core import TyperGroup
 from diffenc._version import __version__
 from diffenc.cli.demo import demo
 from diffenc.cli.encode import encode
+from diffenc.cli.evaluate import evaluate
+from diffenc.cli.index import index, search
 from diffenc.cli.info import info
+from diffenc.cli.maps import maps
 from diffenc.cli.options import DEBUG, Debug
+from diffenc.cli.score import score
+from diffenc.cli.study import study
 from diffenc.errors import DiffencError
 
 
@@ -94,6 +99,12 @@ def _global_options(
 app.command()(demo)
 app.command()(encode)
 app.command()(info)
+app.command()(score)
+app.command()(maps)
+app.command()(index)
+app.command()(search)
+app.add_typer(evaluate, name="evaluate")
+app.add_typer(study, name="study")
 
 
 def main() -> None:

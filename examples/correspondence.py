@@ -1,0 +1,168 @@
+# %% [markdown]
+# # Semantic correspondence
+# The same shapes in two pictures, in other places and sizes, and in the second task in other
+# colours as well. For points of the first picture the most similar feature of the second is looked
+# up, without any training; truth is known from the scenes. Which tap and timestep finds most?
+
+# %%
+import argparse
+import random
+import sys
+from dataclasses import replace
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffenc import DiffusionEncoder
+from diffenc.images import to_pixel_values
+from diffenc.latents import encode_latents
+from diffenc.shapes import Scene, SceneObject, render, sample_scene
+from diffenc.shapes.scenes import COLORS, SHAPES
+from diffenc.viz import Panel, figure
+
+parser = argparse.ArgumentParser(description="Semantic correspondence between two pictures.")
+parser.add_argument("--backbone", default="shapes", help="for photographs: sd2.1-base")
+parser.add_argument("--pairs", type=int, default=60, help="of pictures, per task")
+parser.add_argument("--timesteps", type=int, nargs="+", default=[10, 50, 261, 500])
+parser.add_argument("--taps", nargs="+", default=["mid_block", "up_blocks.*"])
+parser.add_argument("--output", "-o", default="correspondence.png", help="the picture")
+options = parser.parse_args([] if hasattr(sys, "ps1") else None)  # a notebook has no options
+
+encoder = DiffusionEncoder.from_pretrained(
+    options.backbone, taps=tuple(options.taps), timestep=tuple(options.timesteps)
+)
+SIDE = encoder.backbone.default_size
+ALPHA = 0.1  # a point is found when it lies within this share of the picture's side
+
+# %% [markdown]
+# Pairs of scenes with three different shapes each. Corresponding points are equal in the objects'
+# own coordinates: the centre and four points around it, inside every shape.
+
+
+# %%
+def make_pair(index: int, *, recolored: bool) -> tuple[Scene, Scene]:
+    rng = random.Random(f"{950_000}/{index}")
+    kinds = list(zip(rng.sample(COLORS, 3), rng.sample(SHAPES, 3), strict=True))
+    first, second = (sample_scene(rng, kinds=kinds) for _ in range(2))
+    second = replace(second, background=first.background)
+    if recolored:
+        others = rng.sample([c for c in COLORS if c not in {color for color, _ in kinds}], 3)
+        objects = tuple(
+            replace(thing, color=color) for thing, color in zip(second.objects, others, strict=True)
+        )
+        second = replace(second, objects=objects)
+    return first, second
+
+
+OFFSETS = ((0.0, 0.0), (-0.3, 0.3), (0.3, 0.3), (0.0, -0.4), (0.0, 0.35))
+
+
+def points_of(scene: Scene) -> Tensor:
+    """(objects x 5, 2): x and y as fractions of the side."""
+
+    def of(thing: SceneObject) -> list[tuple[float, float]]:
+        return [(thing.x + u * thing.radius, thing.y + v * thing.radius) for u, v in OFFSETS]
+
+    return torch.tensor([point for thing in scene.objects for point in of(thing)])
+
+
+# %% [markdown]
+# Nearest neighbours by cosine, as in DIFT (Tang et al. 2023, arXiv:2306.03881): the feature at a
+# point of the first picture against the features at all pixels of the second.
+
+
+# %%
+def match(first: Tensor, second: Tensor, points: Tensor) -> Tensor:
+    """Where the points of the first map (c h w) are found in the second, as fractions."""
+    grid = (2 * points - 1)[None, None]
+    queries = F.grid_sample(first[None], grid, mode="bilinear", align_corners=False)[0, :, 0]
+    keys = F.interpolate(second[None], (SIDE, SIDE), mode="bilinear", align_corners=False)[0]
+    similarity = F.normalize(queries, dim=0).T @ F.normalize(keys.flatten(1), dim=0)
+    best = similarity.argmax(1)
+    return (torch.stack([best % SIDE, best // SIDE], dim=1) + 0.5) / SIDE
+
+
+def maps_of(pair: tuple[Scene, Scene]) -> dict[tuple[str, int | None], Tensor]:
+    """Per place (2 c h w): pixels and latents around their mean, and every tap and timestep."""
+    images = [render(scene, SIDE) for scene in pair]
+    pixel_values = to_pixel_values(images, size=SIDE)
+    with torch.no_grad():
+        latents = encode_latents(encoder.backbone.vae, pixel_values)
+    found: dict[tuple[str, int | None], Tensor] = {
+        (name, None): maps - maps.mean((0, 2, 3), keepdim=True)
+        for name, maps in (("pixels", pixel_values), ("latents", latents))
+    }
+    for tap, maps in encoder.extract(images).items():
+        for index, timestep in enumerate(options.timesteps):
+            found[tap, timestep] = maps[:, index].float()
+    return found
+
+
+# %% [markdown]
+# PCK: the share of points found within a tenth of the picture's side.
+
+# %%
+TASKS = {"same colours": False, "other colours": True}
+pck: dict[tuple[str, int | None], dict[str, float]] = {}
+for task, recolored in TASKS.items():
+    hits: dict[tuple[str, int | None], list[Tensor]] = {}
+    for index in range(options.pairs):
+        pair = make_pair(index, recolored=recolored)
+        source, target = (points_of(scene) for scene in pair)
+        for place, maps in maps_of(pair).items():
+            distance = (match(maps[0], maps[1], source) - target).norm(dim=1)
+            hits.setdefault(place, []).append(distance < ALPHA)
+    for place, found in hits.items():
+        pck.setdefault(place, {})[task] = float(torch.cat(found).float().mean())
+
+print(f"PCK@{ALPHA} over {options.pairs} pairs of pictures, {options.backbone}")
+print(f"  {'tap':16}{'timestep':>9}{''.join(f'{task:>16}' for task in TASKS)}")
+for (tap, timestep), scores in pck.items():
+    shown = "" if timestep is None else str(timestep)
+    print(f"  {tap:16}{shown:>9}{''.join(f'{scores[task]:16.3f}' for task in TASKS)}")
+best = max(pck, key=lambda place: pck[place]["other colours"])
+print(f"best for other colours: {best[0]} at timestep {best[1]}")
+
+# %% [markdown]
+# Where the points of a pair are found, by the best place and by latents. Lines go from where a
+# point should be to where it was found.
+
+# %%
+BIG = 320
+
+
+def marked(scene: Scene, points: Tensor, found: Tensor | None = None) -> Image.Image:
+    picture = render(scene, BIG)
+    draw = ImageDraw.Draw(picture)
+    for row, (x, y) in enumerate((points * BIG).tolist()):
+        u, v = (x, y) if found is None else (found[row] * BIG).tolist()
+        if found is not None:
+            right = bool((found[row] - points[row]).norm() < ALPHA)
+            draw.line((x, y, u, v), fill=(20, 20, 20) if right else (255, 0, 200), width=2)
+        draw.ellipse((u - 5, v - 5, u + 5, v + 5), fill="white", outline=(20, 20, 20), width=2)
+    return picture
+
+
+baseline: tuple[str, int | None] = ("latents", None)
+rows = []
+for task, recolored in TASKS.items():
+    for index in range(min(2, options.pairs)):
+        first, second = make_pair(index, recolored=recolored)
+        source, target = points_of(first), points_of(second)
+        panels = [Panel(marked(first, source), f"points, {task}")]
+        for place in (best, baseline):
+            maps = maps_of((first, second))[place]
+            name = place[0] if place[1] is None else f"{place[0]}, timestep {place[1]}"
+            panels.append(Panel(marked(second, target, match(maps[0], maps[1], source)), name))
+        rows.append(panels)
+drawn = figure(
+    rows,
+    title="Points of one picture, found in another",
+    note=f"Model: {options.backbone}. Circles: where a point was found, with a line from where it "
+    f"should be: dark within {ALPHA} of the side, magenta beyond.",
+    side=240,
+)
+drawn.save(options.output)
+print(f"wrote {options.output}")

@@ -1,0 +1,180 @@
+# %% [markdown]
+# # What lies in front
+# Where two shapes overlap, one covers a part of the other. A linear layer on frozen features learns
+# from the order in which scenes were drawn to tell, for every cell, background, the shape behind
+# and the shape in front: depth in three steps. The same layer is fitted to pixels and to latents.
+
+# %%
+import argparse
+import random
+import sys
+
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffenc import DiffusionEncoder
+from diffenc.images import to_pixel_values
+from diffenc.latents import encode_latents
+from diffenc.maps import to_grid
+from diffenc.shapes import Scene, masks, render, sample_scene
+from diffenc.shapes.captions import join, noun_phrase
+from diffenc.viz import HeatMap, Panel, figure
+
+parser = argparse.ArgumentParser(description="Depth from the order in which shapes were drawn.")
+parser.add_argument("--backbone", default="shapes", help="for photographs: sd2.1-base")
+parser.add_argument("--scenes", type=int, default=300, help="to train on")
+parser.add_argument("--steps", type=int, default=300, help="of training")
+parser.add_argument("--output", "-o", default="depth.png", help="the picture")
+options = parser.parse_args([] if hasattr(sys, "ps1") else None)  # a notebook has no options
+
+encoder = DiffusionEncoder.from_pretrained(options.backbone)
+SIDE = encoder.backbone.default_size
+CELLS = 16
+
+# %% [markdown]
+# Scenes of two shapes, the second drawn over the first. Only those in which the second hides a part
+# of the first are kept: in all others nobody could tell the order.
+
+
+# %%
+def hidden_share(scene: Scene) -> float:
+    """Share of the first object's pixels that lie under the second."""
+    whole = masks(Scene(scene.objects[:1]), 64)[0]
+    return 1 - float(masks(scene, 64)[0].sum() / whole.sum())
+
+
+def overlapping(count: int, seed: int) -> list[Scene]:
+    kept: list[Scene] = []
+    for index in range(100 * count):
+        scene = sample_scene(random.Random(f"{seed}/{index}"), count=2, overlap=0.9)
+        first, second = scene.objects
+        if first.color != second.color and 0.1 < hidden_share(scene) < 0.6:
+            kept.append(scene)
+        if len(kept) == count:
+            break
+    return kept
+
+
+def depth_of(scene: Scene) -> Tensor:
+    """Per cell 0 for background, 1 for the shape behind, 2 for the shape in front."""
+    owned = torch.from_numpy(masks(scene, SIDE)).float()
+    behind, front = F.adaptive_avg_pool2d(owned[None], CELLS)[0]
+    return torch.stack([1 - behind - front, behind, front]).argmax(0)
+
+
+train_scenes = overlapping(options.scenes, seed=1)
+test_scenes = overlapping(max(10, options.scenes // 3), seed=950_000)
+train_depth = torch.stack([depth_of(scene) for scene in train_scenes])
+test_depth = torch.stack([depth_of(scene) for scene in test_scenes])
+
+# %% [markdown]
+# Inputs, all on one grid. The caption names both shapes in alphabetical order: it does not tell
+# which one is in front.
+
+
+# %%
+def caption(scene: Scene) -> str:
+    return join(sorted(noun_phrase(shape=t.shape, color=t.color) for t in scene.objects))
+
+
+def inputs_of(scenes: list[Scene]) -> dict[str, Tensor]:
+    """Per input (scenes, cells, channels)."""
+    parts: dict[str, list[Tensor]] = {}
+    for start in range(0, len(scenes), 20):
+        batch = scenes[start : start + 20]
+        images = [render(scene, SIDE) for scene in batch]
+        features = encoder.extract(images, [caption(s) for s in batch], conditioning="cfg")
+        pixel_values = to_pixel_values(images, size=SIDE)
+        with torch.no_grad():
+            latents = encode_latents(encoder.backbone.vae, pixel_values)
+        for name, maps in (("pixels", pixel_values), ("latents", latents)):
+            tokens = rearrange(to_grid(maps, (CELLS, CELLS)), "b c h w -> b (h w) c")
+            parts.setdefault(name, []).append(tokens)
+        parts.setdefault("features", []).append(features.select("uncond").tokens(CELLS))
+        parts.setdefault("features + caption", []).append(features.select("cond").tokens(CELLS))
+    return {name: torch.cat(tokens).float() for name, tokens in parts.items()}
+
+
+# %% [markdown]
+# A linear layer per cell. Its depth of a cell is the expected step, 0 to 2. Two numbers: the share
+# of the shapes' cells whose step is right, and the share of scenes in which the front shape is
+# deemed nearer, mean over its visible cells; chance is one half for both.
+
+
+# %%
+def fit(tokens: Tensor, depth: Tensor) -> nn.Module:
+    torch.manual_seed(0)
+    layer = nn.Sequential(
+        nn.BatchNorm1d(tokens.shape[-1], affine=False), nn.Linear(tokens.shape[-1], 3)
+    )
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
+    for _ in range(options.steps):
+        rows = torch.randint(len(depth), (24,))
+        optimizer.zero_grad()
+        F.cross_entropy(layer(tokens[rows].flatten(0, 1)), depth[rows].flatten()).backward()
+        optimizer.step()
+        schedule.step()
+    return layer.eval()
+
+
+def predict(layer: nn.Module, tokens: Tensor) -> Tensor:
+    """Probabilities of the steps, (scenes, CELLS, CELLS, 3)."""
+    with torch.no_grad():
+        scores: Tensor = layer(tokens.flatten(0, 1)).softmax(-1)
+    return scores.reshape(len(tokens), CELLS, CELLS, 3)
+
+
+def ordered(expected: Tensor, depth: Tensor) -> float:
+    """Share of scenes in which the shape in front is deemed nearer."""
+    nearer = [
+        bool(of_scene[truth == 2].mean() > of_scene[truth == 1].mean())
+        for of_scene, truth in zip(expected, depth, strict=True)
+    ]
+    return sum(nearer) / len(nearer)
+
+
+train_inputs, test_inputs = inputs_of(train_scenes), inputs_of(test_scenes)
+steps = torch.arange(3.0)
+found: dict[str, Tensor] = {}
+on_shapes = test_depth > 0
+print(f"depth of two overlapping shapes, {len(test_scenes)} new scenes, {options.backbone}")
+print(f"  {'input':20}{'cells right':>12}{'order right':>12}")
+print(f"  {'chance':20}{0.5:12.3f}{0.5:12.3f}")
+for name, tokens in train_inputs.items():
+    chances = predict(fit(tokens, train_depth), test_inputs[name])
+    found[name] = chances @ steps
+    nearer_step = chances[..., 1:].argmax(-1) + 1
+    cells = float((nearer_step == test_depth)[on_shapes].float().mean())
+    print(f"  {name:20}{cells:12.3f}{ordered(found[name], test_depth):12.3f}")
+
+# %% [markdown]
+# Some of the scenes: the picture, the true depth, and the depth that each input gives. Light is
+# near.
+
+# %%
+
+
+def shaded(depth: Tensor) -> Image.Image:
+    return HeatMap(depth.float(), low=0, high=2).to_pil(160, resample="nearest")
+
+
+rows = [
+    [
+        Panel(render(scene, SIDE), "picture", caption(scene)),
+        Panel(shaded(test_depth[index]), "truth"),
+        *(Panel(shaded(maps[index]), f"from {name}") for name, maps in found.items()),
+    ]
+    for index, scene in enumerate(test_scenes[:4])
+]
+drawn = figure(
+    rows,
+    title="What lies in front, from pixels, from latents and from features",
+    note=f"Model: {options.backbone}. Dark: background, red: behind, light: in front.",
+    side=160,
+)
+drawn.save(options.output)
+print(f"wrote {options.output}")

@@ -1,0 +1,280 @@
+"""What the commands of `diffenc evaluate` have in common: data, models, progress, files."""
+
+import json
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from typer.core import TyperCommand
+
+from diffenc.cli.evaluate_models import load_matchers
+from diffenc.cli.files import check_output, write_whole
+from diffenc.cli.tables import print_table
+from diffenc.config import check_choice
+from diffenc.errors import ConfigError, OutputError
+
+if TYPE_CHECKING:
+    from diffenc.evals.base import Benchmark, Matcher
+    from diffenc.evals.evaluate import Evaluation
+    from diffenc.evals.report import Table
+
+SCORES = "scores.jsonl"
+
+_CONTEXT: ContextVar[Any] = ContextVar("the command that runs")
+
+
+def run_command(
+    name: str,
+    specs: list[str],
+    clip: list[str],
+    files: tuple[str, ...],
+    *,
+    by_timestep: bool,
+    data: str,
+    template: str | None,
+    limit: int | None,
+    per_label: int | None,
+    data_seed: int | None,
+    output: Path | None,
+    force: bool,
+    trials: int,
+    seed: int,
+    skip_broken: bool,
+    **options: Any,
+) -> "tuple[Evaluation, Path]":
+    """Read the data, load the models, score; the result and its folder.
+
+    Args:
+        name: Of the benchmark.
+        specs: Presets.
+        clip: Baselines.
+        files: What will be written into the folder beside the scores.
+        by_timestep: Give scores by timestep.
+        data: Where the items come from.
+        template: See `Benchmark`.
+        limit: Most items.
+        per_label: Items per label, of the miniature.
+        data_seed: Of the miniature.
+        output: The folder; None is named after the benchmark.
+        force: Forget what it holds.
+        trials: How many.
+        seed: Of the first.
+        skip_broken: Leave out what cannot be read.
+        options: Of the models, see `load_matchers`.
+
+    Raises:
+        DiffencError: Something of that cannot be read, loaded or written.
+    """
+    benchmark = read_benchmark(
+        name,
+        data,
+        per_label=per_label,
+        data_seed=data_seed,
+        template=template,
+        limit=limit,
+    )
+    folder = output or Path(f"{name}-results")
+    scores = prepare_folder(folder, files, anew=force)
+    matchers = load_matchers(benchmark, specs, clip, by_timestep=by_timestep, **options)
+    found = _score(
+        *(benchmark, matchers),
+        trials=trials,
+        seed=seed,
+        scores=scores,
+        skip_broken=skip_broken,
+    )
+    return found, folder
+
+
+def read_benchmark(
+    name: str,
+    data: str,
+    *,
+    per_label: int | None,
+    data_seed: int | None,
+    template: str | None,
+    limit: int | None,
+) -> "Benchmark":
+    """The items that the command line asks for.
+
+    Raises:
+        ConfigError: There is no such data, or an option does not go with it.
+    """
+    check_choice("benchmark", name, ("winoground", "mmvp-vlm"))
+    if template is not None and "{}" not in template:
+        raise ConfigError(f"the template must hold {{}}, where the caption goes; got {template!r}")
+    if data != "shapes" and (per_label is not None or data_seed is not None):
+        raise ConfigError("--per-label and --data-seed belong to --data shapes")
+    from diffenc.evals.miniature import SHAPES_SEED, shapes_benchmark
+    from diffenc.evals.mmvp_vlm import load_mmvp_vlm
+    from diffenc.evals.winoground import load_winoground
+
+    if data == "shapes":
+        seed = SHAPES_SEED if data_seed is None else data_seed
+        benchmark = shapes_benchmark(name, per_label=per_label, seed=seed)  # type: ignore[arg-type]
+    else:
+        benchmark = (load_winoground if name == "winoground" else load_mmvp_vlm)(data)
+    if template is not None:
+        benchmark = replace(benchmark, template=template)
+    return benchmark if limit is None else replace(benchmark, items=benchmark.items[:limit])
+
+
+def prepare_folder(folder: Path, names: Sequence[str], *, anew: bool) -> Path:
+    """Make the output folder and find out whether its files can be written; the scores' path.
+
+    Raises:
+        OutputError: They cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make the folder {folder}: {error.strerror}") from error
+    for name in (SCORES, *names):
+        check_output(folder / name, suffixes=(Path(name).suffix,), force=True)
+    if anew:
+        (folder / SCORES).unlink(missing_ok=True)
+    return folder / SCORES
+
+
+@contextmanager
+def progress_bar(title: str, unit: str) -> "Iterator[Callable[[int, int], None] | None]":
+    """A bar with the time left on a terminal, nothing anywhere else.
+
+    What is done when the bar is told for the first time does not count for the speed.
+    """
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        *Progress.get_default_columns()[:2],
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        tasks: list[Any] = []
+
+        def update(done: int, total: int) -> None:
+            if not tasks:
+                tasks.append(bar.add_task(title, total=total, completed=done))
+            bar.update(tasks[0], completed=done)
+
+        yield update
+
+
+def write_report(folder: Path, name: str, page: str, content: object) -> list[Path]:
+    """Write the Markdown and the JSON of a report; their paths."""
+    paths = [folder / f"{name}.md", folder / f"{name}.json"]
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    for path, each in zip(paths, (page, text), strict=True):
+        write_whole(path, lambda partial, each=each: partial.write_text(each, encoding="utf-8"))  # type: ignore[misc]
+    return paths
+
+
+def print_tables(tables: "Sequence[Table]", notes: Sequence[str]) -> None:
+    """Print tables, then notes on standard error."""
+    for table in tables:
+        print_table(table.title, table.columns, table.rows, right=table.columns[1:])
+    for note in notes:
+        typer.echo(f"note: {note}", err=True)
+
+
+def given_options(values: dict[str, Any]) -> dict[str, Any]:
+    """The options among the local names of a command."""
+    return {name: value for name, value in values.items() if name != "_debug"}
+
+
+class NotedCommand(TyperCommand):
+    """A command whose context can be asked for while it runs."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run, with the context noted."""
+        token = _CONTEXT.set(ctx)
+        try:
+            return super().invoke(ctx)
+        finally:
+            _CONTEXT.reset(token)
+
+
+def command_name() -> str:
+    """Of the command that runs."""
+    return str(_CONTEXT.get().info_name)
+
+
+def command_line() -> str:
+    """What was asked for, as a command that asks for it again."""
+    context = _CONTEXT.get()
+    path = context.command_path.split()
+    words = ["diffenc", *path[1:]]
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        source = context.get_parameter_source(name)
+        if source is None or source.name != "COMMANDLINE" or name in ("force", "_debug", "as_json"):
+            continue
+        value, flag = context.params[name], parameter.opts[0]
+        if parameter.param_type_name == "argument":
+            words.append(shlex.quote(str(value)))
+        elif isinstance(value, bool):
+            words.append(flag if value else parameter.secondary_opts[0])
+        else:
+            for each in value if isinstance(value, list | tuple) else [value]:
+                words += [flag, shlex.quote(str(each))]
+    return " ".join(words)
+
+
+def _score(
+    benchmark: "Benchmark",
+    matchers: "Sequence[Matcher]",
+    *,
+    trials: int,
+    seed: int,
+    scores: Path,
+    skip_broken: bool,
+) -> "Evaluation":
+    """Look at everything, then score what is not in the file yet, with progress bars.
+
+    Raises:
+        ConfigError: Broken data, or a file of another run.
+    """
+    from diffenc.evals.evaluate import evaluate
+    from diffenc.evals.inspection import inspect
+
+    with progress_bar("looking at pictures", "items") as progress:
+        inspection = inspect(benchmark, matchers, progress=progress)
+    inspection.check(benchmark.source, skip_broken=skip_broken)
+    try:
+        with progress_bar("scoring", "items x trials") as progress:
+            return evaluate(
+                benchmark,
+                matchers,
+                trials=trials,
+                seed=seed,
+                results=scores,
+                skip_broken=skip_broken,
+                inspection=inspection,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        typer.echo(
+            f"interrupted; what was scored is in {scores}, and the same command goes on", err=True
+        )
+        raise typer.Abort from None
+
+
+def say_where(found: "Evaluation", paths: list[Path]) -> None:
+    """Say how much was there already, what the items are, and what was written."""
+    trials = sum(map(len, found.seeds.values())) * len(found.items)
+    if found.fresh < trials:
+        typer.echo(f"{trials - found.fresh} of {trials} scores were there already")
+    if found.benchmark.expected is None:
+        typer.echo("The items are coloured shapes of 64 pixels; they say nothing of photographs.")
+    typer.echo(f"wrote {', '.join(map(str, paths))}")

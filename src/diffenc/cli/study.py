@@ -1,0 +1,227 @@
+"""`diffenc study`: experiments as one command each, written as tables and pictures."""
+
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from diffenc._version import __version__
+from diffenc.cli.encode import parse_timestep
+from diffenc.cli.files import check_output, write_whole
+from diffenc.cli.options import (
+    Debug,
+    Device,
+    Dtype,
+    Force,
+    quiet_libraries,
+    to_device,
+    to_dtype,
+)
+from diffenc.cli.tables import print_table
+from diffenc.errors import OutputError
+
+if TYPE_CHECKING:
+    from diffenc.studies.features import Progress
+    from diffenc.studies.results import FeatureStudy
+
+study = typer.Typer(help="Experiments with a model, written as tables and pictures.")
+
+_NAME = "features"
+
+
+@study.callback()
+def _several() -> None:
+    """Experiments with a model, written as tables and pictures."""
+
+
+@study.command()
+def features(
+    context: typer.Context,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="FOLDER", help="Gets features.md, .json and .png; is made."
+        ),
+    ] = Path("feature-study"),
+    backbone: Annotated[
+        str,
+        typer.Option(
+            "--backbone",
+            "--model",
+            "-b",
+            "-m",
+            metavar="NAME",
+            help="Alias, Hub id or diffusers folder; see diffenc info.",
+        ),
+    ] = "shapes",
+    taps: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Places in the U-Net, with commas or repeated; default the blocks and the "
+            "model's default taps.",
+        ),
+    ] = None,
+    timesteps: Annotated[
+        str | None,
+        typer.Option(metavar="T,T", help="Noise levels, 0 to 999; default 10,50,261,500,800."),
+    ] = None,
+    texts: Annotated[
+        str,
+        typer.Option(metavar="WORDS", help="Some of uncond, question and caption, with commas."),
+    ] = "uncond,question,caption",
+    scenes: Annotated[int, typer.Option(help="Per seed, for the readouts; 30 or more.")] = 240,
+    focus_scenes: Annotated[
+        int, typer.Option(help="Per seed, for where a text acts; 0 leaves that out.")
+    ] = 60,
+    seeds: Annotated[int, typer.Option(help="Repetitions with other scenes and noise.")] = 3,
+    size: Annotated[
+        int | None, typer.Option(metavar="PIXELS", help="Side; default the model's own.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Scenes x timesteps per pass.")] = 48,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    force: Force = False,
+    _debug: Debug = False,
+) -> None:
+    """Which tap and timestep carries colour, shape, position and count.
+
+    Linear readouts on frozen features of held-out scenes of coloured shapes, without a text, under
+    a question and under a caption; then whether a text acts inside the object that it names. Takes
+    some minutes with the bundled model on one core.
+    """
+    steps = None if timesteps is None else parse_timestep(timesteps)
+    paths = {suffix: output / f"{_NAME}{suffix}" for suffix in (".md", ".json", ".png")}
+    _make_folder(output)
+    for suffix, path in paths.items():
+        check_output(path, suffixes=(suffix,), force=force)
+    conditionings = tuple(name.strip() for name in texts.split(",") if name.strip())
+
+    from diffenc.studies.features import TIMESTEPS, study_features
+    from diffenc.studies.report import heat_map, to_markdown
+
+    quiet_libraries()
+    start = time.perf_counter()
+    with _progress() as progress:
+        found = study_features(
+            backbone,
+            taps=[name for entry in taps for name in entry.split(",") if name] if taps else None,
+            timesteps=TIMESTEPS if steps is None else (steps,) if isinstance(steps, int) else steps,
+            conditionings=conditionings,  # type: ignore[arg-type]  # checked there
+            scenes=scenes,
+            focus_scenes=focus_scenes,
+            seeds=seeds,
+            size=size,
+            batch_size=batch_size,
+            device=to_device(device),
+            dtype=to_dtype(dtype),
+            progress=progress,
+        )
+    made_with = _made_with(time.perf_counter() - start, device)
+    page = to_markdown(
+        found,
+        command=_command(context),
+        made_with=made_with,
+        picture=paths[".png"].name,
+    )
+    content = json.dumps({"made_with": made_with, **found.to_dict()}, indent=1) + "\n"
+    write_whole(paths[".json"], lambda path: path.write_text(content, encoding="utf-8"))
+    write_whole(paths[".png"], heat_map(found).save)
+    write_whole(paths[".md"], lambda path: path.write_text(page, encoding="utf-8"))
+    _print_study(found)
+    if found.model == "shapes":
+        typer.echo("The bundled model knows coloured shapes only; so do the scenes of this study.")
+    typer.echo(f"wrote {', '.join(map(str, paths.values()))}")
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make the folder {folder}: {error.strerror}") from error
+
+
+def _command(context: typer.Context) -> str:
+    """What was asked for, as a command that asks for it again."""
+    words = ["diffenc study features"]
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        source = context.get_parameter_source(name)
+        if source is None or source.name != "COMMANDLINE" or name in ("force", "_debug"):
+            continue
+        value = context.params[name]
+        for each in value if isinstance(value, list | tuple) else [value]:
+            words += [parameter.opts[0], shlex.quote(str(each))]
+    return " ".join(words)
+
+
+def _made_with(seconds: float, device: str) -> str:
+    """Versions, kind of hardware and time."""
+    import diffusers
+    import torch
+
+    where = to_device(device)
+    hardware = (
+        torch.cuda.get_device_name(where)
+        if where.type == "cuda"
+        else f"{where.type} ({platform.machine()}, {torch.get_num_threads()} of "
+        f"{os.cpu_count()} cores)"
+    )
+    return (
+        f"diffenc {__version__}, torch {torch.__version__}, diffusers {diffusers.__version__}; "
+        f"{hardware}; {seconds / 60:.1f} minutes."
+    )
+
+
+@contextmanager
+def _progress() -> "Iterator[Progress | None]":
+    """A bar on a terminal, nothing anywhere else."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        *Progress.get_default_columns()[:2],
+        MofNCompleteColumn(),
+        TextColumn("scenes"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("reading", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _print_study(found: "FeatureStudy") -> None:
+    from diffenc.studies.report import FOCUS_COLUMNS, best_columns, best_rows, focus_rows
+
+    # One table per text: on one line they would not fit a terminal.
+    columns, rows = best_columns(found), best_rows(found)
+    print_table(
+        "accuracy of linear readouts, what the U-Net starts from",
+        columns[:4],
+        [row[:4] for row in rows],
+        right=columns[1:4],
+    )
+    for index, column in enumerate(columns[4:], start=4):
+        if column.startswith("best"):
+            shown = [0, index]
+            if index + 1 < len(columns) and columns[index + 1].startswith("gain"):
+                shown.append(index + 1)
+            heads = [columns[k].split(" with ")[0].split(" of ")[0] for k in shown]
+            print_table(
+                f"accuracy, {column.removeprefix('best ')}",
+                heads,
+                [[row[k] for k in shown] for row in rows],
+            )
+    if found.focus:
+        print_table("where a text acts", FOCUS_COLUMNS, focus_rows(found))

@@ -1,0 +1,158 @@
+"""What a benchmark is made of, and what it asks of a model that matches images and texts."""
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from diffenc.errors import ImageError
+from diffenc.images import load_image
+
+BenchmarkName = Literal["winoground", "mmvp-vlm"]
+Average = Literal["items", "labels"]
+
+
+@runtime_checkable
+class Matcher(Protocol):
+    """A model that scores images under texts.
+
+    Attributes:
+        name: In tables and result files.
+        description: What its scores depend on, as JSON holds it; scores are resumed only where it
+            is equal.
+        deterministic: Whether the seed changes nothing, so that one trial is enough.
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+
+    @property
+    def description(self) -> Mapping[str, Any]: ...  # noqa: D102
+
+    @property
+    def deterministic(self) -> bool: ...  # noqa: D102
+
+    def __call__(self, images: Sequence[Image.Image], texts: Sequence[str], *, seed: int) -> Tensor:
+        """Scores (images, texts), higher is better; a third axis holds parts, such as timesteps."""
+        ...
+
+    def truncated(self, texts: Sequence[str]) -> Sequence[int]:
+        """How many tokens of each text are not read."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture of a benchmark, read when it is needed.
+
+    Attributes:
+        name: Of its file, or where it stands, for messages.
+        source: Gives the file's bytes; or the picture itself.
+    """
+
+    name: str
+    source: Callable[[], bytes] | Image.Image
+
+    def open(self) -> Image.Image:
+        """Upright and RGB.
+
+        Raises:
+            ImageError: It cannot be read.
+        """
+        return self.read()[0]
+
+    def read(self) -> tuple[Image.Image, str]:
+        """The picture, upright and RGB, and a digest of its file or pixels.
+
+        Raises:
+            ImageError: It cannot be read.
+        """
+        try:
+            if isinstance(self.source, Image.Image):
+                image = load_image(self.source)
+                return image, _digest(repr(image.size).encode() + image.tobytes())
+            content = self.source()
+            with Image.open(io.BytesIO(content)) as opened:
+                opened.load()
+                return load_image(opened), _digest(content)
+        except Exception as error:  # files, archives and decoders each raise errors of their own
+            reason = str(error).replace("<_io.BytesIO object at", "a file in memory at")
+            if isinstance(error, UnidentifiedImageError):
+                reason = "it is no picture, or of an unknown format"
+            raise ImageError(f"cannot read the picture {self.name}: {reason}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """Two pictures and two captions; caption k is true of picture k alone.
+
+    Attributes:
+        id: Unique in its benchmark.
+        pictures: The two.
+        captions: The two, as the benchmark has them.
+        labels: What the item counts for, by kind: `{"pattern": ("Color",)}`.
+    """
+
+    id: str
+    pictures: tuple[Picture, Picture]
+    captions: tuple[str, str]
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def digest(self, picture_digests: Sequence[str]) -> str:
+        """Of captions and pictures; labels may be corrected without scoring again."""
+        return _digest(json.dumps([*self.captions, *picture_digests]).encode())
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Why an item, or a row that should have been one, cannot be scored.
+
+    Attributes:
+        kind: In the plural, to be counted: "missing pictures".
+        where: Item or row.
+        detail: What exactly, or "".
+    """
+
+    kind: str
+    where: str
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """Items to be scored, and how results are shown.
+
+    Attributes:
+        name: Whose rules these are: "winoground" or "mmvp-vlm".
+        source: Where the items come from.
+        items: Those that could be made.
+        label_kind: By which labels results are split first.
+        average: The overall result is the mean over "items", or over "labels" of that kind.
+        template: What a caption becomes before it is scored; "{}" stands for it.
+        expected: How many items the published benchmark has; None: it is not that one.
+        problems: What was wrong with its files.
+        notes: What is worth knowing and stops nothing.
+    """
+
+    name: BenchmarkName
+    source: str
+    items: tuple[Item, ...]
+    label_kind: str
+    average: Average = "items"
+    template: str = "{}"
+    expected: int | None = None
+    problems: tuple[Problem, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def texts(self, item: Item) -> list[str]:
+        """What is scored for an item's captions."""
+        return [self.template.replace("{}", caption) for caption in item.captions]
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

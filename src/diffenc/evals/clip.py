@@ -1,0 +1,110 @@
+"""CLIP as a baseline: the cosine of its image and text embeddings."""
+
+import os
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffenc.errors import BackboneError
+from diffenc.evals.matchers import short_name, weights_digest
+from diffenc.prompts import tokenize
+
+
+class ClipMatcher:
+    """A `CLIPModel` in an evaluation; it has no noise, so one trial is enough.
+
+    Args:
+        model: A `transformers.CLIPModel`.
+        tokenizer: Its tokenizer.
+        processor: Its image processor.
+        name: In tables.
+    """
+
+    deterministic = True
+
+    def __init__(self, model: Any, tokenizer: Any, processor: Any, *, name: str) -> None:
+        self.model, self.tokenizer, self.processor = model.eval(), tokenizer, processor
+        self.name = name
+        self.description: Mapping[str, Any] = {
+            "kind": "CLIPModel",
+            "model": name,
+            "weights": weights_digest([("clip", model)]),
+            "dtype": str(model.dtype).removeprefix("torch."),
+        }
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: "str | os.PathLike[str]",
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> "ClipMatcher":
+        """Load model, tokenizer and image processor.
+
+        Args:
+            name: A folder, a Hub id, or "shapes-clip", the bundled miniature.
+            device: Where it runs.
+            dtype: Of the weights.
+
+        Raises:
+            BackboneError: There is no CLIP of that name.
+        """
+        from transformers import AutoConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+        label = os.fspath(name)
+        source = _bundled() if label == "shapes-clip" else label
+        try:
+            config = AutoConfig.from_pretrained(source)
+            if config.model_type != "clip":
+                raise BackboneError(
+                    f"{label!r} is of the kind {config.model_type!r}; the baseline is a CLIPModel "
+                    "of transformers, such as openai/clip-vit-large-patch14"
+                )
+            model = CLIPModel.from_pretrained(source)
+            tokenizer = CLIPTokenizer.from_pretrained(source)
+            processor = CLIPImageProcessor.from_pretrained(source)
+        except BackboneError:
+            raise
+        except Exception as error:  # missing, offline, broken: each in words of its own
+            raise BackboneError(
+                f"cannot load a CLIP from {label!r}: {str(error).strip().splitlines()[0]}. Pass a "
+                "folder with config.json, model.safetensors, tokenizer and "
+                "preprocessor_config.json, or a Hub id such as openai/clip-vit-large-patch14"
+            ) from error
+        limit = config.text_config.max_position_embeddings
+        tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
+        return cls(model.to(device, dtype), tokenizer, processor, name=short_name(label))
+
+    @torch.no_grad()
+    def __call__(
+        self, images: Sequence[Image.Image], texts: Sequence[str], *, seed: int = 0
+    ) -> Tensor:
+        """Cosines times the model's temperature, (images, texts), in float32."""
+        device = self.model.device
+        found = self.model(
+            **self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt").to(
+                device
+            ),
+            pixel_values=self.processor(images=list(images), return_tensors="pt")[
+                "pixel_values"
+            ].to(device, self.model.dtype),
+        )
+        scores: Tensor = found.logits_per_image.float().cpu()
+        return scores
+
+    def truncated(self, texts: Sequence[str]) -> Sequence[int]:
+        """How many tokens of each text are not read."""
+        return tokenize(self.tokenizer, texts)[1]
+
+
+def _bundled() -> str:
+    folder = Path(str(files("diffenc.backbones") / "assets" / "shapes-clip"))
+    if not folder.is_dir():
+        raise BackboneError("this version of diffenc does not bundle 'shapes-clip'")
+    return str(folder)

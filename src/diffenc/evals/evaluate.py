@@ -1,0 +1,202 @@
+"""Score the items of a benchmark with several models, in several trials, resumably."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diffenc.errors import ConfigError, NonFiniteError, ShapeError
+from diffenc.evals.base import Benchmark, Item, Matcher, Problem
+from diffenc.evals.inspection import Inspection, Progress, inspect
+from diffenc.evals.metrics import Results, by_label, correct, overall
+from diffenc.evals.results_file import ResultsFile
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of a benchmark's items.
+
+    Attributes:
+        benchmark: What was scored.
+        items: Those that could be.
+        scores: Per model (trials items 2 2), with one more axis where the model gives parts.
+        seeds: Per model, of its trials.
+        descriptions: Per model, what its scores depend on.
+        problems: Why other items were left out.
+        notes: What is worth knowing about data and texts.
+        fresh: How many scores of items were computed now; the others were there already.
+    """
+
+    benchmark: Benchmark
+    items: tuple[Item, ...]
+    scores: Mapping[str, Tensor]
+    seeds: Mapping[str, tuple[int, ...]]
+    descriptions: Mapping[str, Mapping[str, Any]]
+    problems: tuple[Problem, ...] = ()
+    notes: tuple[str, ...] = ()
+    fresh: int = field(default=0, compare=False)
+
+    def results(self, name: str) -> Results:
+        """Text, image and group score of a model, in percent."""
+        return results_of(self.scores[name], self)
+
+    def by_label(self, name: str, kind: str | None = None) -> dict[str, Results]:
+        """The same per label of a kind; None is the benchmark's own."""
+        right = correct(self.scores[name])
+        return by_label(right, self.items, kind or self.benchmark.label_kind)
+
+    def label_kinds(self) -> tuple[str, ...]:
+        """Kinds of labels that items carry."""
+        return tuple(dict.fromkeys(kind for item in self.items for kind in item.labels))
+
+
+def results_of(scores: Float[Tensor, "trials items 2 2"], evaluation: Evaluation) -> Results:
+    """Text, image and group score, in percent, of scores of an evaluation's items."""
+    benchmark = evaluation.benchmark
+    return overall(
+        correct(scores),
+        evaluation.items,
+        average=benchmark.average,
+        label_kind=benchmark.label_kind,
+    )
+
+
+def evaluate(
+    benchmark: Benchmark,
+    matchers: Sequence[Matcher],
+    *,
+    trials: int = 3,
+    seed: int = 0,
+    results: "Path | None" = None,
+    skip_broken: bool = False,
+    inspection: Inspection | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Score every item with every model.
+
+    All pictures are looked at before the first is scored. With a results file nothing that is in it
+    is scored again, so a run that was interrupted is repeated with the same call.
+
+    Args:
+        benchmark: Items.
+        matchers: Models; those for which the seed changes nothing run once.
+        trials: How often; trial k has the noise of seed + k.
+        seed: Of the first trial.
+        results: A JSON lines file; None keeps nothing.
+        skip_broken: Leave out items that cannot be read.
+        inspection: What `inspect` found, where it was called before.
+        progress: Told how many scores of items are there, and of how many.
+
+    Returns:
+        Scores of all items, and what was found on the way.
+
+    Raises:
+        ConfigError: Broken items, fewer than one trial, two models of one name, or a results file
+            of something else.
+        OutputError: The results file cannot be written.
+        ShapeError: A model returns something else than (images, texts).
+        NonFiniteError: A model returns NaN or infinity.
+    """
+    if isinstance(trials, bool) or not isinstance(trials, int) or trials < 1:
+        raise ConfigError(f"trials must be an int of 1 or more, got {trials!r}")
+    names = [matcher.name for matcher in matchers]
+    if not names or len(set(names)) < len(names):
+        raise ConfigError(f"models must be one or more, each with a name of its own; got {names}")
+    found = inspection or inspect(benchmark, matchers)
+    found.check(benchmark.source, skip_broken=skip_broken)
+    seeds = {
+        matcher.name: tuple(range(seed, seed + (1 if matcher.deterministic else trials)))
+        for matcher in matchers
+    }
+    with nullcontext() if results is None else ResultsFile(results, benchmark) as file:
+        for matcher in matchers:
+            if file is not None:
+                file.add_matcher(matcher)
+        run = _Run(benchmark, found, file, seeds, progress)
+        scores = {matcher.name: run.score(matcher) for matcher in matchers}
+    return Evaluation(
+        benchmark=benchmark,
+        items=found.items,
+        scores=scores,
+        seeds=seeds,
+        descriptions={matcher.name: dict(matcher.description) for matcher in matchers},
+        problems=found.problems,
+        notes=found.notes,
+        fresh=run.fresh,
+    )
+
+
+class _Run:
+    """What one call of `evaluate` has done so far."""
+
+    def __init__(
+        self,
+        benchmark: Benchmark,
+        found: Inspection,
+        file: ResultsFile | None,
+        seeds: Mapping[str, Sequence[int]],
+        progress: Progress | None,
+    ) -> None:
+        self.fresh = 0
+        self._benchmark, self._found, self._file = benchmark, found, file
+        self._seeds, self._progress = seeds, progress
+        keys = [
+            (name, seed, item.id)
+            for name, each in seeds.items()
+            for item in found.items
+            for seed in each
+        ]
+        self._total = len(keys)
+        there = [file.get(key, found.digests[key[2]]) for key in keys] if file else []
+        self._done = sum(scores is not None for scores in there)
+        if progress is not None:
+            progress(self._done, self._total)
+
+    def score(self, matcher: Matcher) -> Tensor:
+        """Scores (trials items 2 2 ...) of a model."""
+        rows = [self._item(matcher, item) for item in self._found.items]
+        if len({row.shape for row in rows}) > 1:
+            raise ShapeError(
+                f"{matcher.name} scored items in shapes {sorted({*map(_shape, rows)})}"
+            )
+        return torch.stack(rows, dim=1)
+
+    def _item(self, matcher: Matcher, item: Item) -> Tensor:
+        digest, trials = self._found.digests[item.id], []
+        images = None
+        for seed in self._seeds[matcher.name]:
+            key = (matcher.name, seed, item.id)
+            there = self._file.get(key, digest) if self._file else None
+            if there is None:
+                images = images or [picture.open() for picture in item.pictures]
+                scores = matcher(images, self._benchmark.texts(item), seed=seed)
+                there = _checked(scores, matcher.name, item.id).tolist()
+                if self._file:
+                    self._file.add(key, digest, there)
+                self.fresh += 1
+                self._done += 1
+                if self._progress is not None:
+                    self._progress(self._done, self._total)
+            trials.append(torch.tensor(there, dtype=torch.float64))
+        return torch.stack(trials)
+
+
+def _checked(scores: Tensor, name: str, item: str) -> Tensor:
+    scores = scores.detach().float().cpu()
+    if scores.ndim not in (2, 3) or scores.shape[:2] != (2, 2):
+        raise ShapeError(
+            f"{name} must score (2 images, 2 texts), with parts as a third axis or none; for item "
+            f"{item!r} it gave {tuple(scores.shape)}"
+        )
+    if not torch.isfinite(scores).all():
+        raise NonFiniteError(f"{name} gave NaN or infinity for item {item!r}")
+    return scores
+
+
+def _shape(row: Tensor) -> tuple[int, ...]:
+    return tuple(row.shape[1:])

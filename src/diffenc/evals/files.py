@@ -1,0 +1,178 @@
+"""The files of a downloaded dataset: a folder, a zip archive, or a folder with archives in it."""
+
+import os
+import zipfile
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path, PurePosixPath
+
+from diffenc.errors import ConfigError
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_DEPTH = 4
+_MOST = 200_000
+
+
+class DatasetFiles:
+    """Names and bytes of everything below a folder or inside an archive.
+
+    Names are relative and have "/" between their parts; those inside of an archive in a folder go
+    on from the archive's name.
+
+    Args:
+        source: A folder or a .zip file.
+
+    Raises:
+        ConfigError: It does not exist, is neither, or is no whole archive.
+    """
+
+    def __init__(self, source: "str | os.PathLike[str]") -> None:
+        self.source = Path(source).expanduser()
+        self._readers: dict[str, Callable[[], bytes]] = {}
+        if self.source.is_dir():
+            self._add_folder()
+        elif self.source.is_file() and self.source.suffix.lower() == ".zip":
+            self._add_archive(self.source, "")
+        elif self.source.exists():
+            raise ConfigError(f"{self.source} is neither a folder nor a .zip file")
+        else:
+            raise ConfigError(f"there is no folder and no file {self.source}")
+        self._by_stem: defaultdict[str, list[str]] = defaultdict(list)
+        for name in sorted(self._readers):
+            path = PurePosixPath(name)
+            if path.suffix.lower() in PICTURE_SUFFIXES:
+                self._by_stem[path.stem.lower()].append(name)
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether there is any file of a picture."""
+        return bool(self._by_stem)
+
+    @property
+    def names(self) -> list[str]:
+        """Of all files."""
+        return sorted(self._readers)
+
+    def reader(self, name: str) -> Callable[[], bytes]:
+        """What reads a file when it is called."""
+        return self._readers[name]
+
+    def path(self, name: str) -> Path | None:
+        """Where a file lies, None inside an archive."""
+        path = self.source / name
+        return path if path.is_file() else None
+
+    def named(self, *endings: str) -> list[str]:
+        """Files whose name, without folders and in any case, is one of these or "*" and an end."""
+        wanted = [ending.lower() for ending in endings]
+        return [
+            name
+            for end in wanted
+            for name in self.names
+            if (base := PurePosixPath(name).name.lower()) == end
+            or (end.startswith("*") and base.endswith(end[1:]))
+        ]
+
+    def picture(self, value: str) -> str | None:
+        """The picture that a table means by a path or a stem, with or without a suffix.
+
+        Of several with that stem the one that shares most of the end of its path with the value
+        wins, then a lossless one.
+        """
+        path = PurePosixPath(value.strip().replace("\\", "/"))
+        known = path.suffix.lower() in PICTURE_SUFFIXES
+        stem = (path.stem if known else path.name).lower()
+        wanted = [part.lower() for part in path.parts[:-1] if part not in (".", "..")]
+
+        def rank(name: str) -> tuple[int, bool, int, str]:
+            place = PurePosixPath(name)
+            parts = [part.lower() for part in place.parts[:-1]]
+            shared = 0
+            while (
+                shared < min(len(parts), len(wanted)) and parts[-1 - shared] == wanted[-1 - shared]
+            ):
+                shared += 1
+            suffix = place.suffix.lower()
+            other = known and suffix != path.suffix.lower()
+            return -shared, other, PICTURE_SUFFIXES.index(suffix), name
+
+        return min(self._by_stem.get(stem, []), key=rank, default=None)
+
+    def _add_folder(self) -> None:
+        for folder, below, names in os.walk(self.source):
+            inside = Path(folder).relative_to(self.source)
+            below[:] = sorted(
+                name
+                for name in below
+                if not name.startswith((".", "__")) and len(inside.parts) < _DEPTH
+            )
+            for name in names:
+                path = Path(folder, name)
+                if path.suffix.lower() == ".zip":
+                    self._add_archive(path, f"{(inside / name).as_posix()}/")
+                elif not name.startswith("."):
+                    self._readers[(inside / name).as_posix()] = path.read_bytes
+            if len(self._readers) > _MOST:
+                raise ConfigError(
+                    f"{self.source} holds more than {_MOST:,} files; name the dataset's own folder"
+                )
+
+    def _add_archive(self, path: Path, prefix: str) -> None:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+        except (OSError, zipfile.BadZipFile) as error:
+            raise ConfigError(
+                f"{path} is no whole .zip file: {error}; download it again"
+            ) from error
+        for entry in entries:
+            if not entry.filename.startswith("__MACOSX"):
+                self._readers[prefix + entry.filename] = partial(_read_entry, path, entry.filename)
+
+
+def _read_entry(path: Path, name: str) -> bytes:
+    with zipfile.ZipFile(path) as archive:
+        return archive.read(name)
+
+
+def cached_dataset(repository: str) -> Path | None:
+    """The folder of a dataset in the Hub's cache; nothing is looked up elsewhere."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, repo_type="dataset", local_files_only=True))
+    except Exception:  # not there, in the words of several libraries
+        return None
+
+
+def resolve_data(
+    data: "str | os.PathLike[str]",
+    repositories: Sequence[str],
+    *,
+    terms: str = "",
+) -> DatasetFiles:
+    """The files of a folder, a .zip file, or a dataset in the Hub's cache; nothing is downloaded.
+
+    Args:
+        data: A path, or one of `repositories`.
+        repositories: Hub ids by which the dataset is known.
+        terms: What has to be done before it can be downloaded.
+
+    Raises:
+        ConfigError: Nothing there; the message holds the command that downloads it.
+    """
+    label = os.fspath(data)
+    if Path(label).expanduser().exists():
+        return DatasetFiles(label)
+    known = {name.lower(): name for name in repositories}
+    cached = label.lower() in known
+    if cached and (found := cached_dataset(known[label.lower()])):
+        return DatasetFiles(found)
+    name = repositories[0]
+    raise ConfigError(
+        f"there is no {label!r} here: neither a folder, nor a .zip file"
+        + (", nor in the Hub's cache" if cached else "")
+        + f". Nothing is downloaded unasked: {terms}run 'hf download {name} --repo-type dataset "
+        f"--local-dir {name.partition('/')[2]}' and pass that folder. 'shapes' needs no download."
+    )

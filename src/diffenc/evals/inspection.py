@@ -1,0 +1,131 @@
+"""A look at every picture and text before hours of work start."""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from diffenc.errors import ConfigError, ImageError
+from diffenc.evals.base import Benchmark, Item, Matcher, Problem
+
+Progress = Callable[[int, int], None]
+"""Told how much is done, and of how much."""
+
+_EXAMPLES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What was found.
+
+    Attributes:
+        items: Those that can be scored.
+        digests: Per id of those, of captions and pictures.
+        problems: Why others cannot.
+        notes: What is worth knowing: duplicates, texts that are cut, missing items.
+    """
+
+    items: tuple[Item, ...]
+    digests: Mapping[str, str]
+    problems: tuple[Problem, ...]
+    notes: tuple[str, ...]
+
+    def check(self, source: str, *, skip_broken: bool) -> None:
+        """Refuse what is broken.
+
+        Raises:
+            ConfigError: There are problems and they are not to be skipped, or nothing is left.
+        """
+        if self.problems and not skip_broken:
+            raise ConfigError(
+                f"{source} has {len(self.problems)} problems: {summary(self.problems)}. "
+                f"{len(self.items)} items are whole; go on with those by --skip-broken "
+                "(skip_broken=True)"
+            )
+        if not self.items:
+            told = f": {summary(self.problems)}" if self.problems else ""
+            raise ConfigError(f"{source} has no item that can be scored{told}")
+
+
+def inspect(
+    benchmark: Benchmark, matchers: Sequence[Matcher] = (), *, progress: Progress | None = None
+) -> Inspection:
+    """Read every picture once, and count what is broken, doubled or cut.
+
+    Args:
+        benchmark: To be looked at.
+        matchers: Whose limits on texts count.
+        progress: Told how many items were looked at.
+    """
+    problems, digests = list(benchmark.problems), {}
+    whole, seen = [], defaultdict(list)
+    alike = 0
+    for done, item in enumerate(benchmark.items):
+        found = []
+        for picture in item.pictures:
+            try:
+                found.append(picture.read()[1])
+            except ImageError as error:
+                detail = str(error).removeprefix("cannot read the picture ")
+                problems.append(Problem("unreadable pictures", f"id {item.id}", detail))
+        if len(found) == 2:
+            digests[item.id] = item.digest(found)
+            seen[digests[item.id]].append(item.id)
+            alike += found[0] == found[1]
+            whole.append(item)
+        if progress is not None:
+            progress(done + 1, len(benchmark.items))
+    notes = [*benchmark.notes, *_size_notes(benchmark, len(whole))]
+    if alike:
+        notes.append(f"{alike} items have the same picture twice and cannot be right")
+    notes += _doubles(whole, seen.values())
+    notes += _cut(benchmark, whole, matchers)
+    return Inspection(tuple(whole), digests, tuple(problems), tuple(notes))
+
+
+def summary(problems: Iterable[Problem]) -> str:
+    """Counts by kind, each with a few examples, in one line."""
+    kinds: defaultdict[str, list[Problem]] = defaultdict(list)
+    for problem in problems:
+        kinds[problem.kind].append(problem)
+    parts = []
+    for kind, found in kinds.items():
+        examples = [f"{p.where}: {p.detail}" if p.detail else p.where for p in found[:_EXAMPLES]]
+        more = ", ..." if len(found) > _EXAMPLES else ""
+        parts.append(f"{len(found)} {kind} ({', '.join(examples)}{more})")
+    return "; ".join(parts)
+
+
+def _size_notes(benchmark: Benchmark, count: int) -> list[str]:
+    if benchmark.expected is None or count == benchmark.expected:
+        return []
+    return [
+        f"{count} items where {benchmark.name} has {benchmark.expected}: results are not those of "
+        "the benchmark"
+    ]
+
+
+def _doubles(items: Sequence[Item], same: Iterable[Sequence[str]]) -> list[str]:
+    notes = []
+    if equal := [item.id for item in items if item.captions[0] == item.captions[1]]:
+        notes.append(
+            f"{len(equal)} items have the same caption twice and cannot be right "
+            f"({', '.join(equal[:_EXAMPLES])})"
+        )
+    uses = Counter(caption for item in items for caption in set(item.captions))
+    if shared := sum(count > 1 for count in uses.values()):
+        notes.append(f"{shared} captions occur in several items")
+    if copies := sum(len(ids) - 1 for ids in same):
+        notes.append(f"{copies} items are copies of others: same pictures, same captions")
+    return notes
+
+
+def _cut(benchmark: Benchmark, items: Sequence[Item], matchers: Sequence[Matcher]) -> list[str]:
+    texts = [text for item in items for text in benchmark.texts(item)]
+    notes = []
+    for matcher in matchers:
+        if cut := [count for count in (matcher.truncated(texts) if texts else ()) if count > 0]:
+            notes.append(
+                f"{matcher.name} does not read all of {len(cut)} of {len(texts)} texts: up to "
+                f"{max(cut)} tokens are cut"
+            )
+    return notes

@@ -1,0 +1,117 @@
+"""Scorers as benchmarks use them, and what their scores depend on."""
+
+import hashlib
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from diffenc.errors import ConfigError
+from diffenc.prompts import tokenize
+from diffenc.scorer import CrossAttnScorer
+
+_SAMPLED = 64
+_NO_RESULT = ("seed", "batch_size")
+
+
+class ScorerMatcher:
+    """A `CrossAttnScorer` in an evaluation.
+
+    Args:
+        scorer: The scorer; the seed of its config is not read.
+        name: In tables; None makes one of the model's and the preset's.
+        by_timestep: Give one score per timestep, as a third axis, instead of their mean.
+    """
+
+    deterministic = False
+
+    def __init__(
+        self, scorer: CrossAttnScorer, *, name: str | None = None, by_timestep: bool = False
+    ) -> None:
+        self.scorer, self.by_timestep = scorer, by_timestep
+        self.name = name or scorer.backbone.name
+        config = scorer.config.to_dict()
+        self.description: Mapping[str, Any] = {
+            "kind": "CrossAttnScorer",
+            "model": scorer.backbone.name,
+            "weights": weights_digest(scorer.backbone.parts().items()),
+            "dtype": str(scorer.backbone.dtype).removeprefix("torch."),
+            "config": {key: value for key, value in config.items() if key not in _NO_RESULT},
+            "by_timestep": by_timestep,
+        }
+
+    def __call__(self, images: Sequence[Image.Image], texts: Sequence[str], *, seed: int) -> Tensor:
+        """Scores (images, texts), or (images, texts, timesteps)."""
+        with warnings.catch_warnings():  # texts that are cut were counted before
+            warnings.filterwarnings(
+                "ignore", message=".* texts are longer than", category=UserWarning
+            )
+            if not self.by_timestep:
+                scores: Tensor = self.scorer(list(images), list(texts), seed=seed)
+                return scores
+            return self.scorer.score(list(images), list(texts), seed=seed).by_timestep[0]
+
+    def truncated(self, texts: Sequence[str]) -> Sequence[int]:
+        """How many tokens of each text no text encoder reads."""
+        backbone = self.scorer.backbone
+        tokenizers = [
+            getattr(backbone, name)
+            for name in ("tokenizer", "tokenizer_2")
+            if getattr(backbone, name, None) is not None
+        ]
+        counts = [tokenize(tokenizer, texts)[1] for tokenizer in tokenizers]
+        return [max(each) for each in zip(*counts, strict=True)]
+
+
+def scorer_matchers(
+    scorer: CrossAttnScorer,
+    specs: Sequence[str],
+    options: Mapping[str, Any],
+    *,
+    by_timestep: bool = False,
+) -> list[ScorerMatcher]:
+    """One matcher per name of a preset, over one backbone.
+
+    Args:
+        scorer: Whose backbone and reference images are shared.
+        specs: "paper", "calibrated", ... or, for one pass per image, "calibrated+shared-query".
+        options: Of `ScorerConfig`, over every preset.
+        by_timestep: See `ScorerMatcher`.
+
+    Raises:
+        ConfigError: An unknown preset, or one that does not go with the options.
+    """
+    matchers = []
+    for spec in dict.fromkeys(specs):
+        preset, _, mode = spec.partition("+")
+        if mode not in ("", "shared-query"):
+            raise ConfigError(
+                f"a score is a preset's name, or one with '+shared-query' behind it; got {spec!r}"
+            )
+        own = {"mode": "shared-query"} if mode else {}
+        made = scorer.with_options(preset=preset, **{**own, **options})
+        name = f"{short_name(scorer.backbone.name)} {spec}"
+        matchers.append(ScorerMatcher(made, name=name, by_timestep=by_timestep))
+    return matchers
+
+
+def short_name(name: str) -> str:
+    """An alias or id as it is, a folder without what it lies in."""
+    path = Path(name)
+    return path.resolve().name if path.is_dir() else name
+
+
+def weights_digest(parts: Iterable[tuple[str, nn.Module]]) -> str:
+    """A digest of a few numbers of every parameter: other weights have another one."""
+    digest = hashlib.sha256()
+    for part, module in parts:
+        for name, parameter in module.named_parameters():
+            flat = parameter.detach().flatten()
+            picked = flat[:: max(1, flat.numel() // _SAMPLED)][:_SAMPLED]
+            digest.update(f"{part}.{name} {tuple(parameter.shape)}".encode())
+            digest.update(picked.to("cpu", torch.float32).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,125 @@
+"""Text, image and group score of items with two pictures and two captions."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from diffenc.errors import ShapeError
+from diffenc.evals.base import Average, Item
+
+Metric = Literal["text", "image", "group"]
+METRICS: tuple[Metric, ...] = get_args(Metric)
+
+CHANCE: Mapping[Metric, float] = {"text": 25.0, "image": 25.0, "group": 100 / 6}
+"""Percent that independent scores reach: of 24 orders of four numbers 6, 6 and 4 are right."""
+
+
+def correct(scores: Float[Tensor, "..."]) -> dict[Metric, Bool[Tensor, "*trials items"]]:
+    """Which items are right; a tie is wrong.
+
+    Args:
+        scores: (..., items, 2 pictures, 2 captions), higher is better; caption k belongs to
+            picture k.
+
+    Returns:
+        "text": each picture prefers its own caption. "image": each caption prefers its own picture,
+        as MMVP-VLM's own evaluation asks. "group": both.
+
+    Raises:
+        ShapeError: The last two axes are not two pictures and two captions.
+
+    Source:
+        Thrush et al. 2022 (Winoground), arXiv:2204.03162, section 4.
+    """
+    if scores.ndim < 3 or scores.shape[-2:] != (2, 2):
+        raise ShapeError(
+            f"scores must be (..., items, 2 pictures, 2 captions), got {tuple(scores.shape)}"
+        )
+    s = scores
+    text = (s[..., 0, 0] > s[..., 0, 1]) & (s[..., 1, 1] > s[..., 1, 0])
+    image = (s[..., 0, 0] > s[..., 1, 0]) & (s[..., 1, 1] > s[..., 0, 1])
+    return {"text": text, "image": image, "group": text & image}
+
+
+def tied(scores: Float[Tensor, "*trials items 2 2"]) -> Bool[Tensor, " items"]:
+    """Which items have two equal scores that are compared, in any trial."""
+    s = scores.flatten(0, -4) if scores.ndim > 3 else scores[None]
+    equal = (s[..., :, 0] == s[..., :, 1]).any(dim=-1) | (s[..., 0, :] == s[..., 1, :]).any(dim=-1)
+    return equal.any(dim=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A percentage over several trials.
+
+    Attributes:
+        trials: One number each, 0 to 100.
+        items: How many items are behind each.
+    """
+
+    trials: tuple[float, ...]
+    items: int
+
+    @property
+    def mean(self) -> float:
+        """Over trials."""
+        return sum(self.trials) / len(self.trials)
+
+    @property
+    def std(self) -> float | None:
+        """Sample standard deviation over trials (ddof 1); None for one trial."""
+        if len(self.trials) < 2:
+            return None
+        return math.sqrt(sum((t - self.mean) ** 2 for t in self.trials) / (len(self.trials) - 1))
+
+    @property
+    def sampling_error(self) -> float:
+        """Half of the 95 % interval from the number of items alone: 1.96 sqrt(p (1 - p) / n)."""
+        share = self.mean / 100
+        return 196 * math.sqrt(max(0.0, share * (1 - share)) / self.items)
+
+
+Results = Mapping[Metric, Result]
+
+
+def overall(
+    right: Mapping[Metric, Bool[Tensor, "trials items"]],
+    items: Sequence[Item],
+    *,
+    average: Average,
+    label_kind: str,
+) -> Results:
+    """Percentages over all items, or as the mean over labels where the benchmark says so."""
+    split = by_label(right, items, label_kind)
+    if average == "items" or not split:
+        return {metric: _result(values) for metric, values in right.items()}
+    return {metric: _mean_of([found[metric] for found in split.values()]) for metric in METRICS}
+
+
+def by_label(
+    right: Mapping[Metric, Bool[Tensor, "trials items"]], items: Sequence[Item], kind: str
+) -> dict[str, Results]:
+    """Percentages per label of a kind, in the order in which labels occur."""
+    names = dict.fromkeys(label for item in items for label in item.labels.get(kind, ()))
+    found: dict[str, Results] = {}
+    for name in names:
+        rows = torch.tensor([name in item.labels.get(kind, ()) for item in items])
+        found[name] = {metric: _result(values[:, rows]) for metric, values in right.items()}
+    return found
+
+
+def _result(right: Bool[Tensor, "trials items"]) -> Result:
+    percent = right.double().mean(dim=1) * 100
+    return Result(tuple(percent.tolist()), right.shape[1])
+
+
+def _mean_of(results: Sequence[Result]) -> Result:
+    trials = zip(*(result.trials for result in results), strict=True)
+    return Result(
+        tuple(sum(values) / len(values) for values in trials), sum(r.items for r in results)
+    )

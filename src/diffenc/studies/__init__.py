@@ -1,0 +1,1 @@
+"""Experiments over the whole library, each one function and one command."""

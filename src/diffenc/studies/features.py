@@ -1,0 +1,228 @@
+"""Which place of a U-Net, at which noise level and under which text, carries what."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from statistics import mean
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diffenc.backbones import TapInfo, describe, match_taps
+from diffenc.backbones.base import Backbone
+from diffenc.config import EncoderConfig, check_choice
+from diffenc.encoder import DiffusionEncoder
+from diffenc.errors import ConfigError
+from diffenc.studies.focus import read_focus
+from diffenc.studies.readouts import fit_readout
+from diffenc.studies.results import (
+    CONDITIONINGS,
+    Conditioning,
+    FeatureStudy,
+    Focus,
+    Reading,
+    Spread,
+)
+from diffenc.studies.trials import CLASSES, PROPERTIES, Property, Trial, sample_trials
+from diffenc.studies.vectors import Place, gather
+
+TIMESTEPS = (10, 50, 261, 500, 800)
+"""Of the study: from nearly clean to nearly noise; GDF reads at 50, DIFT at 261."""
+
+Progress: TypeAlias = Callable[[int, int], object]
+"""Called with the number of scenes that are done and that of all."""
+
+_BLOCKS = ("conv_in", "down_blocks.*", "mid_block", "up_blocks.*")
+_STAGES = ("conv_in", "down_blocks", "mid_block", "up_blocks")
+
+
+def study_features(
+    model: "str | Backbone" = "shapes",
+    *,
+    taps: Sequence[str] | None = None,
+    timesteps: Sequence[int] = TIMESTEPS,
+    conditionings: Sequence[Conditioning] = CONDITIONINGS,
+    scenes: int = 240,
+    focus_scenes: int = 60,
+    seeds: int = 3,
+    size: int | None = None,
+    batch_size: int = 48,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    progress: Progress | None = None,
+) -> FeatureStudy:
+    """Read colour, shape, position and count from frozen features, and where a text acts.
+
+    Held-out scenes of the miniature world are encoded without a text, under a question after the
+    property that does not give it away, and under a caption that does (but for positions). Colour,
+    shape and position are read from the mean feature over the cells of one object, the number of
+    objects from the mean over all cells; each by a linear layer in closed form, fitted to two
+    thirds of the scenes and measured on the rest. See `diffenc.studies.focus` for where a text
+    acts. One pass of the U-Net per scene, timestep and text reads every tap.
+
+    Args:
+        model: An alias, a Hub id, a folder or a `Backbone`.
+        taps: Module paths or globs; None takes the blocks and the backbone's default taps.
+        timesteps: Noise levels, 0 to 999.
+        conditionings: Some of "uncond", "question" and "caption".
+        scenes: Per seed, for the readouts; at least 30.
+        focus_scenes: Per seed, with two objects or more; 0 leaves this part out.
+        seeds: How often everything is repeated, with other scenes and other noise.
+        size: Side of the pictures in pixels; None is the backbone's own.
+        batch_size: Rows (scenes x timesteps) per call of the U-Net, at least one scene's.
+        device: Where the model runs; unused for a `Backbone`.
+        dtype: Of the U-Net; unused for a `Backbone`.
+        progress: Called after each batch of scenes.
+
+    Raises:
+        ConfigError: A number is too small, or a word or a timestep is unknown or stands twice.
+        BackboneError: The model is unknown, missing or broken.
+        TapError: A tap does not exist in this model.
+
+    Example:
+        >>> study = study_features(scenes=60, seeds=1, timesteps=[50], focus_scenes=0)
+        >>> study.best("color", "uncond").accuracy.mean > study.chance["color"]
+        True
+
+    Source:
+        Linear probes as measure of what a layer holds: Alain and Bengio 2016, arXiv:1610.01644.
+    """
+    _check(timesteps, conditionings, scenes, focus_scenes, seeds, batch_size)
+    chosen = tap_order(_known_taps(model), taps, _default_taps(model))
+    steps = tuple(sorted(timesteps))
+    config = EncoderConfig(taps=chosen, timestep=steps, size=size, batch_size=batch_size)
+    encoder = (
+        DiffusionEncoder(model, config)
+        if isinstance(model, Backbone)
+        else DiffusionEncoder.from_pretrained(model, device=device, dtype=dtype, **config.to_dict())
+    )
+    done = _Counter(progress, seeds * (scenes + focus_scenes))
+    found: dict[Place, list[float]] = {}
+    chances: list[dict[Property, float]] = []
+    focus_of_seeds: list[list[Focus]] = []
+    for seed in range(seeds):
+        seeded = DiffusionEncoder(encoder.backbone, replace(config, seed=seed))
+        trials = sample_trials(scenes, seed=seed)
+        vectors = gather(seeded, trials, conditionings, done=done.add)
+        split = 2 * scenes // 3
+        for place, rows in vectors.items():
+            found.setdefault(place, []).append(_accuracy(rows, trials, place[0], split))
+        chances.append({name: _chance(trials[split:], name) for name in PROPERTIES})
+        if focus_scenes:
+            pairs = sample_trials(focus_scenes, seed=seed, least=2)
+            focus_of_seeds.append(read_focus(seeded, pairs, done=done.add))
+        seeded.clear_cache()
+    return FeatureStudy(
+        model=encoder.backbone.name,
+        taps=chosen,
+        timesteps=steps,
+        readings=tuple(Reading(*place, Spread(tuple(each))) for place, each in found.items()),
+        focus=_joined_focus(focus_of_seeds),
+        chance={name: mean(chance[name] for chance in chances) for name in PROPERTIES},
+        settings={
+            "scenes": scenes,
+            "focus_scenes": focus_scenes,
+            "seeds": seeds,
+            "size": size or encoder.backbone.default_size,
+            "dtype": str(encoder.dtype).removeprefix("torch."),
+        },
+    )
+
+
+def tap_order(
+    known: Sequence[TapInfo], wanted: Sequence[str] | None, default: Sequence[str]
+) -> tuple[str, ...]:
+    """Taps from the input of the U-Net to its output; what lies inside a block, before the block.
+
+    Args:
+        known: All taps of the model.
+        wanted: Module paths or globs; None is the blocks and `default`.
+        default: The model's default taps.
+
+    Raises:
+        TapError: A tap does not exist.
+    """
+    index = {tap.name: place for place, tap in enumerate(known)}
+    patterns = [*_BLOCKS, *default] if wanted is None else wanted
+
+    def place(name: str) -> tuple[int, int, bool, int]:
+        stage, *rest = name.split(".")
+        numbered = bool(rest) and rest[0].isdecimal()
+        block = int(rest[0]) if numbered else 0
+        return _STAGES.index(stage), block, len(rest) == numbered, index[name]
+
+    return tuple(sorted((tap.name for tap in match_taps(patterns, known)), key=place))
+
+
+class _Counter:
+    """Scenes that are done, told to whoever wants to know."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress, self._total, self._done = progress, total, 0
+
+    def add(self, count: int) -> None:
+        self._done += count
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+
+def _accuracy(
+    rows: Float[Tensor, "n c"], trials: Sequence[Trial], name: Property, split: int
+) -> float:
+    labels = torch.tensor([trial.label(name) for trial in trials])
+    readout = fit_readout(rows[:split], labels[:split], CLASSES[name])
+    return readout.accuracy(rows[split:], labels[split:])
+
+
+def _chance(trials: Sequence[Trial], name: Property) -> float:
+    counts = Counter(trial.label(name) for trial in trials)
+    return max(counts.values()) / len(trials)
+
+
+def _joined_focus(of_seeds: Sequence[Sequence[Focus]]) -> tuple[Focus, ...]:
+    """One entry with a value per seed for each place that all seeds have."""
+    places: dict[tuple[str, str, int], list[Focus]] = {}
+    for entry in (entry for entries in of_seeds for entry in entries):
+        places.setdefault((entry.measure, entry.tap, entry.timestep), []).append(entry)
+    joined = []
+    for entries in places.values():
+        if len(entries) == len(of_seeds):
+            asked, control, preferred = (
+                Spread(tuple(value for entry in entries for value in getattr(entry, part).values))
+                for part in ("asked", "control", "preferred")
+            )
+            joined.append(replace(entries[0], asked=asked, control=control, preferred=preferred))
+    return tuple(joined)
+
+
+def _known_taps(model: "str | Backbone") -> tuple[TapInfo, ...]:
+    return model.taps() if isinstance(model, Backbone) else describe(model).taps()
+
+
+def _default_taps(model: "str | Backbone") -> tuple[str, ...]:
+    return model.default_taps if isinstance(model, Backbone) else describe(model).default_taps
+
+
+def _check(
+    timesteps: Sequence[int],
+    conditionings: Sequence[str],
+    scenes: int,
+    focus_scenes: int,
+    seeds: int,
+    batch_size: int,
+) -> None:
+    for name, value, least in (
+        ("scenes", scenes, 30),
+        ("focus_scenes", focus_scenes, 0),
+        ("seeds", seeds, 1),
+        ("batch_size", batch_size, 1),
+    ):
+        if value < least:
+            raise ConfigError(f"{name} must be {least} or more, got {value}")
+    for name in conditionings:
+        check_choice("conditionings", name, CONDITIONINGS)
+    for what, values in (("timesteps", timesteps), ("conditionings", conditionings)):
+        if not values or len(set(values)) != len(values):
+            raise ConfigError(f"{what} must be one or more, each once, got {list(values)}")

@@ -1,0 +1,155 @@
+"""What the study of features finds, as plain values."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from statistics import mean, stdev
+from typing import Any, Literal, get_args
+
+from diffenc.studies.trials import PROPERTIES, Property
+
+Conditioning = Literal["uncond", "question", "caption"]
+CONDITIONINGS: tuple[Conditioning, ...] = get_args(Conditioning)
+
+Measure = Literal["attention", "change"]
+MEASURES: tuple[Measure, ...] = get_args(Measure)
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """One number per seed.
+
+    Attributes:
+        values: In the order of the seeds.
+    """
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Over seeds."""
+        return mean(self.values)
+
+    @property
+    def deviation(self) -> float | None:
+        """Sample standard deviation over seeds; None of a single one."""
+        return stdev(self.values) if len(self.values) > 1 else None
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How well a property is read from one place.
+
+    Attributes:
+        property: What is read.
+        conditioning: Under which text; None for pixels and latents, which know no text.
+        tap: Where; "pixels" and "latents" are what the U-Net itself starts from.
+        timestep: At which noise level; None for pixels and latents.
+        accuracy: On scenes that the readout was not fitted to.
+    """
+
+    property: Property
+    conditioning: Conditioning | None
+    tap: str
+    timestep: int | None
+    accuracy: Spread
+
+
+@dataclass(frozen=True, slots=True)
+class Focus:
+    """How much a text that names an object does inside that object, against outside.
+
+    Attributes:
+        measure: "attention": density of the words' cross-attention inside the object's mask over
+            its mean density in the picture. "change": mean |f_c - f_u| inside over that outside.
+        tap: Where.
+        timestep: At which noise level.
+        asked: Of the object that the text names; 1 is no preference. Geometric mean over scenes.
+        control: The same masks under a text that names another object of the scene.
+        preferred: Share of scenes in which the first is above the second; 0.5 is chance.
+    """
+
+    measure: Measure
+    tap: str
+    timestep: int
+    asked: Spread
+    control: Spread
+    preferred: Spread
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureStudy:
+    """Everything the study found.
+
+    Attributes:
+        model: Name of the backbone.
+        taps: In the order in which they run.
+        timesteps: In rising order.
+        readings: Accuracy per property, text, tap and timestep.
+        focus: Per measure, tap and timestep where a text can have an effect.
+        chance: Per property the share of the most frequent answer among the test scenes, mean
+            over seeds.
+        settings: What was run.
+    """
+
+    model: str
+    taps: tuple[str, ...]
+    timesteps: tuple[int, ...]
+    readings: tuple[Reading, ...]
+    focus: tuple[Focus, ...]
+    chance: dict[Property, float]
+    settings: dict[str, Any]
+
+    def find(
+        self, wanted: Property, conditioning: Conditioning | None, tap: str, timestep: int | None
+    ) -> Spread | None:
+        """Accuracy at one place; None where it was not read."""
+        for reading in self.select(wanted, conditioning):
+            if (reading.tap, reading.timestep) == (tap, timestep):
+                return reading.accuracy
+        return None
+
+    def select(self, wanted: Property, conditioning: Conditioning | None) -> Iterator[Reading]:
+        """All places, for a property under a text."""
+        for reading in self.readings:
+            if (reading.property, reading.conditioning) == (wanted, conditioning):
+                yield reading
+
+    def best(self, wanted: Property, conditioning: Conditioning) -> Reading | None:
+        """The place from which a property is read best; None if that was not studied."""
+        found = list(self.select(wanted, conditioning))
+        return max(found, key=lambda reading: reading.accuracy.mean) if found else None
+
+    def gain(self, wanted: Property, conditioning: Conditioning) -> Spread | None:
+        """Accuracy under a text less that without, mean over taps and timesteps, per seed."""
+        differences: list[Sequence[float]] = []
+        for reading in self.select(wanted, conditioning):
+            base = self.find(wanted, "uncond", reading.tap, reading.timestep)
+            if base is not None:
+                pairs = zip(reading.accuracy.values, base.values, strict=True)
+                differences.append([with_text - without for with_text, without in pairs])
+        if not differences:
+            return None
+        return Spread(tuple(mean(of_seed) for of_seed in zip(*differences, strict=True)))
+
+    def focus_at(self, measure: Measure, tap: str, timestep: int) -> Focus | None:
+        """Focus at one place; None where no text has an effect."""
+        for entry in self.focus:
+            if (entry.measure, entry.tap, entry.timestep) == (measure, tap, timestep):
+                return entry
+        return None
+
+    @property
+    def conditionings(self) -> tuple[Conditioning, ...]:
+        """Which texts were studied."""
+        found = {reading.conditioning for reading in self.readings}
+        return tuple(name for name in CONDITIONINGS if name in found)
+
+    @property
+    def properties(self) -> tuple[Property, ...]:
+        """Which properties were studied."""
+        found = {reading.property for reading in self.readings}
+        return tuple(name for name in PROPERTIES if name in found)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as JSON holds them."""
+        return asdict(self)
