@@ -24,8 +24,10 @@ _SIZES = {word: size for size, words in SIZE_WORDS.items() for word in words}
 def spoken_of(tokenizer: CLIPTokenizer, text: str, scene: Scene) -> list[int]:
     """Per token of the padded text a bit set of the scene's objects; 0 where it names none.
 
-    A shape word and the colour and size words right before it stand for the objects that have all
-    of these properties.
+    A shape word stands for the objects that have its shape and the colour and size of the words
+    right before it. Those words themselves are left alone: the text encoder is causal, so "red"
+    does not know whose colour it is, and could follow its mask only by looking for red, which is
+    just what must not happen where colours are exchanged.
     """
     ids = tokenizer(text, padding="max_length", truncation=True).input_ids
     words = [piece.removesuffix("</w>") for piece in tokenizer.convert_ids_to_tokens(ids)]
@@ -43,8 +45,7 @@ def spoken_of(tokenizer: CLIPTokenizer, text: str, scene: Scene) -> list[int]:
                 if thing.shape == _NOUNS[word]
                 and all(w == thing.color or _SIZES.get(w) == thing.size for w in named)
             )
-            for index in (*adjectives, position):
-                bits[index] = members
+            bits[position] = members
         adjectives = []
     return bits
 
@@ -64,7 +65,7 @@ def outside(maps: Mapping[str, Tensor], shares: Tensor, bits: Tensor, weight: Te
     spoken = (chosen.sum(dim=-1) > 0) * weight[:, None]
     total = shares.new_zeros(())
     for attention in maps.values():
-        cells = F.adaptive_avg_pool2d(masks, attention.shape[-2:])
+        cells = F.adaptive_avg_pool2d(masks, (attention.shape[-2], attention.shape[-1]))
         inside = (attention * cells).sum(dim=(2, 3)) / attention.sum(dim=(2, 3)).clamp(min=1e-9)
         total = total + ((1 - inside).square() * spoken).sum() / spoken.sum().clamp(min=1e-6)
     return total / len(maps)

@@ -115,7 +115,7 @@ def batch(count: int, seed: str, *, hard: bool) -> tuple[list[Scene], list[str]]
 
 
 def different_captions(count: int, seed: str) -> tuple[list[Scene], list[str]]:
-    """Held-out scenes with captions that all differ."""
+    """Scenes with captions that all differ."""
     rng = random.Random(seed)
     scenes: list[Scene] = []
     texts: list[str] = []
@@ -138,17 +138,19 @@ def similarities(
 
 
 @torch.no_grad()
-def measure(model: CLIPModel, tokenizer: CLIPTokenizer) -> dict[str, float]:
+def measure(
+    model: CLIPModel, tokenizer: CLIPTokenizer, *, seed: int = VALIDATION_SEED, batches: int = 8
+) -> dict[str, float]:
     """Percentages: one of 64 captions, and the text score of each Winoground-like kind."""
     model.eval()
     right = []
-    for index in range(8):
-        scenes, texts = different_captions(64, f"clip/{VALIDATION_SEED + index}")
+    for index in range(batches):
+        scenes, texts = different_captions(64, f"clip/{seed + index}")
         logits = similarities(model, tokenizer, scenes, texts)
         right.append((logits.argmax(dim=1) == torch.arange(64)).float().mean())
     found = {"one_of_64": 100 * float(torch.stack(right).mean())}
     for kind in WINOGROUND_KINDS:
-        items = winoground_items(100, seed=VALIDATION_SEED, kinds=[kind])
+        items = winoground_items(100, seed=seed, kinds=[kind])
         hits = 0
         for item in items:
             scores = similarities(model, tokenizer, list(item.scenes), list(item.captions))
