@@ -58,7 +58,7 @@ class Features(Mapping[str, Tensor]):
         self.grid, self.truncated = grid, truncated
         self._maps = self._derive(conditioning, guidance_scale)
 
-    def __getitem__(self, tap: str) -> Float[Tensor, "b c h w"]:
+    def __getitem__(self, tap: str) -> Float[Tensor, "b *t c h w"]:
         try:
             return self._maps[tap]
         except KeyError:
@@ -109,7 +109,7 @@ class Features(Mapping[str, Tensor]):
         grid = self.grid if grid is None else (grid, grid) if isinstance(grid, int) else grid
         return to_tokens(self._maps, grid)
 
-    def to_list(self) -> list[Float[Tensor, "b c h w"]]:
+    def to_list(self) -> list[Float[Tensor, "b *t c h w"]]:
         """The maps from fine to coarse, as timm's `features_only` gives them.
 
         Maps of one size stay in tap order.

@@ -204,7 +204,7 @@ def _read_tensor(values: Tensor) -> Float[Tensor, "3 h w"]:
         return values.float() / 127.5 - 1
     if not values.is_floating_point():
         raise ImageError(f"an image tensor must be uint8 or float, got {values.dtype}")
-    _check_range(values.detach(), -1, "an image tensor", "divide by 127.5 and subtract 1")
+    _check_range(values.detach(), -1.0, "an image tensor", "divide by 127.5 and subtract 1")
     return values.float()
 
 
@@ -222,7 +222,7 @@ def _read_array(values: np.ndarray) -> Float[Tensor, "3 h w"]:
         unit = torch.from_numpy(values.astype(np.float32) / 65535)
     elif values.dtype.kind == "f":
         unit = torch.from_numpy(values.astype(np.float32))
-        _check_range(unit, 0, "a float array", "divide by 255")
+        _check_range(unit, 0.0, "a float array", "divide by 255")
     else:
         raise ImageError(f"an image array must be uint8, uint16 or float, got {values.dtype}")
     if unit.shape[2] == 4:

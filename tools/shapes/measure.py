@@ -19,7 +19,7 @@ from diffusers import StableDiffusionPipeline
 from einops import reduce
 from PIL import Image
 from torch import Tensor
-from training import HELD_OUT_SEED
+from training import HELD_OUT_SEED, VALIDATION_SEED
 
 from diffenc.attention import cross_attention_layers, word_token_positions
 from diffenc.backbones import load_backbone
@@ -35,6 +35,7 @@ from diffenc.shapes.pairs import WINOGROUND_KINDS, winoground_items
 from diffenc.shapes.render import masks, render
 from diffenc.shapes.scenes import Scene, sample_scene, sample_scenes
 
+DRAWS = 2
 ATTENTION_TIMESTEPS = (50, 89, 189, 389, 589)
 DILATION = 2
 """Pixels by which masks are dilated: half a latent cell."""
@@ -122,13 +123,19 @@ def generation(folder: Path, per_kind: int) -> dict[str, float]:
 
 
 def winoground(backbone: Backbone, per_kind: int) -> dict[str, dict[str, float]]:
-    """Text, image and group score in percent, by denoising error."""
+    """Text, image and group score in percent, by denoising error, mean over timesteps and draws."""
     table: dict[str, dict[str, float]] = {}
     for kind in WINOGROUND_KINDS:
         hits = Counter[str]()
         for item in winoground_items(per_kind, seed=HELD_OUT_SEED, kinds=[kind]):
             latents = encode_latents(backbone.vae, pixel_values(list(item.scenes)))
-            s = denoising_scores(backbone, latents, item.captions, timesteps=SCORE_TIMESTEPS)
+            draws = [
+                denoising_scores(
+                    backbone, latents, item.captions, timesteps=SCORE_TIMESTEPS, seed=draw
+                )
+                for draw in range(DRAWS)
+            ]
+            s = torch.stack(draws).mean(dim=0)
             text = bool(s[0, 0] > s[0, 1] and s[1, 1] > s[1, 0])
             image = bool(s[0, 0] > s[1, 0] and s[1, 1] > s[0, 1])
             hits.update(text=text, image=image, group=text and image)
@@ -137,8 +144,24 @@ def winoground(backbone: Backbone, per_kind: int) -> dict[str, dict[str, float]]
 
 
 def localisation(backbone: Backbone, count: int) -> dict[str, object]:
-    """How often a shape word's map has its maximum on its object: best layer and timestep."""
-    scenes = two_object_scenes(count, f"attention/{HELD_OUT_SEED}")
+    """How often a shape word's map has its maximum on its object.
+
+    Layer and timestep are the best on validation scenes; the figures are of held-out ones.
+    """
+    (best, _), *_ = localised(backbone, count, VALIDATION_SEED).most_common()
+    hits = localised(backbone, count, HELD_OUT_SEED)
+    percent = {place: round(100 * hit / (2 * count), 1) for place, hit in hits.items()}
+    others = [
+        {"layer": layer, "timestep": step, "percent": percent[layer, step]}
+        for (layer, step), _ in hits.most_common(5)
+    ]
+    chosen = {"layer": best[0], "timestep": best[1], "percent": percent.get(best, 0.0)}
+    return {"best": chosen, "highest": others}
+
+
+def localised(backbone: Backbone, count: int, seed: int) -> Counter[tuple[str, int]]:
+    """Hits per layer and timestep, of two words in each of `count` scenes."""
+    scenes = two_object_scenes(count, f"attention/{seed}")
     latents = encode_latents(backbone.vae, pixel_values(scenes))
     layers = cross_attention_layers(backbone.unet)
     hits: Counter[tuple[str, int]] = Counter()
@@ -161,11 +184,7 @@ def localisation(backbone: Backbone, count: int) -> dict[str, object]:
                     cell = int(found[0, index].argmax())
                     y, x = ((value + 0.5) * 64 / side for value in divmod(cell, side))
                     hits[layer, timestep] += bool(mask[int(y), int(x)])
-    ranked = [
-        {"layer": layer, "timestep": step, "percent": round(100 * hit / (2 * count), 1)}
-        for (layer, step), hit in hits.most_common(5)
-    ]
-    return {"best": ranked[0], "next": ranked[1:]}
+    return hits
 
 
 def dilated(mask: np.ndarray) -> np.ndarray:

@@ -23,9 +23,6 @@ from diffenc.cli.evaluate_options import (
     Trials,
 )
 from diffenc.cli.evaluate_run import (
-    NotedCommand,
-    command_line,
-    command_name,
     given_options,
     print_tables,
     run_command,
@@ -33,6 +30,7 @@ from diffenc.cli.evaluate_run import (
     write_report,
 )
 from diffenc.cli.evaluate_studies import draws_study, timesteps_study
+from diffenc.cli.noted import NotedCommand, command_line, command_name
 from diffenc.cli.options import Debug, Device, Dtype, Model
 from diffenc.cli.score_options import AsJson, BatchSize, Layers, References, ResizeOption, Size
 from diffenc.errors import ConfigError

@@ -1,17 +1,14 @@
 """What the commands of `diffenc evaluate` have in common: data, models, progress, files."""
 
 import json
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from typer.core import TyperCommand
 
 from diffenc.cli.evaluate_models import load_matchers
 from diffenc.cli.files import check_output, write_whole
@@ -25,8 +22,6 @@ if TYPE_CHECKING:
     from diffenc.evals.report import Table
 
 SCORES = "scores.jsonl"
-
-_CONTEXT: ContextVar[Any] = ContextVar("the command that runs")
 
 
 def run_command(
@@ -191,44 +186,6 @@ def print_tables(tables: "Sequence[Table]", notes: Sequence[str]) -> None:
 def given_options(values: dict[str, Any]) -> dict[str, Any]:
     """The options among the local names of a command."""
     return {name: value for name, value in values.items() if name != "_debug"}
-
-
-class NotedCommand(TyperCommand):
-    """A command whose context can be asked for while it runs."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run, with the context noted."""
-        token = _CONTEXT.set(ctx)
-        try:
-            return super().invoke(ctx)
-        finally:
-            _CONTEXT.reset(token)
-
-
-def command_name() -> str:
-    """Of the command that runs."""
-    return str(_CONTEXT.get().info_name)
-
-
-def command_line() -> str:
-    """What was asked for, as a command that asks for it again."""
-    context = _CONTEXT.get()
-    path = context.command_path.split()
-    words = ["diffenc", *path[1:]]
-    for parameter in context.command.params:
-        name = parameter.name or ""
-        source = context.get_parameter_source(name)
-        if source is None or source.name != "COMMANDLINE" or name in ("force", "_debug", "as_json"):
-            continue
-        value, flag = context.params[name], parameter.opts[0]
-        if parameter.param_type_name == "argument":
-            words.append(shlex.quote(str(value)))
-        elif isinstance(value, bool):
-            words.append(flag if value else parameter.secondary_opts[0])
-        else:
-            for each in value if isinstance(value, list | tuple) else [value]:
-                words += [flag, shlex.quote(str(each))]
-    return " ".join(words)
 
 
 def _score(

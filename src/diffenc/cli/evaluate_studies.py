@@ -23,7 +23,6 @@ from diffenc.cli.evaluate_options import (
     Trials,
 )
 from diffenc.cli.evaluate_run import (
-    command_line,
     given_options,
     print_tables,
     run_command,
@@ -31,6 +30,7 @@ from diffenc.cli.evaluate_run import (
     write_report,
 )
 from diffenc.cli.files import write_whole
+from diffenc.cli.noted import command_line
 from diffenc.cli.options import Debug, Device, Dtype, Model
 from diffenc.cli.score_options import BatchSize, Layers, References, ResizeOption, Size
 from diffenc.errors import ConfigError

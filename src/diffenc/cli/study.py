@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import typer
 from diffenc._version import __version__
 from diffenc.cli.encode import parse_timestep
 from diffenc.cli.files import check_output, write_whole
+from diffenc.cli.noted import NotedCommand, command_line
 from diffenc.cli.options import (
     Debug,
     Device,
@@ -42,9 +42,8 @@ def _several() -> None:
     """Experiments with a model, written as tables and pictures."""
 
 
-@study.command()
+@study.command(cls=NotedCommand)
 def features(
-    context: typer.Context,
     output: Annotated[
         Path,
         typer.Option(
@@ -128,7 +127,7 @@ def features(
     made_with = _made_with(time.perf_counter() - start, device)
     page = to_markdown(
         found,
-        command=_command(context),
+        command=command_line(),
         made_with=made_with,
         picture=paths[".png"].name,
     )
@@ -147,20 +146,6 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot make the folder {folder}: {error.strerror}") from error
-
-
-def _command(context: typer.Context) -> str:
-    """What was asked for, as a command that asks for it again."""
-    words = ["diffenc study features"]
-    for parameter in context.command.params:
-        name = parameter.name or ""
-        source = context.get_parameter_source(name)
-        if source is None or source.name != "COMMANDLINE" or name in ("force", "_debug"):
-            continue
-        value = context.params[name]
-        for each in value if isinstance(value, list | tuple) else [value]:
-            words += [parameter.opts[0], shlex.quote(str(each))]
-    return " ".join(words)
 
 
 def _made_with(seconds: float, device: str) -> str:
