@@ -14,7 +14,7 @@ REQUIREMENTS := pyproject.toml constraints.txt src/diffenc/_version.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-shapes test-oldest lint format types layers docs wheel check clean
+.PHONY: help demo results test test-shapes test-oldest lint format types layers docs wheel check gpu clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +22,12 @@ help:  ## Show this list
 
 demo: $(PACKAGE_STAMP)  ## Features, scores and word maps of a bundled picture, written to diffenc-demo.png
 	$(BIN)/diffenc demo -o diffenc-demo.png --force $(ARGS)
+
+results: $(PACKAGE_STAMP)  ## Make docs/results anew: the study of features and the examples on dense features
+	$(BIN)/diffenc study features -o docs/results --force
+	for name in segmentation_head depth correspondence; do \
+		$(BIN)/python examples/$$name.py -o docs/results/$$name.png > docs/results/$$name.txt.partial && \
+		mv docs/results/$$name.txt.partial docs/results/$$name.txt || exit 1; done
 
 test: $(DEV_STAMP)  ## Run the tests that need no GPU, no network and little time
 	$(BIN)/python -m pytest $(ARGS)
@@ -60,8 +66,12 @@ wheel: $(DEV_STAMP)  ## Build the wheel into dist/, look inside, and run it away
 
 check: test lint types layers docs wheel  ## All checks that CI runs
 
+# Nothing is installed, so that it runs without a network: in $(VENV) where that is, else in $(PYTHON).
+gpu:  ## Run the tests that need a GPU and the benchmarks, and write gpu-report.json and .md
+	PYTHONPATH=src $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py $(ARGS)
+
 clean:  ## Remove what builds and checks leave behind, but not the environment
-	rm -rf dist site .cache .import_linter_cache .mypy_cache .pytest_cache .ruff_cache diffenc-demo.png
+	rm -rf dist site .cache .import_linter_cache .mypy_cache .pytest_cache .ruff_cache diffenc-demo.png gpu-report.json gpu-report.md
 	find src tests tools examples benchmarks -name __pycache__ -type d -exec rm -rf {} + 2>/dev/null || true
 
 $(BIN)/python:

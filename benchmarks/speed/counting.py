@@ -1,0 +1,132 @@
+"""Work that does not depend on the machine: calls of each part, and their arithmetic."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from diffenc.backbones import describe
+from diffenc.truncation import truncate
+
+
+@dataclass(slots=True)
+class Counts:
+    """How often the parts of a model ran.
+
+    Attributes:
+        unet_rows: Rows of its batches: one per picture, half, timestep and draw.
+        vae_pictures: Pictures that were encoded.
+        texts: Texts that were encoded, by the first encoder where there are two.
+    """
+
+    unet_rows: int = 0
+    vae_pictures: int = 0
+    texts: int = 0
+
+    def to_dict(self) -> dict[str, int]:
+        """As JSON holds it."""
+        return asdict(self)
+
+
+@contextmanager
+def counted(parts: Mapping[str, nn.Module]) -> Iterator[Counts]:
+    """Count what runs while the block is open; compiled code is not seen.
+
+    Args:
+        parts: "unet", "vae" and "text_encoder".
+    """
+    counts = Counts()
+
+    def add(field: str, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        setattr(counts, field, getattr(counts, field) + len(args[0]))
+
+    # The first layers of the parts: a truncated U-Net shares that one with the whole.
+    places = {
+        "unet_rows": parts["unet"].conv_in,
+        "vae_pictures": parts["vae"].encoder,
+        "texts": parts["text_encoder"],
+    }
+    with ExitStack() as stack:
+        for field, place in places.items():
+            handle = place.register_forward_pre_hook(partial(add, field))  # type: ignore[union-attr]
+            stack.callback(handle.remove)
+        yield counts
+
+
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """Floating point operations of one row of each part; a multiplication and an addition are two.
+
+    Attributes:
+        unet: A whole pass.
+        unet_exit: A pass that ends after the last tap.
+        vae: Encoding a picture.
+        text: Encoding a text, with all text encoders.
+    """
+
+    unet: int
+    unet_exit: int
+    vae: int
+    text: int
+
+    def total(self, counts: Counts, *, exits: bool) -> int:
+        """Of all that was counted.
+
+        Args:
+            counts: From `counted`.
+            exits: Passes end after the last tap.
+        """
+        passes = self.unet_exit if exits else self.unet
+        vae, text = counts.vae_pictures * self.vae, counts.texts * self.text
+        return counts.unet_rows * passes + vae + text
+
+
+@cache
+def arithmetic(folder: str | Path, taps: tuple[str, ...], size: int) -> Arithmetic:
+    """Counted on the meta device, from the configs of a folder.
+
+    Args:
+        folder: A diffusers folder or an alias; no weights are read.
+        taps: Module paths.
+        size: Side of the pictures, in pixels.
+    """
+    told = describe(folder)
+    side, configs = size // told.reduction, told.configs
+    texts: list[Any] = []
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(configs["unet"]).eval()
+        vae = AutoencoderKL.from_config(configs["vae"]).eval()
+        for part, kind in (
+            ("text_encoder", CLIPTextModel),
+            ("text_encoder_2", CLIPTextModelWithProjection),
+        ):
+            if part in configs:
+                texts.append(kind(CLIPTextConfig(**configs[part])).eval())
+        width = sum(text.config.hidden_size for text in texts)
+        pooled = texts[-1].config.projection_dim
+        added = {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, 6)}
+        latents = torch.empty(1, unet.config.in_channels, side, side)
+        inputs = (latents, torch.empty((), dtype=torch.long), torch.empty(1, 77, width))
+        pixel_values = torch.empty(1, 3, size, size)
+        ids = torch.zeros(1, 77, dtype=torch.long)
+    short = truncate(unet, taps)
+    return Arithmetic(
+        unet=_operations(lambda: unet(*inputs, added_cond_kwargs=added)),
+        unet_exit=_operations(lambda: short(*inputs, added_cond_kwargs=added)),
+        vae=_operations(lambda: vae.encode(pixel_values)),
+        text=_operations(lambda: [text(ids) for text in texts]),
+    )
+
+
+def _operations(call: Any) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        call()
+    return int(counter.get_total_flops())

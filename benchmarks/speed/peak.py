@@ -1,0 +1,50 @@
+"""Peak memory of one contender in a process of its own; `speed.running` starts it."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from diffenc.backbones import describe, load_backbone
+from diffenc.cli.options import quiet_libraries
+from speed.cases import CASES, ask
+from speed.contenders import Contender, Diffenc
+from speed.floor import Floor
+from speed.measuring import forget_peak, peak_memory
+from speed.running import Bench, rival
+
+
+def measured(request: dict[str, Any]) -> int | None:
+    """Most bytes of the process during a call that is not the first."""
+    job, folder = CASES[request["case"]], Path(request["folder"])
+    config, device = job.config(quick=request["quick"]), torch.device("cpu")
+    dtype = getattr(torch, request["dtype"])
+    taps = [tap.name for tap in describe(folder).match_taps(config.taps or ())]
+    contender: Contender
+    match request["contender"]:
+        case "diffenc":
+            contender = Diffenc(load_backbone(folder, dtype=dtype), config)
+        case "diffenc, truncated":
+            contender = Diffenc(load_backbone(folder, dtype=dtype, keep_taps=taps), config)
+        case Floor.name:
+            short = load_backbone(folder, dtype=dtype, keep_taps=taps)
+            contender = Floor(short, config, taps, again=job.again)
+        case _:
+            bench = Bench(lambda _: folder, device, dtype, 1.0, 1, quick=request["quick"])
+            contender = rival(bench, job, config, taps)
+    assert isinstance(config.size, int)
+    for index in range(2):
+        question = ask(job, index, size=config.size, batch=request["batch"])
+        call = contender.prepare(question)
+        forget_peak(device)
+        call()
+    return peak_memory(device)
+
+
+if __name__ == "__main__":
+    quiet_libraries()
+    print(json.dumps(measured(json.loads(sys.argv[1]))))

@@ -1,0 +1,165 @@
+"""Measured rows as a table on the terminal, as JSON and as Markdown."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from speed.cases import OVERHEAD_GOAL
+
+
+@dataclass(slots=True, kw_only=True)
+class Row:
+    """One contender on one case.
+
+    Attributes:
+        case: Its name.
+        title: What is asked.
+        contender: Who answers.
+        batch: Pictures per call.
+        seconds: Median of the timed calls.
+        calls: All of them.
+        images_per_second: Pictures, whatever the number of passes.
+        unet_rows: Rows that went through the U-Net in one call, see `speed.counting`.
+        vae_pictures: Pictures that went through the VAE.
+        texts: Texts that went through the text encoder.
+        operations: Floating point operations of all that.
+        share: Of the measured rate of a large matrix product.
+        peak_bytes: Most memory during a call, weights included; None where it was not measured.
+        peak_truncated_bytes: The same of diffenc with `truncate=True`.
+        difference: From diffenc's features, relative to the tap's largest magnitude.
+        speedup: How many times faster than the rival, or than eager.
+        goal: Of the speedup; None where there is none.
+        overhead: Time beyond the floor's, as a share of it.
+    """
+
+    case: str
+    title: str
+    contender: str
+    batch: int
+    seconds: float
+    calls: list[float]
+    images_per_second: float
+    unet_rows: int
+    vae_pictures: int
+    texts: int
+    operations: int
+    share: float
+    peak_bytes: int | None = None
+    peak_truncated_bytes: int | None = None
+    difference: float = 0.0
+    speedup: float | None = None
+    goal: float | None = None
+    overhead: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it, with whether its goals were met."""
+        met = None if self.goal is None or self.speedup is None else self.speedup >= self.goal
+        low = None if self.overhead is None else self.overhead <= OVERHEAD_GOAL
+        return {**asdict(self), "goal_met": met, "overhead_met": low}
+
+
+COLUMNS = (
+    "contender",
+    "batch",
+    "time",
+    "images/s",
+    "speed-up",
+    "over floor",
+    "U-Net",
+    "VAE",
+    "texts",
+    "TFLOP",
+    "share",
+    "peak memory",
+)
+
+
+def print_rows(rows: Sequence[Row], head: str, notes: Sequence[str], console: Console) -> None:
+    """A table per case."""
+    console.print(head, style="bold", markup=False, highlight=False)
+    widths = [max(len(column), *(len(cells(row)[i]) for row in rows)) if rows else len(column)
+              for i, column in enumerate(COLUMNS)]  # fmt: skip
+    for title, members in sections(rows):
+        table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", title_style="bold")
+        for column, width in zip(COLUMNS, widths, strict=True):
+            side: Literal["left", "right"] = "left" if column == COLUMNS[0] else "right"
+            table.add_column(column, justify=side, min_width=width)
+        for row in members:
+            table.add_row(*cells(row))
+        console.print(table)
+    for line in (*explanation(), *notes):
+        console.print(line, markup=False, highlight=False)
+
+
+def markdown(rows: Sequence[Row], head: str, notes: Sequence[str]) -> str:
+    """The same table as text."""
+    lines = [f"# {head}", ""]
+    for title, members in sections(rows):
+        lines += [f"## {title}", "", f"| {' | '.join(COLUMNS)} |"]
+        lines += ["|---|" + "---:|" * (len(COLUMNS) - 1)]
+        lines += [f"| {' | '.join(cells(row))} |" for row in members]
+        lines += [""]
+    return "\n".join([*lines, *(f"* {line}" for line in (*explanation(), *notes)), ""])
+
+
+def explanation() -> tuple[str, ...]:
+    """How to read the columns."""
+    return (
+        "time: median of calls that took turns; ratios are medians over rounds of such calls.",
+        "speed-up: of diffenc over the plain script, with its goal; of compiled over eager.",
+        "over floor: time beyond that of the same calls of the model by hand; the goal is "
+        f"{OVERHEAD_GOAL:.0%} or less.",
+        "U-Net, VAE, texts: rows that one call puts through each.",
+        "TFLOP: their arithmetic; share: of the measured rate of a large matrix product.",
+        "peak memory: during a call, weights included; in brackets with truncate=True.",
+    )
+
+
+def sections(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
+    """Rows by case, in order."""
+    for title in dict.fromkeys(row.title for row in rows):
+        yield title, [row for row in rows if row.title == title]
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """What a row shows."""
+    return (
+        row.contender,
+        str(row.batch),
+        _time(row.seconds),
+        f"{row.images_per_second:.3g}",
+        _speedup(row),
+        "" if row.overhead is None else f"{row.overhead:+.1%}",
+        str(row.unet_rows),
+        str(row.vae_pictures),
+        str(row.texts),
+        f"{row.operations / 1e12:.3g}",
+        f"{row.share:.0%}",
+        _memory(row),
+    )
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"
+
+
+def _speedup(row: Row) -> str:
+    if row.speedup is None:
+        return ""
+    if row.goal is None:
+        return f"{row.speedup:.2f}x"
+    verdict = "met" if row.speedup >= row.goal else "missed"
+    return f"{row.speedup:.2f}x ({row.goal:.1f}x {verdict})"
+
+
+def _memory(row: Row) -> str:
+    if row.peak_bytes is None:
+        return ""
+    whole = f"{row.peak_bytes / 1e9:.2f} GB"
+    if row.peak_truncated_bytes is None:
+        return whole
+    return f"{whole} ({row.peak_truncated_bytes / 1e9:.2f})"
