@@ -23,6 +23,8 @@ from speed.measuring import weight_bytes
 
 Maps = dict[str, Tensor]
 
+COMPILED = "diffenc, compiled"
+
 
 class Contender(Protocol):
     """One way to read features.
@@ -62,7 +64,7 @@ class Diffenc:
         compiled: bool = False,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        self.name = "diffenc, compiled" if compiled else "diffenc"
+        self.name = COMPILED if compiled else "diffenc"
         if compiled:
             backbone = copy.copy(backbone)  # the same weights, with caches and code of its own
             backbone.caches = Caches()

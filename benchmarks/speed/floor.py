@@ -96,7 +96,9 @@ class Floor:
         vae = self.backbone.vae
         posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
         scale = vae.config.scaling_factor
-        return posterior.mean.float() * scale, posterior.std.float() * scale
+        # The U-Net would follow the memory format that the VAE's comes out in.
+        mode, deviation = posterior.mean.float().contiguous(), posterior.std.float().contiguous()
+        return mode * scale, deviation * scale
 
     def _noised(self, latents: Tensor, noise: Tensor) -> Tensor:
         signal = float(self.backbone.scheduler.alphas_cumprod[self.config.timesteps[0]])

@@ -19,7 +19,7 @@ from speed.running import Bench, rival
 
 
 def measured(request: dict[str, Any]) -> int | None:
-    """Most bytes of the process during a call that is not the first."""
+    """Most bytes of the process during a call; of a further question, during the second."""
     job, folder = CASES[request["case"]], Path(request["folder"])
     config, device = job.config(quick=request["quick"]), torch.device("cpu")
     dtype = getattr(torch, request["dtype"])
@@ -37,7 +37,7 @@ def measured(request: dict[str, Any]) -> int | None:
             bench = Bench(lambda _: folder, device, dtype, 1.0, 1, quick=request["quick"])
             contender = rival(bench, job, config, taps)
     assert isinstance(config.size, int)
-    for index in range(2):
+    for index in range(2 if job.again else 1):
         question = ask(job, index, size=config.size, batch=request["batch"])
         call = contender.prepare(question)
         forget_peak(device)

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor
 from diffenc.backbones import Backbone, load_backbone
 from diffenc.config import EncoderConfig
 from speed.cases import Case, Question, ask
-from speed.contenders import Contender, Diffenc, DiftScript, PlainScript, is_plain_format
+from speed.contenders import COMPILED, Contender, Diffenc, DiftScript, PlainScript, is_plain_format
 from speed.counting import Arithmetic, Counts, arithmetic, counted
 from speed.floor import Floor
 from speed.measuring import (
@@ -94,10 +94,10 @@ def measure(bench: Bench, case: Case, *, batch: int = 1, compiled: bool = False)
     taps = [tap.name for tap in backbone.match_taps(config.taps or ())]
     contenders = list(_contenders(bench, case, config, taps, compiled=compiled))
     questions = partial(_ask, case, config, batch, bench.device)
-    contenders = _that_fit(bench, case, contenders, questions(0), batch)
+    counts = _agree(bench, case, contenders, questions)
+    contenders = [contender for contender in contenders if contender.name in counts]
     if not contenders:
         return []
-    counts = _agree(contenders, questions(1), bench.dtype)
     calls = {contender.name: partial(_prepare, contender, questions) for contender in contenders}
     seconds = in_turn(calls, bench.device, repeats=bench.repeats, first=2, limit=bench.limit)
     peaks = {}
@@ -140,40 +140,38 @@ def rival(bench: Bench, case: Case, config: EncoderConfig, taps: list[str], **gi
     return kind(folder, config, taps, device=bench.device, dtype=bench.dtype, **given)
 
 
-def _that_fit(
-    bench: Bench, case: Case, contenders: list[Contender], question: Question, batch: int
-) -> list[Contender]:
-    """Those that answer a first question within the memory; it also warms and compiles them."""
-    fitting = []
+def _agree(
+    bench: Bench, case: Case, contenders: Sequence[Contender], questions: Callable[[int], Question]
+) -> dict[str, tuple[Counts, float]]:
+    """Counts of each that fits into memory, and how far its features are from those of the first.
+
+    It also warms all of them, and compiles.
+    """
+    found: dict[str, tuple[Counts, float]] = {}
+    expected: dict[str, Tensor] = {}
     for contender in contenders:
         try:
-            contender.prepare(question)()
-            fitting.append(contender)
+            if case.again or isinstance(contender, Diffenc):
+                contender.prepare(questions(0))()  # what a further question finds remembered
+            call = contender.prepare(questions(1))
+            with counted(contender.parts) as counts:
+                features = call()
         except torch.cuda.OutOfMemoryError:
-            bench.notes.append(f"{case.name}, batch {batch}: {contender.name} ran out of memory")
+            bench.notes.append(f"{case.name}: {contender.name} ran out of memory in a batch of "
+                               f"{len(questions(0).prompts)}")  # fmt: skip
             torch.cuda.empty_cache()
-    return fitting
-
-
-def _agree(
-    contenders: list[Contender], question: Question, dtype: torch.dtype
-) -> dict[str, tuple[Counts, float]]:
-    """Counts of each, and how far its features are from those of the first."""
-    found, results = {}, {}
-    for contender in contenders:
-        call = contender.prepare(question)
-        with counted(contender.parts) as counts:
-            results[contender.name] = call()
-        apart = _difference(results[contenders[0].name], results[contender.name])
-        if not apart <= AGREEMENT[dtype]:
+            continue
+        expected = expected or features
+        apart = _difference(expected, features)
+        if not apart <= AGREEMENT[bench.dtype]:
             raise DisagreementError(
-                f"{contenders[0].name} and {contender.name} read different features: {apart:.2g} "
-                f"of the largest magnitude, where rounding in {dtype} stays below "
-                f"{AGREEMENT[dtype]}"
+                f"{next(iter(found))} and {contender.name} read different features: {apart:.2g} "
+                f"of the largest magnitude, where rounding in {bench.dtype} stays below "
+                f"{AGREEMENT[bench.dtype]}"
             )
         found[contender.name] = (counts, apart)
-    if "diffenc, compiled" in found:  # hooks do not count in compiled code; it does the same
-        found["diffenc, compiled"] = (found["diffenc"][0], found["diffenc, compiled"][1])
+    if COMPILED in found and "diffenc" in found:  # hooks do not count in compiled code
+        found[COMPILED] = (found["diffenc"][0], found[COMPILED][1])
     return found
 
 
@@ -221,7 +219,7 @@ def _rows(
             row.goal = None if bench.quick or case.rival not in seconds else case.goal
             over = _ratio(seconds, name, Floor.name)
             row.overhead = None if over is None else over - 1
-        elif name == "diffenc, compiled":
+        elif name == COMPILED:
             row.speedup = _ratio(seconds, "diffenc", name)
         rows.append(row)
     return rows
@@ -247,7 +245,7 @@ def _peaks(
         return _peaks_here(bench, contenders, questions, index)
     found = {}
     for name in [contender.name for contender in contenders]:
-        if name == "diffenc, compiled":
+        if name == COMPILED:
             continue  # a process of its own would compile once more
         for asked in (name, f"{name}, truncated") if name == "diffenc" else (name,):
             found[asked] = _peak_elsewhere(bench, case, asked, batch)
