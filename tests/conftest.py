@@ -18,13 +18,15 @@ import builders
 torch.set_num_threads(2)  # the same order of sums on every machine
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    no_gpu = pytest.mark.skip(reason="needs a CUDA device")
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    skipped = {}
+    if not torch.cuda.is_available():
+        skipped["gpu"] = "needs a CUDA device"
+    if config.getoption("--jaxtyping-packages", default=None):
+        skipped["wrong_type"] = "annotations are checked before the library can answer"
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(no_gpu)
+        for marker in skipped.keys() & item.keywords.keys():
+            item.add_marker(pytest.mark.skip(reason=skipped[marker]))
 
 
 @pytest.fixture(scope="session")
