@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from grounding import GROUNDED_LAYERS, outside, spoken_of
-from texts import training_text
+from texts import training_scene, training_text
 from torch import Tensor
 from torch.nn import functional as F
 from train_clip import pixels
@@ -25,7 +25,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from diffenc.attention import CrossAttnTaps
 from diffenc.shapes.pairs import WINOGROUND_KINDS, WinogroundKind, winoground_items
 from diffenc.shapes.render import masks
-from diffenc.shapes.scenes import Scene, sample_scene
+from diffenc.shapes.scenes import Scene
 
 TEXTS_PER_SCENE = 4
 CHUNK = 250
@@ -105,10 +105,14 @@ def cached_data(file: Path, count: int, vae: AutoencoderKL, text: Text) -> dict[
     rng = random.Random("unet")
     found: dict[str, list[Tensor]] = {"latents": [], "shares": [], "ids": [], "bits": []}
     for start in range(0, count, CHUNK):
-        scenes = [sample_scene(rng, overlap=rng.choice((0.0, 0.0, 0.4))) for _ in range(CHUNK)]
+        drawn = [training_scene(rng) for _ in range(CHUNK)]
+        scenes = [scene for scene, _ in drawn]
         found["latents"].append(encode(vae, pixels(scenes)).half())
         found["shares"].append(torch.stack([covered(scene) for scene in scenes]))
-        texts = [[training_text(s, rng) for _ in range(TEXTS_PER_SCENE)] for s in scenes]
+        texts = [
+            [training_text(scene, rng, saying=saying) for _ in range(TEXTS_PER_SCENE)]
+            for scene, saying in drawn
+        ]
         ids = text.ids([line for lines in texts for line in lines])
         found["ids"].append(ids.view(CHUNK, TEXTS_PER_SCENE, -1).short())
         bits = [
