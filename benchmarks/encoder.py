@@ -54,8 +54,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     switch = argparse.BooleanOptionalAction
     add("--compile", action=switch, help="time diffenc compiled too, as by default on CUDA")
     add("--backend", default="inductor", help="of torch.compile")
-    add("--repeats", type=_positive, help="timed calls of each; 3 to 20 by the time they take")
-    add("--threads", type=_positive, help="of torch on a CPU")
+    add("--repeats", type=positive, help="timed calls of each; 3 to 20 by the time they take")
+    add("--threads", type=positive, help="of torch on a CPU")
     add("--models", type=Path, help=f"where models are built ({MODELS})")
     add("--quick", action="store_true", help="narrow models and small pictures, in a minute")
     add("--memory", action=switch, default=True, help="measure peaks")
@@ -65,7 +65,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
@@ -73,7 +73,7 @@ def _positive(text: str) -> int:
 
 
 def _sizes(text: str) -> list[int]:
-    return [_positive(part) for part in text.split(",")]
+    return [positive(part) for part in text.split(",")]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -100,7 +100,7 @@ def _run(
     on_gpu = device.type == "cuda"
     rate = matrix_rate(device, dtype)
     bench = Bench(
-        folder=cache(partial(_folder, models, dtype, options.quick)),
+        folder=cache(partial(built_folder, models, dtype, options.quick)),
         device=device,
         dtype=dtype,
         rate=rate,
@@ -165,7 +165,7 @@ def _write(
         options.markdown.write_text(markdown(rows, head, notes), encoding="utf-8")
 
 
-def _folder(models: Path, dtype: torch.dtype, quick: bool, alias: str) -> Path:
+def built_folder(models: Path, dtype: torch.dtype, quick: bool, alias: str) -> Path:
     kind = str(dtype).removeprefix("torch.") + ("-narrow" if quick else "")
     folder = models / kind / alias
     if not (folder / "model_index.json").exists():

@@ -1,7 +1,7 @@
 """Work that does not depend on the machine: calls of each part, and their arithmetic."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -13,7 +13,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from diffenc.attention import cross_attention_layers
 from diffenc.backbones import describe
+from diffenc.hooks import AllTapsRead
 from diffenc.truncation import truncate
 
 
@@ -98,32 +100,68 @@ def arithmetic(folder: str | Path, taps: tuple[str, ...], size: int) -> Arithmet
         taps: Module paths.
         size: Side of the pictures, in pixels.
     """
-    told = describe(folder)
-    side, configs = size // told.reduction, told.configs
-    texts: list[Any] = []
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(configs["unet"]).eval()
-        vae = AutoencoderKL.from_config(configs["vae"]).eval()
-        for part, kind in (
-            ("text_encoder", CLIPTextModel),
-            ("text_encoder_2", CLIPTextModelWithProjection),
-        ):
-            if part in configs:
-                texts.append(kind(CLIPTextConfig(**configs[part])).eval())
-        width = sum(text.config.hidden_size for text in texts)
-        pooled = texts[-1].config.projection_dim
-        added = {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, 6)}
-        latents = torch.empty(1, unet.config.in_channels, side, side)
-        inputs = (latents, torch.empty((), dtype=torch.long), torch.empty(1, 77, width))
-        pixel_values = torch.empty(1, 3, size, size)
-        ids = torch.zeros(1, 77, dtype=torch.long)
-    short = truncate(unet, taps)
-    return Arithmetic(
-        unet=_operations(lambda: unet(*inputs, added_cond_kwargs=added)),
-        unet_exit=_operations(lambda: short(*inputs, added_cond_kwargs=added)),
-        vae=_operations(lambda: vae.encode(pixel_values)),
-        text=_operations(lambda: [text(ids) for text in texts]),
-    )
+    model = _Meta(folder, size)
+    return model.arithmetic(partial(model.run, truncate(model.unet, taps)))
+
+
+@cache
+def score_arithmetic(folder: str | Path, size: int) -> Arithmetic:
+    """As `arithmetic`, of passes that end at the keys of the last cross-attention.
+
+    Args:
+        folder: A diffusers folder or an alias; no weights are read.
+        size: Side of the pictures, in pixels.
+    """
+    model = _Meta(folder, size)
+    last = cross_attention_layers(model.unet)[-1]
+
+    def leave(*_: Any) -> None:
+        raise AllTapsRead
+
+    def run() -> None:
+        handle = model.unet.get_submodule(f"{last}.to_k").register_forward_hook(leave)
+        with suppress(AllTapsRead):
+            model.run(model.unet)
+        handle.remove()
+
+    return model.arithmetic(run)
+
+
+class _Meta:
+    """The parts of a folder without weights, and inputs of one row."""
+
+    def __init__(self, folder: str | Path, size: int) -> None:
+        told = describe(folder)
+        side, configs = size // told.reduction, told.configs
+        self.texts: list[Any] = []
+        with torch.device("meta"):
+            self.unet = UNet2DConditionModel.from_config(configs["unet"]).eval()
+            self.vae = AutoencoderKL.from_config(configs["vae"]).eval()
+            for part, kind in (
+                ("text_encoder", CLIPTextModel),
+                ("text_encoder_2", CLIPTextModelWithProjection),
+            ):
+                if part in configs:
+                    self.texts.append(kind(CLIPTextConfig(**configs[part])).eval())
+            width = sum(text.config.hidden_size for text in self.texts)
+            pooled = self.texts[-1].config.projection_dim
+            self.added = {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, 6)}
+            latents = torch.empty(1, self.unet.config.in_channels, side, side)
+            step = torch.empty((), dtype=torch.long)
+            self.inputs = (latents, step, torch.empty(1, 77, width))
+            self.pixel_values = torch.empty(1, 3, size, size)
+            self.ids = torch.zeros(1, 77, dtype=torch.long)
+
+    def run(self, unet: nn.Module) -> None:
+        unet(*self.inputs, added_cond_kwargs=self.added)
+
+    def arithmetic(self, exits: Callable[[], None]) -> Arithmetic:
+        return Arithmetic(
+            unet=_operations(lambda: self.run(self.unet)),
+            unet_exit=_operations(exits),
+            vae=_operations(lambda: self.vae.encode(self.pixel_values)),
+            text=_operations(lambda: [text(self.ids) for text in self.texts]),
+        )
 
 
 def _operations(call: Any) -> int:

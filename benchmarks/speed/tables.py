@@ -10,6 +10,9 @@ from rich.table import Table
 
 from speed.cases import OVERHEAD_GOAL
 
+Tables = Sequence[tuple[str, Sequence[Sequence[str]]]]
+"""Titles, and rows of cells."""
+
 
 @dataclass(slots=True, kw_only=True)
 class Row:
@@ -80,30 +83,46 @@ COLUMNS = (
 
 def print_rows(rows: Sequence[Row], head: str, notes: Sequence[str], console: Console) -> None:
     """A table per case."""
-    console.print(head, style="bold", markup=False, highlight=False)
-    widths = [max(len(column), *(len(cells(row)[i]) for row in rows)) if rows else len(column)
-              for i, column in enumerate(COLUMNS)]  # fmt: skip
-    for title, members in sections(rows):
-        table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", title_style="bold")
-        for column, width in zip(COLUMNS, widths, strict=True):
-            side: Literal["left", "right"] = "left" if column == COLUMNS[0] else "right"
-            table.add_column(column, justify=side, min_width=width)
-        for row in members:
-            table.add_row(*cells(row))
-        console.print(table)
-    for line in (*explanation(), *notes):
-        console.print(line, markup=False, highlight=False)
+    print_tables(COLUMNS, _titled(rows), head, (*explanation(), *notes), console)
 
 
 def markdown(rows: Sequence[Row], head: str, notes: Sequence[str]) -> str:
     """The same table as text."""
-    lines = [f"# {head}", ""]
-    for title, members in sections(rows):
-        lines += [f"## {title}", "", f"| {' | '.join(COLUMNS)} |"]
-        lines += ["|---|" + "---:|" * (len(COLUMNS) - 1)]
-        lines += [f"| {' | '.join(cells(row))} |" for row in members]
-        lines += [""]
-    return "\n".join([*lines, *(f"* {line}" for line in (*explanation(), *notes)), ""])
+    return markdown_tables(COLUMNS, _titled(rows), head, (*explanation(), *notes))
+
+
+def _titled(rows: Sequence[Row]) -> Tables:
+    return [(title, [cells(row) for row in members]) for title, members in sections(rows)]
+
+
+def print_tables(
+    columns: Sequence[str], tables: Tables, head: str, lines: Sequence[str], console: Console
+) -> None:
+    """Tables of one width under a head, the first column to the left, and lines behind them."""
+    console.print(head, style="bold", markup=False, highlight=False)
+    every = [columns, *(cells for _, members in tables for cells in members)]
+    widths = [max(len(cells[place]) for cells in every) for place in range(len(columns))]
+    for title, members in tables:
+        table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", title_style="bold")
+        for column, width in zip(columns, widths, strict=True):
+            side: Literal["left", "right"] = "left" if column == columns[0] else "right"
+            table.add_column(column, justify=side, min_width=width)
+        for cells in members:
+            table.add_row(*cells)
+        console.print(table)
+    for line in lines:
+        console.print(line, markup=False, highlight=False)
+
+
+def markdown_tables(columns: Sequence[str], tables: Tables, head: str, lines: Sequence[str]) -> str:
+    """The same as text."""
+    text = [f"# {head}", ""]
+    for title, members in tables:
+        text += [f"## {title}", "", f"| {' | '.join(columns)} |"]
+        text += ["|---|" + "---:|" * (len(columns) - 1)]
+        text += [f"| {' | '.join(cells)} |" for cells in members]
+        text += [""]
+    return "\n".join([*text, *(f"* {line}" for line in lines), ""])
 
 
 def explanation() -> tuple[str, ...]:
@@ -130,7 +149,7 @@ def cells(row: Row) -> tuple[str, ...]:
     return (
         row.contender,
         str(row.batch),
-        _time(row.seconds),
+        duration(row.seconds),
         f"{row.images_per_second:.3g}",
         _speedup(row),
         "" if row.overhead is None else f"{row.overhead:+.1%}",
@@ -143,7 +162,8 @@ def cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def _time(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """In seconds or milliseconds."""
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from diffenc.errors import PromptError, ShapeError, TapError, near_matches
@@ -18,8 +18,7 @@ class CrossAttnTaps:
 
     Queries and keys are read in hooks on `attn2.to_q` and `attn2.to_k` and multiplied once more,
     in float32: the forward pass keeps its own attention, its output stays bit-identical. Only the
-    maps of the asked tokens are kept. Attention masks, which no Stable Diffusion uses, are not
-    seen.
+    maps of the asked tokens are kept. Tokens that the U-Net is told to ignore get no attention.
 
     Args:
         unet: A `UNet2DConditionModel`.
@@ -55,6 +54,7 @@ class CrossAttnTaps:
         self._tokens, self._merge_heads = list(tokens), merge_heads
         self._grids: dict[nn.Module, tuple[int, int]] = {}
         self._queries: dict[str, Tensor] = {}
+        self._present: dict[str, Tensor | None] = {}
         self._maps: dict[str, Tensor] = {}
         self._stack = ExitStack()
 
@@ -65,6 +65,7 @@ class CrossAttnTaps:
                 handle = transformer.register_forward_pre_hook(self._note_grid, with_kwargs=True)
                 stack.callback(handle.remove)
             for name, (transformer, attn) in self._layers.items():
+                stack.callback(keep_present(attn, self._present, name).remove)
                 read_query, read_key = self._readers(name, transformer, attn)
                 stack.callback(attn.to_q.register_forward_hook(read_query).remove)
                 stack.callback(attn.to_k.register_forward_hook(read_key).remove)
@@ -75,6 +76,7 @@ class CrossAttnTaps:
         self._stack.close()
         self._grids.clear()
         self._queries.clear()
+        self._present.clear()
 
     def maps(self) -> dict[str, Float[Tensor, "b tokens *heads _h _w"]]:
         """Per layer the mean over its heads, in float32: how much each cell looks at a token.
@@ -103,7 +105,12 @@ class CrossAttnTaps:
 
         def read_key(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
             maps = head_maps(
-                self._queries.pop(name), output, self._tokens, heads=attn.heads, scale=attn.scale
+                self._queries.pop(name),
+                output,
+                self._tokens,
+                heads=attn.heads,
+                scale=attn.scale,
+                present=self._present[name],
             )
             h, w = self._grids[transformer]
             maps = rearrange(maps, "b heads (h w) tokens -> b tokens heads h w", h=h, w=w)
@@ -119,6 +126,7 @@ def head_maps(
     *,
     heads: int,
     scale: float,
+    present: Bool[Tensor, "b l"] | None = None,
 ) -> Float[Tensor, "b heads hw tokens"]:
     """Attention probabilities of some tokens, per head, computed and returned in float32.
 
@@ -128,6 +136,7 @@ def head_maps(
         tokens: Positions on `l`; the softmax runs over all of `l`.
         heads: Number of heads.
         scale: Factor of the scores.
+        present: Tokens that the U-Net sees; the others get nothing. None is all.
 
     Raises:
         ShapeError: A position lies behind the last token.
@@ -138,8 +147,29 @@ def head_maps(
         queries = rearrange(query.float(), "b n (heads d) -> b heads n d", heads=heads)
         keys = rearrange(key.float(), "b l (heads d) -> b heads d l", heads=heads)
         scores = (queries * scale) @ keys
+        if present is not None:
+            scores = scores.masked_fill(~present[:, None, None, :], -torch.inf)
         total = scores.logsumexp(dim=-1, keepdim=True)
         return (scores[..., list(tokens)] - total).exp()
+
+
+def keep_present(attn: nn.Module, kept: dict[str, Tensor | None], name: str) -> Any:
+    """Note which tokens a cross-attention sees, whenever it runs: (b l), or None for all.
+
+    Args:
+        attn: An `attn2`.
+        kept: Gets the tokens.
+        name: Under which.
+
+    Returns:
+        The handle that removes the hook.
+    """
+
+    def note(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        bias = kwargs.get("attention_mask")  # (b 1 l): 0, or -10000 where a token is ignored
+        kept[name] = None if bias is None else bias[:, 0] > -1
+
+    return attn.register_forward_pre_hook(note, with_kwargs=True)
 
 
 def cross_attention_layers(unet: nn.Module) -> tuple[str, ...]:

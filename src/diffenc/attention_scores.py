@@ -10,6 +10,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from diffenc.attention import keep_present
 from diffenc.errors import ConfigError, TapError
 from diffenc.hooks import AllTapsRead
 
@@ -37,17 +38,23 @@ class Pooling:
         self,
         logits: Float[Tensor, "*rows heads n l"],
         mask: Bool[Tensor, "*rows l"] | None = None,
+        present: Bool[Tensor, "*rows l"] | None = None,
     ) -> Float[Tensor, "*rows"]:
         """Pool.
 
         Args:
             logits: Scaled products of `n` cells with `l` tokens, in float32.
             mask: Tokens that count; None is all.
+            present: Tokens that the U-Net sees; the others neither count nor get attention. None
+                is all.
 
         Source:
             He et al. 2023 (Discffusion), arXiv:2305.10722, released code: log-sum-exp over tokens
             of logits, then the mean over heads and cells.
         """
+        if present is not None:
+            logits = logits.masked_fill(~present[..., None, None, :], -torch.inf)
+            mask = present if mask is None else mask & present
         values = logits.softmax(dim=-1) if self.space == "probs" else logits
         if self.lse_lambda != 1:
             values = values * self.lse_lambda
@@ -78,6 +85,7 @@ def pooled_scores(
     heads: int,
     scale: float,
     mask: Bool[Tensor, "b l"] | None = None,
+    present: Bool[Tensor, "b l"] | None = None,
 ) -> Float[Tensor, " b"]:
     """Score row i of the queries with row i of the keys, in float32.
 
@@ -88,6 +96,7 @@ def pooled_scores(
         heads: Number of heads.
         scale: Factor of the products.
         mask: Tokens that count; None is all.
+        present: Tokens that the U-Net sees; None is all.
     """
     rows = _rows_at_once(heads * query.shape[1] * key.shape[1], query.device)
     scores = []
@@ -98,7 +107,7 @@ def pooled_scores(
                 query[part].float() * scale, "b n (heads d) -> b heads n d", heads=heads
             )
             keys = rearrange(key[part].float(), "b l (heads d) -> b heads d l", heads=heads)
-            scores.append(pooling(queries @ keys, None if mask is None else mask[part]))
+            scores.append(pooling(queries @ keys, _part(mask, part), _part(present, part)))
     return torch.cat(scores)
 
 
@@ -110,6 +119,7 @@ def crossed_scores(
     heads: int,
     scale: float,
     mask: Bool[Tensor, "texts l"] | None = None,
+    present: Bool[Tensor, "texts l"] | None = None,
 ) -> Float[Tensor, "images texts"]:
     """Score every row of the queries with every row of the keys; else as `pooled_scores`."""
     texts, tokens = key.shape[:2]
@@ -119,12 +129,16 @@ def crossed_scores(
         for start in range(0, texts, at_once):
             part = slice(start, start + at_once)
             keys = rearrange(key[part].float(), "m l (heads d) -> heads d (m l)", heads=heads)
-            kept = None if mask is None else mask[part]
+            kept, seen = _part(mask, part), _part(present, part)
             for image, cells in enumerate(query):
                 queries = rearrange(cells.float() * scale, "n (heads d) -> heads n d", heads=heads)
                 logits = rearrange(queries @ keys, "heads n (m l) -> m heads n l", l=tokens)
-                scores[image, part] = pooling(logits, kept)
+                scores[image, part] = pooling(logits, kept, seen)
     return scores
+
+
+def _part(mask: Tensor | None, part: slice) -> Tensor | None:
+    return None if mask is None else mask[part]
 
 
 def _rows_at_once(products_per_row: int, device: torch.device) -> int:
@@ -144,6 +158,7 @@ def read_scores(
 
     Queries and keys are read in hooks on `attn2.to_q` and `attn2.to_k`: the forward pass keeps its
     own attention, its output stays bit-identical. A layer's products live no longer than the layer.
+    Tokens that the U-Net is told to ignore do not count.
 
     Args:
         attentions: The layers, some of `cross_attentions`.
@@ -156,12 +171,19 @@ def read_scores(
         TapError: A layer did not run.
     """
     queries: dict[str, Tensor] = {}
+    present: dict[str, Tensor | None] = {}
     scores: dict[str, Tensor] = {}
 
     def reader(name: str, attn: Any) -> Callable[..., None]:
         def read_key(_module: nn.Module, _args: tuple[Any, ...], key: Tensor) -> None:
             scores[name] = pooled_scores(
-                queries.pop(name), key, pooling, heads=attn.heads, scale=attn.scale, mask=mask
+                queries.pop(name),
+                key,
+                pooling,
+                heads=attn.heads,
+                scale=attn.scale,
+                mask=mask,
+                present=present[name],
             )
             if early_exit and len(scores) == len(attentions):
                 raise AllTapsRead
@@ -170,6 +192,7 @@ def read_scores(
 
     with ExitStack() as stack:
         for name, attn in attentions.items():
+            stack.callback(keep_present(attn, present, name).remove)
             stack.callback(attn.to_q.register_forward_hook(_keeper(queries, name)).remove)
             stack.callback(attn.to_k.register_forward_hook(reader(name, attn)).remove)
         with suppress(AllTapsRead):

@@ -1,21 +1,19 @@
 """The only place that calls the U-Net."""
 
-import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from diffenc.attention import CrossAttnTaps
-from diffenc.attention_scores import Pooling, read_queries, read_scores
 from diffenc.backbones.base import Backbone
 from diffenc.errors import ConfigError, NonFiniteError, TapError
 from diffenc.hooks import ForwardTaps, TapOutputs
+from diffenc.noise import to_noise
 from diffenc.prompts import PromptEmbeds
 from diffenc.truncation import truncate
 
@@ -122,11 +120,11 @@ def _read(
 ) -> dict[str, Tensor]:
     compiled = backbone.compiled.get(tuple(taps))
     if compiled is not None:
-        maps = _call_unet(backbone, noisy_latents, timesteps, prompt_embeds, unet=compiled)
+        maps = call_unet(backbone, noisy_latents, timesteps, prompt_embeds, unet=compiled)
         # A compiled graph may give its outputs' memory to its next call.
         return {name: tap.clone() for name, tap in zip(taps, maps, strict=True)}
     with ForwardTaps(backbone.unet, taps, early_exit=True) as reader:
-        return reader.run(partial(_call_unet, backbone, noisy_latents, timesteps, prompt_embeds))
+        return reader.run(partial(call_unet, backbone, noisy_latents, timesteps, prompt_embeds))
 
 
 def predict_noise(
@@ -145,31 +143,21 @@ def predict_noise(
 
     Raises:
         ConfigError: The model predicts something else, or its U-Net was truncated.
-
-    Source:
-        Salimans and Ho 2022 (v-prediction), arXiv:2202.00512, appendix D.
     """
+    check_whole(backbone)
+    with backbone.lock:
+        output = call_unet(backbone, noisy_latents, timestep, prompt_embeds)[0].float()
+    steps = torch.full((len(output),), timestep)
+    return to_noise(backbone.scheduler, backbone.prediction_type, output, noisy_latents, steps)
+
+
+def check_whole(backbone: Backbone) -> None:
+    """Raise a `ConfigError` where the U-Net was truncated and predicts nothing."""
     if backbone.truncated:
         raise ConfigError(
             f"the U-Net of {backbone.name!r} was truncated after its last tap and predicts no "
             "noise; load the model without truncate"
         )
-    with backbone.lock:
-        output = _call_unet(backbone, noisy_latents, timestep, prompt_embeds)[0].float()
-    noisy = noisy_latents.to(output)
-    signal = float(backbone.scheduler.alphas_cumprod[timestep])
-    of_image, of_noise = math.sqrt(signal), math.sqrt(1 - signal)
-    match backbone.prediction_type:
-        case "epsilon":
-            return output
-        case "v_prediction":
-            return of_image * output + of_noise * noisy
-        case "sample":
-            return (noisy - of_image * output) / of_noise
-    raise ConfigError(
-        f"cannot derive noise from a model that predicts {backbone.prediction_type!r}; it must be "
-        "'epsilon', 'v_prediction' or 'sample'"
-    )
 
 
 def read_attention(
@@ -202,80 +190,8 @@ def read_attention(
         torch.no_grad(),
         CrossAttnTaps(backbone.unet, layers, tokens=positions) as reader,
     ):
-        _call_unet(backbone, noisy_latents, timestep, prompt_embeds)
+        call_unet(backbone, noisy_latents, timestep, prompt_embeds)
         return reader.maps()
-
-
-def read_statistics(
-    backbone: Backbone,
-    noisy_latents: Float[Tensor, "rows c h w"],
-    timesteps: Int[Tensor, " rows"],
-    prompt_embeds: PromptEmbeds,
-    attentions: Mapping[str, Any],
-    pooling: Pooling,
-    *,
-    mask: Bool[Tensor, "rows l"] | None = None,
-    predict: bool,
-) -> tuple[Float[Tensor, "rows layers"] | None, Float[Tensor, "rows c h w"] | None]:
-    """Read what scores are made of, with one call of the U-Net for all rows.
-
-    Args:
-        backbone: Whose U-Net is called, in its dtype and on its device.
-        noisy_latents: Each at the noise level of its timestep.
-        timesteps: Scheduler steps.
-        prompt_embeds: One row each.
-        attentions: The cross-attentions to score by; none is allowed.
-        pooling: What becomes of their products.
-        mask: Tokens that count, per row; None is all.
-        predict: Whether the noise is predicted too; otherwise the pass ends at the last attention.
-
-    Returns:
-        Attention scores per layer, and the predicted noise, in float32; None where not asked for.
-
-    Raises:
-        TapError: A layer did not run.
-        ConfigError: A U-Net that predicts no noise, see `predict_noise`.
-    """
-    if predict:
-        _check_whole(backbone)
-    output: list[Tensor] = []
-
-    def call() -> None:
-        output[:] = _call_unet(backbone, noisy_latents, timesteps, prompt_embeds)
-
-    scores = None
-    with backbone.lock, torch.no_grad():
-        if attentions:
-            scores = read_scores(attentions, pooling, call, mask=mask, early_exit=not predict)
-        else:
-            call()
-    if not predict:
-        return scores, None
-    return scores, _to_noise(backbone, output[0].float(), noisy_latents, timesteps)
-
-
-def read_late_queries(
-    backbone: Backbone,
-    noisy_latents: Float[Tensor, "rows c h w"],
-    timesteps: Int[Tensor, " rows"],
-    prompt_embeds: PromptEmbeds,
-    attentions: Mapping[str, Any],
-) -> dict[str, Float[Tensor, "rows _n _c"]]:
-    """Queries of cross-attentions, with one call of the U-Net that ends at the last of them.
-
-    Args:
-        backbone: Whose U-Net is called, in its dtype and on its device.
-        noisy_latents: Each at the noise level of its timestep.
-        timesteps: Scheduler steps.
-        prompt_embeds: One row for all, or one each.
-        attentions: The layers.
-
-    Raises:
-        TapError: A layer did not run.
-    """
-    call = partial(_call_unet, backbone, noisy_latents, timesteps, prompt_embeds)
-    with backbone.lock, torch.no_grad():
-        return read_queries(attentions, call)
 
 
 def read_head_attention(
@@ -304,7 +220,7 @@ def read_head_attention(
     """
     reader = CrossAttnTaps(backbone.unet, layers, tokens=positions, merge_heads=False)
     with backbone.lock, torch.no_grad(), reader:
-        _call_unet(backbone, noisy_latents, timestep, prompt_embeds)
+        call_unet(backbone, noisy_latents, timestep, prompt_embeds)
         maps = reader.maps()
     if heads is None:
         return maps
@@ -318,40 +234,7 @@ def read_head_attention(
     return {name: of_layer[:, :, list(heads)] for name, of_layer in maps.items()}
 
 
-def _check_whole(backbone: Backbone) -> None:
-    if backbone.truncated:
-        raise ConfigError(
-            f"the U-Net of {backbone.name!r} was truncated after its last tap and predicts no "
-            "noise; load the model without truncate"
-        )
-
-
-def _to_noise(
-    backbone: Backbone,
-    output: Float[Tensor, "rows c h w"],
-    noisy_latents: Float[Tensor, "rows c h w"],
-    timesteps: Int[Tensor, " rows"],
-) -> Float[Tensor, "rows c h w"]:
-    """As in `predict_noise`, for rows at different noise levels."""
-    noisy = noisy_latents.to(output)
-    signal = backbone.scheduler.alphas_cumprod.double()[timesteps.cpu()]
-    signal = rearrange(signal, "rows -> rows 1 1 1")
-    of_image: Tensor = signal.sqrt().to(output)
-    of_noise: Tensor = (1 - signal).sqrt().to(output)
-    match backbone.prediction_type:
-        case "epsilon":
-            return output
-        case "v_prediction":
-            return of_image * output + of_noise * noisy
-        case "sample":
-            return (noisy - of_image * output) / of_noise
-    raise ConfigError(
-        f"cannot derive noise from a model that predicts {backbone.prediction_type!r}; it must be "
-        "'epsilon', 'v_prediction' or 'sample'"
-    )
-
-
-def _call_unet(
+def call_unet(
     backbone: Backbone,
     noisy_latents: Tensor,
     timestep: int | Tensor,
@@ -359,6 +242,15 @@ def _call_unet(
     *,
     unet: Callable[..., tuple[Tensor, ...]] | None = None,
 ) -> tuple[Tensor, ...]:
+    """Call the U-Net in its dtype and on its device.
+
+    Args:
+        backbone: Whose U-Net is called.
+        noisy_latents: Rows.
+        timestep: One for all rows, or one each.
+        prompt_embeds: One row for all, or one each.
+        unet: Called in its place: the same, compiled.
+    """
     device, dtype = backbone.device, backbone.dtype
     called = backbone.unet if unet is None else unet
     output: tuple[Tensor, ...] = called(

@@ -5,7 +5,8 @@ import math
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from einops import rearrange
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from diffenc.errors import ConfigError
@@ -50,3 +51,43 @@ def add_noise(
         )
     signal = float(schedule[timestep])
     return math.sqrt(signal) * latents + math.sqrt(1 - signal) * noise.to(latents)
+
+
+def to_noise(
+    scheduler: Any,
+    prediction_type: str,
+    output: Float[Tensor, "rows c h w"],
+    noisy_latents: Float[Tensor, "rows c h w"],
+    timesteps: Int[Tensor, " rows"],
+) -> Float[Tensor, "rows c h w"]:
+    """The noise in latents, from what a U-Net predicts of them.
+
+    Args:
+        scheduler: Anything with diffusers' `alphas_cumprod`.
+        prediction_type: "epsilon", "v_prediction" or "sample".
+        output: Of the U-Net; the result has its dtype.
+        noisy_latents: Its input.
+        timesteps: Scheduler steps.
+
+    Raises:
+        ConfigError: Another type of prediction.
+
+    Source:
+        Salimans and Ho 2022 (v-prediction), arXiv:2202.00512, appendix D.
+    """
+    noisy = noisy_latents.to(output)
+    signal = scheduler.alphas_cumprod.double()[timesteps.cpu()]
+    signal = rearrange(signal, "rows -> rows 1 1 1")
+    of_image: Tensor = signal.sqrt().to(output)
+    of_noise: Tensor = (1 - signal).sqrt().to(output)
+    match prediction_type:
+        case "epsilon":
+            return output
+        case "v_prediction":
+            return of_image * output + of_noise * noisy
+        case "sample":
+            return (noisy - of_image * output) / of_noise
+    raise ConfigError(
+        f"cannot derive noise from a model that predicts {prediction_type!r}; it must be "
+        "'epsilon', 'v_prediction' or 'sample'"
+    )

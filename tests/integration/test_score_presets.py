@@ -163,18 +163,29 @@ def test_diffusion_classifier_is_minus_the_mean_squared_error(fixture, images, r
     assert_scores(scorer(images, TEXTS), table(images, score))
 
 
-def test_the_calibrated_score_lacks_what_a_text_scores_on_a_grey_picture(tiny_sd_folder, images):
-    plain = Plain(tiny_sd_folder)
+def mean_word_lse(products, words):
+    """Mean over decoder layers, heads and words of log-sum-exp over cells."""
+    layers = [
+        torch.stack([p[:, 1 : words + 1].exp().sum(dim=0).log().mean() for p in heads]).mean()
+        for name, heads in products.items()
+        if name.startswith("up_blocks")
+    ]
+    return float(torch.stack(layers).mean())
+
+
+@pytest.mark.parametrize("fixture", ["tiny_sd_folder", "tiny_sdxl_folder"])
+def test_the_calibrated_score_asks_where_each_word_is_seen_best(fixture, images, request):
+    """In the decoder, less the same on a grey picture."""
+    plain = Plain(folder := request.getfixturevalue(fixture))
     grey = np.full((64, 64, 3), 127.5)
 
     def score(image, text):
+        words = len(plain.pipe.tokenizer(text).input_ids) - 2
         latents, reference = plain.latents(image), plain.latents(grey)
         runs = [(plain.run(latents, text, t)[2], plain.run(reference, text, t)[2]) for t in STEPS]
-        return np.mean([mean_lse(here) - mean_lse(there) for here, there in runs])
+        return np.mean([mean_word_lse(a, words) - mean_word_lse(b, words) for a, b in runs])
 
-    scorer = CrossAttnScorer.from_pretrained(
-        tiny_sd_folder, preset="calibrated", calibration="gray", size=64
-    )
+    scorer = CrossAttnScorer.from_pretrained(folder, preset="calibrated", size=64)
     expected = table(images, score)
     torch.testing.assert_close(scorer(images, TEXTS), expected, rtol=1e-4, atol=1e-5)
 

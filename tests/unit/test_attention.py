@@ -181,3 +181,18 @@ def test_a_word_that_was_cut_off_is_an_error(tiny_tokenizer):
     with pytest.raises(PromptError, match=r"was cut off: it is token 76 .* reads 77"):
         word_token_positions(tiny_tokenizer, text, "circle")
     assert word_token_positions(tiny_tokenizer, "circle " + text, "circle") == (1,)
+
+
+def test_tokens_that_the_unet_ignores_get_no_attention(unet):
+    """A row that is padded has the maps that it has without its padding."""
+    sample, timestep, states = inputs(length=5)
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    with CrossAttnTaps(unet, tokens=range(5)) as taps:
+        unet(sample, timestep, states, encoder_attention_mask=mask)
+    padded = taps.maps()
+    with CrossAttnTaps(unet, tokens=range(3)) as taps:
+        unet(sample[1:], timestep, states[1:, :3])
+    for name, alone in taps.maps().items():
+        assert padded[name][1, 3:].abs().max() == 0
+        torch.testing.assert_close(padded[name][1:, :3], alone, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(padded[name].sum(dim=1)[0], torch.ones(alone.shape[2:]))

@@ -17,6 +17,7 @@ from diffenc.errors import (
     ShapeError,
     TapError,
 )
+from diffenc.scoring.inputs import token_mask
 
 TEXTS = ["a red circle", "a blue square left of a circle", "red"]
 TWO_STEPS = (200, 700)
@@ -129,6 +130,15 @@ def test_duplicates_are_computed_once(backbone, counts, images):
     assert torch.equal(doubled[0], doubled[2])
     assert torch.equal(doubled[:, 0], doubled[:, 2])
     assert not torch.equal(doubled[:, 0], doubled[:, 1])
+
+
+@pytest.mark.parametrize("mode", ["exact", "shared-query"])
+def test_one_text_only_is_scored_as_it_is_among_others(backbone, images, mode):
+    scorer = scorer_of(backbone, "calibrated", mode=mode)
+    alone = scorer(images, TEXTS[0])
+    assert alone.shape == (3, 1)
+    torch.testing.assert_close(alone, scorer(images, TEXTS)[:, :1], rtol=1e-5, atol=1e-6)
+    assert scorer.score(images, TEXTS[0]).best_texts() == TEXTS[:1] * 3
 
 
 def test_nothing_is_remembered_on_request(backbone, counts, images):
@@ -295,6 +305,14 @@ def test_a_text_without_words_is_refused_where_words_count(backbone, images):
         scorer_of(backbone, token_mask="content")(images, ["red", ""])
 
 
+def test_the_error_without_the_text_goes_with_a_score_of_words(backbone, images):
+    """The empty text is run for its error alone; its attention, of no words, is not pooled."""
+    scorer = scorer_of(backbone, token_mask="content", error_term="mse_gap")
+    attention = scorer.with_options(error_term=None)(images, TEXTS)
+    errors = scorer_of(backbone, attention=False, error_term="mse_gap")(images, TEXTS)
+    torch.testing.assert_close(scorer(images, TEXTS), attention + errors, rtol=1e-5, atol=1e-5)
+
+
 def test_screening_scores_the_kept_exactly_and_tells_the_dropped(backbone, counts, images):
     texts = [
         f"{color} {noun}" for color in ("red", "blue") for noun in ("a", "of", "left", "photo")
@@ -369,6 +387,10 @@ def test_bad_input(backbone, images, tmp_path):
         scorer_of(backbone, timestep=5)
     with pytest.raises(ConfigError, match="unknown preset 'dsd'"):
         scorer_of(backbone, "dsd")
+    with pytest.raises(ConfigError, match="one scheduler step or more"):
+        scorer.with_options(timesteps=[])
+    with pytest.raises(ConfigError, match="one scheduler step or more"):
+        scorer.word_maps(images[0], TEXTS[0], timesteps=[])
     with pytest.raises(ConfigError, match=r"call scorer\.calibrate"):
         scorer_of(backbone, calibration="given")(images, TEXTS)
 
@@ -414,3 +436,56 @@ def test_layer_weights_chosen_on_items_are_taken_into_the_config(backbone, image
         scorer.fit_layers([*items, (images, TEXTS)])
     with pytest.raises(ShapeError, match="of one shape"):
         scorer.fit_layers([])
+
+
+LONG = "a red circle left of a blue square and " * 12
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"token_mask": "content", "lse_axis": "pixels"},
+        {"space": "probs", "lse_axis": "pixels"},
+        {"lse_axis": "both", "token_mask": "no_pad"},
+        {"include_uncond": True, "uncond": "empty"},
+        {"mode": "shared-query"},
+        {"mode": "shared-query", "space": "probs", "lse_axis": "pixels", "token_mask": "content"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("model", ["backbone", "sdxl"])
+def test_a_long_text_in_windows_scores_beside_a_short_one_as_it_does_alone(
+    model, options, images, request
+):
+    scorer = scorer_of(request.getfixturevalue(model), long_prompts="chunk", **options)
+    scorer.use_cache = False
+    together = scorer(images[:2], [LONG, TEXTS[0]])
+    alone = torch.cat([scorer(images[:2], [text]) for text in (LONG, TEXTS[0])], dim=1)
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_windows_are_read_to_the_end_and_short_texts_stay_what_they_are(backbone, images):
+    chunked = scorer_of(backbone, long_prompts="chunk", token_mask="content")
+    cut = chunked.with_options(long_prompts="truncate")
+    other_end = LONG + "a blue circle"
+    in_windows = chunked(images[:1], [LONG, other_end, TEXTS[0]])
+    with pytest.warns(UserWarning, match="longer than"):
+        truncated = cut(images[:1], [LONG, other_end, TEXTS[0]])
+    assert truncated[0, 0] == truncated[0, 1]  # they differ behind the cut
+    assert (in_windows[0, 0] - in_windows[0, 1]).abs() > 1e-4
+    torch.testing.assert_close(in_windows[:, 2], truncated[:, 2], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "own"), [("no_pad", 2), ("content", 0)])
+def test_every_window_counts_its_own_words(backbone, kind, own):
+    """Of 80 words 75 stand in the first window, between its start and end tokens."""
+    texts = ["red " * 80, "red " * 3]
+    embeds = backbone.embed(texts, size=(64, 64), long_prompts="chunk")
+    mask = token_mask(backbone, texts, embeds, kind)
+    assert mask.shape == (2, 2 * 77)
+    assert mask[0, :77].sum() == 75 + own
+    assert mask[0, 77:].sum() == 5 + own
+    assert mask[1].nonzero().flatten().tolist() == list(range(5) if own else range(1, 4))
+    cut = backbone.embed(texts, size=(64, 64))
+    assert token_mask(backbone, texts, cut, kind).sum(dim=1).tolist() == [75 + own, 3 + own]

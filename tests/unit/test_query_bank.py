@@ -44,8 +44,9 @@ def scorer_of(backbone, **options):
         {"layers": "up_blocks.1", "draws": 2},
         {"calibration": "neutral", "reference_texts": ("blue",), "include_uncond": True},
         {"token_mask": "no_pad", "layer_weights": tuple(map(float, range(16)))},
+        {"token_mask": "content", "lse_axis": "pixels", "calibration": "gray"},
     ],
-    ids=["plain", "layers", "references", "mask"],
+    ids=["plain", "layers", "references", "mask", "words"],
 )
 def test_a_bank_scores_as_the_scorer_does(backbone, images, tmp_path, options):
     scorer = scorer_of(backbone, **options)

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from diffenc.attention import cross_attentions, match_layers
 from diffenc.cache import TensorCache
-from diffenc.forward import read_statistics
 from diffenc.prompts import PromptEmbeds
 from diffenc.scoring.inputs import ScoreInputs, check_finite, in_batches, pooling_of
+from diffenc.scoring.passes import read_statistics
 
 Step = tuple[int, int]
 _Row = tuple[int, int, int]  # picture, step, text: neighbours share latents
@@ -129,14 +129,16 @@ def _passes(
 
     def run(part: Sequence[_Row]) -> Tensor:
         texts = [text for _, _, text in part]
+        embeds = PromptEmbeds.concat([inputs.embeds.select(text, text + 1) for text in texts])
+        length = embeds.prompt_embeds.shape[1]
         attention, predicted = read_statistics(
             backbone,
             inputs.noisy_latents([(picture, steps[step]) for picture, step, _ in part]),
             torch.tensor([steps[step][0] for _, step, _ in part]),
-            PromptEmbeds.concat([inputs.embeds.select(text, text + 1) for text in texts]),
+            embeds,
             attentions,
             pooling_of(config),
-            mask=None if inputs.mask is None else inputs.mask[texts],
+            mask=None if inputs.mask is None else inputs.mask[texts, :length],
             predict=predicts,
         )
         columns = torch.full((len(part), len(names) + 1), torch.nan)

@@ -128,11 +128,19 @@ def encode_inputs(
         keys=keys if use_cache else None,
         batch_size=config.batch_size,
     )
-    known = list(dict.fromkeys([*texts, ""] if config.needs_uncond else texts))
-    embeds = prompts_of(backbone, known, size=size, uncond=config.uncond, use_cache=use_cache)
+    added = "" if config.needs_uncond and "" not in texts else None
+    known = list(dict.fromkeys(texts if added is None else [*texts, added]))
+    embeds = prompts_of(
+        backbone,
+        known,
+        size=size,
+        uncond=config.uncond,
+        long_prompts=config.long_prompts,
+        use_cache=use_cache,
+    )
     states = tuple(state_key(part) for part in backbone.parts().values())
     remember = use_cache and None not in states
-    key = (states, size, config.posterior, config.uncond)
+    key = (states, size, config.posterior, config.uncond, config.long_prompts)
     return ScoreInputs(
         backbone=backbone,
         config=config,
@@ -142,7 +150,7 @@ def encode_inputs(
         texts=known,
         text_rows=[known.index(text) for text in texts],
         embeds=embeds,
-        mask=token_mask(backbone, known, embeds.prompt_embeds.shape[1], config.token_mask),
+        mask=token_mask(backbone, known, embeds, config.token_mask, added=added),
         size=size,
         seed=seed,
         memory_key=key if remember else None,
@@ -150,9 +158,23 @@ def encode_inputs(
 
 
 def token_mask(
-    backbone: Backbone, texts: Sequence[str], length: int, kind: TokenMask
+    backbone: Backbone,
+    texts: Sequence[str],
+    embeds: PromptEmbeds,
+    kind: TokenMask,
+    *,
+    added: str | None = None,
 ) -> Bool[Tensor, "texts l"] | None:
     """Which tokens of each text count, as `ScorerConfig.token_mask` says; None is all.
+
+    Of a text in several windows the start and end tokens of each are its own.
+
+    Args:
+        backbone: Whose tokenizer counts.
+        texts: Prompts.
+        embeds: Of the texts.
+        kind: Which tokens.
+        added: A text whose attention nobody asked for: all of its tokens count.
 
     Raises:
         PromptError: A text without words where only words count.
@@ -160,18 +182,35 @@ def token_mask(
     if kind == "none":
         return None
     tokenizer: Any = backbone.tokenizer
-    ids = tokenizer(list(texts), truncation=False, verbose=False).input_ids
-    ends = torch.tensor([min(len(tokens), length) for tokens in ids])[:, None]
-    places = torch.arange(length)
-    if kind == "no_pad":
-        return (places < ends).to(backbone.device)
-    mask = (places > 0) & (places < ends - 1)
+    limit = tokenizer.model_max_length
+    ids = tokenizer(
+        list(texts), add_special_tokens=False, truncation=False, verbose=False
+    ).input_ids
+    mask = torch.zeros(len(texts), embeds.prompt_embeds.shape[1], dtype=torch.bool)
+    for row, (words, length) in enumerate(zip(ids, embeds.row_lengths(), strict=True)):
+        for window in range(length // limit):
+            count = min(max(len(words) - window * (limit - 2), 0), limit - 2)
+            first = window * limit
+            start, stop = (
+                (first + 1, first + 1 + count) if kind == "content" else (first, first + count + 2)
+            )
+            mask[row, start:stop] = True
+    if added is not None:
+        mask[texts.index(added)] = True
     if empty := [text for text, kept in zip(texts, mask, strict=True) if not kept.any()]:
         raise PromptError(
             f"text {empty[0]!r} has no words, and token_mask 'content' pools nothing else; leave "
             "it out, or use token_mask='no_pad'"
         )
     return mask.to(backbone.device)
+
+
+def tokens_present(embeds: PromptEmbeds) -> Bool[Tensor, "texts l"] | None:
+    """Which states are a text's own, where texts differ in that; None is all."""
+    if embeds.lengths is None:
+        return None
+    lengths = torch.tensor(embeds.lengths)[:, None]
+    return (torch.arange(embeds.prompt_embeds.shape[1]) < lengths).to(embeds.prompt_embeds.device)
 
 
 def in_batches(

@@ -124,9 +124,13 @@ class QueryBank:
         config, backbone = self.config, self.backbone
         every = [*listed, *config.reference_texts, *([""] if config.include_uncond else [])]
         embeds = prompts_of(
-            backbone, every, size=tuple(self._content["size"]), uncond=config.uncond
+            backbone,
+            every,
+            size=tuple(self._content["size"]),
+            uncond=config.uncond,
+            long_prompts=config.long_prompts,
         )
-        mask = token_mask(backbone, every, embeds.prompt_embeds.shape[1], config.token_mask)
+        mask = token_mask(backbone, every, embeds, config.token_mask)
         attentions = chosen_attentions(backbone, tuple(self._content["layers"]))
         mix = layer_mix(config.layer_weights, len(attentions))
         rows = []
@@ -273,6 +277,7 @@ def _add(
     pixel_values: Tensor,
     dtype: torch.dtype,
 ) -> None:
+    config = replace(config, token_mask="none")  # of texts, which come later
     inputs = encode_inputs(backbone, pixel_values, [""], config, seed=config.seed, use_cache=True)
     steps = config.steps
     places = [(picture, step) for picture in inputs.picture_rows for step in range(len(steps))]

@@ -11,10 +11,16 @@ from diffenc.attention import cross_attentions, match_layers
 from diffenc.attention_scores import Pooling, crossed_scores
 from diffenc.backbones.base import Backbone
 from diffenc.cache import TensorCache
-from diffenc.forward import read_late_queries
 from diffenc.memo import prompts_of
 from diffenc.prompts import PromptEmbeds
-from diffenc.scoring.inputs import ScoreInputs, check_finite, in_batches, pooling_of
+from diffenc.scoring.inputs import (
+    ScoreInputs,
+    check_finite,
+    in_batches,
+    pooling_of,
+    tokens_present,
+)
+from diffenc.scoring.passes import read_late_queries
 
 Step = tuple[int, int]
 Place = tuple[int, int]
@@ -160,7 +166,9 @@ def score_queries(
     scores = torch.zeros(*wanted.shape, mix.shape[1])
     for start in range(0, wanted.shape[1], _TEXTS_AT_ONCE):
         texts = torch.arange(start, min(start + _TEXTS_AT_ONCE, wanted.shape[1]))
-        states = embeds.select(start, start + len(texts)).to(device, dtype).prompt_embeds
+        part = embeds.select(start, start + len(texts)).to(device, dtype)
+        states, present = part.prompt_embeds, tokens_present(part)
+        counted = None if mask is None else mask[texts, : states.shape[1]]
         for layer, attn in enumerate(attentions.values()):
             with torch.no_grad():
                 keys = attn.to_k(states)
@@ -174,7 +182,12 @@ def score_queries(
                     pooling,
                     heads=attn.heads,
                     scale=attn.scale,
-                    mask=None if mask is None else mask[texts[kept]],
+                    mask=_rows(counted, kept),
+                    present=_rows(present, kept),
                 )
                 scores[row, texts[kept]] += values[0].cpu()[:, None] * mix[layer]
     return scores.masked_fill(~wanted[..., None], torch.nan)
+
+
+def _rows(mask: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if mask is None else mask[rows.to(mask.device)]

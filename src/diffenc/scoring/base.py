@@ -1,0 +1,179 @@
+"""What a scorer is beside its scores: loaded, saved, changed, moved, calibrated."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from diffenc.attention import match_layers
+from diffenc.attention_scores import layer_mix
+from diffenc.backbones import load_backbone
+from diffenc.backbones.base import Backbone
+from diffenc.cache import TensorCache
+from diffenc.images import Images
+from diffenc.prompts import match_batch
+from diffenc.scoring.calibration import References
+from diffenc.scoring.config import ScorerConfig, scorer_preset
+from diffenc.scoring.saved import is_saved_scorer, read_scorer, write_scorer
+
+_ROW_BYTES, _QUERY_BYTES = 16 * 2**20, 512 * 2**20
+
+
+class ConfiguredScorer(nn.Module):
+    """A backbone with a `ScorerConfig`, reference images and memories.
+
+    Attributes:
+        backbone: The model, a registered submodule.
+        config: What a score is.
+        use_cache: Remember latents, prompts and rows of frozen models that were computed before.
+        references: Reference images that `calibrate` was given.
+        rows: Memory of "exact" scores.
+        queries: Memory of "shared-query" scores.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        config: ScorerConfig | None = None,
+        *,
+        use_cache: bool = True,
+        references: References | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.config = config or ScorerConfig()
+        self.use_cache = use_cache
+        self.references = references
+        self.rows, self.queries = TensorCache(_ROW_BYTES), TensorCache(_QUERY_BYTES)
+        if self.config.attention:
+            layer_mix(self.config.layer_weights, len(self.layers))  # checks both
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: "str | os.PathLike[str] | Backbone",
+        *,
+        preset: str | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        use_cache: bool = True,
+        **options: Any,  # attributes of ScorerConfig, which checks their names
+    ) -> Self:
+        """Load a scorer.
+
+        Args:
+            name: An alias ("shapes", "sd1.5", "sd2.1-base", "sd2.1", "sdxl"), a Hub id, a diffusers
+                folder, a folder that `save_pretrained` wrote, or a `Backbone`.
+            preset: "calibrated", "paper", "discffusion" or "diffusion-classifier"; None is
+                "calibrated", or what was saved.
+            device: Where it runs.
+            dtype: Of U-Net and text encoder; scores are computed in float32 whatever it is.
+            use_cache: See the class.
+            options: Attributes of `ScorerConfig`, such as `mode`, `layers` or `timesteps`; they win
+                over a preset, and that over a saved config.
+
+        Raises:
+            BackboneError: The model is unknown, missing, incomplete or broken.
+            ConfigError: An option or a preset is unknown or not allowed.
+            TapError: A layer does not exist in this model.
+        """
+        values, references = scorer_preset(preset or "calibrated"), None
+        parts: dict[str, Any] = {}
+        if not isinstance(name, Backbone) and is_saved_scorer(name):
+            saved, name, parts, references = read_scorer(Path(name))
+            values = {**saved, **(scorer_preset(preset) if preset else {})}
+        config = ScorerConfig.from_dict({**values, **_plain(options)})
+        backbone = load_backbone(name, device=device, dtype=dtype, **parts)
+        return cls(backbone, config, use_cache=use_cache, references=references)
+
+    def save_pretrained(self, folder: "str | os.PathLike[str]") -> None:
+        """Write config, reference images and a reference to the backbone (not its weights).
+
+        Raises:
+            OutputError: The folder cannot be written.
+        """
+        write_scorer(Path(folder), self.backbone, self.config, self.references)
+
+    def with_options(self, *, preset: str | None = None, **options: Any) -> Self:
+        """Another scorer over the same backbone.
+
+        Args:
+            preset: What to begin with; None is this scorer's config.
+            options: Attributes of `ScorerConfig` that change.
+
+        Raises:
+            ConfigError: An option or a preset is unknown or not allowed.
+        """
+        values = self.config.to_dict() if preset is None else scorer_preset(preset)
+        config = ScorerConfig.from_dict({**values, **_plain(options)})
+        return type(self)(
+            self.backbone, config, use_cache=self.use_cache, references=self.references
+        )
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Cross-attentions that are scored by, in the order in which they run."""
+        if not self.config.attention:
+            return ()
+        return match_layers(self.backbone.unet, self.config.layers)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the U-Net is."""
+        return self.backbone.device
+
+    def clear_cache(self) -> None:
+        """Forget latents, prompts and rows; needed after writes through `.data`."""
+        self.backbone.clear_caches()
+        self.rows.clear()
+        self.queries.clear()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self.rows.clear()  # another device or dtype
+        self.queries.clear()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def calibrate(self, images: "Images | None", *, texts: Sequence[str] | None = None) -> None:
+        """Take reference images, whose mean score under a text is subtracted from that text's.
+
+        Any images do: the user's own, or those of a benchmark. References change what scores are
+        compared with, never their order among images of one text.
+
+        Args:
+            images: One or more; None goes back to no calibration.
+            texts: Reference texts, whose mean under an image is subtracted from that image's
+                scores; None leaves the config's.
+
+        Raises:
+            ImageError: A picture cannot be read.
+            PromptError: A reference text is no text.
+        """
+        backbone = self.backbone
+        changed: dict[str, Any] = {"calibration": None, "reference_digest": None}
+        self.references = None
+        if images is not None:
+            self.references = References.read(
+                images,
+                self.config,
+                default_size=backbone.default_size,
+                multiple=backbone.reduction,
+            )
+            digest = self.references.digest
+            changed = {"calibration": "given", "reference_digest": digest}
+        if texts is not None:
+            changed["reference_texts"] = tuple(match_batch(list(texts), len(texts)))
+        self.config = replace(self.config, **changed)
+
+
+def _plain(options: dict[str, Any]) -> dict[str, Any]:
+    """Options as ScorerConfig wants them: sequences as tuples, one layer as a tuple of one."""
+    plain = {k: tuple(v) if isinstance(v, (list, range)) else v for k, v in options.items()}
+    layers = plain.get("layers")
+    if isinstance(layers, str) and layers not in ("all", "discffusion"):
+        plain["layers"] = (layers,)
+    return plain

@@ -1,0 +1,94 @@
+"""Passes of the U-Net that scores are made of: attention statistics, predicted noise, queries."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from diffenc.attention_scores import Pooling, read_queries, read_scores
+from diffenc.backbones.base import Backbone
+from diffenc.forward import call_unet, check_whole
+from diffenc.noise import to_noise
+from diffenc.prompts import PromptEmbeds
+
+
+def read_statistics(
+    backbone: Backbone,
+    noisy_latents: Float[Tensor, "rows c h w"],
+    timesteps: Int[Tensor, " rows"],
+    prompt_embeds: PromptEmbeds,
+    attentions: Mapping[str, Any],
+    pooling: Pooling,
+    *,
+    mask: Bool[Tensor, "rows l"] | None = None,
+    predict: bool,
+) -> tuple[Float[Tensor, "rows layers"] | None, Float[Tensor, "rows c h w"] | None]:
+    """Read what scores are made of, with one call of the U-Net for all rows.
+
+    Args:
+        backbone: Whose U-Net is called, in its dtype and on its device.
+        noisy_latents: Each at the noise level of its timestep.
+        timesteps: Scheduler steps.
+        prompt_embeds: One row each.
+        attentions: The cross-attentions to score by; none is allowed.
+        pooling: What becomes of their products.
+        mask: Tokens that count, per row; None is all.
+        predict: Whether the noise is predicted too; otherwise the pass ends at the last attention.
+
+    Returns:
+        Attention scores per layer, and the predicted noise, in float32; None where not asked for.
+
+    Raises:
+        TapError: A layer did not run.
+        ConfigError: A U-Net that predicts no noise, see `diffenc.forward.predict_noise`.
+    """
+    if predict:
+        check_whole(backbone)
+    output: list[Tensor] = []
+
+    def call() -> None:
+        output[:] = call_unet(backbone, noisy_latents, timesteps, prompt_embeds)
+
+    scores = None
+    with backbone.lock, torch.no_grad():
+        if attentions:
+            scores = read_scores(attentions, pooling, call, mask=mask, early_exit=not predict)
+        else:
+            call()
+    if not predict:
+        return scores, None
+    noise = to_noise(
+        backbone.scheduler,
+        backbone.prediction_type,
+        output[0].float(),
+        noisy_latents,
+        timesteps,
+    )
+    return scores, noise
+
+
+def read_late_queries(
+    backbone: Backbone,
+    noisy_latents: Float[Tensor, "rows c h w"],
+    timesteps: Int[Tensor, " rows"],
+    prompt_embeds: PromptEmbeds,
+    attentions: Mapping[str, Any],
+) -> dict[str, Float[Tensor, "rows _n _c"]]:
+    """Queries of cross-attentions, with one call of the U-Net that ends at the last of them.
+
+    Args:
+        backbone: Whose U-Net is called, in its dtype and on its device.
+        noisy_latents: Each at the noise level of its timestep.
+        timesteps: Scheduler steps.
+        prompt_embeds: One row for all, or one each.
+        attentions: The layers.
+
+    Raises:
+        TapError: A layer did not run.
+    """
+    call = partial(call_unet, backbone, noisy_latents, timesteps, prompt_embeds)
+    with backbone.lock, torch.no_grad():
+        return read_queries(attentions, call)
