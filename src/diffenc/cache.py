@@ -4,7 +4,9 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 Entry = tuple[Tensor, ...]
@@ -74,10 +76,10 @@ def content_key(values: Tensor) -> bytes:
 def state_key(module: nn.Module) -> Hashable | None:
     """What a frozen module's results depend on beside its input, or None if it is not frozen.
 
-    It changes with the device, the dtype and every in-place write that autograd counts (optimizer
-    steps, `load_state_dict`). Writes through `.data` are not seen: clear the cache after them.
-    None means that nothing may be cached: the module is in training mode or has a parameter that
-    requires a gradient.
+    It changes with the device, the dtype, autocast, the LoRA adapter in use, and every in-place
+    write that autograd counts (optimizer steps, `load_state_dict`). Writes through `.data` are not
+    seen: clear the cache after them. None means that nothing may be cached: the module is in
+    training mode or has a parameter that requires a gradient.
     """
     writes = 0
     first = None
@@ -88,4 +90,21 @@ def state_key(module: nn.Module) -> Hashable | None:
         writes += parameter._version
     if module.training or first is None:
         return None
-    return str(first.device), str(first.dtype), writes
+    return str(first.device), str(first.dtype), writes, _autocast(first.device), _adapters(module)
+
+
+def _autocast(device: torch.device) -> str | None:
+    """The dtype that autocast computes in, or None outside of it."""
+    kind = device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return str(torch.get_autocast_dtype(kind))
+
+
+def _adapters(module: nn.Module) -> tuple[Hashable, ...]:
+    """Per layer of peft's: which adapters are on, and which are merged into the weights."""
+    layers: Any = (layer for layer in module.modules() if "lora_A" in layer._modules)
+    return tuple(
+        (layer._disable_adapters, tuple(layer.active_adapters), tuple(layer.merged_adapters))
+        for layer in layers
+    )

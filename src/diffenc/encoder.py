@@ -1,41 +1,57 @@
 """A diffusion U-Net as a vision encoder that reads the question."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args, overload
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffenc._typing import Conditioning
 from diffenc.backbones import Architecture, TapInfo, describe, load_backbone
 from diffenc.backbones.base import Backbone
 from diffenc.backbones.presets import preset_options
 from diffenc.backbones.taps import LATENTS
+from diffenc.backbones.writing import write_folder
 from diffenc.config import EncoderConfig, check_choice
 from diffenc.errors import ConfigError
 from diffenc.features import Features, check_guidance
 from diffenc.forward import compile_taps
 from diffenc.halves import read_halves
-from diffenc.images import Images, image_sizes, to_pixel_values
+from diffenc.images import Images, as_list, image_sizes, to_pixel_values
+from diffenc.lora import is_merged
 from diffenc.maps import middle_grid
 from diffenc.memo import image_keys, posterior_of, prompts_of
 from diffenc.prompts import PromptEmbeds, match_batch
-from diffenc.saved import is_saved, merge_parts, read_config, write_config
+from diffenc.saved import (
+    BACKBONE_FOLDER,
+    CAPTIONER_FOLDER,
+    LORA_FOLDER,
+    Contents,
+    begin,
+    is_saved,
+    merge_parts,
+    read_config,
+    write_config,
+)
+from diffenc.trainable import TrainableParts
 
 
-class DiffusionEncoder(nn.Module):
+class DiffusionEncoder(TrainableParts):
     """Text-conditioned visual features from the U-Net of a text-to-image model.
 
     Images are encoded by the VAE, noised, and passed once through the U-Net under the prompt;
     nothing is generated. The backbone is a registered submodule: `.to()`, `.half()` and
-    `state_dict` reach it.
+    `state_dict` reach it. It is frozen; `add_lora` and `add_captioner` add what trains.
 
     Attributes:
         backbone: The model.
         config: What is read from it.
+        captioner: The implicit captioner, or None.
+        clip: The frozen CLIP that it listens to, or None.
         use_cache: Remember latents, prompts and unconditional features of frozen parts, so that
             a second question about an image costs one conditional pass.
 
@@ -82,6 +98,8 @@ class DiffusionEncoder(nn.Module):
         text_encoder_2: Any = None,
         tokenizer: Any = None,
         tokenizer_2: Any = None,
+        clip: Any = None,
+        trainable: bool = False,
         **options: Any,  # attributes of EncoderConfig, which checks their names
     ) -> "DiffusionEncoder":
         """Load an encoder.
@@ -107,6 +125,8 @@ class DiffusionEncoder(nn.Module):
             text_encoder_2: SDXL's second.
             tokenizer: Of the text encoder; a single file may need it.
             tokenizer_2: SDXL's second.
+            clip: Of a saved captioner, see `add_captioner`; None is the one that it names.
+            trainable: Whether the saved adapter in use and the saved captioner go on training.
             options: Attributes of `EncoderConfig`, such as `taps`, `timestep` or `size`; they win
                 over a preset, and that over a saved config.
 
@@ -125,11 +145,18 @@ class DiffusionEncoder(nn.Module):
             "tokenizer": tokenizer,
             "tokenizer_2": tokenizer_2,
         }
-        config = EncoderConfig()
+        config, contents, folder = EncoderConfig(), None, Path()
         if not isinstance(name, Backbone) and is_saved(name):
             folder = Path(name)
-            config, name, saved = read_config(folder)
-            parts.update(merge_parts(saved, parts, folder))
+            config, contents = read_config(folder)
+            name = folder / BACKBONE_FOLDER if contents.included else contents.backbone
+            parts.update(merge_parts(_resolved(contents.parts, folder), parts, folder))
+            truncate = truncate or contents.truncated
+        if clip is not None and not (contents and contents.captioner):
+            raise ConfigError(
+                f"clip= is for the captioner of a saved encoder, and {name} holds none; call "
+                "add_captioner(clip) afterwards"
+            )
         if isinstance(options.get("taps"), str):
             options["taps"] = (options["taps"],)
         if isinstance(name, Backbone) and truncate:
@@ -152,17 +179,65 @@ class DiffusionEncoder(nn.Module):
             channels_last=channels_last,
             **parts,
         )
-        return cls(backbone, config, use_cache=use_cache)
+        encoder = cls(backbone, config, use_cache=use_cache)
+        if contents is not None:
+            encoder._restore(folder, contents, clip=clip, trainable=trainable)
+        return encoder
 
-    def save_pretrained(self, folder: "str | os.PathLike[str]") -> None:
-        """Write the config and a reference to the backbone (not its weights) to a folder.
+    def _restore(self, folder: Path, contents: Contents, *, clip: Any, trainable: bool) -> None:
+        for name in contents.lora:
+            self.load_lora(folder / LORA_FOLDER / name, name=name)
+        if contents.lora:
+            self.set_lora(contents.active_lora, trainable=trainable and not contents.merged)
+        if contents.merged:
+            self.merge_lora()
+        if contents.captioner:
+            self.load_captioner(folder / CAPTIONER_FOLDER, clip=clip, trainable=trainable)
 
-        Parts that were given as paths are found again; those given as objects are asked for.
+    def save_pretrained(
+        self, folder: "str | os.PathLike[str]", *, include_backbone: bool = False
+    ) -> None:
+        """Write the config, every adapter, the captioner, and a reference to the backbone.
+
+        Parts that were given as paths are found again; those given as objects are asked for, as is
+        a captioner's CLIP that has no name. A folder that was not written to the end is refused
+        when it is read.
+
+        Args:
+            folder: See `diffenc.saved` for what lies where.
+            include_backbone: Write the backbone's weights too, in its dtype, as a diffusers folder;
+                the result needs nothing else, but for a captioner's CLIP.
 
         Raises:
             OutputError: The folder cannot be written.
         """
-        write_config(Path(folder), self.backbone, self.config)
+        target, backbone, config = Path(folder), self.backbone, self.config
+        begin(target)
+        for name in self.lora_names:
+            self.save_lora(target / LORA_FOLDER / name, name=name)
+        if self.captioner is not None:
+            self.captioner.save_pretrained(target / CAPTIONER_FOLDER, clip=self.clip)
+        parts = backbone.given
+        if include_backbone:
+            write_folder(backbone, target / BACKBONE_FOLDER)
+            parts = _included_parts(backbone)
+            # The folder does not know what an alias reads by default.
+            config = replace(
+                config,
+                taps=tuple(tap.name for tap in self._taps),
+                size=config.size or backbone.default_size,
+            )
+        contents = Contents(
+            backbone=backbone.name,
+            parts=parts,
+            included=include_backbone,
+            truncated=include_backbone and backbone.truncated,
+            lora=self.lora_names,
+            active_lora=self.active_lora,
+            merged=is_merged(backbone.unet),
+            captioner=self.captioner is not None,
+        )
+        write_config(target, config, contents)
 
     @property
     def feature_info(self) -> tuple[TapInfo, ...]:
@@ -194,18 +269,15 @@ class DiffusionEncoder(nn.Module):
         """Compile the U-Net up to the last tap, without graph breaks.
 
         The first call of each batch and image size compiles, and takes minutes for a real model.
-        Features stay within the dtype's rounding of the eager ones. Compile again after adding or
-        removing LoRA.
+        Features stay within the dtype's rounding of the eager ones. Where `add_lora` or `load_lora`
+        puts new layers in, this is done again with the same options.
 
         Args:
             options: Of `torch.compile`, such as `mode` and `dynamic`.
         """
         names = [tap.name for tap in self._taps if tap.name != LATENTS]
         compile_taps(self.backbone, names, **options)
-
-    def clear_cache(self) -> None:
-        """Forget latents, prompts and features; needed after writes through `.data`."""
-        self.backbone.clear_caches()
+        self._compile_options = options
 
     def forward(
         self, images: Images, prompts: str | Sequence[str] | PromptEmbeds | None = None
@@ -251,10 +323,10 @@ class DiffusionEncoder(nn.Module):
         Args:
             images: One or several pictures of any kind, see `diffenc.images.to_pixel_values`.
             prompts: One text for all images or one for each, or texts encoded before; None is
-                unconditional.
+                unconditional, or the captioner's tokens alone where there is a captioner.
             conditioning: "uncond" and "cond" run the U-Net once per image, "cfg" and "concat"
                 run both halves in one fused call; None takes the config's, which is "cond" with
-                prompts and "uncond" without.
+                prompts or a captioner and "uncond" without.
             guidance_scale: s of f_u + s (f_c - f_u), for "cfg"; None takes the config's.
             output: "features" is a mapping by tap; "list" gives the maps alone, from fine to
                 coarse, as timm's `features_only` and heads for several scales have it.
@@ -279,6 +351,7 @@ class DiffusionEncoder(nn.Module):
         conditioning = self._conditioning(conditioning, prompts)
         check_guidance(guidance_scale, conditioning)
         config, backbone = self.config, self.backbone
+        images = as_list(images)
         pixel_values = to_pixel_values(
             images,
             size=config.size or backbone.default_size,
@@ -295,8 +368,8 @@ class DiffusionEncoder(nn.Module):
                 backbone, [""], size=size, uncond=config.uncond, use_cache=self.use_cache
             ).rows(batch)
         if conditioning != "uncond":
-            assert prompts is not None
-            cond = self._embed(prompts, batch, size)
+            cond = self._embed("" if prompts is None else prompts, batch, size)
+            cond = self.caption(images, cond)
         sizes = self._original_sizes(images, batch)
         if sizes is not None:
             uncond = uncond and uncond.with_original_sizes(sizes)
@@ -330,6 +403,8 @@ class DiffusionEncoder(nn.Module):
 
     def _conditioning(self, wanted: Conditioning | None, prompts: object) -> Conditioning:
         unprompted = prompts is None or (isinstance(prompts, str) and prompts == "")
+        if self.captioner is not None:
+            unprompted, prompts = False, ""
         chosen = wanted or self.config.conditioning or ("uncond" if unprompted else "cond")
         check_choice("conditioning", chosen, get_args(Conditioning))
         if prompts is None and chosen != "uncond":
@@ -350,3 +425,16 @@ class DiffusionEncoder(nn.Module):
             long_prompts=self.config.long_prompts,
             use_cache=self.use_cache,
         ).rows(batch)
+
+
+_TINY_VAE = f"{BACKBONE_FOLDER}/vae"
+
+
+def _included_parts(backbone: Backbone) -> dict[str, str | None]:
+    """Parts of an included backbone that its folder alone does not lead to."""
+    vae: Any = backbone.vae
+    return {"vae": _TINY_VAE} if type(vae).__name__ == "AutoencoderTiny" else {}
+
+
+def _resolved(parts: Mapping[str, str | None], folder: Path) -> dict[str, str | None]:
+    return {name: str(folder / part) if part == _TINY_VAE else part for name, part in parts.items()}

@@ -4,9 +4,12 @@ Adapters are named; several live in one U-Net. Under a half-precision U-Net thei
 float32: in float16 they do not survive training.
 """
 
+import copy
+import json
+import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +25,8 @@ from diffenc.errors import BackboneError, ConfigError, OutputError, near_matches
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 """The linear layers of a cross-attention, all of which are adapted by default."""
 _PEFT_WEIGHTS, _DIFFUSERS_WEIGHTS = "adapter_model.safetensors", "pytorch_lora_weights.safetensors"
+_PEFT_CONFIG, _ORIGIN = "adapter_config.json", "diffenc.json"
+_OTHER = 0.02
 _PEFT_PREFIX = "base_model.model."
 
 
@@ -59,7 +64,12 @@ class LoraOptions:
 
 
 def add_lora(
-    unet: nn.Module, attentions: Sequence[str], options: LoraOptions, *, name: str = "default"
+    unet: nn.Module,
+    attentions: Sequence[str],
+    options: LoraOptions,
+    *,
+    name: str = "default",
+    only: Collection[str] | None = None,
 ) -> None:
     """Add an adapter that changes nothing until it is trained, and make it the active one.
 
@@ -71,23 +81,26 @@ def add_lora(
             `diffenc.attention.cross_attention_layers`.
         options: Rank, scale, dropout and projections.
         name: Of the adapter.
+        only: Paths of the projections that may be adapted; None is all of them.
 
     Raises:
-        ConfigError: The name is taken or cannot be one, or no cross-attention was given.
+        ConfigError: The name is taken or cannot be one, or nothing is left to adapt.
     """
     from peft import LoraConfig
 
     _check_free(unet, name)
-    if not attentions:
+    every = [f"{path}.{part}" for path in attentions for part in options.projections]
+    targets = [path for path in every if only is None or path in only]
+    if not targets:
         raise ConfigError(
-            "no cross-attention runs before the last tap, so there is nothing to adapt; read a "
-            "later tap"
+            f"the taps depend on no {' or '.join(options.projections)} of a cross-attention, so "
+            "there is nothing to adapt; read a later tap"
         )
     config = LoraConfig(
         r=options.rank,
         lora_alpha=options.alpha or options.rank,  # type: ignore[arg-type]  # floats work
         lora_dropout=options.dropout,
-        target_modules=[f"{path}.{part}" for path in attentions for part in options.projections],
+        target_modules=targets,
     )
     _inject(unet, config, name, trainable=True)
     set_lora(unet, name)
@@ -106,6 +119,7 @@ def set_lora(unet: nn.Module, name: str | None) -> None:
     """
     if name is not None:
         require_lora(unet, name)
+    unmerge_lora(unet)
     for layer in _layers(unet):
         if name is not None and name in layer.lora_A:
             required = {p: p.requires_grad for p in layer.parameters()}
@@ -115,6 +129,15 @@ def set_lora(unet: nn.Module, name: str | None) -> None:
                 parameter.requires_grad_(state)
         else:
             layer._disable_adapters = True
+
+
+def active_lora(unet: nn.Module) -> str | None:
+    """Name of the adapter in use, or None."""
+    for layer in _layers(unet):
+        if not layer._disable_adapters:
+            name: str = layer.active_adapters[0]
+            return name
+    return None
 
 
 def require_lora(unet: nn.Module, name: str) -> None:
@@ -141,17 +164,49 @@ def lora_disabled(unet: nn.Module) -> Iterator[None]:
 
 
 def merge_lora(unet: nn.Module) -> None:
-    """Add the active adapter to the weights, so that it costs nothing; `unmerge_lora` undoes it."""
+    """Add the active adapter to the weights, so that it costs nothing; `unmerge_lora` undoes it.
+
+    The weights as they were are kept beside: taking the sum apart again would round in half
+    precision. While merged, the adapter gets no gradient.
+    """
     for layer in _layers(unet):
-        if not layer._disable_adapters:
-            layer.merge(safe_merge=True)
+        if not layer._disable_adapters and not layer.merged:
+            plain = layer.get_base_layer().weight.data
+            layer.merge(safe_merge=True)  # into a copy
+            layer._unmerged_weight = plain
 
 
 def unmerge_lora(unet: nn.Module) -> None:
-    """Take merged adapters out of the weights again, up to rounding."""
+    """Put the weights back as they were before `merge_lora`."""
     for layer in _layers(unet):
-        if layer.merged:
+        if not layer.merged:
+            continue
+        plain = layer.__dict__.pop("_unmerged_weight", None)
+        if plain is None:  # merged by peft itself
             layer.unmerge()
+        else:
+            weight = layer.get_base_layer().weight
+            weight.data = plain.to(weight.device, weight.dtype)
+            layer.merged_adapters.clear()
+
+
+def is_merged(unet: nn.Module) -> bool:
+    """Whether an adapter is part of the weights now."""
+    return any(layer.merged for layer in _layers(unet))
+
+
+def plain_state(module: nn.Module) -> dict[str, Tensor]:
+    """The state of a module as if it had no adapter, merged ones taken out; on the CPU."""
+    taken_out = {
+        f"{path}.base_layer.weight": layer._unmerged_weight
+        for path, layer in module.named_modules()
+        if "_unmerged_weight" in layer.__dict__
+    }
+    return {
+        path.replace(".base_layer.", "."): taken_out.get(path, value).detach().cpu().contiguous()
+        for path, value in module.state_dict().items()
+        if ".lora_" not in path
+    }
 
 
 def lora_parameters(unet: nn.Module, name: str) -> dict[str, nn.Parameter]:
@@ -176,37 +231,87 @@ def keep_precise(unet: nn.Module) -> None:
                 parameter.data = parameter.data.float()
 
 
-def save_lora(unet: nn.Module, folder: "str | os.PathLike[str]", *, name: str = "default") -> None:
+def fingerprint(unet: nn.Module) -> list[float]:
+    """Numbers by which a U-Net is known again: of weights that no adapter changes.
+
+    Size and one projection of each, in units in which rounding to half precision moves them by
+    about 0.001, and other weights by more than `_OTHER`.
+    """
+    found = []
+    for path in ("conv_in", "time_embedding.linear_1", "down_blocks.0.resnets.0.conv1"):
+        weight: Any = unet.get_submodule(path).weight
+        values = weight.detach().cpu().double().flatten()
+        pattern = torch.cos(torch.arange(values.numel(), dtype=torch.float64))
+        size, unit = float(values.norm()), math.sqrt(values.numel())
+        along = float(values @ pattern) / (size * float(pattern.norm()) or 1.0)
+        found += [unit * math.log(size or 1.0), unit * along]
+    return found
+
+
+def save_lora(
+    unet: nn.Module,
+    folder: "str | os.PathLike[str]",
+    *,
+    name: str = "default",
+    origin: Mapping[str, Any] | None = None,
+) -> None:
     """Write an adapter twice: in peft's own layout, and keyed for diffusers.
 
     `PeftModel.from_pretrained(unet, folder)` reads the first, `pipe.load_lora_weights(folder)` the
     second, in which the scale alpha / rank is multiplied into the weights.
 
+    Args:
+        unet: A U-Net with the adapter.
+        folder: Made where it does not exist.
+        name: Of the adapter.
+        origin: What else `read_origin` shall tell: plain values, such as the backbone's name.
+
     Raises:
         ConfigError: There is no such adapter.
         OutputError: The folder cannot be written.
     """
-    state = {
+    weights = {
         path.replace(f".{name}.", ".", 1): parameter.detach().cpu().contiguous()
         for path, parameter in lora_parameters(unet, name).items()
     }
-    config: Any = unet.peft_config[name]  # type: ignore[index]
-    scale = config.lora_alpha / config.r
-    peft = {f"{_PEFT_PREFIX}{path}": value for path, value in state.items()}
+    targets = sorted({path.partition(".lora_")[0] for path in weights})
+    scales = {path: _get(unet, path).scaling[name] for path in targets}
+    peft = {f"{_PEFT_PREFIX}{path}": value for path, value in weights.items()}
     diffusers = {
-        f"unet.{path}": value * scale if ".lora_B." in path else value
-        for path, value in state.items()
+        f"unet.{path}": value * scales[path.partition(".lora_")[0]] if ".lora_B." in path else value
+        for path, value in weights.items()
     }
+    config: Any = copy.copy(unet.peft_config[name])  # type: ignore[index]
+    # peft shortens paths to endings that are unique in this very model, and not in a longer one.
+    config.target_modules = targets
+    told = {**(origin or {}), "fingerprint": fingerprint(unet)}
     target = Path(folder)
     try:
         target.mkdir(parents=True, exist_ok=True)
+        (target / _PEFT_CONFIG).unlink(missing_ok=True)  # written last: without it nothing is read
         for file, content in ((_PEFT_WEIGHTS, peft), (_DIFFUSERS_WEIGHTS, diffusers)):
             partial = target / f"{file}.partial"
             save_file(content, partial, metadata={"format": "pt"})
             partial.replace(target / file)
+        (target / _ORIGIN).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
         config.save_pretrained(str(target))
     except (OSError, SafetensorError) as error:
         raise OutputError(f"cannot write {target}: {error}") from error
+
+
+def read_origin(folder: "str | os.PathLike[str]") -> dict[str, Any]:
+    """What `save_lora` noted beside an adapter; empty for one of peft's own.
+
+    Raises:
+        BackboneError: The note is broken.
+    """
+    path = Path(folder) / _ORIGIN
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise BackboneError(f"{path} is broken: {error}") from error
 
 
 def load_lora(
@@ -215,38 +320,73 @@ def load_lora(
     *,
     name: str = "default",
     trainable: bool = False,
+    only: Collection[str] | None = None,
 ) -> None:
     """Read an adapter that `save_lora`, or peft, wrote, and make it the active one.
 
     Args:
-        unet: A `UNet2DConditionModel`.
+        unet: A `UNet2DConditionModel`; it is left as it is where the adapter is refused.
         folder: With `adapter_config.json` and `adapter_model.safetensors`.
         name: Under which it is known from now on.
         trainable: Whether its weights require a gradient.
+        only: Paths of the projections that may be adapted; None is all of them.
 
     Raises:
         BackboneError: The folder holds no whole adapter, or one for another U-Net.
         ConfigError: The name is taken or cannot be one.
     """
-    from peft import LoraConfig
-
     source = Path(folder)
     _check_free(unet, name)
-    try:
-        config = LoraConfig.from_pretrained(str(source))
-        state = load_file(source / _PEFT_WEIGHTS)
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    config, weights = _read(source)
+    targets = _require_fitting(unet, weights, config.r, source)
+    _require_own(unet, source)
+    if unused := sorted(path for path in targets if only is not None and path not in only):
         raise BackboneError(
-            f"{source} holds no LoRA adapter (adapter_config.json and {_PEFT_WEIGHTS}): {error}"
-        ) from error
-    weights = {path.removeprefix(_PEFT_PREFIX): value for path, value in state.items()}
-    _require_fitting(unet, weights, source)
+            f"{source} is an adapter for other taps: {unused[0]} and {len(unused) - 1} more of its "
+            "layers have no effect on the features that are read here; read the taps that it was "
+            "trained with, or later ones"
+        )
+    config.target_modules = targets
     _inject(unet, config, name, trainable=trainable)
     own = lora_parameters(unet, name)
     with torch.no_grad():
         for path, parameter in own.items():
             parameter.copy_(weights[path.replace(f".{name}.", ".", 1)])
     set_lora(unet, name)
+
+
+def _read(source: Path) -> tuple[Any, dict[str, Tensor]]:
+    from peft import LoraConfig
+
+    try:
+        config = LoraConfig.from_pretrained(str(source))
+        state = load_file(source / _PEFT_WEIGHTS)
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise BackboneError(
+            f"{source} holds no LoRA adapter ({_PEFT_CONFIG} and {_PEFT_WEIGHTS}): {error}"
+        ) from error
+    if not isinstance(config, LoraConfig):
+        raise BackboneError(f"{source} holds a {config.peft_type} adapter; diffenc reads LoRA")
+    extras = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern")
+    if more := [extra for extra in extras if getattr(config, extra, None)]:
+        raise BackboneError(
+            f"{source} is no plain LoRA adapter: it has {', '.join(more)}; diffenc reads adapters "
+            "of one rank, without more"
+        )
+    return config, {path.removeprefix(_PEFT_PREFIX): value for path, value in state.items()}
+
+
+def _require_own(unet: nn.Module, source: Path) -> None:
+    """Raise unless the adapter was trained in this U-Net, or nothing is known about that."""
+    origin = read_origin(source)
+    known, own = origin.get("fingerprint", []), fingerprint(unet)
+    if known and (
+        len(known) != len(own) or any(abs(a - b) > _OTHER for a, b in zip(known, own, strict=True))
+    ):
+        raise BackboneError(
+            f"{source} is an adapter for another backbone, {origin.get('backbone', 'unknown')!r}: "
+            "its U-Net has other weights; load that one"
+        )
 
 
 def _inject(unet: nn.Module, config: Any, name: str, *, trainable: bool) -> None:
@@ -258,7 +398,9 @@ def _inject(unet: nn.Module, config: Any, name: str, *, trainable: bool) -> None
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are wanted
         inject_adapter_in_model(config, unet, adapter_name=name)
     unet.requires_grad_(False)
-    keep_precise(unet)
+    unet.train(unet.training)  # new dropout layers begin in training mode
+    for parameter in lora_parameters(unet, name).values():
+        parameter.data = parameter.data.float()
     for parameter in (*trained, *(lora_parameters(unet, name).values() if trainable else ())):
         parameter.requires_grad_(True)
 
@@ -273,24 +415,38 @@ def _check_free(unet: nn.Module, name: str) -> None:
         )
 
 
-def _require_fitting(unet: nn.Module, weights: Mapping[str, Tensor], source: Path) -> None:
+def _require_fitting(
+    unet: nn.Module, weights: Mapping[str, Tensor], rank: int, source: Path
+) -> list[str]:
+    """Paths of the linear layers that the weights are for, once all of them fit."""
+    targets = sorted({path.partition(".lora_")[0] for path in weights})
     modules = dict(unet.named_modules())
-    for path, value in weights.items():
-        target, kind, _ = path.rpartition(".lora_")
+    for target in targets:
         module: Any = modules.get(target)
-        if not kind or module is None or not hasattr(module, "in_features"):
+        if not hasattr(module, "in_features"):
             raise BackboneError(
                 f"{source} is an adapter for another model, or for one cut behind later taps: "
-                f"this U-Net has no linear layer {target or path!r}"
+                f"this U-Net has no linear layer {target!r}"
             )
-        down = "lora_A" in path
-        wants = module.in_features if down else module.out_features
-        has = value.shape[1] if down else value.shape[0]
-        if wants != has:
-            raise BackboneError(
-                f"{source} is an adapter for another model: {target} has {wants} "
-                f"{'inputs' if down else 'outputs'} here and {has} there"
-            )
+        sizes = {"A": (rank, module.in_features), "B": (module.out_features, rank)}
+        for part, wants in sizes.items():
+            value = weights.get(f"{target}.lora_{part}.weight")
+            if value is None:
+                raise BackboneError(f"{source} is incomplete: it lacks lora_{part} of {target}")
+            if tuple(value.shape) != wants:
+                raise BackboneError(
+                    f"{source} is an adapter for another model: lora_{part} of {target} must be "
+                    f"{wants} here and is {tuple(value.shape)}"
+                )
+    if not targets or len(weights) != 2 * len(targets):
+        raise BackboneError(
+            f"{source} holds {len(weights)} tensors for {len(targets)} layers; LoRA has two each"
+        )
+    return targets
+
+
+def _get(unet: nn.Module, path: str) -> Any:
+    return unet.get_submodule(path)
 
 
 def _layers(unet: nn.Module) -> Iterator[Any]:

@@ -1,6 +1,7 @@
 """Latents and prompt embeddings of a backbone, computed once for each image and each text."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -8,7 +9,8 @@ from torch import Tensor
 
 from diffenc._typing import LongPrompts, Uncond
 from diffenc.backbones.base import Backbone
-from diffenc.cache import content_key, state_key
+from diffenc.cache import TensorCache, content_key, state_key
+from diffenc.captioner import ClipEmbedder
 from diffenc.latents import encode_posterior
 from diffenc.prompts import PromptEmbeds
 
@@ -103,3 +105,34 @@ def prompts_of(
         for text in missing:
             cache.put(keys[text], known[text].pack())
     return PromptEmbeds.concat([known[text] for text in texts])
+
+
+def image_embeds_of(
+    clip: ClipEmbedder,
+    pixel_values: Float[Tensor, "b 3 size size"],
+    *,
+    cache: TensorCache | None,
+) -> Float[Tensor, "b c"]:
+    """CLIP's embedding of pictures; it runs only for those that it has not seen.
+
+    Args:
+        clip: A frozen CLIP; a graph is built only where a gradient flows into the pictures, or
+            something in it was unfrozen.
+        pixel_values: RGB in [-1, 1], of its size.
+        cache: Where embeddings are kept; None keeps nothing.
+    """
+    keys = None if cache is None else image_keys(pixel_values)
+    state = None if keys is None else state_key(clip)
+    trained = pixel_values.requires_grad or any(p.requires_grad for p in clip.parameters())
+    with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
+        if cache is None or keys is None or state is None:
+            return cast(Tensor, clip(pixel_values))
+        full = [(state, key) for key in keys]
+        known = {key: entry for key in dict.fromkeys(full) if (entry := cache.get(key))}
+        rows = {key: row for row, key in enumerate(full) if key not in known}
+        if rows:
+            fresh = clip(pixel_values[list(rows.values())]).detach()
+            for key, embeds in zip(rows, fresh, strict=True):
+                known[key] = (embeds.clone(),)
+                cache.put(key, known[key])
+        return torch.stack([known[key][0] for key in full])

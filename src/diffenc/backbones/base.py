@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from diffenc._typing import LongPrompts, Uncond
@@ -215,6 +216,22 @@ class Backbone(nn.Module):
             long_prompts: What exceeds the encoder's limit is cut and counted ("truncate"), or
                 encoded in windows that stand side by side ("chunk"); SDXL's pooled text is the
                 first window's.
+        """
+
+    @abstractmethod
+    def embed_ids(
+        self,
+        input_ids: Int[Tensor, "b l"],
+        attention_mask: Int[Tensor, "b l"],
+        *,
+        size: tuple[int, int],
+    ) -> PromptEmbeds:
+        """Encode texts that were tokenized before, one row each; see `embed`.
+
+        Args:
+            input_ids: Of the (first) tokenizer, padded to its limit.
+            attention_mask: 1 for a text's own tokens, 0 for padding.
+            size: As for `embed`.
         """
 
     def embed_uncond(self, rule: Uncond | None, *, size: tuple[int, int]) -> PromptEmbeds:

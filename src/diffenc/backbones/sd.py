@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+from jaxtyping import Int
+from torch import Tensor
+
 from diffenc._typing import LongPrompts
 from diffenc.backbones.base import Backbone, check_text, grad_where_trained
 from diffenc.prompts import (
@@ -68,8 +71,21 @@ class StableDiffusion(Backbone):
             ids = tokenize_windows(self.tokenizer, texts, counts)
         else:
             ids, cuts = tokenize(self.tokenizer, texts)
+        rows, lengths = join_windows(self._states(ids), counts)
+        return PromptEmbeds(rows, truncated=cuts, lengths=lengths)
+
+    def embed_ids(
+        self,
+        input_ids: Int[Tensor, "b l"],
+        attention_mask: Int[Tensor, "b l"],
+        *,
+        size: tuple[int, int],
+    ) -> PromptEmbeds:
+        """Encode tokenized texts, one row each; see `Backbone.embed_ids`."""
+        return PromptEmbeds(self._states(input_ids), truncated=(0,) * len(input_ids))
+
+    def _states(self, ids: Tensor) -> Tensor:
         device = next(self.text_encoder.parameters()).device
         with grad_where_trained(self.text_encoder):
-            states = self.text_encoder(ids.to(device)).last_hidden_state
-        rows, lengths = join_windows(states, counts)
-        return PromptEmbeds(rows, truncated=cuts, lengths=lengths)
+            states: Tensor = self.text_encoder(ids.to(device)).last_hidden_state
+        return states

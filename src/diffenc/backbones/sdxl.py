@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from diffenc._typing import LongPrompts
@@ -83,6 +84,30 @@ class StableDiffusionXL(Backbone):
         else:
             encoded = [tokenize(each, texts) for each in tokenizers]
             ids, cuts = [part[0] for part in encoded], [part[1] for part in encoded]
+        cut = cuts[0] if len(cuts) == 1 else tuple(map(max, *cuts))
+        return self._embeds(ids, counts, cut, size)
+
+    def embed_ids(
+        self,
+        input_ids: Int[Tensor, "b l"],
+        attention_mask: Int[Tensor, "b l"],
+        *,
+        size: tuple[int, int],
+    ) -> PromptEmbeds:
+        """Encode tokenized texts, one row each; see `Backbone.embed_ids`."""
+        # Both tokenizers have the same words and pad with different ones.
+        padding = attention_mask.to(input_ids.device) == 0
+        second = input_ids.masked_fill(padding, self.tokenizer_2.pad_token_id)
+        ones = (1,) * len(input_ids)
+        return self._embeds([input_ids, second], ones, (0,) * len(input_ids), size)
+
+    def _embeds(
+        self,
+        ids: Sequence[Tensor],
+        counts: Sequence[int],
+        truncated: tuple[int, ...],
+        size: tuple[int, int],
+    ) -> PromptEmbeds:
         # The pipeline conditions on the states before the last layer of both encoders, and on the
         # projected end token of the second; of several windows, the first one's.
         outputs = [
@@ -91,14 +116,14 @@ class StableDiffusionXL(Backbone):
         ]
         states = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
         rows, lengths = join_windows(states, counts)
-        firsts = [sum(counts[:text]) for text in range(len(texts))]
+        firsts = [sum(counts[:text]) for text in range(len(counts))]
         height, width = size
         time_ids = torch.tensor([[height, width, 0, 0, height, width]]).to(states)
         return PromptEmbeds(
             rows,
             outputs[1][0][firsts],
-            time_ids.expand(len(texts), 6),
-            cuts[0] if len(cuts) == 1 else tuple(map(max, *cuts)),
+            time_ids.expand(len(counts), 6),
+            truncated,
             lengths,
         )
 

@@ -66,7 +66,7 @@ def _unet_taps(config: str, vae_reduction: int) -> tuple[TapInfo, ...]:
     names = [name for name, _ in unet.named_modules() if _READABLE.fullmatch(name)]
     side = 64
     with torch.no_grad(), ForwardTaps(unet, names) as taps:
-        maps = taps.run(lambda: unet(**_meta_inputs(unet.config, side)))
+        maps = taps.run(lambda: unet(**meta_inputs(unet.config, side)))
     latents = TapInfo(LATENTS, unet.config.in_channels, vae_reduction)
     return latents, *(
         TapInfo(name, features.shape[1], vae_reduction * side // features.shape[2])
@@ -90,7 +90,8 @@ def count_parameters(config: dict[str, Any], taps: Sequence[str] | None = None) 
     return sum(parameter.numel() for parameter in kept.parameters())
 
 
-def _meta_inputs(config: Any, side: int) -> dict[str, Any]:
+def meta_inputs(config: Any, side: int) -> dict[str, Any]:
+    """Arguments of a U-Net's forward pass without values, for latents of this side."""
     width = config.cross_attention_dim
     width = width if isinstance(width, int) else width[0]
     inputs: dict[str, Any] = {
