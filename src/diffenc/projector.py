@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 from einops import rearrange
@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from diffenc.config import check_choice
 from diffenc.errors import ConfigError, OutputError, ShapeError
 from diffenc.maps import to_grid
 
@@ -113,7 +114,6 @@ class Projector(nn.Module):
         Raises:
             OutputError: The folder cannot be written.
         """
-        target = Path(folder)
         options = {
             "in_features": self.in_features,
             "out_features": self.out_features,
@@ -121,17 +121,7 @@ class Projector(nn.Module):
             "norm_channels": list(self.norm_channels),
             "grid": None if self.grid is None else list(self.grid),
         }
-        state = {key: value.detach().contiguous() for key, value in self.state_dict().items()}
-        try:
-            target.mkdir(parents=True, exist_ok=True)
-            partial = target / f"{_WEIGHTS_FILE}.partial"
-            save_file(state, partial, metadata={"format": "pt"})
-            partial.replace(target / _WEIGHTS_FILE)
-            partial = target / f"{_CONFIG_FILE}.partial"
-            partial.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
-            partial.replace(target / _CONFIG_FILE)
-        except (OSError, SafetensorError) as error:
-            raise OutputError(f"cannot write {target}: {error}") from error
+        _write(Path(folder), options, self.state_dict())
 
     @classmethod
     def from_pretrained(cls, folder: "str | os.PathLike[str]") -> "Projector":
@@ -142,17 +132,13 @@ class Projector(nn.Module):
             ShapeError: Its weights do not fit its config.
         """
         source = Path(folder)
+        options, state = _read(source)
         try:
-            options = json.loads((source / _CONFIG_FILE).read_text(encoding="utf-8"))
             grid = options.pop("grid")
             projector = cls(**options, grid=None if grid is None else tuple(grid))
-            state = load_file(source / _WEIGHTS_FILE)
-        except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
-            raise ConfigError(
-                f"{source} does not hold what Projector.save_pretrained wrote ({_CONFIG_FILE} and "
-                f"{_WEIGHTS_FILE}): {error}"
-            ) from error
-        projector._load(state, str(source))
+        except (ValueError, TypeError, KeyError) as error:
+            raise _not_whole(source, error) from error
+        _load(projector, state, str(source))
         return projector
 
     def save_llava(self, path: "str | os.PathLike[str]") -> None:
@@ -198,18 +184,215 @@ class Projector(nn.Module):
         if not state:
             some = sorted(found)[:3]
             raise ConfigError(f"{path} holds no mm_projector; its first keys are {some}")
-        self._load(state, str(path))
+        _load(self, state, str(path))
 
-    def _load(self, state: Mapping[str, Tensor], where: str) -> None:
-        own = self.state_dict()
-        has = {key: tuple(value.shape) for key, value in state.items()}
-        wants = {key: tuple(value.shape) for key, value in own.items()}
-        if has != wants:
-            raise ShapeError(
-                f"{where} holds {_told(has)}; this projector ({self.kind}, {self.in_features} -> "
-                f"{self.out_features}) has {_told(wants)}"
+
+class FusedProjector(nn.Module):
+    """One projector per stream, for tokens of which each belongs to CLIP or to the U-Net.
+
+    `FusedEncoder` gives such tokens for "tokens" and "interleave"; their channels are those of both
+    streams, and zero in the other's.
+
+    Args:
+        in_features: Channels of the first stream and of the second: `encoder.stream_channels`.
+        out_features: Width of the language model.
+        kind: Of both, see `Projector`.
+        how: "tokens" where the first stream's tokens come first, "interleave" where the two take
+            turns.
+        first_tokens: How many tokens the first stream has, with "tokens"; not read otherwise.
+        norm_channels: For each of the two, see `Projector`.
+
+    Raises:
+        ConfigError: As `Projector`; an unknown `how`, or "tokens" without their number.
+
+    Example:
+        >>> projector = projector_for(fused, 4096)
+        >>> projector(fused(images, questions)).shape
+        torch.Size([1, 832, 4096])
+
+    Source:
+        Tong et al. 2024, "Eyes Wide Shut?", arXiv:2401.06209: an adapter for each encoder.
+    """
+
+    def __init__(
+        self,
+        in_features: Sequence[int],
+        out_features: int,
+        kind: str = "mlp2x_gelu",
+        *,
+        how: Literal["tokens", "interleave"],
+        first_tokens: int | None = None,
+        norm_channels: Sequence[Sequence[int]] = ((), ()),
+    ) -> None:
+        super().__init__()
+        check_choice("how", how, ("tokens", "interleave"))
+        if len(in_features) != 2 or len(norm_channels) != 2:
+            raise ConfigError(
+                f"a fused projector takes the widths of two streams, got {tuple(in_features)} with "
+                f"norm_channels={tuple(norm_channels)}"
             )
-        self.load_state_dict(dict(state))
+        if how == "tokens" and (not isinstance(first_tokens, int) or first_tokens < 1):
+            raise ConfigError(
+                f"how='tokens' needs first_tokens, the number of the first stream's, got "
+                f"{first_tokens!r}"
+            )
+        self.in_features, self.out_features = tuple(in_features), out_features
+        self.kind, self.how, self.first_tokens = kind, how, first_tokens
+        self.norm_channels = tuple(tuple(groups) for groups in norm_channels)
+        self.streams = nn.ModuleList(
+            Projector(width, out_features, kind, norm_channels=groups)
+            for width, groups in zip(self.in_features, self.norm_channels, strict=True)
+        )
+
+    def forward(self, tokens: Float[Tensor, "*b n c"]) -> Float[Tensor, "*b n d"]:
+        """Project each token by its stream's projector; their order stays.
+
+        Raises:
+            ShapeError: Another number of channels, or a number of tokens that is no such mixture.
+        """
+        left, right = self.in_features
+        if tokens.shape[-1] != left + right:
+            raise ShapeError(
+                f"this projector takes tokens of {left} + {right} channels, got "
+                f"{tokens.shape[-1]} (shape {tuple(tokens.shape)})"
+            )
+        count = tokens.shape[-2]
+        if self.how == "interleave":
+            if count % 2:
+                raise ShapeError(f"interleaved tokens come in pairs, got {count}")
+            pairs = [
+                self.streams[0](tokens[..., 0::2, :left]),
+                self.streams[1](tokens[..., 1::2, left:]),
+            ]
+            return torch.stack(pairs, dim=-2).flatten(-3, -2)
+        assert self.first_tokens is not None
+        if count <= self.first_tokens:
+            raise ShapeError(
+                f"of {count} tokens {self.first_tokens} would be the first stream's, which leaves "
+                "none for the second"
+            )
+        first = self.streams[0](tokens[..., : self.first_tokens, :left])
+        second = self.streams[1](tokens[..., self.first_tokens :, left:])
+        return torch.cat([first, second], dim=-2)
+
+    def save_pretrained(self, folder: "str | os.PathLike[str]") -> None:
+        """Write `projector.json` and `projector.safetensors`.
+
+        Raises:
+            OutputError: The folder cannot be written.
+        """
+        options = {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "kind": self.kind,
+            "how": self.how,
+            "first_tokens": self.first_tokens,
+            "norm_channels": self.norm_channels,
+        }
+        _write(Path(folder), options, self.state_dict())
+
+    @classmethod
+    def from_pretrained(cls, folder: "str | os.PathLike[str]") -> "FusedProjector":
+        """Inverse of `save_pretrained`.
+
+        Raises:
+            ConfigError: The folder does not hold a whole projector.
+            ShapeError: Its weights do not fit its config.
+        """
+        source = Path(folder)
+        options, state = _read(source)
+        try:
+            projector = cls(**options)
+        except (ValueError, TypeError) as error:
+            raise _not_whole(source, error) from error
+        _load(projector, state, str(source))
+        return projector
+
+
+class TokenEncoder(Protocol):
+    """What a projector is sized by: `DiffusionEncoder` and `FusedEncoder` are such."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Channels of a token."""
+
+    @property
+    def token_channels(self) -> tuple[int, ...]:
+        """Channels of a token that come from each tap and half, in order."""
+
+
+def projector_for(
+    encoder: TokenEncoder, out_features: int, kind: str = "mlp2x_gelu", *, norm: bool | None = None
+) -> Projector | FusedProjector:
+    """The projector that fits an encoder.
+
+    Args:
+        encoder: A `DiffusionEncoder` or `FusedEncoder`.
+        out_features: Width of the language model.
+        kind: See `Projector`.
+        norm: A layer norm for each tap (and half, and CLIP) before the first layer. None is one
+            where there are several, which costs little where scales are alike and saves much where
+            they are not (`diffenc study parts`). False is LLaVA's way, and that of its
+            `mm_projector.bin`.
+
+    Raises:
+        ConfigError: See `Projector`.
+    """
+    how: Any = getattr(encoder, "how", "channel")
+    if norm is None:
+        norm = len(encoder.token_channels) > 1
+    groups = encoder.token_channels if norm else ()
+    if how == "channel":
+        return Projector(encoder.hidden_size, out_features, kind, norm_channels=groups)
+    fused: Any = encoder
+    return FusedProjector(
+        fused.stream_channels,
+        out_features,
+        kind,
+        how=how,
+        first_tokens=fused.clip_tokens if how == "tokens" else None,
+        norm_channels=(groups[:1], groups[1:]),
+    )
+
+
+def _write(target: Path, options: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+    weights = {key: value.detach().contiguous() for key, value in state.items()}
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        partial = target / f"{_WEIGHTS_FILE}.partial"
+        save_file(weights, partial, metadata={"format": "pt"})
+        partial.replace(target / _WEIGHTS_FILE)
+        partial = target / f"{_CONFIG_FILE}.partial"
+        partial.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
+        partial.replace(target / _CONFIG_FILE)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"cannot write {target}: {error}") from error
+
+
+def _read(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        options = json.loads((source / _CONFIG_FILE).read_text(encoding="utf-8"))
+        return dict(options), load_file(source / _WEIGHTS_FILE)
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise _not_whole(source, error) from error
+
+
+def _not_whole(source: Path, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"{source} does not hold what save_pretrained of this class wrote ({_CONFIG_FILE} and "
+        f"{_WEIGHTS_FILE}): {error}"
+    )
+
+
+def _load(projector: Projector | FusedProjector, state: Mapping[str, Tensor], where: str) -> None:
+    has = {key: tuple(value.shape) for key, value in state.items()}
+    wants = {key: tuple(value.shape) for key, value in projector.state_dict().items()}
+    if has != wants:
+        raise ShapeError(
+            f"{where} holds {_told(has)}; this projector ({projector.kind}, "
+            f"{projector.in_features} -> {projector.out_features}) has {_told(wants)}"
+        )
+    projector.load_state_dict(dict(state))
 
 
 def _layers(in_features: int, out_features: int, kind: str) -> nn.Module:

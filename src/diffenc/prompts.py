@@ -11,6 +11,29 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from diffenc.errors import PromptError, ShapeError
+from diffenc.policies import (
+    DrawnPrompts,
+    PromptPolicy,
+    PromptSample,
+    draw_prompts,
+    parse_policy,
+    strip_template,
+)
+
+__all__ = [  # policies are imported from here by users, who need not know that they are a file
+    "DrawnPrompts",
+    "PromptEmbeds",
+    "PromptPolicy",
+    "PromptSample",
+    "count_windows",
+    "draw_prompts",
+    "join_windows",
+    "match_batch",
+    "parse_policy",
+    "strip_template",
+    "tokenize",
+    "tokenize_windows",
+]
 
 
 @dataclass(frozen=True, slots=True)

@@ -182,3 +182,11 @@ def test_conversations_of_the_miniature_world_fit() -> None:
         prompt = Question()(sample)
         assert prompt
         assert "<image>" not in prompt
+
+
+def test_users_import_policies_from_prompts() -> None:
+    from diffenc import policies, prompts
+
+    for name in ("PromptSample", "PromptPolicy", "parse_policy", "draw_prompts", "DrawnPrompts"):
+        assert name in prompts.__all__
+        assert getattr(prompts, name) is getattr(policies, name)

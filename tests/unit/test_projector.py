@@ -4,7 +4,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from diffenc.errors import ConfigError, OutputError, ShapeError
-from diffenc.projector import Projector
+from diffenc.projector import FusedProjector, Projector, projector_for
 
 
 @pytest.fixture
@@ -191,3 +191,112 @@ def test_gradients_reach_every_weight_and_the_tokens(tokens) -> None:
     projector(tokens).square().sum().backward()
     assert tokens.grad is not None
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in projector.parameters())
+
+
+class Streams:
+    """The sizes of an encoder, without one."""
+
+    hidden_size, token_channels = 6, (2, 3, 1)
+    stream_channels, clip_tokens = (2, 4), 5
+
+    def __init__(self, how: str | None = None) -> None:
+        if how:
+            self.how = how
+
+
+@pytest.mark.parametrize("how", ["tokens", "interleave"])
+def test_each_stream_has_a_projector_of_its_own(tokens, how) -> None:
+    projector = FusedProjector((2, 4), 3, "linear", how=how, first_tokens=5)
+    (w1, b1), (w2, b2) = (
+        (stream.layers.weight, stream.layers.bias) for stream in projector.streams
+    )
+    found = projector(tokens)
+    for index in range(16):
+        clips = index < 5 if how == "tokens" else index % 2 == 0
+        token = tokens[:, index]
+        expected = token[:, :2] @ w1.T + b1 if clips else token[:, 2:] @ w2.T + b2
+        torch.testing.assert_close(found[:, index], expected)
+    assert projector(tokens[0]).shape == (16, 3)
+
+
+def test_the_other_streams_channels_are_not_read(tokens) -> None:
+    projector = FusedProjector((2, 4), 3, how="interleave")
+    other = tokens.clone()
+    other[:, 0::2, 2:] = 7
+    other[:, 1::2, :2] = 7
+    assert torch.equal(projector(tokens), projector(other))
+
+
+@pytest.mark.parametrize("how", ["tokens", "interleave"])
+def test_a_fused_projector_that_is_saved_comes_back(tmp_path, tokens, how) -> None:
+    projector = FusedProjector((2, 4), 3, how=how, first_tokens=5, norm_channels=((2,), (3, 1)))
+    projector.save_pretrained(tmp_path)
+    again = FusedProjector.from_pretrained(tmp_path)
+    assert torch.equal(again(tokens), projector(tokens))
+    with pytest.raises(ConfigError, match="does not hold"):
+        Projector.from_pretrained(tmp_path)
+    Projector(6, 4).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="does not hold"):
+        FusedProjector.from_pretrained(tmp_path)
+
+
+def test_a_fused_projector_of_other_weights_is_refused(tmp_path) -> None:
+    FusedProjector((2, 4), 3, how="interleave").save_pretrained(tmp_path)
+    other = tmp_path / "other"
+    FusedProjector((3, 3), 3, how="interleave").save_pretrained(other)
+    (other / "projector.safetensors").replace(tmp_path / "projector.safetensors")
+    with pytest.raises(ShapeError, match=r"streams\.0\.layers\.0\.weight \(3, 3\)"):
+        FusedProjector.from_pretrained(tmp_path)
+
+
+def test_gradients_reach_both_streams(tokens) -> None:
+    projector = FusedProjector((2, 4), 3, how="interleave", norm_channels=((2,), (4,)))
+    projector(tokens).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in projector.parameters())
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: FusedProjector((2, 4), 3, how="channel"), "how must be one of"),
+        (lambda: FusedProjector((2, 4), 3, how="tokens"), "needs first_tokens"),
+        (lambda: FusedProjector((2, 4, 1), 3, how="interleave"), "two streams"),
+        (lambda: FusedProjector((2, 4), 3, "mlp", how="interleave"), "mlpNx_gelu"),
+        (
+            lambda: FusedProjector((2, 4), 3, how="interleave", norm_channels=((1,), (4,))),
+            "add up to in_features=2",
+        ),
+    ],
+)
+def test_bad_options_of_a_fused_projector_are_named(make, said) -> None:
+    with pytest.raises(ConfigError, match=said):
+        make()
+
+
+def test_wrong_mixtures_are_named(tokens) -> None:
+    with pytest.raises(ShapeError, match=r"2 \+ 4 channels, got 5"):
+        FusedProjector((2, 4), 3, how="interleave")(tokens[..., :5])
+    with pytest.raises(ShapeError, match="come in pairs, got 15"):
+        FusedProjector((2, 4), 3, how="interleave")(tokens[:, :15])
+    with pytest.raises(ShapeError, match="leaves none for the second"):
+        FusedProjector((2, 4), 3, how="tokens", first_tokens=16)(tokens)
+
+
+def test_the_projector_follows_the_encoder() -> None:
+    plain = projector_for(Streams(), 3)
+    assert isinstance(plain, Projector)
+    assert (plain.in_features, plain.norm_channels) == (6, (2, 3, 1))
+    assert projector_for(Streams(), 3, norm=False).norm_channels == ()
+    assert isinstance(projector_for(Streams("channel"), 3), Projector)
+    fused = projector_for(Streams("tokens"), 3, "linear")
+    assert isinstance(fused, FusedProjector)
+    assert (fused.in_features, fused.first_tokens, fused.kind) == ((2, 4), 5, "linear")
+    assert fused.norm_channels == ((2,), (3, 1))
+    assert projector_for(Streams("interleave"), 3, norm=False).norm_channels == ((), ())
+
+
+def test_one_tap_alone_gets_no_norm_unless_asked() -> None:
+    encoder = Streams()
+    encoder.token_channels = (6,)
+    assert projector_for(encoder, 3).norm_channels == ()
+    assert projector_for(encoder, 3, norm=True).norm_channels == (6,)

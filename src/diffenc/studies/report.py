@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from PIL import Image
 
 from diffenc.studies.chart import CellTable, cell_chart
+from diffenc.studies.markdown import number, section, signed, table
 from diffenc.studies.results import (
     MEASURES,
     Conditioning,
@@ -71,7 +72,7 @@ def to_markdown(study: FeatureStudy, *, command: str, made_with: str, picture: s
         "",
         _WHAT_IS_READ,
         "",
-        *_section("best", _best_table(study)),
+        *section("best", _best_table(study)),
         "",
         _BEST_IS_CHOSEN,
         "",
@@ -87,13 +88,13 @@ def best_rows(study: FeatureStudy) -> list[list[str]]:
     rows = []
     for name in study.properties:
         row = [name, f"{study.chance[name]:.2f}"]
-        row += [_number(study.find(name, None, source, None)) for source in ("pixels", "latents")]
+        row += [number(study.find(name, None, source, None)) for source in ("pixels", "latents")]
         for conditioning in study.conditionings:
             best = study.best(name, conditioning)
             assert best is not None
-            row.append(f"{_number(best.accuracy)} at {best.tap}, {best.timestep}")
+            row.append(f"{number(best.accuracy)} at {best.tap}, {best.timestep}")
             if conditioning != "uncond" and "uncond" in study.conditionings:
-                row.append(_signed(study.gain(name, conditioning)))
+                row.append(signed(study.gain(name, conditioning)))
         rows.append(row)
     return rows
 
@@ -120,8 +121,8 @@ def focus_rows(study: FeatureStudy) -> list[list[str]]:
             [
                 ACTIONS[measure],
                 f"{best.tap}, {best.timestep}",
-                *(_number(part) for part in (best.asked, best.control, best.preferred)),
-                _number(_mean_over([entry.preferred for entry in entries])),
+                *(number(part) for part in (best.asked, best.control, best.preferred)),
+                number(_mean_over([entry.preferred for entry in entries])),
             ]
         )
     return rows
@@ -178,7 +179,7 @@ def _actions(study: FeatureStudy, measure: Measure) -> Iterator[CellTable]:
 
 
 def _best_table(study: FeatureStudy) -> list[str]:
-    return _table(best_columns(study), best_rows(study))
+    return table(best_columns(study), best_rows(study))
 
 
 def _every_reading(study: FeatureStudy) -> Iterator[str]:
@@ -188,15 +189,15 @@ def _every_reading(study: FeatureStudy) -> Iterator[str]:
             yield ""
             rows = [
                 [f"`{tap}`"]
-                + [_number(study.find(name, conditioning, tap, step)) for step in study.timesteps]
+                + [number(study.find(name, conditioning, tap, step)) for step in study.timesteps]
                 for tap in study.taps
             ]
-            yield from _table(["tap", *map(str, study.timesteps)], rows)
+            yield from table(["tap", *map(str, study.timesteps)], rows)
             yield ""
 
 
 def _every_focus(study: FeatureStudy) -> Iterator[str]:
-    yield from _section("focus", _table(FOCUS_COLUMNS, focus_rows(study)))
+    yield from section("focus", table(FOCUS_COLUMNS, focus_rows(study)))
     yield ""
     for measure in MEASURES:
         entries = [entry for entry in study.focus if entry.measure == measure]
@@ -208,40 +209,14 @@ def _every_focus(study: FeatureStudy) -> Iterator[str]:
             [
                 f"`{entry.tap}`",
                 str(entry.timestep),
-                *(_number(part) for part in (entry.asked, entry.control, entry.preferred)),
+                *(number(part) for part in (entry.asked, entry.control, entry.preferred)),
             ]
             for entry in sorted(
                 entries, key=lambda entry: (study.taps.index(entry.tap), entry.timestep)
             )
         ]
-        yield from _table(("tap", "timestep", "asked", "control", "won"), rows)
+        yield from table(("tap", "timestep", "asked", "control", "won"), rows)
         yield ""
-
-
-def _section(name: str, lines: Sequence[str]) -> list[str]:
-    """Lines that another page can include by name, as pymdownx.snippets does."""
-    return [f"<!-- --8<-- [start:{name}] -->", "", *lines, "", f"<!-- --8<-- [end:{name}] -->"]
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    def line(cells: Sequence[str]) -> str:
-        return f"| {' | '.join(cells)} |"
-
-    return [line(columns), line(["---"] * len(columns)), *(line(row) for row in rows)]
-
-
-def _number(spread: Spread | None) -> str:
-    if spread is None:
-        return ""
-    deviation = "" if spread.deviation is None else f" ± {spread.deviation:.2f}"
-    return f"{spread.mean:.2f}{deviation}"
-
-
-def _signed(spread: Spread | None) -> str:
-    if spread is None:
-        return ""
-    deviation = "" if spread.deviation is None else f" ± {spread.deviation:.3f}"
-    return f"{spread.mean:+.3f}{deviation}"
 
 
 def _mean_over(spreads: Sequence[Spread]) -> Spread:

@@ -1,0 +1,303 @@
+"""Patch tokens of CLIP and SigLIP, the vision models of transformers, from pictures of any kind."""
+
+import os
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor, nn
+
+from diffenc.cache import TensorCache, content_key, state_key
+from diffenc.errors import BackboneError, ConfigError, NonFiniteError, ShapeError
+from diffenc.images import Images, as_list, to_pixel_values
+
+_VISION = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}
+_TAKEN = (
+    "taken are CLIPVisionModel, CLIPModel, SiglipVisionModel and SiglipModel of transformers, "
+    "whose patches form a square grid"
+)
+_CACHE_BYTES = 256 * 2**20
+_BEHIND_LAYERS = ("post_layernorm", "head")
+
+
+class ClipTokens(nn.Module):
+    """Tokens of the patches of one hidden layer, without the class token.
+
+    Args:
+        model: A `CLIPVisionModel`, `CLIPModel`, `SiglipVisionModel` or `SiglipModel`; of the whole
+            models the vision part is used.
+        image_processor: The model's own.
+        layer: Index into the hidden states; -2, the penultimate, is LLaVA's.
+        frozen: Whether nothing is trained. Otherwise what runs before `layer` is, and no more.
+        name: Where the model was loaded from; None for an object.
+        use_cache: Remember the tokens of pictures while the model is frozen.
+
+    Attributes:
+        side: Of the square of patches.
+
+    Raises:
+        ConfigError: Another kind of model, one without a square grid, or no such layer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        image_processor: Any,
+        *,
+        layer: int = -2,
+        frozen: bool = True,
+        name: str | None = None,
+        use_cache: bool = True,
+    ) -> None:
+        super().__init__()
+        self.model: Any = _vision_part(model)
+        self.image_processor = image_processor
+        self.layer, self.frozen, self.name = layer, frozen, name
+        self.use_cache = use_cache
+        config: Any = self.model.config
+        self.hidden_size: int = config.hidden_size
+        self.image_size, self.side = _square(config)
+        depth = config.num_hidden_layers
+        if (
+            isinstance(layer, bool)
+            or not isinstance(layer, int)
+            or not -depth <= layer + 1 <= depth + 1
+        ):
+            raise ConfigError(
+                f"layer must be {-depth - 1} to {depth}, an index into the embeddings and the "
+                f"outputs of this model's {depth} layers, got {layer!r}"
+            )
+        self._cache = TensorCache(_CACHE_BYTES)
+        self.model.eval().requires_grad_(False)
+        if not frozen:
+            for parameter in self._parameters_read(depth):
+                parameter.requires_grad_(True)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: "str | os.PathLike[str]",
+        *,
+        image_processor: Any = None,
+        layer: int = -2,
+        frozen: bool = True,
+        use_cache: bool = True,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> "ClipTokens":
+        """Load a vision model and its image processor.
+
+        Args:
+            name: A folder, a Hub id, or "shapes-clip", the bundled miniature.
+            image_processor: Instead of the model's own.
+            layer: See the class, as the next two.
+            frozen: Whether nothing is trained.
+            use_cache: Remember tokens.
+            device: Where it runs.
+            dtype: Of the weights.
+
+        Raises:
+            BackboneError: There is no such model, or it is of another kind.
+        """
+        import transformers
+
+        label = os.fspath(name)
+        source = _bundled() if label == "shapes-clip" else label
+        try:
+            found = transformers.AutoConfig.from_pretrained(source).model_type
+            kind = found.removesuffix("_vision_model")
+            if kind not in _VISION:
+                raise BackboneError(f"{label!r} is of the kind {found!r}; {_TAKEN}")
+            model = getattr(transformers, _VISION[kind]).from_pretrained(source)
+            if image_processor is None:
+                image_processor = transformers.AutoImageProcessor.from_pretrained(source)
+        except BackboneError:
+            raise
+        except Exception as error:  # missing, offline, broken: each in words of its own
+            raise BackboneError(
+                f"cannot load a CLIP from {label!r}: {str(error).strip().splitlines()[0]}. Pass a "
+                "folder with config.json, model.safetensors and preprocessor_config.json, or a Hub "
+                "id such as openai/clip-vit-large-patch14-336"
+            ) from error
+        return cls(
+            model.to(device, dtype),
+            image_processor,
+            layer=layer,
+            frozen=frozen,
+            name=str(Path(label).absolute()) if Path(label).is_dir() else label,
+            use_cache=use_cache,
+        )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(height, width) of the patches."""
+        return self.side, self.side
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model."""
+        dtype: torch.dtype = next(self.model.parameters()).dtype
+        return dtype
+
+    def clear_cache(self) -> None:
+        """Forget tokens; needed after writes through `.data`."""
+        self._cache.clear()
+
+    def forward(self, images: Images, *, batch_size: int | None = None) -> Float[Tensor, "b n c"]:
+        """Tokens of pictures, row by row.
+
+        Args:
+            images: Of any kind, see `diffenc.images.to_pixel_values`; the image processor sees them
+                at their own size, in 8 bits.
+            batch_size: Most pictures per call of the model; None is all at once.
+
+        Raises:
+            ImageError: A picture cannot be read.
+            ShapeError: The image processor gives another size than the model takes, or the model
+                another number of tokens than its patches.
+            NonFiniteError: NaN or infinity in the tokens.
+        """
+        pixel_values = self._process(to_pictures(images))
+        state = state_key(self.model) if self.use_cache else None
+        if state is None:
+            return self._tokens(pixel_values, batch_size)
+        keys = [(state, content_key(picture)) for picture in pixel_values]
+        known = {key: entry[0] for key in set(keys) if (entry := self._cache.get(key))}
+        rows = {key: row for row, key in enumerate(keys) if key not in known}
+        if rows:
+            fresh = self._tokens(pixel_values[list(rows.values())], batch_size).detach()
+            for key, tokens in zip(rows, fresh, strict=True):
+                known[key] = tokens.clone()
+                self._cache.put(key, (known[key],))
+        return torch.stack([known[key] for key in keys])
+
+    def train(self, mode: bool = True) -> "ClipTokens":
+        """Training mode; a frozen model stays in evaluation mode, so that it is remembered."""
+        super().train(mode)
+        if self.frozen:
+            self.model.eval()
+        return self
+
+    def save_pretrained(self, folder: "str | os.PathLike[str]") -> None:
+        """Write model and image processor in transformers' own layout."""
+        self.model.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
+
+    def _process(self, pictures: list[Image.Image]) -> Float[Tensor, "b 3 height width"]:
+        pixel_values: Tensor = self.image_processor(images=pictures, return_tensors="pt")[
+            "pixel_values"
+        ]
+        if tuple(pixel_values.shape[-2:]) != (self.image_size, self.image_size):
+            raise ShapeError(
+                f"the image processor gives {tuple(pixel_values.shape[-2:])} pixels and the model "
+                f"takes {(self.image_size, self.image_size)}; pass the image processor that "
+                "belongs to the model"
+            )
+        return pixel_values
+
+    def _tokens(self, pixel_values: Tensor, batch_size: int | None) -> Float[Tensor, "b n c"]:
+        trained = any(parameter.requires_grad for parameter in self.model.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
+            parts = [
+                self.model(part.to(self.device, self.dtype), output_hidden_states=True)
+                for part in pixel_values.split(batch_size or len(pixel_values))
+            ]
+            tokens = torch.cat([part.hidden_states[self.layer] for part in parts])
+        wanted = self.side**2
+        if tokens.shape[1] not in (wanted, wanted + 1):
+            raise ShapeError(
+                f"the model gives {tokens.shape[1]} tokens for {self.side} x {self.side} patches; "
+                f"its grid cannot be matched, {wanted} tokens can, or {wanted + 1} with a class "
+                "token"
+            )
+        if not torch.isfinite(tokens.detach()).all():
+            raise NonFiniteError(
+                f"layer {self.layer} of CLIP gave NaN or infinity in {self.dtype}; try float32 or "
+                "bfloat16"
+            )
+        return tokens[:, -wanted:]
+
+    def _parameters_read(self, depth: int) -> Iterator[nn.Parameter]:
+        """What the layer depends on: a parameter without a gradient stops DDP."""
+        runs = self.layer % (depth + 1)
+        layers = next(
+            (name, module)
+            for name, module in self.model.named_modules()
+            if name.endswith("encoder.layers")
+        )
+        behind = {id(p) for layer in layers[1][runs:] for p in layer.parameters()}
+        for path, parameter in self.model.named_parameters():
+            parts = path.split(".")
+            if id(parameter) not in behind and not any(name in parts for name in _BEHIND_LAYERS):
+                yield parameter
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "ClipTokens":
+        self.clear_cache()  # another device or dtype
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+def to_pictures(images: Images) -> list[Image.Image]:
+    """Upright RGB pictures of 8 bits at their own size, from pictures of any kind."""
+    return [_picture(source) for source in as_list(images)]
+
+
+def to_maps(tokens: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Float[Tensor, "b c h w"]:
+    """Tokens, row by row, as a map."""
+    maps: Tensor = rearrange(tokens, "b (h w) c -> b c h w", h=grid[0], w=grid[1])
+    return maps
+
+
+def _picture(source: Any) -> Image.Image:
+    pixel_values = to_pixel_values([source], size=None, resize="none", multiple=1)[0]
+    levels = ((pixel_values.detach().cpu() + 1) * 127.5).round().clamp(0, 255).byte()
+    return Image.fromarray(np.ascontiguousarray(rearrange(levels.numpy(), "c h w -> h w c")))
+
+
+def _vision_part(model: nn.Module) -> nn.Module:
+    """The vision model, able to save itself."""
+    found = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    kind = str(found).removesuffix("_vision_model").removesuffix("_vision_transformer")
+    if kind not in _VISION:
+        raise ConfigError(f"clip is of the kind {found!r}; {_TAKEN}")
+    if found != kind:
+        return model
+    part: nn.Module = model.vision_model  # type: ignore[assignment]
+    if hasattr(part, "save_pretrained"):
+        return part
+    import transformers
+
+    with torch.device("meta"):  # in transformers 4 the part is no model of its own: give it one
+        whole: nn.Module = getattr(transformers, _VISION[kind])(part.config)
+    whole.vision_model = part
+    return whole
+
+
+def _square(config: Any) -> tuple[int, int]:
+    """Side of the picture in pixels, and of the grid in patches."""
+    size, patch = (getattr(config, name, None) for name in ("image_size", "patch_size"))
+    if not isinstance(size, int) or not isinstance(patch, int) or size < patch:
+        raise ConfigError(
+            f"the grid of this model cannot be matched: image_size={size!r}, patch_size={patch!r}. "
+            "Square grids can, which take ints: image_size 336 with patch_size 14 is 24 x 24"
+        )
+    return size, size // patch
+
+
+def _bundled() -> str:
+    folder = Path(str(files("diffenc.backbones") / "assets" / "shapes-clip"))
+    if not folder.is_dir():
+        raise BackboneError("this version of diffenc does not bundle 'shapes-clip'")
+    return str(folder)

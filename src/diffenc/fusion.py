@@ -1,0 +1,356 @@
+"""CLIP and diffusion features in one encoder: side by side in channels, in sequence or in space."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor, nn
+
+from diffenc.backbones import TapInfo
+from diffenc.backbones.base import Backbone
+from diffenc.clip_tokens import ClipTokens, to_maps, to_pictures
+from diffenc.config import EncoderConfig, check_choice, check_pair
+from diffenc.encoder import DiffusionEncoder
+from diffenc.errors import BackboneError, ConfigError, OutputError
+from diffenc.images import Images, to_pixel_values
+from diffenc.maps import to_grid
+from diffenc.prompts import PromptEmbeds
+
+How = Literal["channel", "tokens", "interleave"]
+View = Literal["same", "own"]
+
+_CONFIG_FILE, _CLIP, _DIFFUSION = "fusion.json", "clip", "diffusion"
+_OPTIONS = ("how", "layer", "grid", "view", "freeze_clip")
+
+
+class FusedEncoder(nn.Module):
+    """Tokens of a CLIP (or SigLIP) and of a diffusion encoder that see the same pictures.
+
+    It stands wherever a `DiffusionEncoder` does. Only the diffusion encoder reads the prompts.
+    Every token is `hidden_size` channels wide, first CLIP's, then the diffusion encoder's. With
+    "channel" both are filled. With "tokens" and "interleave" a token belongs to one of the two and
+    is zero in the channels of the other, so that a plain projector, too, has a first layer of its
+    own for each; `diffenc.projector.projector_for` makes the projector that fits.
+
+    Args:
+        clip: A `CLIPVisionModel`, `CLIPModel`, `SiglipVisionModel` or `SiglipModel` of
+            transformers, a `ClipTokens`, or a name: a folder, a Hub id, or "shapes-clip".
+        diffusion: A `DiffusionEncoder`, or a name that `DiffusionEncoder.from_pretrained` takes.
+        how: "channel" concatenates the channels of each cell, "tokens" sets CLIP's tokens before
+            the others, "interleave" sets a cell's two tokens side by side: CLIP's first, cell by
+            cell (MMVP's mixture of features).
+        image_processor: Of a CLIP that is given as an object; None looks where the object was
+            loaded from. A name brings its own.
+        layer: Which of CLIP's hidden states; -2 is the penultimate.
+        grid: Side, or (height, width), to which both are resampled: means where it is coarser,
+            bilinear where finer. None is CLIP's own for "channel" and "interleave"; with "tokens"
+            each keeps its own.
+        view: "same" shows CLIP the part of a picture that the diffusion encoder sees, so that cells
+            correspond; "own" leaves that to the image processor, which cuts CLIP's pictures to a
+            square. Square pictures go to the image processor as they are.
+        freeze_clip: Whether CLIP stays as it is. Otherwise what lies before `layer` requires a
+            gradient.
+
+    Raises:
+        ConfigError: An option is not allowed, the CLIP is of another kind or its grid cannot be
+            matched, the two are on different devices, or the diffusion encoder reads several
+            timesteps.
+        BackboneError: There is no model of that name.
+
+    Example:
+        >>> encoder = FusedEncoder("openai/clip-vit-large-patch14-336", "sd2.1-base")
+        >>> encoder(image, "what is on the table?").shape
+        torch.Size([1, 576, 3264])
+
+    Source:
+        Fusion of CLIP with conditional diffusion features: arXiv:2507.07106, which does not say
+        how. Interleaving: Tong et al. 2024, "Eyes Wide Shut?" (MMVP), arXiv:2401.06209, section 5.
+    """
+
+    def __init__(
+        self,
+        clip: "ClipTokens | nn.Module | str | os.PathLike[str]",
+        diffusion: "DiffusionEncoder | str | os.PathLike[str]",
+        how: How = "channel",
+        *,
+        image_processor: Any = None,
+        layer: int = -2,
+        grid: int | tuple[int, int] | None = None,
+        view: View = "same",
+        freeze_clip: bool = True,
+    ) -> None:
+        super().__init__()
+        check_choice("how", how, get_args(How))
+        check_choice("view", view, get_args(View))
+        check_pair("grid", grid)
+        if not isinstance(diffusion, DiffusionEncoder):
+            diffusion = DiffusionEncoder.from_pretrained(diffusion)
+        if not isinstance(diffusion.config.timestep, int):
+            raise ConfigError(
+                f"fusion takes one timestep, got {diffusion.config.timestep}; several would have "
+                "to be fused each by itself"
+            )
+        self.clip = _as_clip(clip, diffusion, image_processor, layer, frozen=freeze_clip)
+        self.diffusion = diffusion
+        self.how, self.view = how, view
+        pair = (grid, grid) if isinstance(grid, int) else grid
+        self.grid: tuple[int, int] | None = pair or (None if how == "tokens" else self.clip.grid)
+        self._check_devices()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: "str | os.PathLike[str]",
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        **options: Any,  # of DiffusionEncoder.from_pretrained, which checks their names
+    ) -> "FusedEncoder":
+        """Inverse of `save_pretrained`.
+
+        Args:
+            folder: What `save_pretrained` wrote.
+            device: Where both run.
+            dtype: Of both.
+            options: Of `DiffusionEncoder.from_pretrained`.
+
+        Raises:
+            BackboneError: The folder does not hold a whole fused encoder, or a model is missing.
+        """
+        source = Path(folder)
+        try:
+            told = json.loads((source / _CONFIG_FILE).read_text(encoding="utf-8"))
+            name, settings = told["clip"], {key: told[key] for key in _OPTIONS}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BackboneError(
+                f"{source} does not hold what FusedEncoder.save_pretrained wrote: {error!r}"
+            ) from error
+        if missing := [
+            part
+            for part in ([_DIFFUSION] if name else [_DIFFUSION, _CLIP])
+            if not (source / part).is_dir()
+        ]:
+            raise BackboneError(f"{source} is not whole: the folder {missing[0]!r} is missing")
+        if isinstance(settings["grid"], list):
+            settings["grid"] = tuple(settings["grid"])
+        diffusion = DiffusionEncoder.from_pretrained(
+            source / _DIFFUSION, device=device, dtype=dtype, **options
+        )
+        return cls(name or source / _CLIP, diffusion, **settings)
+
+    def save_pretrained(
+        self, folder: "str | os.PathLike[str]", *, include_backbone: bool = False
+    ) -> None:
+        """Write the options, the diffusion encoder's folder, and CLIP.
+
+        A frozen CLIP that was given by its name is saved by that; any other with its weights.
+
+        Args:
+            folder: Where.
+            include_backbone: Write the weights of both models, see
+                `DiffusionEncoder.save_pretrained`.
+
+        Raises:
+            OutputError: The folder cannot be written.
+        """
+        target = Path(folder)
+        name = self.clip.name if self.clip.frozen and not include_backbone else None
+        content = {
+            "clip": name,
+            "how": self.how,
+            "layer": self.clip.layer,
+            "grid": self.grid,
+            "view": self.view,
+            "freeze_clip": self.clip.frozen,
+        }
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            (target / _CONFIG_FILE).unlink(missing_ok=True)  # written last: half a folder has none
+            self.diffusion.save_pretrained(target / _DIFFUSION, include_backbone=include_backbone)
+            if name is None:
+                self.clip.save_pretrained(target / _CLIP)
+            partial = target / f"{_CONFIG_FILE}.partial"
+            partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            partial.replace(target / _CONFIG_FILE)
+        except OSError as error:
+            raise OutputError(f"cannot write {target}: {error}") from error
+
+    @property
+    def backbone(self) -> Backbone:
+        """The diffusion encoder's."""
+        return self.diffusion.backbone
+
+    @property
+    def config(self) -> EncoderConfig:
+        """The diffusion encoder's."""
+        return self.diffusion.config
+
+    @property
+    def feature_info(self) -> tuple[TapInfo, ...]:
+        """Where the channels of a token come from: "clip", then the taps."""
+        reduction = self.clip.image_size // self.clip.side
+        return (TapInfo("clip", self.clip.hidden_size, reduction), *self.diffusion.feature_info)
+
+    @property
+    def hidden_size(self) -> int:
+        """Channels of a token: CLIP's and the diffusion encoder's."""
+        return sum(self.stream_channels)
+
+    @property
+    def stream_channels(self) -> tuple[int, int]:
+        """Channels of CLIP, and of the diffusion encoder."""
+        return self.clip.hidden_size, self.diffusion.hidden_size
+
+    @property
+    def token_channels(self) -> tuple[int, ...]:
+        """Channels of a token that come from CLIP, then from each tap and half; see `Projector`."""
+        return (self.clip.hidden_size, *self.diffusion.token_channels)
+
+    @property
+    def clip_tokens(self) -> int:
+        """How many of the tokens are CLIP's, where a token belongs to one of the two."""
+        height, width = self.grid or self.clip.grid
+        return height * width
+
+    @property
+    def device(self) -> torch.device:
+        """Where both models are."""
+        return self.diffusion.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the tokens: the diffusion encoder's."""
+        return self.diffusion.dtype
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters that require a gradient, for an optimizer."""
+        return (parameter for _, parameter in self.named_trainable_parameters())
+
+    def named_trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters that require a gradient, with their names in `state_dict`."""
+        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+    def compile(self, **options: Any) -> None:
+        """Compile the diffusion encoder's U-Net, see `DiffusionEncoder.compile`."""
+        self.diffusion.compile(**options)
+
+    def clear_cache(self) -> None:
+        """Forget everything of both encoders; needed after writes through `.data`."""
+        self.clip.clear_cache()
+        self.diffusion.clear_cache()
+
+    def forward(
+        self, images: Images, prompts: str | Sequence[str] | PromptEmbeds | None = None
+    ) -> Float[Tensor, "b n c"]:
+        """Tokens of pictures under their prompts.
+
+        Args:
+            images: Of any kind, see `diffenc.images.to_pixel_values`.
+            prompts: One text for all images or one for each, or texts encoded before; None is
+                unconditional.
+
+        Returns:
+            In the dtype and on the device of the diffusion encoder: one token per cell of `grid`
+            for "channel", two for "interleave", and CLIP's before the others for "tokens".
+
+        Raises:
+            DiffencError: As `DiffusionEncoder.extract` and `ClipTokens`.
+            ConfigError: The two models are on different devices.
+        """
+        clip, diffusion = self.streams(images, prompts)
+        if self.how == "channel":
+            return torch.cat([clip, diffusion], dim=-1)
+        left, right = self.stream_channels
+        clip = nn.functional.pad(clip, (0, right))
+        diffusion = nn.functional.pad(diffusion, (left, 0))
+        if self.how == "tokens":
+            return torch.cat([clip, diffusion], dim=1)
+        pairs: Tensor = rearrange([clip, diffusion], "stream b n c -> b (n stream) c")
+        return pairs
+
+    encode = forward
+
+    def streams(
+        self, images: Images, prompts: str | Sequence[str] | PromptEmbeds | None = None
+    ) -> tuple[Float[Tensor, "b _n _c"], Float[Tensor, "b _m _d"]]:
+        """CLIP's tokens and the diffusion encoder's, on one grid where `grid` is set."""
+        self._check_devices()
+        pictures = to_pictures(images)
+        shown = [self._shown(picture) for picture in pictures]
+        clip = self.clip(shown, batch_size=self.config.batch_size).to(self.dtype)
+        if self.grid is not None and self.grid != self.clip.grid:
+            maps = to_grid(to_maps(clip, self.clip.grid), self.grid)
+            clip = rearrange(maps, "b c h w -> b (h w) c")
+        return clip, self.diffusion.extract(images, prompts).tokens(self.grid)
+
+    def _shown(self, picture: Image.Image) -> "Image.Image | Tensor":
+        """What CLIP's image processor gets."""
+        if self.view == "own":
+            return picture
+        size, rule = self.config.size or self.backbone.default_size, self.config.resize
+        height, width = (size, size) if isinstance(size, int) else size
+        framed: Image.Image | Tensor = picture
+        if rule in ("crop", "pad") and picture.height * width != picture.width * height:
+            framed = to_pixel_values(picture, size=(height, width), resize=rule, multiple=1)[0]
+            square = height == width
+        else:
+            square = picture.height == picture.width
+        if square:
+            return framed
+        return to_pixel_values(framed, size=self.clip.image_size, multiple=1)[0]
+
+    def _check_devices(self) -> None:
+        if self.clip.device != self.diffusion.device:
+            raise ConfigError(
+                f"CLIP is on {self.clip.device} and the diffusion encoder on "
+                f"{self.diffusion.device}; move both with `.to(device)`"
+            )
+
+
+def _as_clip(
+    clip: "ClipTokens | nn.Module | str | os.PathLike[str]",
+    diffusion: DiffusionEncoder,
+    image_processor: Any,
+    layer: int,
+    *,
+    frozen: bool,
+) -> ClipTokens:
+    options: dict[str, Any] = {
+        "layer": layer,
+        "frozen": frozen,
+        "use_cache": diffusion.use_cache,
+    }
+    if isinstance(clip, ClipTokens):
+        return clip
+    if isinstance(clip, str | os.PathLike):
+        return ClipTokens.from_pretrained(
+            clip,
+            image_processor=image_processor,
+            device=diffusion.device,
+            dtype=diffusion.dtype,
+            **options,
+        )
+    if image_processor is None:
+        image_processor = _processor_of(clip)
+    return ClipTokens(clip, image_processor, **options)
+
+
+def _processor_of(clip: nn.Module) -> Any:
+    from transformers import AutoImageProcessor
+
+    origin = getattr(clip, "name_or_path", "")
+    try:
+        if not origin:
+            raise OSError("it was loaded from nowhere")
+        return AutoImageProcessor.from_pretrained(origin)
+    except Exception as error:  # missing, offline, broken: each in words of its own
+        raise ConfigError(
+            f"the image processor of this CLIP is not known ({str(error).splitlines()[0]}); pass "
+            "image_processor=CLIPImageProcessor.from_pretrained(...), the one it was trained with"
+        ) from error

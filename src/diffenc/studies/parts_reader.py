@@ -1,0 +1,192 @@
+"""A reader of answers: one attention over the tokens, and a linear layer on what it gathers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from einops import einsum
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffenc.studies.parts_results import ASKED, Reader
+from diffenc.studies.trials import CLASSES, Property, Trial
+
+_BATCH, _RATE, _DECAY = 64, 5e-2, 0.3
+_LENGTH = 4.0  # of a standardised token, whatever its number of channels
+
+
+@dataclass(frozen=True, slots=True)
+class Questions:
+    """Three questions to each scene: row 3 s + k is about property k of scene s.
+
+    Attributes:
+        texts: One per row.
+        labels: Of the answers, counted through all properties.
+        queries: What each reader knows of a row: a number for the question's text, and one for the
+            property alone.
+        allowed: Which answers a property has.
+        count: Number of different queries.
+    """
+
+    texts: tuple[str, ...]
+    labels: Int[Tensor, " rows"]
+    queries: dict[Reader, Int[Tensor, " rows"]]
+    allowed: Bool[Tensor, "properties answers"]
+    count: int
+
+    @classmethod
+    def of(cls, trials: Sequence[Trial]) -> "Questions":
+        """The questions to these scenes."""
+        texts = tuple(trial.question(name) for trial in trials for name in ASKED)
+        known = {text: index for index, text in enumerate(sorted(set(texts)))}
+        first = [sum(CLASSES[name] for name in ASKED[:k]) for k in range(len(ASKED) + 1)]
+        labels = [first[k] + trial.label(name) for trial in trials for k, name in enumerate(ASKED)]
+        answers = torch.arange(first[-1])
+        return cls(
+            texts,
+            torch.tensor(labels),
+            {
+                "told": torch.tensor([known[text] for text in texts]),
+                "blind": len(known) + torch.arange(len(ASKED)).repeat(len(trials)),
+            },
+            torch.stack([(answers >= a) & (answers < b) for a, b in pairwise(first)]),
+            len(known) + len(ASKED),
+        )
+
+    def loss(
+        self, logits: Float[Tensor, "n answers"], rows: Int[Tensor, " n"]
+    ) -> Float[Tensor, ""]:
+        """Cross-entropy among the answers that the property has."""
+        return F.cross_entropy(self.masked(logits, rows), self.labels[rows])
+
+    def masked(
+        self, logits: Float[Tensor, "n answers"], rows: Int[Tensor, " n"]
+    ) -> Float[Tensor, "n answers"]:
+        """Logits without the answers that make no sense."""
+        return logits.masked_fill(~self.allowed[rows % len(ASKED)], float("-inf"))
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRows:
+    """Tokens of all rows, kept once for rows that share them.
+
+    Attributes:
+        sources: Tensors whose channels are concatenated; each with a set of tokens for every row,
+            or for every scene.
+        rows: Number of rows.
+    """
+
+    sources: tuple[Float[Tensor, "_sets n _c"], ...]
+    rows: int
+
+    def take(self, rows: Int[Tensor, " k"]) -> Float[Tensor, "k n c"]:
+        """Tokens of some rows."""
+        parts = [tokens[rows // (self.rows // len(tokens))] for tokens in self.sources]
+        return torch.cat(parts, dim=-1).float()
+
+    def statistics(self, rows: int) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
+        """Mean and deviation per channel over the first rows."""
+        first = [
+            tokens[: rows * len(tokens) // self.rows].float().flatten(0, 1)
+            for tokens in self.sources
+        ]
+        return (
+            torch.cat([part.mean(dim=0) for part in first]),
+            torch.cat([part.std(dim=0) for part in first]),
+        )
+
+
+class AnswerReader(nn.Module):
+    """Looks for one place with a query, and reads the answer there with a linear layer.
+
+    It is the least that can follow a question: a linear probe whose average over the tokens is
+    weighted by a query of the question, as in one attention head of a language model. All weights
+    begin at zero, so that it begins as the plain average.
+
+    Args:
+        mean: Of each channel.
+        deviation: Of each channel.
+        tokens: Number of tokens.
+        queries: Number of different queries.
+        answers: Number of answers.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(
+        self, mean: Tensor, deviation: Tensor, *, tokens: int, queries: int, answers: int
+    ) -> None:
+        super().__init__()
+        channels = len(mean)
+        self.register_buffer("mean", mean)
+        self.register_buffer("scale", _LENGTH / channels**0.5 / deviation.clamp_min(1e-6))
+        self.query = nn.Parameter(torch.zeros(queries, channels))
+        self.value = nn.Parameter(torch.zeros(answers, channels))
+        self.place = nn.Parameter(torch.zeros(answers, tokens))
+        self.prior = nn.Parameter(torch.zeros(queries, answers))
+
+    def forward(
+        self, tokens: Float[Tensor, "b n c"], queries: Int[Tensor, " b"]
+    ) -> Float[Tensor, "b answers"]:
+        """Logits of the answers."""
+        standard = (tokens.float() - self.mean) * self.scale
+        weights = einsum(standard, self.query[queries], "b n c, b c -> b n").softmax(dim=1)
+        gathered = einsum(weights, standard, "b n, b n c -> b c")
+        return gathered @ self.value.T + weights @ self.place.T + self.prior[queries]
+
+
+def fit_reader(
+    tokens: TokenRows, questions: Questions, reader: Reader, *, split: int, epochs: int, seed: int
+) -> AnswerReader:
+    """A reader of the first `split` rows' answers.
+
+    Args:
+        tokens: Of all rows.
+        questions: Of all rows.
+        reader: What it knows of a question.
+        split: Rows that it is fitted to.
+        epochs: Passes over them.
+        seed: Of their order.
+    """
+    mean, deviation = tokens.statistics(split)
+    model = AnswerReader(
+        mean,
+        deviation,
+        tokens=tokens.sources[0].shape[1],
+        queries=questions.count,
+        answers=questions.allowed.shape[1],
+    )
+    order = torch.Generator().manual_seed(seed)
+    batches = [
+        rows for _ in range(epochs) for rows in torch.randperm(split, generator=order).split(_BATCH)
+    ]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=_DECAY)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=len(batches))
+    for rows in batches:
+        optimizer.zero_grad()
+        logits = model(tokens.take(rows), questions.queries[reader][rows])
+        questions.loss(logits, rows).backward()
+        optimizer.step()
+        schedule.step()
+    return model.eval().requires_grad_(False)
+
+
+def accuracy_of(
+    model: AnswerReader, tokens: TokenRows, questions: Questions, reader: Reader, *, split: int
+) -> dict[Property, float]:
+    """Share of right answers per property among the rows from `split` on."""
+    rows = torch.arange(split, tokens.rows)
+    right = torch.cat(
+        [
+            questions.masked(
+                model(tokens.take(part), questions.queries[reader][part]), part
+            ).argmax(1)
+            == questions.labels[part]
+            for part in rows.split(4 * _BATCH)
+        ]
+    )
+    shares = right.double().view(-1, len(ASKED)).mean(dim=0)
+    return dict(zip(ASKED, shares.tolist(), strict=True))

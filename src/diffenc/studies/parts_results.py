@@ -1,0 +1,125 @@
+"""What the study of the parts finds, as plain values."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import mean
+from typing import Any, Literal, get_args
+
+from diffenc.studies.results import Spread
+from diffenc.studies.trials import Property
+
+Part = Literal["uncond", "cond", "concat", "clip", "clip+uncond", "clip+cond", "lora", "captioner"]
+PARTS: tuple[Part, ...] = get_args(Part)
+
+Reader = Literal["told", "blind"]
+READERS: tuple[Reader, ...] = get_args(Reader)
+
+ASKED: tuple[Property, ...] = ("color", "shape", "position")
+"""What the questions ask for."""
+
+COMPARISONS: tuple[tuple[Part, Part], ...] = (
+    ("cond", "uncond"),
+    ("concat", "uncond"),
+    ("concat", "cond"),
+    ("clip+cond", "clip"),
+    ("clip+cond", "cond"),
+    ("clip+cond", "clip+uncond"),
+    ("lora", "cond"),
+    ("captioner", "uncond"),
+)
+"""A part, and what it is held against."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartRow:
+    """How well answers are read from the tokens of one part.
+
+    Attributes:
+        part: Which tokens.
+        reader: "told" knows the question, as a language model does; "blind" knows only which
+            property is asked for, so that which object is meant must stand in the tokens.
+        accuracy: Per property, on scenes that the reader was not fitted to.
+    """
+
+    part: Part
+    reader: Reader
+    accuracy: dict[Property, Spread]
+
+    @property
+    def mean(self) -> Spread:
+        """Over properties, per seed."""
+        seeds = zip(*(spread.values for spread in self.accuracy.values()), strict=True)
+        return Spread(tuple(mean(values) for values in seeds))
+
+
+@dataclass(frozen=True, slots=True)
+class NormRow:
+    """How well a projector with and without a layer norm per tap serves a probe of cells.
+
+    Attributes:
+        scales: Factor on each tap's features before the projector.
+        norm: Whether the projector has the norms.
+        accuracy: Share of held-out cells whose object is named rightly.
+    """
+
+    scales: tuple[float, ...]
+    norm: bool
+    accuracy: Spread
+
+
+@dataclass(frozen=True, slots=True)
+class PartStudy:
+    """Everything the study found.
+
+    Attributes:
+        model: Name of the backbone.
+        clip: Name of the CLIP; None where none was used.
+        taps: That the encoder reads.
+        rows: Accuracy per part and reader.
+        norms: Of the projector.
+        rms: Root mean square of each tap's features, mean over seeds.
+        chance: Per property the share of the most frequent answer among the test questions.
+        missing: Parts that were not studied, and why.
+        settings: What was run.
+    """
+
+    model: str
+    clip: str | None
+    taps: tuple[str, ...]
+    rows: tuple[PartRow, ...]
+    norms: tuple[NormRow, ...]
+    rms: tuple[float, ...]
+    chance: dict[Property, float]
+    missing: dict[Part, str]
+    settings: dict[str, Any]
+
+    def find(self, part: Part, reader: Reader) -> PartRow | None:
+        """One row; None where the part was not studied."""
+        for row in self.rows:
+            if (row.part, row.reader) == (part, reader):
+                return row
+        return None
+
+    def gain(self, part: Part, base: Part, reader: Reader) -> Spread | None:
+        """Mean accuracy of a part less that of another, per seed."""
+        over, under = self.find(part, reader), self.find(base, reader)
+        if over is None or under is None:
+            return None
+        pairs = zip(over.mean.values, under.mean.values, strict=True)
+        return Spread(tuple(first - second for first, second in pairs))
+
+    @property
+    def parts(self) -> Sequence[Part]:
+        """Which parts were studied."""
+        found = {row.part for row in self.rows}
+        return [part for part in PARTS if part in found]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as JSON holds them, with the gains."""
+        gains = [
+            {"part": part, "base": base, "reader": reader, "values": spread.values}
+            for part, base in COMPARISONS
+            for reader in READERS
+            if (spread := self.gain(part, base, reader)) is not None
+        ]
+        return {**asdict(self), "gains": gains}

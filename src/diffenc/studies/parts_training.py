@@ -1,0 +1,104 @@
+"""Train what an encoder can train, LoRA or the implicit captioner, on questions and answers."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffenc.encoder import DiffusionEncoder
+from diffenc.studies.parts_reader import AnswerReader, Questions
+from diffenc.studies.parts_results import ASKED, Reader
+
+_READER_RATE = 5e-3
+
+
+def train_part(
+    encoder: DiffusionEncoder,
+    readers: dict[Reader, AnswerReader],
+    questions: Questions,
+    pictures: Sequence[Image.Image],
+    *,
+    asks: bool,
+    split: int,
+    epochs: int,
+    batch_size: int,
+    grid: int,
+    rate: float,
+    seed: int,
+    done: Callable[[int], object],
+) -> None:
+    """Lower the readers' loss on the first rows, by what the encoder trains and by the readers.
+
+    Args:
+        encoder: With LoRA or a captioner, which are trained in place.
+        readers: Fitted to the features that the encoder had before; trained in place too.
+        questions: Of all rows.
+        pictures: One per scene.
+        asks: Whether the prompt is the question; otherwise it is empty, and one pass serves the
+            three questions to a scene.
+        split: Rows to train on.
+        epochs: Passes over them.
+        batch_size: Rows of the U-Net per step.
+        grid: Side of the token grid.
+        rate: Highest learning rate of what the encoder trains.
+        seed: Of the order.
+        done: Called with the rows of the U-Net after each step.
+    """
+    models = [reader.requires_grad_(True) for reader in readers.values()]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": list(encoder.trainable_parameters()), "lr": rate},
+            {
+                "params": [p for model in models for p in model.parameters()],
+                "lr": _READER_RATE,
+            },
+        ],
+        weight_decay=0.0,
+    )
+    order = torch.Generator().manual_seed(seed)
+    count = split if asks else split // len(ASKED)
+    batches = [
+        units
+        for _ in range(epochs)
+        for units in torch.randperm(count, generator=order).split(batch_size)
+    ]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [rate, _READER_RATE], total_steps=len(batches)
+    )
+    encoder.train()
+    for units in batches:
+        tokens, rows = _tokens(encoder, questions, pictures, units, asks=asks, grid=grid)
+        loss = torch.stack(
+            [
+                questions.loss(model(tokens, questions.queries[reader][rows]), rows)
+                for reader, model in readers.items()
+            ]
+        ).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        done(len(units))
+    encoder.eval().requires_grad_(False)
+
+
+def _tokens(
+    encoder: DiffusionEncoder,
+    questions: Questions,
+    pictures: Sequence[Image.Image],
+    units: Tensor,
+    *,
+    asks: bool,
+    grid: int,
+) -> tuple[Tensor, Tensor]:
+    """Tokens with a graph, and the rows that they serve."""
+    each = len(ASKED)
+    scenes = (units // each if asks else units).tolist()
+    texts = [questions.texts[row] for row in units.tolist()] if asks else ""
+    images = [pictures[scene] for scene in scenes]
+    tokens = encoder.extract(images, texts, conditioning="cond").tokens(grid).float().cpu()
+    if asks:
+        return tokens, units
+    rows = (units[:, None] * each + torch.arange(each)).flatten()
+    return tokens.repeat_interleave(each, dim=0), rows
