@@ -1,0 +1,148 @@
+"""What a benchmark asks of a model that answers questions on pictures."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from PIL import Image
+
+from diffenc.errors import ConfigError, ShapeError
+from diffenc.evals.base import Picture, Problem
+
+Images = Sequence[Sequence[Image.Image]]
+"""Per question its pictures, one or several, upright and RGB."""
+
+
+@runtime_checkable
+class Answerer(Protocol):
+    """A model that answers questions on pictures.
+
+    Attributes:
+        name: In tables and files of answers.
+        description: What its answers depend on, as JSON holds it; answers are resumed only where
+            it is equal.
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+
+    @property
+    def description(self) -> Mapping[str, Any]: ...  # noqa: D102
+
+    def answer(
+        self, images: Images, questions: Sequence[str], prompts: Sequence[str] | None = None
+    ) -> Sequence[str]:
+        """One text per question.
+
+        Args:
+            images: Per question one picture or several.
+            questions: What the language model is asked.
+            prompts: What conditions the vision encoder, one per question, "" for no text; None
+                leaves it to the model. Models without such an input ignore it.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class FunctionAnswerer:
+    """An `Answerer` of any function, such as the bound `generate` of a language model.
+
+    Attributes:
+        name: In tables and files.
+        function: Called with pictures, questions and, where there are any, `prompts=`.
+        description: What answers depend on.
+        options: Keywords of every call, such as `{"max_new_tokens": 64}`; part of what answers
+            depend on.
+
+    Example:
+        >>> model = FunctionAnswerer("blind", lambda images, questions: ["yes"] * len(questions))
+        >>> model.answer([[picture]], ["is there a circle?"])
+        ['yes']
+    """
+
+    name: str
+    function: Callable[..., Sequence[str]]
+    description: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.options:
+            described = {**self.description, "options": dict(self.options)}
+            object.__setattr__(self, "description", described)
+
+    def answer(
+        self, images: Images, questions: Sequence[str], prompts: Sequence[str] | None = None
+    ) -> Sequence[str]:
+        """What the function returns."""
+        more = {} if prompts is None else {"prompts": list(prompts)}
+        return self.function(
+            [list(each) for each in images], list(questions), **more, **self.options
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """One question to a model.
+
+    Attributes:
+        id: Unique in its benchmark.
+        pictures: One or several.
+        question: For the language model.
+        prompt: For the vision encoder; None leaves it to the model.
+    """
+
+    id: str
+    pictures: tuple[Picture, ...]
+    question: str
+    prompt: str | None = None
+
+    def digest(self, picture_digests: Mapping[str, str]) -> str:
+        """Of everything that an answer is made from."""
+        parts = [self.question, self.prompt, *(picture_digests[p.name] for p in self.pictures)]
+        return digest_of(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What was found when pictures were looked at.
+
+    Attributes:
+        digests: Per name of a picture that can be read, of its file.
+        problems: Pictures that cannot, beside those that were known before.
+    """
+
+    digests: Mapping[str, str]
+    problems: tuple[Problem, ...]
+
+    def whole(self, pictures: Sequence[Picture]) -> bool:
+        """Whether all of these can be read."""
+        return all(picture.name in self.digests for picture in pictures)
+
+
+def digest_of(value: Any) -> str:
+    """Of anything that JSON holds."""
+    return hashlib.sha256(json.dumps(value, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+def check_answers(answers: Sequence[str], count: int, name: str) -> list[str]:
+    """One text per question.
+
+    Raises:
+        ShapeError: Another number, or something that is no text.
+    """
+    if isinstance(answers, str) or len(answers) != count:
+        given = "one text" if isinstance(answers, str) else f"{len(answers)} answers"
+        raise ShapeError(f"{name} must give one answer per question, {count} here; got {given}")
+    for answer in answers:
+        if not isinstance(answer, str):
+            raise ShapeError(f"{name} must answer in text, got {type(answer).__name__}")
+    return list(answers)
+
+
+def check_positive(**numbers: int) -> None:
+    """Raise a `ConfigError` unless each is an int of 1 or more."""
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name} must be an int of 1 or more, got {value!r}")

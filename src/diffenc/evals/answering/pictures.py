@@ -1,0 +1,68 @@
+"""A look at every picture of a benchmark before a model answers for hours."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from diffenc.errors import ConfigError, ImageError
+from diffenc.evals.answering.base import Reading
+from diffenc.evals.base import Picture, Problem
+from diffenc.evals.inspection import Progress, summary
+
+
+def read_pictures(
+    pictures: Sequence[Picture],
+    *,
+    source: str,
+    problems: Sequence[Problem] = (),
+    skip_broken: bool = False,
+    progress: Progress | None = None,
+) -> Reading:
+    """Open each picture once, and refuse what is broken, all of it in one message.
+
+    Args:
+        pictures: Of all items; one that several items share is opened once.
+        source: Where they come from, for the message.
+        problems: What was found when tables were read.
+        skip_broken: Go on with what is whole.
+        progress: Told how many pictures were looked at.
+
+    Raises:
+        ConfigError: There are problems and they are not to be skipped.
+    """
+    found = list(problems)
+    digests: dict[str, str] = {}
+    different = {picture.name: picture for picture in pictures}
+    for done, (name, picture) in enumerate(different.items(), start=1):
+        try:
+            digests[name] = picture.read()[1]
+        except ImageError as error:
+            detail = str(error).removeprefix(f"cannot read the picture {name}: ")
+            found.append(Problem("unreadable pictures", name, detail))
+        if progress is not None:
+            progress(done, len(different))
+    if found and not skip_broken:
+        raise ConfigError(
+            f"{source} has {len(found)} problems: {summary(found)}. Mend them, or go on with the "
+            "items that are whole by skip_broken=True"
+        )
+    return Reading(digests, tuple(found))
+
+
+def left_out(problems: Sequence[Problem]) -> tuple[str, ...]:
+    """A note on what was left out, or none."""
+    return (f"{len(problems)} problems, left out: {summary(problems)}",) if problems else ()
+
+
+def picture_of(value: Any, name: str) -> Picture | None:
+    """The picture in a cell of a table: PIL, bytes, `{"bytes": ...}`, or what reads the bytes.
+
+    None where it is none of these.
+    """
+    if isinstance(value, Mapping):
+        value = value.get("bytes")
+    if isinstance(value, bytes):
+        content = value
+        return Picture(name, lambda: content)
+    return Picture(name, value) if isinstance(value, Image.Image) or callable(value) else None

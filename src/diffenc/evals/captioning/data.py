@@ -1,0 +1,88 @@
+"""Pictures and the captions that people gave them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from diffenc.errors import ConfigError
+from diffenc.evals.answering.base import check_positive
+from diffenc.evals.base import Picture, Problem
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionItem:
+    """A picture with its captions.
+
+    Attributes:
+        id: Of the image in its dataset.
+        picture: To be captioned.
+        references: One or more.
+    """
+
+    id: str
+    picture: Picture
+    references: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionSet:
+    """Pictures with captions.
+
+    Attributes:
+        name: In files and tables.
+        source: Where they come from.
+        items: In the order of the dataset.
+        published: Whether results may stand beside the paper's.
+        problems: What was wrong with its files.
+        notes: What is worth knowing and stops nothing.
+    """
+
+    name: str
+    source: str
+    items: tuple[CaptionItem, ...]
+    published: bool = False
+    problems: tuple[Problem, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def select(
+        self, image_ids: Sequence[int | str] | None = None, *, limit: int | None = None
+    ) -> "CaptionSet":
+        """Some of its images, in the order of the dataset.
+
+        Args:
+            image_ids: Which; None is all.
+            limit: The first so many of them.
+
+        Raises:
+            ConfigError: An id is not there or stands twice, or `limit` is below 1.
+        """
+        items = self.items
+        if image_ids is not None:
+            wanted = [str(name) for name in image_ids]
+            check_ids(wanted, {item.id for item in items}, self.source)
+            items = tuple(item for item in items if item.id in set(wanted))
+        if limit is not None:
+            check_positive(limit=limit)
+            items = items[:limit]
+        if len(items) == len(self.items):
+            return self
+        note = f"{len(items)} of {len(self.items)} images; CIDEr depends on which ones"
+        return replace(self, items=items, notes=(*self.notes, note))
+
+
+def check_ids(wanted: Sequence[str], known: "set[str]", source: str) -> None:
+    """Refuse ids that are not there, all in one message, or that stand twice.
+
+    Raises:
+        ConfigError: There are such ids, or none at all.
+    """
+    if not wanted:
+        raise ConfigError("image_ids is empty; leave it out to have all images")
+    if unknown := [name for name in dict.fromkeys(wanted) if name not in known]:
+        raise ConfigError(
+            f"{len(unknown)} of {len(wanted)} image ids are not in {source}: "
+            f"{', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}; its ids look like "
+            f"{', '.join(sorted(known)[:3])}"
+        )
+    if len(set(wanted)) < len(wanted):
+        double = next(name for name in wanted if wanted.count(name) > 1)
+        raise ConfigError(f"image_ids holds {double} twice; give each id once")

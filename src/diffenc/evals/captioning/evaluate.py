@@ -1,0 +1,244 @@
+"""Let a model caption pictures, feed its captions back as prompts, and compare with references."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from diffenc._version import __version__
+from diffenc.errors import ConfigError
+from diffenc.evals.answering.asking import Asker, opened_asker
+from diffenc.evals.answering.base import Answerer, Query, check_positive
+from diffenc.evals.answering.paper import published_table
+from diffenc.evals.answering.pictures import left_out, read_pictures
+from diffenc.evals.base import Problem
+from diffenc.evals.captioning.data import CaptionItem, CaptionSet
+from diffenc.evals.captioning.metrics import (
+    METRICS,
+    TITLES,
+    WITHOUT_JAVA,
+    CaptionScores,
+    Metric,
+    require_metrics,
+    score_captions,
+)
+from diffenc.evals.captioning.tokens import Tokenizer
+from diffenc.evals.inspection import Progress
+from diffenc.evals.report import Table
+
+QUESTION = "Provide a one-sentence caption for the provided image."
+"""LLaVA's; the paper does not state its own."""
+
+Prompts = Mapping[str, str] | Callable[[CaptionItem], str]
+"""Per image the prompt of the encoder."""
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionPass:
+    """One round over all pictures.
+
+    Attributes:
+        number: 1 for the first.
+        prompts: Per image what the encoder was given; empty where the model chose itself.
+        captions: Per image.
+        scores: Against the references; None where no metric was asked for.
+    """
+
+    number: int
+    prompts: Mapping[str, str]
+    captions: Mapping[str, str]
+    scores: CaptionScores | None
+
+
+@dataclass(frozen=True)
+class CaptionEvaluation:
+    """Captions of a model in one pass or more.
+
+    Attributes:
+        model: Its name.
+        description: What its captions depend on.
+        data: What was captioned.
+        items: Those that could be.
+        question: What the language model was asked.
+        passes: In order; each but the first had the captions of the one before as prompts.
+        problems: Why other items were left out.
+        fresh: How many captions were generated now; the others were there already.
+    """
+
+    model: str
+    description: Mapping[str, Any]
+    data: CaptionSet
+    items: tuple[CaptionItem, ...]
+    question: str
+    passes: tuple[CaptionPass, ...]
+    problems: tuple[Problem, ...] = ()
+    fresh: int = field(default=0, compare=False)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """On data, words and what was left out."""
+        scored = self.passes[-1].scores
+        words = (f"words by the tokenizer {scored.tokenizer!r}",) if scored else ()
+        empty = [f"pass {p.number}: {p.scores.empty}" for p in self.passes if p.scores]
+        some = any(p.scores.empty for p in self.passes if p.scores)
+        bare = (f"captions without a word count as 0: {', '.join(empty)}",) if some else ()
+        return (*left_out(self.problems), *self.data.notes, *words, *bare)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every number, as JSON holds it."""
+        return {
+            "version": __version__,
+            "data": self.data.name,
+            "source": self.data.source,
+            "items": len(self.items),
+            "model": self.model,
+            "description": dict(self.description),
+            "question": self.question,
+            "passes": [asdict(each) for each in self.passes],
+            "notes": list(self.notes),
+        }
+
+
+def evaluate_captions(
+    data: CaptionSet,
+    model: Answerer,
+    *,
+    prompts: Prompts | None = None,
+    passes: int = 1,
+    question: str = QUESTION,
+    metrics: Sequence[Metric] = WITHOUT_JAVA,
+    tokenizer: Tokenizer = "ptb",
+    results: "Path | None" = None,
+    batch_size: int = 8,
+    skip_broken: bool = False,
+    progress: Progress | None = None,
+) -> CaptionEvaluation:
+    """Caption every picture, and again with the caption as the encoder's prompt.
+
+    All pictures are looked at, and metrics looked for, before the first caption is made. With a
+    results file nothing that is in it is made again.
+
+    Args:
+        data: Pictures and references.
+        model: Who captions.
+        prompts: Of the first pass, by image id or from the item; None leaves them to the model.
+            References as prompts are an oracle, as in rows of the paper's table 4.
+        passes: 1, or more to refine: pass k has the caption of pass k - 1 as its prompt.
+        question: To the language model, the same in every pass.
+        metrics: Which; none is allowed, and keeps captions alone.
+        tokenizer: "ptb" (Java) as in published numbers, or "simple".
+        results: A JSON lines file; None keeps nothing.
+        batch_size: Most pictures in one call of the model.
+        skip_broken: Leave out pictures that cannot be read.
+        progress: Told how many captions of a pass are there, and of how many.
+
+    Raises:
+        ConfigError: Broken data, a metric that cannot run here, images without a prompt, or a
+            results file of something else.
+        MissingExtraError: A metric without pycocoevalcap.
+        OutputError: The results file cannot be written.
+        ShapeError: The model returns something else than one text per question.
+    """
+    check_positive(passes=passes)
+    require_metrics(metrics, tokenizer)
+    reading = read_pictures(
+        [item.picture for item in data.items],
+        source=data.source,
+        problems=data.problems,
+        skip_broken=skip_broken,
+    )
+    items = tuple(item for item in data.items if reading.whole([item.picture]))
+    if not items:
+        raise ConfigError(f"{data.source} has no picture that can be captioned")
+    references = {item.id: item.references for item in items}
+    given = first_prompts(items, prompts)
+    made: list[CaptionPass] = []
+    with opened_asker(
+        model,
+        reading.digests,
+        results,
+        task=f"captions of {data.name}",
+        source=data.source,
+        batch_size=batch_size,
+        progress=progress,
+    ) as asker:
+        for number in range(1, passes + 1):
+            captions = caption_images(asker, items, question, given, part=f"pass {number}")
+            scores = None
+            if metrics:
+                scores = score_captions(references, captions, metrics=metrics, tokenizer=tokenizer)
+            made.append(CaptionPass(number, given or {}, captions, scores))
+            given = captions
+    return CaptionEvaluation(
+        model=model.name,
+        description=dict(model.description),
+        data=data,
+        items=items,
+        question=question,
+        passes=tuple(made),
+        problems=reading.problems,
+        fresh=asker.fresh,
+    )
+
+
+def caption_images(
+    asker: Asker,
+    items: Sequence[CaptionItem],
+    question: str,
+    prompts: Mapping[str, str] | None,
+    *,
+    part: str,
+) -> dict[str, str]:
+    """One caption per item, by id, without spaces around it.
+
+    Raises:
+        ConfigError: The file holds captions made from something else.
+        ShapeError: The model returns something else than one text per question.
+    """
+    queries = [
+        Query(item.id, (item.picture,), question, None if prompts is None else prompts[item.id])
+        for item in items
+    ]
+    answers = asker.ask(queries, part=part)
+    return {name: answer.strip() for name, answer in answers.items()}
+
+
+def first_prompts(items: Sequence[CaptionItem], prompts: Prompts | None) -> dict[str, str] | None:
+    """The prompt of each item.
+
+    Raises:
+        ConfigError: Some have none.
+    """
+    if prompts is None:
+        return None
+    if callable(prompts):
+        return {item.id: prompts(item) for item in items}
+    if lacking := [item.id for item in items if item.id not in prompts]:
+        raise ConfigError(
+            f"{len(lacking)} of {len(items)} images have no prompt: {', '.join(lacking[:5])}; give "
+            "one for each, '' for none"
+        )
+    return {item.id: prompts[item.id] for item in items}
+
+
+def caption_table(evaluations: Sequence[CaptionEvaluation], *, paper: bool | None = None) -> Table:
+    """Models and passes down, metrics across.
+
+    Args:
+        evaluations: On the same data.
+        paper: Put the paper's table 4 beside it; None does so for COCO alone.
+    """
+    first = evaluations[0]
+    scored = [(each, one) for each in evaluations for one in each.passes if one.scores]
+    metrics = [m for m in METRICS if any(m in one.scores.values for _, one in scored if one.scores)]
+    rows = []
+    for each, one in scored:
+        assert one.scores is not None
+        name = each.model if len(each.passes) == 1 else f"{each.model}, pass {one.number}"
+        values = [one.scores.values.get(metric) for metric in metrics]
+        rows.append((name, *("–" if value is None else f"{value:.2f}" for value in values)))
+    titles = tuple(TITLES[metric] for metric in metrics)
+    if first.data.published if paper is None else paper:
+        rows += published_table("captions").beside(titles)
+    title = f"captions of {first.data.name}, {len(first.items)} images, metrics times 100"
+    return Table(title, ("model", *titles), tuple(rows))

@@ -1,0 +1,256 @@
+"""BLINK: fourteen tasks of perception, many on several pictures.
+
+Source:
+    Fu et al. 2024 (BLINK), arXiv:2404.12390, and its released evaluation.
+"""
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from diffenc._optional import require
+from diffenc.errors import ConfigError
+from diffenc.evals.answering.pictures import picture_of
+from diffenc.evals.base import Problem
+from diffenc.evals.choices.base import LETTER_INSTRUCTION, ChoiceBenchmark, ChoiceItem
+from diffenc.evals.files import resolve_data
+from diffenc.evals.rows import Column, Row, match_columns, plain_name, rows_of
+
+REPOSITORIES = ("BLINK-Benchmark/BLINK",)
+
+TASKS = {
+    "Visual_Similarity": 135,
+    "Counting": 120,
+    "Relative_Depth": 124,
+    "Jigsaw": 150,
+    "Art_Style": 117,
+    "Functional_Correspondence": 130,
+    "Semantic_Correspondence": 139,
+    "Spatial_Relation": 143,
+    "Object_Localization": 122,
+    "Visual_Correspondence": 172,
+    "Multi-view_Reasoning": 133,
+    "Relative_Reflectance": 134,
+    "Forensic_Detection": 132,
+    "IQ_Test": 150,
+}
+"""Tasks in the benchmark's order, and how many questions each has in the split "val"."""
+
+PICTURES = ("image_1", "image_2", "image_3", "image_4")
+
+_COLUMNS = (
+    Column("idx", also=("id",)),
+    Column("question"),
+    Column("choices"),
+    Column("answer"),
+    Column("prompt", needed=False),
+    Column("image_1"),
+    *(Column(name, needed=False) for name in PICTURES[1:]),
+)
+_KNOWN = {plain_name(name): name for name in TASKS}
+
+
+def load_blink(
+    data: "str | os.PathLike[str]",
+    *,
+    split: str = "val",
+    tasks: Sequence[str] | None = None,
+    instruction: str = LETTER_INSTRUCTION,
+) -> ChoiceBenchmark:
+    """Read BLINK's parquet files, `<Task>/val-00000-of-00001.parquet`; nothing is downloaded.
+
+    Args:
+        data: A folder, or "BLINK-Benchmark/BLINK" where the Hub's cache has it.
+        split: "val"; answers of "test" are not public.
+        tasks: Some of `TASKS`; None is all of them.
+        instruction: Follows the question and its options, on a line of its own; "" for the
+            benchmark's own wording. Its disclaimer for three tasks is not put in front.
+
+    Returns:
+        The questions; what is wrong with files is in `problems`, and refused by `evaluate_choices`.
+
+    Raises:
+        ConfigError: There is no such dataset, a column is missing, a task is unknown, or answers
+            are hidden.
+        MissingExtraError: pyarrow is not installed.
+    """
+    wanted = _tasks(tasks)
+    files = resolve_data(data, REPOSITORIES)
+    parts: defaultdict[str, list[str]] = defaultdict(list)
+    for name in files.named("*.parquet"):
+        path = PurePosixPath(name)
+        task = _KNOWN.get(plain_name(path.parent.name))
+        if task and path.name.lower().startswith(split.lower()):
+            parts[task].append(name)
+    if not parts:
+        raise ConfigError(
+            f"{files.source} is no BLINK: no <Task>/{split}-*.parquet in it, but "
+            f"{files.names[:5] or 'nothing'}"
+        )
+    rows: list[tuple[str, Row]] = []
+    problems: list[Problem] = []
+    for task in wanted:
+        if task not in parts:
+            problems.append(Problem("missing tasks", task))
+        for name in parts.get(task, ()):
+            place = files.path(name)
+            if place is None:
+                raise ConfigError(f"{name} lies inside an archive; unpack it first")
+            rows += [(task, row) for row in _read(place, name)]
+    return _benchmark(rows, str(files.source), wanted, problems, instruction)
+
+
+def blink_from_rows(
+    rows: Mapping[str, Sequence[Mapping[str, Any]]], *, instruction: str = LETTER_INSTRUCTION
+) -> ChoiceBenchmark:
+    """BLINK from rows in memory, by task, such as those of `datasets.load_dataset`.
+
+    Args:
+        rows: Per task its rows; a picture is a PIL image, bytes, `{"bytes": ...}` or None.
+        instruction: See `load_blink`.
+
+    Raises:
+        ConfigError: A column is missing, a task is unknown, or answers are hidden.
+    """
+    wanted = _tasks(list(rows))
+    by_task = {_KNOWN[plain_name(name)]: list(found) for name, found in rows.items()}
+    found = [(task, row) for task in wanted for row in rows_of(by_task[task], _COLUMNS, task).rows]
+    return _benchmark(found, "rows", wanted, [], instruction)
+
+
+def _tasks(tasks: Sequence[str] | None) -> list[str]:
+    if tasks is None:
+        return list(TASKS)
+    if unknown := [name for name in tasks if plain_name(name) not in _KNOWN]:
+        raise ConfigError(f"unknown tasks {unknown}; BLINK has {list(TASKS)}")
+    chosen = {_KNOWN[plain_name(name)] for name in tasks}
+    if not chosen or len(chosen) < len(tasks):
+        raise ConfigError(f"tasks must be one or more, each once, got {list(tasks)}")
+    return [name for name in TASKS if name in chosen]
+
+
+def _read(path: Path, where: str) -> list[Row]:
+    """Rows of a file; pictures that are there become functions that read them when called."""
+    parquet = require("pyarrow.parquet", extra="evals")
+    rows: list[Row] = []
+    try:
+        with parquet.ParquetFile(path) as file:
+            picked, _ = match_columns(list(file.schema_arrow.names), _COLUMNS, where)
+            plain = {name: actual for name, actual in picked.items() if name not in PICTURES}
+            for group in range(file.num_row_groups):
+                values = file.read_row_group(group, columns=list(plain.values())).to_pylist()
+                cells = [{n: value[a] for n, a in plain.items()} for value in values]
+                for name in (name for name in PICTURES if name in picked):
+                    column = file.read_row_group(group, columns=[picked[name]])[picked[name]]
+                    for index, valid in enumerate(column.is_valid().to_pylist()):
+                        reader = _reader(str(path), group, picked[name], index)
+                        cells[index][name] = reader if valid else None
+                rows += [Row(f"{where}, row {len(rows) + k}", cell) for k, cell in enumerate(cells)]
+    except ConfigError:
+        raise
+    except Exception as error:  # pyarrow has errors of its own
+        raise ConfigError(f"cannot read {path}: {error}; download it again") from error
+    return rows
+
+
+def _reader(path: str, group: int, column: str, index: int) -> Callable[[], bytes]:
+    def read() -> bytes:
+        value = _column(path, group, column)[index].as_py()
+        content = value.get("bytes") if isinstance(value, dict) else value
+        if not isinstance(content, bytes):
+            raise ValueError("the cell holds no bytes of a picture")
+        return content
+
+    return read
+
+
+@lru_cache(maxsize=len(PICTURES))  # the picture columns of the task that is being read
+def _column(path: str, group: int, column: str) -> Any:
+    parquet = require("pyarrow.parquet", extra="evals")
+    with parquet.ParquetFile(path) as file:
+        return file.read_row_group(group, columns=[column])[column]
+
+
+def _benchmark(
+    rows: Sequence[tuple[str, Row]],
+    source: str,
+    wanted: Sequence[str],
+    problems: list[Problem],
+    instruction: str,
+) -> ChoiceBenchmark:
+    if rows and all(row.text("answer").lower() == "hidden" for _, row in rows):
+        raise ConfigError(
+            f"{source} holds questions whose answers are hidden, as those of BLINK's split test; "
+            "use the split val"
+        )
+    found: dict[str, ChoiceItem] = {}
+    for task, row in rows:
+        item = _item(task, row, problems, instruction)
+        if item is not None and item.id in found:
+            problems.append(Problem("ids that occur twice", item.id, row.where))
+        elif item is not None:
+            found[item.id] = item
+    notes = []
+    counts = {task: sum(item.group == task for item in found.values()) for task in wanted}
+    if other := [f"{t}: {n} of {TASKS[t]}" for t, n in counts.items() if n != TASKS[t]]:
+        notes.append(f"results are not those of the benchmark, {'; '.join(other)}")
+    if lacking := len(TASKS) - len(wanted):
+        notes.append(f"{lacking} of {len(TASKS)} tasks are left out of the mean")
+    return ChoiceBenchmark(
+        name="blink",
+        source=source,
+        items=tuple(found.values()),
+        score="tasks",
+        groups=tuple(TASKS),
+        expected=sum(TASKS.values()),
+        problems=tuple(problems),
+        notes=tuple(notes),
+    )
+
+
+def _item(task: str, row: Row, problems: list[Problem], instruction: str) -> ChoiceItem | None:
+    where = row.text("idx") or row.where
+    options = tuple(str(each).strip() for each in _list(row.values.get("choices")))
+    letter = row.text("answer").strip("() ").upper()
+    answer = "ABCDEFGHIJ".find(letter) if len(letter) == 1 else -1
+    pictures = [
+        picture_of(row.values[name], f"{where}, {name}")
+        for name in PICTURES
+        if row.values.get(name) is not None
+    ]
+    faults = []
+    if not row.text("idx"):
+        faults.append(Problem("rows without an id", row.where))
+    if not row.text("question"):
+        faults.append(Problem("missing questions", where))
+    if len(options) < 2:
+        faults.append(Problem("questions without options", where))
+    elif not 0 <= answer < len(options):
+        faults.append(Problem("answers that are no option", where, row.text("answer")))
+    if not pictures or None in pictures:
+        faults.append(Problem("missing pictures", where))
+    problems += faults
+    if faults:
+        return None
+    text = row.text("prompt") or _prompt(row.text("question"), options)
+    return ChoiceItem(
+        id=row.text("idx"),
+        pictures=tuple(picture for picture in pictures if picture is not None),
+        question=row.text("question"),
+        text=f"{text}\n{instruction}" if instruction else text,
+        options=options,
+        answer=answer,
+        group=task,
+    )
+
+
+def _prompt(question: str, options: Sequence[str]) -> str:
+    lines = [f"({letter}) {option}" for letter, option in zip("ABCDEFGHIJ", options, strict=False)]
+    return "\n".join([question, "Select from the following choices.", *lines])
+
+
+def _list(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else ()

@@ -1,0 +1,198 @@
+"""MMVP and BLINK on the miniature world: they need no download, and their truth is known."""
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+from diffenc.errors import ConfigError
+from diffenc.evals.answering.base import check_positive
+from diffenc.evals.base import Picture
+from diffenc.evals.choices.base import ChoiceBenchmark, ChoiceItem
+from diffenc.shapes import (
+    ContrastPair,
+    Question,
+    Scene,
+    mmvp_pairs,
+    perturb,
+    questions,
+    render,
+    sample_scene,
+)
+
+CHOICES_SEED = 962_000
+"""Of the bundled sets; no bundled model was trained on seeds from 900,000 up."""
+
+_TRIES = 500
+_LETTERS = "abcd"
+
+
+def shapes_mmvp(
+    per_pattern: int = 15, *, seed: int = CHOICES_SEED, instruction: str = ""
+) -> ChoiceBenchmark:
+    """Pairs of near-same pictures with one question each, whose right answers differ.
+
+    Args:
+        per_pattern: Pairs for each of color, count, position, relation, shape and size.
+        seed: Of the scenes; choose settings on another one than you report.
+        instruction: Follows question and options, on a line of its own.
+
+    Raises:
+        ConfigError: Fewer than one pair.
+    """
+    check_positive(per_pattern=per_pattern)
+    items = []
+    for index, pair in enumerate(mmvp_pairs(per_pattern, seed=seed)):
+        rng = random.Random(f"mmvp questions/{seed}/{index}")
+        asked = _asked_of_both(pair, rng)
+        options = [question.answer for question in asked]
+        rng.shuffle(options)
+        for turn, (scene, question) in enumerate(zip(pair.scenes, asked, strict=True)):
+            number = 2 * index + turn + 1
+            items.append(
+                _item(
+                    *(str(number), [scene], question.text, options, question.answer),
+                    group=f"{2 * index + 1}-{2 * index + 2}",
+                    labels={"pattern": pair.kind},
+                    instruction=instruction,
+                    source=f"mmvp, seed {seed}",
+                )
+            )
+    return ChoiceBenchmark("mmvp", f"shapes, seed {seed}", tuple(items), "pairs")
+
+
+def shapes_blink(
+    per_task: int = 30, *, seed: int = CHOICES_SEED, instruction: str = ""
+) -> ChoiceBenchmark:
+    """Four tasks on one, two and three pictures of coloured shapes.
+
+    "Counting" (three options) and "Spatial_Relation" ask about one picture. "Change" shows a
+    picture and its near twin, and asks whether both show the same objects in the same places;
+    "Visual_Similarity" shows three, and asks which of the last two shows the objects of the first.
+
+    Args:
+        per_task: Questions per task.
+        seed: Of the scenes; choose settings on another one than you report.
+        instruction: Follows question and options, on a line of its own.
+
+    Raises:
+        ConfigError: Fewer than one question per task.
+    """
+    check_positive(per_task=per_task)
+    items = []
+    for task, make in _TASKS.items():
+        for index in range(per_task):
+            rng = random.Random(f"blink/{seed}/{task}/{index}")
+            scenes, question, options, answer = make(rng)
+            items.append(
+                _item(
+                    *(f"{task}_{index + 1}", scenes, question, options, answer),
+                    group=task,
+                    labels={},
+                    instruction=instruction,
+                    source=f"blink, seed {seed}",
+                )
+            )
+    tasks = tuple(_TASKS)
+    return ChoiceBenchmark("blink", f"shapes, seed {seed}", tuple(items), "tasks", groups=tasks)
+
+
+_Asked = tuple[list[Scene], str, list[str], str]
+"""Scenes, question, options in order, right one."""
+
+
+def _asked_of_both(pair: ContrastPair, rng: random.Random) -> tuple[Question, Question]:
+    """A question of the pair's kind that fits both scenes and is answered differently."""
+    for _ in range(_TRIES):
+        seeds = rng.randrange(1 << 30), rng.randrange(1 << 30)
+        asked = [
+            {q.text: q for q in questions(scene, seed=seed) if q.kind == pair.kind}
+            for scene, seed in zip(pair.scenes, seeds, strict=True)
+        ]
+        for text in sorted(asked[0].keys() & asked[1].keys()):
+            first, second = asked[0][text], asked[1][text]
+            if first.answer != second.answer:
+                return first, second
+    raise ConfigError(
+        f"a pair of pattern {pair.kind!r} has no question in common; take other seeds"
+    )
+
+
+def _one_question(rng: random.Random, kind: str) -> tuple[Scene, Question]:
+    while True:
+        scene = sample_scene(rng)
+        found = [q for q in questions(scene, seed=rng.randrange(1 << 30)) if q.kind == kind]
+        if found:
+            return scene, rng.choice(found)
+
+
+def _counting(rng: random.Random) -> _Asked:
+    scene, question = _one_question(rng, "count")
+    return [scene], question.text, list(question.choices), question.answer
+
+
+def _spatial_relation(rng: random.Random) -> _Asked:
+    scene, question = _one_question(rng, "relation")
+    return [scene], question.text, ["yes", "no"], question.answer
+
+
+def _change(rng: random.Random) -> _Asked:
+    scene = sample_scene(rng)
+    same = rng.random() < 0.5
+    other = scene if same else perturb(scene, rng)
+    question = "do both pictures show the same objects in the same places?"
+    return [scene, other], question, ["yes", "no"], "yes" if same else "no"
+
+
+def _similarity(rng: random.Random) -> _Asked:
+    """One picture has the objects of the first elsewhere, the other has other objects."""
+    first = sample_scene(rng)
+    kinds = [thing.kind for thing in first.objects]
+    moved = sample_scene(rng, kinds=kinds, sizes=[thing.size for thing in first.objects])
+    other = sample_scene(rng)
+    while sorted(thing.kind for thing in other.objects) == sorted(kinds):
+        other = sample_scene(rng)
+    shown = [replace(scene, background=first.background) for scene in (moved, other)]
+    right = rng.randrange(2)
+    if right:
+        shown.reverse()
+    question = "which picture shows the objects of the first picture?"
+    options = ["the second picture", "the third picture"]
+    return [first, *shown], question, options, options[right]
+
+
+_TASKS: dict[str, Callable[[random.Random], _Asked]] = {
+    "Counting": _counting,
+    "Spatial_Relation": _spatial_relation,
+    "Change": _change,
+    "Visual_Similarity": _similarity,
+}
+
+
+def _item(
+    name: str,
+    scenes: list[Scene],
+    question: str,
+    options: list[str],
+    answer: str,
+    *,
+    group: str,
+    labels: dict[str, str],
+    instruction: str,
+    source: str,
+) -> ChoiceItem:
+    listed = " ".join(f"({_LETTERS[k]}) {option}" for k, option in enumerate(options))
+    text = f"{question} {listed}"
+    pictures = [
+        Picture(f"picture {k} of {name}, {source}", render(scene))
+        for k, scene in enumerate(scenes, start=1)
+    ]
+    return ChoiceItem(
+        id=name,
+        pictures=tuple(pictures),
+        question=question,
+        text=f"{text}\n{instruction}" if instruction else text,
+        options=tuple(options),
+        answer=options.index(answer),
+        group=group,
+        labels=labels,
+    )

@@ -1,0 +1,230 @@
+"""MMVP, questions on pairs of pictures, from the layouts in which it is passed on.
+
+Source:
+    Tong et al. 2024 (Eyes Wide Shut), arXiv:2401.06209, and its released evaluation.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+from diffenc.errors import ConfigError
+from diffenc.evals.answering.pictures import picture_of
+from diffenc.evals.base import Picture, Problem
+from diffenc.evals.choices.base import LETTER_INSTRUCTION, ChoiceBenchmark, ChoiceItem
+from diffenc.evals.files import PICTURE_SUFFIXES, DatasetFiles, resolve_data
+from diffenc.evals.rows import Column, Row, TableRows, plain_name, read_csv, read_parquet, rows_of
+
+REPOSITORIES = ("MMVP/MMVP", "lmms-lab-eval/MMVP")
+ITEMS = 300
+
+ERRATA = (99, 100, 279, 280)
+"""Questions whose right answers are exchanged within the pair in the original files."""
+
+_COLUMNS = (
+    Column("Index", also=("lndex", "Question ID", "id")),
+    Column("Question"),
+    Column("Options", also=("Choices",)),
+    Column("Correct Answer", also=("Answer", "Correct_Answer")),
+)
+_PICTURE = (Column("image", also=("Image",)),)
+_FOLDERS = ("mmvpimages",)
+_OPTION = re.compile(r"\(([a-zA-Z])\)\s*(.*?)\s*(?=\([a-zA-Z]\)|$)", re.DOTALL)
+
+
+def load_mmvp(
+    data: "str | os.PathLike[str]",
+    *,
+    fix_errata: bool = False,
+    instruction: str = LETTER_INSTRUCTION,
+) -> ChoiceBenchmark:
+    """Read MMVP; nothing is downloaded.
+
+    Read are `Questions.csv`, whose first column is `Index` or `lndex`, and `MMVP Images/<k>.jpg`,
+    in a folder, in folders in it, or in a .zip file; or the parquet files of the repaired mirror.
+    Questions 2k - 1 and 2k are a pair.
+
+    Args:
+        data: A folder, a .zip file, or a Hub id where the Hub's cache has it.
+        fix_errata: Exchange the answers of questions 99 and 100 and of 279 and 280, which are the
+            wrong way round in the original files. The paper and most others used them as they are.
+        instruction: Follows question and options, on a line of its own; "" for the official
+            wording, whose free answers a language model judged.
+
+    Returns:
+        The questions; what is wrong with files is in `problems`, and refused by `evaluate_choices`.
+
+    Raises:
+        ConfigError: There is no such dataset, a column is missing, or `fix_errata` for the mirror,
+            where they are put right already.
+        MissingExtraError: Parquet files without pyarrow.
+    """
+    files = resolve_data(data, REPOSITORIES)
+    tables = files.named("Questions.csv")
+    parts = files.named("*.parquet")
+    if tables:
+        name = min(tables, key=lambda name: (name.count("/"), name))
+        table = read_csv(files.reader(name)(), _COLUMNS, name)
+        pictures = _pictures(files)
+    elif parts:
+        if fix_errata:
+            raise ConfigError(
+                f"{files.source} has parquet files, as the mirror in which errata are put right "
+                "already: leave fix_errata out, or read the original Questions.csv"
+            )
+        paths = [files.path(part) for part in parts]
+        if None in paths:
+            raise ConfigError(f"{parts[0]} lies inside an archive; unpack it first")
+        table = read_parquet(paths, (*_COLUMNS, *_PICTURE), ("image",), parts[0])
+        pictures = {}
+    else:
+        raise ConfigError(
+            f"{files.source} is no MMVP: it holds neither Questions.csv nor a .parquet file, but "
+            f"{files.names[:5] or 'nothing'}. Rows of load_dataset have pictures alone: download "
+            f"the files of {REPOSITORIES[0]}."
+        )
+    return _benchmark(table, pictures, str(files.source), fix_errata, instruction)
+
+
+def mmvp_from_rows(
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    fix_errata: bool = False,
+    instruction: str = LETTER_INSTRUCTION,
+) -> ChoiceBenchmark:
+    """MMVP from rows in memory, with the columns of the mirror and PIL images.
+
+    Args:
+        rows: With `Index`, `Question`, `Options`, `Correct Answer` and `image`.
+        fix_errata: See `load_mmvp`; right for rows of the original alone.
+        instruction: See `load_mmvp`.
+
+    Raises:
+        ConfigError: A column is missing.
+    """
+    table = rows_of(list(rows), (*_COLUMNS, *_PICTURE), "rows")
+    return _benchmark(table, {}, "rows", fix_errata, instruction)
+
+
+def split_options(text: str) -> tuple[str, ...]:
+    """``"(a) Open (b) Closed"`` to ``("Open", "Closed")``; () where letters are not in order."""
+    found = _OPTION.findall(text.strip())
+    letters = "".join(letter.lower() for letter, _ in found)
+    in_order = letters == "abcdefghij"[: len(letters)]
+    words = tuple(option.strip(" ,;") for _, option in found)
+    return words if len(words) > 1 and in_order and all(words) else ()
+
+
+def _benchmark(
+    table: TableRows,
+    pictures: Mapping[int, Picture],
+    source: str,
+    fix_errata: bool,
+    instruction: str,
+) -> ChoiceBenchmark:
+    problems = list(table.problems)
+    items: dict[int, ChoiceItem] = {}
+    for row in table.rows:
+        number = _number(row.text("Index"))
+        where = f"question {number}"
+        if number < 1:
+            problems.append(Problem("ids that are no number", row.where, repr(row.text("Index"))))
+        elif number in items:
+            problems.append(Problem("ids that occur twice", where, row.where))
+        else:
+            picture = pictures.get(number) or picture_of(row.values.get("image"), where)
+            item = _item(row, number, picture, problems, instruction)
+            if item is not None:
+                items[number] = item
+    whole = [n for n in items if _partner(n) in items]
+    for number in items.keys() - set(whole):
+        detail = f"no question {_partner(number)}"
+        problems.append(Problem("incomplete pairs", f"question {number}", detail))
+    notes = list(table.notes)
+    notes.append(
+        f"the answers of questions {', '.join(map(str, ERRATA))} are "
+        + ("exchanged within their pairs (fix_errata)" if fix_errata else "as in the file")
+    )
+    found = {number: items[number] for number in sorted(whole)}
+    alike = [n for n in found if n % 2 and found[n].answer == found[n + 1].answer]
+    if alike:
+        notes.append(f"{len(alike)} pairs have the same answer twice, the first is {alike[0]}")
+    if fix_errata:
+        found |= {n: _with_answer(found[n], found[_partner(n)]) for n in ERRATA if n in found}
+    return ChoiceBenchmark(
+        name="mmvp",
+        source=source,
+        items=tuple(found.values()),
+        score="pairs",
+        expected=ITEMS,
+        problems=tuple(problems),
+        notes=tuple(notes),
+    )
+
+
+def _item(
+    row: Row, number: int, picture: Picture | None, problems: list[Problem], instruction: str
+) -> ChoiceItem | None:
+    where = f"question {number}"
+    options = split_options(row.text("Options"))
+    answer = _answer(row.text("Correct Answer"), options)
+    faults = []
+    if not row.text("Question"):
+        faults.append(Problem("missing questions", where))
+    if not options:
+        faults.append(Problem("options without letters", where, repr(row.text("Options"))))
+    elif answer is None:
+        faults.append(Problem("answers that are no option", where, row.text("Correct Answer")))
+    if picture is None:
+        faults.append(Problem("missing pictures", where, f"{number}.jpg"))
+    problems += faults
+    if faults or picture is None or answer is None:
+        return None
+    question = row.text("Question")
+    text = f"{question} {row.text('Options')}"
+    first = number - (number + 1) % 2
+    return ChoiceItem(
+        id=str(number),
+        pictures=(picture,),
+        question=question,
+        text=f"{text}\n{instruction}" if instruction else text,
+        options=options,
+        answer=answer,
+        group=f"{first}-{first + 1}",
+    )
+
+
+def _with_answer(item: ChoiceItem, other: ChoiceItem) -> ChoiceItem:
+    """An item with the answer that its partner had."""
+    return ChoiceItem(
+        item.id, item.pictures, item.question, item.text, item.options, other.answer, item.group
+    )
+
+
+def _partner(number: int) -> int:
+    return number + 1 if number % 2 else number - 1
+
+
+def _number(text: str) -> int:
+    return int(float(text)) if text.replace(".0", "", 1).isdecimal() else 0
+
+
+def _answer(text: str, options: Sequence[str]) -> int | None:
+    """``"(b)"`` or ``"b"`` to 1."""
+    letter = text.strip().strip("().").lower()
+    index = "abcdefghij".find(letter) if len(letter) == 1 else -1
+    return index if 0 <= index < len(options) else None
+
+
+def _pictures(files: DatasetFiles) -> dict[int, Picture]:
+    """Pictures by number; those in a folder of the known name come first."""
+    names: dict[int, str] = {}
+    for name in files.names:
+        path = PurePosixPath(name)
+        number = _number(path.stem.strip())
+        known = any(plain_name(part) in _FOLDERS for part in path.parts[:-1])
+        if path.suffix.lower() in PICTURE_SUFFIXES and number and (number not in names or known):
+            names[number] = name
+    return {number: Picture(name, files.reader(name)) for number, name in names.items()}

@@ -1,0 +1,197 @@
+"""LLaVA-Bench (In-the-Wild) from the files in which it is passed on.
+
+Source:
+    Liu et al. 2023 (LLaVA), arXiv:2304.08485, section 5.1, and its released evaluation.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from diffenc.errors import ConfigError
+from diffenc.evals.base import Picture, Problem
+from diffenc.evals.files import DatasetFiles, resolve_data
+from diffenc.evals.rows import Column, Row, TableRows, read_jsonl
+
+REPOSITORIES = ("liuhaotian/llava-bench-in-the-wild",)
+CATEGORIES = ("complex", "conv", "detail")
+ITEMS = 60
+
+_QUESTIONS = (
+    Column("question_id", also=("id",)),
+    Column("image"),
+    Column("text", also=("question",)),
+    Column("category", also=("type",)),
+)
+_CONTEXT = (Column("image"), Column("caption"))
+_ANSWERS = (Column("question_id", also=("id",)), Column("text", also=("answer",)))
+
+
+@dataclass(frozen=True, slots=True)
+class BenchItem:
+    """An open question on a picture.
+
+    Attributes:
+        id: Of the question.
+        picture: That it is about.
+        question: To be answered in words.
+        category: "complex", "conv" or "detail".
+        context: What the judge, who sees no picture, is told of it.
+        reference: The answer to compare with.
+    """
+
+    id: str
+    picture: Picture
+    question: str
+    category: str
+    context: str
+    reference: str
+
+
+@dataclass(frozen=True, slots=True)
+class LlavaBench:
+    """Open questions with reference answers.
+
+    Attributes:
+        name: In files and tables.
+        source: Where they come from.
+        items: Those that could be made.
+        rules: Per category the instruction of the judge and what it calls who answers, from a
+            `rule.json` among the files; without one a wording of our own is taken.
+        expected: How many items the published benchmark has; None: it is not that one.
+        problems: What was wrong with its files.
+        notes: What is worth knowing and stops nothing.
+    """
+
+    name: str
+    source: str
+    items: tuple[BenchItem, ...]
+    rules: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    expected: int | None = None
+    problems: tuple[Problem, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def load_llava_bench(
+    data: "str | os.PathLike[str]", *, reference: str = "answers_gpt4.jsonl"
+) -> LlavaBench:
+    """Read LLaVA-Bench; nothing is downloaded.
+
+    Read are `questions.jsonl`, `context.jsonl`, the reference answers and `images/001.jpg`, in a
+    folder, in folders in it, or in a .zip file. The judge's instruction is LLaVA's own where its
+    `rule.json` (`llava/eval/table` of its code) lies among them.
+
+    Args:
+        data: A folder, a .zip file, or the Hub id where the Hub's cache has it.
+        reference: Name of the file with the answers to compare with.
+
+    Raises:
+        ConfigError: There is no such dataset, or a file or column is missing.
+    """
+    files = resolve_data(data, REPOSITORIES)
+    tables = [
+        _read(files, name, columns)
+        for name, columns in (
+            ("questions.jsonl", _QUESTIONS),
+            ("context.jsonl", _CONTEXT),
+            (reference, _ANSWERS),
+        )
+    ]
+    problems = [problem for table in tables for problem in table.problems]
+    contexts = {row.text("image"): _caption(row.values.get("caption")) for row in tables[1].rows}
+    answers = {row.text("question_id"): row.text("text") for row in tables[2].rows}
+    items: dict[str, BenchItem] = {}
+    for row in tables[0].rows:
+        item = _item(row, files, contexts, answers, problems)
+        if item is not None and item.id in items:
+            problems.append(Problem("ids that occur twice", f"question {item.id}", row.where))
+        elif item is not None:
+            items[item.id] = item
+    notes = [note for table in tables for note in table.notes if "is read as" in note]
+    if unknown := sorted({item.category for item in items.values()} - set(CATEGORIES)):
+        notes.append(f"categories that the benchmark does not have: {unknown}")
+    if len(items) != ITEMS:
+        notes.append(f"{len(items)} questions where the benchmark has {ITEMS}")
+    rules = _rules(files, problems)
+    notes.append(
+        "the judge is instructed by rule.json"
+        if rules
+        else "no rule.json among the files: the judge's instruction is not LLaVA's own"
+    )
+    return LlavaBench(
+        name="llava-bench",
+        source=str(files.source),
+        items=tuple(items.values()),
+        rules=rules,
+        expected=ITEMS,
+        problems=tuple(problems),
+        notes=tuple(notes),
+    )
+
+
+def _read(files: DatasetFiles, wanted: str, columns: Sequence[Column]) -> TableRows:
+    names = files.named(wanted)
+    if not names:
+        raise ConfigError(
+            f"{files.source} is no LLaVA-Bench: it holds no {wanted}, but "
+            f"{files.names[:5] or 'nothing'}; download the files of {REPOSITORIES[0]}"
+        )
+    name = min(names, key=lambda name: (name.count("/"), name))
+    return read_jsonl(files.reader(name)(), columns, name)
+
+
+def _item(
+    row: Row,
+    files: DatasetFiles,
+    contexts: Mapping[str, str],
+    answers: Mapping[str, str],
+    problems: list[Problem],
+) -> BenchItem | None:
+    name, image = row.text("question_id"), row.text("image")
+    where = f"question {name}" if name else row.where
+    picture = files.picture(image) if image else None
+    faults = [
+        Problem(kind, where, detail)
+        for kind, there, detail in (
+            ("rows without an id", name, ""),
+            ("missing questions", row.text("text"), ""),
+            ("missing categories", row.text("category"), ""),
+            ("missing pictures", picture, image),
+            ("missing contexts", contexts.get(image), image),
+            ("missing reference answers", answers.get(name), ""),
+        )
+        if not there
+    ]
+    problems += faults
+    if faults or picture is None:
+        return None
+    return BenchItem(
+        id=name,
+        picture=Picture(picture, files.reader(picture)),
+        question=row.text("text"),
+        category=row.text("category").removeprefix("llava_bench_"),
+        context=contexts[image],
+        reference=answers[name],
+    )
+
+
+def _caption(value: object) -> str:
+    parts = value if isinstance(value, list) else [value]
+    return "\n".join(str(part).strip() for part in parts if part)
+
+
+def _rules(files: DatasetFiles, problems: list[Problem]) -> dict[str, tuple[str, str]]:
+    names = files.named("rule.json")
+    if not names:
+        return {}
+    try:
+        found = json.loads(files.reader(names[0])())
+        return {
+            category: (str(rule["prompt"]), str(rule["role"]))
+            for category in CATEGORIES
+            if (rule := found.get(f"llava_bench_{category}"))
+        }
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        problems.append(Problem("broken rules", names[0], str(error)))
+        return {}

@@ -1,0 +1,289 @@
+"""Let a model answer, let a judge compare, and take the ratio of means."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from diffenc._version import __version__
+from diffenc.errors import ConfigError
+from diffenc.evals.answering.asking import Asker, opened_asker
+from diffenc.evals.answering.base import Answerer, Query, check_positive, digest_of
+from diffenc.evals.answering.paper import published_table
+from diffenc.evals.answering.pictures import left_out, read_pictures
+from diffenc.evals.base import Problem
+from diffenc.evals.inspection import Progress
+from diffenc.evals.llava_bench.data import CATEGORIES, BenchItem, LlavaBench
+from diffenc.evals.llava_bench.judge import RULE, Case, Judge, JudgeError, read_scores
+from diffenc.evals.report import Table
+
+_LONGEST = 60.0  # seconds between two attempts
+
+
+@dataclass(frozen=True, slots=True)
+class Review:
+    """What a judge said of an answer.
+
+    Attributes:
+        reference: Score of the reference answer, 1 to 10.
+        candidate: Score of the model's.
+        reply: The whole reply.
+    """
+
+    reference: float
+    candidate: float
+    reply: str
+
+
+@dataclass(frozen=True)
+class BenchEvaluation:
+    """Answers of a model, and what a judge said of them.
+
+    Attributes:
+        model: Its name.
+        description: What its answers depend on.
+        judge: Its name; numbers of different judges do not compare.
+        benchmark: What was asked.
+        items: Those that could be asked.
+        answers: Per id.
+        reviews: Per id; items whose review failed are missing, and in no number.
+        failures: Per id of those, why the last attempt failed.
+        problems: Why other items were left out.
+        fresh: How many answers and reviews are new; the others were there already.
+    """
+
+    model: str
+    description: Mapping[str, Any]
+    judge: str
+    benchmark: LlavaBench
+    items: tuple[BenchItem, ...]
+    answers: Mapping[str, str]
+    reviews: Mapping[str, Review]
+    failures: Mapping[str, str]
+    problems: tuple[Problem, ...] = ()
+    fresh: int = field(default=0, compare=False)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every item has its review."""
+        return not self.failures
+
+    @property
+    def overall(self) -> float | None:
+        """100 x mean score of the answers / mean score of the references; None without reviews."""
+        return self._ratio(None)
+
+    def by_category(self) -> dict[str, float | None]:
+        """The same per category."""
+        there = dict.fromkeys(item.category for item in self.items)
+        order = [name for name in CATEGORIES if name in there]
+        return {name: self._ratio(name) for name in (*order, *(n for n in there if n not in order))}
+
+    def _ratio(self, category: str | None) -> float | None:
+        found = [
+            self.reviews[item.id]
+            for item in self.items
+            if item.id in self.reviews and category in (None, item.category)
+        ]
+        if not found:
+            return None
+        return 100 * sum(r.candidate for r in found) / sum(r.reference for r in found)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """On data, judge and failures."""
+        failed = [f"{name} ({why})" for name, why in list(self.failures.items())[:3]]
+        lacking = (
+            f"{len(self.failures)} of {len(self.items)} answers have no review and are in no "
+            f"number: {', '.join(failed)}{', ...' if len(self.failures) > 3 else ''}; the same "
+            "call tries them again",
+        )
+        judge = f"judge {self.judge}; numbers of different judges do not compare"
+        notes = (*left_out(self.problems), *self.benchmark.notes, judge)
+        return (*notes, *lacking) if self.failures else notes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every number, answer and review, as JSON holds it."""
+        return {
+            "version": __version__,
+            "benchmark": self.benchmark.name,
+            "source": self.benchmark.source,
+            "items": len(self.items),
+            "model": self.model,
+            "description": dict(self.description),
+            "judge": self.judge,
+            "overall": self.overall,
+            "categories": self.by_category(),
+            "complete": self.complete,
+            "answers": dict(self.answers),
+            "reviews": {name: asdict(review) for name, review in self.reviews.items()},
+            "failures": dict(self.failures),
+            "notes": list(self.notes),
+        }
+
+
+def evaluate_llava_bench(
+    benchmark: LlavaBench,
+    model: Answerer,
+    judge: Judge,
+    *,
+    prompts: Callable[[BenchItem], str] | None = None,
+    attempts: int = 5,
+    wait: float = 2.0,
+    results: "Path | None" = None,
+    batch_size: int = 8,
+    skip_broken: bool = False,
+    progress: Progress | None = None,
+    sleep: Callable[[float], object] = time.sleep,
+) -> BenchEvaluation:
+    """Ask every question once, and have every answer reviewed once.
+
+    A review that fails, or that holds no two scores, is tried again after `wait`, 2 `wait`,
+    4 `wait`... seconds, a minute at most. One that fails for good is never given a score: it is
+    missing from the numbers, told, and tried again by the next call with the same results file.
+
+    Args:
+        benchmark: Questions and references.
+        model: Who answers.
+        judge: Who compares.
+        prompts: Makes the encoder's prompt of an item, `lambda item: item.question` for the
+            paper's; None leaves it to the model.
+        attempts: Of each review.
+        wait: Seconds before the second attempt.
+        results: A JSON lines file; None keeps nothing.
+        batch_size: Most questions in one call of the model.
+        skip_broken: Leave out items whose picture cannot be read.
+        progress: Told how many questions are answered, then how many answers are reviewed.
+        sleep: Waits.
+
+    Raises:
+        ConfigError: Broken items, a judge that refuses the request, or a results file of
+            something else. What was answered and reviewed before is in the file.
+        OutputError: The results file cannot be written.
+        ShapeError: The model returns something else than one text per question.
+    """
+    check_positive(attempts=attempts)
+    if model.name == judge.name:
+        raise ConfigError(f"model and judge are both called {judge.name!r}; rename one of them")
+    reading = read_pictures(
+        [item.picture for item in benchmark.items],
+        source=benchmark.source,
+        problems=benchmark.problems,
+        skip_broken=skip_broken,
+    )
+    items = tuple(item for item in benchmark.items if reading.whole([item.picture]))
+    if not items:
+        raise ConfigError(f"{benchmark.source} has no question that can be asked")
+    queries = [
+        Query(item.id, (item.picture,), item.question, None if prompts is None else prompts(item))
+        for item in items
+    ]
+    with opened_asker(
+        model,
+        reading.digests,
+        results,
+        task=benchmark.name,
+        source=benchmark.source,
+        batch_size=batch_size,
+        progress=progress,
+    ) as asker:
+        answers = asker.ask(queries)
+        court = _Court(judge, asker, attempts, wait, sleep)
+        for done, item in enumerate(items, start=1):
+            court.decide(item, _case(item, answers[item.id], benchmark))
+            if progress is not None:
+                progress(done, len(items))
+    return BenchEvaluation(
+        model=model.name,
+        description=dict(model.description),
+        judge=judge.name,
+        benchmark=benchmark,
+        items=items,
+        answers=answers,
+        reviews=court.reviews,
+        failures=court.failures,
+        problems=reading.problems,
+        fresh=asker.fresh + court.fresh,
+    )
+
+
+class _Court:
+    """Reviews of one model's answers by one judge."""
+
+    def __init__(
+        self,
+        judge: Judge,
+        asker: Asker,
+        attempts: int,
+        wait: float,
+        sleep: Callable[[float], object],
+    ) -> None:
+        self.reviews: dict[str, Review] = {}
+        self.failures: dict[str, str] = {}
+        self.fresh = 0
+        self._judge, self._model, self._file = judge, asker.model.name, asker.file
+        self._attempts, self._wait, self._sleep = attempts, wait, sleep
+        if self._file is not None:
+            self._file.add_speaker(judge.name, judge.description)
+
+    def decide(self, item: BenchItem, case: Case) -> None:
+        """Take the review from the file, or ask for one."""
+        key = (self._judge.name, f"review of {self._model}", item.id)
+        digest = digest_of(case.prompt)
+        reply = self._file.get(key, digest) if self._file else None
+        if reply is None:
+            reply = self._ask(item, case)
+            if reply is None:
+                return
+            self.fresh += 1
+            if self._file:
+                self._file.add(key, digest, reply)
+        self.reviews[item.id] = Review(*read_scores(reply), reply)
+
+    def _ask(self, item: BenchItem, case: Case) -> str | None:
+        """A reply that holds two scores, or None after the last attempt."""
+        for attempt in range(self._attempts):
+            if attempt:
+                self._sleep(min(_LONGEST, self._wait * 2 ** (attempt - 1)))
+            try:
+                reply = self._judge.review(case)
+                read_scores(reply)
+            except JudgeError as error:
+                self.failures[item.id] = str(error)
+            else:
+                self.failures.pop(item.id, None)
+                return reply
+        return None
+
+
+def bench_table(evaluations: Sequence[BenchEvaluation], *, paper: bool | None = None) -> Table:
+    """Models down, categories and all of them across.
+
+    Args:
+        evaluations: On the same questions, by the same judge.
+        paper: Put the paper's rows beside it; None does so unless the items are miniatures.
+    """
+    first = evaluations[0]
+    categories = tuple(first.by_category())
+    columns = (*categories, "all")
+    rows = []
+    for each in evaluations:
+        found = {**each.by_category(), "all": each.overall}
+        cells = ("–" if found.get(c) is None else f"{found[c]:.1f}" for c in columns)
+        reviewed = "" if each.complete else f" ({len(each.reviews)} of {len(each.items)} reviewed)"
+        rows.append((f"{each.model}{reviewed}", *cells))
+    if first.benchmark.expected is not None if paper is None else paper:
+        rows += published_table("vqa").beside(columns)
+    title = (
+        f"{first.benchmark.name}, {len(first.items)} questions, judge {first.judge}: 100 x mean "
+        "score / mean score of the reference"
+    )
+    return Table(title, ("model", *columns), tuple(rows))
+
+
+def _case(item: BenchItem, answer: str, benchmark: LlavaBench) -> Case:
+    rule, role = benchmark.rules.get(item.category, (RULE, "Assistant"))
+    if item.category not in benchmark.rules:
+        rule = rule.format(role=role)
+    return Case(item.context, item.question, item.reference, answer.strip(), rule, role)

@@ -1,0 +1,234 @@
+"""Who compares an answer with a reference: a service, a local model, or words alone."""
+
+import json
+import os
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from diffenc.errors import ConfigError, DiffencError
+from diffenc.evals.leakage.readout import content_words
+
+RULE = (
+    "Two assistants, {role} 1 and {role} 2, answered the question above about a picture. You "
+    "cannot see the picture; the context describes it. Compare the answers for being right, "
+    "relevant, detailed and helpful, and give each a whole number from 1 (worst) to 10 (best). "
+    "The order in which they stand must not matter. Write the two numbers alone on the first "
+    "line, {role} 1 first, with a space between them; explain them on the lines after it."
+)
+"""The instruction where LLaVA's own `rule.json` is not at hand."""
+
+SYSTEM = "You compare answers carefully and without bias."
+
+_NUMBER = re.compile(r"\d+(?:\.\d+)?")
+_PASSING = (408, 409, 425, 429, 500, 502, 503, 504, 529)
+
+
+class JudgeError(DiffencError, RuntimeError):
+    """A judge did not answer, or not with two scores; worth another attempt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What a judge decides on.
+
+    Attributes:
+        context: Of the picture.
+        question: That was asked.
+        reference: The first answer.
+        candidate: The second one.
+        rule: The instruction.
+        role: What the two are called.
+    """
+
+    context: str
+    question: str
+    reference: str
+    candidate: str
+    rule: str
+    role: str = "Assistant"
+
+    @property
+    def prompt(self) -> str:
+        """All of it as one text, in the order and with the marks of the released evaluation."""
+        one, two = f"{self.role} 1", f"{self.role} 2"
+        return (
+            f"[Context]\n{self.context}\n\n[Question]\n{self.question}\n\n"
+            f"[{one}]\n{self.reference}\n\n[End of {one}]\n\n"
+            f"[{two}]\n{self.candidate}\n\n[End of {two}]\n\n[System]\n{self.rule}\n\n"
+        )
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """Gives two scores.
+
+    Attributes:
+        name: In tables and files; numbers of different judges do not compare.
+        description: What its scores depend on, as JSON holds it.
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+
+    @property
+    def description(self) -> Mapping[str, Any]: ...  # noqa: D102
+
+    def review(self, case: Case) -> str:
+        """A text whose first line holds the scores of reference and candidate, 1 to 10.
+
+        Raises:
+            JudgeError: No answer for now.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class FunctionJudge:
+    """Any function from the prompt to a reply, such as a local language model.
+
+    Attributes:
+        name: In tables and files.
+        function: Called with `Case.prompt`; whatever it raises as `OSError` or `JudgeError` is
+            tried again.
+        description: What its scores depend on.
+    """
+
+    name: str
+    function: Callable[[str], str]
+    description: Mapping[str, Any] = field(default_factory=dict)
+
+    def review(self, case: Case) -> str:
+        """What the function replies."""
+        try:
+            return self.function(case.prompt)
+        except OSError as error:
+            raise JudgeError(f"{self.name}: {error}") from error
+
+
+@dataclass(frozen=True)
+class WordJudge:
+    """Compares content words, for the miniature: 1 to 10 by F1 with the reference, which has 10.
+
+    Where the reference has none, as in "no", all words are compared. It knows no
+    paraphrases and no photographs; it says whether the machinery works.
+    """
+
+    name: str = "words"
+    description: Mapping[str, Any] = field(default_factory=lambda: {"judge": "words"})
+
+    def review(self, case: Case) -> str:
+        """Two numbers."""
+        wanted, said = content_words(case.reference), content_words(case.candidate)
+        if not wanted:
+            texts = (case.reference, case.candidate)
+            wanted, said = (frozenset(re.findall(r"\w+", text.lower())) for text in texts)
+        both = len(wanted & said)
+        score = 2 * both / (len(wanted) + len(said)) if both else 0.0
+        return f"10 {1 + 9 * score:.3f}"
+
+
+@dataclass(frozen=True)
+class OpenAIJudge:
+    """A model behind an endpoint of OpenAI's kind, `POST <url>/chat/completions`.
+
+    The key is read from an environment variable when it is needed, and kept in no file.
+
+    Attributes:
+        model: Its name there.
+        url: Up to and without `/chat/completions`; local servers speak this too.
+        key_variable: Of the environment; None or unset sends no key.
+        temperature: 0.2 in the released evaluation.
+        max_tokens: Of the reply, 1024 there.
+        timeout: Seconds.
+        options: More fields of the request; None takes one away, as in
+            `{"max_tokens": None, "max_completion_tokens": 1024}` for models that want that.
+    """
+
+    model: str
+    url: str = "https://api.openai.com/v1"
+    key_variable: str | None = "OPENAI_API_KEY"
+    temperature: float = 0.2
+    max_tokens: int = 1024
+    timeout: float = 60.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise ConfigError(
+                f"the judge's url must begin with http:// or https://, got {self.url!r}, such as "
+                "http://localhost:8000/v1"
+            )
+
+    @property
+    def name(self) -> str:
+        """The model's."""
+        return self.model
+
+    @property
+    def description(self) -> Mapping[str, Any]:
+        """Model and sampling; not where it runs."""
+        sampling = {"temperature": self.temperature, "max_tokens": self.max_tokens}
+        return {"judge": self.model, **sampling, **self.options}
+
+    def review(self, case: Case) -> str:
+        """The model's reply.
+
+        Raises:
+            JudgeError: The service is busy, cannot be reached, or replies with something else.
+            ConfigError: It refuses the request: a wrong key, model or address.
+        """
+        messages = [
+            {"role": "system", "content": SYSTEM},
+            {"role": "user", "content": case.prompt},
+        ]
+        body: dict[str, Any] = {
+            "model": self.model,
+            "messages": messages,
+            "temperature": self.temperature,
+            "max_tokens": self.max_tokens,
+            **self.options,
+        }
+        body = {name: value for name, value in body.items() if value is not None}
+        headers = {"Content-Type": "application/json"}
+        if self.key_variable and (key := os.environ.get(self.key_variable)):
+            headers["Authorization"] = f"Bearer {key}"
+        request = urllib.request.Request(
+            f"{self.url.rstrip('/')}/chat/completions",
+            data=json.dumps(body).encode(),
+            headers=headers,
+            method="POST",
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout) as response:
+                reply = json.loads(response.read())["choices"][0]["message"]["content"]
+        except urllib.error.HTTPError as error:
+            with error:
+                detail = error.read(300).decode("utf-8", "replace")
+            if error.code in _PASSING:
+                raise JudgeError(f"{self.url} replied {error.code}: {detail}") from error
+            raise ConfigError(
+                f"{self.url} refuses the judge {self.model!r} ({error.code}): {detail}. Look at "
+                f"url, model and the key in {self.key_variable}"
+            ) from error
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise JudgeError(f"no reply from {self.url}: {error!r}") from error
+        if not isinstance(reply, str):
+            raise JudgeError(f"{self.url} replied without a text")
+        return reply
+
+
+def read_scores(reply: str) -> tuple[float, float]:
+    """The two scores on the first line that is not empty, of reference and candidate.
+
+    Raises:
+        JudgeError: It does not hold exactly two numbers from 1 to 10.
+    """
+    first = next((line for line in reply.splitlines() if line.strip()), "")
+    found = [float(number) for number in _NUMBER.findall(first)]
+    if len(found) != 2 or not all(1 <= score <= 10 for score in found) or "-" in first:
+        raise JudgeError(f"the reply does not begin with two scores from 1 to 10: {first[:80]!r}")
+    return found[0], found[1]
