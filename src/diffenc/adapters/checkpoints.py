@@ -1,0 +1,78 @@
+"""Adapter weights in the checkpoints that hosts write, under whatever prefix they have there."""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from diffenc.adapters.adapter import ADAPTER_FILE, read_adapter
+from diffenc.adapters.spec import TowerSpec
+from diffenc.errors import BackboneError
+
+_ADAPTER_KEY = re.compile(r"(?:.*\.)?vision_tower\.(?:.*\.)?adapter\.(\d+_(?:down|up))")
+
+
+def adapter_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A tower's adapter in a host's state dict, by the adapter's own names."""
+    return {
+        match[1]: value for key, value in state.items() if (match := _ADAPTER_KEY.fullmatch(key))
+    }
+
+
+def find_adapter(
+    source: "str | os.PathLike[str]", spec: TowerSpec
+) -> tuple[Path, dict[str, Tensor]] | None:
+    """Adapter weights in a file, or in the folder of a host's checkpoint.
+
+    In a folder the side file comes first, then `non_lora_trainables.bin` and the model's own
+    weights.
+
+    Args:
+        source: File or folder.
+        spec: Of the tower; a side file of another one is refused.
+
+    Returns:
+        Where they were found, and the weights by the adapter's own names; None if nowhere.
+
+    Raises:
+        BackboneError: There is no such file or folder, or a file is broken.
+        ConfigError: The side file belongs to another spec.
+    """
+    path = Path(source)
+    if path.is_file():
+        files = [path]
+    elif path.is_dir():
+        names = [ADAPTER_FILE, "non_lora_trainables.bin"]
+        patterns = ["*.safetensors", "pytorch_model*.bin"]
+        found = [each for pattern in patterns for each in sorted(path.glob(pattern))]
+        files = list(
+            dict.fromkeys([path / name for name in names if (path / name).is_file()] + found)
+        )
+    else:
+        raise BackboneError(f"no such adapter file or checkpoint folder: {path}")
+    state: dict[str, Tensor] = {}
+    where = path
+    for file in files:
+        if file.name == ADAPTER_FILE:
+            return file, read_adapter(file, spec)
+        if part := _read(file):
+            state, where = {**part, **state}, file  # a checkpoint in several files
+    return (where, state) if state else None
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(str(file), framework="pt") as opened:
+                keys = [key for key in opened.keys() if _ADAPTER_KEY.fullmatch(key)]  # noqa: SIM118
+                return adapter_weights({key: opened.get_tensor(key) for key in keys})
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError) as error:
+        raise BackboneError(f"cannot read {file}: {error}") from error
+    except Exception as error:  # pickle's own, for files with more than weights in them
+        raise BackboneError(f"{file} holds more than weights and is not opened: {error}") from error
+    return adapter_weights(loaded) if isinstance(loaded, Mapping) else {}

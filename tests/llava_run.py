@@ -1,0 +1,251 @@
+"""LLaVA's own code on diffenc's tower, with a tiny language model on the CPU.
+
+    python tests/llava_run.py <LLaVA checkout> <empty folder>
+
+Trains stage 1, stage 2 with LoRA and stage 2 in full by LLaVA's `train()`, loads both by its
+`load_pretrained_model`, and generates. What was found is printed as one line of JSON. Nothing of
+LLaVA's is changed on disk; where transformers 5 has no such name any more, one is put in.
+"""
+
+import inspect
+import json
+import sys
+import types
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from diffenc.adapters.llava import register, take_prompts, train_with_prompts
+from diffenc.adapters.prompts import prompt_scope
+from diffenc.shapes import render, sample_scenes
+
+TOWER = "diffenc:shapes?t=50&rank=4"
+QUESTIONS = ["what color is the circle?", "how many stars are there?"]
+WORDS = "what color is the circle star square how many stars are there ? red blue green one two a"
+
+
+def put_in_what_newer_transformers_lacks() -> None:
+    from transformers import trainer
+
+    if not hasattr(trainer, "ALL_LAYERNORM_LAYERS"):
+        trainer.ALL_LAYERNORM_LAYERS = [torch.nn.LayerNorm]
+    if not hasattr(trainer, "get_parameter_names"):
+        from transformers.trainer_pt_utils import get_parameter_names
+
+        trainer.get_parameter_names = get_parameter_names
+    init = trainer.Trainer.__init__
+    if "tokenizer" not in inspect.signature(init).parameters:
+
+        def with_tokenizer(self: Any, *args: Any, tokenizer: Any = None, **kwargs: Any) -> None:
+            init(self, *args, processing_class=tokenizer, **kwargs)
+
+        trainer.Trainer.__init__ = with_tokenizer
+
+
+def write_world(folder: Path) -> None:
+    """A tokenizer, an untrained language model, pictures, and questions about them."""
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>"))
+    tokenizer.add_tokens(sorted(set(WORDS.split())))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    fast.save_pretrained(folder / "base")
+    from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+
+    config = LlavaConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+    )
+    torch.manual_seed(0)
+    LlavaLlamaForCausalLM(config).save_pretrained(folder / "base")
+    entries = []
+    (folder / "images").mkdir()
+    for index, scene in enumerate(sample_scenes(8, seed=0)):
+        render(scene).save(folder / "images" / f"{index}.png")
+        turns = [
+            {"from": "human", "value": f"<image>\n{QUESTIONS[index % 2]}"},
+            {"from": "gpt", "value": "a red circle"},
+        ]
+        entries.append({"id": str(index), "image": f"{index}.png", "conversations": turns})
+    (folder / "data.json").write_text(json.dumps(entries))
+
+
+def train(folder: Path, out: str, *options: str) -> Any:
+    import llava.train.train as script
+
+    script.maybe_zero_3 = lambda value, *_, **__: value.detach().cpu().clone()
+    models: list[Any] = []
+    inner = script.LLaVATrainer.__mro__[1]
+    sampler = inner._get_train_sampler
+    if "LLaVA" in sampler.__qualname__ and len(inspect.signature(sampler).parameters) == 1:
+        inner._get_train_sampler = lambda self, *_: sampler(self)
+    original = script.LLaVATrainer.train
+
+    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        models.append(self)
+        return original(self, *args, **kwargs)
+
+    script.LLaVATrainer.train = noted
+    told = f"""
+        --model_name_or_path {folder / "base"} --version plain --vision_tower {TOWER}
+        --data_path {folder / "data.json"} --image_folder {folder / "images"}
+        --output_dir {folder / out} --mm_projector_type mlp2x_gelu --mm_use_im_start_end False
+        --mm_use_im_patch_token False --per_device_train_batch_size 4 --max_steps 4
+        --learning_rate 1e-2 --use_cpu True --bf16 False --model_max_length 256
+        --logging_steps 1 --save_strategy no --report_to none
+    """
+    sys.argv = ["train.py", *told.split(), *options]
+    try:
+        script.train()
+    finally:
+        script.LLaVATrainer.train = original
+    return models[0]
+
+
+def losses(trainer: Any) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def adapter_of(model: Any) -> dict[str, torch.Tensor]:
+    tower = model.get_vision_tower()
+    return {name: value.detach().clone() for name, value in tower.state_dict().items()}
+
+
+def equal(left: Any, right: Any, tolerance: float = 0.0) -> bool:
+    return left.keys() == right.keys() and all(
+        torch.allclose(left[key].float(), right[key].float(), atol=tolerance) for key in left
+    )
+
+
+def load(folder: Path, name: str, base: Path | None) -> Any:
+    from llava.model import builder
+
+    _, model, processor, _ = builder.load_pretrained_model(
+        str(folder / name), None if base is None else str(base), name, device="cpu"
+    )
+    return model.float().eval(), processor
+
+
+def generate(model: Any, folder: Path) -> dict[str, Any]:
+    """What the loaded model gives for questions asked in all the ways there are."""
+    from llava.mm_utils import process_images
+    from PIL import Image
+
+    take_prompts(model)
+    tower = model.get_vision_tower()
+    pictures = [Image.open(folder / "images" / f"{index}.png") for index in range(4)]
+    shown = process_images(pictures, tower.image_processor, model.config)
+    ids = torch.tensor([[1, -200, 5, 6]])
+    asked = tower.tokenize(QUESTIONS)
+    found: dict[str, Any] = {}
+
+    def states(rows: Any, images: Any, tokens: Any, mask: Any = None) -> torch.Tensor:
+        with torch.no_grad():
+            out = model(
+                rows,
+                images=images,
+                attention_mask=torch.ones_like(rows) if mask is None else mask,
+                vision_prompt_ids=tokens.ids,
+                vision_prompt_mask=tokens.mask,
+            )
+        return out.logits
+
+    one, same = (states(ids, shown[:1], asked.take([0])) for _ in range(2))
+    other = states(ids, shown[:1], asked.take([1]))
+    found["same question"] = float((one - same).abs().max())
+    found["other question"] = float((one - other).abs().max())
+    with prompt_scope(QUESTIONS[0]), torch.no_grad():
+        scoped = model(ids, images=shown[:1]).logits
+    found["scope"] = float((one - scoped).abs().max())
+    # One image, text alone, two images: the stand-in image of the second belongs to it.
+    rows = torch.tensor([[1, -200, 5, 6, 0], [1, 7, 8, 9, 5], [1, -200, 5, -200, 6]])
+    mask = rows != 0
+    images = torch.stack([shown[0], torch.zeros_like(shown[0]), shown[1], shown[2]])
+    tokens = tower.tokenize([QUESTIONS[0], "", QUESTIONS[1]])
+    batch = states(rows, images, tokens, mask)
+    alone = [
+        states(rows[:1, :4], images[:1], tokens.take([0])),
+        states(rows[1:2], images[1:2], tokens.take([1])),
+        states(rows[2:], images[2:], tokens.take([2])),
+    ]
+    found["mixed batch"] = max(
+        float((batch[row, : part.shape[1]] - part[0]).abs().max()) for row, part in enumerate(alone)
+    )
+    tiles = [shown[:2], shown[2:3]]
+    both = states(ids.repeat(2, 1), tiles, asked, torch.ones(2, 4))
+    each = states(ids, [shown[:2]], asked.take([0]))
+    found["tiles"] = float((both[0, : each.shape[1]] - each[0]).abs().max())
+    for beams in (1, 3):
+        texts = []
+        for row in (0, 0, 1):
+            out = model.generate(
+                ids,
+                images=shown[:1],
+                vision_prompt_ids=asked.ids[row : row + 1],
+                vision_prompt_mask=asked.mask[row : row + 1],
+                max_new_tokens=5,
+                num_beams=beams,
+                do_sample=False,
+                pad_token_id=0,
+            )
+            texts.append(out[0].tolist())
+        found[f"beams {beams} repeat"] = texts[0] == texts[1]
+        found[f"beams {beams} tokens"] = texts[0]
+    return found
+
+
+def main(checkout: str, target: str) -> None:
+    sys.path.insert(0, checkout)
+    warnings.simplefilter("ignore")
+    put_in_what_newer_transformers_lacks()
+    folder = Path(target)
+    register("llava")
+    write_world(folder)
+    train_with_prompts("llava", "question")
+    told: dict[str, Any] = {"transformers": transformers.__version__}
+    stage1 = train(folder, "llava-stage1", "--tune_mm_mlp_adapter", "True")
+    told["stage 1 losses"] = losses(stage1)
+    projector = folder / "llava-stage1" / "mm_projector.bin"
+    told["stage 1 saved"] = sorted(torch.load(projector, weights_only=True))
+    start = ["--pretrain_mm_mlp_adapter", str(projector)]
+    lora = train(folder, "llava-lora", *start, "--lora_enable", "True", "--lora_r", "2")
+    told["lora losses"] = losses(lora)
+    weights = torch.load(folder / "llava-lora" / "non_lora_trainables.bin", weights_only=True)
+    told["lora saved adapter"] = sum("vision_tower.adapter" in key for key in weights)
+    full = train(folder, "llava-full", *start)
+    told["full losses"] = losses(full)
+    trained = {"llava-lora": adapter_of(lora.model), "llava-full": adapter_of(full.model)}
+    for name, base in (("llava-lora", folder / "base"), ("llava-full", None)):
+        told[f"{name} adapter moved"] = max(
+            float(value.abs().max()) for key, value in trained[name].items() if "_up" in key
+        )
+        model, _ = load(folder, name, base)
+        told[f"{name} reloaded"] = equal(adapter_of(model), trained[name], 1e-3)
+        told[name] = generate(model, folder)
+        tower = model.get_vision_tower()
+        told[f"{name} side file"] = tower.load_adapter(
+            folder / name / "diffenc_adapter.safetensors"
+        )
+        told[f"{name} side file equal"] = equal(adapter_of(model), trained[name])
+    plain = types.SimpleNamespace(vision_tower="nobody/knows")
+    from llava.model.multimodal_encoder.builder import build_vision_tower
+
+    try:
+        build_vision_tower(plain)
+    except ValueError as error:
+        told["other towers"] = str(error)
+    sys.stdout.write(json.dumps(told) + "\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
