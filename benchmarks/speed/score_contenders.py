@@ -158,7 +158,7 @@ class ReleasedWay:
             if halves is not None:
                 queries, keys = queries[halves[0]], keys[halves[1]]
             layers.append((queries @ keys * attn.scale).logsumexp(dim=-1).mean())
-        score = torch.stack(layers).mean()
+        score: Tensor = torch.stack(layers).mean()
         if self.config.error_term is None:
             return score
         without, with_text = (output - noise).flatten(1).norm(dim=1).unbind()

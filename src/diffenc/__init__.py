@@ -10,8 +10,11 @@ __all__ = [
     "CrossAttnScorer",
     "DiffencError",
     "DiffusionEncoder",
+    "DiffusionVLM",
     "EncoderConfig",
     "Features",
+    "FusedEncoder",
+    "FusedProjector",
     "Projector",
     "QueryBank",
     "ScorerConfig",
@@ -21,6 +24,8 @@ __all__ = [
     "list_backbones",
     "list_taps",
     "load_backbone",
+    "projector_for",
+    "prompt_scope",
 ]
 
 # Names are imported when they are first used, so that `diffenc --help` need not wait for torch.
@@ -29,8 +34,11 @@ _HOMES = {
     "CrossAttnScorer": "diffenc.scorer",
     "DiffencError": "diffenc.errors",
     "DiffusionEncoder": "diffenc.encoder",
+    "DiffusionVLM": "diffenc.vlm.model",
     "EncoderConfig": "diffenc.config",
     "Features": "diffenc.features",
+    "FusedEncoder": "diffenc.fusion",
+    "FusedProjector": "diffenc.projector",
     "Projector": "diffenc.projector",
     "QueryBank": "diffenc.scoring.query_bank",
     "ScorerConfig": "diffenc.scoring.config",
@@ -39,20 +47,25 @@ _HOMES = {
     "list_backbones": "diffenc.backbones",
     "list_taps": "diffenc.backbones",
     "load_backbone": "diffenc.backbones",
+    "projector_for": "diffenc.projector",
+    "prompt_scope": "diffenc.adapters.prompts",
 }
 
 if _TYPE_CHECKING:
+    from diffenc.adapters.prompts import prompt_scope
     from diffenc.backbones import TapInfo, list_backbones, list_taps, load_backbone
     from diffenc.backbones.base import Backbone
     from diffenc.config import EncoderConfig
     from diffenc.encoder import DiffusionEncoder
     from diffenc.errors import DiffencError
     from diffenc.features import Features
-    from diffenc.projector import Projector
+    from diffenc.fusion import FusedEncoder
+    from diffenc.projector import FusedProjector, Projector, projector_for
     from diffenc.scorer import CrossAttnScorer
     from diffenc.scoring.config import ScorerConfig
     from diffenc.scoring.query_bank import QueryBank
     from diffenc.scoring.result import Scores
+    from diffenc.vlm.model import DiffusionVLM
 else:  # hidden from type checkers, which would otherwise accept any name
 
     def __getattr__(name: str) -> object:

@@ -18,6 +18,7 @@ from diffenc.cli.maps import maps
 from diffenc.cli.options import DEBUG, Debug
 from diffenc.cli.score import score
 from diffenc.cli.study import study
+from diffenc.cli.train import shapes_data, train
 from diffenc.errors import DiffencError
 
 
@@ -103,6 +104,8 @@ app.command()(score)
 app.command()(maps)
 app.command()(index)
 app.command()(search)
+app.command()(train)
+app.command("shapes-data")(shapes_data)
 app.add_typer(evaluate, name="evaluate")
 app.add_typer(study, name="study")
 

@@ -1,0 +1,154 @@
+"""`diffenc train`: one stage from a TOML file; `diffenc shapes-data`: data for it in miniature."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from diffenc.cli.options import Debug, Device, quiet_libraries, to_device
+from diffenc.cli.tables import print_table
+from diffenc.errors import ConfigError
+
+if TYPE_CHECKING:
+    from diffenc.train.plan import Plan
+    from diffenc.train.stages import Progress
+
+_UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def train(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG.toml", help="What is trained, on what, and how.")
+    ],
+    plan: Annotated[
+        bool,
+        typer.Option("--plan", help="Check the data and tell steps, memory, time and disk; stop."),
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest whole checkpoint, if any.")
+    ] = False,
+    processes: Annotated[
+        int | None, typer.Option(metavar="N", help="For --plan: how many will share the work.")
+    ] = None,
+    tflops: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="For --plan: what each reaches, in 10^12 operations/s."),
+    ] = None,
+    device: Device = "auto",
+    _debug: Debug = False,
+) -> None:
+    """Train a multimodal model: the projector (align), then the language model (instruct).
+
+    On several processes: torchrun --nproc-per-node 2 -m diffenc.cli.main train CONFIG.toml
+    """
+    if not plan and (processes is not None or tflops is not None):
+        raise ConfigError("--processes and --tflops are for --plan")
+    from diffenc.train.config import TrainConfig
+
+    told = TrainConfig.read(config)
+    quiet_libraries()
+    if plan:
+        from diffenc.train.plan import make_plan
+
+        _print_plan(make_plan(told, processes=processes, tflops=tflops))
+        return
+    from diffenc.train.stages import is_first_process
+    from diffenc.train.stages import train as run_stage
+
+    # Each process of several has a device of its own, which the stage finds.
+    chosen = None if device == "auto" else to_device(device)
+    with _progress() as progress:
+        result = run_stage(told, resume=resume, device=chosen, progress=progress)
+    if not is_first_process():
+        return
+    if result.data.broken:
+        typer.echo(f"left out: {result.data.describe()}")
+    if resume:
+        typer.echo(f"went on from step {result.resumed_at}")
+    if result.cache_hits + result.cache_misses:
+        typer.echo(f"pictures encoded: {result.cache_misses}, found: {result.cache_hits}")
+    typer.echo(f"{result.steps} steps, mean loss {result.loss:.4f}; wrote {result.model}")
+
+
+def shapes_data(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Is made where it is missing.")],
+    scenes: Annotated[int, typer.Option(help="How many pictures.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Other seeds, other scenes.")] = 0,
+    turns: Annotated[int, typer.Option(help="Questions of a conversation, at most.")] = 3,
+    _debug: Debug = False,
+) -> None:
+    """Write coloured shapes in LLaVA's format: align.json, instruct.json and images/."""
+    from diffenc.train.miniature import write_miniature
+
+    paths = write_miniature(folder, scenes=scenes, seed=seed, turns=turns)
+    typer.echo(f"wrote {', '.join(map(str, paths.values()))}")
+
+
+@contextmanager
+def _progress() -> "Iterator[Progress | None]":
+    """A bar on a terminal, nothing anywhere else."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns: tuple[Any, ...] = (
+        *Progress.get_default_columns()[:2],
+        MofNCompleteColumn(),
+        TextColumn("steps"),
+        TextColumn("{task.fields[loss]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("training", total=None, loss="")
+
+        def tell(done: int, total: int, loss: float | None) -> None:
+            shown = "" if loss is None else f"loss {loss:.3f}"
+            bar.update(task, completed=done, total=total, loss=shown)
+
+        yield tell
+
+
+def _print_plan(found: "Plan") -> None:
+    guessed = " (told from letters: no tokenizer here)" if found.estimated_text else ""
+    rows = [
+        ["samples", f"{found.data.samples:,}, {found.data.text_only:,} without a picture"],
+        ["pictures", f"{found.data.images:,} of {found.tokens_per_image} tokens"],
+        ["text", f"{found.text_tokens:.0f} tokens a sample{guessed}"],
+        ["longest", f"{found.longest:,} tokens; context {found.context or 'unknown'}"],
+        ["steps", f"{found.steps:,}"],
+        ["processes", f"{found.processes}, {found.accumulation} batches a step each"],
+        ["arithmetic", f"{_short(sum(found.flops.values()))}FLOP a sample"],
+        ["counted on", f"{_short(found.rate)}FLOP/s a process: {found.rate_source}"],
+        ["time", _duration(found.seconds)],
+    ]
+    print_table(f"plan: {found.stage}", ["what", "how much"], rows)
+    parts = [
+        [name, _short(size), _short(found.trained[name]) if name in found.trained else "-"]
+        for name, size in found.parameters.items()
+    ]
+    print_table("parameters", ["part", "all", "trained"], parts, right=["all", "trained"])
+    for title, table in (("memory of a process", found.memory), ("disk", found.disk)):
+        lines = [[name, f"{size / 1e9:.2f} GB"] for name, size in table.items()]
+        lines.append(["in all", f"{sum(table.values()) / 1e9:.2f} GB"])
+        print_table(title, ["use", "size"], lines, right=["size"])
+    for warning in found.warnings():
+        typer.echo(f"note: {warning}")
+
+
+def _short(number: float) -> str:
+    for unit, letter in _UNITS:
+        if number >= unit:
+            return f"{number / unit:.3g} {letter}"
+    return f"{number:.3g} "
+
+
+def _duration(seconds: float) -> str:
+    for unit, name in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):
+        if seconds >= unit:
+            return f"{seconds / unit:.1f} {name}"
+    return f"{seconds:.0f} seconds"

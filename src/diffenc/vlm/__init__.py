@@ -1,0 +1,20 @@
+"""A diffusion encoder, a projector and a causal language model as one multimodal model."""
+
+from diffenc.vlm.chat import IGNORE_ID, IMAGE_ID, IMAGE_MARK, Chat, ChatTokens
+from diffenc.vlm.language import load_language_model
+from diffenc.vlm.model import CAPTION_REQUEST, DiffusionVLM, pad
+from diffenc.vlm.vision import VisionTokens, tokens_per_image
+
+__all__ = [
+    "CAPTION_REQUEST",
+    "IGNORE_ID",
+    "IMAGE_ID",
+    "IMAGE_MARK",
+    "Chat",
+    "ChatTokens",
+    "DiffusionVLM",
+    "VisionTokens",
+    "load_language_model",
+    "pad",
+    "tokens_per_image",
+]

@@ -1,0 +1,135 @@
+"""Causal language models of transformers: loaded by name, and what they can hold."""
+
+import os
+import warnings
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffenc.errors import BackboneError, ConfigError
+
+_BUNDLED = "shapes-lm"
+
+
+def load_language_model(
+    name: "str | os.PathLike[str]",
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Any, Any]:
+    """A causal language model and its tokenizer.
+
+    Args:
+        name: A folder, a Hub id such as ``"lmsys/vicuna-7b-v1.5"``, or "shapes-lm", the bundled
+            miniature.
+        device: Where it runs.
+        dtype: Of the weights.
+
+    Raises:
+        BackboneError: There is no such model.
+    """
+    import transformers
+
+    label = os.fspath(name)
+    source = bundled_language_model() if label == _BUNDLED else label
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            source, **{_dtype_argument(): dtype}
+        )
+    except Exception as error:  # missing, offline, broken: each in words of its own
+        raise BackboneError(
+            f"cannot load a language model from {label!r}: "
+            f"{str(error).strip().splitlines()[0]}. Pass a folder with config.json, safetensors "
+            "and a tokenizer, or the Hub id of a causal language model"
+        ) from error
+    model.name_or_path = label
+    return model.to(device), tokenizer
+
+
+def bundled_language_model() -> str:
+    """Folder of the miniature.
+
+    Raises:
+        BackboneError: This version has none.
+    """
+    folder = Path(str(files("diffenc.backbones") / "assets" / _BUNDLED))
+    if not (folder / "config.json").is_file():
+        raise BackboneError(f"this version of diffenc does not bundle {_BUNDLED!r}")
+    return str(folder)
+
+
+def context_of(language_model: Any) -> int | None:
+    """How many tokens a language model holds; None where its config does not say."""
+    config = language_model.config
+    for name in ("max_position_embeddings", "n_positions", "n_ctx"):
+        found = getattr(config, name, None)
+        if isinstance(found, int) and found > 0:
+            return found
+    return None
+
+
+def filler_id(tokenizer: Any) -> int:
+    """What stands behind an answer that ended before others of its batch.
+
+    Raises:
+        ConfigError: The tokenizer has neither a pad token nor an end of sequence.
+    """
+    for name in ("pad_token_id", "eos_token_id"):
+        found = getattr(tokenizer, name, None)
+        if isinstance(found, int):
+            return found
+    raise ConfigError(
+        "the tokenizer has neither a pad token nor an end-of-sequence token; set "
+        "tokenizer.pad_token to a token that texts do not use"
+    )
+
+
+def width_of(language_model: Any) -> int:
+    """Channels of a token's embedding."""
+    embedding: Any = language_model.get_input_embeddings()
+    width: int = embedding.weight.shape[1]
+    return width
+
+
+def add_language_lora(
+    language_model: nn.Module, *, rank: int, alpha: float, dropout: float = 0.0
+) -> Any:
+    """A language model with a low-rank adapter on every linear layer but the last.
+
+    Raises:
+        ConfigError: There is an adapter already, or a value is out of range.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if isinstance(language_model, PeftModel):
+        raise ConfigError("this language model has a LoRA adapter already; one is enough")
+    if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
+        raise ConfigError(
+            f"LoRA takes rank >= 1, alpha > 0 and dropout in [0, 1), got {rank}, {alpha}, {dropout}"
+        )
+    options = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # an int by its annotation alone
+        lora_dropout=dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
+        adapted = get_peft_model(language_model, options)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return adapted.train(language_model.training)
+
+
+def _dtype_argument() -> str:
+    """Transformers renamed it in 4.56."""
+    import transformers
+
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    return "dtype" if version >= (4, 56) else "torch_dtype"

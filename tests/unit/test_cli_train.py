@@ -1,0 +1,69 @@
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from diffenc.cli.main import app
+from diffenc.train import read_log, write_miniature
+from diffenc.vlm import DiffusionVLM
+from train_builders import Parts, config
+from vlm_builders import picture, save_tiny_lm, save_tiny_vision
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    return Parts(
+        vision=save_tiny_vision(folder / "vision"),
+        language_model=save_tiny_lm(folder / "lm"),
+        data=write_miniature(folder / "data", scenes=8),
+    )
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [*map(str, arguments)])
+
+
+def test_a_config_is_planned_trained_and_resumed(parts, tmp_path):
+    path = tmp_path / "run.toml"
+    config(parts, tmp_path / "out").write(path)
+    planned = run("train", path, "--plan", "--processes", "2", "--tflops", "1")
+    assert planned.exit_code == 0, planned.output
+    for words in ("samples", "8, 0 without a picture", "steps", "2, 1 batches", "in all", "GB"):
+        assert words in planned.stdout
+    assert not (tmp_path / "out").exists()
+    done = run("train", path, "--device", "cpu")
+    assert done.exit_code == 0, done.output
+    assert "4 steps, mean loss" in done.stdout
+    assert len(read_log(tmp_path / "out")) == 4
+    vlm = DiffusionVLM.from_pretrained(tmp_path / "out" / "model")
+    assert len(vlm.generate(picture(0), "hi", max_new_tokens=2)) == 1
+    again = run("train", path, "--device", "cpu")
+    assert again.exit_code == 2
+    assert "--resume" in again.output
+    assert "nothing to resume" in run("train", path, "--resume").output
+
+
+def test_errors_are_one_line(parts, tmp_path):
+    missing = run("train", tmp_path / "none.toml")
+    assert missing.exit_code == 2
+    assert missing.output.startswith("error: cannot read")
+    records = json.loads(parts.data["align"].read_text())
+    records[0]["image"] = "gone.png"
+    (tmp_path / "broken.json").write_text(json.dumps(records))
+    path = tmp_path / "run.toml"
+    config(parts, tmp_path / "out", annotations=str(tmp_path / "broken.json")).write(path)
+    for options in ((), ("--plan",)):
+        result = run("train", path, *options)
+        assert result.exit_code == 2
+        assert "1 of 8 samples cannot be used: 1 with missing images (gone.png)" in result.output
+    assert not (tmp_path / "out").exists()
+    assert "are for --plan" in run("train", path, "--tflops", "1").output
+
+
+def test_the_miniature_is_written(tmp_path):
+    result = run("shapes-data", tmp_path / "new", "--scenes", "3", "--turns", "1")
+    assert result.exit_code == 0, result.output
+    assert len(list((tmp_path / "new" / "images").iterdir())) == 3
+    records = json.loads((tmp_path / "new" / "instruct.json").read_text())
+    assert [len(record["conversations"]) for record in records] == [2, 2, 2]

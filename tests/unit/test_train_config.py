@@ -1,0 +1,97 @@
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from diffenc.errors import ConfigError
+from diffenc.train import AdaptConfig, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from diffenc.train.config import to_toml
+
+DATA = {"annotations": "a.json", "images": "images"}
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "train").glob("*.toml"))
+
+
+def minimal(stage="align", **tables):
+    return TrainConfig.from_dict({"stage": stage, "output": "run", "data": DATA, **tables})
+
+
+def test_defaults_are_llavas_own():
+    align, instruct = minimal().optimizing, minimal("instruct").optimizing
+    assert (align.learning_rate, align.batch_size, align.device_batch_size) == (1e-3, 256, 32)
+    assert (instruct.learning_rate, instruct.batch_size) == (2e-5, 128)
+    for optim in (align, instruct):
+        assert (optim.epochs, optim.warmup, optim.weight_decay) == (1, 0.03, 0)
+        assert (optim.schedule, optim.precision) == ("cosine", "bf16")
+        assert optim.gradient_checkpointing
+    assert minimal().adapting.language_model == "none"
+    assert minimal("instruct").adapting.language_model == "full"
+    assert minimal("instruct", adapt={"unet_rank": 4}).adapting.language_model == "full"
+    assert minimal().model.template == "plain"
+    assert minimal("instruct").model.template == "auto"
+
+
+def test_a_table_changes_what_it_names_and_nothing_else():
+    optim = minimal(optim={"epochs": 3, "learning_rate": 1}).optimizing
+    assert (optim.epochs, optim.learning_rate, optim.batch_size) == (3, 1.0, 256)
+    assert isinstance(optim.learning_rate, float)
+
+
+def test_written_and_read_again_it_is_the_same(tmp_path):
+    config = TrainConfig(
+        stage="instruct",
+        output='a "quoted"\\ path\nwith ümläut \x7f',
+        data=DataConfig(annotations="x", images="y", limit=7, cache="on", cache_gb=0.5),
+        model=ModelConfig(options={"timestep": 50, "guidance_scale": 1.5, "taps": ["a", "b"]}),
+        optim=OptimConfig(learning_rate=1e-7, batch_size=8, device_batch_size=4, precision="fp32"),
+        adapt=AdaptConfig(language_model="lora", unet_rank=2, unet_alpha=4.0),
+        seed=3,
+    )
+    config.write(tmp_path / "a.toml")
+    assert TrainConfig.read(tmp_path / "a.toml") == config
+    nested = {"a": True, "b": {"c": [1, 2.5, "x"], "d": {"e": False}}}
+    assert tomllib.loads(to_toml(nested)) == nested
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_examples_can_be_read(path):
+    assert TrainConfig.read(path).data.annotations
+    assert len(EXAMPLES) == 4
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"stage": "algin"}, "stage must be one of.*align"),
+        ({"optim": {"lr": 1e-3}}, "unknown key optim.lr"),
+        ({"optim": {"epoch": 1}}, "Did you mean 'epochs'"),
+        ({"outptu": "x"}, "unknown key outptu.*Did you mean 'output'"),
+        ({"optim": 3}, "must be a table"),
+        ({"optim": {"epochs": "two"}}, "optim.epochs must be a whole number"),
+        ({"optim": {"epochs": True}}, "optim.epochs must be a whole number"),
+        ({"optim": {"epochs": 0}}, "1 or more"),
+        ({"optim": {"learning_rate": -1.0}}, "above 0"),
+        ({"optim": {"batch_size": 10, "device_batch_size": 4}}, "no multiple"),
+        ({"optim": {"precision": "int8"}}, "optim.precision"),
+        ({"data": {"images": "x"}}, "a key is missing.*annotations"),
+        ({"data": {**DATA, "prompts": "capshun"}}, "capshun"),
+        ({"model": {"options": {"timestep": 5000}}}, "timestep"),
+        ({"model": {"options": {"timstep": 5}}}, "timstep"),
+        ({"model": {"kind": "fused"}}, "needs model.clip"),
+        ({"model": {"kind": "vision", "captioner": "x"}}, "no captioner"),
+        ({"adapt": {"unet_rank": 4}}, "align"),
+        ({"model": {"template": "v7"}}, "model.template"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_named(values, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig.from_dict({"stage": "align", "output": "run", "data": DATA, **values})
+
+
+def test_a_batch_is_shared_evenly_or_refused(tmp_path):
+    optim = OptimConfig(learning_rate=1, batch_size=24, device_batch_size=4)
+    assert [optim.accumulation(n) for n in (1, 2, 3)] == [6, 3, 2]
+    with pytest.raises(ConfigError, match="multiple of 16"):
+        optim.accumulation(4)
+    with pytest.raises(ConfigError, match="cannot read"):
+        TrainConfig.read(tmp_path / "none.toml")
