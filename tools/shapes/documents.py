@@ -66,15 +66,15 @@ def _reading(scene: Scene, rng: random.Random) -> str:
     """A conversation whose first question comes after captions, in the same turn."""
     asked = dict(question_and_answer(scene, rng, lettered=0.4) for _ in range(rng.randint(1, 2)))
     (first, answer), *others = asked.items()
-    lines = some_captions(scene, rng, rng.randint(1, 3))
+    lines = some_captions(scene, rng, rng.randint(1, 4))
     return chat([("\n".join([*lines, first]), answer), *others])
 
 
 _MAKERS: dict[Callable[[Scene, random.Random], str], float] = {
-    caption: 0.2,
-    _captions: 0.15,
+    caption: 0.1,
+    _captions: 0.1,
     _answers: 0.2,
     _instruction: 0.1,
-    _conversation: 0.2,
-    _reading: 0.15,
+    _conversation: 0.15,
+    _reading: 0.35,
 }
