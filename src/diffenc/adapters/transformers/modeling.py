@@ -134,7 +134,7 @@ class DiffEncModel(PreTrainedModel):  # type: ignore[misc]  # transformers is se
             raise ConfigError(
                 "weights of the tower lie on the meta device. Either the model was built there: "
                 "load a checkpoint, or call to_empty(device=...) and load_backbone(). Or a "
-                "device_map offloads the tower: give it a device, as in {'model.vision_tower': 0, ...}"
+                "device_map offloads the tower: give it a device, {'model.vision_tower': 0, ...}"
             )
 
     def _load_hidden(self) -> None:
