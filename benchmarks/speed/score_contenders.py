@@ -161,8 +161,8 @@ class ReleasedWay:
         score: Tensor = torch.stack(layers).mean()
         if self.config.error_term is None:
             return score
-        without, with_text = (output - noise).flatten(1).norm(dim=1).unbind()
-        return score + without - with_text
+        errors = (output - noise).flatten(1).norm(dim=1)
+        return score + errors[0] - errors[1]
 
     def _noise(self, timestep: int) -> Tensor:
         size = self.config.size
