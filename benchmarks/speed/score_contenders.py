@@ -161,7 +161,7 @@ class ReleasedWay:
         score: Tensor = torch.stack(layers).mean()
         if self.config.error_term is None:
             return score
-        errors = (output - noise).flatten(1).norm(dim=1)
+        errors: Tensor = (output - noise).flatten(1).norm(dim=1)
         return score + errors[0] - errors[1]
 
     def _noise(self, timestep: int) -> Tensor:
