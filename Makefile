@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# Processes that share the tests; 0 runs them in one.
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
@@ -30,7 +32,7 @@ results: $(PACKAGE_STAMP)  ## Make docs/results anew: the study of features and 
 		mv docs/results/$$name.txt.partial docs/results/$$name.txt || exit 1; done
 
 test: $(DEV_STAMP)  ## Run the tests that need no GPU, no network and little time
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 test-shapes: $(DEV_STAMP)  ## Run the tests with every shape annotation checked at run time
 	$(BIN)/python -m pytest --jaxtyping-packages=diffenc,beartype.beartype $(ARGS)

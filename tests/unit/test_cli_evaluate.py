@@ -98,7 +98,7 @@ def test_another_configuration_in_the_same_folder_is_refused(model, tmp_path):
     result = run(*arguments, "--layers", "mid_block")
     assert result.exit_code == 2
     assert result.output.count("\n") == 1
-    assert 'config.layers is ["mid_block"], was "all"' in result.output
+    assert 'config.layers is ["mid_block"], was ["up_blocks' in result.output
     assert "--force" in result.output
 
 
