@@ -4,6 +4,10 @@
 
 Needs the VAE, the text encoder and the tokenizer in `--model`. Latents, token ids and masks of the
 training scenes are computed once and kept beside the run. Writes averaged weights to `--model`.
+
+A quarter of each batch are negatives: rows again, with the same noise, under a near twin's caption.
+As in HardNeg-DiffusionITM (Krojer et al., NeurIPS 2023) the true caption must explain the noise
+better; by denoising alone a small U-Net hardly learns to count.
 """
 
 import argparse
@@ -15,7 +19,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from grounding import GROUNDED_LAYERS, outside, spoken_of
-from texts import training_scene, training_text
+from texts import training_scene, training_text, wrong_captions
 from torch import Tensor
 from torch.nn import functional as F
 from train_clip import pixels
@@ -35,6 +39,10 @@ FOCUS = (150, 800)
 LEVELS = 20
 """Parts of the schedule; each counts by its error relative to the part's recent mean."""
 GROUNDING_WEIGHT = 0.5
+NEGATIVES = 0.25
+"""Share of the rows that are negatives."""
+MARGIN = 0.02
+"""By how much a wrong caption's error should be larger, as a share of the level's usual error."""
 
 
 def build_unet() -> UNet2DConditionModel:
@@ -97,13 +105,16 @@ def cached_data(file: Path, count: int, vae: AutoencoderKL, text: Text) -> dict[
     """What the training reads of its scenes, in integers and half precision.
 
     latents (n 4 16 16), shares (n 3 16 16) of each cell that an object covers in 255ths, and for
-    several texts a scene their token ids and the objects they speak of (n texts 32).
+    several texts a scene their token ids and the objects they speak of (n texts 32), and the ids of
+    a wrong caption (0 throughout where there is none).
     """
     if file.exists():
         kept: dict[str, Tensor] = torch.load(file, weights_only=True)
         return kept
     rng = random.Random("unet")
     found: dict[str, list[Tensor]] = {"latents": [], "shares": [], "ids": [], "bits": []}
+    found["wrong"] = []
+    other = random.Random("unet/twins")
     for start in range(0, count, CHUNK):
         drawn = [training_scene(rng) for _ in range(CHUNK)]
         scenes = [scene for scene, _ in drawn]
@@ -115,6 +126,12 @@ def cached_data(file: Path, count: int, vae: AutoencoderKL, text: Text) -> dict[
         ]
         ids = text.ids([line for lines in texts for line in lines])
         found["ids"].append(ids.view(CHUNK, TEXTS_PER_SCENE, -1).short())
+        wrong = [
+            wrong_captions(scene, lines, other) for scene, lines in zip(scenes, texts, strict=True)
+        ]
+        twins = text.ids([line or "" for lines in wrong for line in lines])
+        twins *= torch.tensor([[line is not None] for lines in wrong for line in lines])
+        found["wrong"].append(twins.view(CHUNK, TEXTS_PER_SCENE, -1).short())
         bits = [
             [spoken_of(text.tokenizer, line, scene) for line in lines]
             for scene, lines in zip(scenes, texts, strict=True)
@@ -211,37 +228,51 @@ def main() -> None:
     snr = alphas / (1 - alphas)
     usual = torch.full((LEVELS,), math.nan)
     empty = text.ids([""]).short()
-    means = [0.0, 0.0]
+    negatives = round(NEGATIVES * options.batch)
+    count = options.batch - negatives
+    means = [0.0, 0.0, 0.0]
     while run.step < options.steps:
         generator = torch.Generator().manual_seed(run.step)
-        rows = torch.randint(len(data["latents"]), (options.batch,), generator=generator)
-        which = torch.randint(TEXTS_PER_SCENE, (options.batch,), generator=generator)
-        ids = data["ids"][rows, which]
-        dropped = torch.rand(options.batch, generator=generator) < 0.1
-        ids = torch.where(dropped[:, None], empty, ids).long()
+        rows = torch.randint(len(data["latents"]), (count,), generator=generator)
+        which = torch.randint(TEXTS_PER_SCENE, (count,), generator=generator)
+        dropped = torch.rand(count, generator=generator) < 0.1
+        ids = torch.where(dropped[:, None], empty, data["ids"][rows, which])
+        wrong = data["wrong"][rows, which]
+        order = torch.randperm(count, generator=generator)
+        again = order[(wrong.any(dim=1) & ~dropped)[order]][:negatives]
+        ids = torch.cat([ids, wrong[again]]).long()
+        bits = torch.where(dropped[:, None], 0, data["bits"][rows, which])
+        bits = torch.cat([bits, torch.zeros_like(bits[again])])
+        noise = torch.randn((count, *data["latents"].shape[1:]), generator=generator)
+        timesteps = draw_timesteps(count, generator)
+        both = torch.cat([torch.arange(count), again])
+        rows, noise, timesteps = rows[both], noise[both], timesteps[both]
         latents = data["latents"][rows].float()
-        noise = torch.randn(latents.shape, generator=generator)
-        timesteps = draw_timesteps(options.batch, generator)
         signal = alphas[timesteps].view(-1, 1, 1, 1)
         noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
         with CrossAttnTaps(unet, GROUNDED_LAYERS, tokens=range(ids.shape[1])) as taps:
             predicted = unet(noisy, timesteps, text.states(ids)).sample
         errors = F.mse_loss(predicted, noise, reduction="none").mean(dim=(1, 2, 3))
-        usual = recent(usual, errors.detach(), timesteps * LEVELS // 1000)
-        loss = (errors / usual[timesteps * LEVELS // 1000]).mean()
-        bits = torch.where(dropped[:, None], 0, data["bits"][rows, which])
+        levels = timesteps * LEVELS // 1000
+        usual = recent(usual, errors[:count].detach(), levels[:count])
+        errors = errors / usual[levels]
+        loss = errors[:count].mean()
         shares = data["shares"][rows].float() / 255
         astray = outside(taps.maps(), shares, bits, snr[timesteps].clamp(max=1))
-        run.update(loss + GROUNDING_WEIGHT * astray)
+        gap = errors[count:] - errors[again]
+        fooled = MARGIN * F.softplus(-gap / MARGIN).sum() / count
+        run.update(loss + GROUNDING_WEIGHT * astray + fooled)
+        told_apart = 100 * (gap > 0).float().mean()
         means = [
             0.98 * mean + 0.02 * value.item() if run.step > 1 else value.item()
-            for mean, value in zip(means, (loss, astray), strict=True)
+            for mean, value in zip(means, (loss, astray, told_apart), strict=True)
         ]
         if run.step % 50 == 0:
             run.log(
                 loss=round(means[0], 5),
                 mse=round(usual.nanmean().item(), 5),
                 astray=round(means[1], 4),
+                told_apart=round(means[2], 1),
             )
         if run.step % 500 == 0 or run.step == options.steps:
             run.swap_average()
