@@ -79,7 +79,10 @@ def test_latents_have_unit_scale(backbone):
     assert 0.8 < latents.std() < 1.2
 
 
-@pytest.mark.parametrize(("kind", "floor"), [("noun", 0.6), ("color", 0.6), ("relation", 0.6)])
+@pytest.mark.parametrize(
+    ("kind", "floor"),
+    [("noun", 0.8), ("color", 0.85), ("relation", 0.85), ("count", 0.55), ("size", 0.65)],
+)
 def test_the_right_text_explains_the_noise_better(backbone, kind, floor):
     """Text score by denoising error; chance is 25 %, the card has what was measured."""
     hits = 0

@@ -18,7 +18,7 @@ from training import HELD_OUT_SEED
 from transformers import CLIPModel, CLIPTokenizer
 
 sys.path.append(str(Path(__file__).parents[2] / "tests"))
-from shapes_oracle import is_true
+from shapes_oracle import is_true  # type: ignore[import-not-found]
 
 BATCHES = 16
 

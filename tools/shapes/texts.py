@@ -6,18 +6,18 @@ from dataclasses import replace
 
 from diffenc.shapes.captions import RELATION_PHRASES, caption
 from diffenc.shapes.questions import multiple_choice, sample_question
-from diffenc.shapes.scenes import COLORS, SHAPES, Scene, perturb, sample_scene, turn
+from diffenc.shapes.scenes import COLORS, SHAPES, Relation, Scene, perturb, sample_scene, turn
 
 COUNTED, SIZED = 0.2, 0.2
 """Shares of scenes whose captions must count, and must tell sizes; both are rare otherwise."""
 
 _OPENING = re.compile(r"^(a picture of|a photo of|there is|there are|we see) ")
 
+_TURNED: dict[Relation, Relation] = {"right of": "left of", "below": "above"}
 _RELATIONS = {
-    phrase: (shown, relation != shown)
-    for shown, both in (("left of", ("left of", "right of")), ("above", ("above", "below")))
-    for relation in both
-    for phrase in reversed(RELATION_PHRASES[relation])
+    phrase: (_TURNED.get(relation, relation), relation in _TURNED)
+    for relation, phrases in RELATION_PHRASES.items()
+    for phrase in reversed(phrases)  # "to the left of" before "left of"
 }
 """Per phrase the relation that it comes to, and whether the objects change places for it."""
 
