@@ -1,25 +1,12 @@
 # %% [markdown]
 # # Fuse CLIP and diffusion features
-# Tokens of both models in the three ways, and a projector for each. The CLIP here has random
-# weights, so that nothing is downloaded; with a name, such as "openai/clip-vit-large-patch14-336",
-# the image processor comes along.
+# Tokens of both models in the three ways, and a projector for each. The CLIP is the bundled
+# miniature; for photographs take "openai/clip-vit-large-patch14-336" with "sd2.1-base" or "sdxl".
 
 # %%
-import torch
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
-
 from diffenc import DiffusionEncoder, FusedEncoder, projector_for
 from diffenc.fusion import How
 from diffenc.shapes import render, sample_scenes
-
-torch.manual_seed(0)
-config = CLIPVisionConfig(
-    hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-    image_size=64, patch_size=8,
-)  # fmt: skip
-clip = CLIPVisionModel(config)
-size = {"height": 64, "width": 64}
-image_processor = CLIPImageProcessor(size={"shortest_edge": 64}, crop_size=size)
 
 diffusion = DiffusionEncoder.from_pretrained("shapes")
 images = [render(scene) for scene in sample_scenes(2, seed=0)]
@@ -31,7 +18,7 @@ questions = ["what color is the star?", "how many circles are there?"]
 # %%
 ways: list[How] = ["channel", "interleave", "tokens"]
 for how in ways:
-    encoder = FusedEncoder(clip, diffusion, how, image_processor=image_processor)
+    encoder = FusedEncoder("shapes-clip", diffusion, how)
     tokens = encoder(images, questions)
     projector = projector_for(encoder, 256)
     print(f"{how:12}{tuple(tokens.shape)!s:18}{type(projector).__name__:16}", end="")
@@ -41,7 +28,7 @@ for how in ways:
 # The question changes the diffusion half alone.
 
 # %%
-encoder = FusedEncoder(clip, diffusion, image_processor=image_processor)
+encoder = FusedEncoder("shapes-clip", diffusion)
 asked, unasked = encoder(images, questions), encoder(images)
 width = encoder.clip.hidden_size
 print("CLIP's channels change by     ", float((asked - unasked)[..., :width].abs().max()))

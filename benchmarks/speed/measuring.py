@@ -131,3 +131,14 @@ def weight_bytes(*modules: torch.nn.Module) -> int:
         for tensor in (*module.parameters(), *module.buffers()):
             tensors[tensor.data_ptr(), tensor.nbytes] = tensor.nbytes
     return sum(tensors.values())
+
+
+class Deadline:
+    """How much of a number of seconds is left; None is without end."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self._end = None if seconds is None else time.monotonic() + seconds
+
+    def left(self) -> float:
+        """Seconds, infinite without an end."""
+        return float("inf") if self._end is None else self._end - time.monotonic()

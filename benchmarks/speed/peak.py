@@ -11,11 +11,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from diffenc.backbones import describe, load_backbone
 from diffenc.cli.options import quiet_libraries
+from speed.bench import Bench
 from speed.cases import CASES, ask
 from speed.contenders import Contender, Diffenc
 from speed.floor import Floor
 from speed.measuring import forget_peak, peak_memory
-from speed.running import Bench, rival
+from speed.running import rival
 
 
 def measured(request: dict[str, Any]) -> int | None:
@@ -34,7 +35,14 @@ def measured(request: dict[str, Any]) -> int | None:
             short = load_backbone(folder, dtype=dtype, keep_taps=taps)
             contender = Floor(short, config, taps, again=job.again)
         case _:
-            bench = Bench(lambda _: folder, device, dtype, 1.0, 1, quick=request["quick"])
+            bench = Bench(
+                folder=lambda _: folder,
+                device=device,
+                dtype=dtype,
+                rate=1.0,
+                repeats=1,
+                quick=request["quick"],
+            )
             contender = rival(bench, job, config, taps)
     assert isinstance(config.size, int)
     for index in range(2 if job.again else 1):

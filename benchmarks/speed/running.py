@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffenc.backbones import Backbone, load_backbone
 from diffenc.config import EncoderConfig
+from speed.bench import Bench, DisagreementError
 from speed.cases import Case, Question, ask
 from speed.contenders import COMPILED, Contender, Diffenc, DiftScript, PlainScript, is_plain_format
 from speed.counting import Arithmetic, Counts, arithmetic, counted
@@ -34,50 +33,22 @@ AGREEMENT = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
 a third of it. Times of calls that answer something else would not compare."""
 
 
-class DisagreementError(Exception):
-    """A contender read other features than the plain script."""
-
-
-@dataclass(slots=True)
-class Bench:
-    """Where and how everything is measured.
+@dataclass(slots=True, kw_only=True)
+class EncoderBench(Bench):
+    """Where and how the encoder is measured.
 
     Attributes:
-        folder: Gives a model's folder, and builds it where it is missing.
-        device: Where contenders run.
-        dtype: Of the weights.
-        rate: Floating point operations a second of a large matrix product.
-        repeats: Timed calls per contender.
-        quick: Narrow models, small pictures.
         memory: Measure peaks.
-        limit: Seconds of calls per case and batch, after which there are no more repeats.
         options: Of `torch.compile`.
-        notes: What was left out, and why.
     """
 
-    folder: Callable[[str], Path]
-    device: torch.device
-    dtype: torch.dtype
-    rate: float
-    repeats: int
-    quick: bool
     memory: bool = True
-    limit: float = float("inf")
     options: Mapping[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    loaded: tuple[str, Backbone] | None = None
-
-    def backbone(self, model: str) -> Backbone:
-        """The whole model, kept until another one is asked for."""
-        if self.loaded is None or self.loaded[0] != model:
-            self.loaded = None
-            folder = self.folder(model)
-            backbone = load_backbone(folder, dtype=self.dtype, device=self.device)
-            self.loaded = (model, backbone)
-        return self.loaded[1]
 
 
-def measure(bench: Bench, case: Case, *, batch: int = 1, compiled: bool = False) -> list[Row]:
+def measure(
+    bench: EncoderBench, case: Case, *, batch: int = 1, compiled: bool = False
+) -> list[Row]:
     """Rows of one case at one batch size.
 
     Args:
@@ -121,7 +92,7 @@ def _prepare(
 
 
 def _contenders(
-    bench: Bench, case: Case, config: EncoderConfig, taps: list[str], *, compiled: bool
+    bench: EncoderBench, case: Case, config: EncoderConfig, taps: list[str], *, compiled: bool
 ) -> Iterator[Contender]:
     backbone = bench.backbone(case.model)
     yield Diffenc(backbone, config)
@@ -233,7 +204,7 @@ def _ratio(seconds: Mapping[str, list[float]], over: str, under: str) -> float |
 
 
 def _peaks(
-    bench: Bench,
+    bench: EncoderBench,
     case: Case,
     contenders: list[Contender],
     questions: Callable[[int], Question],
@@ -286,14 +257,3 @@ def _peak_elsewhere(bench: Bench, case: Case, contender: str, batch: int) -> int
         return None
     peak: int | None = json.loads(done.stdout.splitlines()[-1])
     return peak
-
-
-class Deadline:
-    """How much of a number of seconds is left; None is without end."""
-
-    def __init__(self, seconds: float | None) -> None:
-        self._end = None if seconds is None else time.monotonic() + seconds
-
-    def left(self) -> float:
-        """Seconds, infinite without an end."""
-        return float("inf") if self._end is None else self._end - time.monotonic()

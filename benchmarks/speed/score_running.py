@@ -1,18 +1,16 @@
 """From a case to measured rows of scores: agreement first, then times in turn."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from diffenc.backbones import Backbone, load_backbone
+from speed.bench import Bench, DisagreementError
 from speed.contenders import is_plain_format
 from speed.counting import Counts, counted, score_arithmetic
 from speed.measuring import in_turn, median
-from speed.running import DisagreementError
 from speed.score_cases import (
     QUICK_SIZE,
     SIZE,
@@ -30,48 +28,22 @@ AGREEMENT = {torch.float32: 1e-5, torch.float16: 0.01, torch.bfloat16: 0.05}
 Seconds = Mapping[str, Sequence[float]]
 
 
-@dataclass(slots=True)
-class ScoreBench:
-    """Where and how everything is measured.
+@dataclass(slots=True, kw_only=True)
+class ScoreBench(Bench):
+    """Where and how scores are measured.
 
     Attributes:
-        folder: Gives a model's folder, and builds it where it is missing.
-        device: Where contenders run.
-        dtype: Of the weights.
-        rate: Floating point operations a second of a large matrix product.
-        repeats: Timed calls per contender.
         batch_size: Rows per call of the U-Net, of diffenc and of the bare passes.
         pairs: Pairs that the released way is timed on.
-        quick: Narrow models, small pictures.
-        limit: Seconds of calls per case, after which there are no more repeats.
-        notes: What was left out, and why.
     """
 
-    folder: Callable[[str], Path]
-    device: torch.device
-    dtype: torch.dtype
-    rate: float
-    repeats: int
     batch_size: int
     pairs: int
-    quick: bool
-    limit: float = float("inf")
-    notes: list[str] = field(default_factory=list)
-    loaded: tuple[str, Backbone] | None = None
 
     @property
     def size(self) -> int:
         """Side of the pictures, in pixels."""
         return QUICK_SIZE if self.quick else SIZE
-
-    def backbone(self, model: str) -> Backbone:
-        """The whole model, kept until another one is asked for."""
-        if self.loaded is None or self.loaded[0] != model:
-            self.loaded = None
-            folder = self.folder(model)
-            backbone = load_backbone(folder, dtype=self.dtype, device=self.device)
-            self.loaded = (model, backbone)
-        return self.loaded[1]
 
 
 def measure_scores(bench: ScoreBench, case: ScoreCase) -> list[ScoreRow]:

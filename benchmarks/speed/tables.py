@@ -1,8 +1,8 @@
 """Measured rows as a table on the terminal, as JSON and as Markdown."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -13,56 +13,75 @@ from speed.cases import OVERHEAD_GOAL
 Tables = Sequence[tuple[str, Sequence[Sequence[str]]]]
 """Titles, and rows of cells."""
 
+R = TypeVar("R", bound="MeasuredRow")
+
 
 @dataclass(slots=True, kw_only=True)
-class Row:
-    """One contender on one case.
+class MeasuredRow:
+    """One contender on one case, whatever is measured.
 
     Attributes:
         case: Its name.
         title: What is asked.
         contender: Who answers.
-        batch: Pictures per call.
         seconds: Median of the timed calls.
         calls: All of them.
-        images_per_second: Pictures, whatever the number of passes.
-        unet_rows: Rows that went through the U-Net in one call, see `speed.counting`.
+        unet_rows: Rows that went through the U-Net, see `speed.counting`.
         vae_pictures: Pictures that went through the VAE.
-        texts: Texts that went through the text encoder.
+        texts: Texts that went through the text encoder, by the first one where there are two.
         operations: Floating point operations of all that.
         share: Of the measured rate of a large matrix product.
-        peak_bytes: Most memory during a call, weights included; None where it was not measured.
-        peak_truncated_bytes: The same of diffenc with `truncate=True`.
-        difference: From diffenc's features, relative to the tap's largest magnitude.
-        speedup: How many times faster than the rival, or than eager.
+        speedup: How many times faster than the rival.
         goal: Of the speedup; None where there is none.
-        overhead: Time beyond the floor's, as a share of it.
     """
 
     case: str
     title: str
     contender: str
-    batch: int
     seconds: float
     calls: list[float]
-    images_per_second: float
     unet_rows: int
     vae_pictures: int
     texts: int
     operations: int
     share: float
+    speedup: float | None = None
+    goal: float | None = None
+
+    @property
+    def goal_met(self) -> bool | None:
+        """Whether the speedup reaches its goal; None without one."""
+        return None if self.goal is None or self.speedup is None else self.speedup >= self.goal
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it, with whether its goal was met."""
+        return {**asdict(self), "goal_met": self.goal_met}
+
+
+@dataclass(slots=True, kw_only=True)
+class Row(MeasuredRow):
+    """What the encoder, or a rival of it, costs.
+
+    Attributes:
+        batch: Pictures per call.
+        images_per_second: Pictures, whatever the number of passes.
+        peak_bytes: Most memory during a call, weights included; None where it was not measured.
+        peak_truncated_bytes: The same of diffenc with `truncate=True`.
+        difference: From diffenc's features, relative to the tap's largest magnitude.
+        overhead: Time beyond the floor's, as a share of it.
+    """
+
+    batch: int
+    images_per_second: float
     peak_bytes: int | None = None
     peak_truncated_bytes: int | None = None
     difference: float = 0.0
-    speedup: float | None = None
-    goal: float | None = None
     overhead: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it, with whether its goals were met."""
-        met = None if self.goal is None or self.speedup is None else self.speedup >= self.goal
         low = None if self.overhead is None else self.overhead <= OVERHEAD_GOAL
-        return {**asdict(self), "goal_met": met, "overhead_met": low}
+        return {**MeasuredRow.to_dict(self), "overhead_met": low}
 
 
 COLUMNS = (
@@ -83,16 +102,12 @@ COLUMNS = (
 
 def print_rows(rows: Sequence[Row], head: str, notes: Sequence[str], console: Console) -> None:
     """A table per case."""
-    print_tables(COLUMNS, _titled(rows), head, (*explanation(), *notes), console)
+    print_tables(COLUMNS, sections(rows, cells), head, (*explanation(), *notes), console)
 
 
 def markdown(rows: Sequence[Row], head: str, notes: Sequence[str]) -> str:
     """The same table as text."""
-    return markdown_tables(COLUMNS, _titled(rows), head, (*explanation(), *notes))
-
-
-def _titled(rows: Sequence[Row]) -> Tables:
-    return [(title, [cells(row) for row in members]) for title, members in sections(rows)]
+    return markdown_tables(COLUMNS, sections(rows, cells), head, (*explanation(), *notes))
 
 
 def print_tables(
@@ -138,10 +153,10 @@ def explanation() -> tuple[str, ...]:
     )
 
 
-def sections(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
+def sections(rows: Sequence[R], cells: Callable[[R], Sequence[str]]) -> Tables:
     """Rows by case, in order."""
-    for title in dict.fromkeys(row.title for row in rows):
-        yield title, [row for row in rows if row.title == title]
+    titles = dict.fromkeys(row.title for row in rows)
+    return [(title, [cells(row) for row in rows if row.title == title]) for title in titles]
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -151,13 +166,9 @@ def cells(row: Row) -> tuple[str, ...]:
         str(row.batch),
         duration(row.seconds),
         f"{row.images_per_second:.3g}",
-        _speedup(row),
+        told_speedup(row),
         "" if row.overhead is None else f"{row.overhead:+.1%}",
-        str(row.unet_rows),
-        str(row.vae_pictures),
-        str(row.texts),
-        f"{row.operations / 1e12:.3g}",
-        f"{row.share:.0%}",
+        *work_cells(row),
         _memory(row),
     )
 
@@ -167,13 +178,24 @@ def duration(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"
 
 
-def _speedup(row: Row) -> str:
+def told_speedup(row: MeasuredRow) -> str:
+    """How many times faster, with the goal."""
     if row.speedup is None:
         return ""
-    if row.goal is None:
+    if row.goal_met is None:
         return f"{row.speedup:.2f}x"
-    verdict = "met" if row.speedup >= row.goal else "missed"
-    return f"{row.speedup:.2f}x ({row.goal:.1f}x {verdict})"
+    return f"{row.speedup:.2f}x ({row.goal:.1f}x {'met' if row.goal_met else 'missed'})"
+
+
+def work_cells(row: MeasuredRow) -> tuple[str, ...]:
+    """Under the columns U-Net, VAE, texts, TFLOP and share."""
+    return (
+        str(row.unet_rows),
+        str(row.vae_pictures),
+        str(row.texts),
+        f"{row.operations / 1e12:.3g}",
+        f"{row.share:.0%}",
+    )
 
 
 def _memory(row: Row) -> str:
