@@ -6,7 +6,6 @@ begins at zero, so that training starts from exactly what the prompt alone gives
 
 import json
 import os
-from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffenc.errors import BackboneError, ConfigError, OutputError
+from diffenc.pretrained import loading, pretrained_source
 
 _CONFIG_FILE, _WEIGHTS_FILE = "captioner.json", "captioner.safetensors"
+_INSTEAD = (
+    "Pass the model itself, a folder with config.json and model.safetensors, or a Hub id such as "
+    "openai/clip-vit-large-patch14"
+)
 _OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -192,17 +196,9 @@ class ClipEmbedder(nn.Module):
         from transformers.image_processing_base import ImageProcessingMixin
 
         label = os.fspath(name)
-        source = label
-        if label == "shapes-clip":
-            source = str(files("diffenc").joinpath("backbones", "assets", label))
-        try:
+        with loading("a CLIP", label, instead=_INSTEAD):
+            source = pretrained_source(label)
             model = CLIPVisionModelWithProjection.from_pretrained(source)
-        except Exception as error:  # missing, offline, broken: each in words of its own
-            raise BackboneError(
-                f"cannot load a CLIP from {label!r}: {str(error).strip().splitlines()[0]}. Pass "
-                "the model itself, a folder with config.json and model.safetensors, or a Hub id "
-                "such as openai/clip-vit-large-patch14"
-            ) from error
         try:
             processor, _ = ImageProcessingMixin.get_image_processor_dict(source)
         except OSError:

@@ -2,11 +2,8 @@
 
 import os
 from collections.abc import Iterator
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float
@@ -15,18 +12,24 @@ from torch import Tensor, nn
 
 from diffenc.cache import TensorCache, content_key, state_key
 from diffenc.errors import BackboneError, ConfigError, NonFiniteError, ShapeError
-from diffenc.images import Images, as_list, to_pixel_values
+from diffenc.images import Images
+from diffenc.pretrained import lasting_name, loading, pretrained_source
+from diffenc.vision_models import VisionModel, to_pictures
 
 _VISION = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}
 _TAKEN = (
     "taken are CLIPVisionModel, CLIPModel, SiglipVisionModel and SiglipModel of transformers, "
     "whose patches form a square grid"
 )
+_INSTEAD = (
+    "Pass a folder with config.json, model.safetensors and preprocessor_config.json, or a Hub id "
+    "such as openai/clip-vit-large-patch14-336"
+)
 _CACHE_BYTES = 256 * 2**20
 _BEHIND_LAYERS = ("post_layernorm", "head")
 
 
-class ClipTokens(nn.Module):
+class ClipTokens(VisionModel):
     """Tokens of the patches of one hidden layer, without the class token.
 
     Args:
@@ -35,7 +38,7 @@ class ClipTokens(nn.Module):
         image_processor: The model's own.
         layer: Index into the hidden states; -2, the penultimate, is LLaVA's.
         frozen: Whether nothing is trained. Otherwise what runs before `layer` is, and no more.
-        name: Where the model was loaded from; None for an object.
+        name: Where the model was loaded from; None for an object, and for one that trains.
         use_cache: Remember the tokens of pictures while the model is frozen.
 
     Attributes:
@@ -56,12 +59,12 @@ class ClipTokens(nn.Module):
         use_cache: bool = True,
     ) -> None:
         super().__init__()
-        self.model: Any = _vision_part(model)
+        self.model = _vision_part(model)
         self.image_processor = image_processor
         self.layer, self.frozen, self.name = layer, frozen, name
         self.use_cache = use_cache
         config: Any = self.model.config
-        self.hidden_size: int = config.hidden_size
+        self.hidden_size = config.hidden_size
         self.image_size, self.side = _square(config)
         depth = config.num_hidden_layers
         if (
@@ -74,10 +77,8 @@ class ClipTokens(nn.Module):
                 f"outputs of this model's {depth} layers, got {layer!r}"
             )
         self._cache = TensorCache(_CACHE_BYTES)
-        self.model.eval().requires_grad_(False)
-        if not frozen:
-            for parameter in self._parameters_read(depth):
-                parameter.requires_grad_(True)
+        self.model.eval()
+        self.freeze(frozen)
 
     @classmethod
     def from_pretrained(
@@ -108,8 +109,8 @@ class ClipTokens(nn.Module):
         import transformers
 
         label = os.fspath(name)
-        source = _bundled() if label == "shapes-clip" else label
-        try:
+        with loading("a CLIP", label, instead=_INSTEAD):
+            source = pretrained_source(label)
             found = transformers.AutoConfig.from_pretrained(source).model_type
             kind = found.removesuffix("_vision_model")
             if kind not in _VISION:
@@ -117,39 +118,33 @@ class ClipTokens(nn.Module):
             model = getattr(transformers, _VISION[kind]).from_pretrained(source)
             if image_processor is None:
                 image_processor = transformers.AutoImageProcessor.from_pretrained(source)
-        except BackboneError:
-            raise
-        except Exception as error:  # missing, offline, broken: each in words of its own
-            raise BackboneError(
-                f"cannot load a CLIP from {label!r}: {str(error).strip().splitlines()[0]}. Pass a "
-                "folder with config.json, model.safetensors and preprocessor_config.json, or a Hub "
-                "id such as openai/clip-vit-large-patch14-336"
-            ) from error
         return cls(
             model.to(device, dtype),
             image_processor,
             layer=layer,
             frozen=frozen,
-            name=str(Path(label).absolute()) if Path(label).is_dir() else label,
+            name=lasting_name(label),
             use_cache=use_cache,
         )
+
+    def freeze(self, frozen: bool = True) -> None:
+        """Train nothing, or what runs before `layer`, and no more.
+
+        What has been trained is no longer found by its name: `name` is None from then on.
+        """
+        self.frozen = frozen
+        self.model.requires_grad_(False)
+        if frozen:
+            self.model.eval()
+            return
+        self.name = None
+        for parameter in self._parameters_read():
+            parameter.requires_grad_(True)
 
     @property
     def grid(self) -> tuple[int, int]:
         """(height, width) of the patches."""
         return self.side, self.side
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        device: torch.device = next(self.model.parameters()).device
-        return device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the model."""
-        dtype: torch.dtype = next(self.model.parameters()).dtype
-        return dtype
 
     def clear_cache(self) -> None:
         """Forget tokens; needed after writes through `.data`."""
@@ -229,9 +224,9 @@ class ClipTokens(nn.Module):
             )
         return tokens[:, -wanted:]
 
-    def _parameters_read(self, depth: int) -> Iterator[nn.Parameter]:
+    def _parameters_read(self) -> Iterator[nn.Parameter]:
         """What the layer depends on: a parameter without a gradient stops DDP."""
-        runs = self.layer % (depth + 1)
+        runs = self.layer % (self.model.config.num_hidden_layers + 1)
         layers = next(
             (name, module)
             for name, module in self.model.named_modules()
@@ -249,21 +244,10 @@ class ClipTokens(nn.Module):
         return self
 
 
-def to_pictures(images: Images) -> list[Image.Image]:
-    """Upright RGB pictures of 8 bits at their own size, from pictures of any kind."""
-    return [_picture(source) for source in as_list(images)]
-
-
 def to_maps(tokens: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Float[Tensor, "b c h w"]:
     """Tokens, row by row, as a map."""
     maps: Tensor = rearrange(tokens, "b (h w) c -> b c h w", h=grid[0], w=grid[1])
     return maps
-
-
-def _picture(source: Any) -> Image.Image:
-    pixel_values = to_pixel_values([source], size=None, resize="none", multiple=1)[0]
-    levels = ((pixel_values.detach().cpu() + 1) * 127.5).round().clamp(0, 255).byte()
-    return Image.fromarray(np.ascontiguousarray(rearrange(levels.numpy(), "c h w -> h w c")))
 
 
 def _vision_part(model: nn.Module) -> nn.Module:
@@ -294,10 +278,3 @@ def _square(config: Any) -> tuple[int, int]:
             "Square grids can, which take ints: image_size 336 with patch_size 14 is 24 x 24"
         )
     return size, size // patch
-
-
-def _bundled() -> str:
-    folder = Path(str(files("diffenc.backbones") / "assets" / "shapes-clip"))
-    if not folder.is_dir():
-        raise BackboneError("this version of diffenc does not bundle 'shapes-clip'")
-    return str(folder)

@@ -22,7 +22,7 @@ from diffenc.features import Features, check_guidance
 from diffenc.forward import compile_taps
 from diffenc.halves import read_halves
 from diffenc.images import Images, as_list, image_sizes, to_pixel_values
-from diffenc.lora import is_merged
+from diffenc.lora.adapters import is_merged
 from diffenc.maps import middle_grid
 from diffenc.memo import image_keys, posterior_of, prompts_of
 from diffenc.prompts import PromptEmbeds, match_batch
@@ -37,7 +37,7 @@ from diffenc.saved import (
     read_config,
     write_config,
 )
-from diffenc.trainable import TrainableParts
+from diffenc.trainable.parts import TrainableParts
 
 
 class DiffusionEncoder(TrainableParts):

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from diffenc.backbones import TapInfo
 from diffenc.backbones.base import Backbone
-from diffenc.clip_tokens import ClipTokens, to_maps, to_pictures
+from diffenc.clip_tokens import ClipTokens, to_maps
 from diffenc.config import EncoderConfig, check_choice, check_pair
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import BackboneError, ConfigError, OutputError
 from diffenc.images import Images, to_pixel_values
 from diffenc.maps import to_grid
 from diffenc.prompts import PromptEmbeds
+from diffenc.vision_models import to_pictures
 
 How = Literal["channel", "tokens", "interleave"]
 View = Literal["same", "own"]
@@ -142,7 +143,10 @@ class FusedEncoder(nn.Module):
         diffusion = DiffusionEncoder.from_pretrained(
             source / _DIFFUSION, device=device, dtype=dtype, **options
         )
-        return cls(name or source / _CLIP, diffusion, **settings)
+        fused = cls(name or source / _CLIP, diffusion, **settings)
+        if name is None:
+            fused.clip.name = None  # it has no other place than this folder
+        return fused
 
     def save_pretrained(
         self, folder: "str | os.PathLike[str]", *, include_backbone: bool = False
@@ -280,14 +284,18 @@ class FusedEncoder(nn.Module):
         self, images: Images, prompts: str | Sequence[str] | PromptEmbeds | None = None
     ) -> tuple[Float[Tensor, "b _n _c"], Float[Tensor, "b _m _d"]]:
         """CLIP's tokens and the diffusion encoder's, on one grid where `grid` is set."""
+        clip = self.clip_stream(images)
+        return clip, self.diffusion.extract(images, prompts).tokens(self.grid)
+
+    def clip_stream(self, images: Images) -> Float[Tensor, "b n c"]:
+        """CLIP's tokens alone, as `streams` gives them; the diffusion encoder does not run."""
         self._check_devices()
-        pictures = to_pictures(images)
-        shown = [self._shown(picture) for picture in pictures]
-        clip = self.clip(shown, batch_size=self.config.batch_size).to(self.dtype)
+        shown = [self._shown(picture) for picture in to_pictures(images)]
+        clip: Tensor = self.clip(shown, batch_size=self.config.batch_size).to(self.dtype)
         if self.grid is not None and self.grid != self.clip.grid:
             maps = to_grid(to_maps(clip, self.clip.grid), self.grid)
             clip = rearrange(maps, "b c h w -> b (h w) c")
-        return clip, self.diffusion.extract(images, prompts).tokens(self.grid)
+        return clip
 
     def _shown(self, picture: Image.Image) -> "Image.Image | Tensor":
         """What CLIP's image processor gets."""

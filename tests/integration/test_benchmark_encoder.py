@@ -148,14 +148,17 @@ def test_options_that_mean_nothing_are_refused(program, options, capsys):
 
 
 def test_peaks_are_read_in_processes_of_their_own(program, models, tmp_path):
+    from real_size import build_folder
     from speed.cases import CASES
-    from speed.running import Bench, _peak_elsewhere
+    from speed.running import EncoderBench, _peak_elsewhere
 
     folder = models / "float32-narrow" / "sd2.1-base"
-    program.build_folder("sd2.1-base", folder, narrow=True)
+    build_folder("sd2.1-base", folder, narrow=True)
     weights = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
     cpu = torch.device("cpu")
-    bench = Bench(lambda _: folder, cpu, torch.float32, 1.0, 1, quick=True)
+    bench = EncoderBench(
+        folder=lambda _: folder, device=cpu, dtype=torch.float32, rate=1.0, repeats=1, quick=True
+    )
     peak = _peak_elsewhere(bench, CASES["sd2.1-next"], "diffenc", 1)
     assert bench.notes == []
     assert weights < peak < 4e9

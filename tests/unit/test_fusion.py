@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -450,6 +451,41 @@ def test_an_image_processor_of_another_model_is_refused(fuse) -> None:
 def test_bad_options_are_named(fuse, options, said) -> None:
     with pytest.raises(ConfigError, match=said):
         fuse(**options)
+
+
+def test_the_stream_of_clip_runs_no_diffusion(fuse, monkeypatch) -> None:
+    encoder, images = fuse(grid=2), [picture(64, 64), picture(32, 96, seed=1)]
+    expected = encoder.streams(images, "a")[0]
+    monkeypatch.setattr(encoder.diffusion, "extract", None)
+    assert torch.equal(encoder.clip_stream(images), expected)
+
+
+def test_a_clip_that_was_saved_with_weights_is_saved_with_them_again(fuse, tmp_path: Path) -> None:
+    fuse().save_pretrained(tmp_path / "first")
+    again = FusedEncoder.from_pretrained(tmp_path / "first")
+    again.save_pretrained(tmp_path / "first")
+    again.save_pretrained(tmp_path / "second")
+    shutil.rmtree(tmp_path / "first")
+    found = FusedEncoder.from_pretrained(tmp_path / "second").clip
+    for name, value in clip_vision().state_dict().items():
+        assert torch.equal(found.model.state_dict()[name], value)
+
+
+def test_a_clip_is_frozen_and_let_go_again(diffusion, tmp_path: Path) -> None:
+    clip_vision().save_pretrained(tmp_path)
+    PROCESSOR.save_pretrained(tmp_path)
+    clip = ClipTokens.from_pretrained(tmp_path)
+    named = ClipTokens.from_pretrained(tmp_path, frozen=False)
+    wanted = {name for name, p in named.named_parameters() if p.requires_grad}
+    assert wanted
+    assert (clip.name, named.name) == (str(tmp_path), None)
+    clip.freeze(False)
+    assert {name for name, p in clip.named_parameters() if p.requires_grad} == wanted
+    assert clip.train().model.training
+    clip.freeze()
+    assert not any(p.requires_grad for p in clip.parameters())
+    assert not clip.model.training
+    assert clip.name is None
 
 
 def test_several_timesteps_are_refused(tiny_sd_folder) -> None:

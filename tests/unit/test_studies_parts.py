@@ -168,16 +168,16 @@ def test_only_rows_behind_the_split_are_measured(questions) -> None:
     assert torch.equal(again.value, model.value)
 
 
-@pytest.mark.parametrize("part", ["lora", "captioner"])
+@pytest.mark.parametrize("part", ["lora", "lora-empty", "captioner"])
 def test_training_moves_what_is_added_and_nothing_else(tiny_sd_folder, clip_folder, part) -> None:
     encoder = DiffusionEncoder.from_pretrained(tiny_sd_folder, grid=4)
     trials = sample_trials(6, seed=0, least=2)
     questions = Questions.of(trials)
     torch.manual_seed(0)
-    if part == "lora":
-        encoder.add_lora(rank=2)
-    else:
+    if part == "captioner":
         encoder.add_captioner(clip_folder)
+    else:
+        encoder.add_lora(rank=2)
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     trained = {name for name, _ in encoder.named_trainable_parameters()}
     reader = AnswerReader(
@@ -194,7 +194,7 @@ def test_training_moves_what_is_added_and_nothing_else(tiny_sd_folder, clip_fold
         {"told": reader},
         questions,
         [render(trial.scene, 64) for trial in trials],
-        asks=part == "lora",
+        prompts={"lora": questions.texts, "lora-empty": ("",) * 18, "captioner": None}[part],
         split=12,
         epochs=2,
         batch_size=4,
@@ -206,7 +206,7 @@ def test_training_moves_what_is_added_and_nothing_else(tiny_sd_folder, clip_fold
     after = encoder.state_dict()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == trained
-    assert sum(counts) == (24 if part == "lora" else 8)
+    assert sum(counts) == (8 if part == "captioner" else 24)
     assert not list(encoder.trainable_parameters())
 
 
@@ -232,6 +232,52 @@ def test_gains_are_differences_within_a_seed(study) -> None:
         assert study.gain("cond", "uncond", "told").values[seed] == pytest.approx(expected / 3)
 
 
+def test_the_control_trains_on_the_same_rows_without_their_texts(
+    tiny_sd_folder, monkeypatch
+) -> None:
+    seen: dict[str, list] = {"trained": [], "read": []}
+    plain = DiffusionEncoder.extract
+
+    def watched(self, images, prompts=None, **options):
+        texts = [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
+        kind = "trained" if self.training else "read"
+        if self.lora_names:
+            seen[kind].append((self.seen_as, [image.tobytes() for image in images], texts))
+        return plain(self, images, prompts, **options)
+
+    def named(self, **options):
+        self.seen_as = len({run for run, *_ in seen["trained"]})
+        return plain_lora(self, **options)
+
+    plain_lora = DiffusionEncoder.add_lora
+    monkeypatch.setattr(DiffusionEncoder, "extract", watched)
+    monkeypatch.setattr(DiffusionEncoder, "add_lora", named)
+    study_parts(str(tiny_sd_folder), clip=None, **QUICK)
+    asked = [call for call in seen["trained"] if call[0] == 0]
+    empty = [call for call in seen["trained"] if call[0] == 1]
+    assert [images for _, images, _ in asked] == [images for _, images, _ in empty]
+    assert all(text.endswith("?") for _, _, texts in asked for text in texts)
+    assert {text for _, _, texts in empty for text in texts} == {""}
+    assert {text for run, _, texts in seen["read"] for text in texts if run == 1} == {""}
+    assert sum(len(images) for run, images, _ in seen["read"] if run == 1) == QUICK["scenes"]
+
+
+def test_what_is_owed_to_the_text_is_a_gain_less_a_gain(study) -> None:
+    for reader in ("told", "blind"):
+        for seed, owed in enumerate(study.lora_by_text(reader).values):
+            lora, cond, empty, uncond = (
+                study.find(part, reader).mean.values[seed]
+                for part in ("lora", "cond", "lora-empty", "uncond")
+            )
+            assert owed == pytest.approx((lora - cond) - (empty - uncond))
+    page = to_markdown(study, command="c", made_with="m.")
+    for reader in ("told", "blind"):
+        assert f"{study.lora_by_text(reader).mean:+.3f}" in page
+    without = replace(study, rows=tuple(r for r in study.rows if r.part != "lora-empty"))
+    assert "owed to the text (" not in to_markdown(without, command="c", made_with="m.")
+    assert without.lora_by_text("told") is None
+
+
 def test_the_model_is_left_as_it_was_and_runs_repeat(tiny_sd_folder, clip_folder) -> None:
     encoder = DiffusionEncoder.from_pretrained(tiny_sd_folder)
     before = {name: value.clone() for name, value in encoder.backbone.state_dict().items()}
@@ -255,7 +301,7 @@ def test_the_model_is_left_as_it_was_and_runs_repeat(tiny_sd_folder, clip_folder
 
 def test_without_a_clip_its_parts_are_missing_and_said_to_be(tiny_sd_folder, monkeypatch) -> None:
     found = study_parts(str(tiny_sd_folder), clip=None, **QUICK)
-    assert found.parts == ["uncond", "cond", "concat", "lora"]
+    assert found.parts == ["uncond", "cond", "concat", "lora", "lora-empty"]
     assert set(found.missing) == {"clip", "clip+uncond", "clip+cond", "captioner"}
     page = to_markdown(found, command="c", made_with="m.")
     assert "Not studied: CLIP alone" in page

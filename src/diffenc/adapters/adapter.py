@@ -24,7 +24,8 @@ from diffenc.attention import cross_attention_layers
 from diffenc.backbones.taps import LATENTS, meta_inputs
 from diffenc.errors import BackboneError, ConfigError, OutputError
 from diffenc.hooks import ForwardTaps
-from diffenc.lora import PROJECTIONS, LoraOptions, add_lora
+from diffenc.lora.adapters import add_lora
+from diffenc.lora.options import PROJECTIONS, LoraOptions
 from diffenc.truncation import truncate
 
 ADAPTER_FILE = "diffenc_adapter.safetensors"

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from diffenc._typing import LongPrompts, Uncond
 from diffenc.backbones.configs import Architecture
+from diffenc.backbones.fitting import check_components, text_width
 from diffenc.backbones.presets import preset_options
 from diffenc.backbones.taps import LATENTS, TapInfo, match_taps, unet_taps
 from diffenc.cache import TensorCache
-from diffenc.errors import BackboneError, ShapeError, TapError
-from diffenc.prompts import PromptEmbeds
+from diffenc.errors import ShapeError, TapError
+from diffenc.prompts import PromptEmbeds, count_windows, tokenize, tokenize_windows
 from diffenc.truncation import is_whole
 
 
@@ -25,58 +26,6 @@ def grad_where_trained(module: nn.Module) -> AbstractContextManager[Any]:
     """A graph where one is wanted and a parameter of the module requires a gradient, else none."""
     trained = any(parameter.requires_grad for parameter in module.parameters())
     return torch.set_grad_enabled(torch.is_grad_enabled() and trained)
-
-
-def check_components(unet: Any, vae: Any, scheduler: Any) -> None:
-    """Raise a `BackboneError` that says which two of these do not fit each other, and why."""
-    for name, part, needed in (
-        ("unet", unet, ("in_channels", "cross_attention_dim")),
-        ("vae", vae, ("latent_channels", "block_out_channels", "scaling_factor")),
-    ):
-        config = getattr(part, "config", None)
-        if lacking := [key for key in needed if not hasattr(config, key)]:
-            raise BackboneError(
-                f"{name} is a {type(part).__name__} whose config lacks {lacking}; pass a model of "
-                "diffusers"
-            )
-    if not hasattr(scheduler, "alphas_cumprod"):
-        raise BackboneError(
-            f"scheduler is a {type(scheduler).__name__} without alphas_cumprod; pass one of "
-            "diffusers' that counts steps of noise, such as DDPMScheduler"
-        )
-    if vae.config.latent_channels != unet.config.in_channels:
-        raise BackboneError(
-            f"the VAE gives {vae.config.latent_channels} channels and the U-Net takes "
-            f"{unet.config.in_channels}; they belong to different models"
-        )
-
-
-def text_width(unet: Any) -> int:
-    """Channels of the text states that a U-Net reads."""
-    width = unet.config.cross_attention_dim
-    return int(width if isinstance(width, int) else width[0])
-
-
-def check_text(unet: Any, *towers: tuple[Any, Any]) -> None:
-    """Raise a `BackboneError` unless tokenizers, text encoders and the U-Net fit each other.
-
-    Args:
-        unet: Reads the states of all encoders side by side.
-        towers: Tokenizer and text encoder, for each.
-    """
-    width = sum(encoder.config.hidden_size for _, encoder in towers)
-    wanted = text_width(unet)
-    if width != wanted:
-        raise BackboneError(
-            f"the text encoders give states of width {width} and the U-Net takes {wanted}; they "
-            "belong to different models"
-        )
-    for tokenizer, encoder in towers:
-        if len(tokenizer) > encoder.config.vocab_size:
-            raise BackboneError(
-                f"the tokenizer knows {len(tokenizer)} tokens and the text encoder "
-                f"{encoder.config.vocab_size}; they belong to different models"
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +153,6 @@ class Backbone(nn.Module):
         """Whether the U-Net ends after the last tap it was loaded for, and predicts no noise."""
         return not hasattr(self.unet.conv_out, "weight")
 
-    @abstractmethod
     def embed(
         self, texts: Sequence[str], *, size: tuple[int, int], long_prompts: LongPrompts = "truncate"
     ) -> PromptEmbeds:
@@ -217,8 +165,15 @@ class Backbone(nn.Module):
                 encoded in windows that stand side by side ("chunk"); SDXL's pooled text is the
                 first window's.
         """
+        if long_prompts == "chunk":
+            windows = [count_windows(each, texts) for each in self.tokenizers]
+            counts = tuple(map(max, zip(*windows, strict=True)))
+            ids = [tokenize_windows(each, texts, counts) for each in self.tokenizers]
+            return self._embeds(ids, counts, (0,) * len(texts), size)
+        encoded = [tokenize(each, texts) for each in self.tokenizers]
+        cuts = tuple(map(max, zip(*(cut for _, cut in encoded), strict=True)))
+        return self._embeds([ids for ids, _ in encoded], (1,) * len(texts), cuts, size)
 
-    @abstractmethod
     def embed_ids(
         self,
         input_ids: Int[Tensor, "b l"],
@@ -231,6 +186,33 @@ class Backbone(nn.Module):
         Args:
             input_ids: Of the (first) tokenizer, padded to its limit.
             attention_mask: 1 for a text's own tokens, 0 for padding.
+            size: As for `embed`.
+        """
+        # All tokenizers have the same words and pad with different ones.
+        padding = attention_mask.to(input_ids.device) == 0
+        others = [input_ids.masked_fill(padding, each.pad_token_id) for each in self.tokenizers[1:]]
+        ones = (1,) * len(input_ids)
+        return self._embeds([input_ids, *others], ones, (0,) * len(input_ids), size)
+
+    @property
+    @abstractmethod
+    def tokenizers(self) -> tuple[Any, ...]:
+        """One for each text encoder; they differ in padding alone."""
+
+    @abstractmethod
+    def _embeds(
+        self,
+        ids: Sequence[Tensor],
+        counts: Sequence[int],
+        truncated: tuple[int, ...],
+        size: tuple[int, int],
+    ) -> PromptEmbeds:
+        """Encode windows of token ids.
+
+        Args:
+            ids: (windows, l) for each tokenizer.
+            counts: Windows of each text; they become one row.
+            truncated: How many tokens of each text were cut.
             size: As for `embed`.
         """
 

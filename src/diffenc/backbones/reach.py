@@ -10,7 +10,7 @@ import torch
 from diffenc.attention import cross_attention_layers
 from diffenc.backbones.taps import LATENTS, meta_inputs
 from diffenc.hooks import ForwardTaps
-from diffenc.lora import PROJECTIONS
+from diffenc.lora.options import PROJECTIONS
 
 
 def reached_projections(config: dict[str, Any], taps: Sequence[str]) -> frozenset[str]:

@@ -3,18 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-from jaxtyping import Int
 from torch import Tensor
 
-from diffenc._typing import LongPrompts
-from diffenc.backbones.base import Backbone, check_text, grad_where_trained
-from diffenc.prompts import (
-    PromptEmbeds,
-    count_windows,
-    join_windows,
-    tokenize,
-    tokenize_windows,
-)
+from diffenc.backbones.base import Backbone, grad_where_trained
+from diffenc.backbones.fitting import check_text
+from diffenc.prompts import PromptEmbeds, join_windows
 
 
 class StableDiffusion(Backbone):
@@ -60,32 +53,20 @@ class StableDiffusion(Backbone):
         self.text_encoder, self.tokenizer = text_encoder, tokenizer
         self.freeze()
 
-    def embed(
-        self, texts: Sequence[str], *, size: tuple[int, int], long_prompts: LongPrompts = "truncate"
-    ) -> PromptEmbeds:
-        """Encode texts, one row each; see `Backbone.embed`."""
-        cuts: tuple[int, ...] = (0,) * len(texts)
-        counts: tuple[int, ...] = (1,) * len(texts)
-        if long_prompts == "chunk":
-            counts = count_windows(self.tokenizer, texts)
-            ids = tokenize_windows(self.tokenizer, texts, counts)
-        else:
-            ids, cuts = tokenize(self.tokenizer, texts)
-        rows, lengths = join_windows(self._states(ids), counts)
-        return PromptEmbeds(rows, truncated=cuts, lengths=lengths)
+    @property
+    def tokenizers(self) -> tuple[Any, ...]:
+        """The one."""
+        return (self.tokenizer,)
 
-    def embed_ids(
+    def _embeds(
         self,
-        input_ids: Int[Tensor, "b l"],
-        attention_mask: Int[Tensor, "b l"],
-        *,
+        ids: Sequence[Tensor],
+        counts: Sequence[int],
+        truncated: tuple[int, ...],
         size: tuple[int, int],
     ) -> PromptEmbeds:
-        """Encode tokenized texts, one row each; see `Backbone.embed_ids`."""
-        return PromptEmbeds(self._states(input_ids), truncated=(0,) * len(input_ids))
-
-    def _states(self, ids: Tensor) -> Tensor:
         device = next(self.text_encoder.parameters()).device
         with grad_where_trained(self.text_encoder):
-            states: Tensor = self.text_encoder(ids.to(device)).last_hidden_state
-        return states
+            states: Tensor = self.text_encoder(ids[0].to(device)).last_hidden_state
+        rows, lengths = join_windows(states, counts)
+        return PromptEmbeds(rows, truncated=truncated, lengths=lengths)

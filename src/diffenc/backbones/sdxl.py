@@ -4,18 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
-from diffenc._typing import LongPrompts
-from diffenc.backbones.base import Backbone, check_text, grad_where_trained
-from diffenc.prompts import (
-    PromptEmbeds,
-    count_windows,
-    join_windows,
-    tokenize,
-    tokenize_windows,
-)
+from diffenc.backbones.base import Backbone, grad_where_trained
+from diffenc.backbones.fitting import check_text
+from diffenc.prompts import PromptEmbeds, join_windows
 
 
 class StableDiffusionXL(Backbone):
@@ -71,35 +64,10 @@ class StableDiffusionXL(Backbone):
         self.uncond_rule = "zeros" if force_zeros else "empty"
         self.freeze()
 
-    def embed(
-        self, texts: Sequence[str], *, size: tuple[int, int], long_prompts: LongPrompts = "truncate"
-    ) -> PromptEmbeds:
-        """Encode texts, one row each; see `Backbone.embed`."""
-        tokenizers = (self.tokenizer, self.tokenizer_2)
-        counts: tuple[int, ...] = (1,) * len(texts)
-        cuts = [(0,) * len(texts)]
-        if long_prompts == "chunk":
-            counts = tuple(map(max, *(count_windows(each, texts) for each in tokenizers)))
-            ids = [tokenize_windows(each, texts, counts) for each in tokenizers]
-        else:
-            encoded = [tokenize(each, texts) for each in tokenizers]
-            ids, cuts = [part[0] for part in encoded], [part[1] for part in encoded]
-        cut = cuts[0] if len(cuts) == 1 else tuple(map(max, *cuts))
-        return self._embeds(ids, counts, cut, size)
-
-    def embed_ids(
-        self,
-        input_ids: Int[Tensor, "b l"],
-        attention_mask: Int[Tensor, "b l"],
-        *,
-        size: tuple[int, int],
-    ) -> PromptEmbeds:
-        """Encode tokenized texts, one row each; see `Backbone.embed_ids`."""
-        # Both tokenizers have the same words and pad with different ones.
-        padding = attention_mask.to(input_ids.device) == 0
-        second = input_ids.masked_fill(padding, self.tokenizer_2.pad_token_id)
-        ones = (1,) * len(input_ids)
-        return self._embeds([input_ids, second], ones, (0,) * len(input_ids), size)
+    @property
+    def tokenizers(self) -> tuple[Any, ...]:
+        """The first encoder's and the second's."""
+        return self.tokenizer, self.tokenizer_2
 
     def _embeds(
         self,

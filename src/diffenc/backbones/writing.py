@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffenc.backbones.base import Backbone
 from diffenc.errors import OutputError
-from diffenc.lora import plain_state
+from diffenc.lora.adapters import plain_state
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -1,10 +1,8 @@
 """Which place of a U-Net, at which noise level and under which text, carries what."""
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from statistics import mean
-from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -14,7 +12,6 @@ from diffenc.backbones import TapInfo, describe, match_taps
 from diffenc.backbones.base import Backbone
 from diffenc.config import EncoderConfig, check_choice
 from diffenc.encoder import DiffusionEncoder
-from diffenc.errors import ConfigError
 from diffenc.studies.focus import read_focus
 from diffenc.studies.readouts import fit_readout
 from diffenc.studies.results import (
@@ -25,14 +22,18 @@ from diffenc.studies.results import (
     Reading,
     Spread,
 )
+from diffenc.studies.settings import (
+    Done,
+    Progress,
+    chance_of,
+    require_distinct,
+    require_least,
+)
 from diffenc.studies.trials import CLASSES, PROPERTIES, Property, Trial, sample_trials
 from diffenc.studies.vectors import Place, gather
 
 TIMESTEPS = (10, 50, 261, 500, 800)
 """Of the study: from nearly clean to nearly noise; GDF reads at 50, DIFT at 261."""
-
-Progress: TypeAlias = Callable[[int, int], object]
-"""Called with the number of scenes that are done and that of all."""
 
 _BLOCKS = ("conv_in", "down_blocks.*", "mid_block", "up_blocks.*")
 _STAGES = ("conv_in", "down_blocks", "mid_block", "up_blocks")
@@ -98,7 +99,7 @@ def study_features(
         if isinstance(model, Backbone)
         else DiffusionEncoder.from_pretrained(model, device=device, dtype=dtype, **config.to_dict())
     )
-    done = _Counter(progress, seeds * (scenes + focus_scenes))
+    done = Done(progress, seeds * (scenes + focus_scenes))
     found: dict[Place, list[float]] = {}
     chances: list[dict[Property, float]] = []
     focus_of_seeds: list[list[Focus]] = []
@@ -109,7 +110,9 @@ def study_features(
         split = 2 * scenes // 3
         for place, rows in vectors.items():
             found.setdefault(place, []).append(_accuracy(rows, trials, place[0], split))
-        chances.append({name: _chance(trials[split:], name) for name in PROPERTIES})
+        chances.append(
+            {name: chance_of([t.label(name) for t in trials[split:]]) for name in PROPERTIES}
+        )
         if focus_scenes:
             pairs = sample_trials(focus_scenes, seed=seed, least=2)
             focus_of_seeds.append(read_focus(seeded, pairs, done=done.add))
@@ -156,29 +159,12 @@ def tap_order(
     return tuple(sorted((tap.name for tap in match_taps(patterns, known)), key=place))
 
 
-class _Counter:
-    """Scenes that are done, told to whoever wants to know."""
-
-    def __init__(self, progress: Progress | None, total: int) -> None:
-        self._progress, self._total, self._done = progress, total, 0
-
-    def add(self, count: int) -> None:
-        self._done += count
-        if self._progress is not None:
-            self._progress(self._done, self._total)
-
-
 def _accuracy(
     rows: Float[Tensor, "n c"], trials: Sequence[Trial], name: Property, split: int
 ) -> float:
     labels = torch.tensor([trial.label(name) for trial in trials])
     readout = fit_readout(rows[:split], labels[:split], CLASSES[name])
     return readout.accuracy(rows[split:], labels[split:])
-
-
-def _chance(trials: Sequence[Trial], name: Property) -> float:
-    counts = Counter(trial.label(name) for trial in trials)
-    return max(counts.values()) / len(trials)
 
 
 def _joined_focus(of_seeds: Sequence[Sequence[Focus]]) -> tuple[Focus, ...]:
@@ -213,16 +199,15 @@ def _check(
     seeds: int,
     batch_size: int,
 ) -> None:
-    for name, value, least in (
-        ("scenes", scenes, 30),
-        ("focus_scenes", focus_scenes, 0),
-        ("seeds", seeds, 1),
-        ("batch_size", batch_size, 1),
-    ):
-        if value < least:
-            raise ConfigError(f"{name} must be {least} or more, got {value}")
+    require_least(
+        {
+            "scenes": (scenes, 30),
+            "focus_scenes": (focus_scenes, 0),
+            "seeds": (seeds, 1),
+            "batch_size": (batch_size, 1),
+        }
+    )
     for name in conditionings:
         check_choice("conditionings", name, CONDITIONINGS)
-    for what, values in (("timesteps", timesteps), ("conditionings", conditionings)):
-        if not values or len(set(values)) != len(values):
-            raise ConfigError(f"{what} must be one or more, each once, got {list(values)}")
+    require_distinct("timesteps", timesteps)
+    require_distinct("conditionings", conditionings)

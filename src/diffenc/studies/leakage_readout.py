@@ -5,7 +5,6 @@ read of it came through the text, so that features without a text give chance.
 """
 
 import random
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import mean
@@ -24,9 +23,16 @@ from diffenc.errors import ConfigError
 from diffenc.shapes.captions import noun_phrase
 from diffenc.shapes.render import render
 from diffenc.shapes.scenes import COLORS, SHAPES, Color, Shape
-from diffenc.studies.features import Progress, tap_order
+from diffenc.studies.features import tap_order
 from diffenc.studies.readouts import fit_readout
 from diffenc.studies.results import Spread
+from diffenc.studies.settings import (
+    Done,
+    Progress,
+    chance_of,
+    require_distinct,
+    require_least,
+)
 from diffenc.studies.trials import Trial, sample_trials
 from diffenc.studies.vectors import batches
 
@@ -205,25 +211,17 @@ def study_leakage_readout(
     found: dict[_Place, list[float]] = {}
     loud: dict[tuple[str, int], list[float]] = {}
     chances: list[dict[Word, float]] = []
-    done = 0
-
-    def tell(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(done, seeds * scenes)
-
+    done = Done(progress, seeds * scenes)
     for seed in range(seeds):
         trials = sample_trials(scenes, seed=seed)
         named = sample_prompts(scenes, seed=seed)
-        vectors, ratios = _gather(backbone, replace(config, seed=seed), trials, named, tell)
+        vectors, ratios = _gather(backbone, replace(config, seed=seed), trials, named, done.add)
         for place, ratio in ratios.items():
             loud.setdefault(place, []).append(ratio)
         split = 2 * scenes // 3
         for word in WORDS:
             labels = torch.tensor([_label(each, word) for each in named])
-            counts = Counter(labels[split:].tolist())
-            chances.append({word: max(counts.values()) / (scenes - split)})
+            chances.append({word: chance_of(labels[split:].tolist())})
             classes = len(COLORS if word == "color" else SHAPES)
             for (tap, step), (uncond, cond) in vectors.items():
                 for part, scale, rows in _parts(uncond, cond, scales):
@@ -258,7 +256,7 @@ def _gather(
     config: EncoderConfig,
     trials: Sequence[Trial],
     named: Sequence[tuple[Color, Shape]],
-    done: Callable[[int], None],
+    done: Callable[[int], object],
 ) -> tuple[dict[tuple[str, int], tuple[Tensor, Tensor]], dict[tuple[str, int], float]]:
     """Per tap and timestep the means of f_u and f_c over cells (n c), and how loud f_c - f_u is."""
     side = config.size or backbone.default_size
@@ -324,15 +322,8 @@ def _check(
     seeds: int,
     batch_size: int,
 ) -> None:
-    for name, value, least in (
-        ("scenes", scenes, 30),
-        ("seeds", seeds, 1),
-        ("batch_size", batch_size, 1),
-    ):
-        if value < least:
-            raise ConfigError(f"{name} must be {least} or more, got {value}")
-    if not timesteps or len(set(timesteps)) != len(timesteps):
-        raise ConfigError(f"timesteps must be one or more, each once, got {list(timesteps)}")
+    require_least({"scenes": (scenes, 30), "seeds": (seeds, 1), "batch_size": (batch_size, 1)})
+    require_distinct("timesteps", timesteps)
     finite = all(abs(scale) < float("inf") for scale in scales)
     if len(set(scales)) != len(scales) or not finite:
         raise ConfigError(f"guidance_scales must be finite, each once, got {list(scales)}")

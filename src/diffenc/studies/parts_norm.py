@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffenc.projector import Projector
+from diffenc.projector.plain import Projector
 from diffenc.shapes.render import masks
 from diffenc.shapes.scenes import COLORS, SHAPES
 from diffenc.studies.trials import Trial

@@ -20,6 +20,7 @@ NAMES: dict[Part, str] = {
     "clip+uncond": "CLIP and no text, by channel",
     "clip+cond": "CLIP and question, by channel",
     "lora": "question, LoRA trained",
+    "lora-empty": "empty prompt, LoRA trained",
     "captioner": "no text, captioner trained",
 }
 READER_NAMES: dict[Reader, str] = {"told": "told the question", "blind": "not told"}
@@ -35,8 +36,11 @@ objects of the scene."""
 
 _WHAT_IS_TRAINED = """\
 LoRA and the captioner are trained on the scenes that the readers are fitted to, with readers of \
-their own, by as many passes of the U-Net each. What they gain may come from training on such \
-questions at all, and not from the text."""
+their own, by as many passes of the U-Net each. What the captioner gains may come from training on \
+such questions at all. LoRA has a control: with the empty prompt it is trained on the same \
+questions to the same scenes, in the same order and as many steps; its readers know of the \
+question what they always know, and the U-Net nothing. What it gains over no text there is owed to \
+training, and only what LoRA with the question gains beyond that to the text."""
 
 _WHAT_NORMS_DO = """\
 A probe names the kind of object (24 kinds) in each cell from what a projector (`mlp2x_gelu`, 64 \
@@ -83,6 +87,27 @@ def gain_rows(study: PartStudy) -> list[list[str]]:
         ]
         rows.append([NAMES[part], NAMES[base], *map(signed, gains), ", ".join(won)])
     return rows
+
+
+def text_in_lora(study: PartStudy) -> str:
+    """A sentence on how much of what LoRA gains is owed to the text; "" where it is not known."""
+    told = []
+    for reader in READERS:
+        asked, empty = (
+            study.gain("lora", "cond", reader),
+            study.gain("lora-empty", "uncond", reader),
+        )
+        owed = study.lora_by_text(reader)
+        if owed is None:
+            return ""
+        won = sum(value > 0 for value in owed.values)
+        told.append(
+            f"read by a reader that is {READER_NAMES[reader]}, LoRA adds {signed(asked)} to the "
+            f"question's tokens and {signed(empty)} to those of no text, so that "
+            f"{signed(owed)} is owed to the text (above zero in {won} of {len(owed.values)} seeds)"
+        )
+    sentence = "; ".join(told)
+    return f"{sentence[0].upper()}{sentence[1:]}."
 
 
 def norm_columns() -> list[str]:
@@ -134,6 +159,7 @@ def _lines(study: PartStudy, command: str, made_with: str) -> Iterator[str]:
     yield "Differences of the last column above, within each seed."
     yield ""
     yield from section("gains", table(gain_columns(), gain_rows(study)))
+    yield from ("", text_in_lora(study))
     yield from ("", "## Layer norm before the projector", "", _WHAT_NORMS_DO, "")
     yield "Scale: root mean square of each tap's features, in the order of the taps."
     yield ""

@@ -8,7 +8,17 @@ from typing import Any, Literal, get_args
 from diffenc.studies.results import Spread
 from diffenc.studies.trials import Property
 
-Part = Literal["uncond", "cond", "concat", "clip", "clip+uncond", "clip+cond", "lora", "captioner"]
+Part = Literal[
+    "uncond",
+    "cond",
+    "concat",
+    "clip",
+    "clip+uncond",
+    "clip+cond",
+    "lora",
+    "lora-empty",
+    "captioner",
+]
 PARTS: tuple[Part, ...] = get_args(Part)
 
 Reader = Literal["told", "blind"]
@@ -25,6 +35,8 @@ COMPARISONS: tuple[tuple[Part, Part], ...] = (
     ("clip+cond", "cond"),
     ("clip+cond", "clip+uncond"),
     ("lora", "cond"),
+    ("lora-empty", "uncond"),
+    ("lora", "lora-empty"),
     ("captioner", "uncond"),
 )
 """A part, and what it is held against."""
@@ -106,6 +118,14 @@ class PartStudy:
         if over is None or under is None:
             return None
         pairs = zip(over.mean.values, under.mean.values, strict=True)
+        return Spread(tuple(first - second for first, second in pairs))
+
+    def lora_by_text(self, reader: Reader) -> Spread | None:
+        """What LoRA gains with the question less what it gains with the empty prompt, per seed."""
+        asked, empty = self.gain("lora", "cond", reader), self.gain("lora-empty", "uncond", reader)
+        if asked is None or empty is None:
+            return None
+        pairs = zip(asked.values, empty.values, strict=True)
         return Spread(tuple(first - second for first, second in pairs))
 
     @property

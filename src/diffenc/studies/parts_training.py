@@ -19,7 +19,7 @@ def train_part(
     questions: Questions,
     pictures: Sequence[Image.Image],
     *,
-    asks: bool,
+    prompts: Sequence[str] | None,
     split: int,
     epochs: int,
     batch_size: int,
@@ -35,7 +35,7 @@ def train_part(
         readers: Fitted to the features that the encoder had before; trained in place too.
         questions: Of all rows.
         pictures: One per scene.
-        asks: Whether the prompt is the question; otherwise it is empty, and one pass serves the
+        prompts: Of the U-Net, one per row. None is the empty one for all, and one pass serves the
             three questions to a scene.
         split: Rows to train on.
         epochs: Passes over them.
@@ -57,7 +57,7 @@ def train_part(
         weight_decay=0.0,
     )
     order = torch.Generator().manual_seed(seed)
-    count = split if asks else split // len(ASKED)
+    count = split // len(ASKED) if prompts is None else split
     batches = [
         units
         for _ in range(epochs)
@@ -68,7 +68,7 @@ def train_part(
     )
     encoder.train()
     for units in batches:
-        tokens, rows = _tokens(encoder, questions, pictures, units, asks=asks, grid=grid)
+        tokens, rows = _tokens(encoder, pictures, units, prompts=prompts, grid=grid)
         loss = torch.stack(
             [
                 questions.loss(model(tokens, questions.queries[reader][rows]), rows)
@@ -85,20 +85,19 @@ def train_part(
 
 def _tokens(
     encoder: DiffusionEncoder,
-    questions: Questions,
     pictures: Sequence[Image.Image],
     units: Tensor,
     *,
-    asks: bool,
+    prompts: Sequence[str] | None,
     grid: int,
 ) -> tuple[Tensor, Tensor]:
     """Tokens with a graph, and the rows that they serve."""
     each = len(ASKED)
-    scenes = (units // each if asks else units).tolist()
-    texts = [questions.texts[row] for row in units.tolist()] if asks else ""
+    scenes = (units if prompts is None else units // each).tolist()
+    texts = "" if prompts is None else [prompts[row] for row in units.tolist()]
     images = [pictures[scene] for scene in scenes]
     tokens = encoder.extract(images, texts, conditioning="cond").tokens(grid).float().cpu()
-    if asks:
+    if prompts is not None:
         return tokens, units
     rows = (units[:, None] * each + torch.arange(each)).flatten()
     return tokens.repeat_interleave(each, dim=0), rows

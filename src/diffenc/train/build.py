@@ -9,7 +9,7 @@ from torch import nn
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import BackboneError, ConfigError
 from diffenc.fusion import FusedEncoder
-from diffenc.projector import projector_for
+from diffenc.projector.choosing import projector_for
 from diffenc.train.config import ModelConfig, TrainConfig
 from diffenc.vlm.files import is_saved
 from diffenc.vlm.language import load_language_model, width_of
@@ -140,6 +140,11 @@ def _unfreeze(vlm: DiffusionVLM, config: TrainConfig) -> None:
     diffusion: Any = getattr(vlm.encoder, "diffusion", vlm.encoder)
     vlm.requires_grad_(False)
     vlm.projector.requires_grad_(True)
+    if isinstance(vlm.encoder, FusedEncoder):
+        clip = vlm.encoder.clip
+        clip.freeze(config.model.freeze_clip)  # also one that an earlier stage trained
+        if not clip.frozen:
+            clip.float()  # whole: what trains is in float32, and what runs behind it reads that
     if config.model.captioner and diffusion.captioner is None:
         diffusion.add_captioner(config.model.captioner)
     if getattr(diffusion, "captioner", None) is not None:

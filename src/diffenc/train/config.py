@@ -31,6 +31,8 @@ class ModelConfig:
         kind: "diffusion", "fused" (with `clip`), or "vision", a baseline.
         options: Attributes of `EncoderConfig`, such as `timestep` or `guidance_scale`.
         clip: Of a fused encoder.
+        freeze_clip: Of a fused encoder: whether its CLIP stays as it is; false trains it in this
+            stage.
         how: Of a fused encoder: "channel", "tokens" or "interleave".
         layer: Which hidden state of CLIP or of a baseline.
         language_model: Name of the causal language model.
@@ -47,6 +49,7 @@ class ModelConfig:
     kind: EncoderKind = "diffusion"
     options: Mapping[str, Any] = field(default_factory=dict)
     clip: str = ""
+    freeze_clip: bool = True
     how: Literal["channel", "tokens", "interleave"] = "channel"
     layer: int = -2
     language_model: str = "lmsys/vicuna-7b-v1.5"
@@ -65,6 +68,8 @@ class ModelConfig:
             raise ConfigError('model.kind = "fused" needs model.clip, the name of a CLIP or SigLIP')
         if self.kind == "vision" and (self.options or self.captioner):
             raise ConfigError('model.kind = "vision" takes no options and no captioner')
+        if self.kind != "fused" and not self.freeze_clip:
+            raise ConfigError('model.freeze_clip = false is for model.kind = "fused"')
         if self.kind != "vision":
             self.encoder_config()
 

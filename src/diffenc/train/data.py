@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, Sampler
 from diffenc.errors import ConfigError, ImageError, PromptError
 from diffenc.policies import PromptPolicy, PromptSample
 from diffenc.vlm.chat import IGNORE_ID, IMAGE_MARK, Chat, ChatTokens, as_messages
-from diffenc.vlm.model import pad
+from diffenc.vlm.samples import pad
 
 
 @dataclass(frozen=True, slots=True)

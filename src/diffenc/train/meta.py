@@ -12,10 +12,11 @@ from diffenc.backbones import describe
 from diffenc.backbones.reach import reached_projections
 from diffenc.backbones.taps import meta_inputs
 from diffenc.captioner import ImplicitCaptioner
+from diffenc.clip_tokens import ClipTokens
 from diffenc.errors import BackboneError
+from diffenc.pretrained import pretrained_source
 from diffenc.train.config import ModelConfig
 from diffenc.truncation import truncate
-from diffenc.vlm.language import bundled_language_model
 from diffenc.vlm.vision import grid_tokens
 
 _LLAMA_7B = {
@@ -145,7 +146,7 @@ def meta_encoder(model: ModelConfig, *, unet_rank: int = 0) -> MetaEncoder:
     if model.kind == "diffusion":
         found.tokens = own
         return found
-    clip = _add_vision(found, model.clip)
+    clip = _add_vision(found, model.clip, trained=None if model.freeze_clip else model.layer)
     grid = model.encoder_config().grid
     cells = clip if grid is None else _cells(grid)
     if model.how == "channel":
@@ -232,10 +233,13 @@ def _add_diffusion(found: MetaEncoder, model: ModelConfig, unet_rank: int) -> in
     return grid_tokens(size, told.reduction, [tap.reduction for tap in taps])
 
 
-def _add_vision(found: MetaEncoder, name: str) -> int:
-    """Add a vision model; its tokens."""
+def _add_vision(found: MetaEncoder, name: str, *, trained: int | None = None) -> int:
+    """Add a vision model, of which what runs before a layer may train; its tokens."""
     vision, flops = _vision_model(name)
     config: Any = vision.config
+    if trained is not None:
+        read = ClipTokens(vision, None, layer=trained, frozen=False)
+        found.trained["vision model"] = sum(p.numel() for p in read.parameters() if p.requires_grad)
     found.parameters["vision model"] = count(vision)
     found.flops["vision model"] = flops
     found.groups = (config.hidden_size, *found.groups)
@@ -247,10 +251,6 @@ def _add_vision(found: MetaEncoder, name: str) -> int:
 def _vision_model(name: str) -> tuple[Any, float]:
     from transformers import AutoModel, CLIPVisionModel
 
-    if name == "shapes-clip":
-        from importlib.resources import files
-
-        name = str(files("diffenc.backbones") / "assets" / name)
     config = _config(name, _VISION_MODELS, "vision model")
     config = getattr(config, "vision_config", config)
     is_clip = config.model_type in ("clip_vision_model", "clip")
@@ -264,7 +264,7 @@ def _config(name: str, known: dict[str, dict[str, Any]], what: str) -> Any:
     """A model's config: its own, or where that is not at hand a bundled one."""
     from transformers import AutoConfig
 
-    source = bundled_language_model() if name == "shapes-lm" else name
+    source = pretrained_source(name)
     try:
         return AutoConfig.from_pretrained(source)
     except Exception as error:  # missing, offline, broken: each in words of its own

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from diffenc.errors import BackboneError, ConfigError
-from diffenc.projector import Projector
+from diffenc.pretrained import pretrained_source
+from diffenc.projector.plain import Projector
 from diffenc.train.config import TrainConfig
 from diffenc.train.data import DataReport, TrainSample
 from diffenc.train.meta import MetaEncoder, MetaLanguageModel, meta_encoder, meta_language_model
@@ -159,10 +160,8 @@ def _text_lengths(
     try:
         from transformers import AutoTokenizer
 
-        from diffenc.vlm.language import bundled_language_model
-
         name = config.model.language_model
-        source = bundled_language_model() if name == "shapes-lm" else name
+        source = pretrained_source(name)
         chat = Chat(
             AutoTokenizer.from_pretrained(source),
             config.model.template,  # type: ignore[arg-type]  # checked by the config
@@ -191,7 +190,8 @@ def _parameters(
         )
     size = sum(parameter.numel() for parameter in projector.parameters())
     trained = {"projector": size, **encoder.trained}
-    parameters = {**encoder.parameters, **trained, "language model": language.parameters}
+    added = {name: size for name, size in trained.items() if name not in encoder.parameters}
+    parameters = {**encoder.parameters, **added, "language model": language.parameters}
     if adapt.language_model == "full":
         trained["language model"] = language.parameters
     elif adapt.language_model == "lora":
@@ -213,8 +213,10 @@ def _flops(
     found = {name: flops * pictures for name, flops in encoder.flops.items()}
     if uses_cache(config) and not encoder.trained:
         found = {name: flops / config.optimizing.epochs for name, flops in found.items()}
-    if encoder.trained and "unet" in found:
+    if encoder.trained.keys() - {"vision model"} and "unet" in found:
         found["unet"] *= 1 + through
+    if "vision model" in encoder.trained:
+        found["vision model"] *= 3  # the gradients of what came in and of the weights
     forward = 2.0 * language.computing * tokens
     attention = 4.0 * language.layers * language.width * tokens**2
     full = config.adapting.language_model == "full"

@@ -2,7 +2,8 @@
 
 from diffenc.vlm.chat import IGNORE_ID, IMAGE_ID, IMAGE_MARK, Chat, ChatTokens
 from diffenc.vlm.language import load_language_model
-from diffenc.vlm.model import CAPTION_REQUEST, DiffusionVLM, pad
+from diffenc.vlm.model import CAPTION_REQUEST, DiffusionVLM
+from diffenc.vlm.samples import pad
 from diffenc.vlm.vision import VisionTokens, tokens_per_image
 
 __all__ = [

@@ -20,7 +20,8 @@ import torch
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import BackboneError, ConfigError, OutputError
 from diffenc.fusion import FusedEncoder
-from diffenc.projector import FusedProjector, Projector
+from diffenc.projector.fused import FusedProjector
+from diffenc.projector.plain import Projector
 from diffenc.vlm.language import load_language_model
 from diffenc.vlm.vision import VisionTokens
 

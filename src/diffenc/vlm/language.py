@@ -2,16 +2,18 @@
 
 import os
 import warnings
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from diffenc.errors import BackboneError, ConfigError
+from diffenc.errors import ConfigError
+from diffenc.pretrained import loading, pretrained_source
 
-_BUNDLED = "shapes-lm"
+_INSTEAD = (
+    "Pass a folder with config.json, safetensors and a tokenizer, or the Hub id of a causal "
+    "language model"
+)
 
 
 def load_language_model(
@@ -34,32 +36,23 @@ def load_language_model(
     import transformers
 
     label = os.fspath(name)
-    source = bundled_language_model() if label == _BUNDLED else label
-    try:
+    with loading("a language model", label, instead=_INSTEAD):
+        source = pretrained_source(label)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         model = transformers.AutoModelForCausalLM.from_pretrained(
             source, **{_dtype_argument(): dtype}
         )
-    except Exception as error:  # missing, offline, broken: each in words of its own
-        raise BackboneError(
-            f"cannot load a language model from {label!r}: "
-            f"{str(error).strip().splitlines()[0]}. Pass a folder with config.json, safetensors "
-            "and a tokenizer, or the Hub id of a causal language model"
-        ) from error
     model.name_or_path = label
     return model.to(device), tokenizer
 
 
 def bundled_language_model() -> str:
-    """Folder of the miniature.
+    """Folder of the miniature "shapes-lm".
 
     Raises:
         BackboneError: This version has none.
     """
-    folder = Path(str(files("diffenc.backbones") / "assets" / _BUNDLED))
-    if not (folder / "config.json").is_file():
-        raise BackboneError(f"this version of diffenc does not bundle {_BUNDLED!r}")
-    return str(folder)
+    return pretrained_source("shapes-lm")
 
 
 def context_of(language_model: Any) -> int | None:

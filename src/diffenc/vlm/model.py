@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -11,30 +11,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffenc.encoder import DiffusionEncoder
-from diffenc.errors import ConfigError, PromptError, ShapeError
-from diffenc.images import Images, ImageSource, as_list
-from diffenc.policies import PromptPolicy, PromptSample, parse_policy
-from diffenc.projector import projector_for
+from diffenc.errors import ConfigError
+from diffenc.images import Images, as_list
+from diffenc.policies import PromptPolicy, parse_policy
+from diffenc.projector.choosing import projector_for
 from diffenc.vlm import files
-from diffenc.vlm.chat import IGNORE_ID, IMAGE_ID, IMAGE_MARK, Chat, ChatTokens, Template, Turns
+from diffenc.vlm.chat import IGNORE_ID, Chat, Template, Turns
+from diffenc.vlm.inputs import PictureInputs, check_encoder
 from diffenc.vlm.language import (
     add_language_lora,
-    context_of,
     filler_id,
     load_language_model,
     width_of,
 )
-from diffenc.vlm.splice import Spliced, splice
-from diffenc.vlm.vision import tokens_per_image
+from diffenc.vlm.samples import Pictures, pad, prompts_of, samples_of, with_marks
 
 CAPTION_REQUEST = "Provide a one-sentence caption for the provided image."
 """What LLaVA's captioning evaluation asks."""
 
-Pictures: TypeAlias = "ImageSource | Sequence[ImageSource] | None"
-"""Of one sample: one, several, or none."""
 
-
-class DiffusionVLM(nn.Module):
+class DiffusionVLM(PictureInputs):
     """A multimodal language model whose eyes read the question.
 
     The encoder gives tokens of each picture under a prompt, the projector brings them to the width
@@ -89,9 +85,9 @@ class DiffusionVLM(nn.Module):
             tokenizer = own if tokenizer is None else tokenizer
         if tokenizer is None:
             raise ConfigError("a language model that is given as an object needs its tokenizer=")
-        _check_encoder(encoder)
-        self.encoder: Any = encoder
-        self.language_model: Any = language_model
+        check_encoder(encoder)
+        self.encoder = encoder
+        self.language_model = language_model
         self.tokenizer = tokenizer
         self.chat = Chat(tokenizer, template, system=system)
         policy = parse_policy(prompt_policy) if isinstance(prompt_policy, str) else prompt_policy
@@ -101,7 +97,7 @@ class DiffusionVLM(nn.Module):
         if projector is None:
             seen: Any = encoder
             projector = projector_for(seen, width)
-        self.projector: Any = projector
+        self.projector = projector
         if projector.out_features != width:
             raise ConfigError(
                 f"the projector gives {projector.out_features} channels and the language model "
@@ -157,23 +153,6 @@ class DiffusionVLM(nn.Module):
         """
         files.save(self, folder, include_language_model)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the language model is."""
-        device: torch.device = self.language_model.get_input_embeddings().weight.device
-        return device
-
-    @property
-    def tokens_per_image(self) -> int | None:
-        """Tokens that a picture takes of the context; None where that varies."""
-        grid = getattr(self.projector, "grid", None)
-        return grid[0] * grid[1] if grid is not None else tokens_per_image(self.encoder)
-
-    @property
-    def context(self) -> int | None:
-        """Tokens that the language model holds; None where its config does not say."""
-        return context_of(self.language_model)
-
     def add_language_lora(
         self, *, rank: int = 128, alpha: float = 256, dropout: float = 0.05
     ) -> None:
@@ -203,25 +182,6 @@ class DiffusionVLM(nn.Module):
         backbone = getattr(self.encoder, "backbone", None)
         if backbone is not None and any(p.requires_grad for p in backbone.unet.parameters()):
             backbone.unet.enable_gradient_checkpointing()
-
-    def encode_images(
-        self,
-        images: Sequence[ImageSource],
-        prompts: Sequence[str] | None = None,
-    ) -> Float[Tensor, "b n c"]:
-        """The encoder's tokens of pictures, before the projector.
-
-        Args:
-            images: One or more.
-            prompts: One for each; None is unconditional.
-        """
-        step = self.image_batch_size or len(images)
-        found = []
-        for first in range(0, len(images), step):
-            part = list(images[first : first + step])
-            texts = None if prompts is None else list(prompts[first : first + step])
-            found.append(self.encoder(part, texts))
-        return torch.cat(found)
 
     def forward(
         self,
@@ -275,59 +235,6 @@ class DiffusionVLM(nn.Module):
         found = [p for part in parts for p in part.parameters() if p.requires_grad]
         return sum((p.float().sum() * 0 for p in found), start=0.0)
 
-    def _embed(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        images: Sequence[Pictures] | None,
-        prompts: Sequence[str] | None,
-        *,
-        labels: Tensor | None = None,
-        image_tokens: Sequence[Tensor] | None = None,
-        side: Any = "right",
-        more: int = 0,
-    ) -> Spliced:
-        shown = [pictures_of(entry) for entry in images or [None] * len(input_ids)]
-        if len(shown) != len(input_ids):
-            raise ShapeError(f"images for {len(shown)} samples, and {len(input_ids)} texts")
-        if prompts is not None and len(prompts) != len(input_ids):
-            raise PromptError(f"{len(prompts)} prompts for {len(input_ids)} samples")
-        _check_places(input_ids, attention_mask, shown, image_tokens)
-        each = self.tokens_per_image
-        if each is not None:
-            self._check_length(input_ids, attention_mask, each, more)
-        flat = [picture for entry in shown for picture in entry]
-        tokens: list[Tensor] = list(image_tokens or [])
-        if image_tokens is None and flat:
-            texts = None
-            if prompts is not None:
-                texts = [text for text, e in zip(prompts, shown, strict=True) for _ in e]
-            tokens = list(self.encode_images(flat, texts))
-        pictures = self._project(tokens)
-        embedding = self.language_model.get_input_embeddings()
-        spliced = splice(embedding, input_ids, attention_mask, pictures, labels=labels, side=side)
-        context, length = self.context, spliced.inputs_embeds.shape[1]
-        if context is not None and length + more > context:
-            raise _too_long(length, more, context)
-        return spliced
-
-    def _project(self, tokens: Sequence[Tensor]) -> list[Tensor]:
-        if not tokens:
-            return []
-        if len({len(each) for each in tokens}) == 1:
-            return list(self.projector(torch.stack([t.to(self.device) for t in tokens])))
-        return [self.projector(each[None].to(self.device))[0] for each in tokens]
-
-    def _check_length(self, ids: Tensor, mask: Tensor | None, each: int, more: int) -> None:
-        """Raise before anything runs where a sample is longer than the context."""
-        if self.context is None:
-            return
-        keep = torch.ones_like(ids) if mask is None else mask
-        pictures = ((ids == IMAGE_ID) & keep.bool()).sum(1)
-        longest = int((keep.sum(1) + pictures * (each - 1)).max())
-        if longest + more > self.context:
-            raise _too_long(longest, more, self.context, int(pictures.max()), each)
-
     @torch.no_grad()
     def generate(
         self,
@@ -359,9 +266,9 @@ class DiffusionVLM(nn.Module):
                 captions.
             ShapeError: More tokens than the context holds.
         """
-        asked, shown = _samples(images, questions)
-        turns = [_with_marks(each, len(own)) for each, own in zip(asked, shown, strict=True)]
-        texts = self._prompts_of(turns, prompts)
+        asked, shown = samples_of(images, questions)
+        turns = [with_marks(each, len(own)) for each, own in zip(asked, shown, strict=True)]
+        texts = prompts_of(self.prompt_policy, turns, prompts)
         encoded = [self.chat.encode(each) for each in turns]
         ids, mask = pad(encoded, self.device)
         with self._evaluating():
@@ -401,21 +308,6 @@ class DiffusionVLM(nn.Module):
             **options,
         )
 
-    def _prompts_of(
-        self, conversations: Sequence[Turns], prompts: str | Sequence[str] | None
-    ) -> list[str]:
-        if isinstance(prompts, str):
-            return [prompts] * len(conversations)
-        if prompts is not None:
-            if len(prompts) != len(conversations):
-                raise PromptError(f"{len(prompts)} prompts for {len(conversations)} questions")
-            return list(prompts)
-        policy = parse_policy(str(self.prompt_policy).split("|")[0])
-        return [
-            policy(PromptSample(key=str(index), conversation=[turns[-1]]))
-            for index, turns in enumerate(conversations)
-        ]
-
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         was_training = self.training
@@ -426,92 +318,6 @@ class DiffusionVLM(nn.Module):
             self.train(was_training)
 
 
-def pad(
-    encoded: Sequence[ChatTokens], device: torch.device | str = "cpu"
-) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b t"]]:
-    """Token ids on the right padded with zeros, and the mask that tells them apart."""
-    length = max(len(each.input_ids) for each in encoded)
-    ids = [each.input_ids + [0] * (length - len(each.input_ids)) for each in encoded]
-    mask = [[1] * len(each.input_ids) + [0] * (length - len(each.input_ids)) for each in encoded]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
-def pictures_of(entry: Pictures) -> list[ImageSource]:
-    """The pictures of one sample, as a list."""
-    if entry is None or (isinstance(entry, (list, tuple)) and not entry):
-        return []
-    return as_list(entry)
-
-
-def _samples(images: Any, questions: Any) -> tuple[list[Turns], list[list[ImageSource]]]:
-    """Conversations, and the pictures of each."""
-    single = isinstance(questions, str)
-    asked = [questions] if single else list(questions)
-    if not asked:
-        raise PromptError("there is no question; pass one or more")
-    if images is None:
-        images = [None] * len(asked)
-    elif single or not isinstance(images, (list, tuple)):
-        images = [images]
-    shown = [pictures_of(entry) for entry in images]
-    if len(shown) != len(asked):
-        raise PromptError(
-            f"pictures for {len(shown)} questions, and {len(asked)} questions; pass for each "
-            "question a picture, a list of pictures, or None"
-        )
-    turns: list[Turns] = [
-        [{"from": "human", "value": each}] if isinstance(each, str) else list(each)
-        for each in asked
-    ]
-    for each in turns:
-        if not each or each[-1].get("from") not in ("human", "user"):
-            raise PromptError("a conversation to be answered ends with a turn from the human")
-    return turns, shown
-
-
-def _with_marks(turns: Turns, pictures: int) -> list[dict[str, str]]:
-    """The conversation with a place for each picture, before its first turn where it has none."""
-    found = [dict(turn) for turn in turns]
-    places = sum(turn["value"].count(IMAGE_MARK) for turn in found)
-    if not places and pictures:
-        found[0]["value"] = f"{IMAGE_MARK}\n" * pictures + found[0]["value"]
-    elif places != pictures:
-        raise PromptError(
-            f"a question shows {places} pictures ({IMAGE_MARK}) and comes with {pictures}"
-        )
-    return found
-
-
-def _check_places(
-    ids: Tensor,
-    mask: Tensor | None,
-    shown: Sequence[Sequence[ImageSource]],
-    image_tokens: Sequence[Tensor] | None,
-) -> None:
-    keep = torch.ones_like(ids) if mask is None else mask
-    places = ((ids == IMAGE_ID) & keep.bool()).sum(1).tolist()
-    if image_tokens is not None:
-        if len(image_tokens) != sum(places):
-            raise ShapeError(f"tokens of {len(image_tokens)} pictures for {sum(places)} places")
-        return
-    for index, (count, pictures) in enumerate(zip(places, shown, strict=True)):
-        if count != len(pictures):
-            raise ShapeError(
-                f"sample {index} has {count} places for pictures ({IMAGE_MARK}) and "
-                f"{len(pictures)} pictures"
-            )
-
-
-def _too_long(length: int, more: int, context: int, pictures: int = 0, each: int = 0) -> ShapeError:
-    told = f", {pictures} x {each} of them of pictures" if pictures else ""
-    asked = f" and {more} new ones" if more else ""
-    return ShapeError(
-        f"the longest sample has {length} tokens{told}{asked}; the language model holds "
-        f"{context}. Use a coarser grid (grid= of the encoder), fewer pictures, a shorter text or "
-        "fewer new tokens"
-    )
-
-
 def _loss(logits: Tensor, labels: Tensor, count: Tensor | int | None) -> Tensor:
     """Cross-entropy of the next token where there is a label, in float32."""
     wanted = labels[:, 1:]
@@ -520,16 +326,3 @@ def _loss(logits: Tensor, labels: Tensor, count: Tensor | int | None) -> Tensor:
     if count is None:
         return summed / learnt.sum().clamp(min=1)
     return summed / torch.as_tensor(count, device=summed.device).clamp(min=1)
-
-
-def _check_encoder(encoder: nn.Module) -> None:
-    if not hasattr(encoder, "hidden_size") or not hasattr(encoder, "token_channels"):
-        raise ConfigError(
-            f"{type(encoder).__name__} is no encoder of pictures; pass a DiffusionEncoder, a "
-            "FusedEncoder, or VisionTokens around a vision model of transformers"
-        )
-    timestep = getattr(getattr(encoder, "config", None), "timestep", 0)
-    if isinstance(timestep, tuple) and len(timestep) > 1:
-        raise ConfigError(
-            f"a language model reads one timestep, and this encoder gives {timestep}; pass one"
-        )

@@ -8,17 +8,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from diffenc.clip_tokens import ClipTokens, to_pictures
+from diffenc.clip_tokens import ClipTokens
 from diffenc.encoder import DiffusionEncoder
-from diffenc.errors import BackboneError, ConfigError, NonFiniteError, ShapeError
+from diffenc.errors import ConfigError, NonFiniteError, ShapeError
 from diffenc.fusion import FusedEncoder
 from diffenc.images import Images
 from diffenc.maps import middle_grid
+from diffenc.pretrained import lasting_name, loading, pretrained_source
+from diffenc.vision_models import VisionModel, to_pictures
 
+_INSTEAD = "Pass a folder or a Hub id such as openai/clip-vit-large-patch14-336"
 _CLIP_LIKE = ("clip", "clip_vision_model", "siglip", "siglip_vision_model")
 
 
-class VisionTokens(nn.Module):
+class VisionTokens(VisionModel):
     """Patch tokens of any vision model of transformers that reads no text; prompts have no effect.
 
     CLIP and SigLIP run through `ClipTokens`; DINOv2 and other vision transformers give the tokens
@@ -41,11 +44,11 @@ class VisionTokens(nn.Module):
         config: Any = getattr(model, "config", None)
         kind = getattr(config, "model_type", type(model).__name__)
         self.image_processor, self.layer, self.name = image_processor, layer, name
-        self.model: Any = model
+        self.model = model
         if kind in _CLIP_LIKE:
             self.model = ClipTokens(model, image_processor, layer=layer, name=name)
-            self.hidden_size: int = self.model.hidden_size
-            self.side: int = self.model.side
+            self.hidden_size = self.model.hidden_size
+            self.side = self.model.side
             return
         patch = getattr(config, "patch_size", None)
         width, depth = getattr(config, "hidden_size", None), getattr(config, "num_hidden_layers", 0)
@@ -84,26 +87,16 @@ class VisionTokens(nn.Module):
         import transformers
 
         label = os.fspath(name)
-        try:
-            kind = (
-                "clip"
-                if label == "shapes-clip"
-                else transformers.AutoConfig.from_pretrained(label).model_type
-            )
-            if kind in _CLIP_LIKE:
+        with loading("a vision model", label, instead=_INSTEAD):
+            source = pretrained_source(label)
+            if transformers.AutoConfig.from_pretrained(source).model_type in _CLIP_LIKE:
                 tokens = ClipTokens.from_pretrained(label, layer=layer, device=device, dtype=dtype)
-                return cls(tokens.model, tokens.image_processor, layer=layer, name=label)
-            model = transformers.AutoModel.from_pretrained(label)
-            processor = transformers.AutoImageProcessor.from_pretrained(label)
-        except BackboneError:
-            raise
-        except Exception as error:  # missing, offline, broken: each in words of its own
-            raise BackboneError(
-                f"cannot load a vision model from {label!r}: "
-                f"{str(error).strip().splitlines()[0]}. Pass a folder or a Hub id such as "
-                "openai/clip-vit-large-patch14-336"
-            ) from error
-        return cls(model.to(device, dtype), processor, layer=layer, name=label)
+                return cls(
+                    tokens.model, tokens.image_processor, layer=layer, name=lasting_name(label)
+                )
+            model = transformers.AutoModel.from_pretrained(source)
+            processor = transformers.AutoImageProcessor.from_pretrained(source)
+        return cls(model.to(device, dtype), processor, layer=layer, name=lasting_name(label))
 
     @property
     def token_channels(self) -> tuple[int, ...]:
@@ -114,18 +107,6 @@ class VisionTokens(nn.Module):
     def num_tokens(self) -> int:
         """Tokens of a picture."""
         return self.side**2
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        device: torch.device = next(self.model.parameters()).device
-        return device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the model."""
-        dtype: torch.dtype = next(self.model.parameters()).dtype
-        return dtype
 
     def named_trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters that require a gradient, with their names in `state_dict`."""

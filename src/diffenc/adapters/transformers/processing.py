@@ -17,15 +17,41 @@ FOLDER = "prompt_tokenizer"
 
 
 class _MakesPrompts:
-    """Mixin before a processor that takes `images` and `text`."""
+    """Mixin before a processor that takes `images` and `text`.
+
+    transformers reads the names of `__init__` to save a processor and to make it again: they stand
+    here one by one.
+    """
 
     image_token: str
     prompt_model: str
 
-    def _prepare(self, prompt_model: str) -> None:
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        patch_size: int | None = None,
+        vision_feature_select_strategy: str | None = "full",
+        chat_template: Any = None,
+        image_token: str = "<image>",
+        num_additional_image_tokens: int = 0,
+        prompt_model: str = "shapes",
+        **kwargs: Any,
+    ) -> None:
+        parent: Any = super()
         self.prompt_model = prompt_model
         self._prompts = PromptTokenizer(prompt_model)
         self._own: Any = None
+        parent.__init__(
+            image_processor,
+            tokenizer,
+            patch_size=patch_size,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            chat_template=chat_template,
+            image_token=image_token,
+            num_additional_image_tokens=num_additional_image_tokens,
+            **kwargs,
+        )
 
     @property
     def prompt_tokens(self) -> Any:
@@ -129,66 +155,11 @@ class DiffEncLlavaProcessor(_MakesPrompts, LlavaProcessor):  # type: ignore[misc
         kwargs: As `LlavaProcessor`.
     """
 
-    def __init__(
-        self,
-        image_processor: Any = None,
-        tokenizer: Any = None,
-        patch_size: int | None = None,
-        vision_feature_select_strategy: str | None = "full",
-        chat_template: Any = None,
-        image_token: str = "<image>",
-        num_additional_image_tokens: int = 0,
-        prompt_model: str = "shapes",
-        **kwargs: Any,
-    ) -> None:
-        self._prepare(prompt_model)
-        super().__init__(
-            image_processor,
-            tokenizer,
-            patch_size=patch_size,
-            vision_feature_select_strategy=vision_feature_select_strategy,
-            chat_template=chat_template,
-            image_token=image_token,
-            num_additional_image_tokens=num_additional_image_tokens,
-            **kwargs,
-        )
-
 
 class DiffEncLlavaNextProcessor(_MakesPrompts, LlavaNextProcessor):  # type: ignore[misc]
     """`LlavaNextProcessor` that makes prompts, as `DiffEncLlavaProcessor` does.
 
     Args:
-        image_processor: A `LlavaNextImageProcessor` with the tower's sizes, mean and deviation.
-        tokenizer: Of the language model.
-        patch_size: `DiffEncConfig.patch_size`.
-        vision_feature_select_strategy: "full": there is no class token to take away.
-        chat_template: As `LlavaNextProcessor`.
-        image_token: As `LlavaNextProcessor`.
-        num_additional_image_tokens: As `LlavaNextProcessor`; 0 for one encoder.
-        prompt_model: The model of the spec, whose tokenizer reads the prompts.
-        kwargs: As `LlavaNextProcessor`.
+        image_processor: A `LlavaNextImageProcessor` with the tower's sizes, mean and deviation; the
+            other arguments are those of `DiffEncLlavaProcessor`.
     """
-
-    def __init__(
-        self,
-        image_processor: Any = None,
-        tokenizer: Any = None,
-        patch_size: int | None = None,
-        vision_feature_select_strategy: str | None = "full",
-        chat_template: Any = None,
-        image_token: str = "<image>",
-        num_additional_image_tokens: int = 0,
-        prompt_model: str = "shapes",
-        **kwargs: Any,
-    ) -> None:
-        self._prepare(prompt_model)
-        super().__init__(
-            image_processor,
-            tokenizer,
-            patch_size=patch_size,
-            vision_feature_select_strategy=vision_feature_select_strategy,
-            chat_template=chat_template,
-            image_token=image_token,
-            num_additional_image_tokens=num_additional_image_tokens,
-            **kwargs,
-        )

@@ -1,0 +1,41 @@
+"""What an adapter is built by: its size, and which linear layers it changes."""
+
+from dataclasses import dataclass
+
+from diffenc.errors import ConfigError
+
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+"""The linear layers of a cross-attention, all of which are adapted by default."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraOptions:
+    """How an adapter is built.
+
+    Attributes:
+        rank: Of the update.
+        alpha: The update is scaled by alpha / rank; None is the rank, so by 1.
+        dropout: Probability with which inputs of the update are zeroed in training.
+        projections: Which linear layers of each cross-attention; see `PROJECTIONS`.
+
+    Raises:
+        ConfigError: A value is out of range or unknown.
+    """
+
+    rank: int = 16
+    alpha: float | None = None
+    dropout: float = 0.0
+    projections: tuple[str, ...] = PROJECTIONS
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise ConfigError(f"rank must be an int of 1 or more, got {self.rank!r}")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout must be in [0, 1), got {self.dropout!r}")
+        if self.alpha is not None and not self.alpha > 0:
+            raise ConfigError(f"alpha must be above 0, got {self.alpha!r}")
+        unknown = [name for name in self.projections if name not in PROJECTIONS]
+        if unknown or not self.projections:
+            raise ConfigError(
+                f"projections must be some of {list(PROJECTIONS)}, got {list(self.projections)}"
+            )

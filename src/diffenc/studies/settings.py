@@ -1,0 +1,41 @@
+"""What every study checks before it begins, and how it tells how far it is."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from diffenc.errors import ConfigError
+
+Progress: TypeAlias = Callable[[int, int], object]
+"""Called with the number of scenes (or of rows of the U-Net) that are done and that of all."""
+
+
+class Done:
+    """How much of a study is done, told to whoever wants to know."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress, self._total, self._done = progress, total, 0
+
+    def add(self, count: int) -> None:
+        """So much more is done."""
+        self._done += count
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+
+def require_least(options: Mapping[str, tuple[int, int]]) -> None:
+    """Raise a `ConfigError` where an option's value, the first, is below its least, the second."""
+    for name, (value, least) in options.items():
+        if value < least:
+            raise ConfigError(f"{name} must be {least} or more, got {value}")
+
+
+def require_distinct(what: str, values: Sequence[Any]) -> None:
+    """Raise a `ConfigError` unless there are values, each once."""
+    if not values or len(set(values)) != len(values):
+        raise ConfigError(f"{what} must be one or more, each once, got {list(values)}")
+
+
+def chance_of(labels: Sequence[int]) -> float:
+    """Share of the most frequent answer: what is right without looking."""
+    return max(Counter(labels).values()) / len(labels)

@@ -1,0 +1,57 @@
+import pytest
+
+from diffenc import pretrained
+from diffenc.errors import BackboneError, ConfigError
+from diffenc.pretrained import BUNDLED, lasting_name, loading, pretrained_source
+
+
+def test_names_and_paths_are_taken_as_they_are(tmp_path):
+    assert pretrained_source("openai/clip-vit-large-patch14") == "openai/clip-vit-large-patch14"
+    assert pretrained_source(tmp_path / "any") == str(tmp_path / "any")
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_a_miniature_is_its_folder_where_it_is_bundled(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(pretrained, "files", lambda package: tmp_path / package)
+    folder = tmp_path / "diffenc" / "backbones" / "assets" / name
+    with pytest.raises(BackboneError, match=f"does not bundle '{name}'"):
+        pretrained_source(name)
+    folder.mkdir(parents=True)
+    with pytest.raises(BackboneError, match=f"does not bundle '{name}'"):
+        pretrained_source(name)
+    (folder / "config.json").write_text("{}")
+    assert pretrained_source(name) == str(folder)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError("no such file\nand a long explanation"), "no such file"),
+        (RuntimeError(), "RuntimeError"),
+        (ValueError("\n \n"), "ValueError"),
+    ],
+)
+def test_what_goes_wrong_is_told_in_a_line_with_what_to_do(error, told):
+    with (
+        pytest.raises(BackboneError) as caught,
+        loading("a CLIP", "some/name", instead="Pass another"),
+    ):
+        raise error
+    assert str(caught.value) == f"cannot load a CLIP from 'some/name': {told}. Pass another"
+    assert caught.value.__cause__ is error
+
+
+def test_errors_of_the_library_and_interruptions_pass():
+    for error in (BackboneError("of another kind"), ConfigError("no such layer")):
+        with pytest.raises(type(error)) as caught, loading("a CLIP", "name", instead=""):
+            raise error
+        assert caught.value is error
+    with pytest.raises(KeyboardInterrupt), loading("a CLIP", "name", instead=""):
+        raise KeyboardInterrupt
+
+
+def test_a_folder_is_found_from_everywhere_and_a_hub_id_stays(tmp_path, monkeypatch):
+    (tmp_path / "clip").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert lasting_name("clip") == str(tmp_path / "clip")
+    assert lasting_name("openai/clip") == "openai/clip"

@@ -1,0 +1,255 @@
+"""Training with a captioner, with fused encoders, with a CLIP that trains and one as baseline."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+from builders import seeded
+from diffenc.errors import ConfigError
+from diffenc.fusion import FusedEncoder
+from diffenc.projector import FusedProjector
+from diffenc.train import train, write_miniature
+from diffenc.train.build import build_vlm
+from diffenc.train.plan import make_plan
+from diffenc.vlm import DiffusionVLM
+from train_builders import Parts, config
+from vlm_builders import picture, save_tiny_lm, save_tiny_vision
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+
+DIFFUSION = {"options": {"taps": ["up_blocks.1"], "size": 32}}
+SHORT = {"limit": 4, "epochs": 3, "save_steps": 0, "learning_rate": 0.05}
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    """A CLIP for pictures of 32 pixels: 4 x 4 patches, three layers."""
+    width = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+    config = CLIPConfig(
+        vision_config={
+            **width,
+            "num_hidden_layers": 3,
+            "image_size": 32,
+            "patch_size": 8,
+            "projection_dim": 12,
+        },
+        text_config={
+            **width,
+            "num_hidden_layers": 1,
+            "vocab_size": 9,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+        },
+        projection_dim=12,
+    )
+    folder = tmp_path_factory.mktemp("clip")
+    seeded(lambda: CLIPModel(config)).save_pretrained(folder)
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    CLIPImageProcessor(**size).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory, tiny_sd_folder):
+    folder = tmp_path_factory.mktemp("parts")
+    return Parts(
+        vision=save_tiny_vision(folder / "vision"),
+        language_model=save_tiny_lm(folder / "lm"),
+        data=write_miniature(folder / "data", scenes=8),
+        diffusion=tiny_sd_folder,
+    )
+
+
+def captioned(parts, output, clip_folder, *stage, **options):
+    named = {"kind": "diffusion", "captioner": str(clip_folder), "prompts": "empty"}
+    return config(parts, output, *stage, **{**named, **DIFFUSION, **SHORT, **options})
+
+
+def fused(parts, output, clip_folder, how, stage="align", **options):
+    named = {"kind": "fused", "encoder": str(parts.diffusion), "clip": str(clip_folder)}
+    grid = {**DIFFUSION["options"], "grid": 4}
+    return config(
+        parts,
+        output,
+        stage,
+        **{**named, "options": grid, "how": how, "layer": -2, **SHORT, **options},
+    )
+
+
+def states(run):
+    """Everything before training, and what was saved after it."""
+    before = {name: value.clone() for name, value in build_vlm(run).state_dict().items()}
+    result = train(run)
+    after = DiffusionVLM.from_pretrained(result.model, trainable=True)
+    return before, after
+
+
+def moved(before, after):
+    """Names of what changed; while training, the U-Net ends behind the last tap."""
+    state = after.state_dict()
+    assert before.keys() <= state.keys()
+    return {name for name in before if not torch.equal(before[name], state[name].to(before[name]))}
+
+
+def test_a_captioner_trains_with_the_projector_and_nothing_else_does(parts, clip_folder, tmp_path):
+    before, after = states(captioned(parts, tmp_path, clip_folder))
+    changed = moved(before, after)
+    prefixes = ("projector.", "encoder.captioner.")
+    assert changed == {name for name in before if name.startswith(prefixes)}
+    assert before["encoder.captioner.gate"].eq(0).all()
+    told = DiffusionVLM.from_pretrained(tmp_path / "model")
+    shown = [picture(0), picture(1)]
+    assert told.generate(shown, ["what?", "what?"], "", max_new_tokens=2)
+    with torch.no_grad():
+        seen = told.encode_images(shown, ["", ""])
+        told.encoder.captioner.gate.zero_()
+        told.encoder.clear_cache()
+        unseen = told.encode_images(shown, ["", ""])
+    assert not torch.allclose(seen, unseen, atol=1e-6)
+
+
+def test_a_captioner_that_was_stopped_goes_on_as_if_it_had_not_been(parts, clip_folder, tmp_path):
+    train(captioned(parts, tmp_path / "a", clip_folder))
+    cut = captioned(parts, tmp_path / "b", clip_folder, save_steps=2)
+    train(cut, stop_after=2)
+    held = load_file(tmp_path / "b" / "checkpoint-2" / "trained.safetensors")
+    assert {name.split(".")[0] for name in held} == {"encoder", "projector"}
+    assert all(".captioner." in name for name in held if name.startswith("encoder."))
+    assert train(cut, resume=True).resumed_at == 2
+    for file in ("encoder/captioner/captioner.safetensors", "projector/projector.safetensors"):
+        left, right = (load_file(tmp_path / run / "model" / file) for run in "ab")
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[key], right[key]) for key in left)
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_a_later_stage_keeps_the_captioner_and_trains_it_where_it_is_named(
+    parts, clip_folder, tmp_path, goes_on
+):
+    first = train(captioned(parts, tmp_path / "a", clip_folder)).model
+    begun = DiffusionVLM.from_pretrained(first).encoder.captioner.state_dict()
+    told = {"start": str(first), "language_model": "lora", "rank": 2, "unet_rank": 2}
+    if not goes_on:
+        told["captioner"] = ""
+    run = captioned(parts, tmp_path / "b", clip_folder, "instruct", **told)
+    after = DiffusionVLM.from_pretrained(train(run).model).encoder
+    same = [torch.equal(begun[key], value) for key, value in after.captioner.state_dict().items()]
+    assert all(same) is not goes_on
+    assert any(value.any() for name, value in after.named_parameters() if ".lora_B." in name)
+
+
+@pytest.mark.parametrize("how", ["channel", "tokens", "interleave"])
+def test_of_a_fused_encoder_the_projector_alone_trains(parts, clip_folder, tmp_path, how):
+    before, after = states(fused(parts, tmp_path, clip_folder, how))
+    assert moved(before, after) == {name for name in before if name.startswith("projector.")}
+    assert isinstance(after.projector, FusedProjector) is (how != "channel")
+    assert after.encoder.how == how
+    count = {"channel": 16, "tokens": 32, "interleave": 32}[how]
+    assert after.tokens_per_image == count
+    tokens = after.encode_images([picture(0)], ["what color?"])
+    assert tokens.shape == (1, count, after.encoder.hidden_size)
+    assert after.generate(picture(0), "what color?", max_new_tokens=2)
+    reference = json.loads((tmp_path / "model" / "encoder" / "fusion.json").read_text())
+    assert reference["clip"] == str(clip_folder)
+    assert not (tmp_path / "model" / "encoder" / "clip").exists()
+
+
+def test_cached_tokens_of_a_fused_encoder_train_the_same_model(parts, clip_folder, tmp_path):
+    results = [
+        train(fused(parts, tmp_path / mode, clip_folder, "tokens", prompts="empty", cache=mode))
+        for mode in ("off", "on")
+    ]
+    assert results[1].cache_hits == 2 * results[1].cache_misses > 0
+    files = [result.model / "projector" / "projector.safetensors" for result in results]
+    left, right = map(load_file, files)
+    for key, value in left.items():
+        torch.testing.assert_close(value, right[key], rtol=1e-2, atol=1e-4)
+
+
+def test_a_fused_encoder_takes_captioner_and_lora_as_the_diffusion_encoder_does(
+    parts, clip_folder, tmp_path
+):
+    run = fused(parts, tmp_path, clip_folder, "channel", stage="instruct")
+    run = replace(
+        run,
+        model=replace(run.model, captioner=str(clip_folder)),
+        adapt=replace(run.adapting, language_model="none", unet_rank=2),
+    )
+    before, after = states(run)
+    parts_moved = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in moved(before, after)
+                   if ".lora_" in name}  # fmt: skip
+    assert parts_moved == {"to_q", "to_k", "to_v", "0"}
+    others = {name for name in moved(before, after) if ".lora_" not in name}
+    assert {name.rpartition("captioner.")[0] for name in others} == {"", "encoder.diffusion."}
+
+
+def test_a_clip_that_is_not_frozen_trains_up_to_its_layer_and_is_saved(
+    parts, clip_folder, tmp_path
+):
+    run = fused(parts, tmp_path / "a", clip_folder, "channel", freeze_clip=False)
+    before, after = states(run)
+    changed = moved(before, after)
+    of_clip = {name for name in before if name.startswith("encoder.clip.")}
+    behind = {name for name in of_clip if ".layers.2." in name or "post_layernorm" in name}
+    assert behind
+    assert changed & behind == set()
+    # A key's bias changes no attention: its gradient is zero but for rounding.
+    still = {name for name in of_clip - behind - changed if not name.endswith("k_proj.bias")}
+    assert not {name for name in still if "position_ids" not in name}
+    assert not any(name.startswith("encoder.diffusion.") for name in changed)
+    state = {name: value.clone() for name, value in after.state_dict().items()}
+
+    kept = fused(parts, tmp_path / "b", clip_folder, "channel", start=str(tmp_path / "a/model"))
+    second = train(kept)
+    shutil.rmtree(tmp_path / "a")
+    later = DiffusionVLM.from_pretrained(second.model)
+    assert later.encoder.clip.frozen
+    for name in of_clip:
+        assert torch.equal(later.state_dict()[name], state[name])
+
+
+def test_a_trained_clip_goes_on_from_a_checkpoint(parts, clip_folder, tmp_path):
+    options = {"freeze_clip": False, "precision": "bf16"}
+    train(fused(parts, tmp_path / "a", clip_folder, "interleave", **options))
+    cut = fused(parts, tmp_path / "b", clip_folder, "interleave", save_steps=2, **options)
+    train(cut, stop_after=2)
+    assert train(cut, resume=True).resumed_at == 2
+    left, right = (FusedEncoder.from_pretrained(tmp_path / run / "model/encoder") for run in "ab")
+    for name, value in left.clip.state_dict().items():
+        assert torch.equal(value, right.clip.state_dict()[name]), name
+        assert value.dtype == torch.float32
+
+
+def test_a_clip_that_trains_is_planned_for_and_never_cached(parts, clip_folder, tmp_path):
+    run = fused(parts, tmp_path, clip_folder, "channel", freeze_clip=False)
+    clip = build_vlm(run).encoder.clip
+    trained = sum(p.numel() for p in clip.parameters() if p.requires_grad)
+    frozen = replace(run, model=replace(run.model, freeze_clip=True))
+    planned, plain = make_plan(run, tflops=1.0), make_plan(frozen, tflops=1.0)
+    assert planned.trained["vision model"] == trained
+    assert "vision model" not in plain.trained
+    assert planned.parameters == plain.parameters
+    with pytest.raises(ConfigError, match="freeze_clip = false"):
+        train(replace(run, data=replace(run.data, cache="on")))
+    with pytest.raises(ConfigError, match="freeze_clip"):
+        captioned(parts, tmp_path, clip_folder, freeze_clip=False)
+
+
+def test_a_clip_as_baseline_trains_the_projector_and_is_found_by_its_folder(
+    parts, clip_folder, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(clip_folder.parent)
+    run = config(parts, tmp_path, encoder=clip_folder.name, layer=-2, prompts="empty", **SHORT)
+    before, after = states(run)
+    assert moved(before, after) == {name for name in before if name.startswith("projector.")}
+    monkeypatch.chdir(tmp_path)
+    later = DiffusionVLM.from_pretrained(tmp_path / "model")
+    assert later.tokens_per_image == 16
+    tokens = later.encode_images([picture(0)], ["a"])
+    assert torch.equal(tokens, later.encode_images([picture(0)], ["quite another"]))
+    assert later.generate(picture(0), "what?", max_new_tokens=2)
