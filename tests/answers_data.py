@@ -1,9 +1,15 @@
 """Models that answer in known ways, and tiny datasets of texts in the layouts of real ones."""
 
 import json
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import pytest
 from PIL import Image
 
+from diffenc.errors import ConfigError
+from diffenc.evals.choices.blink import TASKS
 from evals_data import encoded, write_csv, write_jsonl
 
 
@@ -23,6 +29,16 @@ class Says:
         rows = list(zip(images, questions, given, strict=True))
         self.asked += rows
         return [self.says(*row) for row in rows]
+
+
+def check_all_is_told_before_anything_is_asked(evaluate, *parts):
+    """`evaluate(model)` refuses its data in one message that holds these parts."""
+    model = Says(lambda *_: "a")
+    with pytest.raises(ConfigError) as caught:
+        evaluate(model)
+    for part in parts:
+        assert part in str(caught.value)
+    assert model.asked == []
 
 
 def shade(number):
@@ -111,3 +127,86 @@ def llava_bench(folder):
     for number in (1, 2):
         write_picture(folder / f"images/{number:03d}.jpg", number)
     return folder
+
+
+BLINK_SOME = ("Counting", "Jigsaw", "Multi-view_Reasoning")
+
+
+def blink_rows(task, count=3, *, picture=shade, **changes):
+    """Questions with one picture more than the task before; the right one is (A), (B), (A)..."""
+    pictures = 1 + BLINK_SOME.index(task) if task in BLINK_SOME else 1
+    options = ["3", "4", "5", "6"] if task == "Counting" else ["the first", "the second"]
+    rows = []
+    for k in range(count):
+        row = {
+            "idx": f"val_{task}_{k + 1}",
+            "question": f"Which one? ({task})",
+            "sub_task": task,
+            "choices": options,
+            "answer": f"({'AB'[k % 2]})",
+            "prompt": f"Which one, exactly?\n(A) {options[0]}\n(B) {options[1]}",
+            "explanation": "",
+            **changes,
+        }
+        for n in range(1, 5):
+            row[f"image_{n}"] = picture(20 * k + n) if n <= pictures else None
+        rows.append(row)
+    return rows
+
+
+def encoded_cell(number):
+    """A picture as parquet files of the Hub hold it."""
+    return {"bytes": encoded(shade(number), "png"), "path": None}
+
+
+def write_blink(folder, tasks=TASKS, split="val", **options):
+    """`<Task>/val-00000-of-00001.parquet` for each task."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    for task in tasks:
+        path = folder / task / f"{split}-00000-of-00001.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table = pyarrow.Table.from_pylist(blink_rows(task, picture=encoded_cell, **options))
+        parquet.write_table(table, path, row_group_size=2)
+    return folder
+
+
+@contextmanager
+def judge_service():
+    """A service that replies what the test wants, and keeps what it was sent."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            service.looks.append((self.path, dict(self.headers)))
+            self.reply(*service.look)
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            service.requests.append((self.path, dict(self.headers), body))
+            self.reply(*service.replies.pop(0))
+
+        def reply(self, status, content):
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *args):
+            pass
+
+    service = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    service.requests, service.replies = [], []
+    service.looks, service.look = [], (200, b"{}")
+    service.url = f"http://127.0.0.1:{service.server_address[1]}/v1/"
+    thread = threading.Thread(target=service.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield service
+    finally:
+        service.shutdown()
+        service.server_close()
+        thread.join()
+
+
+def completion(text):
+    return 200, json.dumps({"choices": [{"message": {"content": text}}]}).encode()

@@ -72,6 +72,15 @@ def write_csv(path, rows, *, bom=False):
         writer.writerows(rows)
 
 
+def change_questions(folder, edit):
+    """Rewrite `Questions.csv`; `edit` gets the rows with their header."""
+    path = folder / "Questions.csv"
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = edit(list(csv.reader(file)))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+
+
 def winoground_jsonl(folder, *, name="examples.jsonl", suffix="png"):
     write_jsonl(folder / name, winoground_rows(lambda index, k: f"ex_{index}_img_{k}"))
     write_pictures(folder / "images", suffix)

@@ -217,7 +217,7 @@ def test_output_that_cannot_be_written_is_told_before_the_model_is_loaded(tmp_pa
 
 def test_the_bar_begins_with_what_is_there(monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    with evaluate_run.progress_bar("scoring", "items") as update:
+    with evaluate_run.progress_bar("scoring", unit="items") as update:
         update(40, 50)
         update(45, 50)
     assert "45/50" in capsys.readouterr().err

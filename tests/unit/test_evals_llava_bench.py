@@ -1,11 +1,15 @@
 import json
 import shutil
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from answers_data import Says, llava_bench
+from answers_data import (
+    Says,
+    check_all_is_told_before_anything_is_asked,
+    completion,
+    judge_service,
+    llava_bench,
+)
 from diffenc.errors import ConfigError, DiffencError
 from diffenc.evals.llava_bench import (
     Case,
@@ -85,10 +89,8 @@ class TestLayouts:
         path = tmp_path / "context.jsonl"
         path.write_text(path.read_text() + "{broken\n")
         (tmp_path / "rule.json").write_text('{"llava_bench_conv": {"prompt": "x"}}')
-        model = Says(answering)
-        with pytest.raises(ConfigError) as caught:
-            evaluate_llava_bench(load_llava_bench(tmp_path), model, WordJudge())
-        for part in (
+        check_all_is_told_before_anything_is_asked(
+            lambda model: evaluate_llava_bench(load_llava_bench(tmp_path), model, WordJudge()),
             "1 broken rows (context.jsonl, line 3",
             "1 missing pictures (question 3: 003.jpg)",
             "1 missing contexts (question 3: 003.jpg)",
@@ -97,9 +99,7 @@ class TestLayouts:
             "1 missing categories (question 0)",
             "1 broken rules (rule.json: 'role')",
             "1 unreadable pictures (images/002.jpg",
-        ):
-            assert part in str(caught.value)
-        assert model.asked == []
+        )
 
     def test_renamed_columns(self, tmp_path):
         llava_bench(tmp_path)
@@ -230,33 +230,8 @@ class TestFailures:
 
 @pytest.fixture
 def server():
-    """A service that replies what the test wants, and keeps what it was sent."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            service.requests.append((self.path, dict(self.headers), body))
-            status, content = service.replies.pop(0)
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *args):
-            pass
-
-    service = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    service.requests, service.replies = [], []
-    service.url = f"http://127.0.0.1:{service.server_address[1]}/v1/"
-    thread = threading.Thread(target=service.serve_forever, daemon=True)
-    thread.start()
-    yield service
-    service.shutdown()
-    service.server_close()
-    thread.join()
-
-
-def completion(text):
-    return 200, json.dumps({"choices": [{"message": {"content": text}}]}).encode()
+    with judge_service() as service:
+        yield service
 
 
 class TestService:

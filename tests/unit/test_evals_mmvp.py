@@ -1,10 +1,9 @@
-import csv
 import json
 import shutil
 
 import pytest
 
-from answers_data import Says, mmvp, shade
+from answers_data import Says, check_all_is_told_before_anything_is_asked, mmvp, shade
 from diffenc.errors import ConfigError
 from diffenc.evals.choices import (
     choice_table,
@@ -16,15 +15,7 @@ from diffenc.evals.choices import (
 )
 from diffenc.evals.choices.base import LETTER_INSTRUCTION
 from diffenc.evals.choices.mmvp import split_options
-from evals_data import read_lines
-
-
-def change(folder, edit):
-    path = folder / "Questions.csv"
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = edit(list(csv.reader(file)))
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)
+from evals_data import change_questions, read_lines
 
 
 def check(benchmark, count=8):
@@ -171,12 +162,10 @@ class TestLayouts:
             rows[6][3] = "(c)"
             return [*rows, rows[8]]
 
-        change(tmp_path, edit)
+        change_questions(tmp_path, edit)
         benchmark = load_mmvp(tmp_path)
-        model = Says(lambda *_: "a")
-        with pytest.raises(ConfigError) as caught:
-            evaluate_choices(benchmark, model)
-        for part in (
+        check_all_is_told_before_anything_is_asked(
+            lambda model: evaluate_choices(benchmark, model),
             "1 ids that are no number (Questions.csv, line 2: 'one')",
             "1 missing pictures (question 3: 3.jpg)",
             "1 options without letters (question 5",
@@ -184,11 +173,9 @@ class TestLayouts:
             "1 ids that occur twice (question 8",
             "incomplete pairs (question 2: no question 1",
             "1 unreadable pictures (MMVP Images/7.jpg",
-        ):
-            assert part in str(caught.value)
-        assert model.asked == []
+        )
         with pytest.raises(ConfigError, match="no question that can be asked"):
-            evaluate_choices(benchmark, model, skip_broken=True)
+            evaluate_choices(benchmark, Says(lambda *_: "a"), skip_broken=True)
 
     def test_what_is_no_mmvp_is_told(self, tmp_path):
         with pytest.raises(ConfigError, match=r"neither Questions\.csv nor a \.parquet"):

@@ -1,4 +1,3 @@
-import csv
 import shutil
 
 import pytest
@@ -6,7 +5,7 @@ import pytest
 from diffenc.errors import ConfigError
 from diffenc.evals import evaluate, load_mmvp_vlm
 from diffenc.evals.mmvp_vlm import PATTERNS
-from evals_data import ColorMatcher, encoded, mmvp_vlm, picture
+from evals_data import ColorMatcher, change_questions, encoded, mmvp_vlm, picture
 
 
 def check(benchmark):
@@ -46,24 +45,15 @@ def test_in_a_folder_and_in_an_archive(tmp_path):
     check(load_mmvp_vlm(shutil.make_archive(tmp_path / "all", "zip", tmp_path, "MMVP_VLM")))
 
 
-def change(folder, edit):
-    """Rewrite the questions; `edit` gets the rows with their header."""
-    path = folder / "Questions.csv"
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = edit(list(csv.reader(file)))
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)
-
-
 def test_pairs_are_made_by_number_in_any_order_of_rows(tmp_path):
     mmvp_vlm(tmp_path)
-    change(tmp_path, lambda rows: [rows[0], *reversed(rows[1:])])
+    change_questions(tmp_path, lambda rows: [rows[0], *reversed(rows[1:])])
     check(load_mmvp_vlm(tmp_path))
 
 
 def test_the_misspelled_index_and_png_files_are_read(tmp_path):
     mmvp_vlm(tmp_path)
-    change(tmp_path, lambda rows: [["lndex", "type", "statement"], *rows[1:]])
+    change_questions(tmp_path, lambda rows: [["lndex", "type", "statement"], *rows[1:]])
     path = tmp_path / "MLLM_VLM Images/Orientation/1.jpg"
     path.unlink()
     path.with_suffix(".png").write_bytes(encoded(picture(1, 0), "png"))
@@ -75,7 +65,9 @@ def test_the_misspelled_index_and_png_files_are_read(tmp_path):
 def test_an_unknown_type_is_kept_and_told(tmp_path):
     mmvp_vlm(tmp_path)
     shutil.move(tmp_path / "MLLM_VLM Images/Text", tmp_path / "MLLM_VLM Images/Letters")
-    change(tmp_path, lambda rows: [[c.replace("Text", "Letters") for c in row] for row in rows])
+    change_questions(
+        tmp_path, lambda rows: [[c.replace("Text", "Letters") for c in row] for row in rows]
+    )
     benchmark = load_mmvp_vlm(tmp_path)
     assert benchmark.problems == ()
     assert "types that the benchmark does not have: ['Letters']" in benchmark.notes
@@ -91,7 +83,7 @@ def test_problems_are_collected(tmp_path):
         rows[8][2] = ""  # question 8
         return [*rows, rows[18]]
 
-    change(tmp_path, edit)
+    change_questions(tmp_path, edit)
     benchmark = load_mmvp_vlm(tmp_path)
     found = {(problem.kind, problem.where) for problem in benchmark.problems}
     assert found == {

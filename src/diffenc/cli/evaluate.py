@@ -1,10 +1,14 @@
-"""`diffenc evaluate`: benchmarks of image-text matching, and two studies on them."""
+"""`diffenc evaluate`: benchmarks of scores and of models that answer, and two studies."""
 
 import json
 from typing import Any
 
 import typer
 
+from diffenc.cli.evaluate_captions import captions
+from diffenc.cli.evaluate_choices import blink, mmvp
+from diffenc.cli.evaluate_leakage import leakage
+from diffenc.cli.evaluate_llava_bench import llava_bench
 from diffenc.cli.evaluate_options import (
     Anew,
     Clip,
@@ -35,7 +39,7 @@ from diffenc.cli.options import Debug, Device, Dtype, Model
 from diffenc.cli.score_options import AsJson, BatchSize, Layers, References, ResizeOption, Size
 from diffenc.errors import ConfigError
 
-evaluate = typer.Typer(help="Benchmarks of image-text matching: Winoground and MMVP-VLM.")
+evaluate = typer.Typer(help="Benchmarks of image-text matching, and of models that answer.")
 
 
 def _benchmark(
@@ -109,3 +113,8 @@ evaluate.command(
 )(_benchmark)
 evaluate.command("timesteps", cls=NotedCommand)(timesteps_study)
 evaluate.command("draws", cls=NotedCommand)(draws_study)
+evaluate.command()(captions)
+evaluate.command()(leakage)
+evaluate.command()(mmvp)
+evaluate.command()(blink)
+evaluate.command("llava-bench")(llava_bench)

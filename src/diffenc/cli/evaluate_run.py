@@ -138,10 +138,17 @@ def prepare_folder(folder: Path, names: Sequence[str], *, anew: bool) -> Path:
 
 
 @contextmanager
-def progress_bar(title: str, unit: str) -> "Iterator[Callable[[int, int], None] | None]":
+def progress_bar(
+    title: str, *others: str, unit: str
+) -> "Iterator[Callable[[int, int], None] | None]":
     """A bar with the time left on a terminal, nothing anywhere else.
 
     What is done when the bar is told for the first time does not count for the speed.
+
+    Args:
+        title: What is done.
+        others: What is done after that; each begins where the one before is complete.
+        unit: What is counted.
     """
     if not sys.stderr.isatty():
         yield None
@@ -156,12 +163,14 @@ def progress_bar(title: str, unit: str) -> "Iterator[Callable[[int, int], None] 
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        titles = [title, *others]
         tasks: list[Any] = []
 
         def update(done: int, total: int) -> None:
-            if not tasks:
-                tasks.append(bar.add_task(title, total=total, completed=done))
-            bar.update(tasks[0], completed=done)
+            if not tasks or bar.tasks[-1].finished:
+                name = titles[min(len(tasks), len(titles) - 1)]
+                tasks.append(bar.add_task(name, total=total, completed=done))
+            bar.update(tasks[-1], completed=done)
 
         yield update
 
@@ -205,11 +214,11 @@ def _score(
     from diffenc.evals.evaluate import evaluate
     from diffenc.evals.inspection import inspect
 
-    with progress_bar("looking at pictures", "items") as progress:
+    with progress_bar("looking at pictures", unit="items") as progress:
         inspection = inspect(benchmark, matchers, progress=progress)
     inspection.check(benchmark.source, skip_broken=skip_broken)
     try:
-        with progress_bar("scoring", "items x trials") as progress:
+        with progress_bar("scoring", unit="items x trials") as progress:
             return evaluate(
                 benchmark,
                 matchers,

@@ -2,8 +2,6 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +10,13 @@ from torch import Tensor
 
 from diffenc.errors import BackboneError
 from diffenc.evals.matchers import short_name, weights_digest
+from diffenc.pretrained import loading, pretrained_source
 from diffenc.prompts import tokenize
+
+_INSTEAD = (
+    "Pass a folder with config.json, model.safetensors, tokenizer and preprocessor_config.json, or "
+    "a Hub id such as openai/clip-vit-large-patch14"
+)
 
 
 class ClipMatcher:
@@ -58,8 +62,8 @@ class ClipMatcher:
         from transformers import AutoConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
         label = os.fspath(name)
-        source = _bundled() if label == "shapes-clip" else label
-        try:
+        with loading("a CLIP", label, instead=_INSTEAD):
+            source = pretrained_source(label)
             config = AutoConfig.from_pretrained(source)
             if config.model_type != "clip":
                 raise BackboneError(
@@ -69,14 +73,6 @@ class ClipMatcher:
             model = CLIPModel.from_pretrained(source)
             tokenizer = CLIPTokenizer.from_pretrained(source)
             processor = CLIPImageProcessor.from_pretrained(source)
-        except BackboneError:
-            raise
-        except Exception as error:  # missing, offline, broken: each in words of its own
-            raise BackboneError(
-                f"cannot load a CLIP from {label!r}: {str(error).strip().splitlines()[0]}. Pass a "
-                "folder with config.json, model.safetensors, tokenizer and "
-                "preprocessor_config.json, or a Hub id such as openai/clip-vit-large-patch14"
-            ) from error
         limit = config.text_config.max_position_embeddings
         tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
         return cls(model.to(device, dtype), tokenizer, processor, name=short_name(label))
@@ -101,10 +97,3 @@ class ClipMatcher:
     def truncated(self, texts: Sequence[str]) -> Sequence[int]:
         """How many tokens of each text are not read."""
         return tokenize(self.tokenizer, texts)[1]
-
-
-def _bundled() -> str:
-    folder = Path(str(files("diffenc.backbones") / "assets" / "shapes-clip"))
-    if not folder.is_dir():
-        raise BackboneError("this version of diffenc does not bundle 'shapes-clip'")
-    return str(folder)

@@ -1,14 +1,10 @@
 """The tables of the paper, as data, with its erratum put right."""
 
-import json
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
-from typing import Any
 
-from diffenc.errors import ConfigError
+from diffenc.evals.tables import find_table, read_tables
 
-_FILE = "paper_tables.json"
+_PACKAGE = "diffenc.evals"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +50,7 @@ class PaperTable:
 
 def paper_source() -> str:
     """Where the tables come from."""
-    return str(_content()["source"])
+    return str(read_tables(_PACKAGE)["source"])
 
 
 def paper_table(name: str) -> PaperTable:
@@ -63,10 +59,7 @@ def paper_table(name: str) -> PaperTable:
     Raises:
         ConfigError: There is none of that name.
     """
-    tables = _content()["tables"]
-    if name not in tables:
-        raise ConfigError(f"there is no table {name!r}; known are {sorted(tables)}")
-    table = tables[name]
+    table = find_table(_PACKAGE, name)
     rows = tuple(
         PaperRow(
             row["model"],
@@ -102,10 +95,3 @@ def _cells(row: PaperRow) -> list[str]:
         return [str(value) for value in row.values]
     pairs = zip(row.values, row.deviations, strict=True)
     return [f"{value} ± {deviation}" for value, deviation in pairs]
-
-
-@cache
-def _content() -> dict[str, Any]:
-    text = (files("diffenc.evals") / _FILE).read_text(encoding="utf-8")
-    content: dict[str, Any] = json.loads(text)
-    return content

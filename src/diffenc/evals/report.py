@@ -40,6 +40,15 @@ class Table:
         )
         return f"**{self.title}**\n\n{body}\n"
 
+    def transposed(self, head: str) -> "Table":
+        """Models across; `head` stands over what was across."""
+        names = tuple(row[0] for row in self.rows)
+        rows = tuple(
+            (column, *(row[index] for row in self.rows))
+            for index, column in enumerate(self.columns[1:], start=1)
+        )
+        return Table(self.title, (head, *names), rows)
+
 
 def tables(evaluation: Evaluation, *, paper: bool | None = None) -> list[Table]:
     """All tables of an evaluation: overall, then split by labels, one per score.

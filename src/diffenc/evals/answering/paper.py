@@ -1,15 +1,11 @@
 """The paper's tables on captions, leakage and questions, as data, with their errata noted."""
 
-import json
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
-from typing import Any
 
-from diffenc.errors import ConfigError
 from diffenc.evals.report import Table
+from diffenc.evals.tables import find_table, read_tables
 
-_FILE = "paper_tables.json"
+_PACKAGE = "diffenc.evals.answering"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +63,12 @@ def cell(value: float | None) -> str:
 
 def published_tables() -> tuple[str, ...]:
     """Names of the tables."""
-    return tuple(_content()["tables"])
+    return tuple(read_tables(_PACKAGE)["tables"])
 
 
 def published_source() -> str:
     """Where the tables come from."""
-    return str(_content()["source"])
+    return str(read_tables(_PACKAGE)["source"])
 
 
 def published_table(name: str) -> PublishedTable:
@@ -81,20 +77,10 @@ def published_table(name: str) -> PublishedTable:
     Raises:
         ConfigError: There is none of that name.
     """
-    tables = _content()["tables"]
-    if name not in tables:
-        raise ConfigError(f"there is no table {name!r}; known are {sorted(tables)}")
-    table = tables[name]
+    table = find_table(_PACKAGE, name)
     rows = tuple(
         PublishedRow(tuple(row["labels"]), tuple(row["values"]), tuple(row.get("doubtful", ())))
         for row in table["rows"]
     )
     labels, columns, notes = (tuple(table[key]) for key in ("labels", "columns", "notes"))
     return PublishedTable(table["title"], labels, columns, rows, notes)
-
-
-@cache
-def _content() -> dict[str, Any]:
-    text = (files("diffenc.evals.answering") / _FILE).read_text(encoding="utf-8")
-    content: dict[str, Any] = json.loads(text)
-    return content

@@ -1,7 +1,7 @@
 """A look at every picture of a benchmark before a model answers for hours."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -9,6 +9,44 @@ from diffenc.errors import ConfigError, ImageError
 from diffenc.evals.answering.base import Reading
 from diffenc.evals.base import Picture, Problem
 from diffenc.evals.inspection import Progress, summary
+
+Item = TypeVar("Item")
+
+
+def whole_items(
+    items: Sequence[Item],
+    pictures: Callable[[Item], Sequence[Picture]],
+    *,
+    source: str,
+    problems: Sequence[Problem],
+    skip_broken: bool,
+    otherwise: str,
+    keep: Callable[[Sequence[Item]], Sequence[Item]] = tuple,
+) -> tuple[tuple[Item, ...], Reading]:
+    """Items all of whose pictures can be read, and what was found when they were.
+
+    Args:
+        items: Of a benchmark.
+        pictures: Of an item.
+        source: Where they come from, for messages.
+        problems: What was found when tables were read.
+        skip_broken: Go on with what is whole.
+        otherwise: What there is none of, if nothing is left: "picture that can be captioned".
+        keep: Which of the whole items count.
+
+    Raises:
+        ConfigError: There are problems and they are not to be skipped, or no item is left.
+    """
+    reading = read_pictures(
+        [picture for item in items for picture in pictures(item)],
+        source=source,
+        problems=problems,
+        skip_broken=skip_broken,
+    )
+    whole = tuple(keep([item for item in items if reading.whole(pictures(item))]))
+    if not whole:
+        raise ConfigError(f"{source} has no {otherwise}")
+    return whole, reading
 
 
 def read_pictures(
@@ -45,7 +83,7 @@ def read_pictures(
     if found and not skip_broken:
         raise ConfigError(
             f"{source} has {len(found)} problems: {summary(found)}. Mend them, or go on with the "
-            "items that are whole by skip_broken=True"
+            "items that are whole by --skip-broken (skip_broken=True)"
         )
     return Reading(digests, tuple(found))
 

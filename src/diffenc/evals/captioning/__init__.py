@@ -1,6 +1,6 @@
 """Captions of pictures: COCO's layouts, its metrics, and refinement over several passes."""
 
-from diffenc.evals.captioning.coco import load_coco_captions, load_karpathy
+from diffenc.evals.captioning.coco import load_coco, load_coco_captions, load_karpathy
 from diffenc.evals.captioning.data import CaptionItem, CaptionSet
 from diffenc.evals.captioning.evaluate import CaptionEvaluation, caption_images, evaluate_captions
 from diffenc.evals.captioning.metrics import METRICS, CaptionScores, score_captions
@@ -14,6 +14,7 @@ __all__ = [
     "CaptionSet",
     "caption_images",
     "evaluate_captions",
+    "load_coco",
     "load_coco_captions",
     "load_karpathy",
     "score_captions",

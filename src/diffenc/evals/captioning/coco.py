@@ -115,6 +115,45 @@ def load_karpathy(
     return made
 
 
+def load_coco(data: _Path, *, annotations: _Path | None = None, split: str = "test") -> CaptionSet:
+    """Read COCO's captions from one folder: annotations and pictures, nothing is downloaded.
+
+    Args:
+        data: A folder with pictures in it or in folders in it, and `dataset_coco.json` or one
+            `captions_*.json`, these also in `annotations`; or with `annotations` a .zip file.
+        annotations: Which of these files is read, wherever it lies.
+        split: Of `dataset_coco.json`.
+
+    Raises:
+        ConfigError: There is no such folder, no annotation file in it, or more than one.
+    """
+    folder = Path(data).expanduser()
+    if not folder.exists():
+        raise ConfigError(
+            f"there is no folder {folder} with pictures and captions of COCO, and nothing is "
+            "downloaded unasked. 'shapes' needs no download"
+        )
+    path = Path(annotations).expanduser() if annotations else _annotations_in(folder)
+    if path.name.lower().startswith("dataset"):
+        return load_karpathy(path, folder, split=split)
+    return load_coco_captions(path, folder)
+
+
+def _annotations_in(folder: Path) -> Path:
+    places = (folder, folder / "annotations")
+    for pattern in ("dataset_coco.json", "captions_*.json"):
+        found = sorted({path for place in places for path in place.glob(pattern)})
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = ", ".join(path.name for path in found)
+            raise ConfigError(f"{folder} holds {names}; say which by --annotations (annotations=)")
+    raise ConfigError(
+        f"{folder} holds neither dataset_coco.json nor captions_*.json; put one there, or name it "
+        "by --annotations (annotations=)"
+    )
+
+
 def _caption_set(
     name: str,
     path: Path,

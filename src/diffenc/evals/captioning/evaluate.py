@@ -8,9 +8,9 @@ from typing import Any
 from diffenc._version import __version__
 from diffenc.errors import ConfigError
 from diffenc.evals.answering.asking import Asker, opened_asker
-from diffenc.evals.answering.base import Answerer, Query, check_positive
+from diffenc.evals.answering.base import Answerer, Query, Reading, check_positive
 from diffenc.evals.answering.paper import published_table
-from diffenc.evals.answering.pictures import left_out, read_pictures
+from diffenc.evals.answering.pictures import left_out, whole_items
 from diffenc.evals.base import Problem
 from diffenc.evals.captioning.data import CaptionItem, CaptionSet
 from diffenc.evals.captioning.metrics import (
@@ -141,15 +141,7 @@ def evaluate_captions(
     """
     check_positive(passes=passes)
     require_metrics(metrics, tokenizer)
-    reading = read_pictures(
-        [item.picture for item in data.items],
-        source=data.source,
-        problems=data.problems,
-        skip_broken=skip_broken,
-    )
-    items = tuple(item for item in data.items if reading.whole([item.picture]))
-    if not items:
-        raise ConfigError(f"{data.source} has no picture that can be captioned")
+    items, reading = whole_captioned(data, skip_broken=skip_broken)
     references = {item.id: item.references for item in items}
     given = first_prompts(items, prompts)
     made: list[CaptionPass] = []
@@ -178,6 +170,24 @@ def evaluate_captions(
         passes=tuple(made),
         problems=reading.problems,
         fresh=asker.fresh,
+    )
+
+
+def whole_captioned(
+    data: CaptionSet, *, skip_broken: bool
+) -> tuple[tuple[CaptionItem, ...], Reading]:
+    """Items whose picture can be read, and what was found.
+
+    Raises:
+        ConfigError: There are problems and they are not to be skipped, or no item is left.
+    """
+    return whole_items(
+        data.items,
+        lambda item: [item.picture],
+        source=data.source,
+        problems=data.problems,
+        skip_broken=skip_broken,
+        otherwise="picture that can be captioned",
     )
 
 

@@ -26,7 +26,10 @@ def require_tokenizer(tokenizer: Tokenizer) -> None:
     """
     check_choice("tokenizer", tokenizer, get_args(Tokenizer))
     if tokenizer == "ptb":
-        require_java("the tokenizer 'ptb'", "or pass tokenizer='simple', whose numbers differ")
+        require_java(
+            "the tokenizer 'ptb'",
+            "or pass tokenizer='simple' (--tokenizer simple), whose numbers differ",
+        )
         require("pycocoevalcap.tokenizer.ptbtokenizer", extra="caption")
 
 

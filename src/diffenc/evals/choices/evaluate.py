@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from diffenc._version import __version__
-from diffenc.errors import ConfigError
 from diffenc.evals.answering.asking import opened_asker
 from diffenc.evals.answering.base import Answerer, Query
 from diffenc.evals.answering.paper import PublishedTable, published_table
-from diffenc.evals.answering.pictures import left_out, read_pictures
+from diffenc.evals.answering.pictures import left_out, whole_items
 from diffenc.evals.base import Problem
 from diffenc.evals.choices.base import ChoiceBenchmark, ChoiceItem
 from diffenc.evals.choices.extraction import Rule, extract_choice
@@ -168,18 +167,15 @@ def evaluate_choices(
         OutputError: The results file cannot be written.
         ShapeError: The model returns something else than one text per question.
     """
-    reading = read_pictures(
-        [picture for item in benchmark.items for picture in item.pictures],
+    items, reading = whole_items(
+        benchmark.items,
+        lambda item: item.pictures,
         source=benchmark.source,
         problems=benchmark.problems,
         skip_broken=skip_broken,
+        otherwise="question that can be asked",
+        keep=_whole_pairs if benchmark.score == "pairs" else tuple,
     )
-    items = [item for item in benchmark.items if reading.whole(item.pictures)]
-    if benchmark.score == "pairs":
-        sizes = Counter(item.group for item in items)
-        items = [item for item in items if sizes[item.group] == 2]
-    if not items:
-        raise ConfigError(f"{benchmark.source} has no question that can be asked")
     queries = [
         Query(item.id, item.pictures, item.text, None if prompts is None else prompts(item))
         for item in items
@@ -198,11 +194,16 @@ def evaluate_choices(
         model=model.name,
         description=dict(model.description),
         benchmark=benchmark,
-        items=tuple(items),
+        items=items,
         choices={item.id: _choice(item, answers[item.id], reader) for item in items},
         problems=reading.problems,
         fresh=asker.fresh,
     )
+
+
+def _whole_pairs(items: Sequence[ChoiceItem]) -> list[ChoiceItem]:
+    sizes = Counter(item.group for item in items)
+    return [item for item in items if sizes[item.group] == 2]
 
 
 def choice_table(evaluations: Sequence[ChoiceEvaluation], *, paper: bool | None = None) -> Table:

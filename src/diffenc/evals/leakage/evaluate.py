@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from diffenc._version import __version__
-from diffenc.errors import ConfigError
 from diffenc.evals.answering.asking import opened_asker
 from diffenc.evals.answering.base import Answerer
 from diffenc.evals.answering.paper import published_table
-from diffenc.evals.answering.pictures import left_out, read_pictures
+from diffenc.evals.answering.pictures import left_out
 from diffenc.evals.base import Problem
 from diffenc.evals.captioning.data import CaptionItem, CaptionSet
-from diffenc.evals.captioning.evaluate import QUESTION, caption_images
+from diffenc.evals.captioning.evaluate import QUESTION, caption_images, whole_captioned
 from diffenc.evals.captioning.metrics import (
     METRICS,
     TITLES,
@@ -141,15 +140,7 @@ def evaluate_leakage(
         The mismatched captions of the paper's table 6; how it draws them is not stated.
     """
     require_metrics(metrics, tokenizer)
-    reading = read_pictures(
-        [item.picture for item in data.items],
-        source=data.source,
-        problems=data.problems,
-        skip_broken=skip_broken,
-    )
-    items = tuple(item for item in data.items if reading.whole([item.picture]))
-    if not items:
-        raise ConfigError(f"{data.source} has no picture that can be captioned")
+    items, reading = whole_captioned(data, skip_broken=skip_broken)
     ids = [item.id for item in items]
     foreign = [
         dict(zip(ids, each.prompts, strict=True)) for each in mismatched_prompts(items, seed=seed)
@@ -216,7 +207,7 @@ def leakage_table(
         found = (each.against_prompt, each.floor, each.against_image)
         values = [f"{part.values[m]:.2f}" for part in found if part for m in metrics]
         rows.append((name, _readout(each.readout), *values))
-    if first.data.published if paper is None else paper:
+    if metrics and (first.data.published if paper is None else paper):
         plain = tuple(TITLES[metric] for metric in metrics)
         blank = ["–"] * (len(columns) - len(plain))
         rows += [

@@ -15,6 +15,7 @@ from diffenc.evals.llava_bench.judge import (
     OpenAIJudge,
     WordJudge,
 )
+from diffenc.evals.llava_bench.local_judge import LocalJudge
 from diffenc.evals.llava_bench.miniature import shapes_llava_bench
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Judge",
     "JudgeError",
     "LlavaBench",
+    "LocalJudge",
     "OpenAIJudge",
     "Review",
     "WordJudge",

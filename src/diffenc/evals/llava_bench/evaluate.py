@@ -11,7 +11,7 @@ from diffenc.errors import ConfigError
 from diffenc.evals.answering.asking import Asker, opened_asker
 from diffenc.evals.answering.base import Answerer, Query, check_positive, digest_of
 from diffenc.evals.answering.paper import published_table
-from diffenc.evals.answering.pictures import left_out, read_pictures
+from diffenc.evals.answering.pictures import left_out, whole_items
 from diffenc.evals.base import Problem
 from diffenc.evals.inspection import Progress
 from diffenc.evals.llava_bench.data import CATEGORIES, BenchItem, LlavaBench
@@ -166,15 +166,14 @@ def evaluate_llava_bench(
     check_positive(attempts=attempts)
     if model.name == judge.name:
         raise ConfigError(f"model and judge are both called {judge.name!r}; rename one of them")
-    reading = read_pictures(
-        [item.picture for item in benchmark.items],
+    items, reading = whole_items(
+        benchmark.items,
+        lambda item: [item.picture],
         source=benchmark.source,
         problems=benchmark.problems,
         skip_broken=skip_broken,
+        otherwise="question that can be asked",
     )
-    items = tuple(item for item in benchmark.items if reading.whole([item.picture]))
-    if not items:
-        raise ConfigError(f"{benchmark.source} has no question that can be asked")
     queries = [
         Query(item.id, (item.picture,), item.question, None if prompts is None else prompts(item))
         for item in items

@@ -174,6 +174,31 @@ class OpenAIJudge:
         sampling = {"temperature": self.temperature, "max_tokens": self.max_tokens}
         return {"judge": self.model, **sampling, **self.options}
 
+    def check(self) -> None:
+        """Find out whether the service can be reached and takes the key; it costs nothing.
+
+        Raises:
+            ConfigError: It cannot, or does not.
+        """
+        request = urllib.request.Request(f"{self.url.rstrip('/')}/models", headers=self._headers())
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout):
+                pass
+        except urllib.error.HTTPError as error:
+            error.close()
+            if error.code == 401:  # others may mean that it keeps no list of models
+                raise ConfigError(
+                    f"{self.url} refuses the key in {self.key_variable} (401)"
+                    if self.key_variable
+                    else f"{self.url} wants a key (401): name the environment variable that has it"
+                ) from error
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"the judge at {self.url} cannot be reached: {error}") from error
+
+    def _headers(self) -> dict[str, str]:
+        key = os.environ.get(self.key_variable) if self.key_variable else None
+        return {"Authorization": f"Bearer {key}"} if key else {}
+
     def review(self, case: Case) -> str:
         """The model's reply.
 
@@ -193,13 +218,10 @@ class OpenAIJudge:
             **self.options,
         }
         body = {name: value for name, value in body.items() if value is not None}
-        headers = {"Content-Type": "application/json"}
-        if self.key_variable and (key := os.environ.get(self.key_variable)):
-            headers["Authorization"] = f"Bearer {key}"
         request = urllib.request.Request(
             f"{self.url.rstrip('/')}/chat/completions",
             data=json.dumps(body).encode(),
-            headers=headers,
+            headers={"Content-Type": "application/json", **self._headers()},
             method="POST",
         )
         try:
