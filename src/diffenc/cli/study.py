@@ -1,20 +1,12 @@
 """`diffenc study`: experiments as one command each, written as tables and pictures."""
 
-import json
-import os
-import platform
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from diffenc._version import __version__
 from diffenc.cli.encode import parse_timestep
-from diffenc.cli.files import check_output, write_whole
 from diffenc.cli.noted import NotedCommand, command_line
 from diffenc.cli.options import (
     Debug,
@@ -25,18 +17,23 @@ from diffenc.cli.options import (
     to_device,
     to_dtype,
 )
+from diffenc.cli.study_options import Backbone, Output, Quick, Seeds
+from diffenc.cli.study_run import (
+    made_with,
+    output_paths,
+    progress_bar,
+    say_written,
+    write_study,
+)
+from diffenc.cli.study_vlm import add_studies
 from diffenc.cli.tables import print_table
-from diffenc.errors import OutputError
 
 if TYPE_CHECKING:
-    from diffenc.studies.features import Progress
     from diffenc.studies.parts_results import PartStudy
     from diffenc.studies.results import FeatureStudy
 
 study = typer.Typer(help="Experiments with a model, written as tables and pictures.")
 
-_NAME = "features"
-_PARTS = "parts"
 _QUICK = {"scenes": 30, "seeds": 1, "reader_epochs": 2, "rank": 2}
 
 
@@ -47,23 +44,8 @@ def _several() -> None:
 
 @study.command(cls=NotedCommand)
 def features(
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output", "-o", metavar="FOLDER", help="Gets features.md, .json and .png; is made."
-        ),
-    ] = Path("feature-study"),
-    backbone: Annotated[
-        str,
-        typer.Option(
-            "--backbone",
-            "--model",
-            "-b",
-            "-m",
-            metavar="NAME",
-            help="Alias, Hub id or diffusers folder; see diffenc info.",
-        ),
-    ] = "shapes",
+    output: Output = Path("feature-study"),
+    backbone: Backbone = "shapes",
     taps: Annotated[
         list[str] | None,
         typer.Option(
@@ -84,7 +66,7 @@ def features(
     focus_scenes: Annotated[
         int, typer.Option(help="Per seed, for where a text acts; 0 leaves that out.")
     ] = 60,
-    seeds: Annotated[int, typer.Option(help="Repetitions with other scenes and noise.")] = 3,
+    seeds: Seeds = 3,
     size: Annotated[
         int | None, typer.Option(metavar="PIXELS", help="Side; default the model's own.")
     ] = None,
@@ -101,10 +83,7 @@ def features(
     some minutes with the bundled model on one core.
     """
     steps = None if timesteps is None else parse_timestep(timesteps)
-    paths = {suffix: output / f"{_NAME}{suffix}" for suffix in (".md", ".json", ".png")}
-    _make_folder(output)
-    for suffix, path in paths.items():
-        check_output(path, suffixes=(suffix,), force=force)
+    paths = output_paths(output, "features", (".md", ".json", ".png"), force=force)
     conditionings = tuple(name.strip() for name in texts.split(",") if name.strip())
 
     from diffenc.studies.features import TIMESTEPS, study_features
@@ -112,7 +91,7 @@ def features(
 
     quiet_libraries()
     start = time.perf_counter()
-    with _progress() as progress:
+    with progress_bar() as progress:
         found = study_features(
             backbone,
             taps=[name for entry in taps for name in entry.split(",") if name] if taps else None,
@@ -127,42 +106,25 @@ def features(
             dtype=to_dtype(dtype),
             progress=progress,
         )
-    made_with = _made_with(time.perf_counter() - start, device)
+    made = made_with(time.perf_counter() - start, device)
     page = to_markdown(
         found,
         command=command_line(),
-        made_with=made_with,
+        made_with=made,
         picture=paths[".png"].name,
     )
-    content = json.dumps({"made_with": made_with, **found.to_dict()}, indent=1) + "\n"
-    write_whole(paths[".json"], lambda path: path.write_text(content, encoding="utf-8"))
-    write_whole(paths[".png"], heat_map(found).save)
-    write_whole(paths[".md"], lambda path: path.write_text(page, encoding="utf-8"))
+    content = {"made_with": made, **found.to_dict()}
+    write_study(paths, page=page, content=content, draw=heat_map(found).save)
     _print_study(found)
     if found.model == "shapes":
         typer.echo("The bundled model knows coloured shapes only; so do the scenes of this study.")
-    typer.echo(f"wrote {', '.join(map(str, paths.values()))}")
+    say_written(paths)
 
 
 @study.command(cls=NotedCommand)
 def parts(
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output", "-o", metavar="FOLDER", help="Gets parts.md and parts.json; is made."
-        ),
-    ] = Path("part-study"),
-    backbone: Annotated[
-        str,
-        typer.Option(
-            "--backbone",
-            "--model",
-            "-b",
-            "-m",
-            metavar="NAME",
-            help="Alias, Hub id or diffusers folder; see diffenc info.",
-        ),
-    ] = "shapes",
+    output: Output = Path("part-study"),
+    backbone: Backbone = "shapes",
     clip: Annotated[
         str,
         typer.Option(
@@ -170,13 +132,11 @@ def parts(
         ),
     ] = "shapes-clip",
     scenes: Annotated[int, typer.Option(help="Per seed; 30 or more.")] = 360,
-    seeds: Annotated[int, typer.Option(help="Repetitions with other scenes and noise.")] = 3,
+    seeds: Seeds = 3,
     rank: Annotated[int, typer.Option(help="Of LoRA.")] = 8,
     epochs: Annotated[int, typer.Option(help="Of LoRA over the questions.")] = 1,
     batch_size: Annotated[int, typer.Option(help="Rows per pass of the U-Net.")] = 16,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Tiny: shows that it runs, and no more.")
-    ] = False,
+    quick: Quick = False,
     device: Device = "auto",
     dtype: Dtype = "float32",
     force: Force = False,
@@ -187,10 +147,7 @@ def parts(
     Small readers answer questions about held-out scenes of coloured shapes from the tokens of each
     part. Takes up to ten minutes with the bundled model on one core.
     """
-    paths = {suffix: output / f"{_PARTS}{suffix}" for suffix in (".md", ".json")}
-    _make_folder(output)
-    for suffix, path in paths.items():
-        check_output(path, suffixes=(suffix,), force=force)
+    paths = output_paths(output, "parts", (".md", ".json"), force=force)
 
     from diffenc.studies.parts import study_parts
     from diffenc.studies.parts_report import to_markdown
@@ -198,7 +155,7 @@ def parts(
     quiet_libraries()
     start = time.perf_counter()
     options = {"scenes": scenes, "seeds": seeds, "rank": rank, "epochs": epochs}
-    with _progress("passes") as progress:
+    with progress_bar("passes") as progress:
         found = study_parts(
             backbone,
             clip=None if clip == "none" else clip,
@@ -208,58 +165,14 @@ def parts(
             progress=progress,
             **{**options, **(_QUICK if quick else {})},
         )
-    made_with = _made_with(time.perf_counter() - start, device)
-    page = to_markdown(found, command=command_line(), made_with=made_with)
-    content = json.dumps({"made_with": made_with, **found.to_dict()}, indent=1) + "\n"
-    write_whole(paths[".json"], lambda path: path.write_text(content, encoding="utf-8"))
-    write_whole(paths[".md"], lambda path: path.write_text(page, encoding="utf-8"))
+    made = made_with(time.perf_counter() - start, device)
+    page = to_markdown(found, command=command_line(), made_with=made)
+    write_study(paths, page=page, content={"made_with": made, **found.to_dict()})
     _print_parts(found)
-    typer.echo(f"wrote {', '.join(map(str, paths.values()))}")
+    say_written(paths)
 
 
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make the folder {folder}: {error.strerror}") from error
-
-
-def _made_with(seconds: float, device: str) -> str:
-    """Versions, kind of hardware and time."""
-    import diffusers
-    import torch
-
-    where = to_device(device)
-    hardware = (
-        torch.cuda.get_device_name(where)
-        if where.type == "cuda"
-        else f"{where.type} ({platform.machine()}, {torch.get_num_threads()} of "
-        f"{os.cpu_count()} cores)"
-    )
-    return (
-        f"diffenc {__version__}, torch {torch.__version__}, diffusers {diffusers.__version__}; "
-        f"{hardware}; {seconds / 60:.1f} minutes."
-    )
-
-
-@contextmanager
-def _progress(what: str = "scenes") -> "Iterator[Progress | None]":
-    """A bar on a terminal, nothing anywhere else."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        *Progress.get_default_columns()[:2],
-        MofNCompleteColumn(),
-        TextColumn(what),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("reading", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+add_studies(study)
 
 
 def _print_study(found: "FeatureStudy") -> None:

@@ -1,0 +1,134 @@
+"""What the commands under `diffenc study` share: files, a bar, what a study was made with."""
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from diffenc._version import __version__
+from diffenc.cli.files import check_output, write_whole
+from diffenc.cli.options import to_device
+from diffenc.errors import OutputError
+
+Progress = Callable[[int, int], None]
+"""Told what is done, and of how much."""
+
+
+def output_paths(
+    folder: Path, name: str, suffixes: Sequence[str], *, force: bool
+) -> dict[str, Path]:
+    """The files of a study, by suffix, found out to be writable; the folder is made.
+
+    Raises:
+        OutputError: They cannot be written, or exist.
+    """
+    make_folder(folder)
+    paths = {suffix: folder / f"{name}{suffix}" for suffix in suffixes}
+    for suffix, path in paths.items():
+        check_output(path, suffixes=(suffix,), force=force)
+    return paths
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it.
+
+    Raises:
+        OutputError: It cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make the folder {folder}: {error.strerror}") from error
+
+
+def write_study(
+    paths: Mapping[str, Path],
+    *,
+    page: str,
+    content: Mapping[str, Any],
+    draw: Callable[[Path], object] | None = None,
+) -> None:
+    """Write a study's page, its numbers and its picture, and say where.
+
+    Raises:
+        OutputError: They cannot be written.
+    """
+    text = json.dumps(content, indent=1) + "\n"
+    write_whole(paths[".json"], lambda path: path.write_text(text, encoding="utf-8"))
+    if draw is not None:
+        write_whole(paths[".png"], draw)
+    write_whole(paths[".md"], lambda path: path.write_text(page, encoding="utf-8"))
+
+
+def made_with(seconds: float, device: str) -> str:
+    """Versions, kind of hardware and time."""
+    import diffusers
+    import torch
+
+    where = to_device(device)
+    hardware = (
+        torch.cuda.get_device_name(where)
+        if where.type == "cuda"
+        else f"{where.type} ({platform.machine()}, {torch.get_num_threads()} of "
+        f"{os.cpu_count()} cores)"
+    )
+    return (
+        f"diffenc {__version__}, torch {torch.__version__}, diffusers {diffusers.__version__}; "
+        f"{hardware}; {seconds / 60:.1f} minutes."
+    )
+
+
+@contextmanager
+def progress_bar(what: str = "scenes") -> Iterator[Progress | None]:
+    """A bar that counts on a terminal, nothing anywhere else."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        *Progress.get_default_columns()[:2],
+        MofNCompleteColumn(),
+        TextColumn(what),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("reading", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def work_bar() -> Iterator[Callable[[float, float, str], None] | None]:
+    """A bar that names what is being done on a terminal, nothing anywhere else."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+    from rich.progress import TimeRemainingColumn as TimeLeft
+
+    columns: tuple[Any, ...] = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeLeft(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("looking at what is there", total=None)
+
+        def tell(done: float, total: float, what: str) -> None:
+            bar.update(task, completed=done, total=total, description=what)
+
+        yield tell
+
+
+def say_written(paths: Mapping[str, Path]) -> None:
+    """Name the files."""
+    typer.echo(f"wrote {', '.join(map(str, paths.values()))}")

@@ -1,0 +1,204 @@
+"""What a study will take, before it begins."""
+
+import math
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from diffenc.studies.vlm.measure import CAPTION_TOKENS
+from diffenc.studies.vlm.plan import Measurement, StudyPlan
+from diffenc.studies.vlm.trainings import Training, check_config
+from diffenc.studies.vlm.workshop import Workshop
+from diffenc.train.build import build_vlm
+from diffenc.train.config import TrainConfig
+from diffenc.train.data import collate
+from diffenc.train.stages import check_data, make_dataset
+
+_BACKWARD = 3.0
+"""Of a trained encoder, against its forward pass alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Seconds, measured or assumed.
+
+    Attributes:
+        encode: Of a picture, once through the U-Net.
+        learn: Of a sample, through the language model and back.
+        answer: Of an answer, without the picture.
+    """
+
+    encode: float = 0.03
+    learn: float = 0.02
+    answer: float = 0.04
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A training or a measurement with one seed.
+
+    Attributes:
+        what: "train" or "measure".
+        name: Names of the training and, for "measure", of the measurement.
+        count: Steps, or answers.
+        seconds: Estimated.
+    """
+
+    what: str
+    name: tuple[str, ...]
+    count: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """All pieces of one seed, and what they weigh.
+
+    Attributes:
+        pieces: Of one seed.
+        seeds: How many.
+        units: Seconds by piece and seed.
+    """
+
+    pieces: tuple[Piece, ...]
+    seeds: int
+    units: Mapping[tuple[str, ...], float]
+
+    @property
+    def total(self) -> float:
+        """Seconds of everything."""
+        return sum(self.units.values())
+
+
+def work_of(plan: StudyPlan, missing: Collection[str] = (), costs: Costs | None = None) -> Work:
+    """What has to be done if nothing is there yet.
+
+    Args:
+        plan: Of the study.
+        missing: Trainings that cannot be done.
+        costs: Measured ones; None assumes some, which weigh a progress bar well enough.
+    """
+    costs = costs or Costs()
+    pieces = [
+        _training(plan, training, costs)
+        for training in plan.trainings.values()
+        if training.name not in missing
+    ]
+    pieces += [
+        _measurement(plan, training.name, measurement, costs)
+        for training, measurement in plan.pairs()
+        if training.name not in missing and measurement.writer not in missing
+    ]
+    units = {
+        (*piece.name, str(seed)): piece.seconds for piece in pieces for seed in range(plan.seeds)
+    }
+    return Work(tuple(pieces), plan.seeds, units)
+
+
+def measure_costs(workshop: Workshop) -> Costs:
+    """Time a few pictures and a batch with the dearest of the encoders; takes some seconds.
+
+    Raises:
+        BackboneError: A model is missing.
+    """
+    plan = workshop.plan
+    missing = workshop.missing()
+    possible = [name for name in plan.trainings if name not in missing]
+    configs = [check_config(plan.trainings, plan.shared, name) for name in possible]
+    dearest = max(zip(configs, possible, strict=True), key=lambda pair: _halves(pair[0]))[1]
+    config = _of_first_stage(workshop, dearest)
+    device = workshop.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    vlm = build_vlm(config, device=device)
+    samples, _ = check_data(config)
+    batch = min(config.optimizing.device_batch_size, 16, len(samples))
+    dataset = make_dataset(config, vlm, samples[: 2 * batch], as_files=False)
+    rows = [dataset[index] for index in range(len(dataset))]
+    vlm.train()
+
+    def encode(part: list[Any]) -> list[Any]:
+        pictures = [picture for row in part for picture in row["images"]]
+        prompts = [row["prompt"] for row in part for _ in row["images"]]
+        return list(vlm.encode_images(pictures, prompts))
+
+    def learn(part: list[Any], tokens: list[Any]) -> None:
+        batched = {**collate(part), "images": None, "prompts": None}
+        vlm(**{k: _on(v, device) for k, v in batched.items()}, image_tokens=tokens).loss.backward()
+
+    with torch.no_grad():
+        encode(rows[:2])  # what is loaded or compiled once
+        start = time.perf_counter()
+        tokens = encode(rows[batch:]) if len(rows) > batch else encode(rows)
+        encoding = (time.perf_counter() - start) / len(tokens)
+    used = rows[batch:] if len(rows) > batch else rows
+    learn(used, tokens)
+    start = time.perf_counter()
+    learn(used, tokens)
+    learning = (time.perf_counter() - start) / len(used)
+    start = time.perf_counter()
+    shown = [row["images"] for row in used]
+    vlm.generate(
+        shown,
+        ["what is this?"] * len(used),
+        [row["prompt"] for row in used],
+        max_new_tokens=CAPTION_TOKENS,
+    )
+    answering = (time.perf_counter() - start) / len(used)
+    halves = max(1, _halves(config))  # a plan may have no diffusion model at all
+    return Costs(encoding / halves, learning, max(answering - encoding, 1e-3))
+
+
+def _of_first_stage(workshop: Workshop, name: str) -> TrainConfig:
+    """Of the training, or of that it starts from: a model that is not there cannot be timed."""
+    return workshop.config(workshop.plan.ancestors(name)[0], 0)
+
+
+def _training(plan: StudyPlan, training: Training, costs: Costs) -> Piece:
+    config = check_config(plan.trainings, plan.shared, training.name)
+    optim, scenes = config.optimizing, plan.data.scenes
+    samples = scenes * optim.epochs
+    steps = math.ceil(scenes / optim.batch_size) * optim.epochs
+    halves = _halves(config)
+    if config.data.cache == "off":
+        encoded = samples * _BACKWARD
+    else:
+        encoded = scenes * min(_prompts_of(training.prompts, plan.data.turns), optim.epochs)
+    seconds = encoded * halves * costs.encode + samples * costs.learn
+    return Piece("train", (training.name,), steps, seconds)
+
+
+def _measurement(plan: StudyPlan, training: str, measurement: Measurement, costs: Costs) -> Piece:
+    config = check_config(plan.trainings, plan.shared, training, options=measurement.options)
+    answers = measurement.items * measurement.passes
+    answers *= {"leakage": 2, "mmvp": 12}.get(measurement.kind, 1)
+    asked = answers * (1 + (measurement.writer is not None))
+    seconds = asked * (_halves(config) * costs.encode + costs.answer)
+    return Piece("measure", (training, measurement.name), answers, seconds)
+
+
+def _halves(config: TrainConfig) -> int:
+    """Passes of the U-Net a picture."""
+    if config.model.kind == "vision":
+        return 0
+    return 2 if config.model.options.get("conditioning") in ("cfg", "concat") else 1
+
+
+def _prompts_of(policy: str, turns: int) -> int:
+    """Different prompts of a picture."""
+    source, *changes = policy.replace(" ", "").split("|")
+    drawn = 1
+    if "question" in source.split("+"):
+        drawn *= turns
+    if "caption" in source.split("+"):
+        drawn *= 5
+    if any(change.startswith("dropout") for change in changes):
+        drawn += 1
+    if any(change.startswith("noisy") for change in changes):
+        drawn = 1000  # hardly two alike
+    return drawn
+
+
+def _on(value: Any, device: Any) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value

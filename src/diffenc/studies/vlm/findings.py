@@ -1,0 +1,135 @@
+"""Whether a finding of the paper holds here: decided by the figures alone, by one stated rule."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from diffenc.studies.results import Spread
+from diffenc.studies.vlm.claims import Claim, Key
+
+Verdict = Literal["holds", "does not show", "opposite", "undecided", "not run"]
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
+
+RULE = """\
+A finding is one comparison or several, each of a difference that is claimed to be above 0. It is \
+taken per seed, and compared with what its deviation over seeds allows: with mean m and sample \
+deviation d over n seeds, the comparison **holds** where m exceeds t d / √n, is the **opposite** \
+where m is below -t d / √n, and else **does not show**; t is the limit of Student's distribution \
+with n - 1 degrees of freedom for one-sided 5 % (2.92 for three seeds). A finding holds where all \
+its comparisons do, is the opposite where one of them is, and else does not show. One seed has no \
+deviation: then a finding is **undecided**. Comparisons are not corrected for their number: of \
+twenty that mean nothing, one may seem to hold."""
+
+_LIMITS = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833)
+"""Of Student's distribution, one-sided 5 %, for 1 to 9 degrees of freedom."""
+_NEAR_LIMIT = 3.0
+"""Points of 100."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What the paper found, and what would show it here.
+
+    Attributes:
+        statement: In a sentence.
+        paper: What stands in the paper, with its place.
+        claims: All of them must hold.
+        if_not: Likely reason why it may not show in miniature.
+    """
+
+    statement: str
+    paper: str
+    claims: tuple[Claim, ...]
+    if_not: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A comparison, decided.
+
+    Attributes:
+        claim: As it was written.
+        excess: By how much it is so, per seed; None where a figure is missing.
+        limit: What the mean must exceed; None of a single seed.
+        verdict: By the rule.
+        sides: The figures that were compared.
+    """
+
+    claim: str
+    excess: Spread | None
+    limit: float | None
+    verdict: Verdict
+    sides: dict[str, Spread]
+
+
+@dataclass(frozen=True, slots=True)
+class DecidedFinding:
+    """A finding, decided.
+
+    Attributes:
+        finding: As the plan has it.
+        decisions: One per claim.
+        verdict: By the rule.
+        at_limit: Figures at an end of their scale, where no difference can show.
+    """
+
+    finding: Finding
+    decisions: tuple[Decision, ...]
+    verdict: Verdict
+    at_limit: tuple[str, ...] = ()
+
+
+def decide(finding: Finding, figure: Callable[[Key], Spread | None]) -> DecidedFinding:
+    """Apply the rule to a finding.
+
+    Args:
+        finding: From the plan.
+        figure: Gives a figure per seed, or None where it was not measured.
+    """
+    decisions = tuple(decide_claim(claim, figure) for claim in finding.claims)
+    verdicts = {each.verdict for each in decisions}
+    weakest: tuple[Verdict, ...] = ("not run", "undecided", "opposite", "does not show")
+    verdict: Verdict = next((each for each in weakest if each in verdicts), "holds")
+    at_limit = () if verdict in ("holds", "not run") else tuple(_at_a_limit(decisions))
+    return DecidedFinding(finding, decisions, verdict, at_limit)
+
+
+def decide_claim(claim: Claim, figure: Callable[[Key], Spread | None]) -> Decision:
+    """Apply the rule to a comparison."""
+    sides = {"/".join(key): found for key in claim.keys if (found := figure(key)) is not None}
+    excess = claim.excess(figure)
+    if excess is None:
+        return Decision(claim.text, None, None, "not run", sides)
+    limit = limit_of(excess)
+    if limit is None:
+        return Decision(claim.text, excess, None, "undecided", sides)
+    verdict: Verdict = "does not show"
+    if excess.mean > limit:
+        verdict = "holds"
+    elif excess.mean < -limit:
+        verdict = "opposite"
+    return Decision(claim.text, excess, limit, verdict, sides)
+
+
+def limit_of(excess: Spread) -> float | None:
+    """What the mean of a difference must exceed, from its deviation over seeds."""
+    if excess.deviation is None:
+        return None
+    count = len(excess.values)
+    t = _LIMITS[min(count - 1, len(_LIMITS)) - 1]
+    return t * excess.deviation / math.sqrt(count)
+
+
+def _at_a_limit(decisions: tuple[Decision, ...]) -> list[str]:
+    """Figures that have no room left: names and means."""
+    found = {}
+    for decision in decisions:
+        if decision.verdict == "holds":
+            continue
+        for name, spread in decision.sides.items():
+            if name.rpartition("/")[2].startswith("cider"):  # has no end
+                continue
+            if not _NEAR_LIMIT <= spread.mean <= 100 - _NEAR_LIMIT:
+                found[name] = f"{name} ({spread.mean:.1f})"
+    return list(found.values())

@@ -1,0 +1,81 @@
+"""What a study found, as plain values."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from diffenc.studies.results import Spread
+from diffenc.studies.vlm.claims import Key
+from diffenc.studies.vlm.findings import DecidedFinding
+from diffenc.studies.vlm.plan import StudyPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """What was measured of one training.
+
+    Attributes:
+        training: Its name.
+        measurement: Its name.
+        figures: By name; None where some seed gave none.
+        examples: Of the first seed: what the encoder was given, and what was said.
+    """
+
+    training: str
+    measurement: str
+    figures: Mapping[str, Spread | None]
+    examples: tuple[Mapping[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class VlmStudy:
+    """A study that was run.
+
+    Attributes:
+        plan: What was asked for.
+        cells: What was measured, by training and measurement.
+        findings: Decided.
+        missing: Trainings that could not be done, with the reason.
+        trained: How many trainings there are, seeds counted.
+        fresh: How many of them were done now; the others were there already.
+    """
+
+    plan: StudyPlan
+    cells: tuple[Cell, ...]
+    findings: tuple[DecidedFinding, ...]
+    missing: Mapping[str, str] = field(default_factory=dict)
+    trained: int = 0
+    fresh: int = 0
+
+    def figure(self, key: Key) -> Spread | None:
+        """A figure by training, measurement and name; None where there is none."""
+        return find_figure(self.cells, key)
+
+    def cell(self, training: str, measurement: str) -> Cell | None:
+        """What was measured of a training; None where nothing was."""
+        return find_cell(self.cells, training, measurement)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every number, as JSON holds it."""
+        return {
+            "plan": self.plan.to_dict(),
+            "cells": [asdict(cell) for cell in self.cells],
+            "findings": [asdict(each) for each in self.findings],
+            "missing": dict(self.missing),
+            "trained": self.trained,
+            "fresh": self.fresh,
+        }
+
+
+def find_cell(cells: tuple[Cell, ...], training: str, measurement: str) -> Cell | None:
+    """What was measured of a training; None where nothing was."""
+    for cell in cells:
+        if (cell.training, cell.measurement) == (training, measurement):
+            return cell
+    return None
+
+
+def find_figure(cells: tuple[Cell, ...], key: Key) -> Spread | None:
+    """A figure by training, measurement and name; None where there is none."""
+    cell = find_cell(cells, key[0], key[1])
+    return None if cell is None else cell.figures.get(key[2])

@@ -1,0 +1,176 @@
+"""Tables of a study: for the terminal and for its page."""
+
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from diffenc.studies.results import Spread
+from diffenc.studies.vlm.plan import FIGURES, Measurement, StudyPlan
+from diffenc.studies.vlm.prompting import parse_prompting
+from diffenc.studies.vlm.results import VlmStudy
+from diffenc.studies.vlm.trainings import check_config
+from diffenc.train.config import TrainConfig
+
+KINDS: Mapping[str, str] = {
+    "captions": "Captions of held-out pictures",
+    "leakage": "Captions under the caption of another picture",
+    "answers": "Answers to questions about held-out pictures",
+    "mmvp": "Pairs of near-same pictures, as in MMVP",
+}
+MEANINGS: Mapping[str, str] = {
+    "captions": (
+        "named: of the objects in the pictures, those that captions name by colour and shape; "
+        "objects: of the objects that captions name, those that are there; right: captions that "
+        "are true from end to end; relations: of the captions that say how two objects lie, those "
+        "that say it right; all in percent. cider: CIDEr times 100 against five true captions, "
+        "with a tokenizer that needs no Java, so that it does not compare with the paper's."
+    ),
+    "leakage": (
+        "read: how much of the foreign prompt is said, 0 to 100, less what is said of it under "
+        "another foreign prompt (said less base); named and right: as for captions, of the picture "
+        "itself; cider: against the foreign prompt, as in the paper's table 6."
+    ),
+    "answers": (
+        "Percent of answers that are right, of all and by what is asked for; kinds of questions "
+        "take turns. guess: what the most frequent answer of each kind would reach."
+    ),
+    "mmvp": (
+        "pairs: percent of pairs with both answers right, the benchmark's own number; questions: "
+        "percent of single answers; chance: pairs by guessing."
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """A table as text.
+
+    Attributes:
+        title: Over it.
+        columns: Heads.
+        rows: One entry per column.
+        note: Under it.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+
+def figure_tables(study: VlmStudy) -> list[Lines]:
+    """One table per kind of measurement: trainings and measurements down, figures across."""
+    return [_figures(study, kind) for kind in FIGURES if _of_kind(study.plan, kind)]
+
+
+def finding_table(study: VlmStudy) -> Lines:
+    """Findings down, each with its verdict."""
+    rows = tuple((each.finding.statement, each.verdict) for each in study.findings)
+    return Lines("Findings of the paper", ("finding", "here"), rows)
+
+
+def training_table(plan: StudyPlan) -> Lines:
+    """What was trained."""
+    rows = []
+    for training in plan.trainings.values():
+        config = check_config(plan.trainings, plan.shared, training.name)
+        optim = config.optimizing
+        steps = -(-plan.data.scenes // optim.batch_size) * optim.epochs
+        start = plan.trainings[training.start].label if training.start else "–"
+        schedule = f"{steps} of {optim.batch_size}, rate {optim.learning_rate:g}"
+        what = {"align": "captions", "instruct": "conversations"}[training.learns_from]
+        parts = _learning(config)
+        rows.append((training.label, what, parts, start, training.prompts, schedule))
+    columns = ("training", "learns", "what is trained", "starts from", "prompts", "steps")
+    return Lines("Trainings", columns, tuple(rows))
+
+
+def measurement_table(plan: StudyPlan) -> Lines:
+    """What was measured."""
+    rows = []
+    for each in plan.measurements.values():
+        prompts = _prompts(plan, each)
+        options = ", ".join(f"{key} = {value}" for key, value in each.options.items())
+        many = f"{each.items} pairs a pattern" if each.kind == "mmvp" else f"{each.items} pictures"
+        passes = f", {each.passes} passes" if each.passes > 1 else ""
+        rows.append((each.label, each.kind, prompts, f"{many}{passes}", options or "–"))
+    columns = ("measurement", "kind", "prompt of the encoder", "a seed", "options")
+    return Lines("Measurements", columns, tuple(rows))
+
+
+def number(spread: Spread | None) -> str:
+    """Mean and deviation; "–" of nothing."""
+    if spread is None:
+        return "–"
+    deviation = "" if spread.deviation is None else f" ± {spread.deviation:.1f}"
+    return f"{spread.mean:.1f}{deviation}"
+
+
+def signed(spread: Spread | None) -> str:
+    """Mean and deviation of a difference; "–" of nothing."""
+    if spread is None:
+        return "–"
+    deviation = "" if spread.deviation is None else f" ± {spread.deviation:.1f}"
+    return f"{spread.mean:+.1f}{deviation}"
+
+
+def markdown(table: Lines) -> Iterator[str]:
+    """Lines of Markdown."""
+    yield f"| {' | '.join(table.columns)} |"
+    yield f"| {' | '.join(['---'] * len(table.columns))} |"
+    for row in table.rows:
+        yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |"
+    if table.note:
+        yield ""
+        yield textwrap.fill(table.note, 100)
+
+
+def _figures(study: VlmStudy, kind: str) -> Lines:
+    plan = study.plan
+    names = list(FIGURES[kind])
+    rows = []
+    for training, measurement in plan.pairs():
+        cell = study.cell(training.name, measurement.name)
+        if measurement.kind != kind or cell is None:
+            continue
+        for number_, suffix in _passes(measurement):
+            label = f"{measurement.label}{number_}"
+            values = [cell.figures.get(f"{name}{suffix}") for name in names]
+            rows.append((training.label, label, *map(number, values)))
+    shown = [k for k in range(len(names)) if any(row[k + 2] != "–" for row in rows)]
+    columns = ("training", "prompt or measurement", *(names[k] for k in shown))
+    kept = tuple((*row[:2], *(row[k + 2] for k in shown)) for row in rows)
+    return Lines(KINDS[kind], columns, kept, MEANINGS[kind])
+
+
+def _passes(measurement: Measurement) -> list[tuple[str, str]]:
+    """What is added to the label and to the names of figures, per pass."""
+    if measurement.passes == 1:
+        return [("", "")]
+    return [(f", pass {k}", f".{k}") for k in range(1, measurement.passes + 1)]
+
+
+def _learning(config: TrainConfig) -> str:
+    """Names of the parts that train."""
+    adapt = config.adapting
+    parts = ["projector"]
+    if adapt.language_model != "none":
+        lora = " (LoRA)" if adapt.language_model == "lora" else ""
+        parts.append(f"language model{lora}")
+    parts += ["LoRA on the U-Net"] * bool(adapt.unet_rank)
+    parts += ["captioner"] * bool(config.model.captioner)
+    return ", ".join(parts)
+
+
+def _of_kind(plan: StudyPlan, kind: str) -> bool:
+    return any(each.kind == kind for each in plan.measurements.values())
+
+
+def _prompts(plan: StudyPlan, measurement: Measurement) -> str:
+    if measurement.kind == "leakage":
+        return "a caption of another picture"
+    wanted = parse_prompting(measurement.prompts)
+    parts = ["the question"] * wanted.question + ["a true caption"] * wanted.oracle
+    if wanted.writer is not None:
+        parts.append(f"the caption by {plan.trainings[wanted.writer].label}")
+    return " and ".join(parts) or "none"

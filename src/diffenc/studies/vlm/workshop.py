@@ -1,0 +1,303 @@
+"""Trainings of studies in a folder: each is done once, goes on after a kill, and is shared.
+
+What a training is, is said by a digest of everything that its result depends on. Studies that need
+the same training find it, whatever they call it.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffenc._version import __version__
+from diffenc.errors import BackboneError, ConfigError, OutputError
+from diffenc.studies.vlm.plan import StudyPlan
+from diffenc.studies.vlm.trainings import make_config, merged_model
+from diffenc.train.config import TrainConfig
+from diffenc.train.miniature import write_miniature
+from diffenc.train.stages import MODEL_FOLDER, train
+from diffenc.vlm.files import is_saved
+from diffenc.vlm.language import bundled_language_model, load_language_model
+from diffenc.vlm.vision import VisionTokens
+
+_WHAT_FILE = "what.json"
+_TOKENS = "tokens"
+# What a result does not depend on.
+_FREE = ("output", "save_steps", "keep", "log_steps")
+_FREE_DATA = ("annotations", "images", "cache", "cache_dir", "cache_gb", "workers")
+
+Step = Callable[[int, int], None]
+"""Told steps done and steps in all."""
+
+
+class Workshop:
+    """The work folder of a study.
+
+    Args:
+        plan: What is trained.
+        folder: Is made where it is missing; studies may share it.
+        device: Where models run; None is CUDA where there is one, and else the CPU.
+
+    Attributes:
+        fresh: Trainings that were done, or finished, by this object.
+
+    Raises:
+        OutputError: The folder cannot be made.
+    """
+
+    def __init__(
+        self,
+        plan: StudyPlan,
+        folder: "str | os.PathLike[str]",
+        *,
+        device: str | torch.device | None = None,
+    ) -> None:
+        self.plan, self.folder, self.device = plan, Path(folder), device
+        self.fresh: list[str] = []
+        self._prints: dict[str, str] = {}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot make the folder {self.folder}: {error.strerror}") from error
+
+    def data(self) -> dict[str, Path]:
+        """Pictures and conversations, written once.
+
+        Raises:
+            OutputError: The folder cannot be written.
+        """
+        told = self.plan.data
+        target = self.folder / f"shapes-{told.scenes}-{told.seed}-{told.turns}"
+        if not target.is_dir():
+            partial = self.folder / f".{os.getpid()}.{target.name}.partial"
+            write_miniature(partial, scenes=told.scenes, seed=told.seed, turns=told.turns)
+            try:
+                partial.rename(target)
+            except OSError:
+                shutil.rmtree(partial, ignore_errors=True)
+                if not target.is_dir():  # another process was not faster
+                    raise
+        names = {"align": target / "align.json", "instruct": target / "instruct.json"}
+        return {**names, "images": target / "images"}
+
+    def identity(self, name: str, seed: int) -> str:
+        """Of a training with a seed: equal for equal results, wherever files lie."""
+        told = self.plan.data
+        config = self._bare_config(name, seed)
+        plain = {key: value for key, value in config.to_dict().items() if key not in _FREE}
+        plain["data"] = {k: v for k, v in plain["data"].items() if k not in _FREE_DATA}
+        training = self.plan.trainings[name]
+        parts = self._parts(name)
+        return digest_of(
+            {
+                "version": __version__,
+                "config": plain,
+                "scenes": [told.scenes, told.seed, told.turns],
+                "learns from": training.learns_from,
+                "start": self.identity(training.start, seed) if training.start else "",
+                "parts": {part: self._fingerprint(part) for part in parts},
+            }
+        )
+
+    def trained(self, name: str, seed: int, *, progress: Step | None = None) -> Path:
+        """Folder of the trained model, which `DiffusionVLM.from_pretrained` reads.
+
+        Args:
+            name: Of the training; those it starts from are done first.
+            seed: Which repetition.
+            progress: Told of steps.
+
+        Raises:
+            BackboneError: A part is missing.
+            ConfigError: The configuration cannot be run.
+            OutputError: The folder cannot be written.
+        """
+        training = self.plan.trainings[name]
+        start = self.trained(training.start, seed) if training.start else ""
+        folder = self.folder_of(name, seed)
+        with _alone(folder):
+            if not is_saved(folder / MODEL_FOLDER):
+                self._train(name, seed, folder, start, progress)
+            for checkpoint in folder.glob("checkpoint-*"):  # of no use beside the model
+                shutil.rmtree(checkpoint, ignore_errors=True)
+        return folder / MODEL_FOLDER
+
+    def _train(
+        self, name: str, seed: int, folder: Path, start: "str | Path", progress: Step | None
+    ) -> None:
+        def tell(done: int, total: int, _loss: float | None) -> None:
+            if progress is not None:
+                progress(done, total)
+
+        config = self.config(name, seed, output=folder, start=start)
+        train(config, resume=True, device=self.device, progress=tell)
+        told = {"study": self.plan.name, "training": name, "seed": seed}
+        text = json.dumps(told, indent=2) + "\n"
+        (folder / _WHAT_FILE).write_text(text, encoding="utf-8")
+        self.fresh.append(f"{name}, seed {seed}")
+
+    def is_trained(self, name: str, seed: int) -> bool:
+        """Whether a training is there."""
+        return is_saved(self.folder_of(name, seed) / MODEL_FOLDER)
+
+    def count_trained(self) -> int:
+        """How many trainings are there, seeds counted."""
+        return sum(
+            self.is_trained(name, seed)
+            for name in self.plan.trainings
+            for seed in range(self.plan.seeds)
+        )
+
+    def folder_of(self, name: str, seed: int) -> Path:
+        """Folder of a run."""
+        stage = self.plan.trainings[name].stage
+        return self.folder / "trainings" / f"{stage}-{self.identity(name, seed)}"
+
+    def config(
+        self, name: str, seed: int, *, output: "str | Path" = "any", start: "str | Path" = ""
+    ) -> TrainConfig:
+        """What `diffenc.train` is told; the data are written.
+
+        Args:
+            name: Of the training.
+            seed: Which repetition.
+            output: Folder of the run.
+            start: Folder of the model it starts from.
+        """
+        return self._make(name, seed, self.data(), output=output, start=start)
+
+    def missing(self) -> dict[str, str]:
+        """Trainings that cannot be done here, with the reason: a CLIP that is not there.
+
+        Raises:
+            BackboneError: There is no such language model.
+        """
+        roots = [name for name, training in self.plan.trainings.items() if not training.start]
+        found: dict[str, str] = {}
+        reasons: dict[str, str] = {}
+        for language_model in {self._bare_config(name, 0).model.language_model for name in roots}:
+            _require_language_model(language_model)
+        for name in self.plan.trainings:
+            start = self.plan.trainings[name].start
+            if start in found:
+                found[name] = found[start]
+                continue
+            for part in self._vision_parts(name):
+                if part not in reasons:
+                    reasons[part] = _why_missing(part)
+                if reasons[part]:
+                    found[name] = reasons[part]
+        return found
+
+    def _vision_parts(self, name: str) -> list[str]:
+        model = merged_model(self.plan.trainings, self.plan.shared, name)
+        own = [model["encoder"]] if model.get("kind") == "vision" else []
+        return [*own, *filter(None, (model.get("clip"), model.get("captioner")))]
+
+    def _parts(self, name: str) -> list[str]:
+        """Names of the models that a training is made of."""
+        config = self._bare_config(name, 0)
+        named = [config.model.encoder, config.model.clip, config.model.captioner]
+        if not self.plan.trainings[name].start:
+            named.append(config.model.language_model)
+        return sorted({part for part in named if part})
+
+    def _bare_config(self, name: str, seed: int) -> TrainConfig:
+        """Without its files, which are not written for it."""
+        return self._make(name, seed, dict.fromkeys(("align", "instruct", "images"), "any"))
+
+    def _make(
+        self,
+        name: str,
+        seed: int,
+        data: "Mapping[str, str | Path]",
+        *,
+        output: "str | Path" = "any",
+        start: "str | Path" = "",
+    ) -> TrainConfig:
+        return make_config(
+            self.plan.trainings,
+            self.plan.shared,
+            name,
+            annotations=data,
+            images=data["images"],
+            output=output,
+            seed=seed,
+            start=start,
+            cache_dir=self.folder / _TOKENS,
+        )
+
+    def _fingerprint(self, part: str) -> str:
+        if part not in self._prints:
+            self._prints[part] = fingerprint(part)
+        return self._prints[part]
+
+
+def fingerprint(name: str) -> str:
+    """Of a model: digest of its files where it is a folder or bundled, and else its name."""
+    bundled = Path(str(files("diffenc.backbones") / "assets" / name))
+    folder = next((path for path in (Path(name), bundled) if path.is_dir()), None)
+    if folder is None:
+        return name
+    digest = hashlib.blake2b(digest_size=12)
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".safetensors", ".json"):
+            digest.update(path.relative_to(folder).as_posix().encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def digest_of(value: Mapping[str, Any]) -> str:
+    """Of anything that JSON holds."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process trains this; the system ends the lock of one that was killed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise OutputError(f"cannot write {folder}: {error.strerror}") from error
+    with file:
+        try:
+            import fcntl
+        except ImportError:  # on Windows studies must not share a folder at the same time
+            yield
+            return
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _require_language_model(name: str) -> None:
+    """Find out before anything runs, and without its weights.
+
+    Raises:
+        BackboneError: There is none of that name.
+    """
+    import transformers
+
+    try:
+        transformers.AutoConfig.from_pretrained(
+            bundled_language_model() if name == "shapes-lm" else name
+        )
+    except (OSError, ValueError):
+        load_language_model(name)  # says why
+
+
+def _why_missing(part: str) -> str:
+    """Empty where a vision model is there."""
+    try:
+        VisionTokens.from_pretrained(part)
+    except (BackboneError, ConfigError) as error:
+        return str(error)
+    return ""
