@@ -83,7 +83,7 @@ def test_the_bundled_model_hides_the_prompt_in_the_difference():
     study = study_leakage_readout(
         taps=["mid_block", "up_blocks.1"],
         timesteps=[50],
-        guidance_scales=[7],
+        guidance_scales=[20],
         scenes=60,
         seeds=1,
     )
@@ -92,7 +92,7 @@ def test_the_bundled_model_hides_the_prompt_in_the_difference():
     for tap in study.taps:
         assert study.find("color", "difference", tap, 50).mean > chance + 0.2
     plain = study.find("color", "cond", "up_blocks.1", 50).mean
-    assert study.find("color", "cfg", "up_blocks.1", 50, 7.0).mean > plain
+    assert study.find("color", "cfg", "up_blocks.1", 50, 20.0).mean > plain
 
 
 @pytest.mark.parametrize(

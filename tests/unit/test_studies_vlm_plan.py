@@ -212,7 +212,7 @@ def test_prompts_have_the_question_first(text, question, caption):
         ("[data]", "[data", "no TOML"),
         ('title = "A study"', "", "title is missing"),
         ('title = "A study"', "title = 3", "title, about must be a list of texts"),
-        ("[data]", "[dota]", "unknown key 'dota'.*Did you mean 'data'"),
+        ("[data]", "[datta]", "unknown key 'datta'.*Did you mean 'data'"),
         ("scenes = 40", "scenes = 0", "must be 1 or more"),
         ("scenes = 40", 'scenes = "many"', "data.scenes must be a whole number"),
         ("scenes = 40", "scenes = 40\nseed = 900000", "held out"),
@@ -263,8 +263,8 @@ def test_what_is_wrong_is_named(old, new, message):
 
 def test_a_file_is_named_in_the_message(tmp_path):
     path = tmp_path / "mine.toml"
-    path.write_text(PLAN.replace("[data]", "[dota]"), encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"mine\.toml: unknown key 'dota'"):
+    path.write_text(PLAN.replace("[data]", "[datta]"), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"mine\.toml: unknown key 'datta'"):
         read_plan("mine", path)
     with pytest.raises(ConfigError, match="cannot read"):
         read_plan("mine", tmp_path / "none.toml")
