@@ -323,6 +323,7 @@ def test_any_clip_with_an_image_embedding_does(encoder):
     torch.testing.assert_close(embedder(pixels), features, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.wrong_type
 def test_what_is_no_clip_is_told(encoder, tmp_path):
     with pytest.raises(ConfigError, match="a captioner already"):
         encoder.add_captioner(tiny_clip())

@@ -230,8 +230,8 @@ def test_wrong_names_are_told(unet) -> None:
     ("options", "said"),
     [
         ({"rank": 0}, "rank"),
-        ({"rank": 2.0}, "rank must be an int"),
-        ({"alpha": -1}, "alpha"),
+        pytest.param({"rank": 2.0}, "rank must be an int", marks=pytest.mark.wrong_type),
+        pytest.param({"alpha": -1}, "alpha", marks=pytest.mark.wrong_type),
         ({"dropout": 1.0}, "dropout"),
         ({"projections": ()}, "projections"),
         ({"projections": ("to_out",)}, r"to_out\.0"),

@@ -167,7 +167,7 @@ def test_half_saved_folders_are_refused(tmp_path) -> None:
         (lambda: Projector(6, 4, "mlp0x_gelu"), "got .mlp0x_gelu."),
         (lambda: Projector(6, 4, "identity"), "keeps the width"),
         (lambda: Projector(0, 4), "in_features"),
-        (lambda: Projector(6, 4.0), "out_features"),
+        pytest.param(lambda: Projector(6, 4.0), "out_features", marks=pytest.mark.wrong_type),
         (lambda: Projector(6, 4, norm_channels=(2, 2)), "add up to in_features=6"),
         (lambda: Projector(6, 4, grid=(2, 0)), "grid"),
         (lambda: Projector(6, 4, grid=2).save_llava("x"), "no place"),
@@ -258,7 +258,11 @@ def test_gradients_reach_both_streams(tokens) -> None:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: FusedProjector((2, 4), 3, how="channel"), "how must be one of"),
+        pytest.param(
+            lambda: FusedProjector((2, 4), 3, how="channel"),
+            "how must be one of",
+            marks=pytest.mark.wrong_type,
+        ),
         (lambda: FusedProjector((2, 4), 3, how="tokens"), "needs first_tokens"),
         (lambda: FusedProjector((2, 4, 1), 3, how="interleave"), "two streams"),
         (lambda: FusedProjector((2, 4), 3, "mlp", how="interleave"), "mlpNx_gelu"),

@@ -5,10 +5,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, ClassVar, Self
+from typing import IO, Any, ClassVar, TypeVar
 
 from diffenc._version import __version__
 from diffenc.errors import ConfigError, OutputError
+
+# `Self` is not known to the check of annotations at run time (make test-shapes).
+_File = TypeVar("_File", bound="JsonLinesFile")
 
 Key = tuple[str, int | str, str]
 """Name of the model, trial or part of the protocol, id of the item."""
@@ -76,7 +79,7 @@ class JsonLinesFile:
         if self._file.tell() == 0:
             self._write({**header, "version": __version__, "source": source})
 
-    def __enter__(self) -> Self:
+    def __enter__(self: _File) -> _File:
         return self
 
     def __exit__(self, *exc_info: object) -> None:

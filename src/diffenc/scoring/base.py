@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from diffenc.prompts import match_batch
 from diffenc.scoring.calibration import References
 from diffenc.scoring.config import ScorerConfig, scorer_preset
 from diffenc.scoring.saved import is_saved_scorer, read_scorer, write_scorer
+
+# `Self` is not known to the check of annotations at run time (make test-shapes).
+_Scorer = TypeVar("_Scorer", bound="ConfiguredScorer")
 
 _ROW_BYTES, _QUERY_BYTES = 16 * 2**20, 512 * 2**20
 
@@ -54,7 +57,7 @@ class ConfiguredScorer(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls,
+        cls: type[_Scorer],
         name: "str | os.PathLike[str] | Backbone",
         *,
         preset: str | None = None,
@@ -62,7 +65,7 @@ class ConfiguredScorer(nn.Module):
         dtype: torch.dtype = torch.float32,
         use_cache: bool = True,
         **options: Any,  # attributes of ScorerConfig, which checks their names
-    ) -> Self:
+    ) -> _Scorer:
         """Load a scorer.
 
         Args:
@@ -98,7 +101,7 @@ class ConfiguredScorer(nn.Module):
         """
         write_scorer(Path(folder), self.backbone, self.config, self.references)
 
-    def with_options(self, *, preset: str | None = None, **options: Any) -> Self:
+    def with_options(self: _Scorer, *, preset: str | None = None, **options: Any) -> _Scorer:
         """Another scorer over the same backbone.
 
         Args:
@@ -132,7 +135,7 @@ class ConfiguredScorer(nn.Module):
         self.rows.clear()
         self.queries.clear()
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+    def _apply(self: _Scorer, fn: Any, recurse: bool = True) -> _Scorer:
         self.rows.clear()  # another device or dtype
         self.queries.clear()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
