@@ -65,7 +65,8 @@ def wrong_captions(
 ) -> list[str | None]:
     """For each text what would be said of a near twin and not of the scene, in much the same words.
 
-    None for questions, and where `draws` captions of the twin held nothing of the kind.
+    None for questions, and where `draws` captions of the twin held nothing of the kind. Meanings
+    are compared as words: a caption of another form may be true all the same, as 3.5 % were.
     """
     true = {said(caption(scene, rng)) for _ in range(2 * draws)} | {said(text) for text in texts}
     return [
