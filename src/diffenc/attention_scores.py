@@ -14,8 +14,8 @@ from diffenc.attention import keep_present
 from diffenc.errors import ConfigError, TapError
 from diffenc.hooks import AllTapsRead
 
-_CHUNK = {"cpu": 2**20, "other": 2**26}
-"""Most products q·k that are held at a time: about what a processor's cache takes, and 256 MB."""
+_CHUNK = {"cpu": 2**18, "other": 2**26}
+"""Most products q·k that are held at a time: 1 MB, which a core's own cache takes, and 256 MB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,14 +126,14 @@ def crossed_scores(
     at_once = _rows_at_once(heads * query.shape[1] * tokens, query.device)
     scores = torch.empty(len(query), texts, device=query.device)
     with torch.autocast(query.device.type, enabled=False):
-        for start in range(0, texts, at_once):
-            part = slice(start, start + at_once)
-            keys = rearrange(key[part].float(), "m l (heads d) -> heads d (m l)", heads=heads)
-            kept, seen = _part(mask, part), _part(present, part)
-            for image, cells in enumerate(query):
-                queries = rearrange(cells.float() * scale, "n (heads d) -> heads n d", heads=heads)
+        for image, cells in enumerate(query):
+            queries = rearrange(cells.float() * scale, "n (heads d) -> heads n d", heads=heads)
+            queries = queries.contiguous()
+            for start in range(0, texts, at_once):
+                part = slice(start, start + at_once)
+                keys = rearrange(key[part].float(), "m l (heads d) -> heads d (m l)", heads=heads)
                 logits = rearrange(queries @ keys, "heads n (m l) -> m heads n l", l=tokens)
-                scores[image, part] = pooling(logits, kept, seen)
+                scores[image, part] = pooling(logits, _part(mask, part), _part(present, part))
     return scores
 
 
