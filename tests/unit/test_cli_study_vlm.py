@@ -117,7 +117,7 @@ def test_the_file_of_a_study_can_be_written_and_edited(tmp_path):
     result = run("leakage", "--write-config", path)
     assert result.exit_code == 0, result.output
     assert path.read_text("utf-8") == bundled_text("leakage")
-    assert tomllib.loads(path.read_text("utf-8"))["train"]["cfg4"]["data"] == "align"
+    assert tomllib.loads(path.read_text("utf-8"))["train"]["cfg4"]["stage"] == "align"
     path.write_text("mine")
     again = run("leakage", "--write-config", path)
     assert again.output.startswith("error: the output exists already")

@@ -9,8 +9,8 @@ import random
 from collections.abc import Callable, Sequence
 
 from diffenc.shapes.captions import caption, captions
-from diffenc.shapes.questions import conversation, multiple_choice, sample_question
-from diffenc.shapes.scenes import Scene
+from diffenc.shapes.questions import conversation, multiple_choice, questions, sample_question
+from diffenc.shapes.scenes import Scene, sample_scene
 
 USER, ASSISTANT, IMAGE, END = "<|user|>", "<|assistant|>", "<image>", "<eos>"
 INSTRUCTION = "describe the picture."
@@ -34,6 +34,20 @@ def question_and_answer(scene: Scene, rng: random.Random, *, lettered: float) ->
     if rng.random() < lettered:
         question = multiple_choice(question, rng, options=rng.randint(2, 4))
     return question.text, question.answer
+
+
+def readable(rng: random.Random) -> tuple[str, str]:
+    """A prompt and the answer to its question of colour or shape that one of its captions gives."""
+    while True:
+        scene = sample_scene(rng)
+        said = some_captions(scene, rng, rng.choice((1, 1, 2)))
+        for question in questions(scene, seed=rng.getrandbits(32)):
+            if question.kind not in ("color", "shape"):
+                continue
+            thing = scene.objects[question.subjects[0]]
+            # Both kinds of question are asked only where their words fit one object alone.
+            if any(f"{thing.color} {thing.shape}" in line for line in said):
+                return chat([("\n".join([*said, question.text]), "")]), question.answer
 
 
 def some_captions(scene: Scene, rng: random.Random, count: int) -> list[str]:

@@ -6,28 +6,29 @@
 beginning, that the world's grammar accepts from end to end; a text that does not end in time is
 not accepted. `distinct` tells how many of them differ, `distinct_of_world` how many of as many
 documents made from held-out scenes do: captions of so small a world repeat. `perplexity` is per
-token, on documents of held-out scenes. `reading` is the percentage of right answers, written word
-by word, to questions of colour and shape whose answer stands in a caption before the question.
+token, on documents of held-out scenes. The others are percentages of right answers, written word by
+word: `reading` to questions of colour and shape whose answer stands in one of one or two captions
+before them, `pictures` to questions of all kinds about symbolic pictures, and `other_pictures` the
+same where each is shown another one's, which is what can be guessed.
 """
 
 import argparse
 import json
 import random
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from documents import chat, document
+from documents import document, readable
 from grammar import is_grammatical
+from symbolic import SymbolicPictures
 from train_lm import HELD_OUT_ROWS, packed, perplexity
 from training import HELD_OUT_SEED
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from diffenc.shapes.captions import caption
-from diffenc.shapes.questions import questions
-from diffenc.shapes.scenes import sample_scene, sample_scenes
+from diffenc.shapes.questions import sample_question
+from diffenc.shapes.scenes import sample_scenes
 
 BATCH = 100
 
@@ -64,28 +65,12 @@ def document_of(tokenizer: Any, ids: list[int]) -> str:
     return text
 
 
-def readable(count: int, seed: int) -> Iterator[tuple[str, str]]:
-    """Prompts that hold a caption and a question, and the answers that the captions give."""
-    rng = random.Random(f"reading/{seed}")
-    while count:
-        scene = sample_scene(rng)
-        said = caption(scene, rng)
-        for question in questions(scene, seed=rng.getrandbits(32)):
-            if question.kind not in ("color", "shape"):
-                continue
-            thing = scene.objects[question.subjects[0]]
-            # Both kinds of question are asked only where their words fit one object alone.
-            if f"{thing.color} {thing.shape}" in said:
-                yield chat([(f"{said}\n{question.text}", "")]), question.answer
-                count -= 1
-                break
-
-
 @torch.no_grad()
 def reading(model: Any, tokenizer: Any, count: int, seed: int) -> float:
     """Percentage of questions about a caption that are answered right."""
+    rng = random.Random(f"reading/{seed}")
     by_length: dict[int, list[tuple[list[int], str]]] = defaultdict(list)
-    for prompt, answer in readable(count, seed):
+    for prompt, answer in (readable(rng) for _ in range(count)):
         ids = tokenizer(prompt).input_ids
         by_length[len(ids)].append((ids, answer))
     right = 0
@@ -101,6 +86,32 @@ def reading(model: Any, tokenizer: Any, count: int, seed: int) -> float:
         for row, (_, answer) in zip(rows[:, ids.shape[1] :].tolist(), prompts, strict=True):
             right += tokenizer.decode(row).partition("<eos>")[0] == answer
     return 100 * right / count
+
+
+@torch.no_grad()
+def pictures(model: Any, tokenizer: Any, count: int, seed: int) -> tuple[float, float]:
+    """Percentage of questions answered right about symbolic pictures, and about exchanged ones."""
+    rng = random.Random(f"pictures/{seed}")
+    noise = torch.Generator().manual_seed(seed)
+    scenes = list(sample_scenes(count, seed=seed))
+    asked = [sample_question(scene, rng) for scene in scenes]
+    symbolic = SymbolicPictures(tokenizer)
+    embedding = model.get_input_embeddings()
+    right = [0, 0]
+    for index, question in enumerate(asked):
+        told = [{"from": "human", "value": f"<image>\n{question.text}"}]
+        for which, scene in enumerate((scenes[index], scenes[index - 1])):
+            states, _ = symbolic.embed(embedding, [scene], [told], noise)
+            ids = model.generate(
+                inputs_embeds=states,
+                attention_mask=torch.ones(states.shape[:2], dtype=torch.long),
+                do_sample=False,
+                max_new_tokens=8,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+            said = tokenizer.decode(ids[0].tolist()).partition("<eos>")[0]
+            right[which] += said == question.answer
+    return 100 * right[0] / count, 100 * right[1] / count
 
 
 def measure(folder: Path, count: int, seed: int) -> dict[str, Any]:
@@ -124,6 +135,8 @@ def measure(folder: Path, count: int, seed: int) -> dict[str, Any]:
     found["distinct"] = round(100 * len(set(texts)) / count, 1)
     found["distinct_of_world"] = round(100 * len(set(world)) / count, 1)
     found["reading"] = round(reading(model, tokenizer, count, HELD_OUT_SEED), 1)
+    seen, guessed = pictures(model, tokenizer, count, HELD_OUT_SEED)
+    found |= {"pictures": round(seen, 1), "other_pictures": round(guessed, 1)}
     return {**found, "ungrammatical": wrong[:5], "samples": texts[:5]}
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from patches import truths
 from texts import near_twin, training_text
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,9 +30,6 @@ from diffenc.shapes.captions import caption
 from diffenc.shapes.pairs import WINOGROUND_KINDS, winoground_items
 from diffenc.shapes.render import render_array
 from diffenc.shapes.scenes import COLORS, SHAPES, SIZES, Scene, sample_scene
-
-GRID = 8
-"""Patches along a side."""
 
 
 class PatchReaders(nn.Module):
@@ -57,26 +55,6 @@ class PatchReaders(nn.Module):
             for index, head in enumerate(self.heads)
         ]
         return (torch.stack(losses).mean(dim=0) * weights).sum() / weights.sum()
-
-
-def truths(scenes: list[Scene]) -> Tensor:
-    """`on_patches` of several scenes (b patches 3)."""
-    return torch.stack([on_patches(scene) for scene in scenes])
-
-
-def on_patches(scene: Scene) -> Tensor:
-    """Indices of shape, colour and size on each patch, 0 where its centre is on no object."""
-    found = torch.zeros(GRID, GRID, 3, dtype=torch.long)
-    centers = (torch.arange(GRID) + 0.5) / GRID
-    for thing in scene.objects:
-        distance = (centers[:, None] - thing.y).square() + (centers[None] - thing.x).square()
-        words = (
-            SHAPES.index(thing.shape),
-            COLORS.index(thing.color),
-            SIZES.index(thing.size),
-        )
-        found[distance < thing.radius**2] = 1 + torch.tensor(words)
-    return found.flatten(0, 1)
 
 
 def build(tokenizer: CLIPTokenizer) -> CLIPModel:

@@ -4,9 +4,14 @@
     python tools/shapes/train_lm.py --steps 2000
 
 A small Llama that has read captions, questions and conversations and never seen a picture: the
-pretrained language model of a miniature multimodal one. Documents are made as training goes on, one
-scene each, and packed into rows; a step is seeded by its number. Perplexity is measured on scenes
-of held-out seeds. What is written is a folder that `AutoModelForCausalLM` and `AutoTokenizer` of
+pretrained language model of a miniature multimodal one.
+
+It learns to look back first: short prompts, a caption with a question that it answers, and loss on
+the answer alone. In whole texts such answers are one token of thirty, and a model of this size
+learns to word everything long before it learns to look anything up. Then come all kinds of
+documents, one scene each, made as training goes on and packed into rows; a step is seeded by its
+number. Beside them it reads symbolic pictures (`symbolic.py`). Perplexity is measured on scenes of
+held-out seeds. What is written is a folder that `AutoModelForCausalLM` and `AutoTokenizer` of
 transformers 4 and 5 load.
 """
 
@@ -19,10 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from documents import document
+from documents import document, readable
 from safetensors.torch import save_file
+from symbolic import SymbolicPictures
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from training import VALIDATION_SEED, Run
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -30,6 +37,9 @@ from diffenc.shapes.scenes import sample_scene
 
 HIDDEN, LAYERS, HEADS, INNER = 128, 4, 4, 448
 HELD_OUT_ROWS = 64
+READING_BATCH = 64
+PICTURE_BATCH = 16
+IGNORED = -100
 
 
 def build(tokenizer: Any, context: int) -> LlamaForCausalLM:
@@ -79,6 +89,40 @@ def next_token_loss(model: LlamaForCausalLM, rows: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
 
 
+def prompts_and_answers(tokenizer: Any, seed: str) -> tuple[Tensor, Tensor]:
+    """Token ids (b t) of prompts with their answers, and as many labels, of the answers alone."""
+    rng = random.Random(seed)
+    ids, labels = [], []
+    for _ in range(READING_BATCH):
+        prompt, answer = readable(rng)
+        asked = tokenizer(prompt).input_ids
+        answered = [*tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        ids.append(torch.tensor(asked + answered))
+        labels.append(torch.tensor([IGNORED] * len(asked) + answered))
+    return (
+        pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id),
+        pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+    )
+
+
+def learn_to_look_back(model: LlamaForCausalLM, tokenizer: Any, steps: int, folder: Path) -> None:
+    """Train on answers that stand in the prompt."""
+    run = Run(folder, {"model": model}, steps=2 * steps, lr=1e-3, ema_decay=0.99, warmup=100)
+    while run.step < steps:
+        ids, labels = prompts_and_answers(tokenizer, f"reading/{run.step}")
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits.flatten(0, 1).float()
+        targets = labels[:, 1:].flatten()
+        run.update(F.cross_entropy(logits, targets, ignore_index=IGNORED))
+        if run.step % 50 == 0:
+            asked = targets != IGNORED
+            asked &= targets != tokenizer.eos_token_id
+            right = (logits.argmax(-1) == targets)[asked].float().mean()
+            run.log(right=round(100 * right.item(), 1))
+        if run.step % 250 == 0 or run.step == steps:
+            run.save()
+    run.swap_average()
+
+
 @torch.no_grad()
 def perplexity(model: LlamaForCausalLM, rows: Tensor) -> float:
     """Per token, on average over equally long rows."""
@@ -87,6 +131,16 @@ def perplexity(model: LlamaForCausalLM, rows: Tensor) -> float:
     weights = [len(part) for part in rows.split(8)]
     model.train()
     return math.exp(sum(map(math.prod, zip(losses, weights, strict=True))) / len(rows))
+
+
+def picture_loss(model: LlamaForCausalLM, pictures: SymbolicPictures, seed: str) -> Tensor:
+    """Mean cross-entropy of what is said about symbolic pictures."""
+    embedding = model.get_input_embeddings()
+    states, labels = pictures.batch(embedding, PICTURE_BATCH, seed)
+    logits = model(inputs_embeds=states[:, :-1], use_cache=False).logits
+    return F.cross_entropy(
+        logits.flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED
+    )
 
 
 def save(model: LlamaForCausalLM, tokenizer: Path, output: Path, context: int) -> None:
@@ -112,6 +166,7 @@ def write_json(path: Path, content: object) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--reading-steps", type=int, default=2000, help="before them")
     parser.add_argument("--batch", type=int, default=8, help="rows")
     parser.add_argument("--context", type=int, default=256, help="tokens a row")
     parser.add_argument("--threads", type=int, default=2)
@@ -124,16 +179,21 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
     model = build(tokenizer, options.context)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
+    if not (options.run / "state.pt").exists():
+        folder = options.run.with_name(f"{options.run.name}-reading")
+        learn_to_look_back(model, tokenizer, options.reading_steps, folder)
     run = Run(
         options.run, {"model": model}, steps=options.steps, lr=2e-3, ema_decay=0.995, warmup=100
     )
+    pictures = SymbolicPictures(tokenizer)
     held_out = packed(tokenizer, f"lm/{VALIDATION_SEED}", HELD_OUT_ROWS, options.context)
     while run.step < options.steps:
         rows = packed(tokenizer, f"lm/{run.step}", options.batch, options.context)
         loss = next_token_loss(model, rows)
-        run.update(loss)
+        seen = picture_loss(model, pictures, f"pictures/{run.step}")
+        run.update(loss + seen)
         if run.step % 50 == 0:
-            run.log(loss=round(loss.item(), 4))
+            run.log(loss=round(loss.item(), 4), pictures=round(seen.item(), 4))
         if run.step % 250 == 0 or run.step == options.steps:
             run.swap_average()
             run.log(perplexity=round(perplexity(model, held_out), 4))

@@ -1,0 +1,111 @@
+"""Symbolic pictures, which the miniature language model reads, say what is in the scene."""
+
+import importlib
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from diffenc.shapes.scenes import Scene, SceneObject
+from diffenc.vlm.language import load_language_model
+
+TOOLS = Path(__file__).parents[2] / "tools" / "shapes"
+NAMES = ("documents", "patches", "symbolic")
+SCENE = Scene(
+    (
+        SceneObject("star", "red", "large", x=0.25, y=0.25, radius=0.2),
+        SceneObject("circle", "blue", "small", x=0.75, y=0.8, radius=0.1),
+    ),
+    "gray",
+)
+TOLD = [
+    {"from": "human", "value": "<image>\nwhat color is the star?"},
+    {"from": "gpt", "value": "red"},
+]
+
+
+@pytest.fixture(scope="module")
+def tools():
+    """The scripts' modules by name; they import each other as scripts do."""
+    sys.path.insert(0, str(TOOLS))
+    try:
+        yield {name: importlib.import_module(name) for name in NAMES}
+    finally:
+        sys.path.remove(str(TOOLS))
+        for name in NAMES:
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_language_model("shapes-lm")[1]
+
+
+def words(tokenizer, ids):
+    return {tokenizer.decode([each]).strip() for each in ids.tolist()}
+
+
+def test_cells_say_what_lies_there(tools, tokenizer):
+    cells = tools["symbolic"].cell_words(tokenizer, SCENE).view(8, 8, 3)
+
+    assert words(tokenizer, cells[1, 1]) == {"red", "star", "large"}  # around (0.19, 0.19)
+    assert words(tokenizer, cells[6, 5]) == {"blue", "circle", "small"}  # around (0.69, 0.81)
+    assert words(tokenizer, cells[0, 7]) == {"gray"}
+    assert 4 <= (cells[..., 0] != cells[..., 1]).sum() <= 16  # of 64, what two objects cover
+
+
+def test_a_picture_is_the_noisy_sum_of_words_where_the_mark_stood(tools, tokenizer, monkeypatch):
+    symbolic = tools["symbolic"]
+    monkeypatch.setattr(symbolic, "MISSING", 0.0)
+    monkeypatch.setattr(symbolic, "NOISE", 0.0)
+    embedding = nn.Embedding(len(tokenizer), 16)
+    states, labels = symbolic.SymbolicPictures(tokenizer).embed(
+        embedding, [SCENE], [TOLD], torch.Generator().manual_seed(0)
+    )
+
+    before = tokenizer("<|user|>\n").input_ids
+    after = tokenizer("\nwhat color is the star?\n<|assistant|>\n", add_special_tokens=False)
+    answer = tokenizer("red<eos>", add_special_tokens=False).input_ids
+    length = len(before) + 64 + len(after.input_ids) + len(answer)
+    assert states.shape == (1, length, 16)
+    torch.testing.assert_close(states[0, : len(before)], embedding(torch.tensor(before)))
+    picture = states[0, len(before) : len(before) + 64].view(8, 8, 16)
+    spoken = tokenizer(" red star large", add_special_tokens=False).input_ids
+    torch.testing.assert_close(picture[1, 1], embedding(torch.tensor(spoken)).sum(0))
+    plain = tokenizer(" gray", add_special_tokens=False).input_ids
+    torch.testing.assert_close(picture[0, 7], embedding(torch.tensor(plain))[0])
+    assert labels[0, : length - len(answer)].eq(-100).all()
+    assert labels[0, length - len(answer) :].tolist() == answer
+
+
+def test_words_go_missing_and_batches_repeat_by_seed(tools, tokenizer, monkeypatch):
+    symbolic = tools["symbolic"]
+    monkeypatch.setattr(symbolic, "NOISE", 0.0)
+    embedding = nn.Embedding(len(tokenizer), 16)
+    pictures = symbolic.SymbolicPictures(tokenizer)
+    whole = symbolic.cell_words(tokenizer, SCENE)
+    torch.manual_seed(0)
+    states, _ = pictures.embed(embedding, [SCENE] * 50, [TOLD] * 50, torch.Generator())
+    summed = embedding(whole).sum(1)
+    objects = whole[:, 0] != whole[:, 1]
+    start = len(tokenizer("<|user|>\n").input_ids)
+    found = states[:, start : start + 64][:, objects]
+    kept = (found - summed[objects]).abs().amax(-1) < 1e-5
+    assert 0.5 < kept.float().mean() < 0.72  # 0.85 ** 3 have all of their words
+
+    one, two = (pictures.batch(embedding, 3, "seed") for _ in range(2))
+    torch.testing.assert_close(one[0], two[0], rtol=0, atol=0)
+    assert pictures.batch(embedding, 3, "other")[0].shape != one[0].shape
+
+
+def test_a_readable_prompt_holds_its_answer(tools):
+    rng = random.Random(0)
+    for _ in range(200):
+        prompt, answer = tools["documents"].readable(rng)
+        said, _, asked = prompt.removesuffix("\n<|assistant|>\n").rpartition("\n")
+        assert answer in said
+        assert asked.endswith("?")
+        assert answer not in asked.split()
