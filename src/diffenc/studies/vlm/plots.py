@@ -1,4 +1,4 @@
-"""The picture of a study, by matplotlib: trainings across, a line per measurement."""
+"""The picture of a study, by matplotlib: trainings across, a colour per measurement."""
 
 from pathlib import Path
 from typing import Any
@@ -50,12 +50,14 @@ def _panel(panel: Any, study: VlmStudy, kind: str, name: str) -> None:
     if passes > 1:
         _passes(panel, study, measurements, name, passes)
         panel.set_xlabel("pass")
+        low, high = panel.get_ylim()
+        panel.set_ylim(low, high + 0.35 * (high - low))  # for the legend
     else:
         _trainings(panel, study, measurements, name)
     unit = "CIDEr × 100" if name == "cider" else "percent"
     panel.set_title(f"{kind}: {name}")
     panel.set_ylabel(unit)
-    panel.legend(fontsize=8)
+    panel.legend(fontsize=8, loc="upper left" if passes > 1 else "best")
 
 
 def _trainings(panel: Any, study: VlmStudy, measurements: list[Measurement], name: str) -> None:
@@ -70,7 +72,7 @@ def _trainings(panel: Any, study: VlmStudy, measurements: list[Measurement], nam
         places = [k + shift for k, spread in enumerate(found) if spread is not None]
         spreads = [spread for spread in found if spread is not None]
         if spreads:
-            _draw(panel, places, spreads, index, measurement.label)
+            _draw(panel, places, spreads, index, measurement.label, line="none")
     labels = [study.plan.trainings[each].label for each in names]
     panel.set_xticks(range(len(names)), labels, rotation=20, ha="right", fontsize=8)
 
@@ -92,7 +94,15 @@ def _passes(
     panel.set_xticks(range(1, passes + 1))
 
 
-def _draw(panel: Any, places: list[float], spreads: list[Any], index: int, label: str) -> None:
+def _draw(
+    panel: Any,
+    places: list[float],
+    spreads: list[Any],
+    index: int,
+    label: str,
+    *,
+    line: str = "solid",
+) -> None:
     panel.errorbar(
         places,
         [spread.mean for spread in spreads],
@@ -100,6 +110,7 @@ def _draw(panel: Any, places: list[float], spreads: list[Any], index: int, label
         color=_COLORS[index % len(_COLORS)],
         marker=_MARKS[index % len(_MARKS)],
         linewidth=1.2,
+        linestyle=line,
         capsize=3,
         label=label,
     )
