@@ -31,7 +31,7 @@ def plot_study(study: VlmStudy, path: Path) -> None:
         MissingExtraError: matplotlib is not installed.
     """
     plots = study.plan.plots
-    width = max(5.6, 1.3 * len(study.plan.trainings))
+    width = max(5.6, 1.3 * sum(_is_measured(study, name) for name in study.plan.trainings))
     figure = require("matplotlib.figure", extra="viz").Figure(
         figsize=(width * max(1, len(plots)), 4.8), layout="constrained"
     )
@@ -41,6 +41,10 @@ def plot_study(study: VlmStudy, path: Path) -> None:
         _panel(panel, study, kind, name)
     figure.suptitle(study.plan.title)
     figure.savefig(path, dpi=110)
+
+
+def _is_measured(study: VlmStudy, training: str) -> bool:
+    return any(study.cell(training, each) for each in study.plan.measurements)
 
 
 def _panel(panel: Any, study: VlmStudy, kind: str, name: str) -> None:
