@@ -49,7 +49,9 @@ DataReferences = Annotated[
     ),
 ]
 
-_SPEC = "calibrated, paper, discffusion, diffusion-classifier, or calibrated+shared-query"
+_SPEC = (
+    "calibrated, paper, discffusion, diffusion-classifier or diffusion-itm; calibrated+shared-query"
+)
 
 Presets = Annotated[
     list[str] | None,

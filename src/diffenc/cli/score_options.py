@@ -16,7 +16,10 @@ Texts = Annotated[
 ]
 Preset = Annotated[
     str,
-    typer.Option(metavar="NAME", help="calibrated, paper, discffusion or diffusion-classifier."),
+    typer.Option(
+        metavar="NAME",
+        help="calibrated, paper, discffusion, diffusion-classifier or diffusion-itm.",
+    ),
 ]
 Mode = Annotated[
     str | None,

@@ -271,6 +271,14 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "timesteps": classifier_timesteps(5, of=20),
         "resize": "crop",
     },
+    # Krojer et al. 2023, arXiv:2305.16397: less the error without the text, so that images of a
+    # text compare; they take random timesteps, these are Diffusion Classifier's.
+    "diffusion-itm": {
+        "attention": False,
+        "error_term": "mse_gap",
+        "timesteps": classifier_timesteps(5, of=20),
+        "uncond": "empty",
+    },
 }
 
 
@@ -278,7 +286,7 @@ def scorer_preset(name: str) -> dict[str, Any]:
     """Options of `ScorerConfig` for a published score.
 
     Args:
-        name: "paper", "calibrated", "discffusion" or "diffusion-classifier".
+        name: "paper", "calibrated", "discffusion", "diffusion-classifier" or "diffusion-itm".
 
     Raises:
         ConfigError: No such preset.
