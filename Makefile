@@ -35,7 +35,7 @@ test: $(DEV_STAMP)  ## Run the tests that need no GPU, no network and little tim
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 test-shapes: $(DEV_STAMP)  ## Run the tests with every shape annotation checked at run time
-	$(BIN)/python -m pytest --jaxtyping-packages=diffenc,beartype.beartype $(ARGS)
+	$(BIN)/python -m pytest --jaxtyping-packages=diffenc,runtime_types.checked $(ARGS)
 
 test-oldest: | $(BIN)/python  ## Run the unit and integration tests with the oldest versions the package asks for
 	test -d .venv-oldest || $(PYTHON) -m venv .venv-oldest

@@ -25,8 +25,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--jaxtyping-packages", default=None):
         skipped["wrong_type"] = "annotations are checked before the library can answer"
     for item in items:
-        for marker in skipped.keys() & item.keywords.keys():
-            item.add_marker(pytest.mark.skip(reason=skipped[marker]))
+        for marker, reason in skipped.items():
+            if item.get_closest_marker(marker):  # keywords hold the ids of parameters too
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")

@@ -281,7 +281,7 @@ class DiffusionEncoder(TrainableParts):
 
     def forward(
         self, images: Images, prompts: str | Sequence[str] | PromptEmbeds | None = None
-    ) -> Float[Tensor, "b n c"]:
+    ) -> Float[Tensor, "b *t n c"]:
         """Tokens in place of a CLIP encoder's: `extract(images, prompts).tokens()`."""
         return self.extract(images, prompts).tokens()
 

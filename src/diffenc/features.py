@@ -100,7 +100,7 @@ class Features(Mapping[str, Tensor]):
             truncated=self.truncated,
         )
 
-    def tokens(self, grid: int | tuple[int, int] | None = None) -> Float[Tensor, "b n c"]:
+    def tokens(self, grid: int | tuple[int, int] | None = None) -> Float[Tensor, "b *t n c"]:
         """All taps on one grid, channels concatenated in tap order, cells row by row.
 
         Args:

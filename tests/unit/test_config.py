@@ -7,29 +7,33 @@ from diffenc.config import EncoderConfig
 from diffenc.errors import ConfigError
 
 
+def wrong_type(*case):
+    return pytest.param(*case, marks=pytest.mark.wrong_type)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"timestep": 1000}, r"\[0, 1000\), got 1000"),
         ({"timestep": -1}, "got -1"),
-        ({"timestep": 0.5}, "must be an int"),
+        wrong_type({"timestep": 0.5}, "must be an int"),
         ({"timestep": True}, "must be an int"),
         ({"timestep": (50, 1000)}, "got 1000"),
         ({"timestep": ()}, "got none"),
         ({"draws": 0}, "draws must be an int of 1 or more"),
-        ({"noise": "fresh"}, "'shared' or None"),
+        wrong_type({"noise": "fresh"}, "'shared' or None"),
         ({"noise": None, "draws": 2}, "one draw"),
         ({"batch_size": 0}, "batch_size must be"),
         ({"guidance_scale": float("nan")}, "finite"),
-        ({"taps": "mid_block"}, "tuple of module paths"),
+        wrong_type({"taps": "mid_block"}, "tuple of module paths"),
         ({"taps": ()}, "at least one"),
         ({"size": 0}, "size must be a positive int"),
-        ({"size": (64, 64, 64)}, "size must be"),
+        wrong_type({"size": (64, 64, 64)}, "size must be"),
         ({"grid": -2}, "grid must be"),
-        ({"resize": "sqaush"}, "Did you mean 'squash'"),
-        ({"conditioning": "both"}, r"\['uncond', 'cond', 'cfg', 'concat'\]"),
-        ({"posterior": "mean"}, "posterior must be one of"),
-        ({"uncond": "none"}, "uncond must be one of"),
+        wrong_type({"resize": "sqaush"}, "Did you mean 'squash'"),
+        wrong_type({"conditioning": "both"}, r"\['uncond', 'cond', 'cfg', 'concat'\]"),
+        wrong_type({"posterior": "mean"}, "posterior must be one of"),
+        wrong_type({"uncond": "none"}, "uncond must be one of"),
     ],
     ids=str,
 )

@@ -4,7 +4,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from jaxtyping import TypeCheckError
 from PIL import Image
 
 from diffenc import CrossAttnScorer, ScorerConfig, load_backbone
@@ -414,12 +413,17 @@ def test_word_maps_come_as_heat_maps_of_any_shape(backbone, tmp_path):
     assert found["red"]._repr_png_().startswith(b"\x89PNG")
     daam = scorer.word_maps(wide, "a red circle", "circle", preset="daam", heads=[0])
     assert daam["circle"].array.shape == (8, 16)
-    with pytest.raises(ShapeError, match="of one image, got 2"):
-        scorer.word_maps([wide, wide], "red")
     with pytest.raises(PromptError, match="has no words to map"):
         scorer.word_maps(wide, "...")
-    with pytest.raises((ConfigError, TypeCheckError), match=r"Did you mean 'daam'|preset"):
-        scorer.word_maps(wide, "red", preset="dam")
+
+
+@pytest.mark.wrong_type
+def test_word_maps_are_of_one_image_and_of_a_known_preset(backbone):
+    scorer, image = scorer_of(backbone), picture(0)
+    with pytest.raises(ShapeError, match="of one image, got 2"):
+        scorer.word_maps([image, image], "red")
+    with pytest.raises(ConfigError, match="Did you mean 'daam'"):
+        scorer.word_maps(image, "red", preset="dam")
 
 
 def test_layer_weights_chosen_on_items_are_taken_into_the_config(backbone, images):

@@ -501,13 +501,21 @@ def test_names_of_no_clip_are_refused(diffusion, tmp_path, tiny_sd_folder) -> No
         FusedEncoder(tiny_sd_folder / "text_encoder", diffusion)
 
 
-def test_bad_pictures_and_prompts_say_so_as_without_fusion(fuse) -> None:
+@pytest.mark.parametrize(
+    ("images", "prompts"),
+    [
+        ([], "a"),
+        (picture(64, 64), ["a", "b"]),
+        pytest.param(3, "a", marks=pytest.mark.wrong_type),
+    ],
+    ids=["no pictures", "more prompts", "no picture"],
+)
+def test_bad_pictures_and_prompts_say_so_as_without_fusion(fuse, images, prompts) -> None:
     encoder = fuse()
-    for images, prompts in (([], "a"), (picture(64, 64), ["a", "b"]), (3, "a")):
-        with pytest.raises(ValueError, match=r".") as alone:
-            encoder.diffusion(images, prompts)
-        with pytest.raises(type(alone.value)):
-            encoder(images, prompts)
+    with pytest.raises(ValueError, match=r".") as alone:
+        encoder.diffusion(images, prompts)
+    with pytest.raises(type(alone.value)):
+        encoder(images, prompts)
 
 
 def test_a_clip_of_ones_own_making_is_taken(diffusion) -> None:

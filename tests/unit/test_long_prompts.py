@@ -167,6 +167,7 @@ def test_the_bundled_model_has_a_limit_of_its_own():
     assert embeds.prompt_embeds.shape[1] == 2 * limit
 
 
+@pytest.mark.wrong_type
 def test_another_word_is_refused(backbone):
     with pytest.raises(ConfigError, match=r"long_prompts must be one of \['truncate', 'chunk'\]"):
         DiffusionEncoder.from_pretrained(backbone, long_prompts="cut")

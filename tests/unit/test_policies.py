@@ -84,7 +84,9 @@ def test_a_change_does_not_alter_what_its_source_draws() -> None:
         assert found in ("", plain(SAMPLE, epoch=epoch))
 
 
-def test_global_randomness_is_left_alone() -> None:
+def test_global_randomness_is_left_alone(pytestconfig) -> None:
+    if pytestconfig.getoption("jaxtyping_packages", None):
+        pytest.skip("the run-time type checker draws from the global generator itself")
     random.seed(5)
     before = random.getstate()
     parse_policy("question | noisy | dropout")(SAMPLE)
@@ -124,7 +126,7 @@ def test_policies_are_composed_from_objects_too() -> None:
         ("question | dropout(-0.1)", "0 to 1"),
         ("question | noisy(much)", "needs a probability"),
         ("question | noisy(nan)", "0 to 1"),
-        ("caption(last)", "'random' or 'first'"),
+        pytest.param("caption(last)", "'random' or 'first'", marks=pytest.mark.wrong_type),
         ("empty(1)", "takes no argument"),
         ("question+", "no source"),
         ("question | dropout(0.3", "no change"),

@@ -26,6 +26,7 @@ def test_any_other_number_is_refused(prompts):
         match_batch(prompts, 3)
 
 
+@pytest.mark.wrong_type
 @pytest.mark.parametrize("bad", [None, 3, b"red"])
 def test_what_is_no_text_is_refused(bad):
     with pytest.raises(PromptError, match="must be strings"):

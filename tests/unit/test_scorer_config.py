@@ -11,6 +11,10 @@ from diffenc.scoring.config import (
 )
 
 
+def wrong_type(*case):
+    return pytest.param(*case, marks=pytest.mark.wrong_type)
+
+
 def test_the_published_timesteps_come_from_the_grid():
     assert discffusion_timesteps(5) == SCORE_TIMESTEPS == (189, 389, 589, 789, 989)
     assert discffusion_timesteps(10) == tuple(range(89, 1000, 100))
@@ -52,20 +56,20 @@ def test_steps_are_every_draw_of_every_timestep():
         ({"timesteps": (True,)}, "ints"),
         ({"draws": 0}, "draws must be an int of 1 or more"),
         ({"batch_size": 0}, "batch_size must be an int of 1 or more"),
-        ({"seed": 0.5}, "seed must be an int"),
+        wrong_type({"seed": 0.5}, "seed must be an int"),
         ({"layers": "every"}, "layers must be one of"),
         ({"layers": ()}, "at least one entry"),
         ({"layer_weights": (0.0, 0.0)}, "not all 0"),
         ({"layer_weights": (1.0, -1.0)}, "0 or above"),
         ({"layer_weights": (float("nan"),)}, "finite"),
         ({"lse_lambda": 0.0}, "above 0"),
-        ({"space": "logit"}, "Did you mean 'logits'"),
-        ({"lse_axis": "token"}, "Did you mean 'tokens'"),
-        ({"token_mask": "nopad"}, "Did you mean 'no_pad'"),
-        ({"head_reduce": "sum"}, "head_reduce must be one of"),
-        ({"error_term": "l2"}, "error_term must be one of"),
-        ({"calibration": "grey"}, "Did you mean 'gray'"),
-        ({"mode": "fast"}, "mode must be one of"),
+        wrong_type({"space": "logit"}, "Did you mean 'logits'"),
+        wrong_type({"lse_axis": "token"}, "Did you mean 'tokens'"),
+        wrong_type({"token_mask": "nopad"}, "Did you mean 'no_pad'"),
+        wrong_type({"head_reduce": "sum"}, "head_reduce must be one of"),
+        wrong_type({"error_term": "l2"}, "error_term must be one of"),
+        wrong_type({"calibration": "grey"}, "Did you mean 'gray'"),
+        wrong_type({"mode": "fast"}, "mode must be one of"),
         ({"attention": False}, "nothing to score by"),
         ({"mode": "shared-query", "error_term": "mse"}, "scores by attention alone"),
         ({"include_uncond": True, "token_mask": "content"}, "leaves nothing"),

@@ -281,7 +281,9 @@ class TestStudy:
         assert found is not None
         assert found.values[1] == pytest.approx(accuracy, abs=0.101)  # one scene may tip
 
-    def test_equal_calls_give_equal_results_and_leave_the_global_state_alone(self, backbone, study):
+    def test_equal_calls_give_equal_results_and_leave_the_global_state_alone(
+        self, backbone, study, pytestconfig
+    ):
         torch.manual_seed(5)
         random.seed(5)
         before = torch.random.get_rng_state(), random.getstate()
@@ -298,7 +300,8 @@ class TestStudy:
             assert one.asked.values == pytest.approx(other.asked.values, rel=1e-4)
             assert one.control.values == pytest.approx(other.control.values, rel=1e-4)
         assert torch.equal(before[0], torch.random.get_rng_state())
-        assert before[1] == random.getstate()
+        if not pytestconfig.getoption("jaxtyping_packages", None):  # that checker draws from it
+            assert before[1] == random.getstate()
 
     def test_noise_does_not_tell_where_an_object_is(self, backbone):
         """Nearly all of what the U-Net sees is noise: under one noise for all, half are right."""

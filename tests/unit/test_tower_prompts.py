@@ -52,6 +52,7 @@ def test_what_is_no_text_is_told(tokenizer, wrong) -> None:
         tokenizer(wrong)
 
 
+@pytest.mark.wrong_type
 @pytest.mark.parametrize(
     ("ids", "mask"),
     [

@@ -71,7 +71,9 @@ def test_examples_can_be_read(path):
         ({"optim": {"epochs": 0}}, "1 or more"),
         ({"optim": {"learning_rate": -1.0}}, "above 0"),
         ({"optim": {"batch_size": 10, "device_batch_size": 4}}, "no multiple"),
-        ({"optim": {"precision": "int8"}}, "optim.precision"),
+        pytest.param(
+            {"optim": {"precision": "int8"}}, "optim.precision", marks=pytest.mark.wrong_type
+        ),
         ({"data": {"images": "x"}}, "a key is missing.*annotations"),
         ({"data": {**DATA, "prompts": "capshun"}}, "capshun"),
         ({"model": {"options": {"timestep": 5000}}}, "timestep"),

@@ -293,7 +293,12 @@ WRONG = [
     ({"pixel_values": torch.zeros(1, 3, 32, 64)}, ShapeError, r"\(3, 64, 64\), got \(3, 32, 64\)"),
     ({"pixel_values": torch.full((1, 3, 64, 64), 255.0)}, ImageError, "must lie in"),
     ({"pixel_values": torch.full((1, 3, 64, 64), float("nan"))}, ImageError, "NaN"),
-    ({"pixel_values": torch.zeros(1, 3, 64, 64, dtype=torch.uint8)}, ImageError, "floats"),
+    pytest.param(
+        {"pixel_values": torch.zeros(1, 3, 64, 64, dtype=torch.uint8)},
+        ImageError,
+        "floats",
+        marks=pytest.mark.wrong_type,
+    ),
     ({}, ConfigError, "pixel_values"),
     ({"prompts": ["a", "b", "c"]}, PromptError, "3 prompts, 1 images"),
     ({"prompt_ids": torch.zeros(1, 32)}, PromptError, "unknown argument 'prompt_ids'"),
