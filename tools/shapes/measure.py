@@ -29,13 +29,15 @@ from diffenc.forward import read_attention
 from diffenc.images import to_pixel_values
 from diffenc.latents import encode_latents
 from diffenc.noise import add_noise, shared_noise
-from diffenc.scorer import SCORE_TIMESTEPS, denoising_scores
+from diffenc.scorer import denoising_scores
 from diffenc.shapes.captions import RELATION_PHRASES, noun_phrase
 from diffenc.shapes.pairs import WINOGROUND_KINDS, winoground_items
 from diffenc.shapes.render import masks, render
 from diffenc.shapes.scenes import Scene, sample_scene, sample_scenes
 
-DRAWS = 2
+ERROR_TIMESTEPS, DRAWS = (400, 500, 600, 700, 800), 4
+"""A handful of noise levels and draws at which the error tells texts apart best, on validation
+scenes; `validate_timesteps.py` shows how they were chosen."""
 ATTENTION_TIMESTEPS = (50, 89, 189, 389, 589)
 DILATION = 2
 """Pixels by which masks are dilated: half a latent cell."""
@@ -131,7 +133,7 @@ def winoground(backbone: Backbone, per_kind: int) -> dict[str, dict[str, float]]
             latents = encode_latents(backbone.vae, pixel_values(list(item.scenes)))
             draws = [
                 denoising_scores(
-                    backbone, latents, item.captions, timesteps=SCORE_TIMESTEPS, seed=draw
+                    backbone, latents, item.captions, timesteps=ERROR_TIMESTEPS, seed=draw
                 )
                 for draw in range(DRAWS)
             ]
