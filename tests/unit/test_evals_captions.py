@@ -2,7 +2,7 @@ import json
 import math
 import shutil
 import sys
-from types import SimpleNamespace
+from types import ModuleType
 
 import pytest
 
@@ -217,9 +217,12 @@ class TestMetrics:
         with pytest.raises(ConfigError, match=told):
             self.score(references, captions, metrics=())
 
-    def test_metrics_are_refused_before_work_starts(self, monkeypatch, without_java):
+    @pytest.mark.wrong_type
+    def test_unknown_metrics_are_refused_with_the_known_ones(self):
         with pytest.raises(ConfigError, match=r"metrics must be one of .*'meteor'"):
             require_metrics(["meteor"], "simple")
+
+    def test_metrics_are_refused_before_work_starts(self, monkeypatch, without_java):
         with pytest.raises(ConfigError, match="once each"):
             require_metrics(["cider", "cider"], "simple")
         monkeypatch.setitem(sys.modules, "pycocoevalcap.cider.cider", None)
@@ -229,7 +232,8 @@ class TestMetrics:
         assert model.asked == []
 
     def spice(self, monkeypatch, folder, run):
-        module = SimpleNamespace(__file__=str(folder / "spice.py"), Spice=lambda: run)
+        module = ModuleType("spice")
+        module.__file__, module.Spice = str(folder / "spice.py"), lambda: run
         monkeypatch.setitem(sys.modules, "pycocoevalcap.spice.spice", module)
         (folder / "lib").mkdir()
 
@@ -301,7 +305,9 @@ class TestRefinement:
         found = evaluate_captions(three(), model, metrics=(), batch_size=batch_size)
         assert found.passes[0].captions == {"0": "0", "1": "1", "2": "2"}
 
-    @pytest.mark.parametrize("wrong", [["a"], "abc", ["a", "b", None]])
+    @pytest.mark.parametrize(
+        "wrong", [["a"], "abc", pytest.param(["a", "b", None], marks=pytest.mark.wrong_type)]
+    )
     def test_models_that_do_not_answer_each_question(self, wrong):
         model = FunctionAnswerer("bad", lambda images, questions: wrong)
         with pytest.raises(ShapeError, match=r"one answer per question, 3|answer in text"):

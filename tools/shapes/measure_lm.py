@@ -4,12 +4,14 @@
 
 `grammatical` is the percentage of texts, sampled at temperature 1 from nothing but the mark of the
 beginning, that the world's grammar accepts from end to end; a text that does not end in time is
-not accepted. `distinct` tells how many of them differ, `distinct_of_world` how many of as many
-documents made from held-out scenes do: captions of so small a world repeat. `perplexity` is per
-token, on documents of held-out scenes. The others are percentages of right answers, written word by
-word: `reading` to questions of colour and shape whose answer stands in one of one or two captions
-before them, `pictures` to questions of all kinds about symbolic pictures, and `other_pictures` the
-same where each is shown another one's, which is what can be guessed.
+not accepted; `grammatical_nucleus` is the same of texts sampled from the likeliest words that have
+95 % of the probability, as language models are usually asked. `distinct` tells how many of them
+differ, `distinct_of_world` how many of as many documents made from held-out scenes do: captions of
+so small a world repeat. `perplexity` is per token, on documents of held-out scenes. The others are
+percentages of right answers, written word by word: `reading` to questions of colour and shape whose
+answer stands in one of one or two captions before them, `pictures` to questions of all kinds about
+symbolic pictures, and `other_pictures` the same where each is shown another one's, which is what
+can be guessed.
 """
 
 import argparse
@@ -31,10 +33,11 @@ from diffenc.shapes.questions import sample_question
 from diffenc.shapes.scenes import sample_scenes
 
 BATCH = 100
+NUCLEUS = 0.95
 
 
 @torch.no_grad()
-def sample(model: Any, tokenizer: Any, count: int) -> list[str]:
+def sample(model: Any, tokenizer: Any, count: int, *, top_p: float = 1.0) -> list[str]:
     """Whole documents, without their marks; "" for one that does not end within the context."""
     texts: list[str] = []
     while len(texts) < count:
@@ -45,7 +48,7 @@ def sample(model: Any, tokenizer: Any, count: int) -> list[str]:
             do_sample=True,
             temperature=1.0,
             top_k=0,
-            top_p=1.0,
+            top_p=top_p,
             eos_token_id=tokenizer.bos_token_id,  # a conversation goes on after <eos>
             pad_token_id=tokenizer.pad_token_id,
             max_length=model.config.max_position_embeddings,
@@ -131,6 +134,10 @@ def measure(folder: Path, count: int, seed: int) -> dict[str, Any]:
     wrong = [text for text in texts if not is_grammatical(text)]
     rng = random.Random(f"measure/{HELD_OUT_SEED}")
     world = [document(scene, rng) for scene in sample_scenes(count, seed=HELD_OUT_SEED)]
+    torch.manual_seed(seed)
+    nucleus = sample(model, tokenizer, count, top_p=NUCLEUS)
+    found["grammatical_nucleus"] = round(100 * sum(map(is_grammatical, nucleus)) / count, 1)
+    found["distinct_nucleus"] = round(100 * len(set(nucleus)) / count, 1)
     found["grammatical"] = round(100 * (1 - len(wrong) / count), 1)
     found["distinct"] = round(100 * len(set(texts)) / count, 1)
     found["distinct_of_world"] = round(100 * len(set(world)) / count, 1)
