@@ -10,6 +10,9 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     BitImageProcessor,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
     LlamaConfig,
@@ -104,6 +107,32 @@ def save_tiny_vision(folder: Path) -> Path:
     BitImageProcessor(
         size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
     ).save_pretrained(folder)
+    return folder
+
+
+def save_tiny_clip(folder: Path, *, hidden_size: int = 8, layers: int = 2) -> Path:
+    """A CLIP for pictures of 32 pixels: 4 x 4 patches."""
+    width = {"hidden_size": hidden_size, "intermediate_size": hidden_size, "num_attention_heads": 2}
+    config = CLIPConfig(
+        vision_config={
+            **width,
+            "num_hidden_layers": layers,
+            "image_size": 32,
+            "patch_size": 8,
+            "projection_dim": 12,
+        },
+        text_config={
+            **width,
+            "num_hidden_layers": 1,
+            "vocab_size": 9,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+        },
+        projection_dim=12,
+    )
+    seeded(lambda: CLIPModel(config)).save_pretrained(folder)
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    CLIPImageProcessor(**size).save_pretrained(folder)
     return folder
 
 

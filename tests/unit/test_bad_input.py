@@ -10,13 +10,10 @@ from diffenc import DiffusionEncoder, EncoderConfig, load_backbone
 from diffenc.backbones import device as devices
 from diffenc.errors import ConfigError, ImageError, PromptError, ShapeError
 from diffenc.prompts import PromptEmbeds
+from marks import wrong_type
 
 TAPS = ("mid_block",)
 IMAGE = Image.new("RGB", (64, 64), "red")
-
-
-def wrong_type(*case):
-    return pytest.param(*case, marks=pytest.mark.wrong_type)
 
 
 @pytest.fixture(scope="module")

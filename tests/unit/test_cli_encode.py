@@ -11,12 +11,9 @@ from diffenc import DiffusionEncoder, __version__
 from diffenc.cli.encode import parse_size, parse_timestep
 from diffenc.cli.main import app
 from diffenc.errors import ConfigError
+from marks import wrong_type
 
 TAPS = ["mid_block", "up_blocks.3"]
-
-
-def wrong_type(*case):
-    return pytest.param(*case, marks=pytest.mark.wrong_type)
 
 
 def run(*arguments):

@@ -5,10 +5,7 @@ import pytest
 
 from diffenc.config import EncoderConfig
 from diffenc.errors import ConfigError
-
-
-def wrong_type(*case):
-    return pytest.param(*case, marks=pytest.mark.wrong_type)
+from marks import wrong_type
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,7 @@ from diffenc.scoring.config import (
     scorer_preset,
     scorer_presets,
 )
-
-
-def wrong_type(*case):
-    return pytest.param(*case, marks=pytest.mark.wrong_type)
+from marks import wrong_type
 
 
 def test_the_published_timesteps_come_from_the_grid():

@@ -1,10 +1,7 @@
 """The grammar that judges sampled texts has all of the world's texts and none of their ruins."""
 
-import importlib
 import random
 import re
-import sys
-from pathlib import Path
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -13,8 +10,8 @@ from diffenc.shapes.captions import captions
 from diffenc.shapes.pairs import mmvp_pairs, winoground_items
 from diffenc.shapes.questions import conversation, multiple_choice, questions
 from diffenc.shapes.scenes import sample_scene, sample_scenes
+from shapes_tools import shapes_tools
 
-TOOLS = Path(__file__).parents[2] / "tools" / "shapes"
 NAMES = ("documents", "grammar", "make_lm_tokenizer")
 MARKS = re.compile(r"(\n|<[^>]*>)")
 NEEDED = re.compile(  # words without which no sentence of the world stands
@@ -27,14 +24,8 @@ ODD_TEXTS = ("  Odd\t spacing\n\n", "l'œuvre, 日本語 🎨", "an <image> in i
 
 @pytest.fixture(scope="module")
 def tools():
-    """The scripts' modules by name; they import each other as scripts do."""
-    sys.path.insert(0, str(TOOLS))
-    try:
-        yield {name: importlib.import_module(name) for name in NAMES}
-    finally:
-        sys.path.remove(str(TOOLS))
-        for name in NAMES:
-            sys.modules.pop(name, None)
+    with shapes_tools(*NAMES) as modules:
+        yield modules
 
 
 @pytest.fixture(scope="module")

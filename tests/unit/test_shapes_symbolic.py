@@ -1,9 +1,6 @@
 """Symbolic pictures, which the miniature language model reads, say what is in the scene."""
 
-import importlib
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +8,9 @@ from torch import nn
 
 from diffenc.shapes.scenes import Scene, SceneObject
 from diffenc.vlm.language import load_language_model
+from shapes_tools import shapes_tools
 
-TOOLS = Path(__file__).parents[2] / "tools" / "shapes"
-NAMES = ("documents", "patches", "symbolic")
+NAMES = ("documents", "patches", "symbolic", "training", "train_lm")
 SCENE = Scene(
     (
         SceneObject("star", "red", "large", x=0.25, y=0.25, radius=0.2),
@@ -29,14 +26,8 @@ TOLD = [
 
 @pytest.fixture(scope="module")
 def tools():
-    """The scripts' modules by name; they import each other as scripts do."""
-    sys.path.insert(0, str(TOOLS))
-    try:
-        yield {name: importlib.import_module(name) for name in NAMES}
-    finally:
-        sys.path.remove(str(TOOLS))
-        for name in NAMES:
-            sys.modules.pop(name, None)
+    with shapes_tools(*NAMES) as modules:
+        yield modules
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +100,19 @@ def test_a_readable_prompt_holds_its_answer(tools):
         assert answer in said
         assert asked.endswith("?")
         assert answer not in asked.split()
+
+
+def test_looking_back_is_learnt_from_answers_alone(tools, tokenizer):
+    ids, labels = tools["train_lm"].prompts_and_answers(tokenizer, "seed")
+
+    assert ids.shape == labels.shape == (64, ids.shape[1])
+    for row, label in zip(ids, labels, strict=True):
+        places = (label != -100).nonzero().flatten()
+        assert places.tolist() == list(range(places[0], places[-1] + 1))
+        assert torch.equal(row[places], label[places])
+        before, after = tokenizer.decode(row[: places[0]]), row[places[-1] + 1 :]
+        answer = tokenizer.decode(label[places])
+        assert before.endswith("<|assistant|>\n")
+        assert answer.endswith("<eos>")
+        assert answer.removesuffix("<eos>") in before  # a caption says it
+        assert after.eq(tokenizer.pad_token_id).all()

@@ -4,10 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 from typer.testing import CliRunner
 
-import builders
 from diffenc import DiffusionEncoder
 from diffenc.cli.main import app
 from diffenc.errors import BackboneError, ConfigError
@@ -27,35 +25,14 @@ from diffenc.studies.parts_report import gain_rows, norm_rows, part_rows, to_mar
 from diffenc.studies.parts_results import ASKED, COMPARISONS, PARTS, PartStudy
 from diffenc.studies.parts_training import train_part
 from diffenc.studies.trials import CLASSES, sample_trials
+from vlm_builders import save_tiny_clip
 
 QUICK = {"scenes": 30, "seeds": 1, "reader_epochs": 2, "rank": 2, "grid": 4, "batch_size": 30}
 
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    width = {"hidden_size": 12, "intermediate_size": 12, "num_attention_heads": 2}
-    config = CLIPConfig(
-        vision_config={
-            **width,
-            "num_hidden_layers": 2,
-            "image_size": 32,
-            "patch_size": 8,
-            "projection_dim": 12,
-        },
-        text_config={
-            **width,
-            "num_hidden_layers": 1,
-            "vocab_size": 9,
-            "bos_token_id": 0,
-            "eos_token_id": 1,
-        },
-        projection_dim=12,
-    )
-    folder = tmp_path_factory.mktemp("clip")
-    builders.seeded(lambda: CLIPModel(config)).save_pretrained(folder)
-    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    CLIPImageProcessor(**size).save_pretrained(folder)
-    return folder
+    return save_tiny_clip(tmp_path_factory.mktemp("clip"), hidden_size=12)
 
 
 @pytest.fixture(scope="module")

@@ -27,14 +27,11 @@ from diffenc.adapters.tower import DiffusionVisionTower
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import ConfigError, ImageError, PromptError, ShapeError
 from diffenc.shapes import render, sample_scenes
+from marks import wrong_type
 
 NAME = "diffenc:shapes?t=50"
 ADAPTED = "diffenc:shapes?t=50&rank=4"
 QUESTION, OTHER = "what color is the circle?", "how many stars are there?"
-
-
-def wrong_type(*case):
-    return pytest.param(*case, marks=pytest.mark.wrong_type)
 
 
 @pytest.fixture(scope="module", autouse=True)

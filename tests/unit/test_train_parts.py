@@ -7,9 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
-from builders import seeded
 from diffenc.errors import ConfigError
 from diffenc.fusion import FusedEncoder
 from diffenc.projector import FusedProjector
@@ -18,7 +16,7 @@ from diffenc.train.build import build_vlm
 from diffenc.train.plan import make_plan
 from diffenc.vlm import DiffusionVLM
 from train_builders import Parts, config
-from vlm_builders import picture, save_tiny_lm, save_tiny_vision
+from vlm_builders import picture, save_tiny_clip, save_tiny_lm, save_tiny_vision
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -28,30 +26,7 @@ SHORT = {"limit": 4, "epochs": 3, "save_steps": 0, "learning_rate": 0.05}
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
-    """A CLIP for pictures of 32 pixels: 4 x 4 patches, three layers."""
-    width = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
-    config = CLIPConfig(
-        vision_config={
-            **width,
-            "num_hidden_layers": 3,
-            "image_size": 32,
-            "patch_size": 8,
-            "projection_dim": 12,
-        },
-        text_config={
-            **width,
-            "num_hidden_layers": 1,
-            "vocab_size": 9,
-            "bos_token_id": 0,
-            "eos_token_id": 1,
-        },
-        projection_dim=12,
-    )
-    folder = tmp_path_factory.mktemp("clip")
-    seeded(lambda: CLIPModel(config)).save_pretrained(folder)
-    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    CLIPImageProcessor(**size).save_pretrained(folder)
-    return folder
+    return save_tiny_clip(tmp_path_factory.mktemp("clip"), layers=3)
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,10 @@
     python tools/shapes/measure_clip.py
 
 `one_of_64` is the percentage of pictures for which the caption that was drawn for them is found
-among 64. Captions leave things out, so that others of the 64 are often true of the picture as well:
-`true_of_64` counts any that is, by the reader that the tests check captions with.
+among 64 that are worded differently; `one_of_64_meanings` the same among 64 that say different
+things ("a photo of a red star" and "we see a red star" do not). Captions leave things out, so that
+others of the 64 are often true of the picture as well: `true_of_64` counts any that is, by the
+reader that the tests check captions with.
 """
 
 import argparse

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from patches import truths
-from texts import near_twin, training_text
+from texts import near_twin, said, training_text
 from torch import Tensor, nn
 from torch.nn import functional as F
 from training import VALIDATION_SEED, Run
@@ -122,17 +122,22 @@ def batch(count: int, seed: str, *, hard: bool) -> tuple[list[Scene], list[str]]
     return scenes + twins, texts + twin_texts
 
 
-def different_captions(count: int, seed: str) -> tuple[list[Scene], list[str]]:
-    """Scenes with captions that all differ."""
+def different_captions(
+    count: int, seed: str, *, in_meaning: bool = False
+) -> tuple[list[Scene], list[str]]:
+    """Scenes with captions that all differ; in what they say, however it is put, if asked for."""
     rng = random.Random(seed)
     scenes: list[Scene] = []
     texts: list[str] = []
+    seen = set()
     while len(scenes) < count:
         scene = sample_scene(rng)
         text = caption(scene, rng)
-        if text not in texts:
+        key = said(text) if in_meaning else text
+        if key not in seen:
             scenes.append(scene)
             texts.append(text)
+            seen.add(key)
     return scenes, texts
 
 
@@ -149,14 +154,19 @@ def similarities(
 def measure(
     model: CLIPModel, tokenizer: CLIPTokenizer, *, seed: int = VALIDATION_SEED, batches: int = 8
 ) -> dict[str, float]:
-    """Percentages: one of 64 captions, and the text score of each Winoground-like kind."""
+    """Percentages: one of 64 captions, and the text score of each Winoground-like kind.
+
+    Two wordings of one thing are different captions, but not different meanings.
+    """
     model.eval()
-    right = []
-    for index in range(batches):
-        scenes, texts = different_captions(64, f"clip/{seed + index}")
-        logits = similarities(model, tokenizer, scenes, texts)
-        right.append((logits.argmax(dim=1) == torch.arange(64)).float().mean())
-    found = {"one_of_64": 100 * float(torch.stack(right).mean())}
+    found = {}
+    for name, in_meaning in (("one_of_64", False), ("one_of_64_meanings", True)):
+        right = []
+        for index in range(batches):
+            scenes, texts = different_captions(64, f"clip/{seed + index}", in_meaning=in_meaning)
+            logits = similarities(model, tokenizer, scenes, texts)
+            right.append((logits.argmax(dim=1) == torch.arange(64)).float().mean())
+        found[name] = 100 * float(torch.stack(right).mean())
     for kind in WINOGROUND_KINDS:
         items = winoground_items(100, seed=seed, kinds=[kind])
         hits = 0

@@ -38,7 +38,6 @@ from diffenc.shapes.scenes import sample_scene
 HIDDEN, LAYERS, HEADS, INNER = 128, 4, 4, 448
 HELD_OUT_ROWS = 64
 READING_BATCH = 64
-PICTURE_BATCH = 16
 IGNORED = -100
 
 
@@ -107,6 +106,7 @@ def prompts_and_answers(tokenizer: Any, seed: str) -> tuple[Tensor, Tensor]:
 
 def learn_to_look_back(model: LlamaForCausalLM, tokenizer: Any, steps: int, folder: Path) -> None:
     """Train on answers that stand in the prompt."""
+    # twice the steps: the rate does not come down all the way, since training goes on after it
     run = Run(folder, {"model": model}, steps=2 * steps, lr=1e-3, ema_decay=0.99, warmup=100)
     while run.step < steps:
         ids, labels = prompts_and_answers(tokenizer, f"reading/{run.step}")
@@ -133,10 +133,12 @@ def perplexity(model: LlamaForCausalLM, rows: Tensor) -> float:
     return math.exp(sum(map(math.prod, zip(losses, weights, strict=True))) / len(rows))
 
 
-def picture_loss(model: LlamaForCausalLM, pictures: SymbolicPictures, seed: str) -> Tensor:
+def picture_loss(
+    model: LlamaForCausalLM, pictures: SymbolicPictures, count: int, seed: str
+) -> Tensor:
     """Mean cross-entropy of what is said about symbolic pictures."""
     embedding = model.get_input_embeddings()
-    states, labels = pictures.batch(embedding, PICTURE_BATCH, seed)
+    states, labels = pictures.batch(embedding, count, seed)
     logits = model(inputs_embeds=states[:, :-1], use_cache=False).logits
     return F.cross_entropy(
         logits.flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED
@@ -168,7 +170,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--reading-steps", type=int, default=2000, help="before them")
     parser.add_argument("--batch", type=int, default=8, help="rows")
-    parser.add_argument("--context", type=int, default=256, help="tokens a row")
+    parser.add_argument("--row", type=int, default=256, help="tokens a row")
+    parser.add_argument("--pictures", type=int, default=16, help="symbolic ones in a step")
+    parser.add_argument("--context", type=int, default=512, help="tokens that the model may read")
+    parser.add_argument("--bfloat16", action="store_true", help="matrix products")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--run", type=Path, default=Path("runs/shapes-lm/run"))
     parser.add_argument("--tokenizer", type=Path, default=Path("runs/shapes-lm/tokenizer"))
@@ -178,6 +183,7 @@ def main() -> None:
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
     model = build(tokenizer, options.context)
+    model.set_attn_implementation("eager")  # rows are short: fused attention is slower on a CPU
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
     if not (options.run / "state.pt").exists():
         folder = options.run.with_name(f"{options.run.name}-reading")
@@ -188,9 +194,10 @@ def main() -> None:
     pictures = SymbolicPictures(tokenizer)
     held_out = packed(tokenizer, f"lm/{VALIDATION_SEED}", HELD_OUT_ROWS, options.context)
     while run.step < options.steps:
-        rows = packed(tokenizer, f"lm/{run.step}", options.batch, options.context)
-        loss = next_token_loss(model, rows)
-        seen = picture_loss(model, pictures, f"pictures/{run.step}")
+        rows = packed(tokenizer, f"lm/{run.step}", options.batch, options.row)
+        with torch.autocast("cpu", torch.bfloat16, enabled=options.bfloat16):
+            loss = next_token_loss(model, rows)
+            seen = picture_loss(model, pictures, options.pictures, f"pictures/{run.step}")
         run.update(loss + seen)
         if run.step % 50 == 0:
             run.log(loss=round(loss.item(), 4), pictures=round(seen.item(), 4))

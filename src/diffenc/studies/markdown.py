@@ -19,17 +19,21 @@ def section(name: str, lines: Sequence[str]) -> list[str]:
     return [f"<!-- --8<-- [start:{name}] -->", "", *lines, "", f"<!-- --8<-- [end:{name}] -->"]
 
 
-def number(spread: Spread | None) -> str:
-    """Mean and deviation of a share; "" of nothing."""
-    if spread is None:
-        return ""
-    deviation = "" if spread.deviation is None else f" ± {spread.deviation:.2f}"
-    return f"{spread.mean:.2f}{deviation}"
+def number(spread: Spread | None, digits: int = 2, *, nothing: str = "") -> str:
+    """Mean and deviation.
+
+    Args:
+        spread: Over seeds; None is `nothing`.
+        digits: After the point.
+        nothing: What stands where there is no figure.
+    """
+    return nothing if spread is None else f"{spread.mean:.{digits}f}{_deviation(spread, digits)}"
 
 
-def signed(spread: Spread | None) -> str:
-    """Mean and deviation of a difference; "" of nothing."""
-    if spread is None:
-        return ""
-    deviation = "" if spread.deviation is None else f" ± {spread.deviation:.3f}"
-    return f"{spread.mean:+.3f}{deviation}"
+def signed(spread: Spread | None, digits: int = 3, *, nothing: str = "") -> str:
+    """Mean of a difference with its sign, and deviation; else as `number`."""
+    return nothing if spread is None else f"{spread.mean:+.{digits}f}{_deviation(spread, digits)}"
+
+
+def _deviation(spread: Spread, digits: int) -> str:
+    return "" if spread.deviation is None else f" ± {spread.deviation:.{digits}f}"

@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from diffenc.studies import markdown as markdown_text
 from diffenc.studies.results import Spread
 from diffenc.studies.vlm.plan import FIGURES, Measurement, StudyPlan
 from diffenc.studies.vlm.prompting import parse_prompting
@@ -99,27 +100,19 @@ def measurement_table(plan: StudyPlan) -> Lines:
 
 
 def number(spread: Spread | None) -> str:
-    """Mean and deviation; "–" of nothing."""
-    if spread is None:
-        return "–"
-    deviation = "" if spread.deviation is None else f" ± {spread.deviation:.1f}"
-    return f"{spread.mean:.1f}{deviation}"
+    """Mean and deviation in percent; "–" of nothing."""
+    return markdown_text.number(spread, 1, nothing="–")
 
 
 def signed(spread: Spread | None) -> str:
-    """Mean and deviation of a difference; "–" of nothing."""
-    if spread is None:
-        return "–"
-    deviation = "" if spread.deviation is None else f" ± {spread.deviation:.1f}"
-    return f"{spread.mean:+.1f}{deviation}"
+    """Mean and deviation of a difference in points; "–" of nothing."""
+    return markdown_text.signed(spread, 1, nothing="–")
 
 
 def markdown(table: Lines) -> Iterator[str]:
     """Lines of Markdown."""
-    yield f"| {' | '.join(table.columns)} |"
-    yield f"| {' | '.join(['---'] * len(table.columns))} |"
-    for row in table.rows:
-        yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |"
+    rows = [[cell.replace("|", r"\|") for cell in row] for row in table.rows]
+    yield from markdown_text.table(table.columns, rows)
     if table.note:
         yield ""
         yield textwrap.fill(table.note, 100)
