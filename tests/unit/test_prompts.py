@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -47,6 +49,15 @@ def test_rows_are_repeated_kept_or_refused():
     assert embeds(3).rows(3).pooled_prompt_embeds.shape == (3, 4)
     with pytest.raises(ShapeError, match="3 images need 1 prompt or 3, got 2"):
         embeds(2).rows(3)
+
+
+def test_the_unet_gets_states_that_lie_in_order():
+    repeated = embeds(1).rows(3)
+    cut = replace(embeds(3), prompt_embeds=embeds(3).prompt_embeds[:, :1])
+    for given in (repeated, cut):
+        states = given.unet_kwargs()["encoder_hidden_states"]
+        assert states.is_contiguous()
+        assert torch.equal(states, given.prompt_embeds)
 
 
 def test_concat_and_select_are_inverse():
