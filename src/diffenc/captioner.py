@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffenc.errors import BackboneError, ConfigError, OutputError
-from diffenc.pretrained import loading, pretrained_source
+from diffenc.pretrained import load_whole, loading, pretrained_source
 
 _CONFIG_FILE, _WEIGHTS_FILE = "captioner.json", "captioner.safetensors"
 _INSTEAD = (
@@ -198,7 +198,8 @@ class ClipEmbedder(nn.Module):
         label = os.fspath(name)
         with loading("a CLIP", label, instead=_INSTEAD):
             source = pretrained_source(label)
-            model = CLIPVisionModelWithProjection.from_pretrained(source)
+            # The embedding is small work and remembered: no half precision, whatever the file has.
+            model = load_whole(CLIPVisionModelWithProjection, source).float()
         try:
             processor, _ = ImageProcessingMixin.get_image_processor_dict(source)
         except OSError:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from diffenc.cache import TensorCache, content_key, state_key
 from diffenc.errors import BackboneError, ConfigError, NonFiniteError, ShapeError
 from diffenc.images import Images
-from diffenc.pretrained import lasting_name, loading, pretrained_source
+from diffenc.pretrained import lasting_name, load_whole, loading, pretrained_source
 from diffenc.vision_models import VisionModel, to_pictures
 
 _VISION = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}
@@ -115,7 +115,7 @@ class ClipTokens(VisionModel):
             kind = found.removesuffix("_vision_model")
             if kind not in _VISION:
                 raise BackboneError(f"{label!r} is of the kind {found!r}; {_TAKEN}")
-            model = getattr(transformers, _VISION[kind]).from_pretrained(source)
+            model = load_whole(getattr(transformers, _VISION[kind]), source)
             if image_processor is None:
                 image_processor = transformers.AutoImageProcessor.from_pretrained(source)
         return cls(

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from diffenc.errors import BackboneError, DiffencError
 
@@ -52,3 +53,33 @@ def loading(what: str, label: str, *, instead: str) -> Iterator[None]:
     except Exception as error:  # missing, offline, broken: each in words of its own
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise BackboneError(f"cannot load {what} from {label!r}: {lines[0]}. {instead}") from error
+
+
+def load_whole(kind: Any, source: str) -> Any:
+    """A model of transformers, all of whose weights are there.
+
+    What else the file holds is passed over in silence: a vision tower is a part of its CLIP, and
+    transformers would list the other one, weight by weight.
+
+    Args:
+        kind: A class of transformers.
+        source: Of the model.
+
+    Raises:
+        BackboneError: Weights are missing, which transformers would draw at random.
+    """
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        model, found = kind.from_pretrained(source, output_loading_info=True)
+    finally:
+        logging.set_verbosity(verbosity)
+    if missing := sorted(found["missing_keys"]):
+        raise BackboneError(
+            f"{source} holds no whole {kind.__name__}: it lacks {missing[0]!r}"
+            + (f" and {len(missing) - 1} more of its weights" if len(missing) > 1 else "")
+            + "; pass a model that has all of them"
+        )
+    return model

@@ -1,8 +1,16 @@
+from logging.handlers import MemoryHandler
+
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import CLIPImageProcessor, CLIPModel, CLIPVisionModel
+from transformers.utils import logging
 
 from diffenc import pretrained
+from diffenc.captioner import ClipEmbedder
+from diffenc.clip_tokens import ClipTokens
 from diffenc.errors import BackboneError, ConfigError
-from diffenc.pretrained import BUNDLED, lasting_name, loading, pretrained_source
+from diffenc.pretrained import BUNDLED, lasting_name, load_whole, loading, pretrained_source
 
 
 def test_names_and_paths_are_taken_as_they_are(tmp_path):
@@ -55,3 +63,37 @@ def test_a_folder_is_found_from_everywhere_and_a_hub_id_stays(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     assert lasting_name("clip") == str(tmp_path / "clip")
     assert lasting_name("openai/clip") == "openai/clip"
+
+
+def test_a_tower_is_taken_out_of_its_clip_in_silence():
+    notices, verbosity = MemoryHandler(1000), logging.get_verbosity()
+    logging.add_handler(notices)
+    try:
+        tower = load_whole(CLIPVisionModel, pretrained_source("shapes-clip"))
+        assert logging.get_verbosity() == verbosity
+    finally:
+        logging.remove_handler(notices)
+    assert [record.getMessage() for record in notices.buffer] == []
+    clip = CLIPModel.from_pretrained(pretrained_source("shapes-clip"))
+    pixel_values = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        seen = [each(pixel_values).pooler_output for each in (tower.float(), clip.vision_model)]
+    assert torch.equal(*seen)
+
+
+def test_a_clip_that_is_stored_in_half_precision_embeds_in_full():
+    embedder = ClipEmbedder.from_name("shapes-clip")
+    assert {parameter.dtype for parameter in embedder.parameters()} == {torch.float32}
+
+
+def test_missing_weights_are_not_drawn_at_random(tmp_path):
+    clip = CLIPVisionModel.from_pretrained(pretrained_source("shapes-clip"))
+    clip.save_pretrained(tmp_path)
+    with pytest.raises(BackboneError, match=r"lacks 'visual_projection\.weight'; pass"):
+        ClipEmbedder.from_name(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    cut = {name: value for name, value in weights.items() if "layers.3" not in name}
+    save_file(cut, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    CLIPImageProcessor().save_pretrained(tmp_path)
+    with pytest.raises(BackboneError, match="and 15 more of its weights"):
+        ClipTokens.from_pretrained(tmp_path)

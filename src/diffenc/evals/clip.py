@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffenc.errors import BackboneError
 from diffenc.evals.matchers import short_name, weights_digest
-from diffenc.pretrained import loading, pretrained_source
+from diffenc.pretrained import load_whole, loading, pretrained_source
 from diffenc.prompts import tokenize
 
 _INSTEAD = (
@@ -70,7 +70,7 @@ class ClipMatcher:
                     f"{label!r} is of the kind {config.model_type!r}; the baseline is a CLIPModel "
                     "of transformers, such as openai/clip-vit-large-patch14"
                 )
-            model = CLIPModel.from_pretrained(source)
+            model = load_whole(CLIPModel, source)
             tokenizer = CLIPTokenizer.from_pretrained(source)
             processor = CLIPImageProcessor.from_pretrained(source)
         limit = config.text_config.max_position_embeddings

@@ -54,14 +54,13 @@ def _panel(panel: Any, study: VlmStudy, kind: str, name: str) -> None:
     if passes > 1:
         _passes(panel, study, measurements, name, passes)
         panel.set_xlabel("pass")
-        low, high = panel.get_ylim()
-        panel.set_ylim(low, high + 0.35 * (high - low))  # for the legend
     else:
         _trainings(panel, study, measurements, name)
     unit = "CIDEr × 100" if name == "cider" else "percent"
     panel.set_title(f"{kind}: {name}")
     panel.set_ylabel(unit)
-    panel.legend(fontsize=8, loc="upper left" if passes > 1 else "best")
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14)}
+    panel.legend(fontsize=8, **(below if passes > 1 else {"loc": "best"}))
 
 
 def _trainings(panel: Any, study: VlmStudy, measurements: list[Measurement], name: str) -> None:
