@@ -1,6 +1,7 @@
 """Symbolic pictures, which the miniature language model reads, say what is in the scene."""
 
 import random
+import re
 
 import pytest
 import torch
@@ -100,6 +101,30 @@ def test_a_readable_prompt_holds_its_answer(tools):
         assert answer in said
         assert asked.endswith("?")
         assert answer not in asked.split()
+
+
+def test_options_are_listed_once_each_and_the_answer_is_one_of_them(tools):
+    rng = random.Random(0)
+    for _ in range(200):
+        asked, listed = tools["documents"].lettered(rng)
+        options, _, letter = listed.partition("\n<|assistant|>\n")
+        named = dict(re.findall(r" \(([a-d])\) ([a-z ]+?)(?= \(|$)", options))
+        assert asked.endswith("?")
+        assert list(named) == list("abcd")[: len(named)]
+        assert len(named) == len(set(named.values())) > 1
+        assert letter.strip("()") in named
+
+
+def test_options_are_practised_with_their_letter(tools, tokenizer):
+    train_lm, lettered = tools["train_lm"], tools["documents"].lettered
+    ids, labels = train_lm.prompts_and_answers(tokenizer, "seed", lettered, 5)
+
+    assert len(ids) == 5
+    for row, label in zip(ids, labels, strict=True):
+        practised = tokenizer.decode(label[label != -100])
+        assert practised.startswith(" (a) ")
+        assert practised.endswith(")<eos>")
+        assert f"?{practised}" in tokenizer.decode(row)
 
 
 def test_looking_back_is_learnt_from_answers_alone(tools, tokenizer):
