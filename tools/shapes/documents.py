@@ -50,6 +50,16 @@ def readable(rng: random.Random) -> tuple[str, str]:
                 return chat([("\n".join([*said, question.text]), "")]), question.answer
 
 
+def lettered(rng: random.Random) -> tuple[str, str]:
+    """A prompt up to a question, after captions, and what comes then: options and a letter."""
+    scene = sample_scene(rng)
+    question = sample_question(scene, rng)
+    listed = multiple_choice(question, rng, options=rng.randint(2, 4))
+    said = some_captions(scene, rng, rng.randint(0, 2))
+    before, _, after = chat([("\n".join([*said, listed.text]), listed.answer)]).partition("?")
+    return f"{before}?", after
+
+
 def some_captions(scene: Scene, rng: random.Random, count: int) -> list[str]:
     """Up to `count` different captions."""
     return captions(scene, count, seed=rng.getrandbits(32))

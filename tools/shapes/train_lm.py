@@ -20,12 +20,13 @@ import json
 import math
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from documents import document, readable
-from safetensors.torch import save_file
+from documents import document, lettered, readable
+from safetensors.torch import load_file, save_file
 from symbolic import SymbolicPictures
 from torch import Tensor
 from torch.nn import functional as F
@@ -88,12 +89,17 @@ def next_token_loss(model: LlamaForCausalLM, rows: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
 
 
-def prompts_and_answers(tokenizer: Any, seed: str) -> tuple[Tensor, Tensor]:
+def prompts_and_answers(
+    tokenizer: Any,
+    seed: str,
+    make: Callable[[random.Random], tuple[str, str]] = readable,
+    count: int = READING_BATCH,
+) -> tuple[Tensor, Tensor]:
     """Token ids (b t) of prompts with their answers, and as many labels, of the answers alone."""
     rng = random.Random(seed)
     ids, labels = [], []
-    for _ in range(READING_BATCH):
-        prompt, answer = readable(rng)
+    for _ in range(count):
+        prompt, answer = make(rng)
         asked = tokenizer(prompt).input_ids
         answered = [*tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
         ids.append(torch.tensor(asked + answered))
@@ -104,14 +110,25 @@ def prompts_and_answers(tokenizer: Any, seed: str) -> tuple[Tensor, Tensor]:
     )
 
 
+def answers(model: LlamaForCausalLM, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (n words) of each token after the first, and what it should be (n)."""
+    logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+    return logits.flatten(0, 1).float(), labels[:, 1:].flatten()
+
+
+def options_loss(model: LlamaForCausalLM, tokenizer: Any, count: int, seed: str) -> Tensor:
+    """Mean cross-entropy of the options of questions, each listed once, and of the letters."""
+    logits, targets = answers(model, *prompts_and_answers(tokenizer, seed, lettered, count))
+    return F.cross_entropy(logits, targets, ignore_index=IGNORED)
+
+
 def learn_to_look_back(model: LlamaForCausalLM, tokenizer: Any, steps: int, folder: Path) -> None:
     """Train on answers that stand in the prompt."""
     # twice the steps: the rate does not come down all the way, since training goes on after it
     run = Run(folder, {"model": model}, steps=2 * steps, lr=1e-3, ema_decay=0.99, warmup=100)
     while run.step < steps:
         ids, labels = prompts_and_answers(tokenizer, f"reading/{run.step}")
-        logits = model(input_ids=ids[:, :-1], use_cache=False).logits.flatten(0, 1).float()
-        targets = labels[:, 1:].flatten()
+        logits, targets = answers(model, ids, labels)
         run.update(F.cross_entropy(logits, targets, ignore_index=IGNORED))
         if run.step % 50 == 0:
             asked = targets != IGNORED
@@ -172,6 +189,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="rows")
     parser.add_argument("--row", type=int, default=256, help="tokens a row")
     parser.add_argument("--pictures", type=int, default=16, help="symbolic ones in a step")
+    parser.add_argument("--options", type=int, default=0, help="lettered questions in a step")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--start", type=Path, help="folder with weights; none is read otherwise")
     parser.add_argument("--context", type=int, default=512, help="tokens that the model may read")
     parser.add_argument("--bfloat16", action="store_true", help="matrix products")
     parser.add_argument("--threads", type=int, default=2)
@@ -185,11 +205,18 @@ def main() -> None:
     model = build(tokenizer, options.context)
     model.set_attn_implementation("eager")  # rows are short: fused attention is slower on a CPU
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
-    if not (options.run / "state.pt").exists():
+    if options.start is not None:
+        model.load_state_dict(load_file(options.start / "model.safetensors"), strict=False)
+    elif not (options.run / "state.pt").exists():
         folder = options.run.with_name(f"{options.run.name}-reading")
         learn_to_look_back(model, tokenizer, options.reading_steps, folder)
     run = Run(
-        options.run, {"model": model}, steps=options.steps, lr=2e-3, ema_decay=0.995, warmup=100
+        options.run,
+        {"model": model},
+        steps=options.steps,
+        lr=options.lr,
+        ema_decay=0.995,
+        warmup=100,
     )
     pictures = SymbolicPictures(tokenizer)
     held_out = packed(tokenizer, f"lm/{VALIDATION_SEED}", HELD_OUT_ROWS, options.context)
@@ -198,9 +225,13 @@ def main() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=options.bfloat16):
             loss = next_token_loss(model, rows)
             seen = picture_loss(model, pictures, options.pictures, f"pictures/{run.step}")
-        run.update(loss + seen)
+            parts = {"loss": loss, "pictures": seen}
+            if options.options:
+                seed = f"options/{run.step}"
+                parts["options"] = options_loss(model, tokenizer, options.options, seed)
+        run.update(torch.stack(list(parts.values())).sum())
         if run.step % 50 == 0:
-            run.log(loss=round(loss.item(), 4), pictures=round(seen.item(), 4))
+            run.log(**{name: round(part.item(), 4) for name, part in parts.items()})
         if run.step % 250 == 0 or run.step == options.steps:
             run.swap_average()
             run.log(perplexity=round(perplexity(model, held_out), 4))
