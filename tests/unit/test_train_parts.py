@@ -118,6 +118,31 @@ def test_a_later_stage_keeps_the_captioner_and_trains_it_where_it_is_named(
     assert any(value.any() for name, value in after.named_parameters() if ".lora_B." in name)
 
 
+@pytest.mark.parametrize("rank", [2, 0])
+def test_a_later_stage_trains_the_lora_of_an_earlier_one_where_it_is_asked_to(
+    parts, tmp_path, rank
+):
+    options = {"kind": "diffusion", "prompts": "empty", **DIFFUSION, **SHORT, "unet_rank": 2}
+    first = train(config(parts, tmp_path / "a", "instruct", **options)).model
+    options |= {"start": str(first), "unet_rank": rank}
+    before, after = states(config(parts, tmp_path / "b", "instruct", **options))
+    adapted = {name for name in before if ".lora_" in name and name.startswith("encoder.")}
+    assert adapted
+    assert moved(before, after) & adapted == (adapted if rank else set())
+
+
+def test_what_trains_is_in_float32_whatever_the_precision(parts, tmp_path):
+    options = {"kind": "diffusion", "prompts": "empty", **DIFFUSION, **SHORT, "unet_rank": 2}
+    first = train(config(parts, tmp_path / "a", "instruct", **options)).model
+    for start in ("", str(first)):
+        half = {**options, "start": start, "precision": "bf16"}
+        vlm = build_vlm(config(parts, tmp_path / "b", "instruct", **half))
+        trained = dict(vlm.named_trainable_parameters())
+        assert {parameter.dtype for parameter in trained.values()} == {torch.float32}
+        frozen = {p.dtype for name, p in vlm.named_parameters() if name not in trained}
+        assert torch.bfloat16 in frozen
+
+
 @pytest.mark.parametrize("how", ["channel", "tokens", "interleave"])
 def test_of_a_fused_encoder_the_projector_alone_trains(parts, clip_folder, tmp_path, how):
     before, after = states(fused(parts, tmp_path, clip_folder, how))
