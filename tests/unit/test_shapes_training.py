@@ -2,15 +2,17 @@
 
 import random
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "shapes"))
+from shapes_tools import FOLDER
+
+sys.path.insert(0, str(FOLDER))
 
 from grounding import outside, spoken_of
 from texts import said, training_scene, training_text, wrong_captions
+from train_clip import different_captions
 from train_vae import UNITS, build, correlations, pictures, whiten
 from transformers import CLIPTokenizer
 
@@ -110,3 +112,13 @@ def test_negatives_are_false_of_the_scene_but_for_few():
 )
 def test_what_captions_say_does_not_depend_on_how(one, other, same):
     assert (said(one) == said(other)) is same
+
+
+def test_captions_differ_in_wording_or_in_what_they_say():
+    scenes, worded = different_captions(256, "seed")
+    assert len(scenes) == len(set(worded)) == 256
+    assert len({said(text) for text in worded}) < 256  # some say the same in other words
+
+    scenes, meant = different_captions(256, "seed", in_meaning=True)
+    assert len({said(text) for text in meant}) == 256
+    assert all(is_true(text, scene) for text, scene in zip(meant, scenes, strict=True))

@@ -10,9 +10,9 @@ It learns to look back first: short prompts, a caption with a question that it a
 the answer alone. In whole texts such answers are one token of thirty, and a model of this size
 learns to word everything long before it learns to look anything up. Then come all kinds of
 documents, one scene each, made as training goes on and packed into rows; a step is seeded by its
-number. Beside them it reads symbolic pictures (`symbolic.py`). Perplexity is measured on scenes of
-held-out seeds. What is written is a folder that `AutoModelForCausalLM` and `AutoTokenizer` of
-transformers 4 and 5 load.
+number. Beside them it reads symbolic pictures (`symbolic.py`), and with `--options` it practises to
+list each option of a question once. Perplexity is measured on scenes of held-out seeds. What is
+written is a folder that `AutoModelForCausalLM` and `AutoTokenizer` of transformers 4 and 5 load.
 """
 
 import argparse
@@ -206,7 +206,11 @@ def main() -> None:
     model.set_attn_implementation("eager")  # rows are short: fused attention is slower on a CPU
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
     if options.start is not None:
-        model.load_state_dict(load_file(options.start / "model.safetensors"), strict=False)
+        found = model.load_state_dict(load_file(options.start / "model.safetensors"), strict=False)
+        if found.unexpected_keys or set(found.missing_keys) - {
+            "lm_head.weight"
+        }:  # tied, not stored
+            raise SystemExit(f"{options.start} holds another model: {found}")
     elif not (options.run / "state.pt").exists():
         folder = options.run.with_name(f"{options.run.name}-reading")
         learn_to_look_back(model, tokenizer, options.reading_steps, folder)
