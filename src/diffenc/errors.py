@@ -1,4 +1,4 @@
-"""Every exception of diffenc: `DiffencError` at the root, each also a fitting builtin."""
+"""Every exception of diffenc: `DiffencError` at the root, each also a builtin; one warning."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -42,6 +42,10 @@ class NonFiniteError(DiffencError, ArithmeticError):
 
 class MissingExtraError(DiffencError, ImportError):
     """An optional dependency is needed; the message names the extra that brings it."""
+
+
+class RangeWarning(UserWarning):
+    """Image values look as if they were in another range than the one they are read in."""
 
 
 def near_matches(name: str, known: Iterable[str], limit: int = 3) -> str:

@@ -18,10 +18,11 @@ from diffenc.clip_tokens import ClipTokens, to_maps
 from diffenc.config import EncoderConfig, check_choice, check_pair
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import BackboneError, ConfigError, OutputError
-from diffenc.images import Images, to_pixel_values
+from diffenc.images import Images, as_list, to_pixel_values
 from diffenc.maps import to_grid
+from diffenc.pictures.resizing import fit
 from diffenc.prompts import PromptEmbeds
-from diffenc.vision_models import to_pictures
+from diffenc.vision_models import to_image, to_pictures
 
 How = Literal["channel", "tokens", "interleave"]
 View = Literal["same", "own"]
@@ -284,6 +285,7 @@ class FusedEncoder(nn.Module):
         self, images: Images, prompts: str | Sequence[str] | PromptEmbeds | None = None
     ) -> tuple[Float[Tensor, "b _n _c"], Float[Tensor, "b _m _d"]]:
         """CLIP's tokens and the diffusion encoder's, on one grid where `grid` is set."""
+        images = as_list(images)  # both read them: an iterator, or a stream, is read once
         clip = self.clip_stream(images)
         return clip, self.diffusion.extract(images, prompts).tokens(self.grid)
 
@@ -297,21 +299,23 @@ class FusedEncoder(nn.Module):
             clip = rearrange(maps, "b c h w -> b (h w) c")
         return clip
 
-    def _shown(self, picture: Image.Image) -> "Image.Image | Tensor":
+    def _shown(self, picture: Image.Image) -> Image.Image:
         """What CLIP's image processor gets."""
         if self.view == "own":
             return picture
         size, rule = self.config.size or self.backbone.default_size, self.config.resize
         height, width = (size, size) if isinstance(size, int) else size
-        framed: Image.Image | Tensor = picture
+        framed = None
+        square = picture.height == picture.width
         if rule in ("crop", "pad") and picture.height * width != picture.width * height:
             framed = to_pixel_values(picture, size=(height, width), resize=rule, multiple=1)[0]
             square = height == width
-        else:
-            square = picture.height == picture.width
         if square:
-            return framed
-        return to_pixel_values(framed, size=self.clip.image_size, multiple=1)[0]
+            return picture if framed is None else to_image(framed)
+        if framed is None:
+            framed = to_pixel_values(picture, size=None, resize="none", multiple=1)[0]
+        side = self.clip.image_size
+        return to_image(fit(framed, (side, side), "squash"))
 
     def _check_devices(self) -> None:
         if self.clip.device != self.diffusion.device:

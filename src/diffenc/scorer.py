@@ -22,8 +22,9 @@ from diffenc.scoring.query_bank import SHARD_BYTES, QueryBank, bank_bytes, write
 from diffenc.scoring.result import Scores, stack_trials
 from diffenc.scoring.screening import Candidates
 from diffenc.scoring.trials import ScoreCall, Trial, picture_values
+from diffenc.vision_models import to_image, to_pictures
 from diffenc.viz.heatmap import HeatMap
-from diffenc.word_maps import heat_maps, to_picture, word_maps, words_of
+from diffenc.word_maps import heat_maps, word_maps, words_of
 
 __all__ = [
     "SCORE_TIMESTEPS",
@@ -236,7 +237,8 @@ class CrossAttnScorer(ConfiguredScorer):
             TapError: No cross-attention by that name, or a layer without such a head.
         """
         config = self.config
-        pixel_values = picture_values(self, image)
+        images = as_list(image)
+        pixel_values = picture_values(self, images)
         if len(pixel_values) != 1:
             raise ShapeError(f"word maps are of one image, got {len(pixel_values)}")
         keys = image_keys(pixel_values) if self.use_cache else None
@@ -251,7 +253,9 @@ class CrossAttnScorer(ConfiguredScorer):
             layers=layers,
             heads=heads,
             seed=self._seed(seed),
-            picture=to_picture(image if config.resize == "squash" else pixel_values),
+            picture=to_pictures(images)[0]
+            if config.resize == "squash"
+            else to_image(pixel_values[0]),
         )
 
     def index_bytes(self, images: int) -> int:

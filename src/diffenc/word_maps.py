@@ -17,7 +17,6 @@ from diffenc.backbones.base import Backbone
 from diffenc.config import check_choice
 from diffenc.errors import ConfigError, PromptError
 from diffenc.forward import read_head_attention
-from diffenc.images import ImageSource, to_pixel_values
 from diffenc.maps import to_grid
 from diffenc.noise import add_noise, shared_noise
 from diffenc.scoring.config import SCORE_TIMESTEPS
@@ -162,13 +161,6 @@ def words_of(text: str) -> list[str]:
     if not words:
         raise PromptError(f"the text {text!r} has no words to map")
     return words
-
-
-def to_picture(image: ImageSource) -> Image.Image:
-    """A picture of any kind as PIL has it, in its own size."""
-    values = to_pixel_values(image, size=None, resize="none", multiple=1)[0]
-    pixels = ((values + 1) * 127.5).round().to(torch.uint8)
-    return Image.fromarray(rearrange(pixels, "c h w -> h w c").cpu().numpy())
 
 
 def _per_timestep(

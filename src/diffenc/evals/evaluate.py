@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffenc.errors import ConfigError, NonFiniteError, ShapeError
+from diffenc.errors import ConfigError, ImageError, NonFiniteError, ShapeError
 from diffenc.evals.base import Benchmark, Item, Matcher, Problem
-from diffenc.evals.inspection import Inspection, Progress, inspect
+from diffenc.evals.inspection import Inspection, Progress, inspect, summary
 from diffenc.evals.metrics import Results, by_label, correct, overall
 from diffenc.evals.results_file import ResultsFile
 
@@ -88,7 +88,7 @@ def evaluate(
         trials: How often; trial k has the noise of seed + k.
         seed: Of the first trial.
         results: A JSON lines file; None keeps nothing.
-        skip_broken: Leave out items that cannot be read.
+        skip_broken: Leave out items that cannot be read, before the first is scored or later.
         inspection: What `inspect` found, where it was called before.
         progress: Told how many scores of items are there, and of how many.
 
@@ -98,6 +98,7 @@ def evaluate(
     Raises:
         ConfigError: Broken items, fewer than one trial, two models of one name, or a results file
             of something else.
+        ImageError: A picture that could be read before cannot be read any more.
         OutputError: The results file cannot be written.
         ShapeError: A model returns something else than (images, texts).
         NonFiniteError: A model returns NaN or infinity.
@@ -117,15 +118,21 @@ def evaluate(
         for matcher in matchers:
             if file is not None:
                 file.add_matcher(matcher)
-        run = _Run(benchmark, found, file, seeds, progress)
-        scores = {matcher.name: run.score(matcher) for matcher in matchers}
+        run = _Run(benchmark, found, file, seeds, skip_broken, progress)
+        rows = {matcher.name: run.score(matcher) for matcher in matchers}
+    items = tuple(item for item in found.items if item.id not in run.broken)
+    if not items:
+        raise ConfigError(f"no item of {benchmark.source} is left: {summary(run.broken.values())}")
     return Evaluation(
         benchmark=benchmark,
-        items=found.items,
-        scores=scores,
+        items=items,
+        scores={
+            name: torch.stack([each[item.id] for item in items], dim=1)
+            for name, each in rows.items()
+        },
         seeds=seeds,
         descriptions={matcher.name: dict(matcher.description) for matcher in matchers},
-        problems=found.problems,
+        problems=(*found.problems, *run.broken.values()),
         notes=found.notes,
         fresh=run.fresh,
     )
@@ -140,9 +147,12 @@ class _Run:
         found: Inspection,
         file: ResultsFile | None,
         seeds: Mapping[str, Sequence[int]],
+        skip_broken: bool,
         progress: Progress | None,
     ) -> None:
         self.fresh = 0
+        self.broken: dict[str, Problem] = {}
+        self._skip_broken = skip_broken
         self._benchmark, self._found, self._file = benchmark, found, file
         self._seeds, self._progress = seeds, progress
         keys = [
@@ -157,14 +167,23 @@ class _Run:
         if progress is not None:
             progress(self._done, self._total)
 
-    def score(self, matcher: Matcher) -> Tensor:
-        """Scores (trials items 2 2 ...) of a model."""
-        rows = [self._item(matcher, item) for item in self._found.items]
-        if len({row.shape for row in rows}) > 1:
-            raise ShapeError(
-                f"{matcher.name} scored items in shapes {sorted({*map(_shape, rows)})}"
-            )
-        return torch.stack(rows, dim=1)
+    def score(self, matcher: Matcher) -> dict[str, Tensor]:
+        """Scores (trials 2 2 ...) of a model by item, without those of broken pictures."""
+        rows: dict[str, Tensor] = {}
+        for item in self._found.items:
+            if item.id in self.broken:
+                continue
+            try:
+                rows[item.id] = self._item(matcher, item)
+            except ImageError as error:  # it could be read when all were looked at
+                if not self._skip_broken:
+                    raise
+                detail = str(error).removeprefix("cannot read the image ")
+                self.broken[item.id] = Problem("unreadable pictures", f"id {item.id}", detail)
+        if len({row.shape for row in rows.values()}) > 1:
+            shapes = sorted({*map(_shape, rows.values())})
+            raise ShapeError(f"{matcher.name} scored items in shapes {shapes}")
+        return rows
 
     def _item(self, matcher: Matcher, item: Item) -> Tensor:
         digest, trials = self._found.digests[item.id], []

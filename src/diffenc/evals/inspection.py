@@ -65,7 +65,7 @@ def inspect(
             try:
                 found.append(picture.read()[1])
             except ImageError as error:
-                detail = str(error).removeprefix("cannot read the picture ")
+                detail = str(error).removeprefix("cannot read the image ")
                 problems.append(Problem("unreadable pictures", f"id {item.id}", detail))
         if len(found) == 2:
             digests[item.id] = item.digest(found)

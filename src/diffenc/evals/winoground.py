@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from PIL import Image
-
 from diffenc.errors import ConfigError
+from diffenc.evals.answering.pictures import picture_of
 from diffenc.evals.base import Benchmark, Item, Picture, Problem
 from diffenc.evals.files import DatasetFiles, resolve_data
 from diffenc.evals.rows import Column, Row, TableRows, read_csv, read_jsonl, read_parquet, rows_of
@@ -86,13 +85,14 @@ def winoground_from_rows(rows: Sequence[Mapping[str, Any]]) -> Benchmark:
     """Winoground from rows in memory, such as split "test" of `datasets.load_dataset`.
 
     Args:
-        rows: With the Hub's columns; a picture is a PIL image, bytes, or `{"bytes": ...}`.
+        rows: With the Hub's columns; a picture is a PIL image, bytes, or
+            `{"bytes": ..., "path": ...}`.
 
     Raises:
         ConfigError: A column is missing.
     """
     found = rows_of(list(rows), _COLUMNS, "rows")
-    return _benchmark(found.rows, _picture_of, "rows", found.problems, found.notes, expected=ITEMS)
+    return _benchmark(found.rows, picture_of, "rows", found.problems, found.notes, expected=ITEMS)
 
 
 def _table_names(files: DatasetFiles) -> list[list[str]]:
@@ -134,15 +134,6 @@ def _hard_tags(files: DatasetFiles) -> tuple[dict[str, list[str]], tuple[Problem
     except (ValueError, AttributeError) as error:
         return {}, (Problem("broken rows", names[0], str(error)),)
     return tags, ()
-
-
-def _picture_of(value: Any, where: str) -> Picture | None:
-    if isinstance(value, dict):
-        value = value.get("bytes")
-    if isinstance(value, bytes):
-        content = value
-        return Picture(where, lambda: content)
-    return Picture(where, value) if isinstance(value, Image.Image) else None
 
 
 def _benchmark(

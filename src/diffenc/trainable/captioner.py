@@ -145,6 +145,7 @@ class CaptionerPart(nn.Module):
             size=self.clip.size,
             resize="crop" if self.clip.crops else "squash",
             multiple=1,
+            center="transformers",
         )
         cache = self._image_embeds if self.use_cache else None
         return image_embeds_of(self.clip, pixel_values, cache=cache)

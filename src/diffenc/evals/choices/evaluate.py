@@ -167,6 +167,7 @@ def evaluate_choices(
         OutputError: The results file cannot be written.
         ShapeError: The model returns something else than one text per question.
     """
+    keep = _whole_pairs if benchmark.score == "pairs" else tuple
     items, reading = whole_items(
         benchmark.items,
         lambda item: item.pictures,
@@ -174,7 +175,7 @@ def evaluate_choices(
         problems=benchmark.problems,
         skip_broken=skip_broken,
         otherwise="question that can be asked",
-        keep=_whole_pairs if benchmark.score == "pairs" else tuple,
+        keep=keep,
     )
     queries = [
         Query(item.id, item.pictures, item.text, None if prompts is None else prompts(item))
@@ -188,15 +189,17 @@ def evaluate_choices(
         source=benchmark.source,
         batch_size=batch_size,
         progress=progress,
+        skip_broken=skip_broken,
     ) as asker:
         answers = asker.ask(queries)
+        items = tuple(keep(asker.whole(items)))
     return ChoiceEvaluation(
         model=model.name,
         description=dict(model.description),
         benchmark=benchmark,
         items=items,
         choices={item.id: _choice(item, answers[item.id], reader) for item in items},
-        problems=reading.problems,
+        problems=(*reading.problems, *asker.broken.values()),
         fresh=asker.fresh,
     )
 

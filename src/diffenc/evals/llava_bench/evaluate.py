@@ -186,8 +186,10 @@ def evaluate_llava_bench(
         source=benchmark.source,
         batch_size=batch_size,
         progress=progress,
+        skip_broken=skip_broken,
     ) as asker:
         answers = asker.ask(queries)
+        items = asker.whole(items)
         court = _Court(judge, asker, attempts, wait, sleep)
         for done, item in enumerate(items, start=1):
             court.decide(item, _case(item, answers[item.id], benchmark))
@@ -202,7 +204,7 @@ def evaluate_llava_bench(
         answers=answers,
         reviews=court.reviews,
         failures=court.failures,
-        problems=reading.problems,
+        problems=(*reading.problems, *asker.broken.values()),
         fresh=asker.fresh + court.fresh,
     )
 
