@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from diffenc.cli.evaluate_run import print_tables, progress_bar
+from diffenc.cli.evaluate_run import print_tables
 from diffenc.cli.files import check_output
 from diffenc.cli.options import quiet_libraries, to_device, to_dtype
+from diffenc.cli.progress import progress_bar
 from diffenc.errors import ConfigError, PromptError
 
 if TYPE_CHECKING:

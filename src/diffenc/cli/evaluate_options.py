@@ -34,9 +34,6 @@ Template = Annotated[
 Limit = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="The first N items alone, to try it out.")
 ]
-SkipBroken = Annotated[
-    bool, typer.Option("--skip-broken", help="Leave out items that cannot be read.")
-]
 Anew = Annotated[
     bool, typer.Option("--force", "-f", help="Forget the scores in the folder and begin anew.")
 ]

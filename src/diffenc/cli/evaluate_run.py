@@ -1,9 +1,7 @@
 """What the commands of `diffenc evaluate` have in common: data, models, progress, files."""
 
 import json
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +10,7 @@ import typer
 
 from diffenc.cli.evaluate_models import load_matchers
 from diffenc.cli.files import check_output, write_whole
+from diffenc.cli.progress import progress_bar
 from diffenc.cli.tables import print_table
 from diffenc.config import check_choice
 from diffenc.errors import ConfigError, OutputError
@@ -135,44 +134,6 @@ def prepare_folder(folder: Path, names: Sequence[str], *, anew: bool) -> Path:
     if anew:
         (folder / SCORES).unlink(missing_ok=True)
     return folder / SCORES
-
-
-@contextmanager
-def progress_bar(
-    title: str, *others: str, unit: str
-) -> "Iterator[Callable[[int, int], None] | None]":
-    """A bar with the time left on a terminal, nothing anywhere else.
-
-    What is done when the bar is told for the first time does not count for the speed.
-
-    Args:
-        title: What is done.
-        others: What is done after that; each begins where the one before is complete.
-        unit: What is counted.
-    """
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        *Progress.get_default_columns()[:2],
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        titles = [title, *others]
-        tasks: list[Any] = []
-
-        def update(done: int, total: int) -> None:
-            if not tasks or bar.tasks[-1].finished:
-                name = titles[min(len(tasks), len(titles) - 1)]
-                tasks.append(bar.add_task(name, total=total, completed=done))
-            bar.update(tasks[-1], completed=done)
-
-        yield update
 
 
 def write_report(folder: Path, name: str, page: str, content: object) -> list[Path]:

@@ -56,6 +56,12 @@ Device = Annotated[
 Dtype = Annotated[
     str, typer.Option(metavar="NAME", help="Of the weights: float32, float16 or bfloat16.")
 ]
+SkipBroken = Annotated[
+    bool,
+    typer.Option(
+        "--skip-broken", help="Go on without pictures that cannot be read, and tell which."
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace the output file if it exists.")]
 
 
