@@ -86,7 +86,10 @@ class DataConfig:
         annotations: JSON or JSON-lines file with conversations in LLaVA's format.
         images: Folder that picture names in it are relative to.
         prompts: Policy of the encoder's prompt, see `diffenc.policies.parse_policy`.
-        skip_broken: Train without samples that cannot be used, instead of refusing to start.
+        skip_broken: Train without samples that cannot be used, instead of refusing to start. One
+            whose picture breaks later is shown blank and teaches nothing.
+        check_images: Decode every picture before training begins; without it a picture that is
+            there and cannot be decoded is noticed when its turn comes.
         limit: Use the first samples alone; None is all.
         max_length: Tokens of a sample, pictures included; what is longer is cut at its end.
         workers: Processes that read pictures.
@@ -100,6 +103,7 @@ class DataConfig:
     images: str
     prompts: str = "question"
     skip_broken: bool = False
+    check_images: bool = True
     limit: int | None = None
     max_length: int = 2048
     workers: int = 0

@@ -3,6 +3,7 @@
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -90,7 +91,11 @@ class Plan:
 
 
 def make_plan(
-    config: TrainConfig, *, processes: int | None = None, tflops: float | None = None
+    config: TrainConfig,
+    *,
+    processes: int | None = None,
+    tflops: float | None = None,
+    looking: Callable[[int, int], None] | None = None,
 ) -> Plan:
     """Check the data and add up what the run will take. No weight is loaded.
 
@@ -102,6 +107,7 @@ def make_plan(
         processes: How many will share it; None takes ``WORLD_SIZE``.
         tflops: What a process reaches, in 10^12 operations per second; None measures a
             multiplication of matrices here and counts on 40 % of it.
+        looking: Called with the pictures that were looked at, and with how many there are.
 
     Raises:
         ConfigError: The data cannot be used, or the batch cannot be shared.
@@ -110,7 +116,7 @@ def make_plan(
     processes = int(os.environ.get("WORLD_SIZE", "1")) if processes is None else processes
     if processes < 1 or (tflops is not None and not tflops > 0):
         raise ConfigError(f"processes must be 1 or more and tflops above 0, got {processes}")
-    samples, report = check_data(config)
+    samples, report = check_data(config, progress=looking)
     optim, adapt = config.optimizing, config.adapting
     encoder = meta_encoder(config.model, unet_rank=adapt.unet_rank)
     language = meta_language_model(config.model.language_model)

@@ -1,6 +1,7 @@
 """transformers' `Trainer` for a `DiffusionVLM`: what is learnt is all that it saves."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from diffenc.errors import BackboneError, ConfigError
-from diffenc.train.data import ConversationDataset, EpochSampler, ImageFile
+from diffenc.train.data import BROKEN, ConversationDataset, EpochSampler, ImageFile
 from diffenc.train.token_cache import TokenCache, encoder_digest, entry_name
 from diffenc.vlm.model import DiffusionVLM
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE, RUN_FILE, STATE_FILE = "trained.safetensors", "run.json", "trainer_state.json"
 
@@ -51,6 +54,7 @@ class VLMTrainer(Trainer):  # type: ignore[misc]  # transformers is seen as Any
         )
         self.model_accepts_loss_kwargs = True
         self.vlm, self.told, self.cache = vlm, told, cache
+        self.broken: dict[str, None] = {}  # in the order in which they were noticed
         self._digest = "" if cache is None else encoder_digest(vlm.encoder)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
@@ -64,6 +68,11 @@ class VLMTrainer(Trainer):  # type: ignore[misc]  # transformers is seen as Any
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The loss of a batch, whose pictures the cache may know."""
+        inputs = dict(inputs)
+        for each in inputs.pop(BROKEN, ()):
+            if each not in self.broken:
+                self.broken[each] = None
+                logger.warning("trained without the sample %s", each)
         if self.cache is not None:
             tokens = self._image_tokens(inputs["images"], inputs["prompts"])
             inputs = {**inputs, "images": None, "prompts": None, "image_tokens": tokens}
