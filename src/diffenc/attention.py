@@ -1,6 +1,5 @@
 """Which pixels a word attends to: cross-attention, read while a U-Net runs."""
 
-import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -10,7 +9,19 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from diffenc.errors import PromptError, ShapeError, TapError, near_matches
+from diffenc.errors import ShapeError, TapError, near_matches
+from diffenc.threads import for_this_thread
+from diffenc.words import word_token_positions
+
+__all__ = [  # words are looked up from here by users
+    "CrossAttnTaps",
+    "cross_attention_layers",
+    "cross_attentions",
+    "head_maps",
+    "keep_present",
+    "match_layers",
+    "word_token_positions",
+]
 
 
 class CrossAttnTaps:
@@ -61,12 +72,13 @@ class CrossAttnTaps:
     def __enter__(self) -> "CrossAttnTaps":
         self._maps.clear()
         with ExitStack() as stack:  # a failure half-way removes what is already registered
+            note_grid = for_this_thread(self._note_grid)
             for transformer in {transformer for transformer, _ in self._layers.values()}:
-                handle = transformer.register_forward_pre_hook(self._note_grid, with_kwargs=True)
+                handle = transformer.register_forward_pre_hook(note_grid, with_kwargs=True)
                 stack.callback(handle.remove)
             for name, (transformer, attn) in self._layers.items():
                 stack.callback(keep_present(attn, self._present, name).remove)
-                read_query, read_key = self._readers(name, transformer, attn)
+                read_query, read_key = map(for_this_thread, self._readers(name, transformer, attn))
                 stack.callback(attn.to_q.register_forward_hook(read_query).remove)
                 stack.callback(attn.to_k.register_forward_hook(read_key).remove)
             self._stack = stack.pop_all()
@@ -169,7 +181,7 @@ def keep_present(attn: nn.Module, kept: dict[str, Tensor | None], name: str) -> 
         bias = kwargs.get("attention_mask")  # (b 1 l): 0, or -10000 where a token is ignored
         kept[name] = None if bias is None else bias[:, 0] > -1
 
-    return attn.register_forward_pre_hook(note, with_kwargs=True)
+    return attn.register_forward_pre_hook(for_this_thread(note), with_kwargs=True)
 
 
 def cross_attention_layers(unet: nn.Module) -> tuple[str, ...]:
@@ -241,53 +253,3 @@ def _match(layers: Sequence[str] | None, known: Sequence[str]) -> list[str]:
             )
         found.update(dict.fromkeys(inside))
     return list(found)
-
-
-def word_token_positions(
-    tokenizer: Any, text: str, word: str, *, occurrence: int | None = None
-) -> tuple[int, ...]:
-    """Where the text encoder sees a word: positions of all its pieces, the start token being 0.
-
-    Args:
-        tokenizer: CLIP's, or one like it that marks the end of a word with "</w>".
-        text: The prompt.
-        word: A word of it, or several in a row; upper and lower case are one.
-        occurrence: Which one counts if it stands there several times, from 0; None takes all.
-
-    Raises:
-        PromptError: The text has no such word, or not so many times, or it was cut off.
-    """
-    pieces = tokenizer.convert_ids_to_tokens(
-        tokenizer(text, truncation=False, verbose=False).input_ids
-    )
-    wanted = tokenizer.convert_ids_to_tokens(
-        tokenizer(word, add_special_tokens=False, truncation=False, verbose=False).input_ids
-    )
-    starts = [
-        index
-        for index in range(1, len(pieces) - len(wanted) + 1)
-        if pieces[index : index + len(wanted)] == wanted
-        and _ends_word(tokenizer, pieces[index - 1])
-    ]
-    if not wanted or not starts:
-        words = re.findall(r"\w+", text.lower())
-        raise PromptError(f"{word!r} is no word of {text!r}.{near_matches(word.lower(), words)}")
-    if occurrence is not None:
-        if not 0 <= occurrence < len(starts):
-            raise PromptError(
-                f"{word!r} stands {len(starts)} times in {text!r}; occurrence counts from 0, got "
-                f"{occurrence}"
-            )
-        starts = [starts[occurrence]]
-    room = tokenizer.model_max_length - 1  # the last place is the end token's
-    kept = [start for start in starts if start + len(wanted) <= room]
-    if not kept:
-        raise PromptError(
-            f"{word!r} was cut off: it is token {starts[0]} of {text!r}, and the text encoder "
-            f"reads {tokenizer.model_max_length}; move it to the front or shorten the text"
-        )
-    return tuple(start + offset for start in kept for offset in range(len(wanted)))
-
-
-def _ends_word(tokenizer: Any, piece: str) -> bool:
-    return piece.endswith("</w>") or piece in tokenizer.all_special_tokens

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from diffenc.attention import keep_present
 from diffenc.errors import ConfigError, TapError
 from diffenc.hooks import AllTapsRead
+from diffenc.threads import for_this_thread
 
 _CHUNK = {"cpu": 2**18, "other": 2**26}
 """Most products q·k that are held at a time: 1 MB, which a core's own cache takes, and 256 MB."""
@@ -124,7 +125,7 @@ def crossed_scores(
     """Score every row of the queries with every row of the keys; else as `pooled_scores`."""
     texts, tokens = key.shape[:2]
     at_once = _rows_at_once(heads * query.shape[1] * tokens, query.device)
-    scores = torch.empty(len(query), texts, device=query.device)
+    scores = torch.empty(len(query), texts, dtype=torch.float32, device=query.device)
     with torch.autocast(query.device.type, enabled=False):
         for image, cells in enumerate(query):
             queries = rearrange(cells.float() * scale, "n (heads d) -> heads n d", heads=heads)
@@ -194,7 +195,9 @@ def read_scores(
         for name, attn in attentions.items():
             stack.callback(keep_present(attn, present, name).remove)
             stack.callback(attn.to_q.register_forward_hook(_keeper(queries, name)).remove)
-            stack.callback(attn.to_k.register_forward_hook(reader(name, attn)).remove)
+            stack.callback(
+                attn.to_k.register_forward_hook(for_this_thread(reader(name, attn))).remove
+            )
         with suppress(AllTapsRead):
             call()
     _check_read(attentions, scores)
@@ -222,7 +225,7 @@ def read_queries(
     with ExitStack() as stack:
         for name, attn in attentions.items():
             stack.callback(attn.to_q.register_forward_hook(_keeper(queries, name)).remove)
-            stack.callback(attn.to_q.register_forward_hook(stop).remove)
+            stack.callback(attn.to_q.register_forward_hook(for_this_thread(stop)).remove)
         with suppress(AllTapsRead):
             call()
     _check_read(attentions, queries)
@@ -233,7 +236,7 @@ def _keeper(kept: dict[str, Tensor], name: str) -> Callable[..., None]:
     def keep(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
         kept[name] = output
 
-    return keep
+    return for_this_thread(keep)
 
 
 def _check_read(layers: Iterable[str], found: Mapping[str, Tensor]) -> None:
@@ -254,5 +257,5 @@ def layer_mix(weights: Sequence[float] | None, layers: int) -> Float[Tensor, "la
         raise ConfigError(
             f"layer_weights must hold one weight per layer: got {len(weights)} for {layers} layers"
         )
-    shares = torch.tensor(weights or [1.0] * layers, dtype=torch.float64)
+    shares = torch.tensor(weights or [1.0] * layers, dtype=torch.float64, device="cpu")
     return (shares / shares.sum()).float()[:, None]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from diffenc.errors import BackboneError, ConfigError, OutputError
 from diffenc.pretrained import load_whole, loading, pretrained_source
+from diffenc.threads import lock_of
 
 _CONFIG_FILE, _WEIGHTS_FILE = "captioner.json", "captioner.safetensors"
 _INSTEAD = (
@@ -42,6 +43,7 @@ class ImplicitCaptioner(nn.Module):
             its own. None: the model reads none.
         hidden_size: Of the MLPs; None is the wider one of input and output.
         layers: Linear layers of an MLP, GELU between; ODISE has one.
+        device: Where the weights are made, in float32; "meta" makes none.
 
     Raises:
         ConfigError: A width or a number below 1.
@@ -66,6 +68,7 @@ class ImplicitCaptioner(nn.Module):
         pooled_width: int | None = None,
         hidden_size: int | None = None,
         layers: int = 2,
+        device: str | torch.device = "cpu",
     ) -> None:
         super().__init__()
         self.options: dict[str, int | None] = {
@@ -82,13 +85,14 @@ class ImplicitCaptioner(nn.Module):
                 isinstance(value, bool) or not isinstance(value, int) or value < 1
             ):
                 raise ConfigError(f"{name} must be an int of 1 or more, got {value!r}")
-        self.mlp = _mlp(image_width, width, hidden_size, layers)
-        self.positions = nn.Parameter(torch.empty(length, width))
+        place: dict[str, Any] = {"dtype": torch.float32, "device": device}
+        self.mlp = _mlp(image_width, width, hidden_size, layers, place)
+        self.positions = nn.Parameter(torch.empty(length, width, **place))
         nn.init.trunc_normal_(self.positions, std=0.02)
-        self.gate = nn.Parameter(torch.zeros(length, width))
+        self.gate = nn.Parameter(torch.zeros(length, width, **place))
         if pooled_width is not None:
-            self.pooled_mlp = _mlp(image_width, pooled_width, hidden_size, layers)
-            self.pooled_gate = nn.Parameter(torch.zeros(pooled_width))
+            self.pooled_mlp = _mlp(image_width, pooled_width, hidden_size, layers, place)
+            self.pooled_gate = nn.Parameter(torch.zeros(pooled_width, **place))
 
     def forward(
         self, image_embeds: Float[Tensor, "b c"]
@@ -220,18 +224,24 @@ class ClipEmbedder(nn.Module):
     def forward(self, pixel_values: Float[Tensor, "b 3 size size"]) -> Float[Tensor, "b c"]:
         """Embed pictures that have CLIP's size already."""
         weight = self.visual_projection.weight
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        mean, std = (
+            torch.tensor(values, dtype=torch.float32, device="cpu").view(3, 1, 1)
+            for values in (self.mean, self.std)
+        )
         unit = (pixel_values + 1) / 2
         normal = (unit - mean.to(unit)) / std.to(unit)
-        pooled = self.vision_model(normal.to(weight.device, weight.dtype)).pooler_output
+        with lock_of(self.vision_model):
+            pooled = self.vision_model(normal.to(weight.device, weight.dtype)).pooler_output
         embeds: Tensor = self.visual_projection(pooled)
         return embeds
 
 
-def _mlp(inputs: int, outputs: int, hidden_size: int | None, layers: int) -> nn.Module:
+def _mlp(
+    inputs: int, outputs: int, hidden_size: int | None, layers: int, place: dict[str, Any]
+) -> nn.Module:
     hidden = max(inputs, outputs) if hidden_size is None else hidden_size
     widths = [inputs, *[hidden] * (layers - 1), outputs]
-    parts: list[nn.Module] = [nn.Linear(widths[0], widths[1])]
+    parts: list[nn.Module] = [nn.Linear(widths[0], widths[1], **place)]
     for start, end in pairwise(widths[1:]):
-        parts += [nn.GELU(), nn.Linear(start, end)]
+        parts += [nn.GELU(), nn.Linear(start, end, **place)]
     return nn.Sequential(*parts)

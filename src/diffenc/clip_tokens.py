@@ -14,6 +14,7 @@ from diffenc.cache import TensorCache, content_key, state_key
 from diffenc.errors import BackboneError, ConfigError, NonFiniteError, ShapeError
 from diffenc.images import Images
 from diffenc.pretrained import lasting_name, load_whole, loading, pretrained_source
+from diffenc.threads import lock_of
 from diffenc.vision_models import VisionModel, to_pictures
 
 _VISION = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}
@@ -204,7 +205,8 @@ class ClipTokens(VisionModel):
 
     def _tokens(self, pixel_values: Tensor, batch_size: int | None) -> Float[Tensor, "b n c"]:
         trained = any(parameter.requires_grad for parameter in self.model.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
+        grad = torch.is_grad_enabled() and trained
+        with lock_of(self.model), torch.set_grad_enabled(grad):
             parts = [
                 self.model(part.to(self.device, self.dtype), output_hidden_states=True)
                 for part in pixel_values.split(batch_size or len(pixel_values))

@@ -360,29 +360,32 @@ class DiffusionEncoder(TrainableParts):
         )
         size = (pixel_values.shape[2], pixel_values.shape[3])
         keys = image_keys(pixel_values) if self.use_cache else None
-        posteriors = posterior_of(backbone, pixel_values, keys=keys, batch_size=config.batch_size)
         batch = len(pixel_values)
-        uncond = cond = None
-        if conditioning != "cond":
-            uncond = prompts_of(
-                backbone, [""], size=size, uncond=config.uncond, use_cache=self.use_cache
-            ).rows(batch)
-        if conditioning != "uncond":
-            cond = self._embed("" if prompts is None else prompts, batch, size)
-            cond = self.caption(images, cond)
-        sizes = self._original_sizes(images, batch)
-        if sizes is not None:
-            uncond = uncond and uncond.with_original_sizes(sizes)
-            cond = cond and cond.with_original_sizes(sizes)
-        halves = read_halves(
-            backbone,
-            config,
-            [tap.name for tap in self._taps],
-            posteriors,
-            keys=None if keys is None else list(zip(keys, sizes or keys, strict=True)),
-            uncond=uncond,
-            cond=cond,
-        )
+        with backbone.lock:  # a call sees one state of the model: adapters, weights, device
+            posteriors = posterior_of(
+                backbone, pixel_values, keys=keys, batch_size=config.batch_size
+            )
+            uncond = cond = None
+            if conditioning != "cond":
+                uncond = prompts_of(
+                    backbone, [""], size=size, uncond=config.uncond, use_cache=self.use_cache
+                ).rows(batch)
+            if conditioning != "uncond":
+                cond = self._embed("" if prompts is None else prompts, batch, size)
+                cond = self.caption(images, cond)
+            sizes = self._original_sizes(images, batch)
+            if sizes is not None:
+                uncond = uncond and uncond.with_original_sizes(sizes)
+                cond = cond and cond.with_original_sizes(sizes)
+            halves = read_halves(
+                backbone,
+                config,
+                [tap.name for tap in self._taps],
+                posteriors,
+                keys=None if keys is None else list(zip(keys, sizes or keys, strict=True)),
+                uncond=uncond,
+                cond=cond,
+            )
         first = next(half for half in halves.values() if half is not None)
         grid = config.grid or middle_grid([(m.shape[-2], m.shape[-1]) for m in first.values()])
         features = Features(

@@ -107,8 +107,9 @@ def compile_taps(backbone: Backbone, taps: Sequence[str], **options: Any) -> Non
         taps: Module paths.
         options: Of `torch.compile`.
     """
-    outputs = TapOutputs(truncate(backbone.unet, taps), taps)
-    backbone.compiled[tuple(taps)] = torch.compile(outputs, **options)
+    with backbone.lock:
+        outputs = TapOutputs(truncate(backbone.unet, taps), taps)
+        backbone.compiled[tuple(taps)] = torch.compile(outputs, **options)
 
 
 def _read(
@@ -147,7 +148,7 @@ def predict_noise(
     check_whole(backbone)
     with backbone.lock:
         output = call_unet(backbone, noisy_latents, timestep, prompt_embeds)[0].float()
-    steps = torch.full((len(output),), timestep)
+    steps = torch.full((len(output),), timestep, dtype=torch.long, device="cpu")
     return to_noise(backbone.scheduler, backbone.prediction_type, output, noisy_latents, steps)
 
 
@@ -234,6 +235,12 @@ def read_head_attention(
     return {name: of_layer[:, :, list(heads)] for name, of_layer in maps.items()}
 
 
+def _steps(timestep: int | Tensor, device: torch.device) -> Tensor:
+    if isinstance(timestep, Tensor):
+        return timestep.to(device)
+    return torch.tensor(timestep, dtype=torch.long, device=device)
+
+
 def call_unet(
     backbone: Backbone,
     noisy_latents: Tensor,
@@ -255,7 +262,7 @@ def call_unet(
     called = backbone.unet if unet is None else unet
     output: tuple[Tensor, ...] = called(
         noisy_latents.to(device, dtype),
-        torch.as_tensor(timestep, device=device),
+        _steps(timestep, device),
         return_dict=False,
         **prompt_embeds.rows(len(noisy_latents)).to(device, dtype).unet_kwargs(),
     )

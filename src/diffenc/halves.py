@@ -122,7 +122,7 @@ def _read_rows(
         found = read_taps(
             backbone,
             torch.cat(noisy_latents),
-            torch.tensor(steps).repeat_interleave(draws * rows),
+            torch.tensor(steps, dtype=torch.long, device="cpu").repeat_interleave(draws * rows),
             PromptEmbeds.concat(texts * repeats),
             names,
             batch_size=config.batch_size,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from diffenc._typing import Posterior
 from diffenc.noise import shared_noise
+from diffenc.threads import lock_of
 
 
 def encode_posterior(
@@ -26,8 +27,10 @@ def encode_posterior(
     Returns:
         Both in float32, on the VAE's device.
     """
-    if vae.dtype == torch.float16 and vae.config.get("force_upcast", False):
-        vae.to(torch.float32)
+    if vae.config.get("force_upcast", False):
+        with lock_of(vae):  # no thread may see it half way
+            if vae.dtype == torch.float16:
+                vae.to(torch.float32)
     encoded = vae.encode(pixel_values.to(vae.device, vae.dtype))
     if hasattr(encoded, "latents"):
         mode = encoded.latents.float()

@@ -20,8 +20,8 @@ def shared_noise(
     Drawn on the CPU in float32, so that all devices agree; the global generator is not touched.
     """
     digest = hashlib.sha256(f"diffenc noise {seed} {timestep} {draw}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    return torch.randn(shape, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def add_noise(

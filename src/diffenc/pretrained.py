@@ -1,12 +1,15 @@
 """Where models of transformers are loaded from, and what is said where one cannot be."""
 
+import logging
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from diffenc.defaults import torch_defaults
 from diffenc.errors import BackboneError, DiffencError
 
 BUNDLED = ("shapes-clip", "shapes-lm")
@@ -47,7 +50,8 @@ def loading(what: str, label: str, *, instead: str) -> Iterator[None]:
         instead: What to pass.
     """
     try:
-        yield
+        with torch_defaults():
+            yield
     except DiffencError:
         raise
     except Exception as error:  # missing, offline, broken: each in words of its own
@@ -68,14 +72,8 @@ def load_whole(kind: Any, source: str) -> Any:
     Raises:
         BackboneError: Weights are missing, which transformers would draw at random.
     """
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
+    with _silent_transformers():
         model, found = kind.from_pretrained(source, output_loading_info=True)
-    finally:
-        logging.set_verbosity(verbosity)
     if missing := sorted(found["missing_keys"]):
         raise BackboneError(
             f"{source} holds no whole {kind.__name__}: it lacks {missing[0]!r}"
@@ -83,3 +81,25 @@ def load_whole(kind: Any, source: str) -> Any:
             + "; pass a model that has all of them"
         )
     return model
+
+
+@contextmanager
+def _silent_transformers() -> Iterator[None]:
+    """Without what transformers logs in this thread; its verbosity is the whole process's."""
+    from transformers.utils import logging as library
+
+    library.get_logger()  # sets up the handlers, if nothing did yet
+    owner = threading.get_ident()
+
+    def shown(record: logging.LogRecord) -> bool:
+        ours = record.thread == owner and record.name.partition(".")[0] == "transformers"
+        return not ours or record.levelno >= logging.ERROR
+
+    handlers = [*logging.getLogger("transformers").handlers, *logging.getLogger().handlers]
+    for handler in handlers:
+        handler.addFilter(shown)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(shown)

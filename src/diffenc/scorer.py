@@ -78,8 +78,9 @@ class CrossAttnScorer(ConfiguredScorer):
             PromptError: No text, or something that is none.
             NonFiniteError: NaN or infinity came out of the U-Net.
         """
-        call = ScoreCall(self, images, texts)
-        return call.trial(call.every_pair(), self._seed(seed))[0]
+        with self.backbone.lock:
+            call = ScoreCall(self, images, texts)
+            return call.trial(call.every_pair(), self._seed(seed))[0]
 
     def score_pairs(
         self, images: Images, texts: Sequence[str], *, seed: int | None = None
@@ -96,13 +97,15 @@ class CrossAttnScorer(ConfiguredScorer):
             ImageError: A picture cannot be read.
             PromptError: Something that is no text.
         """
-        call = ScoreCall(self, images, texts)
-        if call.images != len(call.texts):
-            raise ShapeError(
-                f"pairs need as many images as texts, got {call.images} and {len(call.texts)}; "
-                "scorer(images, texts) scores all with all"
-            )
-        scores, _ = call.trial(torch.eye(call.images, dtype=torch.bool), self._seed(seed))
+        with self.backbone.lock:
+            call = ScoreCall(self, images, texts)
+            if call.images != len(call.texts):
+                raise ShapeError(
+                    f"pairs need as many images as texts, got {call.images} and "
+                    f"{len(call.texts)}; scorer(images, texts) scores all with all"
+                )
+            pairs = torch.eye(call.images, dtype=torch.bool, device="cpu")
+            scores, _ = call.trial(pairs, self._seed(seed))
         return scores.diagonal().clone()
 
     def score(
@@ -137,18 +140,19 @@ class CrossAttnScorer(ConfiguredScorer):
             raise ConfigError(f"trials must be an int of 1 or more, got {trials!r}")
         if screen is not None and self.config.mode == "shared-query":
             raise ConfigError("screen saves nothing with mode 'shared-query': texts cost no passes")
-        call = ScoreCall(self, images, texts)
-        pairs = call.every_pair()
         seeds = tuple(self._seed(seed) + trial for trial in range(trials))
-        dropped = torch.zeros_like(pairs)
         results: list[Trial] = []
-        for trial_seed in seeds:
-            if screen is None:
-                results.append(call.trial(pairs, trial_seed))
-                continue
-            result, out = call.screened(trial_seed, screen, screen_over)
-            results.append(result)
-            dropped |= out
+        with self.backbone.lock:
+            call = ScoreCall(self, images, texts)
+            pairs = call.every_pair()
+            dropped = torch.zeros_like(pairs)
+            for trial_seed in seeds:
+                if screen is None:
+                    results.append(call.trial(pairs, trial_seed))
+                    continue
+                result, out = call.screened(trial_seed, screen, screen_over)
+                results.append(result)
+                dropped |= out
         scores, by_timestep = stack_trials(results)
         return Scores(
             trials=scores.masked_fill(dropped, -torch.inf),
@@ -170,7 +174,8 @@ class CrossAttnScorer(ConfiguredScorer):
         """
         if self.config.error_term is not None:
             raise ConfigError("scores with an error term are not those of layers; set it to None")
-        return ScoreCall(self, images, texts).by_layer(len(self.layers), self._seed(seed))
+        with self.backbone.lock:
+            return ScoreCall(self, images, texts).by_layer(len(self.layers), self._seed(seed))
 
     def fit_layers(
         self, items: Iterable[tuple[Images, Sequence[str]]], *, seed: int | None = None
@@ -242,21 +247,23 @@ class CrossAttnScorer(ConfiguredScorer):
         if len(pixel_values) != 1:
             raise ShapeError(f"word maps are of one image, got {len(pixel_values)}")
         keys = image_keys(pixel_values) if self.use_cache else None
-        latents, _ = posterior_of(self.backbone, pixel_values, keys=keys)
-        return heat_maps(
-            self.backbone,
-            latents,
-            text,
-            words_of(text) if words is None else [words] if isinstance(words, str) else list(words),
-            preset=preset,
-            timesteps=config.timesteps if timesteps is None else tuple(timesteps),
-            layers=layers,
-            heads=heads,
-            seed=self._seed(seed),
-            picture=to_pictures(images)[0]
-            if config.resize == "squash"
-            else to_image(pixel_values[0]),
-        )
+        if words is None:
+            words = words_of(text, self.backbone.tokenizer)
+        squashed = config.resize == "squash"
+        with self.backbone.lock:
+            latents, _ = posterior_of(self.backbone, pixel_values, keys=keys)
+            return heat_maps(
+                self.backbone,
+                latents,
+                text,
+                [words] if isinstance(words, str) else list(words),
+                preset=preset,
+                timesteps=config.timesteps if timesteps is None else tuple(timesteps),
+                layers=layers,
+                heads=heads,
+                seed=self._seed(seed),
+                picture=to_pictures(images)[0] if squashed else to_image(pixel_values[0]),
+            )
 
     def index_bytes(self, images: int) -> int:
         """Size of the bank that `build_index` would write for so many images, in half precision.

@@ -1,7 +1,6 @@
 """Where in an image a word of a text is seen."""
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffenc.attention import match_layers, word_token_positions
+from diffenc.attention import match_layers
 from diffenc.backbones.base import Backbone
 from diffenc.config import check_choice
 from diffenc.errors import ConfigError, PromptError
@@ -21,6 +20,9 @@ from diffenc.maps import to_grid
 from diffenc.noise import add_noise, shared_noise
 from diffenc.scoring.config import SCORE_TIMESTEPS
 from diffenc.viz.heatmap import HeatMap
+from diffenc.words import shared_positions, words_of
+
+__all__ = ["daam_maps", "heat_maps", "word_maps", "words_of"]
 
 
 def word_maps(
@@ -57,12 +59,13 @@ def word_maps(
         ConfigError: No timestep, or one outside the schedule.
         TapError: No cross-attention by that name, or a layer without such a head.
     """
-    spans = [word_token_positions(backbone.tokenizer, text, word) for word in words]
+    spans = [shared_positions(backbone.tokenizers, text, word) for word in words]
     sums: list[Tensor] = []
-    for maps in _per_timestep(backbone, latents, text, spans, timesteps, layers, heads, seed):
-        merged = [reduce(m, "b tokens heads h w -> b tokens h w", "mean") for m in maps]
-        finest = max(((m.shape[2], m.shape[3]) for m in merged), key=math.prod)
-        sums.append(torch.stack([to_grid(m, finest) for m in merged]).mean(dim=0))
+    with backbone.lock:
+        for maps in _per_timestep(backbone, latents, text, spans, timesteps, layers, heads, seed):
+            merged = [reduce(m, "b tokens heads h w -> b tokens h w", "mean") for m in maps]
+            finest = max(((m.shape[2], m.shape[3]) for m in merged), key=math.prod)
+            sums.append(torch.stack([to_grid(m, finest) for m in merged]).mean(dim=0))
     return _of_words(torch.stack(sums).mean(dim=0), spans, "sum")
 
 
@@ -107,20 +110,22 @@ def daam_maps(
     h, w = latents.shape[2:]
     if layers is None:
         layers = [name for name in match_layers(backbone.unet) if not name.startswith("mid_block")]
-    spans = [word_token_positions(backbone.tokenizer, text, word) for word in words]
-    total = torch.zeros(len(latents), sum(map(len, spans)), h, w)
-    for maps in _per_timestep(backbone, latents, text, spans, timesteps, layers, heads, seed):
-        resized = []
-        for of_layer in maps:
-            flat = rearrange(of_layer, "b tokens heads h w -> b (tokens heads) h w")
-            grown = F.interpolate(flat, size=(h, w), mode="bicubic").clamp(min=0)
-            resized.append(
-                rearrange(
-                    grown, "b (tokens heads) h w -> b tokens heads h w", tokens=total.shape[1]
-                )
-            )
-        total += torch.cat(resized, dim=2).mean(dim=2).cpu()
+    spans = [shared_positions(backbone.tokenizers, text, word) for word in words]
+    shape = (len(latents), sum(map(len, spans)), h, w)
+    total = torch.zeros(shape, dtype=torch.float32, device="cpu")
+    with backbone.lock:
+        for maps in _per_timestep(backbone, latents, text, spans, timesteps, layers, heads, seed):
+            resized = [_resized(of_layer, (h, w)) for of_layer in maps]
+            total += torch.cat(resized, dim=2).mean(dim=2).cpu()
     return _of_words(total, spans, "mean")
+
+
+def _resized(
+    maps: Float[Tensor, "b tokens heads _h _w"], size: tuple[int, int]
+) -> Float[Tensor, "b tokens heads h w"]:
+    flat = rearrange(maps, "b tokens heads h w -> b (tokens heads) h w")
+    grown = F.interpolate(flat, size=size, mode="bicubic").clamp(min=0)
+    return rearrange(grown, "b (tokens heads) h w -> b tokens heads h w", tokens=maps.shape[1])
 
 
 def heat_maps(
@@ -151,16 +156,6 @@ def heat_maps(
     }
 
 
-def words_of(text: str) -> list[str]:
-    """Distinct words of a text, in order, without punctuation.
-
-    Raises:
-        PromptError: There is none.
-    """
-    words = list(dict.fromkeys(re.findall(r"\w+(?:['\u2019]\w+)*", text)))
-    if not words:
-        raise PromptError(f"the text {text!r} has no words to map")
-    return words
 
 
 def _per_timestep(

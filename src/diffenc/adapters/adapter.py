@@ -69,7 +69,7 @@ def _adapted_layers(unet_config: str, taps: tuple[str, ...]) -> tuple[AdaptedLay
         return ()
     # Shapes alone, on the meta device: which weights the taps depend on is read off their graph.
     with torch.device("meta"), torch.enable_grad():
-        whole = UNet2DConditionModel.from_config(json.loads(unet_config)).eval()
+        whole = UNet2DConditionModel.from_config(json.loads(unet_config)).float().eval()
         unet = truncate(whole, read)
         with ForwardTaps(unet, read) as reader:
             maps = reader.run(lambda: unet(**meta_inputs(whole.config, 64)))
@@ -130,7 +130,7 @@ class Adapter(nn.Module):
 
     def _fill(self) -> None:
         """Register new weights: seeded small ones in, zeros out."""
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator("cpu").manual_seed(self.seed)
         self._is_hf_initialized = True  # transformers 5 then leaves the module as it is
         for index, layer in enumerate(self.layers):
             bound = layer.in_features**-0.5

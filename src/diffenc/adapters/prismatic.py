@@ -162,7 +162,7 @@ def pack_prompts(tokens: PromptTokens, side: int) -> Float[Tensor, "n 3 side sid
         raise PromptError(f"images of {side} pixels hold no prompts of {length} tokens")
     digits = [tokens.ids // _BASE**place % _BASE for place in range(3)]
     values = torch.cat([*digits, tokens.mask], dim=1).float()
-    packed = torch.zeros(count, room)
+    packed = torch.zeros(count, room, dtype=torch.float32, device="cpu")
     packed[:, : 4 * length] = values
     return packed.reshape(count, 3, side, side)
 

@@ -22,6 +22,7 @@ from diffenc.backbones.parts import load_tokenizer
 from diffenc.cache import content_key, state_key
 from diffenc.errors import PromptError
 from diffenc.prompts import PromptEmbeds, match_batch
+from diffenc.tokenizing import fit_rows, prompt_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,17 +144,7 @@ def tokenize_prompts(tokenizer: Any, prompts: str | Sequence[str]) -> PromptToke
     """Tokenize texts with a model's tokenizer, cut and padded to its limit."""
     count = 1 if isinstance(prompts, str) else len(prompts)
     texts = match_batch(prompts, count)
-    if not texts:
-        length = tokenizer.model_max_length
-        return PromptTokens(*(torch.zeros(0, length, dtype=torch.long) for _ in range(2)))
-    inputs = tokenizer(
-        texts,
-        padding="max_length",
-        max_length=tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    )
-    return PromptTokens(inputs.input_ids, inputs.attention_mask)
+    return PromptTokens(*fit_rows(tokenizer, prompt_ids(tokenizer, texts)))
 
 
 def embed_tokens(

@@ -30,6 +30,7 @@ from diffenc.adapters.prompts import (
 from diffenc.adapters.spec import DTYPES, TowerSpec
 from diffenc.adapters.tower_config import TowerConfig
 from diffenc.errors import BackboneError, ConfigError, ImageError, ShapeError
+from diffenc.threads import lock_of
 
 
 class DiffusionVisionTower(nn.Module):
@@ -185,8 +186,11 @@ class DiffusionVisionTower(nn.Module):
             BackboneError: The model cannot be had.
             ConfigError: No such device, or the options do not fit the model.
         """
-        if self.is_loaded or builds_on_meta():
-            return
+        with lock_of(self):
+            if not (self.is_loaded or builds_on_meta()):
+                self._load(device_map)
+
+    def _load(self, device_map: Any) -> None:
         hidden = self._hidden
         hidden.device = read_device_map(device_map, hidden.device)
         encoder = load_encoder(self.spec, device=hidden.device, dtype=hidden.dtype)
@@ -207,7 +211,7 @@ class DiffusionVisionTower(nn.Module):
             warnings.warn(
                 f"the checkpoint had no adapter for this tower ({problem}): it starts as a new "
                 "one, which changes nothing. Load a trained one with load_adapter(folder).",
-                stacklevel=3,
+                stacklevel=4,
             )
         self.adapter.keep_precise()
 
@@ -315,13 +319,14 @@ class DiffusionVisionTower(nn.Module):
     def _features(
         self, pixel_values: Float[Tensor, "n 3 h w"], tokens: PromptTokens | None
     ) -> Float[Tensor, "n t c"]:
-        self._make_ready()
-        if not len(pixel_values):
-            return pixel_values.new_zeros(0, self.num_patches, self.hidden_size)
-        shown = pixel_values.to(self.device, torch.float32)
-        # A host's autocast would bring VAE and noise to half precision.
-        with torch.autocast(self.device.type, enabled=False):
-            features: Tensor = self.encoder(shown, self._embeds(tokens, len(shown)))
+        with lock_of(self):
+            self._make_ready()
+            if not len(pixel_values):
+                return pixel_values.new_zeros(0, self.num_patches, self.hidden_size)
+            shown = pixel_values.to(self.device, torch.float32)
+            # A host's autocast would bring VAE and noise to half precision.
+            with torch.autocast(self.device.type, enabled=False), self.encoder.backbone.lock:
+                features: Tensor = self.encoder(shown, self._embeds(tokens, len(shown)))
         return features.to(pixel_values.device, pixel_values.dtype).contiguous()
 
     def _embeds(self, tokens: PromptTokens | None, images: int) -> Any:

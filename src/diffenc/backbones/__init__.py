@@ -30,6 +30,7 @@ from diffenc.backbones.sources import (
     single_file,
 )
 from diffenc.backbones.taps import TapInfo, match_taps
+from diffenc.defaults import torch_defaults
 from diffenc.errors import BackboneError, ConfigError, near_matches
 
 __all__ = [
@@ -53,6 +54,7 @@ def list_backbones() -> tuple[BackboneSource, ...]:
     return tuple(SOURCES.values())
 
 
+@torch_defaults()
 def load_backbone(
     name: "str | os.PathLike[str] | Backbone",
     *,

@@ -1,6 +1,5 @@
 """What the encoder and the scorer need of a model: components, text embeddings, taps."""
 
-import threading
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -17,8 +16,9 @@ from diffenc.backbones.fitting import check_components, text_width
 from diffenc.backbones.presets import preset_options
 from diffenc.backbones.taps import LATENTS, TapInfo, match_taps, unet_taps
 from diffenc.cache import TensorCache
-from diffenc.errors import ShapeError, TapError
+from diffenc.errors import PromptError, ShapeError, TapError
 from diffenc.prompts import PromptEmbeds, count_windows, tokenize, tokenize_windows
+from diffenc.threads import lock_of
 from diffenc.truncation import is_whole
 
 
@@ -59,7 +59,8 @@ class Backbone(nn.Module):
         given: Parts that are not the named model's own: their paths, None for objects.
         caches: Latents, prompts and unconditional features that were computed before.
         compiled: Per tuple of taps the compiled U-Net that returns them.
-        lock: Held while the U-Net is read, so that threads may share a backbone.
+        lock: Held while a call reads the model or changes it, so that threads may share it. It is
+            the U-Net's: backbones on one U-Net take turns.
     """
 
     family: str
@@ -87,13 +88,17 @@ class Backbone(nn.Module):
         self.default_taps = default_taps
         self.caches = Caches()
         self.compiled: dict[tuple[str, ...], Callable[..., tuple[Tensor, ...]]] = {}
-        self.lock = threading.RLock()
 
     def freeze(self) -> "Backbone":
         """Evaluation mode, no gradients to weights."""
         self.eval()
         self.requires_grad_(False)
         return self
+
+    @property
+    def lock(self) -> AbstractContextManager[bool]:
+        """See the class."""
+        return lock_of(self.unet)
 
     @property
     def device(self) -> torch.device:
@@ -169,9 +174,11 @@ class Backbone(nn.Module):
             windows = [count_windows(each, texts) for each in self.tokenizers]
             counts = tuple(map(max, zip(*windows, strict=True)))
             ids = [tokenize_windows(each, texts, counts) for each in self.tokenizers]
+            self._check_ids(ids)
             return self._embeds(ids, counts, (0,) * len(texts), size)
         encoded = [tokenize(each, texts) for each in self.tokenizers]
         cuts = tuple(map(max, zip(*(cut for _, cut in encoded), strict=True)))
+        self._check_ids([ids for ids, _ in encoded])
         return self._embeds([ids for ids, _ in encoded], (1,) * len(texts), cuts, size)
 
     def embed_ids(
@@ -192,7 +199,20 @@ class Backbone(nn.Module):
         padding = attention_mask.to(input_ids.device) == 0
         others = [input_ids.masked_fill(padding, each.pad_token_id) for each in self.tokenizers[1:]]
         ones = (1,) * len(input_ids)
+        self._check_ids([input_ids, *others])
         return self._embeds([input_ids, *others], ones, (0,) * len(input_ids), size)
+
+    def _check_ids(self, ids: Sequence[Tensor]) -> None:
+        """Raise a `PromptError` where a text encoder does not know a token of its tokenizer."""
+        encoders: Any = (part for name, part in self.parts().items() if name.startswith("text"))
+        for rows, encoder in zip(ids, encoders, strict=True):
+            size = encoder.config.vocab_size
+            if rows.numel() and (largest := int(rows.max())) >= size:
+                raise PromptError(
+                    f"a prompt holds token {largest} and a text encoder of {self.name!r} knows "
+                    f"{size}: tokens were added to the tokenizer alone. Add them to each text "
+                    "encoder (resize_token_embeddings), as load_textual_inversion does"
+                )
 
     @property
     @abstractmethod
@@ -257,8 +277,9 @@ class Backbone(nn.Module):
             cache.clear()
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Backbone":
-        self.clear_caches()  # another device or dtype
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        with self.lock:
+            self.clear_caches()  # another device or dtype
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def parts(self) -> dict[str, nn.Module]:
@@ -266,9 +287,4 @@ class Backbone(nn.Module):
         return dict(self.named_children())
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {key: value for key, value in self.__dict__.items() if key != "lock"}
-        return {**kept, "compiled": {}}  # compiled code is neither copied nor pickled
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.lock = threading.RLock()
+        return {**self.__dict__, "compiled": {}}  # compiled code is neither copied nor pickled

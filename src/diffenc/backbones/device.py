@@ -21,7 +21,7 @@ def check_placement(device: str | torch.device, dtype: torch.dtype) -> torch.dev
         raise ConfigError(f"dtype must be one of {[str(known) for known in DTYPES]}, got {dtype}")
     try:
         place = torch.device(device)
-        torch.empty(1, device=place)
+        torch.empty(1, dtype=torch.float32, device=place)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"cannot use device {str(device)!r}: {reason}") from error

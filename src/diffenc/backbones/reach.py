@@ -33,7 +33,7 @@ def _reached(config: str, taps: tuple[str, ...]) -> frozenset[str]:
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(loads(config)).eval().requires_grad_(False)
+        unet = UNet2DConditionModel.from_config(loads(config)).float().eval().requires_grad_(False)
     paths = [f"{path}.{part}" for path in cross_attention_layers(unet) for part in PROJECTIONS]
     weights = [unet.get_submodule(path).weight.requires_grad_() for path in paths]
     with torch.enable_grad(), ForwardTaps(unet, taps, early_exit=True) as reader:

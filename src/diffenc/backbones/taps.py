@@ -62,7 +62,7 @@ def _unet_taps(config: str, vae_reduction: int) -> tuple[TapInfo, ...]:
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(loads(config)).eval()
+        unet = UNet2DConditionModel.from_config(loads(config)).float().eval()
     names = [name for name, _ in unet.named_modules() if _READABLE.fullmatch(name)]
     side = 64
     with torch.no_grad(), ForwardTaps(unet, names) as taps:
@@ -91,20 +91,21 @@ def count_parameters(config: dict[str, Any], taps: Sequence[str] | None = None) 
 
 
 def meta_inputs(config: Any, side: int) -> dict[str, Any]:
-    """Arguments of a U-Net's forward pass without values, for latents of this side."""
+    """Arguments of a float32 U-Net's forward pass without values, for latents of this side."""
     width = config.cross_attention_dim
     width = width if isinstance(width, int) else width[0]
+    place: dict[str, Any] = {"dtype": torch.float32, "device": "meta"}
     inputs: dict[str, Any] = {
-        "sample": torch.empty(1, config.in_channels, side, side, device="meta"),
+        "sample": torch.empty(1, config.in_channels, side, side, **place),
         "timestep": torch.empty((), dtype=torch.long, device="meta"),
-        "encoder_hidden_states": torch.empty(1, 4, width, device="meta"),
+        "encoder_hidden_states": torch.empty(1, 4, width, **place),
     }
     if config.addition_embed_type == "text_time":
         time = 6 * config.addition_time_embed_dim
         pooled = config.projection_class_embeddings_input_dim - time
         inputs["added_cond_kwargs"] = {
-            "text_embeds": torch.empty(1, pooled, device="meta"),
-            "time_ids": torch.empty(1, 6, device="meta"),
+            "text_embeds": torch.empty(1, pooled, **place),
+            "time_ids": torch.empty(1, 6, **place),
         }
     return inputs
 

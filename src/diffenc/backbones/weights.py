@@ -125,7 +125,7 @@ def load_into(
     for module in model.modules():
         ids = getattr(module, "position_ids", None)
         if isinstance(ids, Tensor) and ids.is_meta:  # in no file: they count
-            places = torch.arange(ids.shape[-1]).expand(1, -1)
+            places = torch.arange(ids.shape[-1], dtype=torch.long, device="cpu").expand(1, -1)
             module.register_buffer("position_ids", places, persistent=False)
     return model.eval()
 

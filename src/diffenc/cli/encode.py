@@ -301,7 +301,7 @@ def _fill(tensors: "dict[str, Tensor]", name: str, rows: "Tensor", start: int, c
     import torch
 
     if name not in tensors:
-        tensors[name] = torch.empty(count, *rows.shape[1:], dtype=rows.dtype)
+        tensors[name] = torch.empty(count, *rows.shape[1:], dtype=rows.dtype, device="cpu")
     whole = tensors[name]
     if rows.shape[1:] != whole.shape[1:]:
         raise ShapeError(

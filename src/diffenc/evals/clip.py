@@ -12,6 +12,7 @@ from diffenc.errors import BackboneError
 from diffenc.evals.matchers import short_name, weights_digest
 from diffenc.pretrained import load_whole, loading, pretrained_source
 from diffenc.prompts import tokenize
+from diffenc.tokenizing import fit_rows, token_ids
 
 _INSTEAD = (
     "Pass a folder with config.json, model.safetensors, tokenizer and preprocessor_config.json, or "
@@ -83,10 +84,11 @@ class ClipMatcher:
     ) -> Tensor:
         """Cosines times the model's temperature, (images, texts), in float32."""
         device = self.model.device
+        whole = token_ids(self.tokenizer, texts)
+        ids, mask = fit_rows(self.tokenizer, whole, to_longest=True)
         found = self.model(
-            **self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt").to(
-                device
-            ),
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
             pixel_values=self.processor(images=list(images), return_tensors="pt")[
                 "pixel_values"
             ].to(device, self.model.dtype),

@@ -201,7 +201,7 @@ class _Run:
                 self._done += 1
                 if self._progress is not None:
                     self._progress(self._done, self._total)
-            trials.append(torch.tensor(there, dtype=torch.float64))
+            trials.append(torch.tensor(there, dtype=torch.float64, device="cpu"))
         return torch.stack(trials)
 
 

@@ -1,7 +1,6 @@
 """Scorers as benchmarks use them, and what their scores depend on."""
 
 import hashlib
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from diffenc.errors import ConfigError
 from diffenc.prompts import tokenize
 from diffenc.scorer import CrossAttnScorer
+from diffenc.scoring.inputs import cuts_known
 
 _SAMPLED = 64
 _NO_RESULT = ("seed", "batch_size")
@@ -46,10 +46,7 @@ class ScorerMatcher:
 
     def __call__(self, images: Sequence[Image.Image], texts: Sequence[str], *, seed: int) -> Tensor:
         """Scores (images, texts), or (images, texts, timesteps)."""
-        with warnings.catch_warnings():  # texts that are cut were counted before
-            warnings.filterwarnings(
-                "ignore", message=".* texts are longer than", category=UserWarning
-            )
+        with cuts_known():  # texts that are cut were counted before
             if not self.by_timestep:
                 scores: Tensor = self.scorer(list(images), list(texts), seed=seed)
                 return scores

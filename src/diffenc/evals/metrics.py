@@ -108,7 +108,9 @@ def by_label(
     names = dict.fromkeys(label for item in items for label in item.labels.get(kind, ()))
     found: dict[str, Results] = {}
     for name in names:
-        rows = torch.tensor([name in item.labels.get(kind, ()) for item in items])
+        rows = torch.tensor(
+            [name in item.labels.get(kind, ()) for item in items], dtype=torch.bool, device="cpu"
+        )
         found[name] = {metric: _result(values[:, rows]) for metric, values in right.items()}
     return found
 

@@ -1,6 +1,5 @@
 """Adapters in a U-Net: put in, used one at a time, merged into the weights and taken out again."""
 
-import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -8,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffenc.defaults import torch_defaults
 from diffenc.errors import ConfigError, near_matches
 from diffenc.lora.options import LoraOptions
+from diffenc.threads import lock_of, without_warnings
 
 
 def add_lora(
@@ -100,16 +101,17 @@ def require_lora(unet: nn.Module, name: str) -> None:
 
 @contextmanager
 def lora_disabled(unet: nn.Module) -> Iterator[None]:
-    """Run the U-Net as if it had no adapter."""
-    layers = list(_layers(unet))
-    before = [layer._disable_adapters for layer in layers]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer, state in zip(layers, before, strict=True):
-            layer._disable_adapters = state
+    """Run the U-Net as if it had no adapter; other threads wait until the block ends."""
+    with lock_of(unet):
+        layers = list(_layers(unet))
+        before = [layer._disable_adapters for layer in layers]
+        for layer in layers:
+            layer._disable_adapters = True
+        try:
+            yield
+        finally:
+            for layer, state in zip(layers, before, strict=True):
+                layer._disable_adapters = state
 
 
 def merge_lora(unet: nn.Module) -> None:
@@ -185,8 +187,8 @@ def inject(unet: nn.Module, config: Any, name: str, *, trainable: bool) -> None:
     from peft import inject_adapter_in_model
 
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are wanted
+    # Several adapters are intended.
+    with torch_defaults(), without_warnings("Already found a `peft_config`"):
         inject_adapter_in_model(config, unet, adapter_name=name)
     unet.requires_grad_(False)
     unet.train(unet.training)  # new dropout layers begin in training mode

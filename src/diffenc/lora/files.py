@@ -32,7 +32,7 @@ def fingerprint(unet: nn.Module) -> list[float]:
     for path in ("conv_in", "time_embedding.linear_1", "down_blocks.0.resnets.0.conv1"):
         weight: Any = unet.get_submodule(path).weight
         values = weight.detach().cpu().double().flatten()
-        pattern = torch.cos(torch.arange(values.numel(), dtype=torch.float64))
+        pattern = torch.cos(torch.arange(values.numel(), dtype=torch.float64, device="cpu"))
         size, unit = float(values.norm()), math.sqrt(values.numel())
         along = float(values @ pattern) / (size * float(pattern.norm()) or 1.0)
         found += [unit * math.log(size or 1.0), unit * along]

@@ -35,6 +35,7 @@ class Projector(SavedProjector):
         grid: Side, or (height, width), of the grid to which the tokens are resampled first: means
             where it is coarser, bilinear where finer. The tokens must form a square. None keeps
             all.
+        device: Where the weights are made, in float32; "meta" makes none.
 
     Raises:
         ConfigError: An unknown kind, a width below 1, an identity between different widths, or
@@ -60,6 +61,7 @@ class Projector(SavedProjector):
         *,
         norm_channels: Sequence[int] = (),
         grid: int | tuple[int, int] | None = None,
+        device: str | torch.device = "cpu",
     ) -> None:
         super().__init__()
         for name, width in (("in_features", in_features), ("out_features", out_features)):
@@ -76,8 +78,10 @@ class Projector(SavedProjector):
         if pair is not None and (len(pair) != 2 or min(pair) < 1):
             raise ConfigError(f"grid must be a positive int or (height, width), got {grid!r}")
         self.grid = None if pair is None else (pair[0], pair[1])
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for width in self.norm_channels)
-        self.layers = _layers(in_features, out_features, kind)
+        self.norms = nn.ModuleList(
+            nn.LayerNorm(width, dtype=torch.float32, device=device) for width in self.norm_channels
+        )
+        self.layers = _layers(in_features, out_features, kind, device)
 
     def extra_repr(self) -> str:
         """The options, for `repr`."""
@@ -153,9 +157,11 @@ class Projector(SavedProjector):
         load_weights(self, state, str(path))
 
 
-def _layers(in_features: int, out_features: int, kind: str) -> nn.Module:
+def _layers(
+    in_features: int, out_features: int, kind: str, device: str | torch.device
+) -> nn.Module:
     if kind == "linear":
-        return nn.Linear(in_features, out_features)
+        return _linear(in_features, out_features, device)
     if kind == "identity":
         if in_features != out_features:
             raise ConfigError(
@@ -167,10 +173,14 @@ def _layers(in_features: int, out_features: int, kind: str) -> nn.Module:
         raise ConfigError(
             f"kind must be 'linear', 'identity' or 'mlpNx_gelu' such as 'mlp2x_gelu', got {kind!r}"
         )
-    layers: list[nn.Module] = [nn.Linear(in_features, out_features)]
+    layers: list[nn.Module] = [_linear(in_features, out_features, device)]
     for _ in range(int(match[1]) - 1):
-        layers += [nn.GELU(), nn.Linear(out_features, out_features)]
+        layers += [nn.GELU(), _linear(out_features, out_features, device)]
     return nn.Sequential(*layers)
+
+
+def _linear(in_features: int, out_features: int, device: str | torch.device) -> nn.Linear:
+    return nn.Linear(in_features, out_features, dtype=torch.float32, device=device)
 
 
 def _resampled(tokens: Tensor, grid: tuple[int, int]) -> Tensor:

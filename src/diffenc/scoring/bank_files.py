@@ -86,7 +86,9 @@ class BankWriter:
 def weights_mark(attentions: Mapping[str, Any]) -> dict[str, Any]:
     """What tells key projections from others: dtype, a digest, and the norm of each layer."""
     weights = [attn.to_k.weight.detach() for attn in attentions.values()]
-    digests = torch.tensor([list(content_key(weight.float())) for weight in weights])
+    digests = torch.tensor(
+        [list(content_key(weight.float())) for weight in weights], dtype=torch.long, device="cpu"
+    )
     return {
         "dtype": str(weights[0].dtype).removeprefix("torch."),
         "digest": content_key(digests).hex(),
@@ -98,7 +100,9 @@ def same_weights(built: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
     """Whether two marks are of the same weights; in different dtypes, as far as norms tell."""
     if built["dtype"] == here["dtype"]:
         return bool(built["digest"] == here["digest"])
-    one, other = (torch.tensor(mark["norms"], dtype=torch.float64) for mark in (built, here))
+    one, other = (
+        torch.tensor(mark["norms"], dtype=torch.float64, device="cpu") for mark in (built, here)
+    )
     return len(one) == len(other) and torch.allclose(one, other, rtol=5e-3)
 
 

@@ -1,5 +1,7 @@
 """Reference pictures: what a text scores on them is its own offset, not a match."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
@@ -63,9 +65,9 @@ def reference_pixels(
         ConfigError: The config wants the user's, and there are none or others.
     """
     if config.calibration is None:
-        return torch.zeros(0, 3, *size)
+        return torch.zeros(0, 3, *size, dtype=torch.float32, device="cpu")
     if config.calibration == "gray":
-        return torch.zeros(1, 3, *size)
+        return torch.zeros(1, 3, *size, dtype=torch.float32, device="cpu")
     if config.calibration == "neutral":
         return neutral_pictures(size)
     if given is None or given.digest != config.reference_digest:
@@ -83,10 +85,11 @@ def neutral_pictures(size: tuple[int, int]) -> Float[Tensor, "8 3 height width"]
     Equal on every machine; nothing is read from disk.
     """
     height, width = size
-    plain = [torch.full((3, height, width), level) for level in (-0.6, 0.0, 0.6)]
-    down = torch.linspace(-0.8, 0.8, height)[:, None].expand(3, height, width)
-    across = torch.linspace(-0.8, 0.8, width).expand(3, height, width)
-    generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand(3, 3, 4, 4, generator=generator) * 2 - 1
+    place: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    plain = [torch.full((3, height, width), level, **place) for level in (-0.6, 0.0, 0.6)]
+    down = torch.linspace(-0.8, 0.8, height, **place)[:, None].expand(3, height, width)
+    across = torch.linspace(-0.8, 0.8, width, **place).expand(3, height, width)
+    generator = torch.Generator("cpu").manual_seed(0)
+    coarse = torch.rand(3, 3, 4, 4, generator=generator, **place) * 2 - 1
     clouds = F.interpolate(coarse, size=size, mode="bicubic", align_corners=False)
     return torch.stack([*plain, down, across, *clouds.clamp(-1, 1)])

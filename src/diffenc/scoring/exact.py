@@ -46,7 +46,7 @@ def exact_scores(
         needed[:, empty] |= wanted.any(dim=1)
     table = _statistics(inputs, needed, steps, memory)
     attention, squared = table[..., :-1], table[..., -1:]
-    scores = torch.zeros(*table.shape[:3], mix.shape[1])
+    scores = torch.zeros(*table.shape[:3], mix.shape[1], dtype=torch.float32, device="cpu")
     if config.attention:
         mixed = attention @ mix
         if config.include_uncond:
@@ -80,7 +80,7 @@ def _statistics(
     config = inputs.config
     unet = inputs.backbone.unet
     names = match_layers(unet, config.layers) if config.attention else ()
-    table = torch.full((*needed.shape, len(steps), len(names) + 1), torch.nan)
+    table = _unknown(*needed.shape, len(steps), len(names) + 1)
     rows: list[_Row] = [
         (picture, step, text)
         for picture in range(len(needed))
@@ -102,6 +102,10 @@ def _statistics(
             if (key := keys[picture, step, text]) is not None:
                 memory.put(key, (value.clone(),))
     return table
+
+
+def _unknown(*shape: int) -> Tensor:
+    return torch.full(shape, torch.nan, dtype=torch.float32, device="cpu")
 
 
 def _memory_keys(
@@ -134,14 +138,14 @@ def _passes(
         attention, predicted = read_statistics(
             backbone,
             inputs.noisy_latents([(picture, steps[step]) for picture, step, _ in part]),
-            torch.tensor([steps[step][0] for _, step, _ in part]),
+            torch.tensor([steps[step][0] for _, step, _ in part], dtype=torch.long, device="cpu"),
             embeds,
             attentions,
             pooling_of(config),
             mask=None if inputs.mask is None else inputs.mask[texts, :length],
             predict=predicts,
         )
-        columns = torch.full((len(part), len(names) + 1), torch.nan)
+        columns = _unknown(len(part), len(names) + 1)
         if attention is not None:
             columns[:, :-1] = attention.cpu()
         if predicted is not None:

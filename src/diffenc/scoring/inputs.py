@@ -2,6 +2,8 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,6 +20,7 @@ from diffenc.memo import image_keys, posterior_of, prompts_of
 from diffenc.noise import add_noise, shared_noise
 from diffenc.prompts import PromptEmbeds
 from diffenc.scoring.config import ScorerConfig, TokenMask
+from diffenc.tokenizing import limit_of, prompt_ids, require_right, tokenizer_key
 
 _Row = TypeVar("_Row")
 _Result = TypeVar("_Result")
@@ -140,7 +143,8 @@ def encode_inputs(
     )
     states = tuple(state_key(part) for part in backbone.parts().values())
     remember = use_cache and None not in states
-    key = (states, size, config.posterior, config.uncond, config.long_prompts)
+    words = tuple(tokenizer_key(each) for each in backbone.tokenizers)
+    key = (states, words, size, config.posterior, config.uncond, config.long_prompts)
     return ScoreInputs(
         backbone=backbone,
         config=config,
@@ -182,11 +186,11 @@ def token_mask(
     if kind == "none":
         return None
     tokenizer: Any = backbone.tokenizer
-    limit = tokenizer.model_max_length
-    ids = tokenizer(
-        list(texts), add_special_tokens=False, truncation=False, verbose=False
-    ).input_ids
-    mask = torch.zeros(len(texts), embeds.prompt_embeds.shape[1], dtype=torch.bool)
+    require_right(tokenizer)
+    limit = limit_of(tokenizer)
+    ids = prompt_ids(tokenizer, texts, special_tokens=False)
+    shape = (len(texts), embeds.prompt_embeds.shape[1])
+    mask = torch.zeros(shape, dtype=torch.bool, device="cpu")
     for row, (words, length) in enumerate(zip(ids, embeds.row_lengths(), strict=True)):
         for window in range(length // limit):
             count = min(max(len(words) - window * (limit - 2), 0), limit - 2)
@@ -209,8 +213,9 @@ def tokens_present(embeds: PromptEmbeds) -> Bool[Tensor, "texts l"] | None:
     """Which states are a text's own, where texts differ in that; None is all."""
     if embeds.lengths is None:
         return None
-    lengths = torch.tensor(embeds.lengths)[:, None]
-    return (torch.arange(embeds.prompt_embeds.shape[1]) < lengths).to(embeds.prompt_embeds.device)
+    place: dict[str, Any] = {"dtype": torch.long, "device": embeds.prompt_embeds.device}
+    lengths = torch.tensor(embeds.lengths, **place)
+    return torch.arange(embeds.prompt_embeds.shape[1], **place) < lengths[:, None]
 
 
 def in_batches(
@@ -241,8 +246,23 @@ def in_batches(
         )
 
 
+_CUTS_KNOWN: ContextVar[bool] = ContextVar("diffenc_cuts_known", default=False)
+
+
+@contextmanager
+def cuts_known() -> Iterator[None]:
+    """Inside, and in this thread, nothing is said of texts that are cut."""
+    token = _CUTS_KNOWN.set(True)
+    try:
+        yield
+    finally:
+        _CUTS_KNOWN.reset(token)
+
+
 def warn_truncated(inputs: ScoreInputs) -> None:
     """Say once per call how many texts were cut."""
+    if _CUTS_KNOWN.get():
+        return
     if cut := sum(count > 0 for count in inputs.truncated):
         tokenizer: Any = inputs.backbone.tokenizer
         warnings.warn(

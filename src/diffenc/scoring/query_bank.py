@@ -121,8 +121,22 @@ class QueryBank:
         listed = [texts] if isinstance(texts, str) else list(texts)
         if not listed:
             raise PromptError("got no texts; pass at least one")
+        config = self.config
+        with self.backbone.lock:
+            means = self._means([*listed, *config.reference_texts])
+        images, references = means[: len(self)], means[len(self) :]
+        result = images[:, : len(listed)]
+        if len(references):
+            result = result - references[:, : len(listed)].mean(dim=0)
+        if config.reference_texts:
+            others = images[:, len(listed) : len(listed) + len(config.reference_texts)]
+            result = result - others.mean(dim=1, keepdim=True)
+        return result
+
+    def _means(self, texts: Sequence[str]) -> Float[Tensor, "rows texts"]:
+        """Scores of images and references, mean over timesteps and draws."""
         config, backbone = self.config, self.backbone
-        every = [*listed, *config.reference_texts, *([""] if config.include_uncond else [])]
+        every = [*texts, *([""] if config.include_uncond else [])]
         embeds = prompts_of(
             backbone,
             every,
@@ -135,7 +149,7 @@ class QueryBank:
         mix = layer_mix(config.layer_weights, len(attentions))
         rows = []
         for queries in self._rows():
-            wanted = torch.ones(len(queries), len(every), dtype=torch.bool)
+            wanted = torch.ones(len(queries), len(every), dtype=torch.bool, device="cpu")
             pooling = pooling_of(config)
             part = score_queries(
                 backbone, queries, attentions, embeds, pooling, mix, mask=mask, wanted=wanted
@@ -146,14 +160,7 @@ class QueryBank:
         check_finite(means, backbone)
         if config.include_uncond:
             means = (means + means[:, -1:]) / 2
-        images, references = means[: len(self)], means[len(self) :]
-        result = images[:, : len(listed)]
-        if len(references):
-            result = result - references[:, : len(listed)].mean(dim=0)
-        if config.reference_texts:
-            others = images[:, len(listed) : len(listed) + len(config.reference_texts)]
-            result = result - others.mean(dim=1, keepdim=True)
-        return result
+        return means
 
     def search(self, texts: str | Sequence[str], *, top: int = 5) -> list[list[SearchResult]]:
         """The best images for each text.

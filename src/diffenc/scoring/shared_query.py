@@ -61,7 +61,9 @@ def shared_query_scores(
     needed = wanted.clone()
     if empty is not None:
         needed[:, empty] |= wanted.any(dim=1)
-    scores = torch.full((*wanted.shape, len(steps), mix.shape[1]), torch.nan)
+    scores = torch.full(
+        (*wanted.shape, len(steps), mix.shape[1]), torch.nan, dtype=torch.float32, device="cpu"
+    )
     places = [(p, s) for p in range(len(wanted)) for s in range(len(steps)) if wanted[p].any()]
     attentions = chosen_attentions(backbone, config.layers)
 
@@ -117,7 +119,7 @@ def late_queries(
         read = read_late_queries(
             backbone,
             inputs.noisy_latents([(picture, steps[step]) for picture, step in missing]),
-            torch.tensor([steps[step][0] for _, step in missing]),
+            torch.tensor([steps[step][0] for _, step in missing], dtype=torch.long, device="cpu"),
             _query_prompt(inputs),
             attentions,
         )
@@ -163,9 +165,10 @@ def score_queries(
         wanted: Which pairs; the others stay NaN.
     """
     device, dtype = backbone.device, backbone.dtype
-    scores = torch.zeros(*wanted.shape, mix.shape[1])
+    scores = torch.zeros(*wanted.shape, mix.shape[1], dtype=torch.float32, device="cpu")
     for start in range(0, wanted.shape[1], _TEXTS_AT_ONCE):
-        texts = torch.arange(start, min(start + _TEXTS_AT_ONCE, wanted.shape[1]))
+        stop = min(start + _TEXTS_AT_ONCE, wanted.shape[1])
+        texts = torch.arange(start, stop, dtype=torch.long, device="cpu")
         part = embeds.select(start, start + len(texts)).to(device, dtype)
         states, present = part.prompt_embeds, tokens_present(part)
         counted = None if mask is None else mask[texts, : states.shape[1]]

@@ -65,7 +65,7 @@ class ScoreCall:
 
     def every_pair(self) -> Bool[Tensor, "images texts"]:
         """All images with all texts."""
-        return torch.ones(self.images, len(self.texts), dtype=torch.bool)
+        return torch.ones(self.images, len(self.texts), dtype=torch.bool, device="cpu")
 
     def trial(self, pairs: Bool[Tensor, "images texts"], seed: int) -> Trial:
         """Score pairs; NaN elsewhere."""
@@ -90,7 +90,8 @@ class ScoreCall:
 
     def by_layer(self, layers: int, seed: int) -> Float[Tensor, "layers images texts"]:
         """Scores of all pairs by each layer alone."""
-        steps = self._pairs(self.every_pair(), self._config.steps, torch.eye(layers), seed)
+        each = torch.eye(layers, dtype=torch.float32, device="cpu")
+        steps = self._pairs(self.every_pair(), self._config.steps, each, seed)
         return steps.mean(dim=2).permute(2, 0, 1)
 
     def _pairs(
@@ -106,7 +107,7 @@ class ScoreCall:
 
     def _mix(self) -> Float[Tensor, "layers 1"]:
         if not self._config.attention:
-            return torch.zeros(0, 1)
+            return torch.zeros(0, 1, dtype=torch.float32, device="cpu")
         return layer_mix(self._config.layer_weights, len(self._scorer.layers))
 
 

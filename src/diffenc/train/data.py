@@ -324,7 +324,7 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         **more,
         "input_ids": input_ids,
         "attention_mask": attention_mask,
-        "labels": torch.tensor(labels),
+        "labels": torch.tensor(labels, dtype=torch.long, device="cpu"),
         "images": [row["images"] for row in rows],
         "prompts": [row["prompt"] for row in rows],
     }
@@ -350,8 +350,10 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch = self.epoch
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        for index in torch.randperm(self.length, generator=generator).tolist():
+        generator = torch.Generator("cpu").manual_seed(self.seed * 1_000_003 + epoch)
+        for index in torch.randperm(
+            self.length, generator=generator, dtype=torch.long, device="cpu"
+        ).tolist():
             yield epoch, index
 
 

@@ -181,8 +181,8 @@ def _add_diffusion(found: MetaEncoder, model: ModelConfig, unet_rank: int) -> in
     size = options.size or told.default_size
     height, width = (size, size) if isinstance(size, int) else size
     with torch.device("meta"):
-        unet: Any = UNet2DConditionModel.from_config(dict(told.configs["unet"]))
-        vae: Any = AutoencoderKL.from_config(dict(told.configs["vae"]))
+        unet: Any = UNet2DConditionModel.from_config(dict(told.configs["unet"])).float()
+        vae: Any = AutoencoderKL.from_config(dict(told.configs["vae"])).float()
         texts: dict[str, Any] = {}
         for name in ("text_encoder", "text_encoder_2"):
             if name in told.configs:
@@ -197,7 +197,7 @@ def _add_diffusion(found: MetaEncoder, model: ModelConfig, unet_rank: int) -> in
     steps = options.timestep if isinstance(options.timestep, tuple) else (options.timestep,)
     halves = 2 if options.conditioning in ("cfg", "concat") else 1
     rows = halves * len(steps) * options.draws
-    picture = torch.empty(1, 3, height, width, device="meta")
+    picture = torch.empty(1, 3, height, width, dtype=torch.float32, device="meta")
     found.flops["unet"] = rows * counted_flops(lambda: short(**inputs))
     found.flops["vae"] = counted_flops(lambda: vae.encoder(picture))
     found.parameters |= {"unet": count(short), "vae": count(vae)}
@@ -220,13 +220,13 @@ def _add_diffusion(found: MetaEncoder, model: ModelConfig, unet_rank: int) -> in
         found.parameters["captioner's CLIP"] = count(vision[0])
         found.flops["captioner's CLIP"] = vision[1]
         pooled = texts["text_encoder_2"].config.projection_dim if len(texts) > 1 else None
-        with torch.device("meta"):
-            captioner = ImplicitCaptioner(
-                getattr(vision[0].config, "projection_dim", 768),
-                states.shape[2],
-                length=length,
-                pooled_width=pooled,
-            )
+        captioner = ImplicitCaptioner(
+            getattr(vision[0].config, "projection_dim", 768),
+            states.shape[2],
+            length=length,
+            pooled_width=pooled,
+            device="meta",
+        )
         found.trained["captioner"] = count(captioner)
     if options.grid is not None:
         return _cells(options.grid)
@@ -256,7 +256,9 @@ def _vision_model(name: str) -> tuple[Any, float]:
     is_clip = config.model_type in ("clip_vision_model", "clip")
     with torch.device("meta"):
         model: Any = CLIPVisionModel(config) if is_clip else AutoModel.from_config(config)
-    picture = torch.empty(1, 3, config.image_size, config.image_size, device="meta")
+        model = model.float()
+    sides = (config.image_size, config.image_size)
+    picture = torch.empty(1, 3, *sides, dtype=torch.float32, device="meta")
     return model, counted_flops(lambda: model(picture))
 
 

@@ -187,13 +187,13 @@ def _parameters(
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Parameters in all and those that train, by part."""
     adapt, model = config.adapting, config.model
-    with torch.device("meta"):
-        projector = Projector(
-            encoder.hidden_size,
-            language.width,
-            model.projector,
-            norm_channels=encoder.groups if model.projector_norm else (),
-        )
+    projector = Projector(
+        encoder.hidden_size,
+        language.width,
+        model.projector,
+        norm_channels=encoder.groups if model.projector_norm else (),
+        device="meta",
+    )
     size = sum(parameter.numel() for parameter in projector.parameters())
     trained = {"projector": size, **encoder.trained}
     added = {name: size for name, size in trained.items() if name not in encoder.parameters}

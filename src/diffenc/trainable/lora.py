@@ -10,6 +10,7 @@ from diffenc.attention import cross_attention_layers
 from diffenc.backbones.base import Backbone
 from diffenc.backbones.reach import reached_projections
 from diffenc.backbones.taps import TapInfo
+from diffenc.defaults import torch_defaults
 from diffenc.errors import BackboneError, ConfigError
 from diffenc.lora.adapters import (
     active_lora,
@@ -78,7 +79,7 @@ class LoraPart(nn.Module):
         projections = (projections,) if isinstance(projections, str) else tuple(projections)
         options = LoraOptions(rank=rank, alpha=alpha, dropout=dropout, projections=projections)
         unet = self.backbone.unet
-        with self.backbone.lock:
+        with torch_defaults(), self.backbone.lock:
             left = self._lora_in_use()
             add_lora(unet, cross_attention_layers(unet), options, name=name, only=self._reached())
             self._set_aside(left)
@@ -125,20 +126,21 @@ class LoraPart(nn.Module):
         Raises:
             ConfigError: No adapter is active.
         """
-        name = self.active_lora
-        if name is None:
-            raise ConfigError(
-                f"no adapter is active, so there is nothing to merge; known are {self.lora_names}"
-            )
         with self.backbone.lock:
+            if self.active_lora is None:
+                raise ConfigError(
+                    "no adapter is active, so there is nothing to merge; known are "
+                    f"{self.lora_names}"
+                )
             self._set_aside(self._lora_in_use())
             merge_lora(self.backbone.unet)
             self.clear_cache()
 
     def unmerge_lora(self) -> None:
         """Put the weights back as they were; the adapter stays active and trains if it did."""
-        if is_merged(self.backbone.unet):
-            self.set_lora(self.active_lora)
+        with self.backbone.lock:
+            if is_merged(self.backbone.unet):
+                self.set_lora(self.active_lora)
 
     def save_lora(self, folder: "str | os.PathLike[str]", *, name: str | None = None) -> None:
         """Write an adapter in peft's layout and, beside it, keyed for diffusers.
@@ -189,7 +191,7 @@ class LoraPart(nn.Module):
                 "other_taps=True."
             )
         unet = self.backbone.unet
-        with self.backbone.lock:
+        with torch_defaults(), self.backbone.lock:
             left = self._lora_in_use()
             load_lora(unet, folder, name=name, trainable=trainable, only=self._reached())
             self._set_aside(left)

@@ -11,17 +11,18 @@
 
 import json
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from diffenc.defaults import torch_defaults
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import BackboneError, ConfigError, OutputError
 from diffenc.fusion import FusedEncoder
 from diffenc.projector.fused import FusedProjector
 from diffenc.projector.plain import Projector
+from diffenc.threads import without_warnings
 from diffenc.vlm.language import load_language_model
 from diffenc.vlm.vision import VisionTokens
 
@@ -169,8 +170,8 @@ def _with_lora(model: Any, folder: Path, trainable: bool) -> Any:
     from peft import PeftModel
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
+        # peft asks transformers by an old name.
+        with torch_defaults(), without_warnings(category=FutureWarning):
             return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     except Exception as error:  # peft raises whatever a broken file makes it raise
         raise BackboneError(

@@ -1,14 +1,15 @@
 """Causal language models of transformers: loaded by name, and what they can hold."""
 
 import os
-import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
+from diffenc.defaults import torch_defaults
 from diffenc.errors import ConfigError
 from diffenc.pretrained import loading, pretrained_source
+from diffenc.threads import without_warnings
 
 _INSTEAD = (
     "Pass a folder with config.json, safetensors and a tokenizer, or the Hub id of a causal "
@@ -111,8 +112,8 @@ def add_language_lora(
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
+    # peft asks transformers by an old name.
+    with torch_defaults(), without_warnings(category=FutureWarning):
         adapted = get_peft_model(language_model, options)
     for parameter in adapted.parameters():
         if parameter.requires_grad:

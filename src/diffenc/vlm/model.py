@@ -15,6 +15,7 @@ from diffenc.errors import ConfigError
 from diffenc.images import Images, as_list
 from diffenc.policies import PromptPolicy, parse_policy
 from diffenc.projector.choosing import projector_for
+from diffenc.threads import lock_of
 from diffenc.vlm import files
 from diffenc.vlm.chat import IGNORE_ID, Chat, Template, Turns
 from diffenc.vlm.inputs import PictureInputs, check_encoder
@@ -310,12 +311,13 @@ class DiffusionVLM(PictureInputs):
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        was_training = self.training
-        self.eval()
-        try:
-            yield
-        finally:
-            self.train(was_training)
+        with lock_of(self):  # its mode is that of all threads
+            was_training = self.training
+            self.eval()
+            try:
+                yield
+            finally:
+                self.train(was_training)
 
 
 def _loss(logits: Tensor, labels: Tensor, count: Tensor | int | None) -> Tensor:
@@ -325,4 +327,6 @@ def _loss(logits: Tensor, labels: Tensor, count: Tensor | int | None) -> Tensor:
     summed = F.cross_entropy(logits[:, :-1][learnt].float(), wanted[learnt], reduction="sum")
     if count is None:
         return summed / learnt.sum().clamp(min=1)
-    return summed / torch.as_tensor(count, device=summed.device).clamp(min=1)
+    if isinstance(count, Tensor):
+        return summed / count.to(summed.device).clamp(min=1)
+    return summed / max(count, 1)

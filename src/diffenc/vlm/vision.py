@@ -15,6 +15,7 @@ from diffenc.fusion import FusedEncoder
 from diffenc.images import Images
 from diffenc.maps import middle_grid
 from diffenc.pretrained import lasting_name, loading, pretrained_source
+from diffenc.threads import lock_of
 from diffenc.vision_models import VisionModel, to_pictures
 
 _INSTEAD = "Pass a folder or a Hub id such as openai/clip-vit-large-patch14-336"
@@ -137,7 +138,7 @@ class VisionTokens(VisionModel):
             return found
         pixel_values = self.image_processor(images=to_pictures(images), return_tensors="pt")
         inputs = pixel_values["pixel_values"].to(self.device, self.dtype)
-        with torch.no_grad():
+        with lock_of(self.model), torch.no_grad():
             states = self.model(inputs, output_hidden_states=True).hidden_states[self.layer]
         wanted = self.side**2
         if states.ndim != 3 or states.shape[1] < wanted:

@@ -11,6 +11,7 @@ from diffenc.errors import BackboneError
 from diffenc.evals.answering.base import check_positive
 from diffenc.evals.llava_bench.judge import SYSTEM, Case, JudgeError
 from diffenc.pretrained import loading, pretrained_source
+from diffenc.tokenizing import token_ids
 from diffenc.vlm.language import context_of, filler_id, load_language_model
 
 _INSTEAD = "Pass the folder or the Hub id of a causal language model"
@@ -118,8 +119,9 @@ class LocalJudge:
 def _encode(tokenizer: Any, text: str) -> torch.Tensor:
     """Token ids (1 t); the chat template where there is one."""
     if not getattr(tokenizer, "chat_template", None):
-        return torch.tensor([tokenizer(text).input_ids])
+        return torch.tensor(token_ids(tokenizer, [text]), dtype=torch.long, device="cpu")
     asked = tokenizer.apply_chat_template(
         [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
     )
-    return torch.tensor([tokenizer(asked, add_special_tokens=False).input_ids])
+    ids = token_ids(tokenizer, [asked], special_tokens=False)
+    return torch.tensor(ids, dtype=torch.long, device="cpu")
