@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffenc._typing import Conditioning
 from diffenc.backbones import Architecture, TapInfo, describe, load_backbone
-from diffenc.backbones.base import Backbone
+from diffenc.backbones.base import Backbone, States
 from diffenc.backbones.presets import preset_options
 from diffenc.backbones.taps import LATENTS
 from diffenc.backbones.writing import write_folder
@@ -360,15 +360,23 @@ class DiffusionEncoder(TrainableParts):
         )
         size = (pixel_values.shape[2], pixel_values.shape[3])
         keys = image_keys(pixel_values) if self.use_cache else None
-        posteriors = posterior_of(backbone, pixel_values, keys=keys, batch_size=config.batch_size)
+        states = backbone.states()
+        posteriors = posterior_of(
+            backbone, pixel_values, keys=keys, states=states, batch_size=config.batch_size
+        )
         batch = len(pixel_values)
         uncond = cond = None
         if conditioning != "cond":
             uncond = prompts_of(
-                backbone, [""], size=size, uncond=config.uncond, use_cache=self.use_cache
+                backbone,
+                [""],
+                size=size,
+                uncond=config.uncond,
+                use_cache=self.use_cache,
+                states=states,
             ).rows(batch)
         if conditioning != "uncond":
-            cond = self._embed("" if prompts is None else prompts, batch, size)
+            cond = self._embed("" if prompts is None else prompts, batch, size, states)
             cond = self.caption(images, cond)
         sizes = self._original_sizes(images, batch)
         if sizes is not None:
@@ -380,6 +388,7 @@ class DiffusionEncoder(TrainableParts):
             [tap.name for tap in self._taps],
             posteriors,
             keys=None if keys is None else list(zip(keys, sizes or keys, strict=True)),
+            states=states,
             uncond=uncond,
             cond=cond,
         )
@@ -412,7 +421,11 @@ class DiffusionEncoder(TrainableParts):
         return chosen
 
     def _embed(
-        self, prompts: str | Sequence[str] | PromptEmbeds, batch: int, size: tuple[int, int]
+        self,
+        prompts: str | Sequence[str] | PromptEmbeds,
+        batch: int,
+        size: tuple[int, int],
+        states: States,
     ) -> PromptEmbeds:
         if isinstance(prompts, PromptEmbeds):
             self.backbone.check_embeds(prompts)
@@ -424,6 +437,7 @@ class DiffusionEncoder(TrainableParts):
             uncond=self.config.uncond,
             long_prompts=self.config.long_prompts,
             use_cache=self.use_cache,
+            states=states,
         ).rows(batch)
 
 
