@@ -10,7 +10,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from diffenc.cache import TensorCache, content_key, state_key
+from diffenc.cache import TensorCache, content_key, recall, state_key
 from diffenc.errors import BackboneError, ConfigError, NonFiniteError, ShapeError
 from diffenc.images import Images
 from diffenc.pretrained import lasting_name, load_whole, loading, pretrained_source
@@ -169,15 +169,12 @@ class ClipTokens(VisionModel):
         state = state_key(self.model) if self.use_cache else None
         if state is None:
             return self._tokens(pixel_values, batch_size)
-        keys = [(state, content_key(picture)) for picture in pixel_values]
-        known = {key: entry[0] for key in set(keys) if (entry := self._cache.get(key))}
-        rows = {key: row for row, key in enumerate(keys) if key not in known}
-        if rows:
-            fresh = self._tokens(pixel_values[list(rows.values())], batch_size).detach()
-            for key, tokens in zip(rows, fresh, strict=True):
-                known[key] = tokens.clone()
-                self._cache.put(key, (known[key],))
-        return torch.stack([known[key] for key in keys])
+        entries = recall(
+            self._cache,
+            [(state, self.layer, content_key(picture)) for picture in pixel_values],
+            lambda rows: ((tokens,) for tokens in self._tokens(pixel_values[rows], batch_size)),
+        )
+        return torch.stack([tokens for (tokens,) in entries])
 
     def train(self, mode: bool = True) -> "ClipTokens":
         """Training mode; a frozen model stays in evaluation mode, so that it is remembered."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffenc._typing import Conditioning
 from diffenc.backbones import Architecture, TapInfo, describe, load_backbone
-from diffenc.backbones.base import Backbone
+from diffenc.backbones.base import Backbone, States
 from diffenc.backbones.presets import preset_options
 from diffenc.backbones.taps import LATENTS
 from diffenc.backbones.writing import write_folder
@@ -362,16 +362,22 @@ class DiffusionEncoder(TrainableParts):
         keys = image_keys(pixel_values) if self.use_cache else None
         batch = len(pixel_values)
         with backbone.lock:  # a call sees one state of the model: adapters, weights, device
+            states = backbone.states()
             posteriors = posterior_of(
-                backbone, pixel_values, keys=keys, batch_size=config.batch_size
+                backbone, pixel_values, keys=keys, states=states, batch_size=config.batch_size
             )
             uncond = cond = None
             if conditioning != "cond":
                 uncond = prompts_of(
-                    backbone, [""], size=size, uncond=config.uncond, use_cache=self.use_cache
+                    backbone,
+                    [""],
+                    size=size,
+                    uncond=config.uncond,
+                    use_cache=self.use_cache,
+                    states=states,
                 ).rows(batch)
             if conditioning != "uncond":
-                cond = self._embed("" if prompts is None else prompts, batch, size)
+                cond = self._embed("" if prompts is None else prompts, batch, size, states)
                 cond = self.caption(images, cond)
             sizes = self._original_sizes(images, batch)
             if sizes is not None:
@@ -383,6 +389,7 @@ class DiffusionEncoder(TrainableParts):
                 [tap.name for tap in self._taps],
                 posteriors,
                 keys=None if keys is None else list(zip(keys, sizes or keys, strict=True)),
+                states=states,
                 uncond=uncond,
                 cond=cond,
             )
@@ -415,7 +422,11 @@ class DiffusionEncoder(TrainableParts):
         return chosen
 
     def _embed(
-        self, prompts: str | Sequence[str] | PromptEmbeds, batch: int, size: tuple[int, int]
+        self,
+        prompts: str | Sequence[str] | PromptEmbeds,
+        batch: int,
+        size: tuple[int, int],
+        states: States,
     ) -> PromptEmbeds:
         if isinstance(prompts, PromptEmbeds):
             self.backbone.check_embeds(prompts)
@@ -427,6 +438,7 @@ class DiffusionEncoder(TrainableParts):
             uncond=self.config.uncond,
             long_prompts=self.config.long_prompts,
             use_cache=self.use_cache,
+            states=states,
         ).rows(batch)
 
 

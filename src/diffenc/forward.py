@@ -10,9 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from diffenc.attention import CrossAttnTaps
-from diffenc.backbones.base import Backbone
+from diffenc.backbones.base import Backbone, CompiledTaps
 from diffenc.errors import ConfigError, NonFiniteError, TapError
 from diffenc.hooks import ForwardTaps, TapOutputs
+from diffenc.model_state import structure_key
 from diffenc.noise import to_noise
 from diffenc.prompts import PromptEmbeds
 from diffenc.truncation import truncate
@@ -99,8 +100,8 @@ def read_taps(
 def compile_taps(backbone: Backbone, taps: Sequence[str], **options: Any) -> None:
     """Compile the U-Net up to the last of these taps; `read_taps` then uses it for them.
 
-    The first call of each shape compiles, and takes minutes for a real model. Compile again after
-    modules were exchanged (LoRA added or removed); weights may change.
+    The first call of each shape compiles, and takes minutes for a real model. Weights may change;
+    after modules or settings of the U-Net were exchanged, `read_taps` compiles again.
 
     Args:
         backbone: Whose U-Net is compiled; it is left as it is.
@@ -108,8 +109,22 @@ def compile_taps(backbone: Backbone, taps: Sequence[str], **options: Any) -> Non
         options: Of `torch.compile`.
     """
     with backbone.lock:
+        structure = structure_key(backbone.unet)
         outputs = TapOutputs(truncate(backbone.unet, taps), taps)
-        backbone.compiled[tuple(taps)] = torch.compile(outputs, **options)
+        run = torch.compile(outputs, **options)
+        backbone.compiled[tuple(taps)] = CompiledTaps(run, options, structure)
+
+
+def compiled_taps(
+    backbone: Backbone, taps: Sequence[str]
+) -> Callable[..., tuple[Tensor, ...]] | None:
+    """The compiled U-Net that returns these taps, of the U-Net as it is now; None: not compiled."""
+    known = backbone.compiled.get(tuple(taps))
+    if known is None:
+        return None
+    if known.structure != structure_key(backbone.unet):
+        compile_taps(backbone, taps, **known.options)
+    return backbone.compiled[tuple(taps)].run
 
 
 def _read(
@@ -119,7 +134,7 @@ def _read(
     prompt_embeds: PromptEmbeds,
     taps: Sequence[str],
 ) -> dict[str, Tensor]:
-    compiled = backbone.compiled.get(tuple(taps))
+    compiled = compiled_taps(backbone, taps)
     if compiled is not None:
         maps = call_unet(backbone, noisy_latents, timesteps, prompt_embeds, unet=compiled)
         # A compiled graph may give its outputs' memory to its next call.

@@ -19,7 +19,7 @@ from diffenc._typing import Uncond
 from diffenc.backbones import describe, resolve_folder
 from diffenc.backbones.base import Backbone
 from diffenc.backbones.parts import load_tokenizer
-from diffenc.cache import content_key, state_key
+from diffenc.cache import Entry, content_key, recall
 from diffenc.errors import PromptError
 from diffenc.prompts import PromptEmbeds, match_batch
 from diffenc.tokenizing import fit_rows, prompt_ids
@@ -164,29 +164,29 @@ def embed_tokens(
         uncond: Rule of the unconditional embedding; None is the model's own.
         use_cache: Look up and keep.
     """
-    states = [state_key(part) for name, part in backbone.parts().items() if name.startswith("text")]
-    cache = backbone.caches.prompts if use_cache and None not in states else None
+    state = backbone.states().prompts if use_cache else None
     on_cpu = tokens.to("cpu")
+    empty = on_cpu.is_null()
     keys: list[tuple[object, ...]] = [
-        (*states, "", size, uncond) if null else (*states, content_key(ids), size)
-        for ids, null in zip(on_cpu.ids, on_cpu.is_null(), strict=True)
+        (state, "", size, uncond) if null else (state, content_key(ids), content_key(mask), size)
+        for ids, mask, null in zip(on_cpu.ids, on_cpu.mask, empty, strict=True)
     ]
-    rows = {key: row for row, key in reversed(list(enumerate(keys)))}
-    known: dict[tuple[object, ...], PromptEmbeds] = {}
-    for key in rows:
-        if cache is not None and (entry := cache.get(key)):
-            known[key] = PromptEmbeds.unpack(entry)
-    missing = [key for key in rows if key not in known]
-    worded = [key for key in missing if key[len(states)] != ""]
-    if worded:
-        part = on_cpu.take([rows[key] for key in worded])
-        fresh = backbone.embed_ids(part.ids, part.mask, size=size)
-        known |= {key: fresh.select(row, row + 1) for row, key in enumerate(worded)}
-    for key in missing:
-        if key not in known:
-            known[key] = backbone.embed_uncond(uncond, size=size)
-        if cache is not None:
-            cache.put(key, known[key].pack())
+    distinct = {key: row for row, key in reversed(list(enumerate(keys)))}
+    rows = list(distinct.values())
+
+    def embed(missing: list[int]) -> list[Entry]:
+        known = {}
+        if worded := [rows[index] for index in missing if not empty[rows[index]]]:
+            part = on_cpu.take(worded)
+            fresh = backbone.embed_ids(part.ids, part.mask, size=size)
+            known = {row: fresh.select(at, at + 1) for at, row in enumerate(worded)}
+        if len(worded) < len(missing):
+            null = backbone.embed_uncond(uncond, size=size)
+            known |= {rows[index]: null for index in missing if empty[rows[index]]}
+        return [known[rows[index]].pack() for index in missing]
+
+    entries = recall(None if state is None else backbone.caches.prompts, list(distinct), embed)
+    known = dict(zip(distinct, map(PromptEmbeds.unpack, entries), strict=True))
     return PromptEmbeds.concat([known[key] for key in keys])
 
 

@@ -1,9 +1,10 @@
 """What the encoder and the scorer need of a model: components, text embeddings, taps."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from diffenc.backbones.presets import preset_options
 from diffenc.backbones.taps import LATENTS, TapInfo, match_taps, unet_taps
 from diffenc.cache import TensorCache
 from diffenc.errors import PromptError, ShapeError, TapError
+from diffenc.model_state import module_key, scheduler_key, tokenizer_key, torch_settings
 from diffenc.prompts import PromptEmbeds, count_windows, tokenize, tokenize_windows
 from diffenc.threads import lock_of
 from diffenc.truncation import is_whole
@@ -43,6 +45,69 @@ class Caches:
     features: TensorCache = field(default_factory=lambda: TensorCache(256 * 2**20))
 
 
+@dataclass(slots=True)
+class CompiledTaps:
+    """A U-Net compiled up to its last tap.
+
+    Attributes:
+        run: The compiled function, which returns the taps.
+        options: Options of `torch.compile`.
+        structure: State of the U-Net's modules and settings that it was made of.
+    """
+
+    run: Callable[..., tuple[Tensor, ...]]
+    options: dict[str, Any]
+    structure: int
+
+
+class States:
+    """What results of a backbone depend on beside their input, looked at once for each call.
+
+    A key is None where nothing may be cached. What is computed while another thread writes weights
+    belongs to the state before, which nobody asks for again.
+
+    Args:
+        backbone: Model.
+    """
+
+    def __init__(self, backbone: "Backbone") -> None:
+        self._backbone = backbone
+
+    @cached_property
+    def latents(self) -> Hashable | None:
+        """State of what encodes pictures."""
+        vae = module_key(self._backbone.vae)
+        return None if vae is None else (self._settings, vae)
+
+    @cached_property
+    def prompts(self) -> Hashable | None:
+        """State of what encodes texts."""
+        backbone = self._backbone
+        parts = backbone.parts().items()
+        texts = [module_key(part) for name, part in parts if name.startswith("text")]
+        words = [tokenizer_key(each) for each in backbone.tokenizers]
+        if None in texts or None in words:
+            return None
+        return self._settings, backbone.uncond_rule, *texts, *words
+
+    @cached_property
+    def features(self) -> Hashable | None:
+        """State of everything."""
+        backbone = self._backbone
+        others = [
+            module_key(part)
+            for name, part in backbone.parts().items()
+            if name != "vae" and not name.startswith("text")
+        ]
+        if None in (self.latents, self.prompts, *others):
+            return None
+        return self.latents, self.prompts, *others, scheduler_key(backbone.scheduler)
+
+    @cached_property
+    def _settings(self) -> Hashable:
+        return torch_settings()
+
+
 class Backbone(nn.Module):
     """A diffusion model taken apart: VAE, text encoders, U-Net, schedule.
 
@@ -58,7 +123,7 @@ class Backbone(nn.Module):
         default_taps: What the encoder reads when nothing else is asked for.
         given: Parts that are not the named model's own: their paths, None for objects.
         caches: Latents, prompts and unconditional features that were computed before.
-        compiled: Per tuple of taps the compiled U-Net that returns them.
+        compiled: Compiled U-Net for each tuple of taps.
         lock: Held while a call reads the model or changes it, so that threads may share it. It is
             the U-Net's: backbones on one U-Net take turns.
     """
@@ -87,7 +152,7 @@ class Backbone(nn.Module):
             default_taps = preset_options("gdf", self.family)["taps"]
         self.default_taps = default_taps
         self.caches = Caches()
-        self.compiled: dict[tuple[str, ...], Callable[..., tuple[Tensor, ...]]] = {}
+        self.compiled: dict[tuple[str, ...], CompiledTaps] = {}
 
     def freeze(self) -> "Backbone":
         """Evaluation mode, no gradients to weights."""
@@ -270,6 +335,10 @@ class Backbone(nn.Module):
                 f"{self.name!r} needs pooled_prompt_embeds and time_ids beside the states; encode "
                 "the texts with this backbone's `embed`"
             )
+
+    def states(self) -> States:
+        """Keys of the present state of the parts, for the caches of one call."""
+        return States(self)
 
     def clear_caches(self) -> None:
         """Forget everything; needed after weights were written through `.data`."""

@@ -1,13 +1,13 @@
 """Exact scores: one row of the U-Net per picture, text and noise, batched over all three."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from diffenc.attention import cross_attentions, match_layers
-from diffenc.cache import TensorCache
+from diffenc.cache import Entry, TensorCache, recall
 from diffenc.prompts import PromptEmbeds
 from diffenc.scoring.inputs import ScoreInputs, check_finite, in_batches, pooling_of
 from diffenc.scoring.passes import read_statistics
@@ -87,20 +87,15 @@ def _statistics(
         for step in range(len(steps))
         for text in needed[picture].nonzero().flatten().tolist()
     ]
-    keys = dict(zip(rows, _memory_keys(inputs, rows, steps, names), strict=True))
-    missing = []
-    for row in rows:
-        known = None if keys[row] is None else memory.get(keys[row])
-        if known is None:
-            missing.append(row)
-        else:
-            picture, step, text = row
-            table[picture, text, step] = known[0]
-    for part, values in _passes(inputs, missing, steps, names):
-        for (picture, step, text), value in zip(part, values, strict=True):
-            table[picture, text, step] = value
-            if (key := keys[picture, step, text]) is not None:
-                memory.put(key, (value.clone(),))
+
+    def run(missing: list[int]) -> Iterator[Entry]:
+        for _, values in _passes(inputs, [rows[index] for index in missing], steps, names):
+            yield from ((value,) for value in values)
+
+    keys = _memory_keys(inputs, rows, steps, names)
+    entries = recall(None if keys is None else memory, keys or rows, run)
+    for (picture, step, text), (value,) in zip(rows, entries, strict=True):
+        table[picture, text, step] = value
     return table
 
 
@@ -110,14 +105,21 @@ def _unknown(*shape: int) -> Tensor:
 
 def _memory_keys(
     inputs: ScoreInputs, rows: Sequence[_Row], steps: Sequence[Step], names: Sequence[str]
-) -> list[object]:
+) -> list[Hashable] | None:
     if inputs.memory_key is None or inputs.picture_keys is None:
-        return [None] * len(rows)
+        return None
     config = inputs.config
     predicts = config.error_term is not None
     common = (*inputs.memory_key, names, pooling_of(config), config.token_mask, predicts)
     return [
-        (common, inputs.seed, inputs.picture_keys[picture], inputs.texts[text], steps[step])
+        (
+            common,
+            inputs.seed,
+            inputs.picture_keys[picture],
+            inputs.texts[text],
+            inputs.texts[text] == inputs.added,
+            steps[step],
+        )
         for picture, step, text in rows
     ]
 

@@ -12,15 +12,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from diffenc.attention_scores import Pooling
-from diffenc.backbones.base import Backbone
-from diffenc.cache import state_key
+from diffenc.backbones.base import Backbone, States
 from diffenc.errors import NonFiniteError, PromptError
 from diffenc.latents import draw_latents
 from diffenc.memo import image_keys, posterior_of, prompts_of
 from diffenc.noise import add_noise, shared_noise
 from diffenc.prompts import PromptEmbeds
 from diffenc.scoring.config import ScorerConfig, TokenMask
-from diffenc.tokenizing import limit_of, prompt_ids, require_right, tokenizer_key
+from diffenc.tokenizing import limit_of, prompt_ids, require_right
 
 _Row = TypeVar("_Row")
 _Result = TypeVar("_Result")
@@ -44,6 +43,8 @@ class ScoreInputs:
         seed: Of the noise.
         memory_key: What results depend on beside picture, text, noise and the kind of score; None:
             remember nothing.
+        states: Keys of the model's state for this call.
+        added: Text of which all tokens count, since nobody asked for it; None: there is none.
     """
 
     backbone: Backbone
@@ -58,6 +59,8 @@ class ScoreInputs:
     size: tuple[int, int]
     seed: int
     memory_key: tuple[object, ...] | None
+    states: States
+    added: str | None = None
 
     def noise(self, step: tuple[int, int]) -> Float[Tensor, "c h w"]:
         """The noise of a (timestep, draw), on the CPU."""
@@ -125,10 +128,12 @@ def encode_inputs(
     place = {every_key[row]: index for index, row in enumerate(distinct)}
     keys = [every_key[row] for row in distinct]
     size = (pixel_values.shape[2], pixel_values.shape[3])
+    states = backbone.states()
     posterior = posterior_of(
         backbone,
         pixel_values[distinct],
         keys=keys if use_cache else None,
+        states=states,
         batch_size=config.batch_size,
     )
     added = "" if config.needs_uncond and "" not in texts else None
@@ -140,11 +145,10 @@ def encode_inputs(
         uncond=config.uncond,
         long_prompts=config.long_prompts,
         use_cache=use_cache,
+        states=states,
     )
-    states = tuple(state_key(part) for part in backbone.parts().values())
-    remember = use_cache and None not in states
-    words = tuple(tokenizer_key(each) for each in backbone.tokenizers)
-    key = (states, words, size, config.posterior, config.uncond, config.long_prompts)
+    remember = use_cache and states.features is not None
+    key = (states.features, size, config.posterior, config.uncond, config.long_prompts)
     return ScoreInputs(
         backbone=backbone,
         config=config,
@@ -158,6 +162,8 @@ def encode_inputs(
         size=size,
         seed=seed,
         memory_key=key if remember else None,
+        states=states,
+        added=added,
     )
 
 

@@ -24,6 +24,7 @@ from diffenc.lora.adapters import (
 )
 from diffenc.lora.files import load_lora, read_origin, save_lora
 from diffenc.lora.options import PROJECTIONS, LoraOptions
+from diffenc.model_state import structure_key
 
 
 class LoraPart(nn.Module):
@@ -118,6 +119,7 @@ class LoraPart(nn.Module):
             if name is not None:
                 trains = self._waiting.pop(name, False)
                 self._train_lora(name, trains if trainable is None else trainable)
+            self._still_compiled()
             self.clear_cache()
 
     def merge_lora(self) -> None:
@@ -134,6 +136,7 @@ class LoraPart(nn.Module):
                 )
             self._set_aside(self._lora_in_use())
             merge_lora(self.backbone.unet)
+            self._still_compiled()
             self.clear_cache()
 
     def unmerge_lora(self) -> None:
@@ -222,9 +225,14 @@ class LoraPart(nn.Module):
     def _compiled_unets(self) -> Iterator[nn.Module]:
         """Copies of the U-Net: a layer that is a tap itself has switches of its own there."""
         for compiled in self.backbone.compiled.values():
-            outputs = getattr(compiled, "_orig_mod", None)
+            outputs = getattr(compiled.run, "_orig_mod", None)
             if outputs is not None:
                 yield outputs.unet
+
+    def _still_compiled(self) -> None:
+        """What changed in the U-Net has changed in its compiled copies too."""
+        for compiled in self.backbone.compiled.values():
+            compiled.structure = structure_key(self.backbone.unet)
 
     def _exchanged(self) -> None:
         """Modules of the U-Net were replaced: what was compiled of it no longer holds."""
