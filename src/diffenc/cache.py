@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffenc._inference import plain_tensor
+
 Entry = tuple[Tensor, ...]
 
 
@@ -43,6 +45,7 @@ class TensorCache:
 
     def put(self, key: Hashable, entry: Entry) -> None:
         """Keep an entry, and drop the least recent ones that no longer fit."""
+        entry = tuple(map(plain_tensor, entry))  # a later call may need gradients
         size = sum(tensor.nbytes for tensor in entry)
         with self._lock:
             if size > self.max_bytes or key in self._entries:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from diffenc._inference import lasting
 from diffenc.attention import cross_attention_layers
 from diffenc.backbones.base import Backbone
 from diffenc.backbones.reach import reached_projections
@@ -45,6 +46,7 @@ class LoraPart(nn.Module):
         """Forget latents, prompts and features; needed after writes through `.data`."""
         self.backbone.clear_caches()
 
+    @lasting
     def add_lora(
         self,
         *,
@@ -94,6 +96,7 @@ class LoraPart(nn.Module):
         """Name of the adapter in use."""
         return active_lora(self.backbone.unet)
 
+    @lasting
     def set_lora(self, name: str | None, *, trainable: bool | None = None) -> None:
         """Use one adapter alone, or none.
 
@@ -119,6 +122,7 @@ class LoraPart(nn.Module):
                 self._train_lora(name, trains if trainable is None else trainable)
             self.clear_cache()
 
+    @lasting
     def merge_lora(self) -> None:
         """Add the active adapter to the weights: it costs nothing then, and does not train.
 
@@ -135,6 +139,7 @@ class LoraPart(nn.Module):
             merge_lora(self.backbone.unet)
             self.clear_cache()
 
+    @lasting
     def unmerge_lora(self) -> None:
         """Put the weights back as they were; the adapter stays active and trains if it did."""
         if is_merged(self.backbone.unet):
@@ -158,6 +163,7 @@ class LoraPart(nn.Module):
         origin = {"backbone": self.backbone.name, "taps": [tap.name for tap in self._taps]}
         save_lora(self.backbone.unet, folder, name=name, origin=origin)
 
+    @lasting
     def load_lora(
         self,
         folder: "str | os.PathLike[str]",

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffenc._inference import lasting
 from diffenc.errors import ConfigError
 from diffenc.pretrained import loading, pretrained_source
 
@@ -16,6 +17,7 @@ _INSTEAD = (
 )
 
 
+@lasting
 def load_language_model(
     name: "str | os.PathLike[str]",
     *,
