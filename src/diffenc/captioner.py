@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from diffenc._inference import lasting, make_plain
 from diffenc.errors import BackboneError, ConfigError, OutputError
 from diffenc.pretrained import load_whole, loading, pretrained_source
 from diffenc.threads import lock_of
@@ -59,6 +60,7 @@ class ImplicitCaptioner(nn.Module):
         Extractor", introduction.
     """
 
+    @lasting
     def __init__(
         self,
         image_width: int,
@@ -127,6 +129,7 @@ class ImplicitCaptioner(nn.Module):
             raise OutputError(f"cannot write {target}: {error}") from error
 
     @classmethod
+    @lasting
     def from_pretrained(
         cls, folder: "str | os.PathLike[str]"
     ) -> "tuple[ImplicitCaptioner, dict[str, Any]]":
@@ -176,6 +179,7 @@ class ClipEmbedder(nn.Module):
                 f"or CLIPModel of transformers, or its name; got {type(model).__name__}"
             )
         self.vision_model, self.visual_projection = model.vision_model, model.visual_projection
+        make_plain(self)
         self.eval().requires_grad_(False)
         told = processor if isinstance(processor, dict) else getattr(processor, "__dict__", {})
         self.mean = tuple(map(float, told.get("image_mean") or _OPENAI_MEAN))
@@ -187,6 +191,7 @@ class ClipEmbedder(nn.Module):
         self.size: int = config.image_size
 
     @classmethod
+    @lasting
     def from_name(cls, name: "str | os.PathLike[str]") -> "ClipEmbedder":
         """Load a CLIP and the values of its preprocessing.
 

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
+from diffenc._inference import lasting, make_plain
 from diffenc.cache import TensorCache, content_key, recall, state_key
 from diffenc.errors import BackboneError, ConfigError, NonFiniteError, ShapeError
 from diffenc.images import Images
@@ -61,6 +62,7 @@ class ClipTokens(VisionModel):
     ) -> None:
         super().__init__()
         self.model = _vision_part(model)
+        make_plain(self.model)
         self.image_processor = image_processor
         self.layer, self.frozen, self.name = layer, frozen, name
         self.use_cache = use_cache
@@ -82,6 +84,7 @@ class ClipTokens(VisionModel):
         self.freeze(frozen)
 
     @classmethod
+    @lasting
     def from_pretrained(
         cls,
         name: "str | os.PathLike[str]",

@@ -10,11 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffenc._typing import Conditioning
+from diffenc._inference import lasting
+from diffenc._typing import Conditioning, Prediction
 from diffenc.backbones import Architecture, TapInfo, describe, load_backbone
 from diffenc.backbones.base import Backbone, States
+from diffenc.backbones.device import Device, Dtype
+from diffenc.backbones.pipelines import PIPELINE
 from diffenc.backbones.presets import preset_options
-from diffenc.backbones.taps import LATENTS
+from diffenc.backbones.taps import LATENTS, tap_patterns
 from diffenc.backbones.writing import write_folder
 from diffenc.config import EncoderConfig, check_choice
 from diffenc.errors import ConfigError
@@ -81,17 +84,19 @@ class DiffusionEncoder(TrainableParts):
             )
 
     @classmethod
+    @lasting
     def from_pretrained(
         cls,
-        name: "str | os.PathLike[str] | Backbone",
+        name: Any,
         *,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
+        device: Device = None,
+        dtype: Dtype = None,
         use_cache: bool = True,
         preset: str | None = None,
         truncate: bool = False,
         channels_last: bool | None = None,
         architecture: "str | os.PathLike[str] | None" = None,
+        prediction_type: Prediction | None = None,
         unet: Any = None,
         vae: Any = None,
         text_encoder: Any = None,
@@ -107,10 +112,13 @@ class DiffusionEncoder(TrainableParts):
         Args:
             name: An alias ("shapes", "sd1.5", "sd2.1-base", "sd2.1", "sdxl"), a Hub id, a diffusers
                 folder, a `.safetensors` checkpoint in the original layout, a folder that
-                `save_pretrained` wrote, or a `Backbone`.
-            device: Where it runs.
-            dtype: Of U-Net and text encoder: float32, bfloat16 or float16; the VAE stays in
-                float32 where float16 overflows.
+                `save_pretrained` wrote, a `StableDiffusionPipeline` or
+                `StableDiffusionXLPipeline`, whose parts are frozen and shared, or a `Backbone`.
+            device: Device that it runs on: a name, a number or a `torch.device`. None is the CPU,
+                and where a pipeline or a `Backbone` is.
+            dtype: Floating point type of the U-Net and the text encoder, or its name: float32,
+                bfloat16 or float16; the VAE stays in float32 where float16 overflows. None is
+                float32, and what a pipeline or a `Backbone` has.
             use_cache: See the class.
             preset: Where a published method reads: "gdf", "dift", "cleandift" or "hyperfeatures",
                 see `diffenc.backbones.presets`.
@@ -119,6 +127,8 @@ class DiffusionEncoder(TrainableParts):
             channels_last: Memory format of convolutions; None takes what was measured to be
                 fastest.
             architecture: For a single file: the alias or folder whose configs describe it.
+            prediction_type: What the U-Net predicts, where the model itself does not say so; see
+                `load_backbone`.
             unet: Instead of the model's own: a model, a state dict, or a `.safetensors` file.
             vae: Instead of the model's own: a model (TAESD too), its folder, or a file.
             text_encoder: Instead of the model's own; as the next three see `load_backbone`.
@@ -138,6 +148,7 @@ class DiffusionEncoder(TrainableParts):
         """
         parts: dict[str, Any] = {
             "architecture": architecture,
+            "prediction_type": prediction_type,
             "unet": unet,
             "vae": vae,
             "text_encoder": text_encoder,
@@ -146,7 +157,7 @@ class DiffusionEncoder(TrainableParts):
             "tokenizer_2": tokenizer_2,
         }
         config, contents, folder = EncoderConfig(), None, Path()
-        if not isinstance(name, Backbone) and is_saved(name):
+        if isinstance(name, (str, os.PathLike)) and is_saved(name):
             folder = Path(name)
             config, contents = read_config(folder)
             name = folder / BACKBONE_FOLDER if contents.included else contents.backbone
@@ -157,15 +168,16 @@ class DiffusionEncoder(TrainableParts):
                 f"clip= is for the captioner of a saved encoder, and {name} holds none; call "
                 "add_captioner(clip) afterwards"
             )
-        if isinstance(options.get("taps"), str):
-            options["taps"] = (options["taps"],)
+        if options.get("taps") is not None:
+            options["taps"] = tap_patterns(options["taps"])
         if isinstance(name, Backbone) and truncate:
             raise ConfigError("a Backbone is not truncated; pass the name that it is loaded by")
         told: Backbone | Architecture
         if isinstance(name, Backbone):
             told = name
         else:
-            told = describe(name, **{part: parts[part] for part in ("architecture", "unet", "vae")})
+            named = ("architecture", "prediction_type", "unet", "vae")
+            told = describe(name, **{part: parts[part] for part in named})
         published = {} if preset is None else preset_options(preset, told.family)
         config = EncoderConfig.from_dict({**config.to_dict(), **published, **options})
         # Taps are checked before weights are loaded.
@@ -210,8 +222,14 @@ class DiffusionEncoder(TrainableParts):
 
         Raises:
             OutputError: The folder cannot be written.
+            ConfigError: The backbone was given as a pipeline, which no file can name; include it.
         """
         target, backbone, config = Path(folder), self.backbone, self.config
+        if PIPELINE in backbone.given and not include_backbone:
+            raise ConfigError(
+                f"{backbone.name} was given as an object, which a config cannot name: pass "
+                "include_backbone=True, or load the encoder from the folder of the pipeline"
+            )
         begin(target)
         for name in self.lora_names:
             self.save_lora(target / LORA_FOLDER / name, name=name)

@@ -12,8 +12,10 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
+from diffenc._inference import lasting
 from diffenc.backbones import TapInfo
 from diffenc.backbones.base import Backbone
+from diffenc.backbones.device import Device, Dtype
 from diffenc.clip_tokens import ClipTokens, to_maps
 from diffenc.config import EncoderConfig, check_choice, check_pair
 from diffenc.encoder import DiffusionEncoder
@@ -43,7 +45,8 @@ class FusedEncoder(nn.Module):
     Args:
         clip: A `CLIPVisionModel`, `CLIPModel`, `SiglipVisionModel` or `SiglipModel` of
             transformers, a `ClipTokens`, or a name: a folder, a Hub id, or "shapes-clip".
-        diffusion: A `DiffusionEncoder`, or a name that `DiffusionEncoder.from_pretrained` takes.
+        diffusion: A `DiffusionEncoder`, or a name or a pipeline that
+            `DiffusionEncoder.from_pretrained` takes.
         how: "channel" concatenates the channels of each cell, "tokens" sets CLIP's tokens before
             the others, "interleave" sets a cell's two tokens side by side: CLIP's first, cell by
             cell (MMVP's mixture of features).
@@ -75,6 +78,7 @@ class FusedEncoder(nn.Module):
         how. Interleaving: Tong et al. 2024, "Eyes Wide Shut?" (MMVP), arXiv:2401.06209, section 5.
     """
 
+    @lasting
     def __init__(
         self,
         clip: "ClipTokens | nn.Module | str | os.PathLike[str]",
@@ -106,20 +110,21 @@ class FusedEncoder(nn.Module):
         self._check_devices()
 
     @classmethod
+    @lasting
     def from_pretrained(
         cls,
         folder: "str | os.PathLike[str]",
         *,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
+        device: Device = None,
+        dtype: Dtype = None,
         **options: Any,  # of DiffusionEncoder.from_pretrained, which checks their names
     ) -> "FusedEncoder":
         """Inverse of `save_pretrained`.
 
         Args:
             folder: What `save_pretrained` wrote.
-            device: Where both run.
-            dtype: Of both.
+            device: Device that both run on; None is the CPU.
+            dtype: Floating point type of both, or its name; None is float32.
             options: Of `DiffusionEncoder.from_pretrained`.
 
         Raises:

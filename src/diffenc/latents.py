@@ -37,9 +37,24 @@ def encode_posterior(
         deviation = torch.zeros_like(mode)
     else:
         mode, deviation = encoded.latent_dist.mode().float(), encoded.latent_dist.std.float()
-    shift = vae.config.get("shift_factor", None) or 0.0
-    scale = float(vae.config.scaling_factor)
+    shift, scale = _scaling(vae.config, mode)
     return ((mode - shift) * scale).contiguous(), (deviation * scale).contiguous()
+
+
+def _scaling(config: Any, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    """What is subtracted from latents, and what they are multiplied by then.
+
+    A VAE with means and deviations per channel (Playground 2.5's) is read as diffusers' SDXL
+    pipelines read it.
+    """
+    scale = float(config.scaling_factor)
+    mean, std = config.get("latents_mean", None), config.get("latents_std", None)
+    if mean is None or std is None:
+        return config.get("shift_factor", None) or 0.0, scale
+    means, stds = (
+        torch.as_tensor(values).to(latents).reshape(1, -1, 1, 1) for values in (mean, std)
+    )
+    return means, scale / stds
 
 
 def draw_latents(

@@ -156,8 +156,6 @@ def heat_maps(
     }
 
 
-
-
 def _per_timestep(
     backbone: Backbone,
     latents: Tensor,

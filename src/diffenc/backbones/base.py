@@ -11,11 +11,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from diffenc._inference import lasting, make_plain
 from diffenc._typing import LongPrompts, Uncond
 from diffenc.backbones.configs import Architecture
 from diffenc.backbones.fitting import check_components, text_width
 from diffenc.backbones.presets import preset_options
 from diffenc.backbones.taps import LATENTS, TapInfo, match_taps, unet_taps
+from diffenc.backbones.variants import check_unet
 from diffenc.cache import TensorCache
 from diffenc.errors import PromptError, ShapeError, TapError
 from diffenc.model_state import module_key, scheduler_key, tokenizer_key, torch_settings
@@ -143,6 +145,7 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         check_components(unet, vae, scheduler)
+        check_unet(unet.config, name, pooled=self.family == "sdxl")
         self.name = name
         self.unet, self.vae, self.scheduler = unet, vae, scheduler
         self.given: dict[str, str | None] = {}
@@ -155,7 +158,8 @@ class Backbone(nn.Module):
         self.compiled: dict[tuple[str, ...], CompiledTaps] = {}
 
     def freeze(self) -> "Backbone":
-        """Evaluation mode, no gradients to weights."""
+        """Evaluation mode, no gradients to weights; they can be trained later, where asked for."""
+        make_plain(self)
         self.eval()
         self.requires_grad_(False)
         return self
@@ -345,6 +349,7 @@ class Backbone(nn.Module):
         for cache in (self.caches.latents, self.caches.prompts, self.caches.features):
             cache.clear()
 
+    @lasting
     def _apply(self, fn: Any, recurse: bool = True) -> "Backbone":
         with self.lock:
             self.clear_caches()  # another device or dtype

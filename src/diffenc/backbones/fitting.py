@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from diffenc.backbones.schedules import check_schedule
+from diffenc.backbones.variants import check_channels, check_vae
 from diffenc.errors import BackboneError
 
 
@@ -22,11 +24,9 @@ def check_components(unet: Any, vae: Any, scheduler: Any) -> None:
             f"scheduler is a {type(scheduler).__name__} without alphas_cumprod; pass one of "
             "diffusers' that counts steps of noise, such as DDPMScheduler"
         )
-    if vae.config.latent_channels != unet.config.in_channels:
-        raise BackboneError(
-            f"the VAE gives {vae.config.latent_channels} channels and the U-Net takes "
-            f"{unet.config.in_channels}; they belong to different models"
-        )
+    check_schedule(scheduler)
+    check_vae(vae.config, "this model")
+    check_channels(unet.config, vae.config, "this model")
 
 
 def text_width(unet: Any) -> int:

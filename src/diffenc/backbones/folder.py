@@ -16,17 +16,12 @@ from diffenc.backbones.parts import (
     load_text_encoder,
     load_tokenizer,
 )
+from diffenc.backbones.schedules import make_scheduler
+from diffenc.backbones.variants import pipeline_family
 from diffenc.backbones.weights import load_unet
 from diffenc.errors import BackboneError
 from diffenc.truncation import truncate
 
-_PIPELINES = {
-    "StableDiffusionPipeline": "sd",
-    "StableDiffusionImg2ImgPipeline": "sd",
-    "StableDiffusionInpaintPipeline": None,
-    "StableDiffusionXLPipeline": "sdxl",
-    "StableDiffusionXLImg2ImgPipeline": "sdxl",
-}
 _PARTS = {
     "sd": ("unet", "vae", "scheduler", "text_encoder", "tokenizer"),
     "sdxl": (
@@ -57,13 +52,10 @@ def read_model_index(folder: Path) -> tuple[str, dict[str, Any]]:
         )
     try:
         index = json.loads(index_file.read_text(encoding="utf-8"))
-        pipeline = index["_class_name"]
+        index["_class_name"]
     except (ValueError, KeyError, TypeError) as error:
         raise BackboneError(f"{index_file} is broken: {error!r}") from error
-    family = _PIPELINES.get(pipeline)
-    if family is None:
-        known = sorted(name for name, kind in _PIPELINES.items() if kind)
-        raise BackboneError(f"{folder} holds a {pipeline}; diffenc reads {known}")
+    family = pipeline_family(index, str(folder))
     missing = [part for part in _PARTS[family] if not (folder / part).is_dir()]
     if missing:
         raise BackboneError(f"{folder} is incomplete: it lacks {', '.join(missing)}")
@@ -157,19 +149,12 @@ def assemble(
     return StableDiffusion(name=name, default_taps=told.default_taps, **parts)
 
 
-def make_scheduler(config: dict[str, Any]) -> Any:
-    """The noise schedule of a config, whatever sampler it names."""
-    from diffusers import DDPMScheduler
-
-    return DDPMScheduler.from_config({key: config[key] for key in _SCHEDULE if key in config})
-
-
 def _load_part(folder: Path, part: str, dtype: torch.dtype, keep_taps: Sequence[str] | None) -> Any:
     try:
         if part.startswith("tokenizer"):
             return load_tokenizer(folder / part)
         if part == "scheduler":
-            return make_scheduler(read_config(folder, part))
+            return make_scheduler(read_config(folder, part), where=str(folder / part))
         if part.startswith("text_encoder"):
             return load_text_encoder(folder / part, part, dtype)
         if part == "unet" and keep_taps is not None:
@@ -179,17 +164,6 @@ def _load_part(folder: Path, part: str, dtype: torch.dtype, keep_taps: Sequence[
         raise
     except Exception as error:  # the libraries raise anything from OSError to SafetensorError
         raise BackboneError(f"cannot load {folder / part}: {error}") from error
-
-
-_SCHEDULE = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "prediction_type",
-    "rescale_betas_zero_snr",
-)
 
 
 def _load_truncated(folder: Path, dtype: torch.dtype, taps: Sequence[str]) -> Any:

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from diffenc.backbones.configs import Architecture
+from diffenc.backbones.statements import Statements
 from diffenc.backbones.weights import load_into, load_unet, read_state, unet_state
 from diffenc.errors import BackboneError
+from diffenc.storage.names import is_file
 from diffenc.truncation import truncate
 
 _VAES = ("AutoencoderKL", "AutoencoderTiny")
@@ -62,6 +65,23 @@ class GivenParts:
             configs["vae"] = _read_vae_config(_subfolder(Path(self.vae), "vae"))
         return replace(told, configs={**told.configs, **configs})
 
+    def statements(self) -> Statements | None:
+        """What the given weights of a U-Net say of themselves; None where they are none.
+
+        Raises:
+            BackboneError: A model whose noise is no schedule of steps, or a broken file.
+        """
+        if isinstance(self.unet, Mapping):
+            return Statements.read(self.unet, {}, "the given U-Net")
+        if not _is_path(self.unet) or not is_file(self.unet):
+            return None
+        try:
+            with safe_open(self.unet, framework="pt") as opened:
+                names, metadata = opened.keys(), opened.metadata() or {}
+        except Exception:  # refused with reasons when the weights are read
+            return None
+        return Statements.read(names, metadata, os.fspath(self.unet))
+
     def load(
         self, name: str, told: Architecture, *, dtype: torch.dtype, keep_taps: Sequence[str] | None
     ) -> Any:
@@ -82,7 +102,7 @@ class GivenParts:
         if name.startswith("tokenizer"):
             return load_tokenizer(given) if _is_path(given) else given
         if isinstance(given, nn.Module):
-            return _cast(
+            return cast_part(
                 given if keep_taps is None or name != "unet" else truncate(given, keep_taps), dtype
             )
         if name == "unet":
@@ -102,7 +122,8 @@ def _is_path(value: object) -> bool:
     return isinstance(value, (str, os.PathLike))
 
 
-def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+def cast_part(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The module in a dtype; a VAE that overflows in float16 in float32."""
     config = getattr(module, "config", {})
     overflows = isinstance(config, Mapping) and config.get(_OVERFLOWS, False)
     return module.to(torch.float32 if overflows and dtype == torch.float16 else dtype)
@@ -139,12 +160,12 @@ def _load_vae(path: Path, config: dict[str, Any], dtype: torch.dtype) -> Any:
         vae = load_into(
             lambda: AutoencoderKL.from_config(config), state, what=str(path), dtype=torch.float32
         )
-        return _cast(vae, dtype)
+        return cast_part(vae, dtype)
     folder = _subfolder(path, "vae")
     tiny = _read_vae_config(folder)["_class_name"] == "AutoencoderTiny"
     model = AutoencoderTiny if tiny else AutoencoderKL
     try:
-        return _cast(model.from_pretrained(folder, local_files_only=True), dtype)
+        return cast_part(model.from_pretrained(folder, local_files_only=True), dtype)
     except Exception as error:  # anything from OSError to SafetensorError
         raise BackboneError(f"cannot load {folder}: {error}") from error
 

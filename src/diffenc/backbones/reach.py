@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from diffenc._inference import lasting
 from diffenc.attention import cross_attention_layers
 from diffenc.backbones.taps import LATENTS, meta_inputs
 from diffenc.hooks import ForwardTaps
@@ -29,6 +30,7 @@ def reached_projections(config: dict[str, Any], taps: Sequence[str]) -> frozense
 
 
 @cache
+@lasting
 def _reached(config: str, taps: tuple[str, ...]) -> frozenset[str]:
     from diffusers import UNet2DConditionModel
 

@@ -1,7 +1,7 @@
 """Which places of a U-Net can be read, with channels and reduction, from its config alone."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
-from diffenc.errors import TapError, near_matches
+from diffenc._inference import lasting
+from diffenc.errors import BackboneError, ConfigError, TapError, near_matches
 from diffenc.hooks import ForwardTaps
+from diffenc.storage.names import printable, reason
 from diffenc.truncation import truncate
 
 _TRANSFORMER = (
@@ -54,10 +56,17 @@ def unet_taps(config: dict[str, Any], vae_reduction: int) -> tuple[TapInfo, ...]
     # With defaults filled in, a config file and a loaded model's config are one key of the cache.
     arguments = signature(UNet2DConditionModel.__init__).parameters
     whole = {name: config.get(name, arguments[name].default) for name in list(arguments)[1:]}
-    return _unet_taps(dumps(whole, sort_keys=True), vae_reduction)
+    try:
+        return _unet_taps(dumps(whole, sort_keys=True), vae_reduction)
+    except Exception as error:  # of any kind, by the value that is wrong
+        raise BackboneError(
+            f"no U-Net can be built by this config: {reason(error)}; pass one of a "
+            "UNet2DConditionModel"
+        ) from error
 
 
 @cache
+@lasting
 def _unet_taps(config: str, vae_reduction: int) -> tuple[TapInfo, ...]:
     from diffusers import UNet2DConditionModel
 
@@ -110,16 +119,49 @@ def meta_inputs(config: Any, side: int) -> dict[str, Any]:
     return inputs
 
 
+def tap_patterns(taps: object) -> tuple[str, ...]:
+    """Module paths or globs as a tuple, from one of them or from several in an order.
+
+    Raises:
+        ConfigError: There is none, something that is no text, or a set, whose order is not the
+            same in the next run.
+    """
+    if isinstance(taps, str):
+        return (taps,)
+    if isinstance(taps, (bytes, Set, Mapping)) or not isinstance(taps, Iterable):
+        raise ConfigError(
+            "taps must be module paths in the order in which their features are returned, as a "
+            f"list or a tuple, got {type(taps).__name__}"
+        )
+    patterns = tuple(taps)
+    if other := [tap for tap in patterns if not isinstance(tap, str)]:
+        raise ConfigError(
+            f"taps must be module paths, as text, got {printable(repr(other[0]))}; "
+            "diffenc.list_taps(backbone) gives every valid name"
+        )
+    if not patterns:
+        raise ConfigError(
+            "taps must be a tuple of module paths with at least one entry, got none; leave taps "
+            "out for those of the model"
+        )
+    return patterns
+
+
 def match_taps(patterns: Sequence[str], known: Sequence[TapInfo]) -> tuple[TapInfo, ...]:
     """The places that module paths or globs name, in the order given, each once.
 
     In a glob, `*` stays within one part of the path: "up_blocks.*" are the blocks themselves.
 
+    Args:
+        patterns: Module paths or globs, one or several.
+        known: Readable places, see `diffenc.list_taps`.
+
     Raises:
         TapError: A pattern names nothing; the message offers near matches.
+        ConfigError: There is no pattern, or something that is none.
     """
     found: dict[str, TapInfo] = {}
-    for pattern in patterns:
+    for pattern in tap_patterns(patterns):
         parts = pattern.split(".")
         matches = [
             tap
@@ -128,8 +170,9 @@ def match_taps(patterns: Sequence[str], known: Sequence[TapInfo]) -> tuple[TapIn
             and all(map(fnmatchcase, tap.name.split("."), parts))
         ]
         if not matches:
+            hint = near_matches(pattern[:200], [tap.name for tap in known])
             raise TapError(
-                f"no tap matches {pattern!r}.{near_matches(pattern, [t.name for t in known])} "
+                f"no tap matches {printable(pattern)!r}.{hint} "
                 "diffenc.list_taps(backbone) gives every valid name; * stands for one part of it."
             )
         found.update((tap.name, tap) for tap in matches)

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffenc._inference import lasting
 from diffenc.defaults import torch_defaults
 from diffenc.errors import ConfigError, near_matches
 from diffenc.lora.options import LoraOptions
 from diffenc.threads import lock_of, without_warnings
 
 
+@lasting
 def add_lora(
     unet: nn.Module,
     attentions: Sequence[str],
@@ -61,6 +63,7 @@ def lora_names(unet: nn.Module) -> list[str]:
     return list(getattr(unet, "peft_config", {}))
 
 
+@lasting
 def set_lora(unet: nn.Module, name: str | None) -> None:
     """Use one adapter alone; None uses none.
 
@@ -114,6 +117,7 @@ def lora_disabled(unet: nn.Module) -> Iterator[None]:
                 layer._disable_adapters = state
 
 
+@lasting
 def merge_lora(unet: nn.Module) -> None:
     """Add the active adapter to the weights, so that it costs nothing; `unmerge_lora` undoes it.
 
@@ -127,6 +131,7 @@ def merge_lora(unet: nn.Module) -> None:
             layer._unmerged_weight = plain
 
 
+@lasting
 def unmerge_lora(unet: nn.Module) -> None:
     """Put the weights back as they were before `merge_lora`."""
     for layer in _layers(unet):
@@ -174,6 +179,7 @@ def lora_parameters(unet: nn.Module, name: str) -> dict[str, nn.Parameter]:
     }
 
 
+@lasting
 def keep_precise(unet: nn.Module) -> None:
     """Bring adapter weights that are in float16 to float32."""
     for name in lora_names(unet):
@@ -182,6 +188,7 @@ def keep_precise(unet: nn.Module) -> None:
                 parameter.data = parameter.data.float()
 
 
+@lasting
 def inject(unet: nn.Module, config: Any, name: str, *, trainable: bool) -> None:
     """Put the layers in; only what required a gradient before, and these if asked, does after."""
     from peft import inject_adapter_in_model

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from diffenc._inference import lasting
 from diffenc.errors import BackboneError, OutputError
 from diffenc.lora.adapters import inject, lora_parameters, require_free, set_lora
 
@@ -105,6 +106,7 @@ def read_origin(folder: "str | os.PathLike[str]") -> dict[str, Any]:
         raise BackboneError(f"{path} is broken: {error}") from error
 
 
+@lasting
 def load_lora(
     unet: nn.Module,
     folder: "str | os.PathLike[str]",

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from diffenc._inference import lasting
 from diffenc.errors import ConfigError, OutputError, ShapeError
 from diffenc.maps import to_grid
 from diffenc.projector.saved import SavedProjector, load_weights
@@ -53,6 +54,7 @@ class Projector(SavedProjector):
 
     options = ("in_features", "out_features", "kind", "norm_channels", "grid")
 
+    @lasting
     def __init__(
         self,
         in_features: int,

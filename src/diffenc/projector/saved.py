@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from diffenc._inference import lasting
 from diffenc.errors import ConfigError, OutputError, ShapeError
 
 _CONFIG_FILE, _WEIGHTS_FILE = "projector.json", "projector.safetensors"
@@ -43,6 +44,7 @@ class SavedProjector(nn.Module):
         )
 
     @classmethod
+    @lasting
     def from_pretrained(cls: type[_P], folder: "str | os.PathLike[str]") -> _P:
         """Inverse of `save_pretrained`.
 

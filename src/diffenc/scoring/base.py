@@ -9,11 +9,15 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from diffenc._inference import lasting
 from diffenc.attention import match_layers
 from diffenc.attention_scores import layer_mix
 from diffenc.backbones import load_backbone
 from diffenc.backbones.base import Backbone
+from diffenc.backbones.device import Device, Dtype
+from diffenc.backbones.pipelines import PIPELINE
 from diffenc.cache import TensorCache
+from diffenc.errors import ConfigError
 from diffenc.images import Images
 from diffenc.prompts import match_batch
 from diffenc.scoring.calibration import References
@@ -56,13 +60,14 @@ class ConfiguredScorer(nn.Module):
             layer_mix(self.config.layer_weights, len(self.layers))  # checks both
 
     @classmethod
+    @lasting
     def from_pretrained(
         cls: type[_Scorer],
-        name: "str | os.PathLike[str] | Backbone",
+        name: Any,
         *,
         preset: str | None = None,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
+        device: Device = None,
+        dtype: Dtype = None,
         use_cache: bool = True,
         **options: Any,  # attributes of ScorerConfig, which checks their names
     ) -> _Scorer:
@@ -70,11 +75,15 @@ class ConfiguredScorer(nn.Module):
 
         Args:
             name: An alias ("shapes", "sd1.5", "sd2.1-base", "sd2.1", "sdxl"), a Hub id, a diffusers
-                folder, a folder that `save_pretrained` wrote, or a `Backbone`.
+                folder, a `.safetensors` checkpoint, a folder that `save_pretrained` wrote, a
+                pipeline of diffusers, or a `Backbone`; see `load_backbone`.
             preset: "calibrated", "paper", "discffusion", "diffusion-classifier" or
                 "diffusion-itm"; None is "calibrated", or what was saved.
-            device: Where it runs.
-            dtype: Of U-Net and text encoder; scores are computed in float32 whatever it is.
+            device: Device that it runs on; None is the CPU, and where a pipeline or a `Backbone`
+                is.
+            dtype: Floating point type of the U-Net and the text encoder, or its name; None is
+                float32, and what a pipeline or a `Backbone` has. Scores are computed in float32
+                whatever it is.
             use_cache: See the class.
             options: Attributes of `ScorerConfig`, such as `mode`, `layers` or `timesteps`; they win
                 over a preset, and that over a saved config.
@@ -86,7 +95,7 @@ class ConfiguredScorer(nn.Module):
         """
         values, references = scorer_preset(preset or "calibrated"), None
         parts: dict[str, Any] = {}
-        if not isinstance(name, Backbone) and is_saved_scorer(name):
+        if isinstance(name, (str, os.PathLike)) and is_saved_scorer(name):
             saved, name, parts, references = read_scorer(Path(name))
             values = {**saved, **(scorer_preset(preset) if preset else {})}
         config = ScorerConfig.from_dict({**values, **_plain(options)})
@@ -98,7 +107,13 @@ class ConfiguredScorer(nn.Module):
 
         Raises:
             OutputError: The folder cannot be written.
+            ConfigError: The backbone was given as a pipeline, which no file can name.
         """
+        if PIPELINE in self.backbone.given:
+            raise ConfigError(
+                f"{self.backbone.name} was given as an object, which a config cannot name: save "
+                "the pipeline with its own save_pretrained, and load the scorer from that folder"
+            )
         write_scorer(Path(folder), self.backbone, self.config, self.references)
 
     def with_options(self: _Scorer, *, preset: str | None = None, **options: Any) -> _Scorer:
@@ -135,12 +150,14 @@ class ConfiguredScorer(nn.Module):
         self.rows.clear()
         self.queries.clear()
 
+    @lasting
     def _apply(self: _Scorer, fn: Any, recurse: bool = True) -> _Scorer:
         self.rows.clear()  # another device or dtype
         self.queries.clear()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
+    @lasting
     def calibrate(self, images: "Images | None", *, texts: Sequence[str] | None = None) -> None:
         """Take reference images, whose mean score under a text is subtracted from that text's.
 

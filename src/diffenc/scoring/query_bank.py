@@ -11,10 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diffenc._inference import lasting
 from diffenc.attention import match_layers
 from diffenc.attention_scores import layer_mix
 from diffenc.backbones import load_backbone
 from diffenc.backbones.base import Backbone
+from diffenc.backbones.device import Device, Dtype
 from diffenc.cache import TensorCache
 from diffenc.errors import BackboneError, ConfigError, NonFiniteError, PromptError, ShapeError
 from diffenc.images import ImageSource, to_pixel_values
@@ -76,21 +78,22 @@ class QueryBank:
         self._content = content
 
     @classmethod
+    @lasting
     def load(
         cls,
         folder: "str | os.PathLike[str]",
         *,
         backbone: "str | os.PathLike[str] | Backbone | None" = None,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
+        device: Device = None,
+        dtype: Dtype = None,
     ) -> "QueryBank":
         """Open a bank.
 
         Args:
             folder: That `build_index` wrote.
             backbone: The model; None loads the one that the bank names.
-            device: Where the model runs.
-            dtype: Of the model.
+            device: Device that the model runs on; None is the CPU, and where a `Backbone` is.
+            dtype: Floating point type of the model; None is float32, and what a `Backbone` has.
 
         Raises:
             BackboneError: The bank is missing, incomplete or broken, or belongs to other weights.

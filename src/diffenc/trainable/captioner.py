@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffenc._inference import lasting
 from diffenc.backbones.base import Backbone
 from diffenc.cache import TensorCache
 from diffenc.captioner import ClipEmbedder, ImplicitCaptioner
@@ -39,6 +40,7 @@ class CaptionerPart(nn.Module):
         self.captioner = self.clip = None
         self._image_embeds = TensorCache(16 * 2**20)
 
+    @lasting
     def add_captioner(
         self,
         clip: "str | os.PathLike[str] | nn.Module | None",
@@ -75,6 +77,7 @@ class CaptionerPart(nn.Module):
         )
         self._attach(captioner, embedder)
 
+    @lasting
     def load_captioner(
         self,
         folder: "str | os.PathLike[str]",

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from diffenc._inference import lasting
 from diffenc.attention import cross_attention_layers
 from diffenc.backbones.base import Backbone
 from diffenc.backbones.reach import reached_projections
@@ -47,6 +48,7 @@ class LoraPart(nn.Module):
         """Forget latents, prompts and features; needed after writes through `.data`."""
         self.backbone.clear_caches()
 
+    @lasting
     def add_lora(
         self,
         *,
@@ -96,6 +98,7 @@ class LoraPart(nn.Module):
         """Name of the adapter in use."""
         return active_lora(self.backbone.unet)
 
+    @lasting
     def set_lora(self, name: str | None, *, trainable: bool | None = None) -> None:
         """Use one adapter alone, or none.
 
@@ -122,6 +125,7 @@ class LoraPart(nn.Module):
             self._still_compiled()
             self.clear_cache()
 
+    @lasting
     def merge_lora(self) -> None:
         """Add the active adapter to the weights: it costs nothing then, and does not train.
 
@@ -139,6 +143,7 @@ class LoraPart(nn.Module):
             self._still_compiled()
             self.clear_cache()
 
+    @lasting
     def unmerge_lora(self) -> None:
         """Put the weights back as they were; the adapter stays active and trains if it did."""
         with self.backbone.lock:
@@ -163,6 +168,7 @@ class LoraPart(nn.Module):
         origin = {"backbone": self.backbone.name, "taps": [tap.name for tap in self._taps]}
         save_lora(self.backbone.unet, folder, name=name, origin=origin)
 
+    @lasting
     def load_lora(
         self,
         folder: "str | os.PathLike[str]",

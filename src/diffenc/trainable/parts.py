@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffenc._inference import lasting
 from diffenc.lora.adapters import is_merged, lora_parameters
 from diffenc.trainable.captioner import CaptionerPart
 from diffenc.trainable.lora import LoraPart
@@ -78,6 +79,7 @@ class TrainableParts(LoraPart, CaptionerPart):
             found |= lora_parameters(self.backbone.unet, name)
         return found
 
+    @lasting
     def _apply(self, fn: Any, recurse: bool = True) -> "TrainableParts":
         before = {path: parameter.data for path, parameter in self._precise().items()}
         self._image_embeds.clear()

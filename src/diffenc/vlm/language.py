@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffenc._inference import lasting
 from diffenc.defaults import torch_defaults
 from diffenc.errors import ConfigError
 from diffenc.pretrained import loading, pretrained_source
@@ -17,6 +18,7 @@ _INSTEAD = (
 )
 
 
+@lasting
 def load_language_model(
     name: "str | os.PathLike[str]",
     *,

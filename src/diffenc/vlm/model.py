@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffenc._inference import lasting
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import ConfigError
 from diffenc.images import Images, as_list
@@ -106,6 +107,7 @@ class DiffusionVLM(PictureInputs):
             )
 
     @classmethod
+    @lasting
     def from_pretrained(
         cls,
         folder: "str | os.PathLike[str]",

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from diffenc._inference import lasting
 from diffenc.clip_tokens import ClipTokens
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import ConfigError, NonFiniteError, ShapeError
@@ -65,6 +66,7 @@ class VisionTokens(VisionModel):
         self.model.eval().requires_grad_(False)
 
     @classmethod
+    @lasting
     def from_pretrained(
         cls,
         name: "str | os.PathLike[str]",
