@@ -13,12 +13,13 @@ from torch import Tensor
 from diffenc.errors import ConfigError, ShapeError
 from diffenc.images import Images, ImageSource, as_list
 from diffenc.memo import image_keys, posterior_of
+from diffenc.scoring.bank_build import SHARD_BYTES, bank_bytes, write_bank
 from diffenc.scoring.base import ConfiguredScorer
 from diffenc.scoring.calibration import reference_pixels
 from diffenc.scoring.config import SCORE_TIMESTEPS, ScorerConfig
 from diffenc.scoring.denoising import denoising_scores
 from diffenc.scoring.layer_weights import fit_layer_weights
-from diffenc.scoring.query_bank import SHARD_BYTES, QueryBank, bank_bytes, write_bank
+from diffenc.scoring.query_bank import QueryBank
 from diffenc.scoring.result import Scores, stack_trials
 from diffenc.scoring.screening import Candidates
 from diffenc.scoring.trials import ScoreCall, Trial, picture_values
@@ -283,25 +284,37 @@ class CrossAttnScorer(ConfiguredScorer):
         names: Sequence[str] | None = None,
         dtype: torch.dtype = torch.float16,
         shard_bytes: int = SHARD_BYTES,
+        skip_broken: bool = False,
+        overwrite: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> QueryBank:
         """Keep what "shared-query" scores need of images on disk, to be searched by any text.
 
         Costs one pass per image, timestep and draw, and `index_bytes` of disk: choose few layers
-        and timesteps for many images.
+        and timesteps for many images. Every picture is read once before the first pass.
+
+        A call that was interrupted, however that was, goes on after the last whole file when it is
+        repeated with the same images, config and model; the bank is equal to one that was not
+        interrupted. One program writes to a folder at a time.
 
         Args:
             images: Pictures.
-            folder: New or empty.
-            names: Of the images; None takes their paths, or counts.
-            dtype: Of what is kept.
+            folder: New or empty, or one where such a call was interrupted.
+            names: Names of the images, no two alike; None takes their paths, or counts.
+            dtype: Floating point type of what is kept: float32, float16 or bfloat16.
             shard_bytes: About how large one file may become.
-            progress: Told how many images are done.
+            skip_broken: Leave out pictures that cannot be read, and name them in the bank's
+                `skipped`.
+            overwrite: Begin anew where the folder holds a bank, or one that was begun.
+            progress: Called with the number of images that are done; first, in a folder where the
+                call was interrupted, with how many were done before.
 
         Raises:
-            ConfigError: A config that scores by more than attention.
-            OutputError: The folder holds something, or cannot be written.
-            ImageError: A picture cannot be read.
+            ConfigError: A config that scores by more than attention, names that are no texts or
+                occur twice, or another dtype.
+            OutputError: The folder holds something else or was begun with something else, another
+                program writes to it, or it cannot be written.
+            ImageError: Pictures cannot be read; it names all of them.
             ShapeError: Images of different sizes, or another number of names.
             NonFiniteError: Queries that `dtype` does not hold.
         """
@@ -311,8 +324,6 @@ class CrossAttnScorer(ConfiguredScorer):
                 str(picture) if isinstance(picture, (str, os.PathLike)) else str(index)
                 for index, picture in enumerate(pictures)
             ]
-        if len(names) != len(pictures):
-            raise ShapeError(f"got {len(names)} names for {len(pictures)} images")
         write_bank(
             self.backbone,
             self.config,
@@ -322,6 +333,8 @@ class CrossAttnScorer(ConfiguredScorer):
             references=self.references,
             dtype=dtype,
             shard_bytes=shard_bytes,
+            skip_broken=skip_broken,
+            overwrite=overwrite,
             progress=progress,
         )
         return QueryBank.load(folder, backbone=self.backbone)

@@ -216,6 +216,10 @@ class TestScore:
         found = evaluate_choices(benchmark, Says(lambda *_: "I cannot tell."))
         assert (found.accuracy, found.overall, found.unread) == (0, 0, 8)
         assert "8 unread, which count as wrong" in found.notes[-1]
+        assert "(100.0 percent of 8)" in found.notes[-1]
+        assert found.to_dict()["unread_share"] == 1
+        table = choice_table([found])
+        assert "unread answers: model 8 (100.0 percent)" in table.title
         json.dumps(found.to_dict(), allow_nan=False)
 
     def test_broken_pictures_take_their_pair_along(self, tmp_path):

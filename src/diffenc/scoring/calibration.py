@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffenc.cache import content_key
-from diffenc.errors import ConfigError
+from diffenc.errors import ConfigError, ShapeError
 from diffenc.images import Images, to_pixel_values
 from diffenc.scoring.config import ScorerConfig
 
@@ -18,9 +18,21 @@ class References:
 
     Attributes:
         pictures: RGB, 0 to 255.
+
+    Raises:
+        ShapeError: There are none, or they are no such pictures.
     """
 
     def __init__(self, pictures: UInt8[Tensor, "r 3 height width"]) -> None:
+        if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] != 3:
+            raise ShapeError(
+                "reference pictures must be (pictures, 3, height, width) of uint8, got "
+                f"{tuple(pictures.shape)} of {pictures.dtype}"
+            )
+        if 0 in pictures.shape:
+            raise ShapeError(
+                f"there must be one reference picture or more, got {tuple(pictures.shape)}"
+            )
         self.pictures = pictures
 
     @classmethod

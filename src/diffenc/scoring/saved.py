@@ -1,15 +1,17 @@
 """The folder that a scorer is saved to: config, reference images, where its backbone comes from."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from diffenc.backbones.base import Backbone
-from diffenc.errors import BackboneError, OutputError
+from diffenc.errors import BackboneError, ConfigError, DiffencError
 from diffenc.saved import merge_parts
 from diffenc.scoring.calibration import References
 from diffenc.scoring.config import ScorerConfig
+from diffenc.storage.names import is_file, printable
+from diffenc.storage.reading import read_json, read_tensors
+from diffenc.storage.writing import begin_folder, remove_file, write_json, write_tensors
 
 CONFIG_FILE = "scorer_config.json"
 REFERENCES_FILE = "references.safetensors"
@@ -17,7 +19,7 @@ REFERENCES_FILE = "references.safetensors"
 
 def is_saved_scorer(name: "str | os.PathLike[str]") -> bool:
     """Whether a folder of that name holds a scorer."""
-    return (Path(name) / CONFIG_FILE).is_file()
+    return is_file(Path(name) / CONFIG_FILE)
 
 
 def write_scorer(
@@ -28,23 +30,16 @@ def write_scorer(
     Raises:
         OutputError: The folder cannot be written.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     content: dict[str, Any] = {"backbone": backbone.name}
     if backbone.given:
         content["parts"] = backbone.given
     content.update(config.to_dict())
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / REFERENCES_FILE).unlink(missing_ok=True)
-        if references is not None:
-            save_file({"pictures": references.pictures}, folder / REFERENCES_FILE)
-        partial = folder / f"{CONFIG_FILE}.partial"
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        partial.replace(folder / CONFIG_FILE)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"cannot write {folder}: {error}") from error
+    begin_folder(folder, CONFIG_FILE)
+    if references is None:
+        remove_file(folder / REFERENCES_FILE)
+    else:
+        write_tensors(folder / REFERENCES_FILE, {"pictures": references.pictures})
+    write_json(folder / CONFIG_FILE, content)
 
 
 def read_scorer(folder: Path) -> tuple[dict[str, Any], str, dict[str, Any], References | None]:
@@ -55,25 +50,47 @@ def read_scorer(folder: Path) -> tuple[dict[str, Any], str, dict[str, Any], Refe
         ConfigError: A part was given as an object, which cannot be found again.
     """
     path = folder / CONFIG_FILE
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        backbone = values.pop("backbone")
-        parts = dict(values.pop("parts", {}))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise BackboneError(
-            f"{path} is not a config that CrossAttnScorer.save_pretrained wrote: {error!r}"
-        ) from error
-    return values, backbone, merge_parts(parts, {}, folder), _read_references(folder)
+    values = read_json(path, error=BackboneError)
+    backbone, parts = values.pop("backbone", None), values.pop("parts", {})
+    if not isinstance(backbone, str) or not backbone:
+        raise _unwritten(path, f"its backbone is {backbone!r}, and must be the name of one")
+    if not isinstance(parts, dict) or not all(
+        part is None or isinstance(part, str) for part in parts.values()
+    ):
+        raise _unwritten(path, f"its parts are {printable(parts, 80)}, and must be paths by name")
+    references = _read_references(folder)
+    _check_references(values, references, folder)
+    return values, backbone, merge_parts(parts, {}, folder), references
+
+
+def _unwritten(path: Path, why: str) -> BackboneError:
+    return BackboneError(
+        f"{path} is not a config that CrossAttnScorer.save_pretrained wrote: {why}"
+    )
 
 
 def _read_references(folder: Path) -> References | None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     path = folder / REFERENCES_FILE
-    if not path.is_file():
+    if not is_file(path):
         return None
+    tensors = read_tensors(path, error=BackboneError)
     try:
-        return References(load_file(path)["pictures"])
-    except (OSError, KeyError, SafetensorError) as error:
+        if tensors.keys() != {"pictures"}:
+            raise ConfigError(f"it holds {printable(sorted(tensors), 80)}, and must hold pictures")
+        return References(tensors["pictures"])
+    except DiffencError as error:
         raise BackboneError(f"cannot read the reference images in {path}: {error}") from error
+
+
+def _check_references(
+    values: dict[str, Any], references: References | None, folder: Path
+) -> None:
+    """Refuse reference images that are not those of the config."""
+    if values.get("calibration") != "given":
+        return
+    have = "none" if references is None else references.digest
+    if have != values.get("reference_digest"):
+        raise BackboneError(
+            f"{folder} needs the reference images {printable(values.get('reference_digest'), 80)}, "
+            f"and its {REFERENCES_FILE} holds {have}; save the scorer again"
+        )

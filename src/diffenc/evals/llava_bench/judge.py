@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from diffenc.errors import ConfigError, DiffencError
 from diffenc.evals.leakage.readout import content_words
+from diffenc.storage.names import printable
 
 RULE = (
     "Two assistants, {role} 1 and {role} 2, answered the question above about a picture. You "
@@ -23,7 +24,8 @@ RULE = (
 
 SYSTEM = "You compare answers carefully and without bias."
 
-_NUMBER = re.compile(r"\d+(?:\.\d+)?")
+_SCORE = r"([0-9]{1,9}(?:\.[0-9]{1,9})?)"
+_TWO_SCORES = re.compile(rf"{_SCORE}(?:[ \t]*,[ \t]*|[ \t]+){_SCORE}\.?")  # "1. 8" is a list
 _PASSING = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 
 
@@ -244,13 +246,22 @@ class OpenAIJudge:
 
 
 def read_scores(reply: str) -> tuple[float, float]:
-    """The two scores on the first line that is not empty, of reference and candidate.
+    """The two scores that are all of the first line that is not empty: reference, then candidate.
 
     Raises:
-        JudgeError: It does not hold exactly two numbers from 1 to 10.
+        JudgeError: That line holds anything else than two numbers from 1 to 10, with spaces or a
+            comma between them.
+
+    Source:
+        LLaVA's released evaluation, which takes the first line and scores others -1. It keeps such
+        scores in its means, and those out of range; here the review is asked for again.
     """
-    first = next((line for line in reply.splitlines() if line.strip()), "")
-    found = [float(number) for number in _NUMBER.findall(first)]
-    if len(found) != 2 or not all(1 <= score <= 10 for score in found) or "-" in first:
-        raise JudgeError(f"the reply does not begin with two scores from 1 to 10: {first[:80]!r}")
-    return found[0], found[1]
+    first = next((line.strip() for line in reply.split("\n") if line.strip()), "")
+    match = _TWO_SCORES.fullmatch(first)
+    scores = tuple(map(float, match.groups())) if match else ()
+    if len(scores) != 2 or not all(1 <= score <= 10 for score in scores):
+        raise JudgeError(
+            "the reply does not begin with two scores from 1 to 10, alone on the first line: "
+            f"{printable(first, 80)!r}"
+        )
+    return scores

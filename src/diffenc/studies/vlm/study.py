@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from diffenc.errors import ConfigError
+from diffenc.evals.choices.extraction import READING
 from diffenc.studies.results import Spread
 from diffenc.studies.vlm.estimate import Work, work_of
 from diffenc.studies.vlm.findings import decide
@@ -157,6 +158,7 @@ class _Run:
                 "measurement": told,
                 "seed": seed,
                 "cider": has_cider(),
+                **({"reading": READING} if measurement.kind == "mmvp" else {}),
             }
         )
         return self.workshop.folder / "measured" / f"{identity}.json"
