@@ -322,8 +322,9 @@ class DiffusionEncoder(TrainableParts):
 
         Args:
             images: One or several pictures of any kind, see `diffenc.images.to_pixel_values`.
-            prompts: One text for all images or one for each, or texts encoded before; None is
-                unconditional, or the captioner's tokens alone where there is a captioner.
+            prompts: One text for all images or one for each, or texts encoded before; "" is a text
+                too. None is no prompt: unconditional, or the captioner's tokens alone where there
+                is a captioner.
             conditioning: "uncond" and "cond" run the U-Net once per image, "cfg" and "concat"
                 run both halves in one fused call; None takes the config's, which is "cond" with
                 prompts or a captioner and "uncond" without.
@@ -365,10 +366,10 @@ class DiffusionEncoder(TrainableParts):
         uncond = cond = None
         if conditioning != "cond":
             uncond = prompts_of(
-                backbone, [""], size=size, uncond=config.uncond, use_cache=self.use_cache
+                backbone, [None], size=size, uncond=config.uncond, use_cache=self.use_cache
             ).rows(batch)
         if conditioning != "uncond":
-            cond = self._embed("" if prompts is None else prompts, batch, size)
+            cond = self._embed(prompts, batch, size)
             cond = self.caption(images, cond)
         sizes = self._original_sizes(images, batch)
         if sizes is not None:
@@ -402,24 +403,22 @@ class DiffusionEncoder(TrainableParts):
         return image_sizes(images) if told == "image" else [told] * batch
 
     def _conditioning(self, wanted: Conditioning | None, prompts: object) -> Conditioning:
-        unprompted = prompts is None or (isinstance(prompts, str) and prompts == "")
-        if self.captioner is not None:
-            unprompted, prompts = False, ""
+        unprompted = prompts is None and self.captioner is None
         chosen = wanted or self.config.conditioning or ("uncond" if unprompted else "cond")
         check_choice("conditioning", chosen, get_args(Conditioning))
-        if prompts is None and chosen != "uncond":
+        if unprompted and chosen != "uncond":
             raise ConfigError(f"conditioning {chosen!r} needs prompts; got none")
         return chosen
 
     def _embed(
-        self, prompts: str | Sequence[str] | PromptEmbeds, batch: int, size: tuple[int, int]
+        self, prompts: str | Sequence[str] | PromptEmbeds | None, batch: int, size: tuple[int, int]
     ) -> PromptEmbeds:
         if isinstance(prompts, PromptEmbeds):
             self.backbone.check_embeds(prompts)
             return prompts.rows(batch)
         return prompts_of(
             self.backbone,
-            match_batch(prompts, batch),
+            [None] if prompts is None else match_batch(prompts, batch),
             size=size,
             uncond=self.config.uncond,
             long_prompts=self.config.long_prompts,

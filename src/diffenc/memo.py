@@ -69,7 +69,7 @@ def _encode(
 
 def prompts_of(
     backbone: Backbone,
-    texts: Sequence[str],
+    texts: Sequence[str | None],
     *,
     size: tuple[int, int],
     uncond: Uncond | None,
@@ -80,7 +80,8 @@ def prompts_of(
 
     Args:
         backbone: Whose text encoders are called.
-        texts: Prompts. The empty text is the unconditional embedding, whatever its rule.
+        texts: Prompts. None is no prompt: the unconditional embedding. "" is a text without words,
+            encoded as any other.
         size: (height, width) of the pictures, in pixels.
         uncond: Rule of the unconditional embedding; None is the model's own.
         long_prompts: See `Backbone.embed`.
@@ -89,16 +90,18 @@ def prompts_of(
     states = [state_key(part) for name, part in backbone.parts().items() if name.startswith("text")]
     keep = use_cache and None not in states
     cache = backbone.caches.prompts
-    keys = {text: (*states, text, size, uncond if text == "" else long_prompts) for text in texts}
-    known: dict[str, PromptEmbeds] = {}
+    keys = {
+        text: (*states, text, size, uncond if text is None else long_prompts) for text in texts
+    }
+    known: dict[str | None, PromptEmbeds] = {}
     if keep:
         for text, key in keys.items():
             if entry := cache.get(key):
                 known[text] = PromptEmbeds.unpack(entry)
     missing = [text for text in keys if text not in known]
-    if "" in missing:
-        known[""] = backbone.embed_uncond(uncond, size=size)
-    if worded := [text for text in missing if text]:
+    if None in missing:
+        known[None] = backbone.embed_uncond(uncond, size=size)
+    if worded := [text for text in missing if text is not None]:
         fresh = backbone.embed(worded, size=size, long_prompts=long_prompts)
         known |= {text: fresh.select(row, row + 1) for row, text in enumerate(worded)}
     if keep:

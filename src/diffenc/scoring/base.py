@@ -71,8 +71,8 @@ class ConfiguredScorer(nn.Module):
         Args:
             name: An alias ("shapes", "sd1.5", "sd2.1-base", "sd2.1", "sdxl"), a Hub id, a diffusers
                 folder, a folder that `save_pretrained` wrote, or a `Backbone`.
-            preset: "calibrated", "paper", "discffusion", "diffusion-classifier" or
-                "diffusion-itm"; None is "calibrated", or what was saved.
+            preset: "calibrated", "paper", "discffusion", "diffusion-classifier", "diffusion-itm"
+                or "denoising-gap"; None is "calibrated", or what was saved.
             device: Where it runs.
             dtype: Of U-Net and text encoder; scores are computed in float32 whatever it is.
             use_cache: See the class.

@@ -122,7 +122,8 @@ class QueryBank:
         if not listed:
             raise PromptError("got no texts; pass at least one")
         config, backbone = self.config, self.backbone
-        every = [*listed, *config.reference_texts, *([""] if config.include_uncond else [])]
+        none = [None] if config.include_uncond else []
+        every: list[str | None] = [*listed, *config.reference_texts, *none]
         embeds = prompts_of(
             backbone,
             every,
