@@ -340,8 +340,9 @@ class DiffusionEncoder(TrainableParts):
 
         Args:
             images: One or several pictures of any kind, see `diffenc.images.to_pixel_values`.
-            prompts: One text for all images or one for each, or texts encoded before; None is
-                unconditional, or the captioner's tokens alone where there is a captioner.
+            prompts: One text for all images or one for each, or texts encoded before; "" is a text
+                too. None is no prompt: unconditional, or the captioner's tokens alone where there
+                is a captioner.
             conditioning: "uncond" and "cond" run the U-Net once per image, "cfg" and "concat"
                 run both halves in one fused call; None takes the config's, which is "cond" with
                 prompts or a captioner and "uncond" without.
@@ -388,14 +389,14 @@ class DiffusionEncoder(TrainableParts):
             if conditioning != "cond":
                 uncond = prompts_of(
                     backbone,
-                    [""],
+                    [None],
                     size=size,
                     uncond=config.uncond,
                     use_cache=self.use_cache,
                     states=states,
                 ).rows(batch)
             if conditioning != "uncond":
-                cond = self._embed("" if prompts is None else prompts, batch, size, states)
+                cond = self._embed(prompts, batch, size, states)
                 cond = self.caption(images, cond)
             sizes = self._original_sizes(images, batch)
             if sizes is not None:
@@ -430,18 +431,16 @@ class DiffusionEncoder(TrainableParts):
         return image_sizes(images) if told == "image" else [told] * batch
 
     def _conditioning(self, wanted: Conditioning | None, prompts: object) -> Conditioning:
-        unprompted = prompts is None or (isinstance(prompts, str) and prompts == "")
-        if self.captioner is not None:
-            unprompted, prompts = False, ""
+        unprompted = prompts is None and self.captioner is None
         chosen = wanted or self.config.conditioning or ("uncond" if unprompted else "cond")
         check_choice("conditioning", chosen, get_args(Conditioning))
-        if prompts is None and chosen != "uncond":
+        if unprompted and chosen != "uncond":
             raise ConfigError(f"conditioning {chosen!r} needs prompts; got none")
         return chosen
 
     def _embed(
         self,
-        prompts: str | Sequence[str] | PromptEmbeds,
+        prompts: str | Sequence[str] | PromptEmbeds | None,
         batch: int,
         size: tuple[int, int],
         states: States,
@@ -451,7 +450,7 @@ class DiffusionEncoder(TrainableParts):
             return prompts.rows(batch)
         return prompts_of(
             self.backbone,
-            match_batch(prompts, batch),
+            [None] if prompts is None else match_batch(prompts, batch),
             size=size,
             uncond=self.config.uncond,
             long_prompts=self.config.long_prompts,

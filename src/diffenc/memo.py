@@ -67,7 +67,7 @@ def _encode(
 
 def prompts_of(
     backbone: Backbone,
-    texts: Sequence[str],
+    texts: Sequence[str | None],
     *,
     size: tuple[int, int],
     uncond: Uncond | None,
@@ -79,7 +79,8 @@ def prompts_of(
 
     Args:
         backbone: Whose text encoders are called.
-        texts: Prompts. The empty text is the unconditional embedding, whatever its rule.
+        texts: Prompts. None is no prompt: the unconditional embedding. "" is a text without words,
+            encoded as any other.
         size: (height, width) of the pictures, in pixels.
         uncond: Rule of the unconditional embedding; None is the model's own.
         long_prompts: See `Backbone.embed`.
@@ -90,17 +91,17 @@ def prompts_of(
     state = (states or backbone.states()).prompts if use_cache else None
 
     def embed(rows: list[int]) -> list[Entry]:
-        known = {}
-        if any(distinct[row] == "" for row in rows):
-            known[""] = backbone.embed_uncond(uncond, size=size)
-        if worded := [distinct[row] for row in rows if distinct[row]]:
+        known: dict[str | None, PromptEmbeds] = {}
+        if any(distinct[row] is None for row in rows):
+            known[None] = backbone.embed_uncond(uncond, size=size)
+        if worded := [text for row in rows if (text := distinct[row]) is not None]:
             fresh = backbone.embed(worded, size=size, long_prompts=long_prompts)
             known |= {text: fresh.select(row, row + 1) for row, text in enumerate(worded)}
         return [known[distinct[row]].pack() for row in rows]
 
     entries = recall(
         None if state is None else backbone.caches.prompts,
-        [(state, text, size, uncond if text == "" else long_prompts) for text in distinct],
+        [(state, text, size, uncond if text is None else long_prompts) for text in distinct],
         embed,
     )
     known = dict(zip(distinct, map(PromptEmbeds.unpack, entries), strict=True))

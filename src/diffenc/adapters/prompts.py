@@ -155,7 +155,11 @@ def embed_tokens(
     uncond: Uncond | None = None,
     use_cache: bool = True,
 ) -> PromptEmbeds:
-    """Encode tokenized prompts; equal rows once, those without words as the unconditional text.
+    """Encode tokenized prompts; equal rows once, those without words as no prompt.
+
+    A row of a host's batch cannot be absent, so one without words stands for it, as "" does in
+    every call of a tower: it is the unconditional embedding. On SDXL that is not the empty text's
+    unless `uncond` says so.
 
     Args:
         backbone: Whose text encoders are called.

@@ -30,6 +30,7 @@ from diffenc.adapters.prompts import (
 from diffenc.adapters.spec import DTYPES, TowerSpec
 from diffenc.adapters.tower_config import TowerConfig
 from diffenc.errors import BackboneError, ConfigError, ImageError, ShapeError
+from diffenc.memo import prompts_of
 from diffenc.threads import lock_of
 
 
@@ -330,20 +331,21 @@ class DiffusionVisionTower(nn.Module):
         return features.to(pixel_values.device, pixel_values.dtype).contiguous()
 
     def _embeds(self, tokens: PromptTokens | None, images: int) -> Any:
-        """What the encoder is given: embeddings, or None or "" for the unconditional text."""
+        """What the encoder is given: embeddings, or None for the unconditional text alone."""
         if tokens is None:
             self._tell_of_null()
             tokens = self.tokenize(self.spec.null).rows(images) if self.spec.null else None
-        if tokens is None or all(tokens.is_null()):
-            return None if self.spec.conditioning in (None, "uncond") else ""
         diffusion = getattr(self.encoder, "diffusion", self.encoder)
-        return embed_tokens(
-            self.encoder.backbone,
-            tokens,
-            size=(self.image_size, self.image_size),
-            uncond=self.spec.uncond,
-            use_cache=diffusion.use_cache,
-        )
+        options: dict[str, Any] = {
+            "size": (self.image_size, self.image_size),
+            "uncond": self.spec.uncond,
+            "use_cache": diffusion.use_cache,
+        }
+        if tokens is not None and not all(tokens.is_null()):
+            return embed_tokens(self.encoder.backbone, tokens, **options)
+        if self.spec.conditioning in (None, "uncond"):
+            return None
+        return prompts_of(self.encoder.backbone, [None], **options)
 
     def _tell_of_null(self) -> None:
         if self.spec.prompted and not self._told_of_null:

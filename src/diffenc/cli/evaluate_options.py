@@ -47,7 +47,8 @@ DataReferences = Annotated[
 ]
 
 _SPEC = (
-    "calibrated, paper, discffusion, diffusion-classifier or diffusion-itm; calibrated+shared-query"
+    "calibrated, paper, discffusion, diffusion-classifier, diffusion-itm or denoising-gap; "
+    "calibrated+shared-query"
 )
 
 Presets = Annotated[

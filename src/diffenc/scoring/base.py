@@ -77,8 +77,8 @@ class ConfiguredScorer(nn.Module):
             name: An alias ("shapes", "sd1.5", "sd2.1-base", "sd2.1", "sdxl"), a Hub id, a diffusers
                 folder, a `.safetensors` checkpoint, a folder that `save_pretrained` wrote, a
                 pipeline of diffusers, or a `Backbone`; see `load_backbone`.
-            preset: "calibrated", "paper", "discffusion", "diffusion-classifier" or
-                "diffusion-itm"; None is "calibrated", or what was saved.
+            preset: "calibrated", "paper", "discffusion", "diffusion-classifier", "diffusion-itm"
+                or "denoising-gap"; None is "calibrated", or what was saved.
             device: Device that it runs on; None is the CPU, and where a pipeline or a `Backbone`
                 is.
             dtype: Floating point type of the U-Net and the text encoder, or its name; None is

@@ -239,6 +239,26 @@ def classifier_timesteps(steps: int, of: int | None = None) -> tuple[int, ...]:
     return tuple(grid[every // 2 :: every][:steps])
 
 
+def itm_timesteps(steps: int) -> tuple[int, ...]:
+    """Noise levels of DiffusionITM's released code.
+
+    Args:
+        steps: Its `sampling_steps`, 1 to 1000; for large numbers it gives fewer.
+
+    Raises:
+        ConfigError: Out of range.
+
+    Example:
+        >>> itm_timesteps(5)
+        (10, 210, 410, 610, 810)
+
+    Source:
+        Krojer et al. 2023 (DiffusionITM), arXiv:2305.16397, released code: from 10 to below 990.
+    """
+    _check_count(steps)
+    return tuple(range(10, 990, 1000 // steps))
+
+
 def _check_count(count: int) -> None:
     if not 1 <= count <= 1000:
         raise ConfigError(f"the number of timesteps must be in [1, 1000], got {count}")
@@ -256,7 +276,8 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "calibration": "gray",
     },
     # He et al. 2023, arXiv:2305.10722, as released: six modules of SD, both halves, a sample of
-    # the posterior, norms of errors. The released mean over the batch is a mean per sample here.
+    # the posterior, norms of errors. The released mean over the batch is a mean per sample here;
+    # timesteps are the paper's five, where the released script takes 30.
     "discffusion": {
         "layers": "discffusion",
         "include_uncond": True,
@@ -264,16 +285,26 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "uncond": "empty",
         "posterior": "sample",
     },
-    # Li et al. 2023, arXiv:2303.16203: the first stage of its adaptive grid.
+    # Li et al. 2023, arXiv:2303.16203, as released: the mean of the posterior, pictures cropped, the
+    # first stage of a grid of 20 timesteps.
     "diffusion-classifier": {
         "attention": False,
         "error_term": "mse",
         "timesteps": classifier_timesteps(5, of=20),
         "resize": "crop",
     },
-    # Krojer et al. 2023, arXiv:2305.16397: less the error without the text, so that images of a
-    # text compare; they take random timesteps, these are Diffusion Classifier's.
+    # Krojer et al. 2023, arXiv:2305.16397, as released with `--img_retrieval`: the Euclidean norm of
+    # the error without the text less that with it, at its ten timesteps, a sample of the posterior.
     "diffusion-itm": {
+        "attention": False,
+        "error_term": "l2_gap",
+        "timesteps": itm_timesteps(10),
+        "uncond": "empty",
+        "posterior": "sample",
+    },
+    # Nobody's release: Diffusion Classifier's error, less that without the text, so that images of
+    # a text compare.
+    "denoising-gap": {
         "attention": False,
         "error_term": "mse_gap",
         "timesteps": classifier_timesteps(5, of=20),
@@ -283,10 +314,13 @@ _PRESETS: dict[str, dict[str, Any]] = {
 
 
 def scorer_preset(name: str) -> dict[str, Any]:
-    """Options of `ScorerConfig` for a published score.
+    """Options of `ScorerConfig` for a kind of score.
+
+    What each follows, and where it differs from what was released, stands in the guide on scores.
 
     Args:
-        name: "paper", "calibrated", "discffusion", "diffusion-classifier" or "diffusion-itm".
+        name: "paper", "calibrated", "discffusion", "diffusion-classifier", "diffusion-itm" or
+            "denoising-gap".
 
     Raises:
         ConfigError: No such preset.

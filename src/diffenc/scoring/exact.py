@@ -40,7 +40,7 @@ def exact_scores(
         NonFiniteError: NaN or infinity came out of the U-Net.
     """
     config = inputs.config
-    empty = inputs.texts.index("") if config.needs_uncond else None
+    empty = inputs.texts.index(None) if config.needs_uncond else None
     needed = wanted.clone()
     if empty is not None:
         needed[:, empty] |= wanted.any(dim=1)
@@ -61,8 +61,9 @@ def _error_part(inputs: ScoreInputs, squared: Tensor, empty: int | None) -> Tens
     """Of sums of squared errors.
 
     Source:
-        Li et al. 2023 (Diffusion Classifier), arXiv:2303.16203, equation 6; He et al. 2023
-        (Discffusion), arXiv:2305.10722, released code, for the gap of norms.
+        Li et al. 2023 (Diffusion Classifier), arXiv:2303.16203, equation 6. For the gap of norms
+        the released codes of He et al. 2023 (Discffusion), arXiv:2305.10722, and of Krojer et al.
+        2023 (DiffusionITM), arXiv:2305.16397.
     """
     size = inputs.posterior[0][0].numel()
     if inputs.config.error_term == "mse":
@@ -117,7 +118,6 @@ def _memory_keys(
             inputs.seed,
             inputs.picture_keys[picture],
             inputs.texts[text],
-            inputs.texts[text] == inputs.added,
             steps[step],
         )
         for picture, step, text in rows

@@ -35,7 +35,7 @@ class ScoreInputs:
         posterior: Mode and deviation of the latents of distinct pictures.
         picture_keys: Digests of distinct pictures, or None where nothing is remembered.
         picture_rows: Per picture of the call its place among the distinct ones.
-        texts: Distinct texts.
+        texts: Distinct texts; None is no text, whose embedding is the unconditional one.
         text_rows: Per text of the call its place among the distinct ones.
         embeds: Of distinct texts.
         mask: Tokens that count, of distinct texts; None is all.
@@ -44,7 +44,6 @@ class ScoreInputs:
         memory_key: What results depend on beside picture, text, noise and the kind of score; None:
             remember nothing.
         states: Keys of the model's state for this call.
-        added: Text of which all tokens count, since nobody asked for it; None: there is none.
     """
 
     backbone: Backbone
@@ -52,7 +51,7 @@ class ScoreInputs:
     posterior: tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]
     picture_keys: list[bytes] | None
     picture_rows: list[int]
-    texts: list[str]
+    texts: list[str | None]
     text_rows: list[int]
     embeds: PromptEmbeds
     mask: Bool[Tensor, "texts l"] | None
@@ -60,7 +59,6 @@ class ScoreInputs:
     seed: int
     memory_key: tuple[object, ...] | None
     states: States
-    added: str | None = None
 
     def noise(self, step: tuple[int, int]) -> Float[Tensor, "c h w"]:
         """The noise of a (timestep, draw), on the CPU."""
@@ -113,7 +111,7 @@ def encode_inputs(
     Args:
         backbone: The model.
         pixel_values: RGB in [-1, 1].
-        texts: One or more; the empty one is added where the config needs the unconditional half.
+        texts: One or more; where the config needs the unconditional half, None is added.
         config: Of the scorer.
         seed: Of the noise.
         use_cache: Look up and keep.
@@ -136,8 +134,9 @@ def encode_inputs(
         states=states,
         batch_size=config.batch_size,
     )
-    added = "" if config.needs_uncond and "" not in texts else None
-    known = list(dict.fromkeys(texts if added is None else [*texts, added]))
+    known: list[str | None] = list(dict.fromkeys(texts))
+    if config.needs_uncond:
+        known.append(None)
     embeds = prompts_of(
         backbone,
         known,
@@ -158,22 +157,19 @@ def encode_inputs(
         texts=known,
         text_rows=[known.index(text) for text in texts],
         embeds=embeds,
-        mask=token_mask(backbone, known, embeds, config.token_mask, added=added),
+        mask=token_mask(backbone, known, embeds, config.token_mask),
         size=size,
         seed=seed,
         memory_key=key if remember else None,
         states=states,
-        added=added,
     )
 
 
 def token_mask(
     backbone: Backbone,
-    texts: Sequence[str],
+    texts: Sequence[str | None],
     embeds: PromptEmbeds,
     kind: TokenMask,
-    *,
-    added: str | None = None,
 ) -> Bool[Tensor, "texts l"] | None:
     """Which tokens of each text count, as `ScorerConfig.token_mask` says; None is all.
 
@@ -181,10 +177,9 @@ def token_mask(
 
     Args:
         backbone: Whose tokenizer counts.
-        texts: Prompts.
+        texts: Prompts. None is no text, of which all tokens count.
         embeds: Of the texts.
         kind: Which tokens.
-        added: A text whose attention nobody asked for: all of its tokens count.
 
     Raises:
         PromptError: A text without words where only words count.
@@ -194,7 +189,7 @@ def token_mask(
     tokenizer: Any = backbone.tokenizer
     require_right(tokenizer)
     limit = limit_of(tokenizer)
-    ids = prompt_ids(tokenizer, texts, special_tokens=False)
+    ids = prompt_ids(tokenizer, [text or "" for text in texts], special_tokens=False)
     shape = (len(texts), embeds.prompt_embeds.shape[1])
     mask = torch.zeros(shape, dtype=torch.bool, device="cpu")
     for row, (words, length) in enumerate(zip(ids, embeds.row_lengths(), strict=True)):
@@ -205,8 +200,8 @@ def token_mask(
                 (first + 1, first + 1 + count) if kind == "content" else (first, first + count + 2)
             )
             mask[row, start:stop] = True
-    if added is not None:
-        mask[texts.index(added)] = True
+    if None in texts:
+        mask[texts.index(None)] = True
     if empty := [text for text, kept in zip(texts, mask, strict=True) if not kept.any()]:
         raise PromptError(
             f"text {empty[0]!r} has no words, and token_mask 'content' pools nothing else; leave "

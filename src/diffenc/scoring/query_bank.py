@@ -140,7 +140,8 @@ class QueryBank:
     def _means(self, texts: Sequence[str]) -> Float[Tensor, "rows texts"]:
         """Scores of images and references, mean over timesteps and draws."""
         config, backbone = self.config, self.backbone
-        every = [*texts, *([""] if config.include_uncond else [])]
+        none = [None] if config.include_uncond else []
+        every: list[str | None] = [*texts, *none]
         embeds = prompts_of(
             backbone,
             every,

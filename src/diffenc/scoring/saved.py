@@ -82,9 +82,7 @@ def _read_references(folder: Path) -> References | None:
         raise BackboneError(f"cannot read the reference images in {path}: {error}") from error
 
 
-def _check_references(
-    values: dict[str, Any], references: References | None, folder: Path
-) -> None:
+def _check_references(values: dict[str, Any], references: References | None, folder: Path) -> None:
     """Refuse reference images that are not those of the config."""
     if values.get("calibration") != "given":
         return

@@ -57,7 +57,7 @@ def shared_query_scores(
         NonFiniteError: NaN or infinity came out of the U-Net.
     """
     config, backbone = inputs.config, inputs.backbone
-    empty = inputs.texts.index("") if config.include_uncond else None
+    empty = inputs.texts.index(None) if config.include_uncond else None
     needed = wanted.clone()
     if empty is not None:
         needed[:, empty] |= wanted.any(dim=1)
