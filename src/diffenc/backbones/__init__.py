@@ -31,6 +31,8 @@ from diffenc.backbones.sources import (
 )
 from diffenc.backbones.taps import TapInfo, match_taps
 from diffenc.errors import BackboneError, ConfigError, near_matches
+from diffenc.storage.names import is_folder
+from diffenc.storage.weights import check_variant
 
 __all__ = [
     "Architecture",
@@ -61,6 +63,7 @@ def load_backbone(
     keep_taps: Sequence[str] | None = None,
     architecture: "str | os.PathLike[str] | None" = None,
     channels_last: bool | None = None,
+    variant: str | None = None,
     unet: Any = None,
     vae: Any = None,
     text_encoder: Any = None,
@@ -82,6 +85,11 @@ def load_backbone(
             it, where the file does not show that itself.
         channels_last: Memory format of convolutions; None takes what was measured to be fastest,
             see `diffenc.backbones.memory_format`.
+        variant: Word in the names of a folder's weight files, such as "fp16" or "non_ema"; a part
+            without such files is read from those that it has. "" names the files without a word.
+            None takes these, and those in half precision ("fp16") where there are no others, or
+            where `dtype` is float16: that is all the precision it holds. bfloat16 has a wider range
+            than float16 and is made of the full files where there are any.
         unet: Instead of the model's own: a `UNet2DConditionModel`, a state dict or a
             `.safetensors` file (CleanDIFT's, for one), with any prefix.
         vae: Instead of the model's own: an `AutoencoderKL` or `AutoencoderTiny` (TAESD), its
@@ -105,28 +113,33 @@ def load_backbone(
         tokenizer_2=tokenizer_2,
     )
     if isinstance(name, Backbone):
-        if given.references() or keep_taps is not None or architecture is not None:
+        options = (keep_taps, architecture, variant)
+        if given.references() or any(option is not None for option in options):
             raise ConfigError(
                 "a Backbone has its parts and is not truncated; pass the name that it is loaded "
                 "by, or build another one of your parts"
             )
         return name if channels_last is None else arrange(name, channels_last)
     check_placement(device, dtype)
+    variant = check_variant(variant)
     told = _described(name, architecture, given)
     path = single_file(name)
+    if path is not None and variant is not None:
+        raise ConfigError(f"variant= is for a folder of several files; {path} is one file")
     if path is not None:
         backbone = _load_single_file(path, architecture, told, given, dtype, device, keep_taps)
     else:
         backbone = load_folder(
-            resolve_folder(name),
+            resolve_folder(name, dtype=dtype, variant=variant, without=given.references()),
             name=os.fspath(name),
             dtype=dtype,
             device=device,
             own_taps=_own_taps(name),
             keep_taps=keep_taps,
             given=given,
+            variant=variant,
         )
-    backbone.given = given.references()
+    backbone.given, backbone.variant = given.references(), variant
     if architecture is not None:
         backbone.given["architecture"] = os.fspath(architecture)
     return arrange(backbone, channels_last)
@@ -224,7 +237,7 @@ def _described(
         opened = SingleFile(path)
         name = opened.known_alias() if architecture is None else architecture
     told = known_architecture(os.fspath(name))
-    if told is None and path is not None and not Path(name).is_dir():
+    if told is None and path is not None and not is_folder(name):
         raise BackboneError(
             f"unknown architecture {os.fspath(name)!r}.{near_matches(os.fspath(name), SOURCES)} "
             "Pass 'sd1.5', 'sd2.1-base', 'sd2.1', 'sdxl', or a diffusers folder."

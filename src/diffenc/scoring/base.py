@@ -64,6 +64,7 @@ class ConfiguredScorer(nn.Module):
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         use_cache: bool = True,
+        variant: str | None = None,
         **options: Any,  # attributes of ScorerConfig, which checks their names
     ) -> _Scorer:
         """Load a scorer.
@@ -76,6 +77,7 @@ class ConfiguredScorer(nn.Module):
             device: Where it runs.
             dtype: Of U-Net and text encoder; scores are computed in float32 whatever it is.
             use_cache: See the class.
+            variant: Word in the names of the weight files, such as "fp16"; see `load_backbone`.
             options: Attributes of `ScorerConfig`, such as `mode`, `layers` or `timesteps`; they win
                 over a preset, and that over a saved config.
 
@@ -90,6 +92,8 @@ class ConfiguredScorer(nn.Module):
             saved, name, parts, references = read_scorer(Path(name))
             values = {**saved, **(scorer_preset(preset) if preset else {})}
         config = ScorerConfig.from_dict({**values, **_plain(options)})
+        if variant is not None:
+            parts["variant"] = variant
         backbone = load_backbone(name, device=device, dtype=dtype, **parts)
         return cls(backbone, config, use_cache=use_cache, references=references)
 

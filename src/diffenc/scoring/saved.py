@@ -32,6 +32,8 @@ def write_scorer(
     from safetensors.torch import save_file
 
     content: dict[str, Any] = {"backbone": backbone.name}
+    if backbone.variant is not None:
+        content["variant"] = backbone.variant
     if backbone.given:
         content["parts"] = backbone.given
     content.update(config.to_dict())
@@ -48,7 +50,7 @@ def write_scorer(
 
 
 def read_scorer(folder: Path) -> tuple[dict[str, Any], str, dict[str, Any], References | None]:
-    """Options, name of the backbone, parts given in place of its own, and reference images.
+    """Options, name of the backbone, options it was loaded with, and reference images.
 
     Raises:
         BackboneError: The files are not those that `write_scorer` wrote.
@@ -58,12 +60,13 @@ def read_scorer(folder: Path) -> tuple[dict[str, Any], str, dict[str, Any], Refe
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         backbone = values.pop("backbone")
-        parts = dict(values.pop("parts", {}))
+        parts, variant = dict(values.pop("parts", {})), values.pop("variant", None)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise BackboneError(
             f"{path} is not a config that CrossAttnScorer.save_pretrained wrote: {error!r}"
         ) from error
-    return values, backbone, merge_parts(parts, {}, folder), _read_references(folder)
+    options = {**merge_parts(parts, {}, folder), "variant": variant}
+    return values, backbone, options, _read_references(folder)
 
 
 def _read_references(folder: Path) -> References | None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from diffenc.errors import ConfigError
-from diffenc.pretrained import loading, pretrained_source
+from diffenc.pretrained import load_whole, loading, model_folder, pretrained_source
 
 _INSTEAD = (
     "Pass a folder with config.json, safetensors and a tokenizer, or the Hub id of a causal "
@@ -37,13 +37,23 @@ def load_language_model(
 
     label = os.fspath(name)
     with loading("a language model", label, instead=_INSTEAD):
-        source = pretrained_source(label)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            source, **{_dtype_argument(): dtype}
-        )
+        tokenizer = load_tokenizer(label)
+        model = load_whole(transformers.AutoModelForCausalLM, label, dtype=dtype)
     model.name_or_path = label
     return model.to(device), tokenizer
+
+
+def load_tokenizer(name: "str | os.PathLike[str]") -> Any:
+    """The tokenizer of a language model; nothing of the model itself is loaded.
+
+    Raises:
+        BackboneError: It asks for code to be run.
+        Exception: The libraries' own, where there is none.
+    """
+    from transformers import AutoTokenizer
+
+    folder = model_folder(name, weights=False)
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def bundled_language_model() -> str:
@@ -118,11 +128,3 @@ def add_language_lora(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return adapted.train(language_model.training)
-
-
-def _dtype_argument() -> str:
-    """Transformers renamed it in 4.56."""
-    import transformers
-
-    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    return "dtype" if version >= (4, 56) else "torch_dtype"
