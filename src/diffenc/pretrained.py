@@ -69,8 +69,8 @@ def model_folder(
     refuse_remote_code(folder)
     if is_file(folder / "adapter_config.json"):
         raise BackboneError(
-            f"{folder} holds an adapter (adapter_config.json), which would not be applied; merge it "
-            "into its model, or pass the model"
+            f"{folder} holds an adapter (adapter_config.json), which would not be applied; merge "
+            "it into its model, or pass the model"
         )
     _check_sizes(read_json(folder / "config.json", error=BackboneError, finite=False), folder)
     return folder

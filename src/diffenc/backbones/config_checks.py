@@ -42,7 +42,11 @@ _NEEDED = {
     ),
     "scheduler": (),
 }
-_TEXT_KINDS = {"hidden_act": {str}, "layer_norm_eps": {float}, "projection_dim": {int}}
+_TEXT_KINDS: dict[str, set[type]] = {
+    **{key: {int} for key in (*_NEEDED["text"], "projection_dim")},
+    "hidden_act": {str},
+    "layer_norm_eps": {float},
+}
 _SCHEDULER_KINDS: dict[str, set[type]] = {
     "num_train_timesteps": {int},
     "beta_start": {float},
@@ -105,7 +109,7 @@ def _checked(config: dict[str, Any], part: str) -> dict[str, Any]:
         name, kinds = "scheduler", _SCHEDULER_KINDS
     elif part.startswith("text_encoder"):
         config, name = _text_config(config), "text"
-        kinds = {**dict.fromkeys(_NEEDED["text"], {int}), **_TEXT_KINDS}
+        kinds = _TEXT_KINDS
     else:
         known = VAES if part == "vae" else ("UNet2DConditionModel",)
         name = config.get("_class_name", known[0])

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from diffenc.errors import TapError, near_matches
+from diffenc.errors import BackboneError, TapError, near_matches
 from diffenc.hooks import ForwardTaps
+from diffenc.storage.names import reason
 from diffenc.truncation import truncate
 
 _TRANSFORMER = (
@@ -54,7 +55,13 @@ def unet_taps(config: dict[str, Any], vae_reduction: int) -> tuple[TapInfo, ...]
     # With defaults filled in, a config file and a loaded model's config are one key of the cache.
     arguments = signature(UNet2DConditionModel.__init__).parameters
     whole = {name: config.get(name, arguments[name].default) for name in list(arguments)[1:]}
-    return _unet_taps(dumps(whole, sort_keys=True), vae_reduction)
+    try:
+        return _unet_taps(dumps(whole, sort_keys=True), vae_reduction)
+    except Exception as error:  # of any kind, by the value that is wrong
+        raise BackboneError(
+            f"no U-Net can be built by this config: {reason(error)}; pass one of a "
+            "UNet2DConditionModel"
+        ) from error
 
 
 @cache

@@ -249,8 +249,8 @@ _BESIDE_TEXT = ("vision_model.", "visual_projection.", "logit_scale")
 def fit_text_encoder(state: State, wanted: Collection[str]) -> State:
     """Weights of a CLIP's text encoder under the names of this version of transformers.
 
-    `CLIPTextModel` lost the prefix "text_model." in transformers 5.6. The positions count and are no
-    weights, and a file may hold a whole CLIP, or a projection that the model does not read.
+    `CLIPTextModel` lost the prefix "text_model." in transformers 5.6. The positions are no weights,
+    and a file may hold a whole CLIP, or a projection that the model does not read.
 
     Raises:
         BackboneError: A weight is there twice, with the prefix and without.

@@ -17,6 +17,7 @@ from diffenc.cli.options import (
     Dtype,
     Force,
     Model,
+    Variant,
     quiet_libraries,
     to_device,
     to_dtype,
@@ -117,6 +118,7 @@ def encode(
     batch_size: Annotated[int, typer.Option(min=1, help="Images per pass.")] = 8,
     device: Device = "auto",
     dtype: Dtype = "float32",
+    variant: Variant = None,
     force: Force = False,
     _debug: Debug = False,
 ) -> None:
@@ -139,6 +141,7 @@ def encode(
         "vae": vae,
         "architecture": architecture,
         "tokenizer": tokenizer,
+        "variant": variant,
         "seed": seed,
     }
     check_output(output, suffixes=(".safetensors",), force=force)

@@ -13,6 +13,7 @@ from diffenc.cli.options import (
     Device,
     Dtype,
     Model,
+    Variant,
     quiet_libraries,
     to_device,
     to_dtype,
@@ -49,6 +50,7 @@ def index(
     batch_size: BatchSize = 16,
     device: Device = "auto",
     dtype: Dtype = "float32",
+    variant: Variant = None,
     _debug: Debug = False,
 ) -> None:
     """Write a query bank of images, which diffenc search finds by any text.
@@ -64,6 +66,7 @@ def index(
         model,
         device=device,
         dtype=dtype,
+        variant=variant,
         preset="calibrated",
         calibration=calibration,
         references=references,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from diffenc._version import __version__
-from diffenc.cli.options import Debug, Device, Dtype, Model
+from diffenc.cli.options import Debug, Device, Dtype, Model, Variant
 from diffenc.cli.score_options import (
     AsJson,
     BatchSize,
@@ -54,6 +54,7 @@ def score(
     as_json: AsJson = False,
     device: Device = "auto",
     dtype: Dtype = "float32",
+    variant: Variant = None,
     _debug: Debug = False,
 ) -> None:
     """Score every image under every text; higher is better.
@@ -69,6 +70,7 @@ def score(
         model,
         device=device,
         dtype=dtype,
+        variant=variant,
         preset=preset,
         calibration=calibration,
         references=references,

@@ -31,6 +31,7 @@ from diffenc.scoring.inputs import (
     token_mask,
 )
 from diffenc.scoring.shared_query import chosen_attentions, late_queries, score_queries
+from diffenc.storage.names import inside
 
 _ROWS_AT_ONCE = 16
 SHARD_BYTES = 512 * 2**20
@@ -181,7 +182,7 @@ class QueryBank:
 
         layers = range(len(self._content["layers"]))
         for shard in self._content["shards"]:
-            path = self.folder / shard["file"]
+            path = inside(self.folder, shard["file"], error=BackboneError)
             try:
                 with safe_open(path, "pt") as opened:
                     slices = [opened.get_slice(f"layer.{layer}") for layer in layers]

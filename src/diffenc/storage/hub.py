@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 _CONVERTER = "SFconvertbot"
 """Account of the Hub that offers `.safetensors` of models whose owners wrote other formats."""
@@ -31,18 +32,20 @@ def hub_folder(
     """
     import huggingface_hub
 
-    options = {} if revision is None else {"revision": revision}
     try:
         listing = list_files(hub_id, revision=revision)
     except Exception as offline:  # no network, gated, gone: the cache may have it all the same
         try:
-            return Path(huggingface_hub.snapshot_download(hub_id, local_files_only=True, **options))
+            cached = huggingface_hub.snapshot_download(
+                hub_id, revision=revision, local_files_only=True
+            )
+            return Path(cached)
         except Exception:
             raise offline from None
     needed = [name for name in listing if small(name)]
-    folder = _fetch(hub_id, needed, options)
+    folder = _fetch(hub_id, needed, revision)
     if weights is not None and (more := list(weights(folder, listing))):
-        folder = _fetch(hub_id, [*needed, *more], options)
+        folder = _fetch(hub_id, [*needed, *more], revision)
     return folder
 
 
@@ -86,8 +89,10 @@ def cached_conversion(hub_id: str, pattern: str) -> Path | None:
     return None
 
 
-def _fetch(hub_id: str, names: Sequence[str], options: dict[str, str]) -> Path:
+def _fetch(hub_id: str, names: Sequence[str], revision: str | None) -> Path:
     import huggingface_hub
 
     patterns = [re.sub(r"([*?\[])", r"[\1]", name) for name in names]
-    return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns, **options))
+    options = {} if revision is None else {"revision": revision}
+    folder: Any = huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns, **options)
+    return Path(folder)

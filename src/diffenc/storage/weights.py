@@ -34,7 +34,7 @@ def check_variant(variant: object) -> str | None:
         BackboneError: It is no text, or one that no file's name can hold.
     """
     if variant is None or variant == "":
-        return variant  # type: ignore[return-value]
+        return None if variant is None else ""
     if not isinstance(variant, str) or not _VARIANT.fullmatch(variant):
         raise BackboneError(
             f"variant must be a word in the names of weight files, such as 'fp16', or '' for the "
@@ -253,8 +253,8 @@ def check_finite(
     # The extremes are NaN where any number is; ten times faster than `isfinite`, without a copy.
     if not all(bool(extreme.isfinite()) for extreme in value.detach().aminmax()):
         raise error(
-            f"{where} holds NaN or infinity in {name!r} as {str(value.dtype).removeprefix('torch.')}"
-            "; the file is broken, or its weights need another dtype"
+            f"{where} holds NaN or infinity in {name!r} as {value.dtype}; the file is broken, or "
+            "its weights need another dtype"
         )
 
 

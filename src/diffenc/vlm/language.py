@@ -2,13 +2,16 @@
 
 import os
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from diffenc.errors import ConfigError
+from diffenc.errors import BackboneError, ConfigError
 from diffenc.pretrained import load_whole, loading, model_folder, pretrained_source
+from diffenc.storage.remote_code import refuse_remote_code
+from diffenc.storage.weights import StoredWeights
 
 _INSTEAD = (
     "Pass a folder with config.json, safetensors and a tokenizer, or the Hub id of a causal "
@@ -128,3 +131,36 @@ def add_language_lora(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return adapted.train(language_model.training)
+
+
+def open_language_lora(folder: Path) -> StoredWeights:
+    """The weights of a language model's LoRA adapter; peft would take pickled ones too.
+
+    Raises:
+        BackboneError: There is no whole `.safetensors` file of them.
+    """
+    refuse_remote_code(folder)
+    return StoredWeights({folder / "adapter_model.safetensors": None}, where=str(folder))
+
+
+def check_language_lora(language_model: Any, weights: StoredWeights) -> None:
+    """Raise unless an adapter that peft has loaded is the one in its files.
+
+    peft lets weights be missing, which are random then, and passes over those without a place.
+
+    Raises:
+        BackboneError: They differ.
+    """
+    from peft import get_peft_model_state_dict
+
+    own = get_peft_model_state_dict(language_model)
+    strange = sorted(own.keys() ^ weights.keys()) or [
+        name
+        for name, value in own.items()
+        if not torch.equal(value.cpu(), weights[name].to(value.dtype))
+    ]
+    if strange:
+        raise BackboneError(
+            f"{weights.where} holds no whole LoRA adapter of this language model: it differs in "
+            f"{len(strange)} weights, such as {strange[0]!r}"
+        )
