@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from diffenc._inference import lasting, make_plain
 from diffenc.errors import BackboneError, ConfigError, OutputError
-from diffenc.pretrained import load_whole, loading, pretrained_source
+from diffenc.pretrained import load_whole, loading, model_folder
 from diffenc.threads import lock_of
 
 _CONFIG_FILE, _WEIGHTS_FILE = "captioner.json", "captioner.safetensors"
@@ -206,11 +206,13 @@ class ClipEmbedder(nn.Module):
 
         label = os.fspath(name)
         with loading("a CLIP", label, instead=_INSTEAD):
-            source = pretrained_source(label)
+            source = model_folder(label)
             # The embedding is small work and remembered: no half precision, whatever the file has.
-            model = load_whole(CLIPVisionModelWithProjection, source).float()
+            model = load_whole(CLIPVisionModelWithProjection, label)
         try:
-            processor, _ = ImageProcessingMixin.get_image_processor_dict(source)
+            processor, _ = ImageProcessingMixin.get_image_processor_dict(
+                source, local_files_only=True
+            )
         except OSError:
             processor = None
         return cls(model, name=label, processor=processor)

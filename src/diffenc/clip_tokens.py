@@ -14,7 +14,13 @@ from diffenc._inference import lasting, make_plain
 from diffenc.cache import TensorCache, content_key, recall, state_key
 from diffenc.errors import BackboneError, ConfigError, NonFiniteError, ShapeError
 from diffenc.images import Images
-from diffenc.pretrained import lasting_name, load_whole, loading, pretrained_source
+from diffenc.pretrained import (
+    lasting_name,
+    load_image_processor,
+    load_whole,
+    loading,
+    model_config,
+)
 from diffenc.threads import lock_of
 from diffenc.vision_models import VisionModel, to_pictures
 
@@ -114,16 +120,15 @@ class ClipTokens(VisionModel):
 
         label = os.fspath(name)
         with loading("a CLIP", label, instead=_INSTEAD):
-            source = pretrained_source(label)
-            found = transformers.AutoConfig.from_pretrained(source).model_type
+            found = model_config(label).model_type
             kind = found.removesuffix("_vision_model")
             if kind not in _VISION:
                 raise BackboneError(f"{label!r} is of the kind {found!r}; {_TAKEN}")
-            model = load_whole(getattr(transformers, _VISION[kind]), source)
+            model = load_whole(getattr(transformers, _VISION[kind]), label, dtype=dtype)
             if image_processor is None:
-                image_processor = transformers.AutoImageProcessor.from_pretrained(source)
+                image_processor = load_image_processor(label)
         return cls(
-            model.to(device, dtype),
+            model.to(device),
             image_processor,
             layer=layer,
             frozen=frozen,

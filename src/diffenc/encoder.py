@@ -97,6 +97,7 @@ class DiffusionEncoder(TrainableParts):
         channels_last: bool | None = None,
         architecture: "str | os.PathLike[str] | None" = None,
         prediction_type: Prediction | None = None,
+        variant: str | None = None,
         unet: Any = None,
         vae: Any = None,
         text_encoder: Any = None,
@@ -129,6 +130,7 @@ class DiffusionEncoder(TrainableParts):
             architecture: For a single file: the alias or folder whose configs describe it.
             prediction_type: What the U-Net predicts, where the model itself does not say so; see
                 `load_backbone`.
+            variant: Word in the names of the weight files, such as "fp16"; see `load_backbone`.
             unet: Instead of the model's own: a model, a state dict, or a `.safetensors` file.
             vae: Instead of the model's own: a model (TAESD too), its folder, or a file.
             text_encoder: Instead of the model's own; as the next three see `load_backbone`.
@@ -163,6 +165,7 @@ class DiffusionEncoder(TrainableParts):
             name = folder / BACKBONE_FOLDER if contents.included else contents.backbone
             parts.update(merge_parts(_resolved(contents.parts, folder), parts, folder))
             truncate = truncate or contents.truncated
+            variant = contents.variant if variant is None else variant
         if clip is not None and not (contents and contents.captioner):
             raise ConfigError(
                 f"clip= is for the captioner of a saved encoder, and {name} holds none; call "
@@ -189,6 +192,7 @@ class DiffusionEncoder(TrainableParts):
             dtype=dtype,
             keep_taps=keep,
             channels_last=channels_last,
+            variant=variant,
             **parts,
         )
         encoder = cls(backbone, config, use_cache=use_cache)
@@ -247,6 +251,7 @@ class DiffusionEncoder(TrainableParts):
             )
         contents = Contents(
             backbone=backbone.name,
+            variant=None if include_backbone else backbone.variant,
             parts=parts,
             included=include_backbone,
             truncated=include_backbone and backbone.truncated,

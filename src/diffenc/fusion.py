@@ -23,6 +23,7 @@ from diffenc.errors import BackboneError, ConfigError, OutputError
 from diffenc.images import Images, as_list, to_pixel_values
 from diffenc.maps import to_grid
 from diffenc.pictures.resizing import fit
+from diffenc.pretrained import load_image_processor
 from diffenc.prompts import PromptEmbeds
 from diffenc.vision_models import to_image, to_pictures
 
@@ -359,13 +360,11 @@ def _as_clip(
 
 
 def _processor_of(clip: nn.Module) -> Any:
-    from transformers import AutoImageProcessor
-
     origin = getattr(clip, "name_or_path", "")
     try:
         if not origin:
             raise OSError("it was loaded from nowhere")
-        return AutoImageProcessor.from_pretrained(origin)
+        return load_image_processor(origin)
     except Exception as error:  # missing, offline, broken: each in words of its own
         raise ConfigError(
             f"the image processor of this CLIP is not known ({str(error).splitlines()[0]}); pass "

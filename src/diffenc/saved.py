@@ -29,6 +29,7 @@ class Contents:
 
     Attributes:
         backbone: Name of the backbone.
+        variant: Variant of its weight files that was requested.
         parts: Parts that are not the named model's own: their paths, None for objects.
         included: Whether the backbone's weights lie in the folder.
         truncated: Whether those end after the last tap.
@@ -39,6 +40,7 @@ class Contents:
     """
 
     backbone: str
+    variant: str | None = None
     parts: Mapping[str, str | None] = field(default_factory=dict)
     included: bool = False
     truncated: bool = False
@@ -88,7 +90,7 @@ def write_config(folder: Path, config: EncoderConfig, contents: Contents) -> Non
         OutputError: The folder cannot be written.
     """
     told = asdict(contents)
-    plain = {"backbone": told.pop("backbone"), **{k: v for k, v in told.items() if v}}
+    plain = {"backbone": told.pop("backbone"), **{k: v for k, v in told.items() if v or v == ""}}
     try:
         partial = folder / f"{CONFIG_FILE}.partial"
         text = json.dumps({**plain, **config.to_dict()}, indent=2)

@@ -45,6 +45,7 @@ from diffenc.config import check_choice
 from diffenc.defaults import torch_defaults
 from diffenc.errors import BackboneError, ConfigError, near_matches
 from diffenc.storage.names import SURROGATE, is_folder, printable
+from diffenc.storage.weights import check_variant
 from diffenc.truncation import truncate
 
 __all__ = [
@@ -79,6 +80,7 @@ def load_backbone(
     architecture: "str | os.PathLike[str] | None" = None,
     prediction_type: Prediction | None = None,
     channels_last: bool | None = None,
+    variant: str | None = None,
     unet: Any = None,
     vae: Any = None,
     text_encoder: Any = None,
@@ -104,6 +106,11 @@ def load_backbone(
             what the file or the folder says; another value wins over both.
         channels_last: Memory format of convolutions; None takes what was measured to be fastest,
             see `diffenc.backbones.memory_format`, and leaves a pipeline and a `Backbone` as is.
+        variant: Word in the names of a folder's weight files, such as "fp16" or "non_ema"; a part
+            without such files is read from those that it has. "" names the files without a word.
+            None takes these, and those in half precision ("fp16") where there are no others, or
+            where `dtype` is float16: that is all the precision it holds. bfloat16 has a wider range
+            than float16 and is made of the full files where there are any.
         unet: Instead of the model's own: a `UNet2DConditionModel`, a state dict or a
             `.safetensors` file (CleanDIFT's, for one), with any prefix.
         vae: Instead of the model's own: an `AutoencoderKL` or `AutoencoderTiny` (TAESD), its
@@ -129,7 +136,8 @@ def load_backbone(
         tokenizer_2=tokenizer_2,
     )
     if isinstance(name, Backbone):
-        if given.references() or any((keep_taps, architecture, prediction_type)):
+        options = (keep_taps, architecture, prediction_type, variant)
+        if given.references() or any(option is not None for option in options):
             raise ConfigError(
                 "a Backbone has its parts and is not truncated; pass the name that it is loaded "
                 "by, or build another one of your parts"
@@ -137,31 +145,37 @@ def load_backbone(
         _check_place(name, device, dtype)
         return name if channels_last is None else arrange(name, channels_last)
     place, kind = check_placement(device, dtype), as_dtype(dtype)
+    variant = check_variant(variant)
     told = _described(name, architecture, prediction_type, given)
     if is_pipeline(name):
         if given.references():
             raise ConfigError(
                 f"a pipeline has its parts; put {', '.join(given.references())} into the pipeline"
             )
+        if variant is not None:
+            raise ConfigError("variant= is for a folder of files; a pipeline has its weights")
         backbone = _of_pipeline(name, told, keep_taps, place if device else None, dtype and kind)
         return backbone if channels_last is None else arrange(backbone, channels_last)
     path = single_file(name)
+    if path is not None and variant is not None:
+        raise ConfigError(f"variant= is for a folder of several files; {path} is one file")
     if path is not None:
         backbone = _load_single_file(
             path, architecture, prediction_type, told, given, kind, place, keep_taps
         )
     else:
         backbone = load_folder(
-            resolve_folder(name),
+            resolve_folder(name, dtype=kind, variant=variant, without=given.references()),
             name=os.fspath(name),
             dtype=kind,
             device=place,
             own_taps=_own_taps(name),
             keep_taps=keep_taps,
             given=given,
+            variant=variant,
         )
         backbone.scheduler = make_scheduler(told.configs["scheduler"])
-    backbone.given = given.references()
+    backbone.given, backbone.variant = given.references(), variant
     if architecture is not None:
         backbone.given["architecture"] = os.fspath(architecture)
     if prediction_type is not None:

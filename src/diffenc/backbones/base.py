@@ -124,6 +124,7 @@ class Backbone(nn.Module):
         default_size: Side of the square that images are brought to, in pixels.
         default_taps: What the encoder reads when nothing else is asked for.
         given: Parts that are not the named model's own: their paths, None for objects.
+        variant: Variant of the weight files that was requested, see `load_backbone`.
         caches: Latents, prompts and unconditional features that were computed before.
         compiled: Compiled U-Net for each tuple of taps.
         lock: Held while a call reads the model or changes it, so that threads may share it. It is
@@ -149,6 +150,7 @@ class Backbone(nn.Module):
         self.name = name
         self.unet, self.vae, self.scheduler = unet, vae, scheduler
         self.given: dict[str, str | None] = {}
+        self.variant: str | None = None
         told = Architecture({"unet": dict(unet.config), "vae": dict(vae.config)})
         self.default_size = told.default_size if default_size is None else default_size
         if default_taps is None:

@@ -18,6 +18,7 @@ from diffenc.cli.options import (
     Force,
     Model,
     SkipBroken,
+    Variant,
     quiet_libraries,
     to_device,
     to_dtype,
@@ -121,6 +122,7 @@ def encode(
     device: Device = "auto",
     dtype: Dtype = "float32",
     skip_broken: SkipBroken = False,
+    variant: Variant = None,
     force: Force = False,
     _debug: Debug = False,
 ) -> None:
@@ -143,6 +145,7 @@ def encode(
         "vae": vae,
         "architecture": architecture,
         "tokenizer": tokenizer,
+        "variant": variant,
         "seed": seed,
     }
     check_output(output, suffixes=(".safetensors",), force=force)

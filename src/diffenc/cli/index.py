@@ -14,6 +14,7 @@ from diffenc.cli.options import (
     Dtype,
     Model,
     SkipBroken,
+    Variant,
     quiet_libraries,
     to_device,
     to_dtype,
@@ -52,6 +53,7 @@ def index(
     device: Device = "auto",
     dtype: Dtype = "float32",
     skip_broken: SkipBroken = False,
+    variant: Variant = None,
     _debug: Debug = False,
 ) -> None:
     """Write a query bank of images, which diffenc search finds by any text.
@@ -67,6 +69,7 @@ def index(
         model,
         device=device,
         dtype=dtype,
+        variant=variant,
         preset="calibrated",
         calibration=calibration,
         references=references,

@@ -62,6 +62,13 @@ SkipBroken = Annotated[
         "--skip-broken", help="Go on without pictures that cannot be read, and tell which."
     ),
 ]
+Variant = Annotated[
+    str | None,
+    typer.Option(
+        metavar="WORD",
+        help="Word in the names of the weight files, such as fp16; default: what fits the dtype.",
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace the output file if it exists.")]
 
 

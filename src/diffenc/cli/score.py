@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from diffenc._version import __version__
-from diffenc.cli.options import Debug, Device, Dtype, Model, SkipBroken
+from diffenc.cli.options import Debug, Device, Dtype, Model, SkipBroken, Variant
 from diffenc.cli.pictures import PictureFiles
 from diffenc.cli.score_options import (
     AsJson,
@@ -59,6 +59,7 @@ def score(
     device: Device = "auto",
     dtype: Dtype = "float32",
     skip_broken: SkipBroken = False,
+    variant: Variant = None,
     _debug: Debug = False,
 ) -> None:
     """Score every image under every text; higher is better.
@@ -73,6 +74,7 @@ def score(
         model,
         device=device,
         dtype=dtype,
+        variant=variant,
         preset=preset,
         calibration=calibration,
         references=references,

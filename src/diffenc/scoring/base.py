@@ -69,6 +69,7 @@ class ConfiguredScorer(nn.Module):
         device: Device = None,
         dtype: Dtype = None,
         use_cache: bool = True,
+        variant: str | None = None,
         **options: Any,  # attributes of ScorerConfig, which checks their names
     ) -> _Scorer:
         """Load a scorer.
@@ -85,6 +86,7 @@ class ConfiguredScorer(nn.Module):
                 float32, and what a pipeline or a `Backbone` has. Scores are computed in float32
                 whatever it is.
             use_cache: See the class.
+            variant: Word in the names of the weight files, such as "fp16"; see `load_backbone`.
             options: Attributes of `ScorerConfig`, such as `mode`, `layers` or `timesteps`; they win
                 over a preset, and that over a saved config.
 
@@ -99,6 +101,8 @@ class ConfiguredScorer(nn.Module):
             saved, name, parts, references = read_scorer(Path(name))
             values = {**saved, **(scorer_preset(preset) if preset else {})}
         config = ScorerConfig.from_dict({**values, **_plain(options)})
+        if variant is not None:
+            parts["variant"] = variant
         backbone = load_backbone(name, device=device, dtype=dtype, **parts)
         return cls(backbone, config, use_cache=use_cache, references=references)
 

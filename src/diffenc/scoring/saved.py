@@ -31,6 +31,8 @@ def write_scorer(
         OutputError: The folder cannot be written.
     """
     content: dict[str, Any] = {"backbone": backbone.name}
+    if backbone.variant is not None:
+        content["variant"] = backbone.variant
     if backbone.given:
         content["parts"] = backbone.given
     content.update(config.to_dict())
@@ -43,7 +45,7 @@ def write_scorer(
 
 
 def read_scorer(folder: Path) -> tuple[dict[str, Any], str, dict[str, Any], References | None]:
-    """Options, name of the backbone, parts given in place of its own, and reference images.
+    """Options, name of the backbone, options it was loaded with, and reference images.
 
     Raises:
         BackboneError: The files are not those that `write_scorer` wrote.
@@ -52,6 +54,7 @@ def read_scorer(folder: Path) -> tuple[dict[str, Any], str, dict[str, Any], Refe
     path = folder / CONFIG_FILE
     values = read_json(path, error=BackboneError)
     backbone, parts = values.pop("backbone", None), values.pop("parts", {})
+    variant = values.pop("variant", None)
     if not isinstance(backbone, str) or not backbone:
         raise _unwritten(path, f"its backbone is {backbone!r}, and must be the name of one")
     if not isinstance(parts, dict) or not all(
@@ -60,7 +63,8 @@ def read_scorer(folder: Path) -> tuple[dict[str, Any], str, dict[str, Any], Refe
         raise _unwritten(path, f"its parts are {printable(parts, 80)}, and must be paths by name")
     references = _read_references(folder)
     _check_references(values, references, folder)
-    return values, backbone, merge_parts(parts, {}, folder), references
+    options = {**merge_parts(parts, {}, folder), "variant": variant}
+    return values, backbone, options, references
 
 
 def _unwritten(path: Path, why: str) -> BackboneError:

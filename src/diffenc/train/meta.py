@@ -14,7 +14,7 @@ from diffenc.backbones.taps import meta_inputs
 from diffenc.captioner import ImplicitCaptioner
 from diffenc.clip_tokens import ClipTokens
 from diffenc.errors import BackboneError
-from diffenc.pretrained import pretrained_source
+from diffenc.pretrained import model_config
 from diffenc.train.config import ModelConfig
 from diffenc.truncation import truncate
 from diffenc.vlm.vision import grid_tokens
@@ -109,7 +109,7 @@ def meta_language_model(name: str) -> MetaLanguageModel:
 
     config = _config(name, _LANGUAGE_MODELS, "language model")
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)
+        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
     inner = [
@@ -255,7 +255,11 @@ def _vision_model(name: str) -> tuple[Any, float]:
     config = getattr(config, "vision_config", config)
     is_clip = config.model_type in ("clip_vision_model", "clip")
     with torch.device("meta"):
-        model: Any = CLIPVisionModel(config) if is_clip else AutoModel.from_config(config)
+        model: Any = (
+            CLIPVisionModel(config)
+            if is_clip
+            else AutoModel.from_config(config, trust_remote_code=False)
+        )
         model = model.float()
     sides = (config.image_size, config.image_size)
     picture = torch.empty(1, 3, *sides, dtype=torch.float32, device="meta")
@@ -266,9 +270,8 @@ def _config(name: str, known: dict[str, dict[str, Any]], what: str) -> Any:
     """A model's config: its own, or where that is not at hand a bundled one."""
     from transformers import AutoConfig
 
-    source = pretrained_source(name)
     try:
-        return AutoConfig.from_pretrained(source)
+        return model_config(name)
     except Exception as error:  # missing, offline, broken: each in words of its own
         if name in known:
             return AutoConfig.for_model(**known[name])

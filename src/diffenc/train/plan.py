@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from diffenc.errors import BackboneError, ConfigError
-from diffenc.pretrained import pretrained_source
 from diffenc.projector.plain import Projector
 from diffenc.train.config import TrainConfig
 from diffenc.train.data import DataReport, TrainSample
 from diffenc.train.meta import MetaEncoder, MetaLanguageModel, meta_encoder, meta_language_model
 from diffenc.train.stages import check_data, count_steps, uses_cache
 from diffenc.vlm.chat import Chat
+from diffenc.vlm.language import load_tokenizer
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _SAMPLED = 500
@@ -164,12 +164,8 @@ def _text_lengths(
     """(Tokens of the text, pictures) of samples evenly spread; whether they are a guess."""
     some = samples[:: max(1, len(samples) // _SAMPLED)]
     try:
-        from transformers import AutoTokenizer
-
-        name = config.model.language_model
-        source = pretrained_source(name)
         chat = Chat(
-            AutoTokenizer.from_pretrained(source),
+            load_tokenizer(config.model.language_model),
             config.model.template,  # type: ignore[arg-type]  # checked by the config
         )
     except (OSError, ValueError, BackboneError):

@@ -23,7 +23,7 @@ from diffenc.fusion import FusedEncoder
 from diffenc.projector.fused import FusedProjector
 from diffenc.projector.plain import Projector
 from diffenc.threads import without_warnings
-from diffenc.vlm.language import load_language_model
+from diffenc.vlm.language import check_language_lora, load_language_model, open_language_lora
 from diffenc.vlm.vision import VisionTokens
 
 CONFIG_FILE = "vlm.json"
@@ -127,7 +127,9 @@ def load(
     if name is None and language_model is None:
         model._diffenc_included = True  # its name is a folder that may go
     if adapted:
+        weights = open_language_lora(source / LORA)
         model = _with_lora(model, source / LORA, trainable)
+        check_language_lora(model, weights)
     projector = _load_projector(source / PROJECTOR).to(device)
     return (encoder, model, tokenizer, projector), options
 

@@ -1,6 +1,7 @@
 """Causal language models of transformers: loaded by name, and what they can hold."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,8 +9,10 @@ from torch import nn
 
 from diffenc._inference import lasting
 from diffenc.defaults import torch_defaults
-from diffenc.errors import ConfigError
-from diffenc.pretrained import loading, pretrained_source
+from diffenc.errors import BackboneError, ConfigError
+from diffenc.pretrained import load_whole, loading, model_folder, pretrained_source
+from diffenc.storage.remote_code import refuse_remote_code
+from diffenc.storage.weights import StoredWeights
 from diffenc.threads import without_warnings
 
 _INSTEAD = (
@@ -40,13 +43,23 @@ def load_language_model(
 
     label = os.fspath(name)
     with loading("a language model", label, instead=_INSTEAD):
-        source = pretrained_source(label)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            source, **{_dtype_argument(): dtype}
-        )
+        tokenizer = load_tokenizer(label)
+        model = load_whole(transformers.AutoModelForCausalLM, label, dtype=dtype)
     model.name_or_path = label
     return model.to(device), tokenizer
+
+
+def load_tokenizer(name: "str | os.PathLike[str]") -> Any:
+    """The tokenizer of a language model; nothing of the model itself is loaded.
+
+    Raises:
+        BackboneError: It asks for code to be run.
+        Exception: The libraries' own, where there is none.
+    """
+    from transformers import AutoTokenizer
+
+    folder = model_folder(name, weights=False)
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def bundled_language_model() -> str:
@@ -123,9 +136,34 @@ def add_language_lora(
     return adapted.train(language_model.training)
 
 
-def _dtype_argument() -> str:
-    """Transformers renamed it in 4.56."""
-    import transformers
+def open_language_lora(folder: Path) -> StoredWeights:
+    """The weights of a language model's LoRA adapter; peft would take pickled ones too.
 
-    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    return "dtype" if version >= (4, 56) else "torch_dtype"
+    Raises:
+        BackboneError: There is no whole `.safetensors` file of them.
+    """
+    refuse_remote_code(folder)
+    return StoredWeights({folder / "adapter_model.safetensors": None}, where=str(folder))
+
+
+def check_language_lora(language_model: Any, weights: StoredWeights) -> None:
+    """Raise unless an adapter that peft has loaded is the one in its files.
+
+    peft lets weights be missing, which are random then, and passes over those without a place.
+
+    Raises:
+        BackboneError: They differ.
+    """
+    from peft import get_peft_model_state_dict
+
+    own = get_peft_model_state_dict(language_model)
+    strange = sorted(own.keys() ^ weights.keys()) or [
+        name
+        for name, value in own.items()
+        if not torch.equal(value.cpu(), weights[name].to(value.dtype))
+    ]
+    if strange:
+        raise BackboneError(
+            f"{weights.where} holds no whole LoRA adapter of this language model: it differs in "
+            f"{len(strange)} weights, such as {strange[0]!r}"
+        )

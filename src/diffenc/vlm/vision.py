@@ -15,7 +15,13 @@ from diffenc.errors import ConfigError, NonFiniteError, ShapeError
 from diffenc.fusion import FusedEncoder
 from diffenc.images import Images
 from diffenc.maps import middle_grid
-from diffenc.pretrained import lasting_name, loading, pretrained_source
+from diffenc.pretrained import (
+    lasting_name,
+    load_image_processor,
+    load_whole,
+    loading,
+    model_config,
+)
 from diffenc.threads import lock_of
 from diffenc.vision_models import VisionModel, to_pictures
 
@@ -91,15 +97,17 @@ class VisionTokens(VisionModel):
 
         label = os.fspath(name)
         with loading("a vision model", label, instead=_INSTEAD):
-            source = pretrained_source(label)
-            if transformers.AutoConfig.from_pretrained(source).model_type in _CLIP_LIKE:
+            if model_config(label).model_type in _CLIP_LIKE:
                 tokens = ClipTokens.from_pretrained(label, layer=layer, device=device, dtype=dtype)
                 return cls(
                     tokens.model, tokens.image_processor, layer=layer, name=lasting_name(label)
                 )
-            model = transformers.AutoModel.from_pretrained(source)
-            processor = transformers.AutoImageProcessor.from_pretrained(source)
-        return cls(model.to(device, dtype), processor, layer=layer, name=lasting_name(label))
+            # The states of its layers are read, and never what a pooler makes of them.
+            model = load_whole(
+                transformers.AutoModel, label, dtype=dtype, unread=("pooler.", "head.")
+            )
+            processor = load_image_processor(label)
+        return cls(model.to(device), processor, layer=layer, name=lasting_name(label))
 
     @property
     def token_channels(self) -> tuple[int, ...]:

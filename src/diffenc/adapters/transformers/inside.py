@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from diffenc.adapters.transformers.configuration import DiffEncConfig
 from diffenc.backbones import Backbone, StableDiffusion, StableDiffusionXL
-from diffenc.backbones.folder import make_scheduler
+from diffenc.backbones.schedules import make_scheduler
 from diffenc.backbones.memory_format import arrange
 from diffenc.errors import BackboneError, PromptError
 from diffenc.prompts import tokenize

@@ -10,7 +10,7 @@ import torch
 from diffenc.errors import BackboneError
 from diffenc.evals.answering.base import check_positive
 from diffenc.evals.llava_bench.judge import SYSTEM, Case, JudgeError
-from diffenc.pretrained import loading, pretrained_source
+from diffenc.pretrained import loading, model_config
 from diffenc.tokenizing import token_ids
 from diffenc.vlm.language import context_of, filler_id, load_language_model
 
@@ -75,10 +75,8 @@ class LocalJudge:
         Raises:
             BackboneError: There is none.
         """
-        import transformers
-
         with loading("a judge", self.source, instead=_INSTEAD):
-            transformers.AutoConfig.from_pretrained(pretrained_source(self.source))
+            model_config(self.source)
 
     @torch.no_grad()
     def review(self, case: Case) -> str:

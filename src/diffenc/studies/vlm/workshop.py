@@ -18,13 +18,14 @@ import torch
 
 from diffenc._version import __version__
 from diffenc.errors import BackboneError, ConfigError, OutputError
+from diffenc.pretrained import model_config
 from diffenc.studies.vlm.plan import StudyPlan
 from diffenc.studies.vlm.trainings import make_config, merged_model
 from diffenc.train.config import TrainConfig
 from diffenc.train.miniature import write_miniature
 from diffenc.train.stages import MODEL_FOLDER, train
 from diffenc.vlm.files import is_saved
-from diffenc.vlm.language import bundled_language_model, load_language_model
+from diffenc.vlm.language import load_language_model
 from diffenc.vlm.vision import VisionTokens
 
 _WHAT_FILE = "what.json"
@@ -284,12 +285,8 @@ def _require_language_model(name: str) -> None:
     Raises:
         BackboneError: There is none of that name.
     """
-    import transformers
-
     try:
-        transformers.AutoConfig.from_pretrained(
-            bundled_language_model() if name == "shapes-lm" else name
-        )
+        model_config(name)
     except (OSError, ValueError):
         load_language_model(name)  # says why
 
