@@ -119,6 +119,7 @@ def evaluate(
                 file.add_matcher(matcher)
         run = _Run(benchmark, found, file, seeds, progress)
         scores = {matcher.name: run.score(matcher) for matcher in matchers}
+        others = {name: file.others(name, found.digests) if file else [] for name in names}
     return Evaluation(
         benchmark=benchmark,
         items=found.items,
@@ -126,7 +127,15 @@ def evaluate(
         seeds=seeds,
         descriptions={matcher.name: dict(matcher.description) for matcher in matchers},
         problems=found.problems,
-        notes=found.notes,
+        notes=(
+            *found.notes,
+            *(
+                f"scores of {name} for {len(ids)} items that are not scored here are in "
+                f"{results} ({', '.join(ids[:3])}{', ...' * (len(ids) > 3)})"
+                for name, ids in others.items()
+                if ids
+            ),
+        ),
         fresh=run.fresh,
     )
 

@@ -130,9 +130,10 @@ class JsonLinesFile:
         line = {"type": self.wording.line, **dict(zip(self.wording.keys, key, strict=True))}
         self._write({**line, "digest": digest, **more, self.wording.value: value})
 
-    def count_others(self, names: Collection[str], items: Collection[str]) -> int:
-        """How many values of these models belong to none of these items."""
-        return sum(key[0] in names and key[2] not in items for key in self._values)
+    def others(self, model: str, items: Collection[str]) -> list[str]:
+        """Items for which the file holds values of a model, other than these."""
+        there = (item for name, _, item in self._values if name == model and item not in items)
+        return list(dict.fromkeys(there))
 
     def check_value(self, value: Any) -> Any:
         """A value of a line, or a `ConfigError` where it is none of this kind of file."""

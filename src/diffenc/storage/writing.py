@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from diffenc.errors import DiffencError, OutputError
-from diffenc.storage.names import StrPath, printable, reason
+from diffenc.storage.names import StrPath, is_folder, printable, reason
 
 
 @contextmanager
@@ -158,6 +158,8 @@ def locked(folder: StrPath, *, purpose: str, wait: bool = False, name: str = "")
 
     # `is_singleton` off: two locks of one process on one file exclude each other.
     timeout, place = (-1 if wait else 0), Path(folder) / name
+    if not is_folder(folder):  # filelock would make it
+        raise OutputError(f"cannot use {printable(place)}: No such file or directory")
     file = Path(folder) / (f".{name}.lock" if name else ".lock")
     lock = FileLock(file, timeout=timeout, is_singleton=False)
     try:

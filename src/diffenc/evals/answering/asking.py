@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from diffenc.errors import ConfigError
 from diffenc.evals.answering.base import Answerer, Query, check_answers, check_positive
 from diffenc.evals.answering.records import Key, RecordsFile
+from diffenc.evals.base import Problem
 from diffenc.evals.inspection import Progress
 
 
@@ -30,6 +31,14 @@ class Asker:
     batch_size: int = 8
     progress: Progress | None = None
     fresh: int = 0
+    _ids: set[str] = field(default_factory=set)
+
+    def strangers(self) -> tuple[Problem, ...]:
+        """Answers in the file to questions that were not asked here, as one problem each."""
+        if self.file is None:
+            return ()
+        names = self.file.others(self.model.name, self._ids)
+        return tuple(Problem("answers to questions that are not asked", name) for name in names)
 
     def ask(self, queries: Sequence[Query], *, part: str = "") -> dict[str, str]:
         """The answers by id of the question.
@@ -46,6 +55,7 @@ class Asker:
         """
         if len({query.prompt is None for query in queries}) > 1:
             raise ConfigError("give all questions of a part a prompt for the encoder, or none")
+        self._ids.update(query.id for query in queries)
         found = {query.id: self._known(query, part) for query in queries}
         waiting = [query for query in queries if found[query.id] is None]
         self._tell(len(queries) - len(waiting), len(queries))

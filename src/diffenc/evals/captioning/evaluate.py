@@ -168,7 +168,7 @@ def evaluate_captions(
         items=items,
         question=question,
         passes=tuple(made),
-        problems=reading.problems,
+        problems=(*reading.problems, *asker.strangers()),
         fresh=asker.fresh,
     )
 

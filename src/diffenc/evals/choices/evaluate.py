@@ -196,7 +196,7 @@ def evaluate_choices(
         benchmark=benchmark,
         items=items,
         choices={item.id: _choice(item, answers[item.id], reader) for item in items},
-        problems=reading.problems,
+        problems=(*reading.problems, *asker.strangers()),
         fresh=asker.fresh,
     )
 

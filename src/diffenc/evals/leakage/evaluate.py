@@ -183,7 +183,7 @@ def evaluate_leakage(
         against_prompt=scores(prompt, said[0]),
         floor=scores(prompt, said[1]),
         against_image=scores({item.id: item.references for item in items}, said[0]),
-        problems=reading.problems,
+        problems=(*reading.problems, *asker.strangers()),
         fresh=asker.fresh,
     )
 

@@ -202,7 +202,7 @@ def evaluate_llava_bench(
         answers=answers,
         reviews=court.reviews,
         failures=court.failures,
-        problems=reading.problems,
+        problems=(*reading.problems, *asker.strangers()),
         fresh=asker.fresh + court.fresh,
     )
 
