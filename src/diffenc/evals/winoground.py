@@ -76,9 +76,7 @@ def load_winoground(data: "str | os.PathLike[str]") -> Benchmark:
         name = files.picture(value) if isinstance(value, str) else None
         return picture_of(value, where) if name is None else Picture(name, files.reader(name))
 
-    return _benchmark(
-        rows, find, str(files.source), tuple(faults), main.notes, expected=ITEMS
-    )
+    return _benchmark(rows, find, str(files.source), tuple(faults), main.notes, expected=ITEMS)
 
 
 def winoground_from_rows(rows: Sequence[Mapping[str, Any]]) -> Benchmark:

@@ -1,15 +1,21 @@
 """The folder that a scorer is saved to: config, reference images, where its backbone comes from."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from diffenc.backbones.base import Backbone
-from diffenc.errors import BackboneError, OutputError
+from diffenc.errors import BackboneError, ConfigError
 from diffenc.saved import merge_parts
 from diffenc.scoring.calibration import References
 from diffenc.scoring.config import ScorerConfig
+from diffenc.storage.names import is_file
+from diffenc.storage.reading import read_json
+from diffenc.storage.schema import checked
+from diffenc.storage.tensors import read_tensors, write_tensors
+from diffenc.storage.writing import begin_folder, remove_file, write_json
 
 CONFIG_FILE = "scorer_config.json"
 REFERENCES_FILE = "references.safetensors"
@@ -17,7 +23,7 @@ REFERENCES_FILE = "references.safetensors"
 
 def is_saved_scorer(name: "str | os.PathLike[str]") -> bool:
     """Whether a folder of that name holds a scorer."""
-    return (Path(name) / CONFIG_FILE).is_file()
+    return is_file(Path(name) / CONFIG_FILE)
 
 
 def write_scorer(
@@ -28,23 +34,16 @@ def write_scorer(
     Raises:
         OutputError: The folder cannot be written.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     content: dict[str, Any] = {"backbone": backbone.name}
     if backbone.given:
         content["parts"] = backbone.given
     content.update(config.to_dict())
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / REFERENCES_FILE).unlink(missing_ok=True)
-        if references is not None:
-            save_file({"pictures": references.pictures}, folder / REFERENCES_FILE)
-        partial = folder / f"{CONFIG_FILE}.partial"
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        partial.replace(folder / CONFIG_FILE)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"cannot write {folder}: {error}") from error
+    begin_folder(folder, CONFIG_FILE)
+    if references is not None:
+        write_tensors(folder / REFERENCES_FILE, {"pictures": references.pictures})
+    else:
+        remove_file(folder / REFERENCES_FILE)
+    write_json(folder / CONFIG_FILE, content)
 
 
 def read_scorer(folder: Path) -> tuple[dict[str, Any], str, dict[str, Any], References | None]:
@@ -56,24 +55,22 @@ def read_scorer(folder: Path) -> tuple[dict[str, Any], str, dict[str, Any], Refe
     """
     path = folder / CONFIG_FILE
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        backbone = values.pop("backbone")
-        parts = dict(values.pop("parts", {}))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        values = read_json(path)
+        backbone = checked(values.pop("backbone"), str, "backbone")
+        parts = checked(values.pop("parts", {}), dict[str, str | None], "parts")
+    except (ConfigError, KeyError) as error:
         raise BackboneError(
-            f"{path} is not a config that CrossAttnScorer.save_pretrained wrote: {error!r}"
+            f"{path} is not a config that CrossAttnScorer.save_pretrained wrote: {error}"
         ) from error
     return values, backbone, merge_parts(parts, {}, folder), _read_references(folder)
 
 
 def _read_references(folder: Path) -> References | None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     path = folder / REFERENCES_FILE
-    if not path.is_file():
+    if not is_file(path):
         return None
-    try:
-        return References(load_file(path)["pictures"])
-    except (OSError, KeyError, SafetensorError) as error:
-        raise BackboneError(f"cannot read the reference images in {path}: {error}") from error
+    pictures = read_tensors(path, error=BackboneError).get("pictures")
+    shaped = pictures is not None and pictures.ndim == 4 and pictures.shape[1] == 3
+    if pictures is None or not shaped or not pictures.numel() or pictures.dtype != torch.uint8:
+        raise BackboneError(f"{path} holds no reference images: bytes (images, 3, height, width)")
+    return References(pictures)

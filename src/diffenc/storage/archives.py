@@ -14,9 +14,7 @@ _ENCRYPTED = 0x1
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
-def list_archive(
-    path: StrPath, *, most: int, error: type[DiffencError] = ConfigError
-) -> list[str]:
+def list_archive(path: StrPath, *, most: int, error: type[DiffencError] = ConfigError) -> list[str]:
     """Names of the files in a .zip archive, in its order.
 
     Args:
@@ -89,6 +87,9 @@ def read_member(
 
 def _leaves(name: str) -> bool:
     parts = re.split(r"[/\\]", name)
-    return parts[0] == "" or ".." in parts or bool(re.match(r"[A-Za-z]:", name)) or (
-        SURROGATE.search(name) is not None
+    return (
+        parts[0] == ""
+        or ".." in parts
+        or bool(re.match(r"[A-Za-z]:", name))
+        or (SURROGATE.search(name) is not None)
     )

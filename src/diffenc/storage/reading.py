@@ -11,7 +11,6 @@ from typing import Any
 
 from diffenc.errors import ConfigError, DiffencError
 from diffenc.storage.names import SURROGATE, StrPath, printable, reason
-from diffenc.storage.tensors import read_tensors as read_tensors
 
 CONFIG_BYTES = 64 * 2**20
 """Largest file that is read as a config, in bytes."""

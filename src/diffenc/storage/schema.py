@@ -18,7 +18,7 @@ _NAMES: Mapping[Any, tuple[str, str]] = {
 }
 
 
-class _Misfit(Exception):
+class _MisfitError(Exception):
     """A value has another type: its place, the type that it should have, and the value."""
 
 
@@ -50,13 +50,12 @@ def make(
     known = [name for name in parameters if name not in own]
     check_keys(values, known, where, error=error)
     needed = [name for name in known if parameters[name].default is inspect.Parameter.empty]
-    if missing := [name for name in needed if name not in values]:
-        raise error(f"a key is missing: {', '.join(_path(where, name) for name in missing)}")
+    check_present(values, needed, where, error=error)
     try:
         fitting = {
             name: fit(value, hints[name], _path(where, name)) for name, value in values.items()
         }
-    except _Misfit as misfit:
+    except _MisfitError as misfit:
         raise error(_sentence(*misfit.args)) from None
     return kind(**own, **fitting)
 
@@ -81,9 +80,23 @@ def check_keys(
         )
 
 
-def checked(
-    value: Any, hint: Any, where: str, *, error: type[DiffencError] = ConfigError
-) -> Any:
+def check_present(
+    values: Mapping[str, Any],
+    needed: Iterable[str],
+    where: str = "",
+    *,
+    error: type[DiffencError] = ConfigError,
+) -> None:
+    """Refuse a table that lacks keys.
+
+    Raises:
+        DiffencError: `error`: it does.
+    """
+    if missing := [_path(where, name) for name in needed if name not in values]:
+        raise error(f"a key is missing: {', '.join(missing)}")
+
+
+def checked(value: Any, hint: Any, where: str, *, error: type[DiffencError] = ConfigError) -> Any:
     """A value that fits an annotation, such as ``list[float]``.
 
     Raises:
@@ -91,12 +104,12 @@ def checked(
     """
     try:
         return fit(value, hint, where)
-    except _Misfit as misfit:
+    except _MisfitError as misfit:
         raise error(_sentence(*misfit.args)) from None
 
 
 def fit(value: Any, hint: Any, where: str) -> Any:
-    """A value as an annotation has it, or a `_Misfit`."""
+    """A value as an annotation has it, or a `_MisfitError`."""
     origin, kinds = get_origin(hint), get_args(hint)
     if hint is Any or hint is object:
         return value
@@ -124,11 +137,11 @@ def fit(value: Any, hint: Any, where: str) -> Any:
 
 
 def _fit_one(value: Any, hint: Any, where: str) -> Any:
-    deeper: _Misfit | None = None
+    deeper: _MisfitError | None = None
     for kind in get_args(hint):
         try:
             return fit(value, kind, where)
-        except _Misfit as misfit:
+        except _MisfitError as misfit:
             deeper = misfit if misfit.args[0] != where else deeper
     if deeper is not None:
         raise deeper
@@ -147,7 +160,7 @@ def _fit_list(value: Sequence[Any], hint: Any, where: str) -> tuple[Any, ...] | 
 
 
 def _refuse(where: str, hint: Any, value: Any) -> Any:
-    raise _Misfit(where, hint, value)
+    raise _MisfitError(where, hint, value)
 
 
 def _sentence(where: str, hint: Any, value: Any) -> str:
@@ -177,7 +190,8 @@ def _named(hint: Any, *, several: bool = False) -> str:
         return f"a list of {f'{len(kinds)} ' if exact else ''}{inner}"
     if _is_table(origin or hint):
         return "tables" if several else "a table"
-    return _NAMES.get(hint, (getattr(hint, "__name__", str(hint)),) * 2)[several]
+    other = str(getattr(hint, "__name__", hint))
+    return _NAMES.get(hint, (other, other))[several]
 
 
 def _is_table(kind: Any) -> bool:

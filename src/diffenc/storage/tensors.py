@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffenc.errors import ConfigError, DiffencError
 from diffenc.storage.names import StrPath, is_file, printable, reason
+from diffenc.storage.writing import writing
 
 
 def read_tensors(
@@ -16,7 +17,7 @@ def read_tensors(
     *,
     error: type[DiffencError] = ConfigError,
     finite: bool = False,
-    only: Callable[[str], bool] | None = None,
+    only: Callable[[str], object] | None = None,
 ) -> dict[str, Tensor]:
     """Tensors of a safetensors file, on the CPU.
 
@@ -56,7 +57,7 @@ def read_pickled(
     *,
     error: type[DiffencError] = ConfigError,
     finite: bool = False,
-    only: Callable[[str], bool] | None = None,
+    only: Callable[[str], object] | None = None,
 ) -> dict[str, Tensor]:
     """Tensors that `torch.save` wrote, on the CPU; nothing else in the file is opened.
 
@@ -91,6 +92,32 @@ def read_pickled(
     if finite:
         check_finite(tensors, str(path), error=error)
     return tensors
+
+
+def write_tensors(
+    path: StrPath, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors as a safetensors file, whole or not at all.
+
+    Args:
+        path: File to write.
+        tensors: Tensors by name; they are copied where they share memory.
+        metadata: Texts for the file's header; the order of several is random in it. None says that
+            the tensors are torch's.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    apart: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for name, tensor in tensors.items():
+        value = tensor.detach().contiguous()
+        apart[name] = value.clone() if value.untyped_storage().data_ptr() in places else value
+        places.add(value.untyped_storage().data_ptr())
+    with writing(path) as partial:
+        save_file(apart, partial, metadata=dict(metadata or {"format": "pt"}))
 
 
 def check_finite(

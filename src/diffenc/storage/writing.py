@@ -6,12 +6,10 @@ Every writer raises `OutputError` and leaves what stood there before.
 import json
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from diffenc.errors import DiffencError, OutputError
 from diffenc.storage.names import StrPath, is_folder, printable, reason
@@ -108,26 +106,6 @@ def write_json(path: StrPath, value: Any, *, indent: int | None = 2) -> None:
         partial.write_bytes(f"{text}\n".encode())
 
 
-def write_tensors(
-    path: StrPath, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write tensors as a safetensors file, whole or not at all.
-
-    Args:
-        path: File to write.
-        tensors: Tensors by name; they are copied where they share memory.
-        metadata: Texts for the file's header.
-
-    Raises:
-        OutputError: It cannot be written.
-    """
-    from safetensors.torch import save_file
-
-    apart = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
-    with writing(path) as partial:
-        save_file(apart, partial, metadata={"format": "pt", **(metadata or {})})
-
-
 def begin_folder(folder: StrPath, marker: str) -> Path:
     """Make a folder, and remove the file that says that it is whole; write that one last.
 
@@ -175,6 +153,18 @@ def locked(folder: StrPath, *, purpose: str, wait: bool = False, name: str = "")
         yield
     finally:
         lock.release()
+
+
+def remove_file(path: StrPath) -> None:
+    """Remove a file, if it is there.
+
+    Raises:
+        OutputError: It cannot be removed.
+    """
+    try:
+        Path(path).unlink(missing_ok=True)
+    except (OSError, ValueError) as error:
+        raise OutputError(f"cannot remove {printable(path)}: {reason(error)}") from error
 
 
 def remove_folder(folder: StrPath) -> None:

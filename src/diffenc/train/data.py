@@ -1,13 +1,13 @@
 """Conversations in LLaVA's format with pictures: read, checked as a whole, made to batches."""
 
 import hashlib
-import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -16,6 +16,9 @@ from torch.utils.data import Dataset, Sampler
 
 from diffenc.errors import ConfigError, ImageError, PromptError
 from diffenc.policies import PromptPolicy, PromptSample
+from diffenc.storage.lines import parse_json_lines
+from diffenc.storage.names import is_file
+from diffenc.storage.reading import DATA_BYTES, parse_json, read_bytes, read_text
 from diffenc.vlm.chat import IGNORE_ID, IMAGE_MARK, Chat, ChatTokens, as_messages
 from diffenc.vlm.samples import pad
 
@@ -99,10 +102,12 @@ def read_samples(
     report = DataReport()
     samples: list[TrainSample] = []
     keys: Counter[str] = Counter()
-    for index, record in enumerate(_records(Path(annotations))):
-        if limit is not None and index >= limit:
-            break
-        name = str(record.get("id", index)) if isinstance(record, Mapping) else str(index)
+    for index, record in enumerate(_records(Path(annotations), limit)):
+        if isinstance(record, BrokenLine):
+            report.add("that are no JSON", record.place)
+            continue
+        own = record.get("id") if isinstance(record, Mapping) else None
+        name = str(index if own is None else own)
         problem = _problem(record, folder)
         if problem is not None:
             report.add(problem[0], problem[1] or name)
@@ -209,10 +214,7 @@ class ImageFile:
         Raises:
             ImageError: It cannot be read.
         """
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise ImageError(f"cannot read {path}: {error}") from error
+        content = read_bytes(path, error=ImageError)
         return cls(str(path), content, hashlib.blake2b(content, digest_size=16).hexdigest())
 
     def open(self) -> Image.Image:
@@ -269,41 +271,52 @@ class EpochSampler(Sampler[tuple[int, int]]):
             yield epoch, index
 
 
-def _records(path: Path) -> Iterable[Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
-    try:
-        if path.suffix.lower() in (".jsonl", ".ndjson"):
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
-        found = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"{path} is no JSON: {error}") from error
-    if not isinstance(found, list):
-        raise ConfigError(
-            f"{path} must hold a list of samples, as LLaVA's files do, got {type(found).__name__}"
-        )
-    return found
+@dataclass(frozen=True, slots=True)
+class BrokenLine:
+    """A line of a JSON-lines file that holds no object.
+
+    Attributes:
+        place: Its number, and what is wrong with it.
+    """
+
+    place: str
 
 
-def _names(record: Mapping[str, Any]) -> list[str]:
+def _records(path: Path, limit: int | None) -> list[Any]:
+    text = read_text(path, most=DATA_BYTES)
+    if path.suffix.lower() not in (".jsonl", ".ndjson"):
+        found: Any = parse_json(text, object, where=str(path))
+        if not isinstance(found, list):
+            raise ConfigError(
+                f"{path} must hold a list of samples, as LLaVA's files do, got "
+                f"{type(found).__name__}"
+            )
+        return found[:limit]
+    objects, broken = parse_json_lines(text, where=path.name)
+    lines: dict[int, Any] = dict(objects)
+    lines |= {number: BrokenLine(detail) for number, detail in broken}
+    return [lines[number] for number in sorted(lines)][:limit]
+
+
+def _names(record: Mapping[str, Any]) -> list[str] | None:
+    """Names of the pictures; None where the entry is neither a name nor a list of names."""
     image = record.get("image")
-    if image is None or image == "":
-        return []
-    return [image] if isinstance(image, str) else list(image)
+    names = [] if image is None or image == "" else [image] if isinstance(image, str) else image
+    whole = isinstance(names, list) and all(isinstance(name, str) and name for name in names)
+    return names if whole else None
 
 
 def _problem(record: Any, folder: Path) -> tuple[str, str] | None:
     """Why a record cannot be used, and what to name; "" names the sample."""
     if not isinstance(record, Mapping) or not isinstance(record.get("conversations"), list):
         return "without a list of conversations", ""
-    try:
-        names = _names(record)
-        missing = [name for name in names if not (folder / name).is_file()]
-    except TypeError:
+    name = record.get("id")
+    if isinstance(name, bool) or not isinstance(name, (str, int, NoneType)):
+        return "whose id is no text and no whole number", ""
+    names = _names(record)
+    if names is None:
         return "whose image is no name and no list of names", ""
-    if missing:
+    if missing := [name for name in names if not is_file(folder / name)]:
         return "with missing images", missing[0]
     try:
         messages = as_messages(record["conversations"])
@@ -325,7 +338,7 @@ def _sample(record: Mapping[str, Any], key: str, folder: Path) -> TrainSample:
     captions = tuple(record.get("captions", ()))
     if not captions and len(turns) == 2:
         captions = (turns[1]["value"],)  # LLaVA's first stage: the answer is the caption
-    return TrainSample(key, tuple(folder / name for name in _names(record)), turns, captions)
+    return TrainSample(key, tuple(folder / name for name in _names(record) or ()), turns, captions)
 
 
 def _lack(policy: PromptPolicy, sample: TrainSample) -> str | None:

@@ -1,11 +1,12 @@
 """The two stages of LLaVA's recipe: align the projector, then instruct the language model."""
 
+import hashlib
 import json
 import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,9 @@ from typing import Any
 import torch
 
 from diffenc._optional import require
-from diffenc.errors import ConfigError, OutputError
+from diffenc.errors import ConfigError
 from diffenc.policies import parse_policy
+from diffenc.storage.writing import locked, make_folder
 from diffenc.train.build import build_vlm
 from diffenc.train.config import TrainConfig
 from diffenc.train.data import (
@@ -88,19 +90,35 @@ def train(
         ConfigError: The data cannot be used, a checkpoint is of another configuration, or a run is
             in `config.output` already and shall not be resumed.
         BackboneError: A model is missing.
-        OutputError: The folder cannot be written.
+        OutputError: The folder cannot be written, or another program trains in it.
     """
     require("accelerate", extra="train")
     samples, report = check_data(config)
+    with _alone(Path(config.output)):
+        return _train(config, samples, report, resume, device, progress, stop_after)
+
+
+def _train(
+    config: TrainConfig,
+    samples: list[TrainSample],
+    report: DataReport,
+    resume: bool,
+    device: str | torch.device | None,
+    progress: Progress | None,
+    stop_after: int | None,
+) -> TrainResult:
+    from diffenc.train.trainer import check_same_run, weights_digest
+
     folder = Path(config.output)
     checkpoint = _starting_point(folder, resume)
-    told = run_identity(config, len(samples))
+    told = run_identity(config, samples)
     if checkpoint is not None:
-        from diffenc.train.trainer import check_same_run
-
         check_same_run(checkpoint, told)
     device = _device(device)
     vlm = build_vlm(config, device=device)
+    told["weights"] = weights_digest(vlm)
+    if checkpoint is not None:
+        check_same_run(checkpoint, told)
     if config.optimizing.gradient_checkpointing:
         vlm.gradient_checkpointing_enable()
     cache = make_cache(config, vlm)
@@ -207,8 +225,8 @@ def make_cache(config: TrainConfig, vlm: DiffusionVLM) -> TokenCache | None:
     return TokenCache(folder, int(config.data.cache_gb * 1e9))
 
 
-def run_identity(config: TrainConfig, samples: int) -> dict[str, Any]:
-    """What a run and its continuation must share, flat."""
+def run_identity(config: TrainConfig, samples: Sequence[TrainSample]) -> dict[str, Any]:
+    """What a run and its continuation must share, flat; `weights` comes with the model."""
     told = {key: value for key, value in config.to_dict().items() if key not in _FREE}
     told["data"] = {k: v for k, v in told["data"].items() if k not in _FREE_DATA}
     told["optim"] = {k: v for k, v in told["optim"].items() if k != "device_batch_size"}
@@ -218,7 +236,18 @@ def run_identity(config: TrainConfig, samples: int) -> dict[str, Any]:
             flat.update({f"{key}.{inner}": each for inner, each in value.items()})
         else:
             flat[key] = value
-    return {**flat, "samples": samples}
+    content = samples_digest(samples, Path(config.data.images))
+    return {**flat, "samples": len(samples), "content of the samples": content}
+
+
+def samples_digest(samples: Sequence[TrainSample], images: Path) -> str:
+    """Digest of texts, names of pictures in their folder, and sizes of their files."""
+    digest = hashlib.blake2b(digest_size=12)
+    for sample in samples:
+        pictures = [[os.path.relpath(path, images), path.stat().st_size] for path in sample.images]
+        parts = [sample.key, pictures, [dict(t) for t in sample.conversation], sample.captions]
+        digest.update(json.dumps(parts).encode())
+    return digest.hexdigest()
 
 
 def is_first_process() -> bool:
@@ -245,11 +274,17 @@ def _starting_point(folder: Path, resume: bool) -> Path | None:
 
 
 def _begin(folder: Path, config: TrainConfig) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make the folder {folder}: {error}") from error
-    config.write(folder / CONFIG_FILE)
+    config.write(make_folder(folder) / CONFIG_FILE)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep others from training in a folder; of several processes the first one does."""
+    if not is_first_process():
+        yield
+        return
+    with locked(make_folder(folder), purpose="training in it"):
+        yield
 
 
 def _device(wanted: str | torch.device | None) -> torch.device:
@@ -338,6 +373,14 @@ def _quiet() -> Iterator[None]:
 
 
 def read_log(folder: "str | os.PathLike[str]") -> list[dict[str, Any]]:
-    """Lines of a run's log: step, epoch, loss, learning_rate, grad_norm."""
-    text = (Path(folder) / LOG_FILE).read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    """Lines of a run's log: step, epoch, loss, learning_rate, grad_norm.
+
+    Raises:
+        ConfigError: There is none, or a line is broken.
+    """
+    from diffenc.train.callbacks import log_lines
+
+    lines, problems = log_lines(Path(folder) / LOG_FILE)
+    if problems:
+        raise ConfigError(f"{Path(folder) / LOG_FILE} is broken: {problems[0]}")
+    return lines

@@ -101,7 +101,9 @@ def load_karpathy(
         if name is None or file is None or not isinstance(folder or "", str):
             problems.append(Problem("broken images", f"image {index}"))
             continue
-        texts = [_text(each, "raw") for each in sentences] if isinstance(sentences, list) else [None]
+        texts = (
+            [_text(each, "raw") for each in sentences] if isinstance(sentences, list) else [None]
+        )
         if None in texts:
             problems.append(Problem("broken sentences", f"image {name}"))
         found = [text for text in texts if text is not None]
