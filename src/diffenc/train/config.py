@@ -21,6 +21,13 @@ Precision = Literal["fp32", "bf16", "fp16"]
 CacheMode = Literal["auto", "on", "off"]
 
 
+def _check_range(name: str, value: float, below: float = math.inf) -> None:
+    """Raise unless `value` is from 0 to below a number; NaN is not."""
+    if not 0 <= value < below:
+        most = "" if below == math.inf else f" and below {below}"
+        raise ConfigError(f"{name} must be finite, 0 or more{most}, got {value}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """Which parts the model has.
@@ -362,13 +369,6 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
         for key, value in values.items()
         if value is not None
     }
-
-
-def _check_range(name: str, value: float, below: float = math.inf) -> None:
-    """Raise unless `value` is from 0 to below a number; NaN is not."""
-    if not 0 <= value < below:
-        most = "" if below == math.inf else f" and below {below}"
-        raise ConfigError(f"{name} must be finite, 0 or more{most}, got {value}")
 
 
 def _table(value: Any, name: str) -> dict[str, Any]:
