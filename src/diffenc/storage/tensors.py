@@ -110,13 +110,13 @@ def write_tensors(
     """
     from safetensors.torch import save_file
 
-    apart: dict[str, Tensor] = {}
-    places: set[int] = set()
-    for name, tensor in tensors.items():
-        value = tensor.detach().contiguous()
-        apart[name] = value.clone() if value.untyped_storage().data_ptr() in places else value
-        places.add(value.untyped_storage().data_ptr())
     with writing(path) as partial:
+        apart: dict[str, Tensor] = {}
+        places: set[int] = set()
+        for name, tensor in tensors.items():
+            value = tensor.detach().contiguous()
+            apart[name] = value.clone() if value.untyped_storage().data_ptr() in places else value
+            places.add(value.untyped_storage().data_ptr())
         save_file(apart, partial, metadata=dict(metadata or {"format": "pt"}))
 
 
