@@ -4,21 +4,24 @@ With it an encoder needs no text. The tokens are added to those of the prompt th
 begins at zero, so that training starts from exactly what the prompt alone gives.
 """
 
-import json
 import os
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffenc._inference import lasting, make_plain
-from diffenc.errors import BackboneError, ConfigError, OutputError
+from diffenc.errors import BackboneError, ConfigError
 from diffenc.pretrained import load_whole, loading, model_folder
+from diffenc.storage.names import reason
+from diffenc.storage.reading import read_json
+from diffenc.storage.schema import checked, make
+from diffenc.storage.tensors import misfits, read_tensors, write_tensors
+from diffenc.storage.writing import begin_folder, write_json
 from diffenc.threads import lock_of
 
 _CONFIG_FILE, _WEIGHTS_FILE = "captioner.json", "captioner.safetensors"
@@ -26,6 +29,7 @@ _INSTEAD = (
     "Pass the model itself, a folder with config.json and model.safetensors, or a Hub id such as "
     "openai/clip-vit-large-patch14"
 )
+_MOST_LAYERS = 99
 _OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -87,6 +91,8 @@ class ImplicitCaptioner(nn.Module):
                 isinstance(value, bool) or not isinstance(value, int) or value < 1
             ):
                 raise ConfigError(f"{name} must be an int of 1 or more, got {value!r}")
+        if layers > _MOST_LAYERS:
+            raise ConfigError(f"layers must be {_MOST_LAYERS} at most, got {layers}")
         place: dict[str, Any] = {"dtype": torch.float32, "device": device}
         self.mlp = _mlp(image_width, width, hidden_size, layers, place)
         self.positions = nn.Parameter(torch.empty(length, width, **place))
@@ -115,18 +121,10 @@ class ImplicitCaptioner(nn.Module):
         Raises:
             OutputError: The folder cannot be written.
         """
-        target = Path(folder)
-        state = {key: value.detach().contiguous() for key, value in self.state_dict().items()}
         told = {**self.options, "clip": None if clip is None else clip.reference()}
-        try:
-            target.mkdir(parents=True, exist_ok=True)
-            (target / _CONFIG_FILE).unlink(missing_ok=True)  # without it nothing is read
-            save_file(state, target / _WEIGHTS_FILE, metadata={"format": "pt"})
-            partial = target / f"{_CONFIG_FILE}.partial"
-            partial.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-            partial.replace(target / _CONFIG_FILE)
-        except (OSError, SafetensorError) as error:
-            raise OutputError(f"cannot write {target}: {error}") from error
+        target = begin_folder(folder, _CONFIG_FILE)
+        write_tensors(target / _WEIGHTS_FILE, self.state_dict())
+        write_json(target / _CONFIG_FILE, told)
 
     @classmethod
     @lasting
@@ -140,23 +138,38 @@ class ImplicitCaptioner(nn.Module):
         """
         source = Path(folder)
         try:
-            options = json.loads((source / _CONFIG_FILE).read_text(encoding="utf-8"))
-            clip = dict(options.pop("clip") or {})
-            captioner = cls(**options)
-            captioner.load_state_dict(load_file(source / _WEIGHTS_FILE))
-        except (
-            OSError,
-            ValueError,
-            TypeError,
-            KeyError,
-            AttributeError,
-            RuntimeError,
-            SafetensorError,
-        ) as error:
+            options = read_json(source / _CONFIG_FILE)
+            clip = checked(options.pop("clip"), dict[str, Any] | None, "clip") or {}
+            if clip:
+                make(_ClipReference, clip, "clip")
+            state = read_tensors(source / _WEIGHTS_FILE, finite=True)
+            # Without memory at first: a config may ask for any amount of it.
+            with torch.device("meta"):
+                shaped: ImplicitCaptioner = make(cls, options)
+            if wrong := misfits(state, shaped.state_dict()):
+                raise ConfigError(f"{len(wrong)} weights are another model's, as {wrong[0]!r}")
+        except (ConfigError, KeyError, RuntimeError) as error:
             raise BackboneError(
-                f"{source} holds no whole captioner ({_CONFIG_FILE} and {_WEIGHTS_FILE}): {error}"
+                f"{source} holds no whole captioner ({_CONFIG_FILE} and {_WEIGHTS_FILE}): "
+                f"{reason(error)}"
             ) from error
+        captioner: ImplicitCaptioner = make(cls, options)
+        captioner.load_state_dict(state)
         return captioner, clip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ClipReference:
+    """What `ClipEmbedder.reference` gives."""
+
+    name: str | None
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+    do_center_crop: bool
+
+    def __post_init__(self) -> None:
+        if min(self.image_std) <= 0:
+            raise ConfigError(f"clip.image_std must be above 0, got {self.image_std}")
 
 
 class ClipEmbedder(nn.Module):

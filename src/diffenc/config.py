@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 from diffenc._typing import Conditioning, LongPrompts, Posterior, Resize, Uncond
 from diffenc.errors import ConfigError, near_matches
+from diffenc.storage.schema import make
 
 
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
@@ -138,13 +139,11 @@ class EncoderConfig:
         """Inverse of `to_dict`, lists read as tuples.
 
         Raises:
-            ConfigError: A key is no attribute.
+            ConfigError: A key is no attribute, or a value is not allowed.
         """
         known = {field.name for field in fields(cls)}
-        if unknown := sorted(values.keys() - known):
+        if unknown := sorted(map(str, values.keys() - known)):
             hint = near_matches(unknown[0], known)
             raise ConfigError(f"unknown options {unknown}; known are {sorted(known)}.{hint}")
-        plain: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
-        }
-        return cls(**plain)
+        made: EncoderConfig = make(cls, values)
+        return made

@@ -1,8 +1,8 @@
 """CLIP and diffusion features in one encoder: side by side in channels, in sequence or in space."""
 
-import json
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,19 +19,34 @@ from diffenc.backbones.device import Device, Dtype
 from diffenc.clip_tokens import ClipTokens, to_maps
 from diffenc.config import EncoderConfig, check_choice, check_pair
 from diffenc.encoder import DiffusionEncoder
-from diffenc.errors import BackboneError, ConfigError, OutputError
+from diffenc.errors import BackboneError, ConfigError
 from diffenc.images import Images, as_list, to_pixel_values
 from diffenc.maps import to_grid
 from diffenc.pictures.resizing import fit
 from diffenc.pretrained import load_image_processor
 from diffenc.prompts import PromptEmbeds
+from diffenc.storage.names import is_folder, reason
+from diffenc.storage.reading import read_json
+from diffenc.storage.schema import make
+from diffenc.storage.writing import begin_folder, reporting, write_json
 from diffenc.vision_models import to_image, to_pictures
 
 How = Literal["channel", "tokens", "interleave"]
 View = Literal["same", "own"]
 
 _CONFIG_FILE, _CLIP, _DIFFUSION = "fusion.json", "clip", "diffusion"
-_OPTIONS = ("how", "layer", "grid", "view", "freeze_clip")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Saved:
+    """What the config of a saved encoder says; a CLIP without a name lies beside it."""
+
+    clip: str | None
+    how: How
+    layer: int
+    grid: int | tuple[int, int] | None
+    view: View
+    freeze_clip: bool
 
 
 class FusedEncoder(nn.Module):
@@ -133,20 +148,19 @@ class FusedEncoder(nn.Module):
         """
         source = Path(folder)
         try:
-            told = json.loads((source / _CONFIG_FILE).read_text(encoding="utf-8"))
-            name, settings = told["clip"], {key: told[key] for key in _OPTIONS}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            saved: _Saved = make(_Saved, read_json(source / _CONFIG_FILE))
+        except ConfigError as error:
             raise BackboneError(
-                f"{source} does not hold what FusedEncoder.save_pretrained wrote: {error!r}"
+                f"{source} does not hold what FusedEncoder.save_pretrained wrote: {error}"
             ) from error
+        settings = asdict(saved)
+        name = settings.pop("clip")
         if missing := [
             part
             for part in ([_DIFFUSION] if name else [_DIFFUSION, _CLIP])
-            if not (source / part).is_dir()
+            if not is_folder(source / part)
         ]:
             raise BackboneError(f"{source} is not whole: the folder {missing[0]!r} is missing")
-        if isinstance(settings["grid"], list):
-            settings["grid"] = tuple(settings["grid"])
         diffusion = DiffusionEncoder.from_pretrained(
             source / _DIFFUSION, device=device, dtype=dtype, **options
         )
@@ -170,27 +184,21 @@ class FusedEncoder(nn.Module):
         Raises:
             OutputError: The folder cannot be written.
         """
-        target = Path(folder)
         name = self.clip.name if self.clip.frozen and not include_backbone else None
-        content = {
-            "clip": name,
-            "how": self.how,
-            "layer": self.clip.layer,
-            "grid": self.grid,
-            "view": self.view,
-            "freeze_clip": self.clip.frozen,
-        }
-        try:
-            target.mkdir(parents=True, exist_ok=True)
-            (target / _CONFIG_FILE).unlink(missing_ok=True)  # written last: half a folder has none
-            self.diffusion.save_pretrained(target / _DIFFUSION, include_backbone=include_backbone)
-            if name is None:
+        saved = _Saved(
+            clip=name,
+            how=self.how,
+            layer=self.clip.layer,
+            grid=self.grid,
+            view=self.view,
+            freeze_clip=self.clip.frozen,
+        )
+        target = begin_folder(folder, _CONFIG_FILE)
+        self.diffusion.save_pretrained(target / _DIFFUSION, include_backbone=include_backbone)
+        if name is None:
+            with reporting(target):
                 self.clip.save_pretrained(target / _CLIP)
-            partial = target / f"{_CONFIG_FILE}.partial"
-            partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            partial.replace(target / _CONFIG_FILE)
-        except OSError as error:
-            raise OutputError(f"cannot write {target}: {error}") from error
+        write_json(target / _CONFIG_FILE, asdict(saved))
 
     @property
     def backbone(self) -> Backbone:
@@ -367,6 +375,6 @@ def _processor_of(clip: nn.Module) -> Any:
         return load_image_processor(origin)
     except Exception as error:  # missing, offline, broken: each in words of its own
         raise ConfigError(
-            f"the image processor of this CLIP is not known ({str(error).splitlines()[0]}); pass "
+            f"the image processor of this CLIP is not known ({reason(error)}); pass "
             "image_processor=CLIPImageProcessor.from_pretrained(...), the one it was trained with"
         ) from error

@@ -8,7 +8,6 @@
 `config.json` is removed first and written last: a folder with one is whole.
 """
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,7 +16,11 @@ from typing import Any
 
 from diffenc.backbones.sources import SOURCES
 from diffenc.config import EncoderConfig
-from diffenc.errors import BackboneError, ConfigError, OutputError
+from diffenc.errors import BackboneError, ConfigError
+from diffenc.storage.names import inside, is_file
+from diffenc.storage.reading import read_json
+from diffenc.storage.schema import make
+from diffenc.storage.writing import begin_folder, write_json
 
 CONFIG_FILE = "config.json"
 BACKBONE_FOLDER, LORA_FOLDER, CAPTIONER_FOLDER = "backbone", "lora", "captioner"
@@ -57,7 +60,7 @@ def is_saved(name: "str | os.PathLike[str]") -> bool:
         BackboneError: It was being written when that was interrupted.
     """
     folder = Path(name)
-    if (folder / CONFIG_FILE).is_file():
+    if is_file(folder / CONFIG_FILE):
         return True
     named = os.fspath(name) in SOURCES  # an alias is no folder, whatever lies beside
     if not named and folder.is_dir() and not (folder / "model_index.json").exists():
@@ -76,11 +79,7 @@ def begin(folder: Path) -> None:
     Raises:
         OutputError: The folder cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_FILE).unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot write {folder}: {error}") from error
+    begin_folder(folder, CONFIG_FILE)
 
 
 def write_config(folder: Path, config: EncoderConfig, contents: Contents) -> None:
@@ -91,13 +90,7 @@ def write_config(folder: Path, config: EncoderConfig, contents: Contents) -> Non
     """
     told = asdict(contents)
     plain = {"backbone": told.pop("backbone"), **{k: v for k, v in told.items() if v or v == ""}}
-    try:
-        partial = folder / f"{CONFIG_FILE}.partial"
-        text = json.dumps({**plain, **config.to_dict()}, indent=2)
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.replace(folder / CONFIG_FILE)
-    except OSError as error:
-        raise OutputError(f"cannot write {folder}: {error}") from error
+    write_json(folder / CONFIG_FILE, {**plain, **config.to_dict()})
 
 
 def read_config(folder: Path) -> tuple[EncoderConfig, Contents]:
@@ -109,15 +102,14 @@ def read_config(folder: Path) -> tuple[EncoderConfig, Contents]:
     path = folder / CONFIG_FILE
     known = Contents.__dataclass_fields__
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         told = {key: values.pop(key) for key in list(values) if key in known}
-        contents = Contents(**told)
-        dict(contents.parts), list(contents.lora)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        contents: Contents = make(Contents, told)
+        named = [f"{LORA_FOLDER}/{inside(folder, name).name}" for name in contents.lora]
+    except ConfigError as error:
         raise BackboneError(
-            f"{path} is not a config that DiffusionEncoder.save_pretrained wrote: {error!r}"
+            f"{path} is not a config that DiffusionEncoder.save_pretrained wrote: {error}"
         ) from error
-    named = [f"{LORA_FOLDER}/{name}" for name in contents.lora]
     named += [BACKBONE_FOLDER] * contents.included + [CAPTIONER_FOLDER] * contents.captioner
     if missing := [name for name in named if not (folder / name).is_dir()]:
         raise BackboneError(f"{folder} is incomplete: it lacks {', '.join(missing)}")

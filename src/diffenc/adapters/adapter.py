@@ -14,18 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffenc.adapters.hidden import Conversion, adapt_dtype
 from diffenc.adapters.spec import TowerSpec
 from diffenc.attention import cross_attention_layers
 from diffenc.backbones.taps import LATENTS, meta_inputs
-from diffenc.errors import BackboneError, ConfigError, OutputError
+from diffenc.errors import BackboneError, ConfigError
 from diffenc.hooks import ForwardTaps
 from diffenc.lora.adapters import add_lora
 from diffenc.lora.options import PROJECTIONS, LoraOptions
+from diffenc.storage.reading import parse_json
+from diffenc.storage.tensors import misfits, read_metadata, read_tensors, write_tensors
+from diffenc.storage.writing import make_folder
 from diffenc.truncation import truncate
 
 ADAPTER_FILE = "diffenc_adapter.safetensors"
@@ -69,7 +70,8 @@ def _adapted_layers(unet_config: str, taps: tuple[str, ...]) -> tuple[AdaptedLay
         return ()
     # Shapes alone, on the meta device: which weights the taps depend on is read off their graph.
     with torch.device("meta"), torch.enable_grad():
-        whole = UNet2DConditionModel.from_config(json.loads(unet_config)).float().eval()
+        config = parse_json(unet_config, where="the config of the U-Net", finite=False)
+        whole = UNet2DConditionModel.from_config(config).float().eval()
         unet = truncate(whole, read)
         with ForwardTaps(unet, read) as reader:
             maps = reader.run(lambda: unet(**meta_inputs(whole.config, 64)))
@@ -229,20 +231,11 @@ def save_adapter(adapter: Adapter, spec: TowerSpec, folder: "str | os.PathLike[s
     Raises:
         OutputError: The folder cannot be written.
     """
-    state = {
-        f"adapter.{name}": value.detach().cpu().contiguous()
-        for name, value in adapter.state_dict().items()
-    }
+    state = {f"adapter.{name}": value.cpu() for name, value in adapter.state_dict().items()}
     metadata = {"format": "pt", "spec": str(spec), "belongs_to": fingerprint(spec)}
-    target = Path(folder)
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        partial = target / f"{ADAPTER_FILE}.partial"
-        save_file(state, partial, metadata=metadata)
-        partial.replace(target / ADAPTER_FILE)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"cannot write {target}: {error}") from error
-    return target / ADAPTER_FILE
+    path = make_folder(folder) / ADAPTER_FILE
+    write_tensors(path, state, metadata=metadata)
+    return path
 
 
 def read_adapter(path: "str | os.PathLike[str]", spec: TowerSpec) -> dict[str, Tensor]:
@@ -252,12 +245,8 @@ def read_adapter(path: "str | os.PathLike[str]", spec: TowerSpec) -> dict[str, T
         BackboneError: The file is missing or broken.
         ConfigError: It belongs to another spec.
     """
-    try:
-        with safe_open(str(path), framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise BackboneError(f"cannot read the adapter {path}: {error}") from error
+    metadata = read_metadata(path, error=BackboneError)
+    state = read_tensors(path, error=BackboneError, finite=True)
     theirs = metadata.get("belongs_to")
     if theirs is not None and theirs != fingerprint(spec):
         raise ConfigError(
@@ -274,10 +263,7 @@ def load_state(adapter: Adapter, state: Mapping[str, Tensor], source: object) ->
         ConfigError: Names or shapes are not this adapter's.
     """
     own = dict(adapter.named_parameters())
-    wrong = sorted(own.keys() ^ state.keys()) or [
-        name for name, value in state.items() if value.shape != own[name].shape
-    ]
-    if wrong:
+    if wrong := misfits(state, own):
         raise ConfigError(
             f"{source} is no adapter of this tower: {len(wrong)} of {len(own)} weights differ in "
             f"name or shape, the first is {wrong[0]!r}; rank, taps and model must be those of the "

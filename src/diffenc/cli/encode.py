@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffenc._version import __version__
-from diffenc.cli.files import check_output, write_whole
+from diffenc.cli.files import check_output
 from diffenc.cli.options import (
     Debug,
     Device,
@@ -156,9 +156,9 @@ def encode(
     files.check()
 
     import torch
-    from safetensors.torch import save_file
 
     from diffenc.encoder import DiffusionEncoder
+    from diffenc.storage.tensors import write_tensors
 
     quiet_libraries()
     encoder = DiffusionEncoder.from_pretrained(
@@ -193,7 +193,7 @@ def encode(
     }
     # One entry: the order of several is random, and equal calls shall write equal files.
     described = {"diffenc": json.dumps(metadata)}
-    write_whole(output, lambda path: save_file(tensors, path, metadata=described))
+    write_tensors(output, tensors, metadata=described)
     _report(output, tensors, sum(count > 0 for count in truncated))
     files.report()
 

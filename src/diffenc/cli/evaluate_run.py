@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from diffenc.cli.evaluate_models import load_matchers
-from diffenc.cli.files import check_output, write_whole
+from diffenc.cli.files import check_output
 from diffenc.cli.progress import progress_bar
 from diffenc.cli.tables import print_table
 from diffenc.config import check_choice
-from diffenc.errors import ConfigError, OutputError
+from diffenc.errors import ConfigError
+from diffenc.storage.writing import locked, make_folder, remove_file, write_text
 
 if TYPE_CHECKING:
     from diffenc.evals.base import Benchmark, Matcher
@@ -123,25 +124,22 @@ def prepare_folder(folder: Path, names: Sequence[str], *, anew: bool) -> Path:
     """Make the output folder and find out whether its files can be written; the scores' path.
 
     Raises:
-        OutputError: They cannot.
+        OutputError: They cannot, or another program writes scores there.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make the folder {folder}: {error.strerror}") from error
+    make_folder(folder)
     for name in (SCORES, *names):
         check_output(folder / name, suffixes=(Path(name).suffix,), force=True)
-    if anew:
-        (folder / SCORES).unlink(missing_ok=True)
+    with locked(folder, name=SCORES, purpose="writing to it"):
+        if anew:
+            remove_file(folder / SCORES)
     return folder / SCORES
 
 
 def write_report(folder: Path, name: str, page: str, content: object) -> list[Path]:
     """Write the Markdown and the JSON of a report; their paths."""
     paths = [folder / f"{name}.md", folder / f"{name}.json"]
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    for path, each in zip(paths, (page, text), strict=True):
-        write_whole(path, lambda partial, each=each: partial.write_text(each, encoding="utf-8"))  # type: ignore[misc]
+    write_text(paths[0], page)
+    write_text(paths[1], json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     return paths
 
 

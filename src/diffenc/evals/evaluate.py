@@ -120,6 +120,7 @@ def evaluate(
                 file.add_matcher(matcher)
         run = _Run(benchmark, found, file, seeds, skip_broken, progress)
         rows = {matcher.name: run.score(matcher) for matcher in matchers}
+        others = {name: file.others(name, found.digests) if file else [] for name in names}
     items = tuple(item for item in found.items if item.id not in run.broken)
     if not items:
         raise ConfigError(f"no item of {benchmark.source} is left: {summary(run.broken.values())}")
@@ -133,7 +134,15 @@ def evaluate(
         seeds=seeds,
         descriptions={matcher.name: dict(matcher.description) for matcher in matchers},
         problems=(*found.problems, *run.broken.values()),
-        notes=found.notes,
+        notes=(
+            *found.notes,
+            *(
+                f"scores of {name} for {len(ids)} items that are not scored here are in "
+                f"{results} ({', '.join(ids[:3])}{', ...' * (len(ids) > 3)})"
+                for name, ids in others.items()
+                if ids
+            ),
+        ),
         fresh=run.fresh,
     )
 

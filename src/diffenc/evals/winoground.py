@@ -4,7 +4,6 @@ Source:
     Thrush et al. 2022 (Winoground), arXiv:2204.03162.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
@@ -15,6 +14,8 @@ from diffenc.evals.answering.pictures import picture_of
 from diffenc.evals.base import Benchmark, Item, Picture, Problem
 from diffenc.evals.files import DatasetFiles, resolve_data
 from diffenc.evals.rows import Column, Row, TableRows, read_csv, read_jsonl, read_parquet, rows_of
+from diffenc.storage.reading import decode, parse_json
+from diffenc.storage.schema import checked
 
 REPOSITORIES = ("facebook/winoground",)
 ITEMS = 400
@@ -22,8 +23,8 @@ ITEMS = 400
 _PICTURES = ("image_0", "image_1")
 _COLUMNS = (
     Column("id", also=("index", "example_id")),
-    Column("image_0", also=("image0", "img_0")),
-    Column("image_1", also=("image1", "img_1")),
+    Column("image_0", also=("image0", "img_0"), plain=False),
+    Column("image_1", also=("image1", "img_1"), plain=False),
     Column("caption_0", also=("caption0", "text_0")),
     Column("caption_1", also=("caption1", "text_1")),
     Column("collapsed_tag", needed=False),
@@ -62,6 +63,7 @@ def load_winoground(data: "str | os.PathLike[str]") -> Benchmark:
     main = tables[0]
     more = {row.text("id"): row.values for table in tables[1:] for row in table.rows}
     hard, problems = _hard_tags(files)
+    faults = [*(problem for table in tables for problem in table.problems), *problems]
     rows = [
         Row(
             row.where,
@@ -71,14 +73,10 @@ def load_winoground(data: "str | os.PathLike[str]") -> Benchmark:
     ]
 
     def find(value: Any, where: str) -> Picture | None:
-        if callable(value):
-            return Picture(where, value)
-        name = files.picture(str(value))
-        return None if name is None else Picture(name, files.reader(name))
+        name = files.picture(value) if isinstance(value, str) else None
+        return picture_of(value, where) if name is None else Picture(name, files.reader(name))
 
-    return _benchmark(
-        rows, find, str(files.source), (*main.problems, *problems), main.notes, expected=ITEMS
-    )
+    return _benchmark(rows, find, str(files.source), tuple(faults), main.notes, expected=ITEMS)
 
 
 def winoground_from_rows(rows: Sequence[Mapping[str, Any]]) -> Benchmark:
@@ -126,14 +124,12 @@ def _hard_tags(files: DatasetFiles) -> tuple[dict[str, list[str]], tuple[Problem
     if not names:
         return {}, ()
     try:
-        found = json.loads(files.reader(names[0])())
-        tags = {
-            str(key): [str(tag) for tag in (value if isinstance(value, list) else [value])]
-            for key, value in found.items()
-        }
-    except (ValueError, AttributeError) as error:
+        text = decode(files.reader(names[0])(), where=names[0])
+        found = parse_json(text, where=names[0])
+        tags = checked(found, dict[str, str | list[str]], names[0])
+    except ConfigError as error:
         return {}, (Problem("broken rows", names[0], str(error)),)
-    return tags, ()
+    return {key: [tag] if isinstance(tag, str) else tag for key, tag in tags.items()}, ()
 
 
 def _benchmark(

@@ -1,7 +1,6 @@
 """Adapters in files: peft's own layout, and beside it one that diffusers reads."""
 
 import copy
-import json
 import math
 import os
 from collections.abc import Collection, Mapping
@@ -9,17 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffenc._inference import lasting
-from diffenc.errors import BackboneError, OutputError
+from diffenc.errors import BackboneError, ConfigError
 from diffenc.lora.adapters import inject, lora_parameters, require_free, set_lora
+from diffenc.storage.names import is_file, reason
+from diffenc.storage.reading import read_json
+from diffenc.storage.schema import checked
+from diffenc.storage.tensors import read_tensors, write_tensors
+from diffenc.storage.writing import begin_folder, reporting, write_json
 
 _PEFT_WEIGHTS, _DIFFUSERS_WEIGHTS = "adapter_model.safetensors", "pytorch_lora_weights.safetensors"
 _PEFT_CONFIG, _ORIGIN = "adapter_config.json", "diffenc.json"
 _OTHER = 0.02
+_NOTED = {"fingerprint": list[float], "taps": list[str], "backbone": str}
 _PEFT_PREFIX = "base_model.model."
 
 
@@ -77,18 +80,12 @@ def save_lora(
     # peft shortens paths to endings that are unique in this very model, and not in a longer one.
     config.target_modules = targets
     told = {**(origin or {}), "fingerprint": fingerprint(unet)}
-    target = Path(folder)
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        (target / _PEFT_CONFIG).unlink(missing_ok=True)  # written last: without it nothing is read
-        for file, content in ((_PEFT_WEIGHTS, peft), (_DIFFUSERS_WEIGHTS, diffusers)):
-            partial = target / f"{file}.partial"
-            save_file(content, partial, metadata={"format": "pt"})
-            partial.replace(target / file)
-        (target / _ORIGIN).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    target = begin_folder(folder, _PEFT_CONFIG)
+    write_tensors(target / _PEFT_WEIGHTS, peft)
+    write_tensors(target / _DIFFUSERS_WEIGHTS, diffusers)
+    write_json(target / _ORIGIN, told)
+    with reporting(target):
         config.save_pretrained(str(target))
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"cannot write {target}: {error}") from error
 
 
 def read_origin(folder: "str | os.PathLike[str]") -> dict[str, Any]:
@@ -98,12 +95,16 @@ def read_origin(folder: "str | os.PathLike[str]") -> dict[str, Any]:
         BackboneError: The note is broken.
     """
     path = Path(folder) / _ORIGIN
-    if not path.is_file():
+    if not is_file(path):
         return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        origin: dict[str, Any] = read_json(path)
+        for key, kind in _NOTED.items():
+            if key in origin:
+                checked(origin[key], kind, key)
+    except ConfigError as error:
         raise BackboneError(f"{path} is broken: {error}") from error
+    return origin
 
 
 @lasting
@@ -152,16 +153,23 @@ def _read(source: Path) -> tuple[Any, dict[str, Tensor]]:
     from peft import LoraConfig
 
     try:
-        config = LoraConfig.from_pretrained(str(source))
-        state = load_file(source / _PEFT_WEIGHTS)
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        read_json(source / _PEFT_CONFIG)  # which peft would look for on the Hub
+        state = read_tensors(source / _PEFT_WEIGHTS, finite=True)
+        config: Any = LoraConfig.from_pretrained(str(source))
+        kinds = {"r": int, "lora_alpha": float, "lora_dropout": float, "use_rslora": bool}
+        for name, kind in kinds.items():
+            checked(getattr(config, name), kind, name)
+    except Exception as error:  # peft raises whatever a broken config makes it raise
         raise BackboneError(
-            f"{source} holds no LoRA adapter ({_PEFT_CONFIG} and {_PEFT_WEIGHTS}): {error}"
+            f"{source} holds no LoRA adapter ({_PEFT_CONFIG} and {_PEFT_WEIGHTS}): {reason(error)}"
         ) from error
     if not isinstance(config, LoraConfig):
         raise BackboneError(f"{source} holds a {config.peft_type} adapter; diffenc reads LoRA")
-    extras = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern")
-    if more := [extra for extra in extras if getattr(config, extra, None)]:
+    extras = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias")
+    more = [extra for extra in extras if getattr(config, extra, None)]
+    if config.init_lora_weights not in (True, False, "gaussian"):  # others change the U-Net itself
+        more.append("init_lora_weights")
+    if more:
         raise BackboneError(
             f"{source} is no plain LoRA adapter: it has {', '.join(more)}; diffenc reads adapters "
             "of one rank, without more"
@@ -172,10 +180,14 @@ def _read(source: Path) -> tuple[Any, dict[str, Tensor]]:
 def _require_own(unet: nn.Module, source: Path) -> None:
     """Raise unless the adapter was trained in this U-Net, or nothing is known about that."""
     origin = read_origin(source)
-    known, own = origin.get("fingerprint", []), fingerprint(unet)
-    if known and (
-        len(known) != len(own) or any(abs(a - b) > _OTHER for a, b in zip(known, own, strict=True))
-    ):
+    if "fingerprint" not in origin:
+        return
+    known, own = origin["fingerprint"], fingerprint(unet)
+    # A distance that is NaN is none that is small.
+    alike = len(known) == len(own) and all(
+        abs(a - b) <= _OTHER for a, b in zip(known, own, strict=True)
+    )
+    if not alike:
         raise BackboneError(
             f"{source} is an adapter for another backbone, {origin.get('backbone', 'unknown')!r}: "
             "its U-Net has other weights; load that one"
@@ -200,6 +212,8 @@ def _require_fitting(
             value = weights.get(f"{target}.lora_{part}.weight")
             if value is None:
                 raise BackboneError(f"{source} is incomplete: it lacks lora_{part} of {target}")
+            if not value.is_floating_point():
+                raise BackboneError(f"{source}: lora_{part} of {target} holds {value.dtype}")
             if tuple(value.shape) != wants:
                 raise BackboneError(
                     f"{source} is an adapter for another model: lora_{part} of {target} must be "

@@ -1,5 +1,6 @@
 """What an adapter is built by: its size, and which linear layers it changes."""
 
+import math
 from dataclasses import dataclass
 
 from diffenc.errors import ConfigError
@@ -32,7 +33,7 @@ class LoraOptions:
             raise ConfigError(f"rank must be an int of 1 or more, got {self.rank!r}")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout must be in [0, 1), got {self.dropout!r}")
-        if self.alpha is not None and not self.alpha > 0:
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
             raise ConfigError(f"alpha must be above 0, got {self.alpha!r}")
         unknown = [name for name in self.projections if name not in PROJECTIONS]
         if unknown or not self.projections:

@@ -3,23 +3,23 @@
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffenc._inference import lasting
-from diffenc.errors import ConfigError, OutputError, ShapeError
+from diffenc.errors import ConfigError, ShapeError
 from diffenc.maps import to_grid
 from diffenc.projector.saved import SavedProjector, load_weights
+from diffenc.storage.tensors import read_pickled, read_tensors
+from diffenc.storage.writing import writing
 
 _LLAVA_PREFIX = "model.mm_projector."
-_MLP = re.compile(r"mlp([1-9]\d*)x_gelu")
+_MLP = re.compile(r"mlp([1-9][0-9]?)x_gelu")
 
 
 class Projector(SavedProjector):
@@ -129,10 +129,8 @@ class Projector(SavedProjector):
             f"{_LLAVA_PREFIX}{key.removeprefix('layers.')}": value.detach().cpu().clone()
             for key, value in self.state_dict().items()
         }
-        try:
-            torch.save(state, path)
-        except (OSError, RuntimeError) as error:
-            raise OutputError(f"cannot write {path}: {error}") from error
+        with writing(path) as partial:
+            torch.save(state, partial)
 
     def load_llava(self, path: "str | os.PathLike[str]") -> None:
         """Read LLaVA's `mm_projector.bin`, or a safetensors file with such keys; weights only.
@@ -141,13 +139,8 @@ class Projector(SavedProjector):
             ConfigError: The file cannot be read, or holds no projector.
             ShapeError: It holds a projector of another kind or width.
         """
-        try:
-            if Path(path).suffix == ".safetensors":
-                found: Mapping[str, Any] = load_file(path)
-            else:
-                found = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load raises whatever a broken pickle makes it raise
-            raise ConfigError(f"cannot read the projector {path}: {error}") from error
+        read = read_tensors if Path(path).suffix == ".safetensors" else read_pickled
+        found = read(path, finite=True)
         state = {
             f"layers.{key.rpartition('mm_projector.')[2]}": value
             for key, value in found.items()

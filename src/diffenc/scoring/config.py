@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 from diffenc._typing import LongPrompts, Posterior, Resize, Uncond
 from diffenc.config import check_choice, check_pair
 from diffenc.errors import ConfigError, near_matches
+from diffenc.storage.schema import make
 
 ScoreMode = Literal["exact", "shared-query"]
 Space = Literal["logits", "probs"]
@@ -182,13 +183,11 @@ class ScorerConfig:
             ConfigError: A key is no attribute, or a value is not allowed.
         """
         known = {field.name for field in fields(cls)}
-        if unknown := sorted(values.keys() - known):
+        if unknown := sorted(map(str, values.keys() - known)):
             hint = near_matches(unknown[0], known)
             raise ConfigError(f"unknown options {unknown}; known are {sorted(known)}.{hint}")
-        plain: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
-        }
-        return cls(**plain)
+        made: ScorerConfig = make(cls, values)
+        return made
 
 
 def discffusion_timesteps(steps: int) -> tuple[int, ...]:

@@ -10,8 +10,10 @@ from diffenc.saved import merge_parts
 from diffenc.scoring.calibration import References
 from diffenc.scoring.config import ScorerConfig
 from diffenc.storage.names import is_file, printable
-from diffenc.storage.reading import read_json, read_tensors
-from diffenc.storage.writing import begin_folder, remove_file, write_json, write_tensors
+from diffenc.storage.reading import read_json
+from diffenc.storage.schema import checked
+from diffenc.storage.tensors import read_tensors, write_tensors
+from diffenc.storage.writing import begin_folder, remove_file, write_json
 
 CONFIG_FILE = "scorer_config.json"
 REFERENCES_FILE = "references.safetensors"
@@ -52,25 +54,19 @@ def read_scorer(folder: Path) -> tuple[dict[str, Any], str, dict[str, Any], Refe
         ConfigError: A part was given as an object, which cannot be found again.
     """
     path = folder / CONFIG_FILE
-    values = read_json(path, error=BackboneError)
-    backbone, parts = values.pop("backbone", None), values.pop("parts", {})
-    variant = values.pop("variant", None)
-    if not isinstance(backbone, str) or not backbone:
-        raise _unwritten(path, f"its backbone is {backbone!r}, and must be the name of one")
-    if not isinstance(parts, dict) or not all(
-        part is None or isinstance(part, str) for part in parts.values()
-    ):
-        raise _unwritten(path, f"its parts are {printable(parts, 80)}, and must be paths by name")
+    try:
+        values = read_json(path)
+        backbone = checked(values.pop("backbone"), str, "backbone")
+        parts = checked(values.pop("parts", {}), dict[str, str | None], "parts")
+        variant = checked(values.pop("variant", None), str | None, "variant")
+    except (ConfigError, KeyError) as error:
+        raise BackboneError(
+            f"{path} is not a config that CrossAttnScorer.save_pretrained wrote: {error}"
+        ) from error
     references = _read_references(folder)
     _check_references(values, references, folder)
     options = {**merge_parts(parts, {}, folder), "variant": variant}
     return values, backbone, options, references
-
-
-def _unwritten(path: Path, why: str) -> BackboneError:
-    return BackboneError(
-        f"{path} is not a config that CrossAttnScorer.save_pretrained wrote: {why}"
-    )
 
 
 def _read_references(folder: Path) -> References | None:

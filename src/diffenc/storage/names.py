@@ -30,6 +30,14 @@ def is_folder(path: StrPath) -> bool:
         return False
 
 
+def expanded(path: StrPath) -> Path:
+    """A path with "~" as the home folder; as it is where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def inside(folder: StrPath, name: str, *, error: type[DiffencError] = ConfigError) -> Path:
     """The path of a file that another file names, which must lie within the folder.
 

@@ -1,15 +1,15 @@
 """Conversations in LLaVA's format with pictures: read, checked as a whole, made to batches."""
 
 import hashlib
-import json
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -20,7 +20,9 @@ from diffenc.errors import ConfigError, ImageError, PromptError
 from diffenc.images import broken_images, load_image
 from diffenc.pictures.files import read_picture
 from diffenc.policies import PromptPolicy, PromptSample
+from diffenc.storage.lines import parse_json_lines
 from diffenc.storage.names import is_file
+from diffenc.storage.reading import DATA_BYTES, parse_json, read_text
 from diffenc.vlm.chat import IGNORE_ID, IMAGE_MARK, Chat, ChatTokens, as_messages
 from diffenc.vlm.samples import pad
 
@@ -117,10 +119,12 @@ def read_samples(
     report = DataReport()
     samples: list[TrainSample] = []
     keys: Counter[str] = Counter()
-    for index, record in enumerate(_records(Path(annotations))):
-        if limit is not None and index >= limit:
-            break
-        name = str(record.get("id", index)) if isinstance(record, Mapping) else str(index)
+    for index, record in enumerate(_records(Path(annotations), limit)):
+        if isinstance(record, BrokenLine):
+            report.add("that are no JSON", record.place, index)
+            continue
+        own = record.get("id") if isinstance(record, Mapping) else None
+        name = str(index if own is None else own)
         if left_out is not None and index in left_out:
             report.add("left out when the run began", name, index)
             continue
@@ -357,29 +361,39 @@ class EpochSampler(Sampler[tuple[int, int]]):
             yield epoch, index
 
 
-def _records(path: Path) -> Iterable[Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
-    try:
-        if path.suffix.lower() in (".jsonl", ".ndjson"):
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
-        found = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"{path} is no JSON: {error}") from error
-    if not isinstance(found, list):
-        raise ConfigError(
-            f"{path} must hold a list of samples, as LLaVA's files do, got {type(found).__name__}"
-        )
-    return found
+@dataclass(frozen=True, slots=True)
+class BrokenLine:
+    """A line of a JSON-lines file that holds no object.
+
+    Attributes:
+        place: Its number, and what is wrong with it.
+    """
+
+    place: str
 
 
-def _names(record: Mapping[str, Any]) -> list[str]:
+def _records(path: Path, limit: int | None) -> list[Any]:
+    text = read_text(path, most=DATA_BYTES)
+    if path.suffix.lower() not in (".jsonl", ".ndjson"):
+        found: Any = parse_json(text, object, where=str(path))
+        if not isinstance(found, list):
+            raise ConfigError(
+                f"{path} must hold a list of samples, as LLaVA's files do, got "
+                f"{type(found).__name__}"
+            )
+        return found[:limit]
+    objects, broken = parse_json_lines(text, where=path.name)
+    lines: dict[int, Any] = dict(objects)
+    lines |= {number: BrokenLine(detail) for number, detail in broken}
+    return [lines[number] for number in sorted(lines)][:limit]
+
+
+def _names(record: Mapping[str, Any]) -> list[str] | None:
+    """Names of the pictures; None where the entry is neither a name nor a list of names."""
     image = record.get("image")
-    if image is None or image == "":
-        return []
-    return [image] if isinstance(image, str) else list(image)
+    names = [] if image is None or image == "" else [image] if isinstance(image, str) else image
+    whole = isinstance(names, list) and all(isinstance(name, str) and name for name in names)
+    return names if whole else None
 
 
 def _problem(record: Any, folder: Path, *, look: bool) -> tuple[str, str] | None:
@@ -389,12 +403,13 @@ def _problem(record: Any, folder: Path, *, look: bool) -> tuple[str, str] | None
     """
     if not isinstance(record, Mapping) or not isinstance(record.get("conversations"), list):
         return "without a list of conversations", ""
-    try:
-        names = _names(record)
-        missing = [name for name in names if look and not is_file(folder / name)]
-    except TypeError:
+    name = record.get("id")
+    if isinstance(name, bool) or not isinstance(name, (str, int, NoneType)):
+        return "whose id is no text and no whole number", ""
+    names = _names(record)
+    if names is None:
         return "whose image is no name and no list of names", ""
-    if missing:
+    if missing := [name for name in names if not is_file(folder / name)]:
         return "with missing images", missing[0]
     try:
         messages = as_messages(record["conversations"])
@@ -416,7 +431,7 @@ def _sample(record: Mapping[str, Any], key: str, folder: Path, place: int) -> Tr
     captions = tuple(record.get("captions", ()))
     if not captions and len(turns) == 2:
         captions = (turns[1]["value"],)  # LLaVA's first stage: the answer is the caption
-    images = tuple(folder / name for name in _names(record))
+    images = tuple(folder / name for name in _names(record) or ())
     return TrainSample(key, images, turns, captions, place)
 
 

@@ -15,6 +15,7 @@ from diffenc.captioner import ImplicitCaptioner
 from diffenc.clip_tokens import ClipTokens
 from diffenc.errors import BackboneError
 from diffenc.pretrained import model_config
+from diffenc.storage.names import reason
 from diffenc.train.config import ModelConfig
 from diffenc.truncation import truncate
 from diffenc.vlm.vision import grid_tokens
@@ -277,7 +278,7 @@ def _config(name: str, known: dict[str, dict[str, Any]], what: str) -> Any:
             return AutoConfig.for_model(**known[name])
         raise BackboneError(
             f"the config of the {what} {name!r} cannot be had: "
-            f"{str(error).strip().splitlines()[0]}. Pass a folder with config.json; without one "
+            f"{reason(error)}. Pass a folder with config.json; without one "
             f"these are known: {', '.join(known)}"
         ) from error
 

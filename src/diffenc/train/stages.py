@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from diffenc._optional import require
-from diffenc.errors import ConfigError, ImageError, OutputError
+from diffenc.errors import ConfigError, ImageError
 from diffenc.policies import parse_policy
 from diffenc.storage.names import is_file
 from diffenc.storage.reading import read_json
-from diffenc.storage.writing import write_json
+from diffenc.storage.writing import locked, make_folder, write_json
 from diffenc.train.build import build_vlm
 from diffenc.train.config import TrainConfig
 from diffenc.train.data import (
@@ -105,7 +105,7 @@ def train(
             in `config.output` already and shall not be resumed.
         BackboneError: A model is missing.
         ImageError: A picture broke after it was checked, and `data.skip_broken` is not set.
-        OutputError: The folder cannot be written.
+        OutputError: The folder cannot be written, or another program trains in it.
     """
     require("accelerate", extra="train")
     folder = Path(config.output)
@@ -113,13 +113,30 @@ def train(
     skip = checkpoint is not None and config.data.skip_broken
     begun_without = _read_left_out(folder) if skip else None
     samples, report = check_data(config, left_out=begun_without, progress=looking)
-    told = run_identity(config, len(samples))
-    if checkpoint is not None:
-        from diffenc.train.trainer import check_same_run
+    with _alone(folder):
+        return _train(config, samples, report, checkpoint, device, progress, stop_after)
 
+
+def _train(
+    config: TrainConfig,
+    samples: list[TrainSample],
+    report: DataReport,
+    checkpoint: Path | None,
+    device: str | torch.device | None,
+    progress: Progress | None,
+    stop_after: int | None,
+) -> TrainResult:
+    from diffenc.train.trainer import check_same_run, weights_digest
+
+    folder = Path(config.output)
+    told = run_identity(config, samples)
+    if checkpoint is not None:
         check_same_run(checkpoint, told)
     device = _device(device)
     vlm = build_vlm(config, device=device)
+    told["weights"] = weights_digest(vlm)
+    if checkpoint is not None:
+        check_same_run(checkpoint, told)
     if config.optimizing.gradient_checkpointing:
         vlm.gradient_checkpointing_enable()
     cache = make_cache(config, vlm)
@@ -256,8 +273,8 @@ def make_cache(config: TrainConfig, vlm: DiffusionVLM) -> TokenCache | None:
     return TokenCache(folder, int(config.data.cache_gb * 1e9))
 
 
-def run_identity(config: TrainConfig, samples: int) -> dict[str, Any]:
-    """What a run and its continuation must share, flat."""
+def run_identity(config: TrainConfig, samples: Sequence[TrainSample]) -> dict[str, Any]:
+    """What a run and its continuation must share, flat; `weights` comes with the model."""
     told = {key: value for key, value in config.to_dict().items() if key not in _FREE}
     told["data"] = {k: v for k, v in told["data"].items() if k not in _FREE_DATA}
     told["optim"] = {k: v for k, v in told["optim"].items() if k != "device_batch_size"}
@@ -267,7 +284,27 @@ def run_identity(config: TrainConfig, samples: int) -> dict[str, Any]:
             flat.update({f"{key}.{inner}": each for inner, each in value.items()})
         else:
             flat[key] = value
-    return {**flat, "samples": samples}
+    content = samples_digest(samples, Path(config.data.images).expanduser())
+    identity = {**flat, "samples": len(samples), "content of the samples": content}
+    if not config.data.skip_broken:  # a picture that is gone since then is left out
+        identity["sizes of the pictures"] = sizes_digest(samples)
+    return identity
+
+
+def samples_digest(samples: Sequence[TrainSample], images: Path) -> str:
+    """Digest of texts, and of the names of pictures in their folder."""
+    digest = hashlib.blake2b(digest_size=12)
+    for sample in samples:
+        names = [os.path.relpath(path, images) for path in sample.images]
+        parts = [sample.key, names, [dict(t) for t in sample.conversation], sample.captions]
+        digest.update(json.dumps(parts).encode())
+    return digest.hexdigest()
+
+
+def sizes_digest(samples: Sequence[TrainSample]) -> str:
+    """Digest of how large the pictures' files are."""
+    sizes = [path.stat().st_size for sample in samples for path in sample.images]
+    return hashlib.blake2b(json.dumps(sizes).encode(), digest_size=12).hexdigest()
 
 
 def is_first_process() -> bool:
@@ -319,11 +356,17 @@ def _of_all(rows: list[Any]) -> tuple[Any, ...]:
 
 
 def _begin(folder: Path, config: TrainConfig) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make the folder {folder}: {error}") from error
-    config.write(folder / CONFIG_FILE)
+    config.write(make_folder(folder) / CONFIG_FILE)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep others from training in a folder; of several processes the first one does."""
+    if not is_first_process():
+        yield
+        return
+    with locked(make_folder(folder), purpose="training in it"):
+        yield
 
 
 def _device(wanted: str | torch.device | None) -> torch.device:
@@ -412,6 +455,14 @@ def _quiet() -> Iterator[None]:
 
 
 def read_log(folder: "str | os.PathLike[str]") -> list[dict[str, Any]]:
-    """Lines of a run's log: step, epoch, loss, learning_rate, grad_norm."""
-    text = (Path(folder) / LOG_FILE).read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    """Lines of a run's log: step, epoch, loss, learning_rate, grad_norm.
+
+    Raises:
+        ConfigError: There is none, or a line is broken.
+    """
+    from diffenc.train.callbacks import log_lines
+
+    lines, problems = log_lines(Path(folder) / LOG_FILE)
+    if problems:
+        raise ConfigError(f"{Path(folder) / LOG_FILE} is broken: {problems[0]}")
+    return lines

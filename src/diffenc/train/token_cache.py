@@ -10,14 +10,15 @@ import json
 import os
 import secrets
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diffenc.errors import OutputError
+from diffenc.errors import BackboneError, OutputError
+from diffenc.storage.tensors import read_tensors, tensor_names, write_tensors
+from diffenc.storage.writing import make_folder
 
 _SHARD_BYTES = 64 * 2**20
 
@@ -54,10 +55,7 @@ class TokenCache:
         self._waiting: dict[str, Tensor] = {}
         self._seen: set[Path] = set()
         self.nbytes = 0
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"cannot make the folder {self.folder}: {error}") from error
+        make_folder(self.folder)
         self.refresh()
 
     def __len__(self) -> int:
@@ -69,13 +67,10 @@ class TokenCache:
             if path in self._seen:
                 continue
             self._seen.add(path)
-            try:
-                with safe_open(path, "pt") as shard:
-                    names = list(shard.keys())
+            with suppress(BackboneError, OSError):
+                names = tensor_names(path, error=BackboneError)
                 self.nbytes += path.stat().st_size
-            except (OSError, SafetensorError):
-                continue
-            self._places.update(dict.fromkeys(names, path))
+                self._places.update(dict.fromkeys(names, path))
 
     def get(self, name: str) -> Tensor | None:
         """An entry, or None; counts a hit or a miss."""
@@ -112,14 +107,12 @@ class TokenCache:
         if not self._waiting:
             return
         stem = f"tokens-{os.getpid()}-{secrets.token_hex(6)}"
-        path, partial = self.folder / f"{stem}.safetensors", self.folder / f"{stem}.partial"
+        path = self.folder / f"{stem}.safetensors"
         try:
-            save_file(self._waiting, partial)
-            partial.replace(path)
-        except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
+            write_tensors(path, self._waiting)
+        except OutputError as error:
             raise OutputError(
-                f"cannot write the cache of tokens in {self.folder}: {error}. Turn it off "
+                f"cannot write the cache of tokens: {error}. Turn it off "
                 '(data.cache = "off") or give it another folder (data.cache_dir)'
             ) from error
         self._seen.add(path)
@@ -128,9 +121,13 @@ class TokenCache:
 
     def _read(self, name: str) -> Tensor | None:
         try:
-            with safe_open(self._places[name], "pt") as shard:
-                tensor: Tensor = shard.get_tensor(name)
-        except (OSError, SafetensorError):  # removed or damaged meanwhile
+            options: dict[str, Any] = {"finite": True, "error": BackboneError}
+            tensor = read_tensors(self._places[name], only=lambda each: each == name, **options)[
+                name
+            ]
+        except (BackboneError, KeyError):  # removed or damaged meanwhile
+            tensor = None
+        if tensor is None or tensor.ndim != 2 or not tensor.is_floating_point():
             del self._places[name]
             return None
         return tensor

@@ -1,17 +1,22 @@
 """transformers' `Trainer` for a `DiffusionVLM`: what is learnt is all that it saves."""
 
+import hashlib
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from diffenc.errors import BackboneError, ConfigError
+from diffenc.storage.names import is_file, reason
+from diffenc.storage.reading import parse_json, read_json
+from diffenc.storage.tensors import misfits, read_tensors, write_tensors
+from diffenc.storage.writing import make_folder, write_json
 from diffenc.train.data import BROKEN, ConversationDataset, EpochSampler, ImageFile
 from diffenc.train.token_cache import TokenCache, encoder_digest, entry_name
 from diffenc.vlm.model import DiffusionVLM
@@ -102,15 +107,10 @@ class VLMTrainer(Trainer):  # type: ignore[misc]  # transformers is seen as Any
         ]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {
-            name: parameter.detach().cpu().contiguous().clone()
-            for name, parameter in self.vlm.named_trainable_parameters()
-        }
-        save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        text = json.dumps(self.told, indent=2, sort_keys=True) + "\n"
-        (folder / RUN_FILE).write_text(text, encoding="utf-8")
+        folder = make_folder(output_dir or self.args.output_dir)
+        state = {name: value.cpu() for name, value in self.vlm.named_trainable_parameters()}
+        write_tensors(folder / WEIGHTS_FILE, state)
+        write_json(folder / RUN_FILE, self.told)
         if self.cache is not None:
             self.cache.flush()
         # A run that goes on from here begins with empty caches; what they hold decides which
@@ -120,6 +120,26 @@ class VLMTrainer(Trainer):  # type: ignore[misc]  # transformers is seen as Any
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_trained(self.vlm, Path(resume_from_checkpoint))
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+
+@contextmanager
+def _reading(checkpoint: str | None) -> Iterator[None]:
+    """Turn what transformers and pickle make of a broken file into a `BackboneError`."""
+    try:
+        yield
+    except Exception as error:
+        raise BackboneError(
+            f"cannot go on from {checkpoint}: {reason(error)}. Remove that folder to go on from "
+            "the checkpoint before it"
+        ) from error
+
 
 def load_trained(vlm: DiffusionVLM, checkpoint: Path) -> None:
     """Set what trains to what a checkpoint holds.
@@ -127,15 +147,9 @@ def load_trained(vlm: DiffusionVLM, checkpoint: Path) -> None:
     Raises:
         BackboneError: It cannot be read, or holds other parameters.
     """
-    try:
-        state = load_file(checkpoint / WEIGHTS_FILE)
-    except (OSError, SafetensorError) as error:
-        raise BackboneError(f"cannot read {checkpoint / WEIGHTS_FILE}: {error}") from error
+    state = read_tensors(checkpoint / WEIGHTS_FILE, error=BackboneError, finite=True)
     own = dict(vlm.named_trainable_parameters())
-    wrong = sorted(own.keys() ^ state.keys()) or [
-        name for name, parameter in own.items() if parameter.shape != state[name].shape
-    ]
-    if wrong:
+    if wrong := misfits(state, own):
         raise BackboneError(
             f"{checkpoint} is a checkpoint of another model: {len(wrong)} parameters differ, such "
             f"as {wrong[0]!r}"
@@ -143,6 +157,18 @@ def load_trained(vlm: DiffusionVLM, checkpoint: Path) -> None:
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(state[name])
+
+
+def weights_digest(vlm: nn.Module) -> str:
+    """Digest of the weights that do not train: some hundred values of each, evenly spread."""
+    digest = hashlib.blake2b(digest_size=12)
+    for name, parameter in sorted(vlm.named_parameters()):
+        if not parameter.requires_grad:
+            values = parameter.detach().flatten()
+            some = values[:: max(1, len(values) // 128)].float().cpu().contiguous()
+            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+            digest.update(some.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def clear_caches(vlm: DiffusionVLM) -> None:
@@ -167,13 +193,17 @@ def check_same_run(checkpoint: Path, told: dict[str, Any]) -> None:
     """Raise unless a checkpoint is of this run.
 
     Raises:
-        ConfigError: Something that it was trained with is another now; all of it is named.
+        ConfigError: Something that it was trained with is another now; all of it is named. The
+            weights count where `told` has them.
     """
     try:
-        before = json.loads((checkpoint / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        before = read_json(checkpoint / RUN_FILE)
+    except ConfigError as error:
         raise ConfigError(f"{checkpoint} does not say what it was trained with: {error}") from error
-    now = json.loads(json.dumps(told))
+    now = parse_json(json.dumps(told), where="this run")
+    for optional in ("weights", "sizes of the pictures"):  # compared where both say it
+        if not (optional in before and optional in now):
+            before.pop(optional, None), now.pop(optional, None)
     changed = [
         f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
@@ -189,7 +219,9 @@ def check_same_run(checkpoint: Path, told: dict[str, Any]) -> None:
 def _is_whole(checkpoint: Path) -> bool:
     """The state is written last."""
     try:
-        json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        state = read_json(checkpoint / STATE_FILE, finite=False)
+    except ConfigError:
         return False
-    return (checkpoint / WEIGHTS_FILE).is_file() and (checkpoint / RUN_FILE).is_file()
+    step = int(checkpoint.name.rpartition("-")[2])
+    whole = is_file(checkpoint / WEIGHTS_FILE) and is_file(checkpoint / RUN_FILE)
+    return whole and state.get("global_step") == step

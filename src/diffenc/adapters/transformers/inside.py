@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from diffenc.adapters.transformers.configuration import DiffEncConfig
 from diffenc.backbones import Backbone, StableDiffusion, StableDiffusionXL
-from diffenc.backbones.schedules import make_scheduler
 from diffenc.backbones.memory_format import arrange
+from diffenc.backbones.schedules import make_scheduler
 from diffenc.errors import BackboneError, PromptError
 from diffenc.prompts import tokenize
 from diffenc.truncation import truncate

@@ -46,6 +46,14 @@ class Asker:
     skip_broken: bool = False
     fresh: int = 0
     broken: dict[str, Problem] = field(default_factory=dict)
+    _ids: set[str] = field(default_factory=set)
+
+    def strangers(self) -> tuple[Problem, ...]:
+        """Answers in the file to questions that were not asked here, as one problem each."""
+        if self.file is None:
+            return ()
+        names = self.file.others(self.model.name, self._ids)
+        return tuple(Problem("answers to questions that are not asked", name) for name in names)
 
     def ask(self, queries: Sequence[Query], *, part: str = "") -> dict[str, str]:
         """The answers by id of the question, without those in `broken`.
@@ -64,6 +72,7 @@ class Asker:
         queries = [query for query in queries if query.id not in self.broken]
         if len({query.prompt is None for query in queries}) > 1:
             raise ConfigError("give all questions of a part a prompt for the encoder, or none")
+        self._ids.update(query.id for query in queries)
         found = {query.id: self._known(query, part) for query in queries}
         waiting = [query for query in queries if found[query.id] is None]
         self._tell(len(queries) - len(waiting), len(queries))

@@ -138,7 +138,8 @@ def check_answers(answers: Sequence[str], count: int, name: str) -> list[str]:
     for answer in answers:
         if not isinstance(answer, str):
             raise ShapeError(f"{name} must answer in text, got {type(answer).__name__}")
-    return list(answers)
+    # Half a surrogate pair cannot be kept in a file, and a resumed answer equals a fresh one.
+    return [answer.encode("utf-8", "replace").decode() for answer in answers]
 
 
 def check_positive(**numbers: int) -> None:

@@ -171,7 +171,7 @@ def evaluate_captions(
         items=items,
         question=question,
         passes=tuple(made),
-        problems=(*reading.problems, *asker.broken.values()),
+        problems=(*reading.problems, *asker.broken.values(), *asker.strangers()),
         fresh=asker.fresh,
     )
 

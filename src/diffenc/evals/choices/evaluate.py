@@ -208,7 +208,7 @@ def evaluate_choices(
         benchmark=benchmark,
         items=items,
         choices={item.id: _choice(item, answers[item.id], reader) for item in items},
-        problems=(*reading.problems, *asker.broken.values()),
+        problems=(*reading.problems, *asker.broken.values(), *asker.strangers()),
         fresh=asker.fresh,
     )
 

@@ -15,7 +15,16 @@ from diffenc.evals.answering.pictures import picture_of
 from diffenc.evals.base import Picture, Problem
 from diffenc.evals.choices.base import LETTER_INSTRUCTION, ChoiceBenchmark, ChoiceItem
 from diffenc.evals.files import PICTURE_SUFFIXES, DatasetFiles, resolve_data
-from diffenc.evals.rows import Column, Row, TableRows, plain_name, read_csv, read_parquet, rows_of
+from diffenc.evals.rows import (
+    Column,
+    Row,
+    TableRows,
+    plain_name,
+    read_csv,
+    read_parquet,
+    rows_of,
+    whole_number,
+)
 
 REPOSITORIES = ("MMVP/MMVP", "lmms-lab-eval/MMVP")
 ITEMS = 300
@@ -29,7 +38,7 @@ _COLUMNS = (
     Column("Options", also=("Choices",)),
     Column("Correct Answer", also=("Answer", "Correct_Answer")),
 )
-_PICTURE = (Column("image", also=("Image",)),)
+_PICTURE = (Column("image", also=("Image",), plain=False),)
 _FOLDERS = ("mmvpimages",)
 _OPTION = re.compile(r"\(([a-zA-Z])\)\s*(.*?)\s*(?=\([a-zA-Z]\)|$)", re.DOTALL)
 
@@ -208,7 +217,7 @@ def _partner(number: int) -> int:
 
 
 def _number(text: str) -> int:
-    return int(float(text)) if text.replace(".0", "", 1).isdecimal() else 0
+    return whole_number(text) or 0
 
 
 def _answer(text: str, options: Sequence[str]) -> int | None:

@@ -187,7 +187,7 @@ def evaluate_leakage(
         against_prompt=scores(prompt, said[0]),
         floor=scores(prompt, said[1]),
         against_image=scores({item.id: item.references for item in items}, said[0]),
-        problems=(*reading.problems, *asker.broken.values()),
+        problems=(*reading.problems, *asker.broken.values(), *asker.strangers()),
         fresh=asker.fresh,
     )
 

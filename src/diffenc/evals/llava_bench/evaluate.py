@@ -212,7 +212,7 @@ def evaluate_llava_bench(
         answers=answers,
         reviews=court.reviews,
         failures=court.failures,
-        problems=(*reading.problems, *asker.broken.values()),
+        problems=(*reading.problems, *asker.broken.values(), *asker.strangers()),
         fresh=asker.fresh + court.fresh,
     )
 

@@ -7,11 +7,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from typing import Any, Protocol, runtime_checkable
 
 from diffenc.errors import ConfigError, DiffencError
 from diffenc.evals.leakage.readout import content_words
 from diffenc.storage.names import printable
+from diffenc.storage.reading import CONFIG_BYTES, decode, parse_json
 
 RULE = (
     "Two assistants, {role} 1 and {role} 2, answered the question above about a picture. You "
@@ -194,7 +196,7 @@ class OpenAIJudge:
                     if self.key_variable
                     else f"{self.url} wants a key (401): name the environment variable that has it"
                 ) from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, HTTPException) as error:
             raise ConfigError(f"the judge at {self.url} cannot be reached: {error}") from error
 
     def _headers(self) -> dict[str, str]:
@@ -228,7 +230,9 @@ class OpenAIJudge:
         )
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                reply = json.loads(response.read())["choices"][0]["message"]["content"]
+                content = decode(response.read(CONFIG_BYTES), where=self.url, error=JudgeError)
+            found = parse_json(content, where=f"the reply of {self.url}", error=JudgeError)
+            reply = found["choices"][0]["message"]["content"]
         except urllib.error.HTTPError as error:
             with error:
                 detail = error.read(300).decode("utf-8", "replace")
@@ -238,7 +242,9 @@ class OpenAIJudge:
                 f"{self.url} refuses the judge {self.model!r} ({error.code}): {detail}. Look at "
                 f"url, model and the key in {self.key_variable}"
             ) from error
-        except (OSError, ValueError, LookupError, TypeError) as error:
+        except JudgeError:
+            raise
+        except (OSError, ValueError, LookupError, TypeError, HTTPException) as error:
             raise JudgeError(f"no reply from {self.url}: {error!r}") from error
         if not isinstance(reply, str):
             raise JudgeError(f"{self.url} replied without a text")
