@@ -286,6 +286,7 @@ def test_pictures_that_pillow_has_not_loaded_yet(path, tmp_path):
     path.write_bytes(encoded(image=large)[:99_999])
     with pytest.raises(ImageError, match=r"cannot read the image .*a\.png: "):
         read([lazy])
+    lazy.close()
     gone = tmp_path / "b.png"
     gone.write_bytes(encoded())
     closed = Image.open(gone)
