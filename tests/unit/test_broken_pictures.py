@@ -312,7 +312,9 @@ def test_without_being_told_to_skip_it_ends_with_the_name(parts, tmp_path):
     told = config(parts, tmp_path / "run", epochs=3, workers=1)
     with pytest.raises(ImageError) as ended:
         train(told, progress=at_step(1, lambda: file.unlink(missing_ok=True)))
-    assert str(ended.value).startswith(f"no such image file: {file}. Repair it and go on")
+    assert str(ended.value).startswith(
+        f"cannot read the picture: no such image file: {file}. Repair it"
+    )
     assert "Traceback" not in str(ended.value)
 
 
