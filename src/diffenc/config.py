@@ -58,8 +58,9 @@ class EncoderConfig:
         noise: "shared", or None for clean latents at that timestep (CleanDIFT's way).
         size: Side of the square that images are brought to, or (height, width), in pixels; None
             takes the backbone's own.
-        resize: "squash" ignores the aspect ratio, "crop" keeps the middle, "pad" adds grey,
-            "none" keeps the size and pads to a multiple of what the model needs.
+        resize: "squash" ignores the aspect ratio, "crop" keeps the middle, in the same pixels as
+            torchvision's `Resize` and `CenterCrop`, "pad" adds grey, "none" keeps the size and pads
+            to a multiple of what the model needs.
         conditioning: What `extract` and the tokens hold by default; None is "cond" with prompts
             and "uncond" without.
         guidance_scale: s of f_u + s (f_c - f_u); read by "cfg" alone.

@@ -126,7 +126,6 @@ def to_pixel_values(
         raise ShapeError("got no images; pass at least one")
     if resize != "none":
         size = check_size(size, multiple)
-    warn_of_unit_range(pictures)
     if resize == "none":
         rows = [_pad_to_multiple(values, multiple) for values in _read_all(pictures)]
         if len({row.shape for row in rows}) > 1:
@@ -135,9 +134,11 @@ def to_pixel_values(
                 f"images of one batch must have one size with resize='none', got {sizes}; encode "
                 "them one by one, or choose resize='squash', 'crop' or 'pad'"
             )
-        return _stack(rows)
-    assert isinstance(size, tuple)
-    return _stack([fit(values, size, resize, center) for values in _read_all(pictures)])
+    else:
+        assert isinstance(size, tuple)
+        rows = [fit(values, size, resize, center) for values in _read_all(pictures)]
+    warn_of_unit_range(pictures)
+    return _stack(rows)
 
 
 def check_size(size: int | tuple[int, int] | None, multiple: int) -> tuple[int, int]:

@@ -1,7 +1,8 @@
 """The commands of the program `diffenc`, and how errors reach the terminal."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -54,12 +55,24 @@ class CommandGroup(TyperGroup):
             return code
         sys.exit(code if isinstance(code, int) else 0)
 
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        """Read the command line, and print help where that is asked for."""
+        with _reader_may_leave():
+            return super().make_context(*args, **options)
+
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; a reader that has gone away, as `head` does, ends it without a word."""
-        try:
+        """Run the command."""
+        with _reader_may_leave():
             return super().invoke(ctx)
-        except BrokenPipeError:
-            raise typer.Exit(signals.BROKEN_PIPE) from None
+
+
+@contextmanager
+def _reader_may_leave() -> Iterator[None]:
+    """End without a word where nobody reads standard output any more, as after `head`."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise typer.Exit(signals.BROKEN_PIPE) from None
 
 
 def _report(error: Exception) -> int:

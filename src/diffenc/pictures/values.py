@@ -115,7 +115,8 @@ def warn_of_unit_range(pictures: Sequence[Any]) -> None:
     global _warned  # noqa: PLW0603  # once in a process is what is wanted
     if _warned:
         return
-    floats = [p.detach() for p in pictures if isinstance(p, Tensor) and p.is_floating_point()]
+    tensors = [p for p in pictures if isinstance(p, Tensor) and p.is_floating_point()]
+    floats = [tensor.detach().float() for tensor in tensors]
     if not floats or any(bool((values < 0).any()) for values in floats):
         return
     if all(bool((values == values.flatten()[0]).all()) for values in floats):
@@ -133,7 +134,7 @@ def warn_of_unit_range(pictures: Sequence[Any]) -> None:
 
 
 def _is_odd_levels(values: Tensor) -> bool:
-    levels = values.float() * 255
+    levels = values * 255
     odd = 2 * torch.floor(levels / 2) + 1
     return bool(((levels - odd).abs() < 1e-2).all())
 

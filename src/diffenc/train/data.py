@@ -297,7 +297,10 @@ class ImageFile:
         Raises:
             ImageError: It cannot be read.
         """
-        return cls.of(read_picture(path), str(path))
+        try:
+            return cls.of(read_picture(path), str(path))
+        except ImageError as error:
+            raise _of_picture(error) from error
 
     @classmethod
     def of(cls, content: bytes, path: str) -> "ImageFile":
@@ -313,7 +316,17 @@ class ImageFile:
         try:
             return load_image(self.content, name=self.path)
         except ImageError as error:
-            raise ImageError(str(error).replace("the image", "the picture", 1)) from error
+            raise _of_picture(error) from error
+
+
+def _of_picture(error: ImageError) -> ImageError:
+    known = "cannot read the image "
+    told = str(error)
+    return ImageError(
+        f"cannot read the picture {told.removeprefix(known)}"
+        if told.startswith(known)
+        else f"cannot read the picture: {told}"
+    )
 
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -154,8 +154,7 @@ def _train(
     except ImageError as error:  # from a process that reads, with its traceback in the message
         fault = str(error).strip().splitlines()[-1].removeprefix("diffenc.errors.ImageError: ")
         raise ImageError(
-            f"{fault}; it could be read when training began. Repair it and go on (--resume), or "
-            "train without it: data.skip_broken = true"
+            f"{fault}. Repair it and go on (--resume), or train without it: data.skip_broken = true"
         ) from error
     if cache is not None:
         cache.flush()

@@ -10,7 +10,7 @@ from PIL import Image
 from diffenc.errors import ConfigError, ImageError
 from diffenc.evals.answering.base import Reading
 from diffenc.evals.base import Picture, Problem
-from diffenc.evals.inspection import Progress, summary
+from diffenc.evals.inspection import NAMED, Progress, summary
 from diffenc.pictures.files import read_picture
 
 Item = TypeVar("Item")
@@ -85,8 +85,8 @@ def read_pictures(
             progress(done, len(different))
     if found and not skip_broken:
         raise ConfigError(
-            f"{source} has {len(found)} problems: {summary(found)}. Mend them, or go on with the "
-            "items that are whole by --skip-broken (skip_broken=True)"
+            f"{source} has {len(found)} problems: {summary(found, NAMED)}. Mend them, or go on "
+            "with the items that are whole by --skip-broken (skip_broken=True)"
         )
     return Reading(digests, tuple(found))
 
