@@ -16,7 +16,7 @@ from PIL import Image
 
 import builders
 
-PROMPT = "a red circle left of a blue square"
+PROMPT = "a red zebra left of a blue square"
 OTHER = "a photo"
 
 

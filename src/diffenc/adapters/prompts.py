@@ -30,7 +30,8 @@ class PromptTokens:
 
     Attributes:
         ids: Of the model's (first) tokenizer, padded to its limit; int64.
-        mask: 1 for a prompt's own tokens, with its start and end, 0 for padding; int64.
+        mask: 1 for a prompt's own tokens, with its start and end, 0 for padding; int64. A row of
+            zeros is no prompt at all.
 
     Raises:
         PromptError: They are no two whole-number tensors (n l) of one shape.
@@ -88,6 +89,11 @@ class PromptTokens:
         """Per row whether it has no words: start and end alone."""
         empty: list[bool] = (self.mask.sum(dim=1) <= 2).tolist()
         return empty
+
+    def is_absent(self) -> list[bool]:
+        """Per row whether it stands for no prompt, which is not the empty text."""
+        nothing: list[bool] = (self.mask.sum(dim=1) == 0).tolist()
+        return nothing
 
     @staticmethod
     def concat(parts: "Sequence[PromptTokens]") -> "PromptTokens":
@@ -164,11 +170,10 @@ def embed_tokens(
     uncond: Uncond | None = None,
     use_cache: bool = True,
 ) -> PromptEmbeds:
-    """Encode tokenized prompts; equal rows once, those without words as no prompt.
+    """Encode tokenized prompts, equal rows once.
 
-    A row of a host's batch cannot be absent, so one without words stands for it, as "" does in
-    every call of a tower: it is the unconditional embedding. On SDXL that is not the empty text's
-    unless `uncond` says so.
+    The empty text is encoded as any other. A row that is absent gets the unconditional embedding,
+    which is another on SDXL.
 
     Args:
         backbone: Whose text encoders are called.
@@ -182,7 +187,7 @@ def embed_tokens(
     on_cpu = tokens.to("cpu")
     keys: list[tuple[object, ...]] = [
         (*states, "", size, uncond) if null else (*states, content_key(ids), size)
-        for ids, null in zip(on_cpu.ids, on_cpu.is_null(), strict=True)
+        for ids, null in zip(on_cpu.ids, on_cpu.is_absent(), strict=True)
     ]
     rows = {key: row for row, key in reversed(list(enumerate(keys)))}
     known: dict[tuple[object, ...], PromptEmbeds] = {}
