@@ -90,9 +90,7 @@ def prompts_of(
     states = [state_key(part) for name, part in backbone.parts().items() if name.startswith("text")]
     keep = use_cache and None not in states
     cache = backbone.caches.prompts
-    keys = {
-        text: (*states, text, size, uncond if text is None else long_prompts) for text in texts
-    }
+    keys = {text: (*states, text, size, uncond if text is None else long_prompts) for text in texts}
     known: dict[str | None, PromptEmbeds] = {}
     if keep:
         for text, key in keys.items():

@@ -105,9 +105,7 @@ def scores(backbone, **options):
 @pytest.mark.parametrize("steps", [1, 2, 5])
 @pytest.mark.parametrize("kind", KINDS)
 def test_discffusion_scores_are_those_of_its_code(model, kind, steps):
-    ask = partial(
-        scores, model(kind), preset="discffusion", timesteps=discffusion_timesteps(steps)
-    )
+    ask = partial(scores, model(kind), preset="discffusion", timesteps=discffusion_timesteps(steps))
     theirs = released("discffusion")
     assert_close(ask(), theirs[f"{kind}.{steps}"])
     assert_close(ask(error_term=None), theirs[f"{kind}.{steps}.plain"])
@@ -133,10 +131,11 @@ def test_what_diffusion_itm_was_taken_for_has_a_name_of_its_own(model):
 
 
 DAAM_CASES = [
-    ("sd1.5", 256, 1), ("sd1.5", 256, 2), ("sd1.5", 256, 5), ("sd2.1-base", 256, 5),
-    ("sdxl", 512, 1), ("sdxl", 512, 2), ("sdxl", 512, 5),
-    pytest.param("sd1.5", 512, 1, marks=pytest.mark.slow),
-    pytest.param("sdxl", 1024, 1, marks=pytest.mark.slow),
+    ("sd1.5", 256, 1), ("sd1.5", 256, 2), ("sd1.5", 256, 5), ("sdxl", 512, 2),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("sd1.5", 512, 1), ("sd2.1-base", 256, 5),
+        ("sdxl", 512, 1), ("sdxl", 512, 5), ("sdxl", 1024, 1),
+    )),
 ]  # fmt: skip
 
 
