@@ -16,7 +16,7 @@ from PIL import Image
 
 import builders
 
-PROMPT = "a red circle left of a blue square"
+PROMPT = "a red zebra left of a blue square"
 OTHER = "a photo"
 
 
@@ -36,30 +36,25 @@ def save_peer_model(folder: Path, kind: Literal["sd1.5", "sd2.1-base", "sdxl"]) 
     return folder
 
 
-def name_weights(module: torch.nn.Module, renamed: dict[str, str] | None = None) -> None:
-    """Give each parameter values that its name decides.
-
-    Args:
-        module: A model.
-        renamed: Parts of names that were others at another time, and what they are today.
-    """
+def name_weights(module: torch.nn.Module) -> None:
+    """Give each parameter values that its name decides."""
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            for old, new in (renamed or {}).items():
-                name = name.replace(old, new)
-            digest = hashlib.sha256(name.removeprefix("text_model.").encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:6], "big"))
-            values = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim > 1:
-                values = values / math.sqrt(parameter[0].numel())
-            elif name.endswith("weight"):
-                values = 1 + 0.1 * values
-            else:
-                values = 0.1 * values
-            parameter.copy_(values)
+            parameter.copy_(values_of(name, parameter.shape))
+
+
+def values_of(name: str, shape: torch.Size) -> torch.Tensor:
+    """The values of a parameter, so that layers keep the scale of what goes through them."""
+    # A prefix that transformers has in some versions.
+    digest = hashlib.sha256(name.removeprefix("text_model.").encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:6], "big"))
+    values = torch.randn(shape, generator=generator)
+    if len(shape) > 1:
+        return values / math.sqrt(math.prod(shape[1:]))
+    return 1 + 0.1 * values if name.endswith("weight") else 0.1 * values
 
 
 def picture(seed: int, height: int, width: int) -> Image.Image:
-    """Pixels without meaning, smooth enough that no resizing is needed to tell two apart."""
+    """Pixels without meaning, in a size that needs no resizing."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
     return Image.fromarray(pixels)

@@ -134,8 +134,8 @@ def daam_maps(
         sums = [s for s in sums if math.isqrt(cells // math.prod(s.shape[3:])) in _DAAM_SCALES]
         if not sums:
             raise ConfigError(
-                f"DAAM knows the scale of no layer for latents of {size}; pass layers, or a picture "
-                "in the size that the model was made for"
+                f"DAAM knows the scale of no layer for latents of {size}; pass layers, or a "
+                "picture in the size that the model was made for"
             )
     target = daam_grid(backbone, size) if grid is None else grid
     resized = [_clamped(of_layer, target) for of_layer in sums]

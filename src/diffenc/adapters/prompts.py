@@ -31,7 +31,8 @@ class PromptTokens:
 
     Attributes:
         ids: Of the model's (first) tokenizer, padded to its limit; int64.
-        mask: 1 for a prompt's own tokens, with its start and end, 0 for padding; int64.
+        mask: 1 for a prompt's own tokens, with its start and end, 0 for padding; int64. A row of
+            zeros is no prompt at all.
 
     Raises:
         PromptError: They are no two whole-number tensors (n l) of one shape.
@@ -89,6 +90,11 @@ class PromptTokens:
         """Per row whether it has no words: start and end alone."""
         empty: list[bool] = (self.mask.sum(dim=1) <= 2).tolist()
         return empty
+
+    def is_absent(self) -> list[bool]:
+        """Per row whether it stands for no prompt, which is not the empty text."""
+        nothing: list[bool] = (self.mask.sum(dim=1) == 0).tolist()
+        return nothing
 
     @staticmethod
     def concat(parts: "Sequence[PromptTokens]") -> "PromptTokens":
@@ -155,11 +161,10 @@ def embed_tokens(
     uncond: Uncond | None = None,
     use_cache: bool = True,
 ) -> PromptEmbeds:
-    """Encode tokenized prompts; equal rows once, those without words as no prompt.
+    """Encode tokenized prompts, equal rows once.
 
-    A row of a host's batch cannot be absent, so one without words stands for it, as "" does in
-    every call of a tower: it is the unconditional embedding. On SDXL that is not the empty text's
-    unless `uncond` says so.
+    The empty text is encoded as any other. A row that is absent gets the unconditional embedding,
+    which is another on SDXL.
 
     Args:
         backbone: Whose text encoders are called.
@@ -170,23 +175,23 @@ def embed_tokens(
     """
     state = backbone.states().prompts if use_cache else None
     on_cpu = tokens.to("cpu")
-    empty = on_cpu.is_null()
+    absent = on_cpu.is_absent()
     keys: list[tuple[object, ...]] = [
         (state, "", size, uncond) if null else (state, content_key(ids), content_key(mask), size)
-        for ids, mask, null in zip(on_cpu.ids, on_cpu.mask, empty, strict=True)
+        for ids, mask, null in zip(on_cpu.ids, on_cpu.mask, absent, strict=True)
     ]
     distinct = {key: row for row, key in reversed(list(enumerate(keys)))}
     rows = list(distinct.values())
 
     def embed(missing: list[int]) -> list[Entry]:
         known = {}
-        if worded := [rows[index] for index in missing if not empty[rows[index]]]:
+        if worded := [rows[index] for index in missing if not absent[rows[index]]]:
             part = on_cpu.take(worded)
             fresh = backbone.embed_ids(part.ids, part.mask, size=size)
             known = {row: fresh.select(at, at + 1) for at, row in enumerate(worded)}
         if len(worded) < len(missing):
             null = backbone.embed_uncond(uncond, size=size)
-            known |= {rows[index]: null for index in missing if empty[rows[index]]}
+            known |= {rows[index]: null for index in missing if absent[rows[index]]}
         return [known[rows[index]].pack() for index in missing]
 
     entries = recall(None if state is None else backbone.caches.prompts, list(distinct), embed)

@@ -76,8 +76,7 @@ class TowerSpec:
         alpha: Its scale times its rank; None is the rank.
         fuse: A CLIP or SigLIP whose tokens are joined: an alias such as "vitl336", or a folder.
         how: How they are joined, see `FusedEncoder`.
-        null: Prompt of images that come without one; "" is unconditional. A prompt without words
-            is unconditional too.
+        null: Prompt of images that come without one; "" is unconditional.
         prompted: Whether the adapter was trained with prompts, so that one without is told of.
         cut: Load nothing that lies behind the last tap.
         dtype: "fp32", "bf16" or "fp16": that of the frozen model, whatever the host casts it to;

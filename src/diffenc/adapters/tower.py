@@ -341,11 +341,16 @@ class DiffusionVisionTower(nn.Module):
             "uncond": self.spec.uncond,
             "use_cache": diffusion.use_cache,
         }
-        if tokens is not None and not all(tokens.is_null()):
+        if tokens is not None and not self._is_unconditional(tokens):
             return embed_tokens(self.encoder.backbone, tokens, **options)
         if self.spec.conditioning in (None, "uncond"):
             return None
         return prompts_of(self.encoder.backbone, [None], **options)
+
+    def _is_unconditional(self, tokens: PromptTokens) -> bool:
+        """Whether the encoder may be given nothing, and look up what it knows of the pictures."""
+        rule = self.spec.uncond or self.encoder.backbone.uncond_rule
+        return all(tokens.is_null() if rule == "empty" else tokens.is_absent())
 
     def _tell_of_null(self) -> None:
         if self.spec.prompted and not self._told_of_null:

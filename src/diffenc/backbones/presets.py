@@ -33,8 +33,8 @@ _HYPERFEATURES = {
 
 _PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # Meng et al. 2024, arXiv:2410.03558: the "practical" sets, at timestep 50. SD 2.1 has no set of
-    # its own there; it shares SD 1.5's topology and takes that one. No text is the empty text there,
-    # on SDXL too.
+    # its own there; it shares SD 1.5's topology and takes that one. No prompt is the empty text, on
+    # SDXL too.
     "gdf": {
         "sd": {"taps": _GDF_SD, "timestep": 50, "posterior": "sample"},
         "sdxl": {"taps": _GDF_SDXL, "timestep": 50, "posterior": "sample", "uncond": "empty"},

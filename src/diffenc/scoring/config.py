@@ -284,16 +284,16 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "uncond": "empty",
         "posterior": "sample",
     },
-    # Li et al. 2023, arXiv:2303.16203, as released: the mean of the posterior, pictures cropped, the
-    # first stage of a grid of 20 timesteps.
+    # Li et al. 2023, arXiv:2303.16203, as released: the mean of the posterior, cropped pictures,
+    # the first stage of a grid of 20 timesteps.
     "diffusion-classifier": {
         "attention": False,
         "error_term": "mse",
         "timesteps": classifier_timesteps(5, of=20),
         "resize": "crop",
     },
-    # Krojer et al. 2023, arXiv:2305.16397, as released with `--img_retrieval`: the Euclidean norm of
-    # the error without the text less that with it, at its ten timesteps, a sample of the posterior.
+    # Krojer et al. 2023, arXiv:2305.16397, as released with `--img_retrieval`: the norm of the
+    # error without the text less that with it, at its ten timesteps, from a posterior's sample.
     "diffusion-itm": {
         "attention": False,
         "error_term": "l2_gap",
