@@ -84,8 +84,8 @@ def _check_origin(origin: Any, part: str, folder: Path) -> None:
         )
     if origin[0] not in ("diffusers", "transformers"):
         raise BackboneError(
-            f"{folder} takes its {part} from {printable(origin[0], 80)}, code that diffenc does not "
-            "run; it reads models of diffusers and transformers"
+            f"{folder} takes its {part} from {printable(origin[0], 80)}, code that diffenc does "
+            "not run; it reads models of diffusers and transformers"
         )
 
 
