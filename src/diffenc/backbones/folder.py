@@ -70,6 +70,7 @@ def read_model_index(folder: Path) -> tuple[str, dict[str, Any]]:
         raise BackboneError(f"{folder} is incomplete: it lacks {', '.join(missing)}")
     for part in _PARTS[family]:
         _check_origin(index.get(part), part, folder)
+        refuse_remote_code(folder / part)  # before the weights of another part are read
     return family, index
 
 
