@@ -399,7 +399,7 @@ def test_a_text_encoder_is_read_under_the_names_of_every_version(tiny_sdxl_folde
         for state in (inner | apart, prefixed, prefixed | beside):
             write_weights(folder, part, state)
             assert same(states(load_backbone(folder)), expected)
-        twice = {"text_model.final_layer_norm.bias": plain["final_layer_norm.bias"]}
+        twice = {"text_model.final_layer_norm.bias": plain["final_layer_norm.bias"].clone()}
         write_weights(folder, part, inner | apart | twice)
         with pytest.raises(BackboneError, match="one of them twice"):
             load_backbone(folder)
@@ -418,10 +418,11 @@ def test_the_attention_of_the_vae_is_read_under_its_first_names(folder):
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     renamed = {}
     for name, value in weights_of(folder, "vae").items():
-        for new, first in old.items():
+        first = name
+        for new, word in old.items():
             if ".attentions." in name:
-                name = name.replace(f".{new}.", f".{first}.")
-        renamed[name] = value
+                first = first.replace(f".{new}.", f".{word}.")
+        renamed[first] = value
     assert any("proj_attn" in name for name in renamed)
     write_weights(folder, "vae", renamed)
     assert same(states(load_backbone(folder)), expected)
@@ -445,7 +446,11 @@ def test_a_truncated_folder_is_read_with_its_taps_alone(folder, tmp_path):
 
 CONFIGS = [
     ("unet", [], "must hold an object"),
-    ("unet", {"block_out_channels": "x"}, "block_out_channels must be a list, got 'x'"),
+    (
+        "unet",
+        {"block_out_channels": "x"},
+        "block_out_channels must be a whole number or a list, got 'x'",
+    ),
     ("unet", {"block_out_channels": [8, -8, 16, 16]}, "must be positive"),
     ("unet", {"block_out_channels": [10**9, 8, 16, 16]}, "16777216 at most"),
     ("unet", {"layers_per_block": 10**7}, "128 at most"),

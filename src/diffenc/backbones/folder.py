@@ -62,6 +62,7 @@ def read_model_index(folder: Path) -> tuple[str, dict[str, Any]]:
         raise BackboneError(f"{folder} is incomplete: it lacks {', '.join(missing)}")
     for part in _PARTS[family]:
         _check_origin(index.get(part), part, folder)
+        refuse_remote_code(folder / part)  # before the weights of another part are read
     return family, index
 
 
@@ -76,8 +77,8 @@ def _check_origin(origin: Any, part: str, folder: Path) -> None:
         )
     if origin[0] not in ("diffusers", "transformers"):
         raise BackboneError(
-            f"{folder} takes its {part} from {printable(origin[0], 80)}, code that diffenc does not "
-            "run; it reads models of diffusers and transformers"
+            f"{folder} takes its {part} from {printable(origin[0], 80)}, code that diffenc does "
+            "not run; it reads models of diffusers and transformers"
         )
 
 

@@ -1,12 +1,13 @@
 """Models that want code of their own to run, which diffenc never does."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from diffenc.errors import BackboneError, DiffencError
-from diffenc.storage.names import StrPath, is_folder, printable
-from diffenc.storage.reading import read_json
+from diffenc.storage.names import StrPath, is_folder, printable, reason
+from diffenc.storage.reading import read_text
 
 _KEYS = ("auto_map", "custom_pipelines", "trust_remote_code")
 
@@ -31,7 +32,14 @@ def refuse_remote_code(folder: StrPath, *, error: type[DiffencError] = BackboneE
         if path.name.endswith("config.json") or path.name == "model_index.json"
     )
     for path in configs:
-        refuse_named_code(read_json(path, object, error=error, finite=False), path, error=error)
+        text = read_text(path, error=error)
+        try:
+            content = json.loads(text)  # tokenizers hold numbers that `read_json` refuses
+            refuse_named_code(content, path, error=error)
+        except (ValueError, RecursionError, MemoryError) as failure:
+            if isinstance(failure, DiffencError):
+                raise
+            raise error(f"{path} is no JSON that can be read: {reason(failure)}") from failure
     if is_folder(source / "custom_generate"):
         raise error(_refusal(source / "custom_generate"))
 
@@ -65,7 +73,7 @@ def _refusal(where: StrPath, what: str = "") -> str:
 
 
 def _tables(value: Any) -> Iterator[dict[str, Any]]:
-    """Objects of a JSON value; `read_json` bounds how deep they are."""
+    """Objects of a JSON value."""
     if isinstance(value, dict):
         yield value
         value = list(value.values())

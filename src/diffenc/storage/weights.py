@@ -162,6 +162,9 @@ class StoredWeights(Mapping[str, Tensor]):
             raise self._error(f"cannot load {path}: {reason(failure)}") from failure
         return tensor
 
+    def __contains__(self, name: object) -> bool:  # the one of `Mapping` reads the weight
+        return name in self._places
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
 
