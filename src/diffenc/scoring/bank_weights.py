@@ -37,7 +37,9 @@ def same_weights(built: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
     """Whether two marks are of the same weights; in different dtypes, as far as norms tell."""
     if built["dtype"] == here["dtype"]:
         return bool(built["digest"] == here["digest"])
-    one, other = (torch.tensor(mark["norms"], dtype=torch.float64) for mark in (built, here))
+    one, other = (
+        torch.tensor(mark["norms"], dtype=torch.float64, device="cpu") for mark in (built, here)
+    )
     return len(one) == len(other) and torch.allclose(one, other, rtol=5e-3)
 
 

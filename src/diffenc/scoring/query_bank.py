@@ -16,13 +16,13 @@ from diffenc.errors import BackboneError, ConfigError, DiffencError, NonFiniteEr
 from diffenc.memo import prompts_of
 from diffenc.prompts import match_batch
 from diffenc.scoring.bank_build import layer_shapes
+from diffenc.scoring.bank_contents import read_contents
 from diffenc.scoring.bank_files import (
     BankContents,
     LayerDigest,
     Shard,
     check_shard,
     check_shards,
-    read_contents,
     shard_path,
     unreadable,
 )
@@ -122,8 +122,22 @@ class QueryBank:
         listed = match_batch(given, len(given) if several else 1)
         if not listed:
             raise PromptError("got no texts; pass at least one")
+        config = self.config
+        with self.backbone.lock:
+            means = self._means([*listed, *config.reference_texts])
+        images, references = means[: len(self)], means[len(self) :]
+        result = images[:, : len(listed)]
+        if len(references):
+            result = result - references[:, : len(listed)].mean(dim=0)
+        if config.reference_texts:
+            others = images[:, len(listed) : len(listed) + len(config.reference_texts)]
+            result = result - others.mean(dim=1, keepdim=True)
+        return result
+
+    def _means(self, texts: Sequence[str]) -> Float[Tensor, "rows texts"]:
+        """Scores of images and references, mean over timesteps and draws."""
         config, backbone = self.config, self.backbone
-        every = [*listed, *config.reference_texts, *([""] if config.include_uncond else [])]
+        every = [*texts, *([""] if config.include_uncond else [])]
         embeds = prompts_of(
             backbone,
             every,
@@ -136,7 +150,7 @@ class QueryBank:
         mix = layer_mix(config.layer_weights, len(attentions))
         rows = []
         for queries in self._rows():
-            wanted = torch.ones(len(queries), len(every), dtype=torch.bool)
+            wanted = torch.ones(len(queries), len(every), dtype=torch.bool, device="cpu")
             pooling = pooling_of(config)
             part = score_queries(
                 backbone, queries, attentions, embeds, pooling, mix, mask=mask, wanted=wanted
@@ -147,14 +161,7 @@ class QueryBank:
         check_finite(means, backbone)
         if config.include_uncond:
             means = (means + means[:, -1:]) / 2
-        images, references = means[: len(self)], means[len(self) :]
-        result = images[:, : len(listed)]
-        if len(references):
-            result = result - references[:, : len(listed)].mean(dim=0)
-        if config.reference_texts:
-            others = images[:, len(listed) : len(listed) + len(config.reference_texts)]
-            result = result - others.mean(dim=1, keepdim=True)
-        return result
+        return means
 
     def search(self, texts: str | Sequence[str], *, top: int = 5) -> list[list[SearchResult]]:
         """The best images for each text.

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from diffenc.backbones.base import Backbone
-from diffenc.errors import BackboneError, ConfigError, DiffencError
+from diffenc.errors import BackboneError, ConfigError, DiffencError, OutputError
 from diffenc.saved import merge_parts
 from diffenc.scoring.calibration import References
 from diffenc.scoring.config import ScorerConfig
-from diffenc.storage.names import is_file, printable
+from diffenc.storage.names import is_file, printable, reason
 from diffenc.storage.reading import read_json, read_tensors
-from diffenc.storage.writing import begin_folder, remove_file, write_json, write_tensors
+from diffenc.storage.writing import begin_folder, write_json, write_tensors
 
 CONFIG_FILE = "scorer_config.json"
 REFERENCES_FILE = "references.safetensors"
@@ -35,10 +35,10 @@ def write_scorer(
         content["parts"] = backbone.given
     content.update(config.to_dict())
     begin_folder(folder, CONFIG_FILE)
-    if references is None:
-        remove_file(folder / REFERENCES_FILE)
-    else:
+    if references is not None:
         write_tensors(folder / REFERENCES_FILE, {"pictures": references.pictures})
+    else:
+        _remove(folder / REFERENCES_FILE)
     write_json(folder / CONFIG_FILE, content)
 
 
@@ -63,6 +63,13 @@ def read_scorer(folder: Path) -> tuple[dict[str, Any], str, dict[str, Any], Refe
     return values, backbone, merge_parts(parts, {}, folder), references
 
 
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot remove {path}: {reason(error)}") from error
+
+
 def _unwritten(path: Path, why: str) -> BackboneError:
     return BackboneError(
         f"{path} is not a config that CrossAttnScorer.save_pretrained wrote: {why}"
@@ -82,9 +89,7 @@ def _read_references(folder: Path) -> References | None:
         raise BackboneError(f"cannot read the reference images in {path}: {error}") from error
 
 
-def _check_references(
-    values: dict[str, Any], references: References | None, folder: Path
-) -> None:
+def _check_references(values: dict[str, Any], references: References | None, folder: Path) -> None:
     """Refuse reference images that are not those of the config."""
     if values.get("calibration") != "given":
         return

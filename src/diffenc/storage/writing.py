@@ -139,18 +139,6 @@ def locked(folder: StrPath, *, purpose: str) -> Iterator[None]:
         lock.release()
 
 
-def remove_file(path: StrPath) -> None:
-    """Remove a file, if there is one.
-
-    Raises:
-        OutputError: It cannot be removed.
-    """
-    try:
-        Path(path).unlink(missing_ok=True)
-    except (OSError, ValueError) as error:
-        raise OutputError(f"cannot remove {printable(path)}: {reason(error)}") from error
-
-
 def remove_folder(folder: StrPath) -> None:
     """Remove a folder and what is in it.
 
