@@ -58,9 +58,7 @@ def read_scorer(folder: Path) -> tuple[dict[str, Any], str, dict[str, Any], Refe
         part is None or isinstance(part, str) for part in parts.values()
     ):
         raise _unwritten(path, f"its parts are {printable(parts, 80)}, and must be paths by name")
-    references = _read_references(folder)
-    _check_references(values, references, folder)
-    return values, backbone, merge_parts(parts, {}, folder), references
+    return values, backbone, merge_parts(parts, {}, folder), _read_references(folder)
 
 
 def _remove(path: Path) -> None:
@@ -87,15 +85,3 @@ def _read_references(folder: Path) -> References | None:
         return References(tensors["pictures"])
     except DiffencError as error:
         raise BackboneError(f"cannot read the reference images in {path}: {error}") from error
-
-
-def _check_references(values: dict[str, Any], references: References | None, folder: Path) -> None:
-    """Refuse reference images that are not those of the config."""
-    if values.get("calibration") != "given":
-        return
-    have = "none" if references is None else references.digest
-    if have != values.get("reference_digest"):
-        raise BackboneError(
-            f"{folder} needs the reference images {printable(values.get('reference_digest'), 80)}, "
-            f"and its {REFERENCES_FILE} holds {have}; save the scorer again"
-        )
