@@ -88,6 +88,11 @@ class TestExtraction:
         assert split_options("(A) In the box, (B) On it; (C) No (one)") == (
             *("In the box", "On it", "No (one)"),
         )
+        assert split_options("(a) Circle(s) (b) Square(s)") == ("Circle(s)", "Square(s)")
+        assert split_options("(a) f(a) = 1 (b) f(b) = 2") == ("f(a) = 1", "f(b) = 2")
+        assert split_options("(a)Open(b)Closed") == ("Open", "Closed")
+        for broken in ("(a) x (b) y (d) z", "(a) They (a) are (b) blue", "Well, (a) x (b) y"):
+            assert split_options(broken) == ()
         for broken in ("", "Open", "(a) Open", "(b) Open (a) Closed", "(a) (b) Closed"):
             assert split_options(broken) == ()
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from diffenc.cache import content_key
 from diffenc.errors import ConfigError, ImageError, OutputError, ShapeError
-from diffenc.images import ImageSource
+from diffenc.images import ImageSource, load_image
 from diffenc.scoring.bank_files import BANK_FILE, PLAN_FILE, shard_files, shard_name
 from diffenc.storage.names import SURROGATE, is_file, printable, reason
 from diffenc.storage.reading import read_json
@@ -89,10 +90,30 @@ def look_at(
         whole.append(index)
         digests.append(content_key(pixel_values).hex())
     if size is None or (broken and not skip_broken):
-        told = "; ".join(f"{printable(name)}: {why}" for name, why in broken)
-        go_on = "" if size is None else ", or leave them out with skip_broken=True (--skip-broken)"
-        raise ImageError(f"{len(broken)} of {len(images)} images are broken{go_on}: {told}")
+        raise _broken(broken, len(images), whole=size is not None)
     return whole, digests, broken, size
+
+
+def require_whole(paths: Sequence["str | os.PathLike[str]"]) -> None:
+    """Open every picture file, without a model.
+
+    Raises:
+        ImageError: Some are broken; it names all of them.
+    """
+    broken = []
+    for path in paths:
+        try:
+            load_image(path)
+        except ImageError as error:
+            broken.append((str(path), printable(reason(error), 300)))
+    if broken:
+        raise _broken(broken, len(paths), whole=len(broken) < len(paths))
+
+
+def _broken(broken: Sequence[tuple[str, str]], count: int, *, whole: bool) -> ImageError:
+    go_on = ", or leave them out with skip_broken=True (--skip-broken)" if whole else ""
+    told = "; ".join(f"{printable(name)}: {why}" for name, why in broken)
+    return ImageError(f"{len(broken)} of {count} images are broken; mend them{go_on}: {told}")
 
 
 def plan_digest(plan: Mapping[str, Any]) -> str:

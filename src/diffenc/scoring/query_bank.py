@@ -18,13 +18,13 @@ from diffenc.errors import BackboneError, ConfigError, DiffencError, NonFiniteEr
 from diffenc.memo import prompts_of
 from diffenc.prompts import match_batch
 from diffenc.scoring.bank_build import layer_shapes
+from diffenc.scoring.bank_contents import read_contents
 from diffenc.scoring.bank_files import (
     BankContents,
     LayerDigest,
     Shard,
     check_shard,
     check_shards,
-    read_contents,
     shard_path,
     unreadable,
 )

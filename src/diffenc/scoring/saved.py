@@ -13,7 +13,7 @@ from diffenc.storage.names import is_file, printable
 from diffenc.storage.reading import read_json
 from diffenc.storage.schema import checked
 from diffenc.storage.tensors import read_tensors, write_tensors
-from diffenc.storage.writing import begin_folder, remove_file, write_json
+from diffenc.storage.writing import begin_folder, write_json
 
 CONFIG_FILE = "scorer_config.json"
 REFERENCES_FILE = "references.safetensors"
@@ -39,10 +39,10 @@ def write_scorer(
         content["parts"] = backbone.given
     content.update(config.to_dict())
     begin_folder(folder, CONFIG_FILE)
-    if references is None:
-        remove_file(folder / REFERENCES_FILE)
-    else:
+    if references is not None:
         write_tensors(folder / REFERENCES_FILE, {"pictures": references.pictures})
+    else:
+        _remove(folder / REFERENCES_FILE)
     write_json(folder / CONFIG_FILE, content)
 
 
@@ -63,10 +63,8 @@ def read_scorer(folder: Path) -> tuple[dict[str, Any], str, dict[str, Any], Refe
         raise BackboneError(
             f"{path} is not a config that CrossAttnScorer.save_pretrained wrote: {error}"
         ) from error
-    references = _read_references(folder)
-    _check_references(values, references, folder)
     options = {**merge_parts(parts, {}, folder), "variant": variant}
-    return values, backbone, options, references
+    return values, backbone, options, _read_references(folder)
 
 
 def _read_references(folder: Path) -> References | None:
@@ -80,15 +78,3 @@ def _read_references(folder: Path) -> References | None:
         return References(tensors["pictures"])
     except DiffencError as error:
         raise BackboneError(f"cannot read the reference images in {path}: {error}") from error
-
-
-def _check_references(values: dict[str, Any], references: References | None, folder: Path) -> None:
-    """Refuse reference images that are not those of the config."""
-    if values.get("calibration") != "given":
-        return
-    have = "none" if references is None else references.digest
-    if have != values.get("reference_digest"):
-        raise BackboneError(
-            f"{folder} needs the reference images {printable(values.get('reference_digest'), 80)}, "
-            f"and its {REFERENCES_FILE} holds {have}; save the scorer again"
-        )

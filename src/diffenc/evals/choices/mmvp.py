@@ -40,7 +40,8 @@ _COLUMNS = (
 )
 _PICTURE = (Column("image", also=("Image",), plain=False),)
 _FOLDERS = ("mmvpimages",)
-_OPTION = re.compile(r"\(([a-zA-Z])\)\s*(.*?)\s*(?=\([a-zA-Z]\)|$)", re.DOTALL)
+_LETTERS = "abcdefghij"
+_ALONE = re.compile(r"(?<!\w)\([a-j]\)", re.IGNORECASE)
 
 
 def load_mmvp(
@@ -118,12 +119,29 @@ def mmvp_from_rows(
 
 
 def split_options(text: str) -> tuple[str, ...]:
-    """``"(a) Open (b) Closed"`` to ``("Open", "Closed")``; () where letters are not in order."""
-    found = _OPTION.findall(text.strip())
-    letters = "".join(letter.lower() for letter, _ in found)
-    in_order = letters == "abcdefghij"[: len(letters)]
-    words = tuple(option.strip(" ,;") for _, option in found)
-    return words if len(words) > 1 and in_order and all(words) else ()
+    """``"(a) Open (b) Closed"`` to ``("Open", "Closed")``; () where letters are not in order.
+
+    Letters count in their order alone, so that "circle(s)" and "f(a)" hold none.
+    """
+    places: list[re.Match[str]] = []
+    for letter in _LETTERS:
+        start = places[-1].end() if places else 0
+        mark = rf"\({letter}\)"
+        place = _search(rf"(?<!\w){mark}", text, start) or _search(mark, text, start)
+        if place is None:
+            break
+        places.append(place)
+    if not places or text[: places[0].start()].strip():
+        return ()
+    ends = [match.start() for match in places[1:]] + [len(text)]
+    words = [text[m.end() : end].strip(" ,;\t\n") for m, end in zip(places, ends, strict=True)]
+    if len(words) < 2 or not all(words) or any(_ALONE.search(option) for option in words):
+        return ()
+    return tuple(words)
+
+
+def _search(pattern: str, text: str, start: int) -> re.Match[str] | None:
+    return re.compile(pattern, re.IGNORECASE).search(text, start)
 
 
 def _benchmark(
@@ -223,7 +241,7 @@ def _number(text: str) -> int:
 def _answer(text: str, options: Sequence[str]) -> int | None:
     """``"(b)"`` or ``"b"`` to 1."""
     letter = text.strip().strip("().").lower()
-    index = "abcdefghij".find(letter) if len(letter) == 1 else -1
+    index = _LETTERS.find(letter) if len(letter) == 1 else -1
     return index if 0 <= index < len(options) else None
 
 
