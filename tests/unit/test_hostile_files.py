@@ -378,7 +378,11 @@ def test_weights_that_a_config_only_promises_take_no_memory(tmp_path):
     Projector(6, 4, "linear").save_pretrained(tmp_path)
     path = tmp_path / "projector.json"
     told = json.loads(path.read_text())
-    for change in ({"out_features": 10**15}, {"kind": "mlp99x_gelu", "out_features": 10**8}):
+    for change in (
+        {"out_features": 10**15},
+        {"out_features": 2**63},
+        {"kind": "mlp99x_gelu", "out_features": 10**8},
+    ):
         path.write_text(json.dumps({**told, **change}))
         with pytest.raises(DiffencError):
             Projector.from_pretrained(tmp_path)
