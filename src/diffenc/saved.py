@@ -103,7 +103,9 @@ def read_config(folder: Path) -> tuple[EncoderConfig, Contents]:
         values = read_json(path)
         told = {key: values.pop(key) for key in list(values) if key in known}
         contents: Contents = make(Contents, told)
-        named = [f"{LORA_FOLDER}/{inside(folder, name).name}" for name in contents.lora]
+        named = [f"{LORA_FOLDER}/{name}" for name in contents.lora]
+        for name in named:
+            inside(folder, name)
     except ConfigError as error:
         raise BackboneError(
             f"{path} is not a config that DiffusionEncoder.save_pretrained wrote: {error}"
