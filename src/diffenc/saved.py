@@ -17,7 +17,7 @@ from typing import Any
 from diffenc.backbones.sources import SOURCES
 from diffenc.config import EncoderConfig
 from diffenc.errors import BackboneError, ConfigError
-from diffenc.storage.names import inside, is_file
+from diffenc.storage.names import inside, is_file, is_folder
 from diffenc.storage.reading import read_json
 from diffenc.storage.schema import make
 from diffenc.storage.writing import begin_folder, write_json
@@ -63,7 +63,7 @@ def is_saved(name: "str | os.PathLike[str]") -> bool:
     if is_file(folder / CONFIG_FILE):
         return True
     named = os.fspath(name) in SOURCES  # an alias is no folder, whatever lies beside
-    if not named and folder.is_dir() and not (folder / "model_index.json").exists():
+    if not named and is_folder(folder) and not (folder / "model_index.json").exists():
         own = (BACKBONE_FOLDER, LORA_FOLDER, CAPTIONER_FOLDER, f"{BACKBONE_FOLDER}.partial")
         if left := [part for part in own if (folder / part).is_dir()]:
             raise BackboneError(
@@ -105,13 +105,15 @@ def read_config(folder: Path) -> tuple[EncoderConfig, Contents]:
         values = read_json(path)
         told = {key: values.pop(key) for key in list(values) if key in known}
         contents: Contents = make(Contents, told)
-        named = [f"{LORA_FOLDER}/{inside(folder, name).name}" for name in contents.lora]
+        named = [f"{LORA_FOLDER}/{name}" for name in contents.lora]
+        for name in named:
+            inside(folder, name)
     except ConfigError as error:
         raise BackboneError(
             f"{path} is not a config that DiffusionEncoder.save_pretrained wrote: {error}"
         ) from error
     named += [BACKBONE_FOLDER] * contents.included + [CAPTIONER_FOLDER] * contents.captioner
-    if missing := [name for name in named if not (folder / name).is_dir()]:
+    if missing := [name for name in named if not is_folder(folder / name)]:
         raise BackboneError(f"{folder} is incomplete: it lacks {', '.join(missing)}")
     return EncoderConfig.from_dict(values), contents
 

@@ -5,6 +5,7 @@ told fits into it. The text that `str(spec)` gives holds no dot, comma or semico
 hosts split, and no name of another tower.
 """
 
+import math
 import re
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -109,7 +110,7 @@ class TowerSpec:
             raise ConfigError(f"model must be an alias, a Hub id or a folder, got {self.model!r}")
         if self.rank is not None and (isinstance(self.rank, bool) or self.rank < 1):
             raise ConfigError(f"rank must be an int of 1 or more, got {self.rank!r}")
-        if self.alpha is not None and (self.rank is None or not self.alpha > 0):
+        if self.alpha is not None and (self.rank is None or not 0 < self.alpha < math.inf):
             raise ConfigError(f"alpha must be above 0 and needs a rank, got {self.alpha!r}")
         if self.seed < 0:
             raise ConfigError(f"seed must be 0 or more, got {self.seed}")

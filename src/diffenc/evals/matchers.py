@@ -13,6 +13,7 @@ from diffenc.errors import ConfigError
 from diffenc.prompts import tokenize
 from diffenc.scorer import CrossAttnScorer
 from diffenc.scoring.inputs import cuts_known
+from diffenc.storage.names import is_folder
 
 _SAMPLED = 64
 _NO_RESULT = ("seed", "batch_size")
@@ -99,7 +100,7 @@ def scorer_matchers(
 def short_name(name: str) -> str:
     """An alias or id as it is, a folder without what it lies in."""
     path = Path(name)
-    return path.resolve().name if path.is_dir() else name
+    return path.resolve().name if is_folder(path) else name
 
 
 def weights_digest(parts: Iterable[tuple[str, nn.Module]]) -> str:

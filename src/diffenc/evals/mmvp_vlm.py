@@ -33,7 +33,7 @@ PATTERNS = {
 _COLUMNS = (
     Column("Question ID", also=("lndex", "Index", "id")),
     Column("Type", also=("pattern", "category")),
-    Column("Statement", also=("caption", "text")),
+    Column("Statement", also=("caption", "text"), kind="text"),
 )
 _FOLDERS = ("mllmvlmimages", "mmvpvlmimages")
 _KNOWN = {plain_name(name): name for name in PATTERNS}

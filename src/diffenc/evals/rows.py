@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from numbers import Real
-from typing import Any
+from typing import Any, Literal
 
 from diffenc._optional import require
 from diffenc.errors import ConfigError, near_matches
@@ -15,6 +15,7 @@ from diffenc.storage.lines import parse_csv, parse_json_lines
 from diffenc.storage.names import reason
 from diffenc.storage.reading import decode
 
+_KINDS: Mapping[str, tuple[type, ...]] = {"plain": (str, Real), "text": (str,), "any": (object,)}
 _ROWS = 1_000_000
 _TABLE_BYTES = 2**30
 
@@ -27,13 +28,14 @@ class Column:
         name: In the benchmark's own files.
         also: Other names seen; spaces, underscores and case never count.
         needed: Whether there is no benchmark without it.
-        plain: Whether its cells hold a text or a number; others are checked by who reads them.
+        kind: Cells hold a text or a number ("plain"), or a text ("text"); those of "any" are
+            checked by who reads them.
     """
 
     name: str
     also: tuple[str, ...] = ()
     needed: bool = True
-    plain: bool = True
+    kind: Literal["plain", "text", "any"] = "plain"
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,19 +259,22 @@ def _table(
     problems: list[Problem],
 ) -> TableRows:
     """Rows under the loader's names; those whose cells have another type are problems."""
-    plain = {column.name for column in columns if column.plain}
+    kinds = {column.name: _KINDS[column.kind] for column in columns}
     found = []
     for place, row in rows:
         cells = {name: row[actual] for name, actual in picked.items() if actual in row}
-        wrong = [name for name in cells if name in plain and not _is_plain(cells[name])]
+        wrong = [name for name in cells if not _fits(cells[name], *kinds[name])]
         if wrong:
             kind = type(cells[wrong[0]]).__name__
-            detail = f"{wrong[0]} is no text and no number, but {kind}"
+            what = "no text" if len(kinds[wrong[0]]) == 1 else "no text and no number"
+            detail = f"{wrong[0]} is {what}, but {kind}"
             problems.append(Problem("broken rows", place, detail))
         else:
             found.append(Row(place, cells))
     return TableRows(tuple(found), tuple(problems), notes)
 
 
-def _is_plain(value: Any) -> bool:
-    return value is None or (isinstance(value, (str, Real)) and not isinstance(value, bool))
+def _fits(value: Any, *kinds: type) -> bool:
+    if value is None or object in kinds or (isinstance(value, float) and math.isnan(value)):
+        return True
+    return isinstance(value, kinds) and not isinstance(value, bool)

@@ -23,10 +23,10 @@ ITEMS = 400
 _PICTURES = ("image_0", "image_1")
 _COLUMNS = (
     Column("id", also=("index", "example_id")),
-    Column("image_0", also=("image0", "img_0"), plain=False),
-    Column("image_1", also=("image1", "img_1"), plain=False),
-    Column("caption_0", also=("caption0", "text_0")),
-    Column("caption_1", also=("caption1", "text_1")),
+    Column("image_0", also=("image0", "img_0"), kind="any"),
+    Column("image_1", also=("image1", "img_1"), kind="any"),
+    Column("caption_0", also=("caption0", "text_0"), kind="text"),
+    Column("caption_1", also=("caption1", "text_1"), kind="text"),
     Column("collapsed_tag", needed=False),
     Column("num_main_preds", needed=False),
     Column("tag", needed=False),

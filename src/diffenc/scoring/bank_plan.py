@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from diffenc.cache import content_key
 from diffenc.errors import ConfigError, ImageError, OutputError, ShapeError
-from diffenc.images import ImageSource, load_image
+from diffenc.images import ImageSource
 from diffenc.scoring.bank_files import BANK_FILE, PLAN_FILE, shard_files, shard_name
 from diffenc.storage.names import SURROGATE, is_file, printable, reason
 from diffenc.storage.reading import read_json
@@ -92,22 +91,6 @@ def look_at(
     if size is None or (broken and not skip_broken):
         raise _broken(broken, len(images), whole=size is not None)
     return whole, digests, broken, size
-
-
-def require_whole(paths: Sequence["str | os.PathLike[str]"]) -> None:
-    """Open every picture file, without a model.
-
-    Raises:
-        ImageError: Some are broken; it names all of them.
-    """
-    broken = []
-    for path in paths:
-        try:
-            load_image(path)
-        except ImageError as error:
-            broken.append((str(path), printable(reason(error), 300)))
-    if broken:
-        raise _broken(broken, len(paths), whole=len(broken) < len(paths))
 
 
 def _broken(broken: Sequence[tuple[str, str]], count: int, *, whole: bool) -> ImageError:

@@ -13,7 +13,7 @@ from diffenc.storage.names import is_file, printable
 from diffenc.storage.reading import read_json
 from diffenc.storage.schema import checked
 from diffenc.storage.tensors import read_tensors, write_tensors
-from diffenc.storage.writing import begin_folder, write_json
+from diffenc.storage.writing import begin_folder, remove_file, write_json
 
 CONFIG_FILE = "scorer_config.json"
 REFERENCES_FILE = "references.safetensors"
@@ -42,7 +42,7 @@ def write_scorer(
     if references is not None:
         write_tensors(folder / REFERENCES_FILE, {"pictures": references.pictures})
     else:
-        _remove(folder / REFERENCES_FILE)
+        remove_file(folder / REFERENCES_FILE)
     write_json(folder / CONFIG_FILE, content)
 
 

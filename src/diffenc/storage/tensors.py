@@ -2,6 +2,7 @@
 
 import zipfile
 from collections.abc import Callable, Mapping
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -80,6 +81,11 @@ def read_pickled(
         content = torch.load(path, map_location="cpu", weights_only=True)
     except DiffencError:
         raise
+    except UnpicklingError as failure:
+        raise error(
+            f"cannot read the weights in {printable(path)}: the file is broken or holds more than "
+            "weights, and is not opened"
+        ) from failure
     except Exception as failure:  # a broken pickle raises whatever it likes
         raise error(f"cannot read the weights in {printable(path)}: {reason(failure)}") from failure
     if not isinstance(content, Mapping):

@@ -70,8 +70,10 @@ def make_folder(folder: StrPath) -> Path:
     Raises:
         OutputError: It cannot be made.
     """
-    with reporting(folder):
+    try:
         Path(folder).mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise OutputError(f"cannot make the folder {printable(folder)}: {reason(error)}") from error
     return Path(folder)
 
 

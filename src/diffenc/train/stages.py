@@ -17,7 +17,7 @@ import torch
 from diffenc._optional import require
 from diffenc.errors import ConfigError, ImageError
 from diffenc.policies import parse_policy
-from diffenc.storage.names import is_file
+from diffenc.storage.names import is_file, is_folder
 from diffenc.storage.reading import read_json
 from diffenc.storage.writing import locked, make_folder, write_json
 from diffenc.train.build import build_vlm
@@ -321,7 +321,7 @@ def _starting_point(folder: Path, resume: bool) -> Path | None:
                 "choose another output or remove the folder"
             )
         return find_checkpoint(folder)
-    if folder.is_dir() and (is_saved(folder / MODEL_FOLDER) or any(folder.glob("checkpoint-*"))):
+    if is_folder(folder) and (is_saved(folder / MODEL_FOLDER) or any(folder.glob("checkpoint-*"))):
         raise ConfigError(
             f"{folder} holds a run already; go on with it (--resume), choose another output, or "
             "remove the folder"

@@ -1,5 +1,6 @@
 """Causal language models of transformers: loaded by name, and what they can hold."""
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,7 @@ def add_language_lora(
 
     if isinstance(language_model, PeftModel):
         raise ConfigError("this language model has a LoRA adapter already; one is enough")
-    if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
+    if rank < 1 or not 0 < alpha < math.inf or not 0 <= dropout < 1:
         raise ConfigError(
             f"LoRA takes rank >= 1, alpha > 0 and dropout in [0, 1), got {rank}, {alpha}, {dropout}"
         )

@@ -17,7 +17,7 @@ from diffenc.evals.answering.base import Images, check_positive
 from diffenc.fusion import FusedEncoder
 from diffenc.saved import CONFIG_FILE as ENCODER_CONFIG
 from diffenc.saved import read_config
-from diffenc.storage.names import expanded, is_folder
+from diffenc.storage.names import expanded, is_file, is_folder, reason
 from diffenc.vlm.files import CONFIG_FILE, ENCODER, is_saved, read_saved
 from diffenc.vlm.model import DiffusionVLM
 
@@ -132,7 +132,7 @@ class SavedVLM:
                 f"the encoder of {self.name} reads no text, so that there is nothing to guide; "
                 "leave the guidance scale out"
             )
-        if self._kind == "diffusion" and (folder / ENCODER_CONFIG).is_file():
+        if self._kind == "diffusion" and is_file(folder / ENCODER_CONFIG):
             _check_conditioning(read_config(folder)[0].conditioning, self.name)
 
 
@@ -150,9 +150,12 @@ class _Weights:
         found = hashlib.sha256()
         for path in sorted(path for path in self.folder.rglob("*") if path.is_file()):
             found.update(f"{path.relative_to(self.folder).as_posix()}\0".encode())
-            with path.open("rb") as file:
-                while chunk := file.read(_CHUNK):
-                    found.update(chunk)
+            try:
+                with path.open("rb") as file:
+                    while chunk := file.read(_CHUNK):
+                        found.update(chunk)
+            except OSError as error:
+                raise BackboneError(f"cannot read {path}: {reason(error)}") from error
         return found.hexdigest()[:16]
 
     def load(self, scale: float | None) -> DiffusionVLM:

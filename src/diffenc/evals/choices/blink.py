@@ -41,12 +41,12 @@ PICTURES = ("image_1", "image_2", "image_3", "image_4")
 
 _COLUMNS = (
     Column("idx", also=("id",)),
-    Column("question"),
-    Column("choices", plain=False),
+    Column("question", kind="text"),
+    Column("choices", kind="any"),
     Column("answer"),
     Column("prompt", needed=False),
-    Column("image_1", plain=False),
-    *(Column(name, needed=False, plain=False) for name in PICTURES[1:]),
+    Column("image_1", kind="any"),
+    *(Column(name, needed=False, kind="any") for name in PICTURES[1:]),
 )
 _KNOWN = {plain_name(name): name for name in TASKS}
 

@@ -34,11 +34,11 @@ ERRATA = (99, 100, 279, 280)
 
 _COLUMNS = (
     Column("Index", also=("lndex", "Question ID", "id")),
-    Column("Question"),
-    Column("Options", also=("Choices",)),
+    Column("Question", kind="text"),
+    Column("Options", also=("Choices",), kind="text"),
     Column("Correct Answer", also=("Answer", "Correct_Answer")),
 )
-_PICTURE = (Column("image", also=("Image",), plain=False),)
+_PICTURE = (Column("image", also=("Image",), kind="any"),)
 _FOLDERS = ("mmvpimages",)
 _LETTERS = "abcdefghij"
 _ALONE = re.compile(r"(?<!\w)\([a-j]\)", re.IGNORECASE)

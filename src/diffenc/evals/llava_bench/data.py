@@ -22,11 +22,11 @@ ITEMS = 60
 _QUESTIONS = (
     Column("question_id", also=("id",)),
     Column("image"),
-    Column("text", also=("question",)),
+    Column("text", also=("question",), kind="text"),
     Column("category", also=("type",)),
 )
-_CONTEXT = (Column("image"), Column("caption", plain=False))
-_ANSWERS = (Column("question_id", also=("id",)), Column("text", also=("answer",)))
+_CONTEXT = (Column("image"), Column("caption", kind="any"))
+_ANSWERS = (Column("question_id", also=("id",)), Column("text", also=("answer",), kind="text"))
 
 
 @dataclass(frozen=True, slots=True)

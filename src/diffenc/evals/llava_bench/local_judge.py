@@ -11,6 +11,7 @@ from diffenc.errors import BackboneError
 from diffenc.evals.answering.base import check_positive
 from diffenc.evals.llava_bench.judge import SYSTEM, Case, JudgeError
 from diffenc.pretrained import loading, model_config
+from diffenc.storage.names import expanded, is_file, is_folder
 from diffenc.tokenizing import token_ids
 from diffenc.vlm.language import context_of, filler_id, load_language_model
 
@@ -47,10 +48,10 @@ class LocalJudge:
     ) -> None:
         check_positive(max_new_tokens=max_new_tokens)
         self.source = os.fspath(name)
-        folder = Path(self.source).expanduser()
-        if folder.is_dir():
+        folder = expanded(self.source)
+        if is_folder(folder):
             self.source = str(folder)
-            if not (folder / "config.json").is_file():
+            if not is_file(folder / "config.json"):
                 raise BackboneError(
                     f"the judge's folder {folder} holds no language model: no config.json in it"
                 )
