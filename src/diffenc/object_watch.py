@@ -79,8 +79,15 @@ _TREES = itemgetter("_modules", "_parameters", "_buffers")
 _CONTAINERS = (dict, list, tuple, set, frozenset, deque)
 _SMALL = 2**20
 _NOTES = frozenset(
-    "_class_name _diffusers_version _name_or_path architectures dtype torch_dtype "
-    "transformers_version".split()
+    {
+        "_class_name",
+        "_diffusers_version",
+        "_name_or_path",
+        "architectures",
+        "dtype",
+        "torch_dtype",
+        "transformers_version",
+    }
 )
 """What libraries write into the config of a model when they save it, and never read in a pass."""
 

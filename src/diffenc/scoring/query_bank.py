@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from diffenc.attention import match_layers
 from diffenc.attention_scores import layer_mix
 from diffenc.backbones import load_backbone
 from diffenc.backbones.base import Backbone
-from diffenc.cache import TensorCache
+from diffenc.cache import TensorCache, state_key
+from diffenc.digests import is_marked
+from diffenc.digests import weights_mark as weights_mark_of
 from diffenc.errors import BackboneError, ConfigError, NonFiniteError, PromptError, ShapeError
 from diffenc.images import ImageSource, to_pixel_values
 from diffenc.memo import prompts_of
@@ -74,6 +76,7 @@ class QueryBank:
         self.config = ScorerConfig.from_dict(content["config"])
         self.names: tuple[str, ...] = tuple(content["names"])
         self._content = content
+        self._checked: Hashable | None = None
 
     @classmethod
     def load(
@@ -98,13 +101,25 @@ class QueryBank:
         root = Path(folder)
         content = read_contents(root)
         model = load_backbone(backbone or content["backbone"], device=device, dtype=dtype)
-        attentions = chosen_attentions(model, tuple(content["layers"]))
-        if not same_weights(content["weights"], weights_mark(attentions)):
+        bank = cls(root, content, model)
+        bank._check_weights()
+        return bank
+
+    def _check_weights(self) -> None:
+        """Raise a `BackboneError` unless the model is the one that the bank was built with."""
+        content, unet = self._content, self.backbone.unet
+        state = state_key(unet)
+        if state is not None and state == self._checked:
+            return
+        attentions = chosen_attentions(self.backbone, tuple(content["layers"]))
+        same = same_weights(content["weights"], weights_mark(attentions))
+        if not same or not is_marked(unet, content.get("unet", weights_mark_of(unet))):
             raise BackboneError(
-                f"the bank {root} was built with other weights than {model.name!r} has: load the "
-                f"model it was built with, {content['backbone']!r}, or build the bank again"
+                f"the bank {self.folder} was built with other weights than {self.backbone.name!r} "
+                f"has: load the model it was built with, {content['backbone']!r}, or build the "
+                "bank again"
             )
-        return cls(root, content, model)
+        self._checked = state
 
     def __len__(self) -> int:
         return len(self.names)
@@ -121,6 +136,7 @@ class QueryBank:
         listed = [texts] if isinstance(texts, str) else list(texts)
         if not listed:
             raise PromptError("got no texts; pass at least one")
+        self._check_weights()
         config, backbone = self.config, self.backbone
         every = [*listed, *config.reference_texts, *([""] if config.include_uncond else [])]
         embeds = prompts_of(
@@ -266,6 +282,7 @@ def write_bank(
             "size": list(size),
             "dtype": str(dtype).removeprefix("torch."),
             "weights": weights_mark(attentions),
+            "unet": weights_mark_of(backbone.unet),
         }
     )
 
