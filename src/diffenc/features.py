@@ -80,7 +80,7 @@ class Features(Mapping[str, Tensor]):
     def select(
         self, conditioning: Conditioning, *, guidance_scale: float | None = None
     ) -> "Features":
-        """The same pass in another conditioning.
+        """The same pass in another conditioning, in memory of its own.
 
         Args:
             conditioning: "uncond", "cond", "cfg" or "concat".
@@ -91,9 +91,13 @@ class Features(Mapping[str, Tensor]):
         """
         check_guidance(guidance_scale, conditioning)
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        copies = {
+            name: half and {tap: features.clone() for tap, features in half.items()}
+            for name, half in self._halves.items()
+        }
         return Features(
-            uncond=self._halves["uncond"],
-            cond=self._halves["cond"],
+            uncond=copies["uncond"],
+            cond=copies["cond"],
             conditioning=conditioning,
             guidance_scale=scale,
             grid=self.grid,

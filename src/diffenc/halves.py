@@ -73,7 +73,8 @@ def read_halves(
     if uncond is not None:
         options = (tuple(taps), config.timestep, config.draws, config.noise, config.seed)
         compiled = compiled_taps(backbone, [tap for tap in taps if tap != LATENTS])
-        shared = (state, compiled and object_key(compiled), *options, config.posterior)
+        run = None if compiled is None else object_key(compiled)
+        shared = (state, run, *options, config.posterior)
         rows = recall(
             None if state is None else backbone.caches.features,
             [(*shared, config.uncond, *key) for key in keys or [()] * batch],

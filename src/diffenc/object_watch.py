@@ -78,6 +78,19 @@ _HOOKS = itemgetter("_forward_pre_hooks", "_forward_hooks")
 _TREES = itemgetter("_modules", "_parameters", "_buffers")
 _CONTAINERS = (dict, list, tuple, set, frozenset, deque)
 _SMALL = 2**20
+_NOTES = frozenset(
+    {
+        "_class_name",
+        "_diffusers_version",
+        "_name_or_path",
+        "architectures",
+        "dtype",
+        "torch_dtype",
+        "transformers_version",
+    }
+)
+"""What libraries write into the config of a model when they save it, and never read in a pass."""
+
 _MOST = 100_000
 """Objects that are watched; whoever leads to more is not cached."""
 
@@ -98,6 +111,7 @@ class _Node:
         "_kind",
         "_leaves",
         "_leaves_of",
+        "_noted",
         "_parts",
         "_parts_of",
         "reference",
@@ -111,7 +125,10 @@ class _Node:
     def holds(self, owner: Any) -> bool:
         """Whether the object is what it was when it was read: a few microseconds each."""
         attributes = owner.__dict__
-        if type(owner) is not self._kind or len(attributes) != self._count:
+        if type(owner) is not self._kind:
+            return False
+        notes = len(_NOTES.intersection(attributes)) if self._noted else 0
+        if len(attributes) - notes != self._count:
             return False
         try:
             if self._leaves_of is not None and self._leaves_of(attributes) != self._leaves:
@@ -133,8 +150,11 @@ class _Node:
     def read(self, owner: Any, visit: Callable[[object], None]) -> None:
         """Note what the object is now, and hand on what it refers to."""
         attributes = dict(owner.__dict__)
-        self._kind, self._count = type(owner), len(attributes)
         is_module = isinstance(owner, nn.Module)
+        self._kind, self._noted = type(owner), not is_module and _is_config(attributes)
+        if self._noted:
+            attributes = {k: v for k, v in attributes.items() if k not in _NOTES}
+        self._count = len(attributes)
         self._calm = not is_module or _is_calm(owner)
         self._identities = _core_ids(attributes) if is_module else None
         if is_module:
@@ -368,9 +388,15 @@ def _frozen(value: Any, visit: Callable[[object], None] | None = None) -> object
     if visit is not None and getattr(value, "__dict__", None):
         visit(value)  # configs of diffusers hold each setting twice, as an entry and an attribute
     entries = tuple(value.items()) if isinstance(value, dict) else tuple(value)
+    if isinstance(value, dict) and "_class_name" in value:
+        entries = tuple(entry for entry in entries if entry[0] not in _NOTES)
     if isinstance(value, (set, frozenset)):
         return type(value), frozenset(_frozen(entry, visit) for entry in entries)
     return type(value), tuple(_frozen(entry, visit) for entry in entries)
+
+
+def _is_config(attributes: dict[str, Any]) -> bool:
+    return "_class_name" in attributes or "transformers_version" in attributes
 
 
 def _of_diffenc(hook: Any) -> bool:

@@ -1,7 +1,7 @@
 """Queries of many images on disk, to be searched by any text without the images."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from diffenc.attention_scores import layer_mix
 from diffenc.backbones import load_backbone
 from diffenc.backbones.base import Backbone
 from diffenc.backbones.device import Device, Dtype
+from diffenc.cache import state_key
 from diffenc.errors import BackboneError, ConfigError, DiffencError, NonFiniteError, PromptError
 from diffenc.memo import prompts_of
 from diffenc.prompts import match_batch
@@ -74,6 +75,7 @@ class QueryBank:
         self.folder, self.backbone = folder, backbone
         self.config, self.names, self.skipped = contents.config, contents.names, contents.skipped
         self._contents = contents
+        self._checked: Hashable | None = None
 
     @classmethod
     @lasting
@@ -103,8 +105,16 @@ class QueryBank:
         contents = read_contents(root)
         check_shards(root, contents)
         model = load_backbone(backbone or contents.backbone, device=device, dtype=dtype)
-        _check_model(root, contents, model)
-        return cls(root, contents, model)
+        bank = cls(root, contents, model)
+        bank._check_weights()
+        return bank
+
+    def _check_weights(self) -> None:
+        """Raise a `BackboneError` unless the model is, still, the one that built the bank."""
+        state = state_key(self.backbone.unet)
+        if state is None or state != self._checked:
+            _check_model(self.folder, self._contents, self.backbone)
+            self._checked = state
 
     def __len__(self) -> int:
         return len(self.names)
@@ -127,6 +137,7 @@ class QueryBank:
             raise PromptError("got no texts; pass at least one")
         config = self.config
         with self.backbone.lock:
+            self._check_weights()
             means = self._means([*listed, *config.reference_texts])
         images, references = means[: len(self)], means[len(self) :]
         result = images[:, : len(listed)]

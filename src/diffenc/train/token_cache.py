@@ -9,13 +9,13 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from diffenc.digests import full_digest
 from diffenc.errors import BackboneError, OutputError
 from diffenc.storage.tensors import read_tensors, tensor_names, write_tensors
 from diffenc.storage.writing import make_folder
@@ -145,38 +145,18 @@ def entry_name(encoder: str, picture: str, prompt: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def encoder_digest(encoder: nn.Module) -> str:
-    """A digest of an encoder's kind, options and weights.
+def encoder_digest(encoder: nn.Module, precision: str = "no") -> str:
+    """A digest of an encoder's kind, settings and weights, to the last value.
 
-    Of each weight some hundred values count, evenly spread: other weights differ in those too.
+    Args:
+        encoder: Frozen encoder.
+        precision: Mixed precision that it runs in.
     """
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(json.dumps(_options(encoder), sort_keys=True, default=str).encode())
-    for name, tensor in sorted(encoder.state_dict().items()):
-        values = tensor.detach().flatten()
-        step = max(1, len(values) // 128)
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(values[::step].float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return hashlib.blake2b(
+        f"{precision} {full_digest(encoder)}".encode(), digest_size=16
+    ).hexdigest()
 
 
 def is_frozen(encoder: nn.Module) -> bool:
     """Whether nothing in an encoder trains."""
     return not any(parameter.requires_grad for parameter in encoder.parameters())
-
-
-def _options(encoder: Any) -> dict[str, Any]:
-    found: dict[str, Any] = {"kind": type(encoder).__name__}
-    for name in ("how", "view", "grid", "layer"):
-        if hasattr(encoder, name):
-            found[name] = getattr(encoder, name)
-    if hasattr(encoder, "feature_info"):
-        found["taps"] = [tap.name for tap in encoder.feature_info]
-    config: Any = getattr(encoder, "config", None)
-    if hasattr(config, "to_dict"):
-        found["config"] = {k: v for k, v in config.to_dict().items() if k != "batch_size"}
-    backbone = getattr(encoder, "backbone", None)
-    if backbone is not None:
-        schedule: Sequence[float] = backbone.scheduler.alphas_cumprod[::100].tolist()
-        found["backbone"] = [backbone.default_size, list(schedule)]
-    return found

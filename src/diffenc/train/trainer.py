@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
+from diffenc.cache import recall
 from diffenc.errors import BackboneError, ConfigError
 from diffenc.storage.names import is_file, reason
 from diffenc.storage.reading import parse_json, read_json
@@ -60,7 +61,8 @@ class VLMTrainer(Trainer):  # type: ignore[misc]  # transformers is seen as Any
         self.model_accepts_loss_kwargs = True
         self.vlm, self.told, self.cache = vlm, told, cache
         self.broken: dict[str, None] = {}  # in the order in which they were noticed
-        self._digest = "" if cache is None else encoder_digest(vlm.encoder)
+        precision = str(self.accelerator.mixed_precision)
+        self._digest = "" if cache is None else encoder_digest(vlm.encoder, precision)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         return EpochSampler(len(self.train_dataset), seed=self.args.data_seed)
@@ -90,21 +92,13 @@ class VLMTrainer(Trainer):  # type: ignore[misc]  # transformers is seen as Any
             (file, prompt) for files, prompt in zip(images, prompts, strict=True) for file in files
         ]
         names = [entry_name(self._digest, file.digest, prompt) for file, prompt in flat]
-        known = {name: self.cache.get(name) for name in dict.fromkeys(names)}
-        missing = {
-            name: pair for name, pair in zip(names, flat, strict=True) if known[name] is None
-        }
-        if missing:
-            pictures = [file.open() for file, _ in missing.values()]
-            texts = [prompt for _, prompt in missing.values()]
+
+        def encode(rows: list[int]) -> list[Tensor]:
+            pictures, texts = [flat[row][0].open() for row in rows], [flat[row][1] for row in rows]
             with self.accelerator.autocast():
-                fresh = self.vlm.encode_images(pictures, texts)
-            for name, tokens in zip(missing, fresh, strict=True):
-                self.cache.put(name, tokens)
-                known[name] = tokens
-        return [
-            tokens.to(self.args.device) for name in names if (tokens := known[name]) is not None
-        ]
+                return list(self.vlm.encode_images(pictures, texts))
+
+        return [tokens.to(self.args.device) for tokens in recall(self.cache, names, encode)]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = make_folder(output_dir or self.args.output_dir)
