@@ -83,7 +83,17 @@ def prompt_ids(
     """
     rows = token_ids(tokenizer, texts, special_tokens=special_tokens)
     vectors = _vectors(added_tokens(tokenizer))
-    return [_expanded(row, vectors) for row in rows] if vectors else rows
+    if not vectors:
+        return rows
+    return [[token for group in _expanded(row, vectors) for token in group] for row in rows]
+
+
+def prompt_places(tokenizer: Any, ids: Sequence[int]) -> list[int]:
+    """Where each id of `token_ids`, and the end of them, stands in `prompt_ids`."""
+    places = [0]
+    for group in _expanded(ids, _vectors(added_tokens(tokenizer))):
+        places.append(places[-1] + len(group))
+    return places
 
 
 def added_tokens(tokenizer: Any) -> dict[str, int]:
@@ -201,11 +211,11 @@ def _vectors(added: Mapping[str, int]) -> dict[int, list[int]]:
     return found
 
 
-def _expanded(row: Sequence[int], vectors: Mapping[int, list[int]]) -> list[int]:
-    expanded: list[int] = []
+def _expanded(row: Sequence[int], vectors: Mapping[int, list[int]]) -> list[list[int]]:
+    """What stands for each id: itself, and behind a first vector the others."""
+    groups = []
     for index, token in enumerate(row):
-        expanded.append(token)
         others = vectors.get(token, [])
-        if others and row[index + 1 : index + 2] != others[:1]:  # not written out by the user
-            expanded.extend(others)
-    return expanded
+        written_out = list(row[index + 1 : index + 2]) == others[:1]
+        groups.append([token] if written_out else [token, *others])
+    return groups

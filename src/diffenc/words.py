@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from diffenc.errors import PromptError, near_matches
-from diffenc.tokenizing import added_tokens, limit_of, prompt_ids, require_right
+from diffenc.tokenizing import added_tokens, limit_of, prompt_places, require_right, token_ids
 
 
 def words_of(text: str, tokenizer: Any = None) -> list[str]:
@@ -94,13 +94,14 @@ def _token_spans(tokenizer: Any, text: str, word: str) -> list[tuple[int, int]]:
     places = list(_places(text, word))
     edges = [text[:edge] for place in places for edge in place]
     # What stands before an edge has tokens of its own where a piece ends there.
-    whole, *parts = prompt_ids(tokenizer, [text, *edges])
+    whole, *parts = token_ids(tokenizer, [text, *edges])
+    places_seen = prompt_places(tokenizer, whole)
     counts = [len(part) - 1 for part in parts]  # without the end token
     whole_pieces = [
         part[:count] == whole[:count] for part, count in zip(parts, counts, strict=True)
     ]
     return [
-        (counts[index], counts[index + 1])
+        (places_seen[counts[index]], places_seen[counts[index + 1]])
         for index in range(0, len(counts), 2)
         if whole_pieces[index] and whole_pieces[index + 1] and counts[index] < counts[index + 1]
     ]
