@@ -16,8 +16,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from diffenc.digests import weights_mark
 from diffenc.errors import BackboneError, ConfigError, OutputError
-from diffenc.pretrained import load_whole, loading, pretrained_source
+from diffenc.pretrained import (
+    lasting_name,
+    load_whole,
+    loading,
+    pretrained_source,
+    read_name,
+    stored_name,
+)
 
 _CONFIG_FILE, _WEIGHTS_FILE = "captioner.json", "captioner.safetensors"
 _INSTEAD = (
@@ -111,7 +119,7 @@ class ImplicitCaptioner(nn.Module):
         """
         target = Path(folder)
         state = {key: value.detach().contiguous() for key, value in self.state_dict().items()}
-        told = {**self.options, "clip": None if clip is None else clip.reference()}
+        told = {**self.options, "clip": None if clip is None else clip.reference(target)}
         try:
             target.mkdir(parents=True, exist_ok=True)
             (target / _CONFIG_FILE).unlink(missing_ok=True)  # without it nothing is read
@@ -135,6 +143,8 @@ class ImplicitCaptioner(nn.Module):
         try:
             options = json.loads((source / _CONFIG_FILE).read_text(encoding="utf-8"))
             clip = dict(options.pop("clip") or {})
+            if clip.get("name") is not None:
+                clip["name"] = read_name(clip["name"], source)
             captioner = cls(**options)
             captioner.load_state_dict(load_file(source / _WEIGHTS_FILE))
         except (
@@ -178,7 +188,8 @@ class ClipEmbedder(nn.Module):
         self.std = tuple(map(float, told.get("image_std") or _OPENAI_STD))
         self.crops = bool(told.get("do_center_crop", True))
         own = getattr(model.config, "_name_or_path", "") or None
-        self.name = own if name is None else name
+        name = own if name is None else name
+        self.name = None if name is None else lasting_name(name)
         config = getattr(model.config, "vision_config", model.config)
         self.size: int = config.image_size
 
@@ -197,14 +208,14 @@ class ClipEmbedder(nn.Module):
 
         label = os.fspath(name)
         with loading("a CLIP", label, instead=_INSTEAD):
-            source = pretrained_source(label)
+            source = pretrained_source(name)
             # The embedding is small work and remembered: no half precision, whatever the file has.
             model = load_whole(CLIPVisionModelWithProjection, source).float()
         try:
             processor, _ = ImageProcessingMixin.get_image_processor_dict(source)
         except OSError:
             processor = None
-        return cls(model, name=label, processor=processor)
+        return cls(model, name=lasting_name(name), processor=processor)
 
     @property
     def width(self) -> int:
@@ -212,10 +223,11 @@ class ClipEmbedder(nn.Module):
         features: int = self.visual_projection.out_features
         return features
 
-    def reference(self) -> dict[str, Any]:
-        """Name and preprocessing, as JSON holds them."""
+    def reference(self, folder: "str | os.PathLike[str]") -> dict[str, Any]:
+        """Name, preprocessing and numbers of the weights, as JSON in a folder holds them."""
+        name = None if self.name is None else stored_name(self.name, folder)
         values = {"image_mean": self.mean, "image_std": self.std, "do_center_crop": self.crops}
-        return {"name": self.name, **values}
+        return {"name": name, **values, "mark": weights_mark(self)}
 
     def forward(self, pixel_values: Float[Tensor, "b 3 size size"]) -> Float[Tensor, "b c"]:
         """Embed pictures that have CLIP's size already."""

@@ -110,7 +110,7 @@ class ClipTokens(VisionModel):
 
         label = os.fspath(name)
         with loading("a CLIP", label, instead=_INSTEAD):
-            source = pretrained_source(label)
+            source = pretrained_source(name)
             found = transformers.AutoConfig.from_pretrained(source).model_type
             kind = found.removesuffix("_vision_model")
             if kind not in _VISION:
@@ -123,7 +123,7 @@ class ClipTokens(VisionModel):
             image_processor,
             layer=layer,
             frozen=frozen,
-            name=lasting_name(label),
+            name=lasting_name(name),
             use_cache=use_cache,
         )
 

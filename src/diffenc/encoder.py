@@ -14,6 +14,7 @@ from diffenc._typing import Conditioning
 from diffenc.backbones import Architecture, TapInfo, describe, load_backbone
 from diffenc.backbones.base import Backbone, States
 from diffenc.backbones.presets import preset_options
+from diffenc.backbones.sources import lasting_source
 from diffenc.backbones.taps import LATENTS
 from diffenc.backbones.writing import write_folder
 from diffenc.config import EncoderConfig, check_choice
@@ -32,6 +33,7 @@ from diffenc.saved import (
     LORA_FOLDER,
     Contents,
     begin,
+    check_mark,
     is_saved,
     merge_parts,
     read_config,
@@ -107,7 +109,8 @@ class DiffusionEncoder(TrainableParts):
         Args:
             name: An alias ("shapes", "sd1.5", "sd2.1-base", "sd2.1", "sdxl"), a Hub id, a diffusers
                 folder, a `.safetensors` checkpoint in the original layout, a folder that
-                `save_pretrained` wrote, or a `Backbone`.
+                `save_pretrained` wrote, or a `Backbone`. An alias wins over a folder of that name,
+                which is "./name"; a folder wins over a Hub id.
             device: Where it runs.
             dtype: Of U-Net and text encoder: float32, bfloat16 or float16; the VAE stays in
                 float32 where float16 overflows.
@@ -146,8 +149,9 @@ class DiffusionEncoder(TrainableParts):
             "tokenizer_2": tokenizer_2,
         }
         config, contents, folder = EncoderConfig(), None, Path()
+        given = [part for part, value in parts.items() if value is not None]
         if not isinstance(name, Backbone) and is_saved(name):
-            folder = Path(name)
+            folder = Path(lasting_source(name))
             config, contents = read_config(folder)
             name = folder / BACKBONE_FOLDER if contents.included else contents.backbone
             parts.update(merge_parts(_resolved(contents.parts, folder), parts, folder))
@@ -181,6 +185,7 @@ class DiffusionEncoder(TrainableParts):
         )
         encoder = cls(backbone, config, use_cache=use_cache)
         if contents is not None:
+            check_mark(backbone, contents.mark, folder, given=given)
             encoder._restore(folder, contents, clip=clip, trainable=trainable)
         return encoder
 
@@ -236,6 +241,7 @@ class DiffusionEncoder(TrainableParts):
             active_lora=self.active_lora,
             merged=is_merged(backbone.unet),
             captioner=self.captioner is not None,
+            mark=backbone.mark(),
         )
         write_config(target, config, contents)
 

@@ -16,10 +16,12 @@ from diffenc.backbones import TapInfo
 from diffenc.backbones.base import Backbone
 from diffenc.clip_tokens import ClipTokens, to_maps
 from diffenc.config import EncoderConfig, check_choice, check_pair
+from diffenc.digests import is_marked, weights_mark
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import BackboneError, ConfigError, OutputError
 from diffenc.images import Images, to_pixel_values
 from diffenc.maps import to_grid
+from diffenc.pretrained import read_name, stored_name
 from diffenc.prompts import PromptEmbeds
 from diffenc.vision_models import to_pictures
 
@@ -128,6 +130,7 @@ class FusedEncoder(nn.Module):
         try:
             told = json.loads((source / _CONFIG_FILE).read_text(encoding="utf-8"))
             name, settings = told["clip"], {key: told[key] for key in _OPTIONS}
+            name = None if name is None else read_name(name, source)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BackboneError(
                 f"{source} does not hold what FusedEncoder.save_pretrained wrote: {error!r}"
@@ -146,6 +149,11 @@ class FusedEncoder(nn.Module):
         fused = cls(name or source / _CLIP, diffusion, **settings)
         if name is None:
             fused.clip.name = None  # it has no other place than this folder
+        elif "clip_mark" in told and not is_marked(fused.clip, told["clip_mark"]):
+            raise BackboneError(
+                f"{name!r} is not the CLIP that {source} was saved with: its weights differ; put "
+                "that one back"
+            )
         return fused
 
     def save_pretrained(
@@ -165,14 +173,16 @@ class FusedEncoder(nn.Module):
         """
         target = Path(folder)
         name = self.clip.name if self.clip.frozen and not include_backbone else None
-        content = {
-            "clip": name,
+        content: dict[str, Any] = {
+            "clip": None if name is None else stored_name(name, target),
             "how": self.how,
             "layer": self.clip.layer,
             "grid": self.grid,
             "view": self.view,
             "freeze_clip": self.clip.frozen,
         }
+        if name is not None:
+            content["clip_mark"] = weights_mark(self.clip)
         try:
             target.mkdir(parents=True, exist_ok=True)
             (target / _CONFIG_FILE).unlink(missing_ok=True)  # written last: half a folder has none

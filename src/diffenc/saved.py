@@ -10,14 +10,18 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from diffenc.backbones.base import Backbone
 from diffenc.backbones.sources import SOURCES
 from diffenc.config import EncoderConfig
+from diffenc.digests import is_marked
 from diffenc.errors import BackboneError, ConfigError, OutputError
+from diffenc.pretrained import read_name, stored_name
+from diffenc.storage.names import is_file, is_folder
 
 CONFIG_FILE = "config.json"
 BACKBONE_FOLDER, LORA_FOLDER, CAPTIONER_FOLDER = "backbone", "lora", "captioner"
@@ -36,6 +40,7 @@ class Contents:
         active_lora: The one in use.
         merged: Whether that one is merged into the weights.
         captioner: Whether a captioner lies in the folder.
+        mark: Numbers of each part of the backbone, by which it is known again.
     """
 
     backbone: str
@@ -46,6 +51,7 @@ class Contents:
     active_lora: str | None = None
     merged: bool = False
     captioner: bool = False
+    mark: Mapping[str, list[float]] = field(default_factory=dict)
 
 
 def is_saved(name: "str | os.PathLike[str]") -> bool:
@@ -54,11 +60,12 @@ def is_saved(name: "str | os.PathLike[str]") -> bool:
     Raises:
         BackboneError: It was being written when that was interrupted.
     """
-    folder = Path(name)
-    if (folder / CONFIG_FILE).is_file():
+    if isinstance(name, str) and name in SOURCES:  # no folder, whatever lies beside
+        return False
+    folder = Path(name).expanduser()
+    if is_file(folder / CONFIG_FILE):
         return True
-    named = os.fspath(name) in SOURCES  # an alias is no folder, whatever lies beside
-    if not named and folder.is_dir() and not (folder / "model_index.json").exists():
+    if is_folder(folder) and not (folder / "model_index.json").exists():
         own = (BACKBONE_FOLDER, LORA_FOLDER, CAPTIONER_FOLDER, f"{BACKBONE_FOLDER}.partial")
         if left := [part for part in own if (folder / part).is_dir()]:
             raise BackboneError(
@@ -88,6 +95,8 @@ def write_config(folder: Path, config: EncoderConfig, contents: Contents) -> Non
         OutputError: The folder cannot be written.
     """
     told = asdict(contents)
+    told["backbone"] = stored_name(contents.backbone, folder)
+    told["parts"] = stored_parts(contents.parts, folder)
     plain = {"backbone": told.pop("backbone"), **{k: v for k, v in told.items() if v}}
     try:
         partial = folder / f"{CONFIG_FILE}.partial"
@@ -110,7 +119,8 @@ def read_config(folder: Path) -> tuple[EncoderConfig, Contents]:
         values = json.loads(path.read_text(encoding="utf-8"))
         told = {key: values.pop(key) for key in list(values) if key in known}
         contents = Contents(**told)
-        dict(contents.parts), list(contents.lora)
+        dict(contents.mark), list(contents.lora)
+        parts = dict(contents.parts)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise BackboneError(
             f"{path} is not a config that DiffusionEncoder.save_pretrained wrote: {error!r}"
@@ -119,7 +129,55 @@ def read_config(folder: Path) -> tuple[EncoderConfig, Contents]:
     named += [BACKBONE_FOLDER] * contents.included + [CAPTIONER_FOLDER] * contents.captioner
     if missing := [name for name in named if not (folder / name).is_dir()]:
         raise BackboneError(f"{folder} is incomplete: it lacks {', '.join(missing)}")
+    contents = replace(
+        contents,
+        backbone=contents.backbone if contents.included else read_source(contents.backbone, folder),
+        parts=read_parts(parts, folder),
+    )
     return EncoderConfig.from_dict(values), contents
+
+
+def read_source(name: object, folder: Path) -> str:
+    """Name of the backbone in a saved config, as `load_backbone` takes it, see `read_name`."""
+    return read_name(name, folder, aliases=SOURCES)
+
+
+def stored_parts(parts: Mapping[str, str | None], folder: Path) -> dict[str, str | None]:
+    """Paths of given parts as a config in a folder keeps them."""
+    return {part: name and stored_name(name, folder) for part, name in parts.items()}
+
+
+def read_parts(parts: Mapping[str, str | None], folder: Path) -> dict[str, str | None]:
+    """Inverse of `stored_parts`."""
+    return {
+        part: None if name is None else read_name(name, folder, aliases=SOURCES)
+        for part, name in parts.items()
+    }
+
+
+def check_mark(
+    backbone: Backbone, mark: Mapping[str, Any], folder: Path, *, given: Collection[str] = ()
+) -> None:
+    """Raise a `BackboneError` unless a loaded model is the one that was saved.
+
+    Args:
+        backbone: Loaded model.
+        mark: Numbers of the parts of the saved one.
+        folder: Folder it was saved to.
+        given: Parts that the caller put in their place.
+    """
+    parts = backbone.parts()
+    others = [
+        name
+        for name, numbers in mark.items()
+        if name in parts and name not in given and not is_marked(parts[name], numbers)
+    ]
+    if others:
+        raise BackboneError(
+            f"{backbone.name!r} is not the model that {folder} was saved with: its "
+            f"{' and '.join(others)} has other weights. Put that model back, or pass the part "
+            f"that shall stand in its place ({others[0]}=...)"
+        )
 
 
 def merge_parts(

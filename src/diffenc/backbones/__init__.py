@@ -26,6 +26,7 @@ from diffenc.backbones.sources import (
     SOURCES,
     BackboneSource,
     cached_folder,
+    lasting_source,
     resolve_folder,
     single_file,
 )
@@ -112,6 +113,8 @@ def load_backbone(
             )
         return name if channels_last is None else arrange(name, channels_last)
     check_placement(device, dtype)
+    name = lasting_source(name)
+    architecture = None if architecture is None else lasting_source(architecture)
     told = _described(name, architecture, given)
     path = single_file(name)
     if path is not None:
@@ -119,7 +122,7 @@ def load_backbone(
     else:
         backbone = load_folder(
             resolve_folder(name),
-            name=os.fspath(name),
+            name=name,
             dtype=dtype,
             device=device,
             own_taps=_own_taps(name),
@@ -128,7 +131,7 @@ def load_backbone(
         )
     backbone.given = given.references()
     if architecture is not None:
-        backbone.given["architecture"] = os.fspath(architecture)
+        backbone.given["architecture"] = architecture
     return arrange(backbone, channels_last)
 
 
@@ -215,6 +218,8 @@ def _described(
     architecture: "str | os.PathLike[str] | None",
     given: GivenParts,
 ) -> Architecture:
+    name = lasting_source(name)
+    architecture = None if architecture is None else lasting_source(architecture)
     path = single_file(name)
     if path is None and architecture is not None:
         raise ConfigError(

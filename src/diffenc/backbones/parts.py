@@ -14,6 +14,7 @@ from torch import nn
 from diffenc.backbones.configs import Architecture
 from diffenc.backbones.weights import load_into, load_unet, read_state, unet_state
 from diffenc.errors import BackboneError
+from diffenc.pretrained import absolute
 from diffenc.truncation import truncate
 
 _VAES = ("AutoencoderKL", "AutoencoderTiny")
@@ -47,7 +48,7 @@ class GivenParts:
     def references(self) -> dict[str, str | None]:
         """Path of each part that is given, None for one that is an object."""
         return {
-            field.name: str(Path(value).absolute()) if _is_path(value) else None
+            field.name: absolute(value) if _is_path(value) else None
             for field in fields(self)
             if (value := getattr(self, field.name)) is not None
         }

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from diffenc.backbones.shapes import shapes_folder
 from diffenc.errors import BackboneError, near_matches
+from diffenc.pretrained import lasting_name
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FILES = (
@@ -65,6 +66,11 @@ SOURCES = {
         ),
     )
 }
+
+
+def lasting_source(name: "str | os.PathLike[str]") -> str:
+    """A name of `load_backbone` that means the same in every directory, see `lasting_name`."""
+    return lasting_name(name, aliases=SOURCES)
 
 
 def single_file(name: "str | os.PathLike[str]") -> Path | None:

@@ -21,6 +21,8 @@ from diffenc.digests import weights_mark as weights_mark_of
 from diffenc.errors import BackboneError, ConfigError, NonFiniteError, PromptError, ShapeError
 from diffenc.images import ImageSource, to_pixel_values
 from diffenc.memo import prompts_of
+from diffenc.pretrained import stored_name
+from diffenc.saved import read_source
 from diffenc.scoring.bank_files import BankWriter, read_contents, same_weights, weights_mark
 from diffenc.scoring.calibration import References, reference_pixels
 from diffenc.scoring.config import ScorerConfig
@@ -100,7 +102,8 @@ class QueryBank:
         """
         root = Path(folder)
         content = read_contents(root)
-        model = load_backbone(backbone or content["backbone"], device=device, dtype=dtype)
+        named = backbone or read_source(content["backbone"], root)
+        model = load_backbone(named, device=device, dtype=dtype)
         bank = cls(root, content, model)
         bank._check_weights()
         return bank
@@ -274,7 +277,7 @@ def write_bank(
         _add(writer, backbone, config, part, dtype)
     writer.finish(
         {
-            "backbone": backbone.name,
+            "backbone": stored_name(backbone.name, folder),
             "config": config.to_dict(),
             "names": list(names),
             "references": len(others),

@@ -2,14 +2,18 @@
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from diffenc.backbones.base import Backbone
+from diffenc.backbones.sources import SOURCES
 from diffenc.errors import BackboneError, OutputError
-from diffenc.saved import merge_parts
+from diffenc.pretrained import stored_name
+from diffenc.saved import merge_parts, read_parts, read_source, stored_parts
 from diffenc.scoring.calibration import References
 from diffenc.scoring.config import ScorerConfig
+from diffenc.storage.names import is_file
 
 CONFIG_FILE = "scorer_config.json"
 REFERENCES_FILE = "references.safetensors"
@@ -17,7 +21,9 @@ REFERENCES_FILE = "references.safetensors"
 
 def is_saved_scorer(name: "str | os.PathLike[str]") -> bool:
     """Whether a folder of that name holds a scorer."""
-    return (Path(name) / CONFIG_FILE).is_file()
+    if isinstance(name, str) and name in SOURCES:  # no folder, whatever lies beside
+        return False
+    return is_file(Path(name).expanduser() / CONFIG_FILE)
 
 
 def write_scorer(
@@ -31,9 +37,10 @@ def write_scorer(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    content: dict[str, Any] = {"backbone": backbone.name}
+    content: dict[str, Any] = {"backbone": stored_name(backbone.name, folder)}
     if backbone.given:
-        content["parts"] = backbone.given
+        content["parts"] = stored_parts(backbone.given, folder)
+    content["mark"] = backbone.mark()
     content.update(config.to_dict())
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -47,8 +54,27 @@ def write_scorer(
         raise OutputError(f"cannot write {folder}: {error}") from error
 
 
-def read_scorer(folder: Path) -> tuple[dict[str, Any], str, dict[str, Any], References | None]:
-    """Options, name of the backbone, parts given in place of its own, and reference images.
+@dataclass(frozen=True, slots=True)
+class SavedScorer:
+    """What the folder of a scorer says.
+
+    Attributes:
+        options: Options of `ScorerConfig`.
+        backbone: Name of the backbone.
+        parts: Parts given in place of its own.
+        references: Reference images, or None.
+        mark: Numbers of each part of the backbone, by which it is known again.
+    """
+
+    options: dict[str, Any]
+    backbone: str
+    parts: dict[str, Any]
+    references: References | None
+    mark: dict[str, Any]
+
+
+def read_scorer(folder: Path) -> SavedScorer:
+    """What `write_scorer` wrote.
 
     Raises:
         BackboneError: The files are not those that `write_scorer` wrote.
@@ -58,12 +84,18 @@ def read_scorer(folder: Path) -> tuple[dict[str, Any], str, dict[str, Any], Refe
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         backbone = values.pop("backbone")
-        parts = dict(values.pop("parts", {}))
+        parts, mark = dict(values.pop("parts", {})), dict(values.pop("mark", {}))
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise BackboneError(
             f"{path} is not a config that CrossAttnScorer.save_pretrained wrote: {error!r}"
         ) from error
-    return values, backbone, merge_parts(parts, {}, folder), _read_references(folder)
+    return SavedScorer(
+        values,
+        read_source(backbone, folder),
+        merge_parts(read_parts(parts, folder), {}, folder),
+        _read_references(folder),
+        mark,
+    )
 
 
 def _read_references(folder: Path) -> References | None:

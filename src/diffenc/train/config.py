@@ -9,9 +9,11 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from diffenc.backbones.sources import lasting_source
 from diffenc.config import EncoderConfig, check_choice
 from diffenc.errors import ConfigError, OutputError, near_matches
 from diffenc.policies import parse_policy
+from diffenc.pretrained import absolute, lasting_name
 
 Stage = Literal["align", "instruct"]
 EncoderKind = Literal["diffusion", "fused", "vision"]
@@ -316,6 +318,28 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """Nested values, without those that are None."""
         return _plain(asdict(self))
+
+    def lasting(self) -> "TrainConfig":
+        """The same with absolute paths, which mean the same in every directory."""
+        model, data = self.model, self.data
+        source = lasting_name if model.kind == "vision" else lasting_source
+        names: dict[str, Any] = {
+            key: lasting_name(value)
+            for key in ("clip", "language_model", "captioner")
+            if (value := getattr(model, key))
+        }
+        files: dict[str, Any] = {
+            key: absolute(value)
+            for key in ("annotations", "images", "cache_dir")
+            if (value := getattr(data, key))
+        }
+        start = absolute(model.start) if model.start else ""
+        return replace(
+            self,
+            output=absolute(self.output),
+            model=replace(model, start=start, encoder=source(model.encoder), **names),
+            data=replace(data, **files),
+        )
 
     def write(self, path: "str | os.PathLike[str]") -> None:
         """As TOML, from which `read` makes an equal config.

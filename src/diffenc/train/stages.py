@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from diffenc._optional import require
+from diffenc.digests import weights_mark
 from diffenc.errors import ConfigError, OutputError
 from diffenc.policies import parse_policy
 from diffenc.train.build import build_vlm
@@ -96,11 +97,17 @@ def train(
     checkpoint = _starting_point(folder, resume)
     told = run_identity(config, len(samples))
     if checkpoint is not None:
-        from diffenc.train.trainer import check_same_run
+        from diffenc.train.trainer import check_same_run, check_same_weights
 
         check_same_run(checkpoint, told)
     device = _device(device)
     vlm = build_vlm(config, device=device)
+    told["weights"] = {
+        part: weights_mark(module)
+        for part, module in (("encoder", vlm.encoder), ("language model", vlm.language_model))
+    }
+    if checkpoint is not None:
+        check_same_weights(checkpoint, vlm)
     if config.optimizing.gradient_checkpointing:
         vlm.gradient_checkpointing_enable()
     cache = make_cache(config, vlm)
@@ -209,7 +216,7 @@ def make_cache(config: TrainConfig, vlm: DiffusionVLM) -> TokenCache | None:
 
 def run_identity(config: TrainConfig, samples: int) -> dict[str, Any]:
     """What a run and its continuation must share, flat."""
-    told = {key: value for key, value in config.to_dict().items() if key not in _FREE}
+    told = {key: value for key, value in config.lasting().to_dict().items() if key not in _FREE}
     told["data"] = {k: v for k, v in told["data"].items() if k not in _FREE_DATA}
     told["optim"] = {k: v for k, v in told["optim"].items() if k != "device_batch_size"}
     flat = {}
@@ -249,7 +256,7 @@ def _begin(folder: Path, config: TrainConfig) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot make the folder {folder}: {error}") from error
-    config.write(folder / CONFIG_FILE)
+    config.lasting().write(folder / CONFIG_FILE)
 
 
 def _device(wanted: str | torch.device | None) -> torch.device:

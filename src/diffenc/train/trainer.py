@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from diffenc.cache import recall
+from diffenc.digests import is_marked
 from diffenc.errors import BackboneError, ConfigError
+from diffenc.storage.reading import read_json
 from diffenc.train.data import ConversationDataset, EpochSampler, ImageFile
 from diffenc.train.token_cache import TokenCache, encoder_digest, entry_name
 from diffenc.vlm.model import DiffusionVLM
@@ -161,7 +163,7 @@ def check_same_run(checkpoint: Path, told: dict[str, Any]) -> None:
     now = json.loads(json.dumps(told))
     changed = [
         f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
+        for key in sorted((before.keys() | now.keys()) - {"weights"})
         if before.get(key) != now.get(key)
     ]
     if changed:
@@ -169,6 +171,22 @@ def check_same_run(checkpoint: Path, told: dict[str, Any]) -> None:
             f"{checkpoint} is of another configuration: {'; '.join(changed)}. Go on with the one "
             "it was begun with, or choose another output"
         )
+
+
+def check_same_weights(checkpoint: Path, vlm: DiffusionVLM) -> None:
+    """Raise unless the models of a run are those that its checkpoint was begun with.
+
+    Raises:
+        ConfigError: A model of the same name has other weights now.
+    """
+    before = read_json(checkpoint / RUN_FILE).get("weights", {})
+    parts = {"encoder": vlm.encoder, "language model": vlm.language_model}
+    for part, mark in before.items():
+        if part in parts and not is_marked(parts[part], mark):
+            raise ConfigError(
+                f"{checkpoint} was trained with another {part}: the one that stands in its place "
+                "has other weights. Put that one back, or choose another output"
+            )
 
 
 def _is_whole(checkpoint: Path) -> bool:

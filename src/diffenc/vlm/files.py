@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 
+from diffenc.digests import is_marked, weights_mark
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import BackboneError, ConfigError, OutputError
 from diffenc.fusion import FusedEncoder
+from diffenc.pretrained import lasting_name, read_name, stored_name
 from diffenc.projector.fused import FusedProjector
 from diffenc.projector.plain import Projector
 from diffenc.vlm.language import load_language_model
@@ -47,6 +49,7 @@ def save(vlm: Any, folder: "str | os.PathLike[str]", include_language_model: boo
     adapted = isinstance(model, PeftModel)
     base = model.get_base_model() if adapted else model
     name = getattr(base, "name_or_path", "") or ""
+    name = lasting_name(name) if name else ""
     changed = any(
         p.requires_grad for path, p in model.named_parameters() if ".lora_" not in path
     ) or getattr(base, "_diffenc_included", False)
@@ -63,8 +66,9 @@ def save(vlm: Any, folder: "str | os.PathLike[str]", include_language_model: boo
             "vlm.language_model = vlm.language_model.merge_and_unload()"
         )
     content = {
-        "encoder": _encoder_told(vlm.encoder),
-        "language_model": None if included else name,
+        "encoder": _encoder_told(vlm.encoder, target),
+        "language_model": None if included else stored_name(name, target),
+        "language_mark": None if included else weights_mark(base),
         "lora": adapted,
         "template": vlm.chat.template,
         "system": vlm.chat.system,
@@ -108,6 +112,9 @@ def load(
     try:
         told = json.loads((source / CONFIG_FILE).read_text(encoding="utf-8"))
         kind, name, adapted = told.pop("encoder"), told.pop("language_model"), told.pop("lora")
+        mark = told.get("language_mark")
+        if name is not None and language_model is None:
+            name = read_name(name, source)
         options = {key: told[key] for key in ("template", "system", "prompt_policy")}
         options["image_batch_size"] = told["image_batch_size"]
         described = dict(kind)
@@ -125,20 +132,30 @@ def load(
     )
     if name is None and language_model is None:
         model._diffenc_included = True  # its name is a folder that may go
+    if name is not None and language_model is None and mark and not is_marked(model, mark):
+        raise BackboneError(
+            f"{name!r} is not the language model that {source} was saved with: its weights differ; "
+            "put that one back, or pass language_model="
+        )
     if adapted:
         model = _with_lora(model, source / LORA, trainable)
     projector = _load_projector(source / PROJECTOR).to(device)
     return (encoder, model, tokenizer, projector), options
 
 
-def _encoder_told(encoder: Any) -> dict[str, Any]:
+def _encoder_told(encoder: Any, folder: Path) -> dict[str, Any]:
     """What finds an encoder again."""
     if isinstance(encoder, FusedEncoder):
         return {"kind": "fused"}
     if isinstance(encoder, DiffusionEncoder):
         return {"kind": "diffusion"}
     if isinstance(encoder, VisionTokens) and encoder.name:
-        return {"kind": "vision", "name": encoder.name, "layer": encoder.layer}
+        return {
+            "kind": "vision",
+            "name": stored_name(encoder.name, folder),
+            "layer": encoder.layer,
+            "mark": weights_mark(encoder),
+        }
     raise ConfigError(
         f"{type(encoder).__name__} has no name to be found by; load it with "
         "VisionTokens.from_pretrained(name)"
@@ -156,9 +173,14 @@ def _load_encoder(
     if told["kind"] == "vision":
         if options:
             raise ConfigError(f"a vision model takes none of {sorted(options)}")
-        return VisionTokens.from_pretrained(
-            told["name"], layer=told["layer"], device=device, dtype=dtype
-        )
+        name = read_name(told["name"], source)
+        vision = VisionTokens.from_pretrained(name, layer=told["layer"], device=device, dtype=dtype)
+        if "mark" in told and not is_marked(vision, told["mark"]):
+            raise BackboneError(
+                f"{name!r} is not the vision model that {source} was saved with: its weights "
+                "differ; put that one back"
+            )
+        return vision
     kind: Any = FusedEncoder if told["kind"] == "fused" else DiffusionEncoder
     return kind.from_pretrained(
         source / ENCODER, device=device, dtype=dtype, trainable=trainable, **options

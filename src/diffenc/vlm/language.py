@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from diffenc.errors import ConfigError
-from diffenc.pretrained import loading, pretrained_source
+from diffenc.pretrained import lasting_name, loading, pretrained_source
 
 _INSTEAD = (
     "Pass a folder with config.json, safetensors and a tokenizer, or the Hub id of a causal "
@@ -37,12 +37,12 @@ def load_language_model(
 
     label = os.fspath(name)
     with loading("a language model", label, instead=_INSTEAD):
-        source = pretrained_source(label)
+        source = pretrained_source(name)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         model = transformers.AutoModelForCausalLM.from_pretrained(
             source, **{_dtype_argument(): dtype}
         )
-    model.name_or_path = label
+    model.name_or_path = lasting_name(name)
     return model.to(device), tokenizer
 
 

@@ -88,15 +88,15 @@ class VisionTokens(VisionModel):
 
         label = os.fspath(name)
         with loading("a vision model", label, instead=_INSTEAD):
-            source = pretrained_source(label)
+            source = pretrained_source(name)
             if transformers.AutoConfig.from_pretrained(source).model_type in _CLIP_LIKE:
-                tokens = ClipTokens.from_pretrained(label, layer=layer, device=device, dtype=dtype)
+                tokens = ClipTokens.from_pretrained(name, layer=layer, device=device, dtype=dtype)
                 return cls(
-                    tokens.model, tokens.image_processor, layer=layer, name=lasting_name(label)
+                    tokens.model, tokens.image_processor, layer=layer, name=lasting_name(name)
                 )
             model = transformers.AutoModel.from_pretrained(source)
             processor = transformers.AutoImageProcessor.from_pretrained(source)
-        return cls(model.to(device, dtype), processor, layer=layer, name=lasting_name(label))
+        return cls(model.to(device, dtype), processor, layer=layer, name=lasting_name(name))
 
     @property
     def token_channels(self) -> tuple[int, ...]:
