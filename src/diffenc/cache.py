@@ -14,7 +14,7 @@ __all__ = ["Entry", "TensorCache", "content_key", "recall", "state_key"]
 
 Entry = tuple[Tensor, ...]
 
-_Key = TypeVar("_Key", bound=Hashable)
+_Key = TypeVar("_Key", bound=Hashable, contravariant=True)
 _Value = TypeVar("_Value")
 
 

@@ -15,8 +15,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from diffenc._inference import lasting, make_plain
+from diffenc.digests import weights_mark
 from diffenc.errors import BackboneError, ConfigError
-from diffenc.pretrained import load_whole, loading, model_folder
+from diffenc.pretrained import (
+    lasting_name,
+    load_whole,
+    loading,
+    model_folder,
+    read_name,
+    stored_name,
+)
 from diffenc.storage.names import reason
 from diffenc.storage.reading import read_json
 from diffenc.storage.schema import checked, make
@@ -121,8 +129,8 @@ class ImplicitCaptioner(nn.Module):
         Raises:
             OutputError: The folder cannot be written.
         """
-        told = {**self.options, "clip": None if clip is None else clip.reference()}
         target = begin_folder(folder, _CONFIG_FILE)
+        told = {**self.options, "clip": None if clip is None else clip.reference(target)}
         write_tensors(target / _WEIGHTS_FILE, self.state_dict())
         write_json(target / _CONFIG_FILE, told)
 
@@ -142,6 +150,8 @@ class ImplicitCaptioner(nn.Module):
             clip = checked(options.pop("clip"), dict[str, Any] | None, "clip") or {}
             if clip:
                 make(_ClipReference, clip, "clip")
+                if clip.get("name") is not None:
+                    clip["name"] = read_name(clip["name"], source)
             state = read_tensors(source / _WEIGHTS_FILE, finite=True)
             # Without memory at first: a config may ask for any amount of it.
             with torch.device("meta"):
@@ -166,6 +176,7 @@ class _ClipReference:
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]
     do_center_crop: bool
+    mark: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if min(self.image_std) <= 0:
@@ -199,7 +210,8 @@ class ClipEmbedder(nn.Module):
         self.std = tuple(map(float, told.get("image_std") or _OPENAI_STD))
         self.crops = bool(told.get("do_center_crop", True))
         own = getattr(model.config, "_name_or_path", "") or None
-        self.name = own if name is None else name
+        name = own if name is None else name
+        self.name = None if name is None else lasting_name(name)
         config = getattr(model.config, "vision_config", model.config)
         self.size: int = config.image_size
 
@@ -219,7 +231,7 @@ class ClipEmbedder(nn.Module):
 
         label = os.fspath(name)
         with loading("a CLIP", label, instead=_INSTEAD):
-            source = model_folder(label)
+            source = model_folder(name)
             # The embedding is small work and remembered: no half precision, whatever the file has.
             model = load_whole(CLIPVisionModelWithProjection, label)
         try:
@@ -228,7 +240,7 @@ class ClipEmbedder(nn.Module):
             )
         except OSError:
             processor = None
-        return cls(model, name=label, processor=processor)
+        return cls(model, name=lasting_name(name), processor=processor)
 
     @property
     def width(self) -> int:
@@ -236,10 +248,11 @@ class ClipEmbedder(nn.Module):
         features: int = self.visual_projection.out_features
         return features
 
-    def reference(self) -> dict[str, Any]:
-        """Name and preprocessing, as JSON holds them."""
+    def reference(self, folder: "str | os.PathLike[str]") -> dict[str, Any]:
+        """Name, preprocessing and numbers of the weights, as JSON in a folder holds them."""
+        name = None if self.name is None else stored_name(self.name, folder)
         values = {"image_mean": self.mean, "image_std": self.std, "do_center_crop": self.crops}
-        return {"name": self.name, **values}
+        return {"name": name, **values, "mark": weights_mark(self)}
 
     def forward(self, pixel_values: Float[Tensor, "b 3 size size"]) -> Float[Tensor, "b c"]:
         """Embed pictures that have CLIP's size already."""

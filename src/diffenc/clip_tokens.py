@@ -120,7 +120,7 @@ class ClipTokens(VisionModel):
 
         label = os.fspath(name)
         with loading("a CLIP", label, instead=_INSTEAD):
-            found = model_config(label).model_type
+            found = model_config(name).model_type
             kind = found.removesuffix("_vision_model")
             if kind not in _VISION:
                 raise BackboneError(f"{label!r} is of the kind {found!r}; {_TAKEN}")
@@ -132,7 +132,7 @@ class ClipTokens(VisionModel):
             image_processor,
             layer=layer,
             frozen=frozen,
-            name=lasting_name(label),
+            name=lasting_name(name),
             use_cache=use_cache,
         )
 

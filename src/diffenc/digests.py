@@ -73,7 +73,7 @@ def weights_mark(module: nn.Module) -> list[float]:
 def is_marked(module: nn.Module, mark: object) -> bool:
     """Whether a model is the one that a mark was made of."""
     own = weights_mark(module)
-    if not isinstance(mark, list) or len(mark) != len(own):
+    if not isinstance(mark, (list, tuple)) or len(mark) != len(own):
         return False
     return all(
         isinstance(value, (int, float)) and abs(value - now) <= _OTHER

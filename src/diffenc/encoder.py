@@ -17,6 +17,7 @@ from diffenc.backbones.base import Backbone, States
 from diffenc.backbones.device import Device, Dtype
 from diffenc.backbones.pipelines import PIPELINE
 from diffenc.backbones.presets import preset_options
+from diffenc.backbones.sources import lasting_source
 from diffenc.backbones.taps import LATENTS, tap_patterns
 from diffenc.backbones.writing import write_folder
 from diffenc.config import EncoderConfig, check_choice
@@ -35,6 +36,7 @@ from diffenc.saved import (
     LORA_FOLDER,
     Contents,
     begin,
+    check_mark,
     is_saved,
     merge_parts,
     read_config,
@@ -115,6 +117,8 @@ class DiffusionEncoder(TrainableParts):
                 folder, a `.safetensors` checkpoint in the original layout, a folder that
                 `save_pretrained` wrote, a `StableDiffusionPipeline` or
                 `StableDiffusionXLPipeline`, whose parts are frozen and shared, or a `Backbone`.
+                An alias wins over a folder of that name, which is "./name"; a folder wins over a
+                Hub id.
             device: Device that it runs on: a name, a number or a `torch.device`. None is the CPU,
                 and where a pipeline or a `Backbone` is.
             dtype: Floating point type of the U-Net and the text encoder, or its name: float32,
@@ -159,8 +163,9 @@ class DiffusionEncoder(TrainableParts):
             "tokenizer_2": tokenizer_2,
         }
         config, contents, folder = EncoderConfig(), None, Path()
+        given = [part for part, value in parts.items() if value is not None]
         if isinstance(name, (str, os.PathLike)) and is_saved(name):
-            folder = Path(name)
+            folder = Path(lasting_source(name))
             config, contents = read_config(folder)
             name = folder / BACKBONE_FOLDER if contents.included else contents.backbone
             parts.update(merge_parts(_resolved(contents.parts, folder), parts, folder))
@@ -197,6 +202,7 @@ class DiffusionEncoder(TrainableParts):
         )
         encoder = cls(backbone, config, use_cache=use_cache)
         if contents is not None:
+            check_mark(backbone, contents.mark, folder, given=given)
             encoder._restore(folder, contents, clip=clip, trainable=trainable)
         return encoder
 
@@ -259,6 +265,7 @@ class DiffusionEncoder(TrainableParts):
             active_lora=self.active_lora,
             merged=is_merged(backbone.unet),
             captioner=self.captioner is not None,
+            mark=backbone.mark(),
         )
         write_config(target, config, contents)
 

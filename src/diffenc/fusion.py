@@ -18,12 +18,13 @@ from diffenc.backbones.base import Backbone
 from diffenc.backbones.device import Device, Dtype
 from diffenc.clip_tokens import ClipTokens, to_maps
 from diffenc.config import EncoderConfig, check_choice, check_pair
+from diffenc.digests import is_marked, weights_mark
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import BackboneError, ConfigError
 from diffenc.images import Images, as_list, to_pixel_values
 from diffenc.maps import to_grid
 from diffenc.pictures.resizing import fit
-from diffenc.pretrained import load_image_processor
+from diffenc.pretrained import load_image_processor, read_name, stored_name
 from diffenc.prompts import PromptEmbeds
 from diffenc.storage.names import is_folder, reason
 from diffenc.storage.reading import read_json
@@ -47,6 +48,7 @@ class _Saved:
     grid: int | tuple[int, int] | None
     view: View
     freeze_clip: bool
+    clip_mark: tuple[float, ...] | None = None
 
 
 class FusedEncoder(nn.Module):
@@ -149,12 +151,13 @@ class FusedEncoder(nn.Module):
         source = Path(folder)
         try:
             saved: _Saved = make(_Saved, read_json(source / _CONFIG_FILE))
+            name = None if saved.clip is None else read_name(saved.clip, source)
         except ConfigError as error:
             raise BackboneError(
                 f"{source} does not hold what FusedEncoder.save_pretrained wrote: {error}"
             ) from error
         settings = asdict(saved)
-        name = settings.pop("clip")
+        del settings["clip"], settings["clip_mark"]
         if missing := [
             part
             for part in ([_DIFFUSION] if name else [_DIFFUSION, _CLIP])
@@ -167,6 +170,11 @@ class FusedEncoder(nn.Module):
         fused = cls(name or source / _CLIP, diffusion, **settings)
         if name is None:
             fused.clip.name = None  # it has no other place than this folder
+        elif saved.clip_mark is not None and not is_marked(fused.clip, saved.clip_mark):
+            raise BackboneError(
+                f"{name!r} is not the CLIP that {source} was saved with: its weights differ; put "
+                "that one back"
+            )
         return fused
 
     def save_pretrained(
@@ -185,15 +193,16 @@ class FusedEncoder(nn.Module):
             OutputError: The folder cannot be written.
         """
         name = self.clip.name if self.clip.frozen and not include_backbone else None
+        target = begin_folder(folder, _CONFIG_FILE)
         saved = _Saved(
-            clip=name,
+            clip=None if name is None else stored_name(name, target),
             how=self.how,
             layer=self.clip.layer,
             grid=self.grid,
             view=self.view,
             freeze_clip=self.clip.frozen,
+            clip_mark=None if name is None else tuple(weights_mark(self.clip)),
         )
-        target = begin_folder(folder, _CONFIG_FILE)
         self.diffusion.save_pretrained(target / _DIFFUSION, include_backbone=include_backbone)
         if name is None:
             with reporting(target):

@@ -18,8 +18,8 @@ from diffenc.config import EncoderConfig
 from diffenc.features import Maps
 from diffenc.forward import compiled_taps, read_taps
 from diffenc.latents import draw_latents
-from diffenc.model_state import object_key
 from diffenc.noise import add_noise, shared_noise
+from diffenc.object_watch import object_key
 from diffenc.prompts import PromptEmbeds
 
 Posteriors = tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]

@@ -363,10 +363,10 @@ def _core_ids(attributes: dict[str, Any]) -> tuple[int, ...]:
     return tuple(map(id, (*modules.values(), *parameters.values(), *buffers.values())))
 
 
-def _is_leaf(value: object) -> bool:
+def _is_leaf(value: Any) -> bool:
     """Whether a value says all about itself, and cannot change."""
     if type(value) in (tuple, torch.Size, frozenset):
-        return all(map(_is_leaf, value))  # type: ignore[arg-type]
+        return all(map(_is_leaf, value))
     return isinstance(value, _LEAVES)
 
 

@@ -1,8 +1,14 @@
-"""Where models of transformers are loaded from, and what is said where one cannot be."""
+"""Names of models: what they lead to, how files keep them, and what is said where one is missing.
+
+A name is an alias of this library, a folder or a file, or a Hub id, and is read in that order: an
+alias wins over a folder of that name in the current directory, and `./name`, like every `Path`, is
+the folder. A folder wins over a Hub id. Files keep folders as absolute paths, so that from another
+directory the same model answers.
+"""
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -32,7 +38,7 @@ def pretrained_source(name: "str | os.PathLike[str]") -> str:
     Raises:
         BackboneError: This version lacks the miniature.
     """
-    label = os.fspath(name)
+    label = lasting_name(name)
     if label not in BUNDLED:
         return label
     folder = Path(str(files("diffenc") / "backbones" / "assets" / label))
@@ -41,9 +47,62 @@ def pretrained_source(name: "str | os.PathLike[str]") -> str:
     return str(folder)
 
 
-def lasting_name(name: "str | os.PathLike[str]") -> str:
-    """A name that a file can keep: of a folder its absolute path."""
-    return str(Path(name).absolute()) if is_folder(name) else os.fspath(name)
+def lasting_name(name: "str | os.PathLike[str]", *, aliases: Collection[str] = BUNDLED) -> str:
+    """A name that means the same in every directory: of a folder or a file its absolute path.
+
+    Args:
+        name: Alias, folder, file or Hub id; `~` is the home folder.
+        aliases: Names that are no folders, whatever lies in the current directory.
+    """
+    label = os.fspath(name)
+    if isinstance(name, str) and name in aliases:
+        return label
+    path = Path(label).expanduser()
+    meant = not isinstance(name, str) or label.startswith((".", "/", "~", "\\"))
+    return absolute(path) if meant or is_folder(path) or is_file(path) else label
+
+
+def absolute(path: "str | os.PathLike[str]") -> str:
+    """A path from the root on, without `~` and `..`; links stay: targets have other names."""
+    return os.path.normpath(Path(path).expanduser().absolute())
+
+
+def stored_name(name: str, folder: "str | os.PathLike[str]") -> str:
+    """A lasting name as a file in a folder keeps it.
+
+    What lies within the folder is told from there, as "./...": both may be moved together.
+    """
+    root = absolute(folder)
+    if not Path(name).is_absolute() or not Path(name).is_relative_to(root):
+        return name
+    return f"./{Path(name).relative_to(root).as_posix()}"
+
+
+def read_name(
+    name: Any, folder: "str | os.PathLike[str]", *, aliases: Collection[str] = BUNDLED
+) -> str:
+    """The lasting name that `stored_name` wrote.
+
+    Raises:
+        BackboneError: It is no name, or one that leads to a folder here and was no folder where it
+            was written, or that of another directory.
+    """
+    if not isinstance(name, str) or not name:
+        raise BackboneError(f"{os.fspath(folder)} names no model but {name!r}")
+    if name in aliases or Path(name).is_absolute():
+        return name
+    if name.startswith("./"):
+        path = absolute(Path(folder) / name)
+        if Path(path).exists() or not Path(name).exists():
+            return path
+    if Path(name).expanduser().exists():
+        raise BackboneError(
+            f"{os.fspath(folder)} was saved with the model {name!r}: a Hub id, or a path of the "
+            f"directory in which it was saved. {absolute(name)} may be another model. If it "
+            "is the one, write its whole path into the saved config; else start in another "
+            "directory"
+        )
+    return name
 
 
 _SMALL = re.compile(r"[^/]+\.(json|txt|model|jinja)|additional_chat_templates/[^/]+\.jinja")

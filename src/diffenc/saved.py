@@ -9,14 +9,17 @@
 """
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from diffenc.backbones.base import Backbone
 from diffenc.backbones.sources import SOURCES
 from diffenc.config import EncoderConfig
+from diffenc.digests import is_marked
 from diffenc.errors import BackboneError, ConfigError
+from diffenc.pretrained import read_name, stored_name
 from diffenc.storage.names import inside, is_file, is_folder
 from diffenc.storage.reading import read_json
 from diffenc.storage.schema import make
@@ -40,6 +43,7 @@ class Contents:
         active_lora: The one in use.
         merged: Whether that one is merged into the weights.
         captioner: Whether a captioner lies in the folder.
+        mark: Numbers of each part of the backbone, by which it is known again.
     """
 
     backbone: str
@@ -51,6 +55,7 @@ class Contents:
     active_lora: str | None = None
     merged: bool = False
     captioner: bool = False
+    mark: Mapping[str, list[float]] = field(default_factory=dict)
 
 
 def is_saved(name: "str | os.PathLike[str]") -> bool:
@@ -59,11 +64,12 @@ def is_saved(name: "str | os.PathLike[str]") -> bool:
     Raises:
         BackboneError: It was being written when that was interrupted.
     """
-    folder = Path(name)
+    if isinstance(name, str) and name in SOURCES:  # no folder, whatever lies beside
+        return False
+    folder = Path(name).expanduser()
     if is_file(folder / CONFIG_FILE):
         return True
-    named = os.fspath(name) in SOURCES  # an alias is no folder, whatever lies beside
-    if not named and is_folder(folder) and not (folder / "model_index.json").exists():
+    if is_folder(folder) and not (folder / "model_index.json").exists():
         own = (BACKBONE_FOLDER, LORA_FOLDER, CAPTIONER_FOLDER, f"{BACKBONE_FOLDER}.partial")
         if left := [part for part in own if (folder / part).is_dir()]:
             raise BackboneError(
@@ -89,6 +95,8 @@ def write_config(folder: Path, config: EncoderConfig, contents: Contents) -> Non
         OutputError: The folder cannot be written.
     """
     told = asdict(contents)
+    told["backbone"] = stored_name(contents.backbone, folder)
+    told["parts"] = stored_parts(contents.parts, folder)
     plain = {"backbone": told.pop("backbone"), **{k: v for k, v in told.items() if v or v == ""}}
     write_json(folder / CONFIG_FILE, {**plain, **config.to_dict()})
 
@@ -115,7 +123,60 @@ def read_config(folder: Path) -> tuple[EncoderConfig, Contents]:
     named += [BACKBONE_FOLDER] * contents.included + [CAPTIONER_FOLDER] * contents.captioner
     if missing := [name for name in named if not is_folder(folder / name)]:
         raise BackboneError(f"{folder} is incomplete: it lacks {', '.join(missing)}")
+    contents = replace(
+        contents,
+        backbone=contents.backbone if contents.included else read_source(contents.backbone, folder),
+        parts=read_parts(contents.parts, folder),
+    )
     return EncoderConfig.from_dict(values), contents
+
+
+def read_source(name: object, folder: Path) -> str:
+    """Name of the backbone in a saved config, as `load_backbone` takes it, see `read_name`."""
+    return read_name(name, folder, aliases=SOURCES)
+
+
+def stored_parts(parts: Mapping[str, str | None], folder: Path) -> dict[str, str | None]:
+    """Paths of given parts as a config in a folder keeps them."""
+    return {
+        part: stored_name(name, folder) if name and part != "prediction_type" else name
+        for part, name in parts.items()
+    }
+
+
+def read_parts(parts: Mapping[str, str | None], folder: Path) -> dict[str, str | None]:
+    """Inverse of `stored_parts`."""
+    return {
+        part: read_name(name, folder, aliases=SOURCES)
+        if name is not None and part != "prediction_type"
+        else name
+        for part, name in parts.items()
+    }
+
+
+def check_mark(
+    backbone: Backbone, mark: Mapping[str, Any], folder: Path, *, given: Collection[str] = ()
+) -> None:
+    """Raise a `BackboneError` unless a loaded model is the one that was saved.
+
+    Args:
+        backbone: Loaded model.
+        mark: Numbers of the parts of the saved one.
+        folder: Folder it was saved to.
+        given: Parts that the caller put in their place.
+    """
+    parts = backbone.parts()
+    others = [
+        name
+        for name, numbers in mark.items()
+        if name in parts and name not in given and not is_marked(parts[name], numbers)
+    ]
+    if others:
+        raise BackboneError(
+            f"{backbone.name!r} is not the model that {folder} was saved with: its "
+            f"{' and '.join(others)} has other weights. Put that model back, or pass the part "
+            f"that shall stand in its place ({others[0]}=...)"
+        )
 
 
 def merge_parts(

@@ -221,8 +221,25 @@ class Adapter(nn.Module):
 def fingerprint(spec: TowerSpec) -> str:
     """What an adapter's weights belong to: model, taps, rank and scale."""
     taps = [tap.name for tap in spec.tap_infos]
-    told = {"model": spec.model, "taps": taps, "rank": spec.rank, "alpha": spec.alpha}
+    told = {"model": _called(spec.model), "taps": taps, "rank": spec.rank, "alpha": spec.alpha}
     return json.dumps(told, sort_keys=True)
+
+
+def _called(model: str) -> str:
+    """A model's name wherever its folder lies."""
+    return Path(model).name if Path(model).is_absolute() else model
+
+
+def _belongs(written: str, spec: TowerSpec) -> bool:
+    """Whether a fingerprint in a file is that of a spec; earlier versions wrote whole paths."""
+    try:
+        told = json.loads(written)
+        model = told["model"]
+        if Path(spec.model).is_absolute():
+            told["model"] = Path(model).name
+        return json.dumps(told, sort_keys=True) == fingerprint(spec)
+    except (ValueError, TypeError, KeyError):
+        return False
 
 
 def save_adapter(adapter: Adapter, spec: TowerSpec, folder: "str | os.PathLike[str]") -> Path:
@@ -248,7 +265,7 @@ def read_adapter(path: "str | os.PathLike[str]", spec: TowerSpec) -> dict[str, T
     metadata = read_metadata(path, error=BackboneError)
     state = read_tensors(path, error=BackboneError, finite=True)
     theirs = metadata.get("belongs_to")
-    if theirs is not None and theirs != fingerprint(spec):
+    if theirs is not None and not _belongs(theirs, spec):
         raise ConfigError(
             f"{path} is the adapter of another tower: it was saved by {metadata.get('spec')!r}, "
             f"and this one is {str(spec)!r}"

@@ -1,11 +1,12 @@
 """The plain image encoders that a tower may be joined with, and what is known of them unloaded."""
 
 from dataclasses import dataclass
-from functools import cache
+from pathlib import Path
 from typing import Any
 
 from diffenc.errors import ConfigError, near_matches
-from diffenc.storage.names import expanded, is_file
+from diffenc.pretrained import lasting_name
+from diffenc.storage.names import is_file
 from diffenc.storage.reading import read_json
 from diffenc.storage.schema import checked
 
@@ -24,6 +25,12 @@ class Companion:
     hidden_size: int
     side: int
 
+    @property
+    def spelling(self) -> str:
+        """As a spec names it: the alias, or the folder."""
+        aliases = {companion.name: alias for alias, companion in _KNOWN.items()}
+        return aliases.get(self.name, self.name)
+
 
 _KNOWN = {
     "vitl336": Companion("openai/clip-vit-large-patch14-336", 1024, 24),
@@ -33,16 +40,17 @@ _KNOWN = {
 }
 
 
-@cache
 def find_companion(name: str) -> Companion:
     """What an alias, or a folder of transformers, stands for; no weights are read.
 
     Raises:
         ConfigError: It is neither, or the folder's config tells no square of patches.
     """
-    if name in _KNOWN:
-        return _KNOWN[name]
-    config_file = expanded(name) / "config.json"
+    return _KNOWN[name] if name in _KNOWN else _read(lasting_name(name, aliases=()))
+
+
+def _read(name: str) -> Companion:
+    config_file = Path(name) / "config.json"
     if not is_file(config_file):
         raise ConfigError(
             f"unknown encoder to fuse {name!r}.{near_matches(name, _KNOWN)} Known are "

@@ -17,7 +17,7 @@ import torch
 from diffenc._typing import Conditioning, Uncond
 from diffenc.adapters.companions import Companion, find_companion
 from diffenc.backbones import Architecture, TapInfo, describe
-from diffenc.backbones.sources import SOURCES
+from diffenc.backbones.sources import SOURCES, lasting_source
 from diffenc.config import EncoderConfig, check_choice
 from diffenc.errors import ConfigError, near_matches
 from diffenc.fusion import How
@@ -108,6 +108,8 @@ class TowerSpec:
     def __post_init__(self) -> None:
         if not self.model or self.model != self.model.strip():
             raise ConfigError(f"model must be an alias, a Hub id or a folder, got {self.model!r}")
+        # A host keeps the text, and may read it in another directory.
+        object.__setattr__(self, "model", lasting_source(self.model))
         if self.rank is not None and (isinstance(self.rank, bool) or self.rank < 1):
             raise ConfigError(f"rank must be an int of 1 or more, got {self.rank!r}")
         if self.alpha is not None and (self.rank is None or not 0 < self.alpha < math.inf):
@@ -118,7 +120,7 @@ class TowerSpec:
             check_choice("dtype", self.dtype, list(DTYPES))
         check_choice("how", self.how, get_args(How))
         if self.fuse is not None:
-            find_companion(self.fuse)
+            object.__setattr__(self, "fuse", find_companion(self.fuse).spelling)
         self.encoder_config()
 
     def encoder_config(self) -> EncoderConfig:

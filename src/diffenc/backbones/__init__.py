@@ -36,6 +36,7 @@ from diffenc.backbones.sources import (
     SOURCES,
     BackboneSource,
     cached_folder,
+    lasting_source,
     resolve_folder,
     single_file,
 )
@@ -146,6 +147,8 @@ def load_backbone(
         return name if channels_last is None else arrange(name, channels_last)
     place, kind = check_placement(device, dtype), as_dtype(dtype)
     variant = check_variant(variant)
+    name = name if is_pipeline(name) else lasting_source(_checked_name(name))
+    architecture = None if architecture is None else lasting_source(architecture)
     told = _described(name, architecture, prediction_type, given)
     if is_pipeline(name):
         if given.references():
@@ -166,7 +169,7 @@ def load_backbone(
     else:
         backbone = load_folder(
             resolve_folder(name, dtype=kind, variant=variant, without=given.references()),
-            name=os.fspath(name),
+            name=name,
             dtype=kind,
             device=place,
             own_taps=_own_taps(name),
@@ -177,7 +180,7 @@ def load_backbone(
         backbone.scheduler = make_scheduler(told.configs["scheduler"])
     backbone.given, backbone.variant = given.references(), variant
     if architecture is not None:
-        backbone.given["architecture"] = os.fspath(architecture)
+        backbone.given["architecture"] = architecture
     if prediction_type is not None:
         backbone.given["prediction_type"] = prediction_type
     return arrange(backbone, channels_last)
@@ -311,7 +314,9 @@ def _described(
     """The configs of a model as it is read: with what its files say and what the caller says."""
     if prediction_type is not None:
         check_choice("prediction_type", prediction_type, PREDICTIONS)
-    label = pipeline_name(name) if is_pipeline(name) else printable(_checked_name(name))
+    name = name if is_pipeline(name) else lasting_source(_checked_name(name))
+    architecture = None if architecture is None else lasting_source(architecture)
+    label = pipeline_name(name) if is_pipeline(name) else printable(name)
     path = None if is_pipeline(name) else single_file(name)
     if path is None and architecture is not None:
         raise ConfigError(f"architecture= is for a single file; {label!r} has configs of its own")

@@ -19,6 +19,7 @@ from diffenc.backbones.presets import preset_options
 from diffenc.backbones.taps import LATENTS, TapInfo, match_taps, unet_taps
 from diffenc.backbones.variants import check_unet
 from diffenc.cache import TensorCache
+from diffenc.digests import weights_mark
 from diffenc.errors import PromptError, ShapeError, TapError
 from diffenc.model_state import module_key, scheduler_key, tokenizer_key, torch_settings
 from diffenc.prompts import PromptEmbeds, count_windows, tokenize, tokenize_windows
@@ -117,7 +118,7 @@ class Backbone(nn.Module):
     objects with the interfaces of diffusers' and transformers' classes.
 
     Attributes:
-        name: Alias, Hub id or folder it was loaded from.
+        name: Alias, Hub id, or absolute path of the folder or file it was loaded from.
         unet: Denoising U-Net (`UNet2DConditionModel`).
         vae: Autoencoder.
         scheduler: Holder of `alphas_cumprod` and of the prediction type.
@@ -341,6 +342,10 @@ class Backbone(nn.Module):
                 f"{self.name!r} needs pooled_prompt_embeds and time_ids beside the states; encode "
                 "the texts with this backbone's `embed`"
             )
+
+    def mark(self) -> dict[str, list[float]]:
+        """Numbers of each part by which the model is known again, see `weights_mark`."""
+        return {name: weights_mark(part) for name, part in self.parts().items()}
 
     def states(self) -> States:
         """Keys of the present state of the parts, for the caches of one call."""

@@ -16,6 +16,7 @@ from diffenc.backbones.statements import Statements
 from diffenc.backbones.stored import load_stored, load_vae, part_dtype, read_vae_config
 from diffenc.backbones.weights import State, load_unet, read_state, unet_state
 from diffenc.errors import BackboneError
+from diffenc.pretrained import absolute
 from diffenc.storage.names import is_file, is_folder, printable
 from diffenc.storage.reading import read_json, read_text, text_lines
 from diffenc.storage.remote_code import refuse_remote_code
@@ -49,7 +50,7 @@ class GivenParts:
     def references(self) -> dict[str, str | None]:
         """Path of each part that is given, None for one that is an object."""
         return {
-            field.name: str(Path(value).absolute()) if _is_path(value) else None
+            field.name: absolute(value) if _is_path(value) else None
             for field in fields(self)
             if (value := getattr(self, field.name)) is not None
         }

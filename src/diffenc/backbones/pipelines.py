@@ -41,13 +41,13 @@ def pipeline_parts(pipeline: Any) -> dict[str, Any]:
     if missing := [name for name, part in parts.items() if part is None]:
         raise BackboneError(f"{where} lacks {', '.join(missing)}; make it with all of its parts")
     for name, part in parts.items():
-        weights = getattr(part, "parameters", tuple)()
+        weights: Any = getattr(part, "parameters", tuple)()
         if any(weight.is_meta for weight in weights):
             raise BackboneError(
                 f"the weights of the {name} of {where} are not in memory (offloaded, or on the "
                 "meta device); pass a pipeline without offloading, or the folder that it came from"
             )
-    scheduler = parts["scheduler"]
+    scheduler: Any = parts["scheduler"]
     config = {**scheduler.config, "_class_name": type(scheduler).__name__}
     parts["scheduler"] = make_scheduler(config, where=f"the scheduler of {where}")
     if family == "sdxl":

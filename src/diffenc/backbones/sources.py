@@ -16,6 +16,7 @@ from diffenc.backbones.folder import part_variants, read_config, weighty_parts
 from diffenc.backbones.shapes import shapes_folder
 from diffenc.backbones.stored import part_dtype, stem_of
 from diffenc.errors import BackboneError, DiffencError, near_matches
+from diffenc.pretrained import lasting_name
 from diffenc.storage.hub import hub_folder
 from diffenc.storage.names import is_file, is_folder
 from diffenc.storage.weights import choose_weights, shard_names
@@ -70,6 +71,11 @@ SOURCES = {
         ),
     )
 }
+
+
+def lasting_source(name: "str | os.PathLike[str]") -> str:
+    """A name of `load_backbone` that means the same in every directory, see `lasting_name`."""
+    return lasting_name(name, aliases=SOURCES)
 
 
 def single_file(name: "str | os.PathLike[str]") -> Path | None:

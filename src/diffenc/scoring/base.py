@@ -16,10 +16,12 @@ from diffenc.backbones import load_backbone
 from diffenc.backbones.base import Backbone
 from diffenc.backbones.device import Device, Dtype
 from diffenc.backbones.pipelines import PIPELINE
+from diffenc.backbones.sources import lasting_source
 from diffenc.cache import TensorCache
 from diffenc.errors import ConfigError
 from diffenc.images import Images
 from diffenc.prompts import match_batch
+from diffenc.saved import check_mark
 from diffenc.scoring.calibration import References
 from diffenc.scoring.config import ScorerConfig, scorer_preset
 from diffenc.scoring.saved import is_saved_scorer, read_scorer, write_scorer
@@ -96,14 +98,19 @@ class ConfiguredScorer(nn.Module):
             TapError: A layer does not exist in this model.
         """
         values, references = scorer_preset(preset or "calibrated"), None
-        parts: dict[str, Any] = {}
+        saved = None
         if isinstance(name, (str, os.PathLike)) and is_saved_scorer(name):
-            saved, name, parts, references = read_scorer(Path(name))
-            values = {**saved, **(scorer_preset(preset) if preset else {})}
+            folder = Path(lasting_source(name))
+            saved = read_scorer(folder)
+            values = {**saved.options, **(scorer_preset(preset) if preset else {})}
+            name, references = saved.backbone, saved.references
         config = ScorerConfig.from_dict({**values, **_plain(options)})
+        parts = {} if saved is None else dict(saved.parts)
         if variant is not None:
             parts["variant"] = variant
         backbone = load_backbone(name, device=device, dtype=dtype, **parts)
+        if saved is not None:
+            check_mark(backbone, saved.mark, folder)
         return cls(backbone, config, use_cache=use_cache, references=references)
 
     def save_pretrained(self, folder: "str | os.PathLike[str]") -> None:

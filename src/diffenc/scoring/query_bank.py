@@ -18,6 +18,7 @@ from diffenc.cache import state_key
 from diffenc.errors import BackboneError, ConfigError, DiffencError, NonFiniteError, PromptError
 from diffenc.memo import prompts_of
 from diffenc.prompts import match_batch
+from diffenc.saved import read_source
 from diffenc.scoring.bank_build import layer_shapes
 from diffenc.scoring.bank_contents import read_contents
 from diffenc.scoring.bank_files import (
@@ -104,7 +105,8 @@ class QueryBank:
         root = Path(folder)
         contents = read_contents(root)
         check_shards(root, contents)
-        model = load_backbone(backbone or contents.backbone, device=device, dtype=dtype)
+        named = backbone or read_source(contents.backbone, root)
+        model = load_backbone(named, device=device, dtype=dtype)
         bank = cls(root, contents, model)
         bank._check_weights()
         return bank

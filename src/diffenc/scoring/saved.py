@@ -1,12 +1,15 @@
 """The folder that a scorer is saved to: config, reference images, where its backbone comes from."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from diffenc.backbones.base import Backbone
+from diffenc.backbones.sources import SOURCES
 from diffenc.errors import BackboneError, ConfigError, DiffencError
-from diffenc.saved import merge_parts
+from diffenc.pretrained import stored_name
+from diffenc.saved import merge_parts, read_parts, read_source, stored_parts
 from diffenc.scoring.calibration import References
 from diffenc.scoring.config import ScorerConfig
 from diffenc.storage.names import is_file, printable
@@ -21,7 +24,9 @@ REFERENCES_FILE = "references.safetensors"
 
 def is_saved_scorer(name: "str | os.PathLike[str]") -> bool:
     """Whether a folder of that name holds a scorer."""
-    return is_file(Path(name) / CONFIG_FILE)
+    if isinstance(name, str) and name in SOURCES:  # no folder, whatever lies beside
+        return False
+    return is_file(Path(name).expanduser() / CONFIG_FILE)
 
 
 def write_scorer(
@@ -32,11 +37,12 @@ def write_scorer(
     Raises:
         OutputError: The folder cannot be written.
     """
-    content: dict[str, Any] = {"backbone": backbone.name}
+    content: dict[str, Any] = {"backbone": stored_name(backbone.name, folder)}
     if backbone.variant is not None:
         content["variant"] = backbone.variant
     if backbone.given:
-        content["parts"] = backbone.given
+        content["parts"] = stored_parts(backbone.given, folder)
+    content["mark"] = backbone.mark()
     content.update(config.to_dict())
     begin_folder(folder, CONFIG_FILE)
     if references is not None:
@@ -46,8 +52,27 @@ def write_scorer(
     write_json(folder / CONFIG_FILE, content)
 
 
-def read_scorer(folder: Path) -> tuple[dict[str, Any], str, dict[str, Any], References | None]:
-    """Options, name of the backbone, options it was loaded with, and reference images.
+@dataclass(frozen=True, slots=True)
+class SavedScorer:
+    """What the folder of a scorer says.
+
+    Attributes:
+        options: Options of `ScorerConfig`.
+        backbone: Name of the backbone.
+        parts: Parts given in place of its own.
+        references: Reference images, or None.
+        mark: Numbers of each part of the backbone, by which it is known again.
+    """
+
+    options: dict[str, Any]
+    backbone: str
+    parts: dict[str, Any]
+    references: References | None
+    mark: dict[str, Any]
+
+
+def read_scorer(folder: Path) -> SavedScorer:
+    """What `write_scorer` wrote.
 
     Raises:
         BackboneError: The files are not those that `write_scorer` wrote.
@@ -58,13 +83,16 @@ def read_scorer(folder: Path) -> tuple[dict[str, Any], str, dict[str, Any], Refe
         values = read_json(path)
         backbone = checked(values.pop("backbone"), str, "backbone")
         parts = checked(values.pop("parts", {}), dict[str, str | None], "parts")
+        mark = checked(values.pop("mark", {}), dict[str, list[float]], "mark")
         variant = checked(values.pop("variant", None), str | None, "variant")
     except (ConfigError, KeyError) as error:
         raise BackboneError(
             f"{path} is not a config that CrossAttnScorer.save_pretrained wrote: {error}"
         ) from error
-    options = {**merge_parts(parts, {}, folder), "variant": variant}
-    return values, backbone, options, _read_references(folder)
+    options = {**merge_parts(read_parts(parts, folder), {}, folder), "variant": variant}
+    return SavedScorer(
+        values, read_source(backbone, folder), options, _read_references(folder), mark
+    )
 
 
 def _read_references(folder: Path) -> References | None:

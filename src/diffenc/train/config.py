@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
+from diffenc.backbones.sources import lasting_source
 from diffenc.config import EncoderConfig, check_choice
 from diffenc.errors import ConfigError
 from diffenc.policies import parse_policy
+from diffenc.pretrained import absolute, lasting_name
 from diffenc.storage.reading import read_toml
 from diffenc.storage.schema import make
 from diffenc.storage.writing import write_text
@@ -331,6 +333,28 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """Nested values, without those that are None."""
         return _plain(asdict(self))
+
+    def lasting(self) -> "TrainConfig":
+        """The same with absolute paths, which mean the same in every directory."""
+        model, data = self.model, self.data
+        source = lasting_name if model.kind == "vision" else lasting_source
+        names: dict[str, Any] = {
+            key: lasting_name(value)
+            for key in ("clip", "language_model", "captioner")
+            if (value := getattr(model, key))
+        }
+        files: dict[str, Any] = {
+            key: absolute(value)
+            for key in ("annotations", "images", "cache_dir")
+            if (value := getattr(data, key))
+        }
+        start = absolute(model.start) if model.start else ""
+        return replace(
+            self,
+            output=absolute(self.output),
+            model=replace(model, start=start, encoder=source(model.encoder), **names),
+            data=replace(data, **files),
+        )
 
     def write(self, path: "str | os.PathLike[str]") -> None:
         """As TOML, from which `read` makes an equal config.

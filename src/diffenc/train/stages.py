@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from diffenc._optional import require
+from diffenc.digests import weights_mark
 from diffenc.errors import ConfigError, ImageError
 from diffenc.policies import parse_policy
 from diffenc.storage.names import is_file, is_folder
@@ -126,7 +127,7 @@ def _train(
     progress: Progress | None,
     stop_after: int | None,
 ) -> TrainResult:
-    from diffenc.train.trainer import check_same_run, weights_digest
+    from diffenc.train.trainer import check_same_run, check_same_weights
 
     folder = Path(config.output)
     told = run_identity(config, samples)
@@ -134,9 +135,12 @@ def _train(
         check_same_run(checkpoint, told)
     device = _device(device)
     vlm = build_vlm(config, device=device)
-    told["weights"] = weights_digest(vlm)
+    told["weights"] = {
+        part: weights_mark(module)
+        for part, module in (("encoder", vlm.encoder), ("language model", vlm.language_model))
+    }
     if checkpoint is not None:
-        check_same_run(checkpoint, told)
+        check_same_weights(checkpoint, vlm)
     if config.optimizing.gradient_checkpointing:
         vlm.gradient_checkpointing_enable()
     cache = make_cache(config, vlm)
@@ -274,7 +278,7 @@ def make_cache(config: TrainConfig, vlm: DiffusionVLM) -> TokenCache | None:
 
 def run_identity(config: TrainConfig, samples: Sequence[TrainSample]) -> dict[str, Any]:
     """What a run and its continuation must share, flat; `weights` comes with the model."""
-    told = {key: value for key, value in config.to_dict().items() if key not in _FREE}
+    told = {key: value for key, value in config.lasting().to_dict().items() if key not in _FREE}
     told["data"] = {k: v for k, v in told["data"].items() if k not in _FREE_DATA}
     told["optim"] = {k: v for k, v in told["optim"].items() if k != "device_batch_size"}
     flat = {}
@@ -355,7 +359,7 @@ def _of_all(rows: list[Any]) -> tuple[Any, ...]:
 
 
 def _begin(folder: Path, config: TrainConfig) -> None:
-    config.write(make_folder(folder) / CONFIG_FILE)
+    config.lasting().write(make_folder(folder) / CONFIG_FILE)
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """transformers' `Trainer` for a `DiffusionVLM`: what is learnt is all that it saves."""
 
-import hashlib
 import json
 import logging
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from diffenc.cache import recall
+from diffenc.digests import is_marked
 from diffenc.errors import BackboneError, ConfigError
 from diffenc.storage.names import is_file, reason
 from diffenc.storage.reading import parse_json, read_json
@@ -153,18 +153,6 @@ def load_trained(vlm: DiffusionVLM, checkpoint: Path) -> None:
             parameter.copy_(state[name])
 
 
-def weights_digest(vlm: nn.Module) -> str:
-    """Digest of the weights that do not train: some hundred values of each, evenly spread."""
-    digest = hashlib.blake2b(digest_size=12)
-    for name, parameter in sorted(vlm.named_parameters()):
-        if not parameter.requires_grad:
-            values = parameter.detach().flatten()
-            some = values[:: max(1, len(values) // 128)].float().cpu().contiguous()
-            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-            digest.update(some.numpy().tobytes())
-    return digest.hexdigest()
-
-
 def clear_caches(vlm: DiffusionVLM) -> None:
     """Forget what the encoder remembers."""
     parts: tuple[Any, ...] = (vlm.encoder, getattr(vlm.encoder, "model", None))
@@ -187,20 +175,19 @@ def check_same_run(checkpoint: Path, told: dict[str, Any]) -> None:
     """Raise unless a checkpoint is of this run.
 
     Raises:
-        ConfigError: Something that it was trained with is another now; all of it is named. The
-            weights count where `told` has them.
+        ConfigError: Something that it was trained with is another now; all of it is named.
+            The weights are compared by `check_same_weights`.
     """
     try:
         before = read_json(checkpoint / RUN_FILE)
     except ConfigError as error:
         raise ConfigError(f"{checkpoint} does not say what it was trained with: {error}") from error
     now = parse_json(json.dumps(told), where="this run")
-    for optional in ("weights", "sizes of the pictures"):  # compared where both say it
-        if not (optional in before and optional in now):
-            before.pop(optional, None), now.pop(optional, None)
+    if not ("sizes of the pictures" in before and "sizes of the pictures" in now):
+        before.pop("sizes of the pictures", None), now.pop("sizes of the pictures", None)
     changed = [
         f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
+        for key in sorted((before.keys() | now.keys()) - {"weights"})
         if before.get(key) != now.get(key)
     ]
     if changed:
@@ -208,6 +195,22 @@ def check_same_run(checkpoint: Path, told: dict[str, Any]) -> None:
             f"{checkpoint} is of another configuration: {'; '.join(changed)}. Go on with the one "
             "it was begun with, or choose another output"
         )
+
+
+def check_same_weights(checkpoint: Path, vlm: DiffusionVLM) -> None:
+    """Raise unless the models of a run are those that its checkpoint was begun with.
+
+    Raises:
+        ConfigError: A model of the same name has other weights now.
+    """
+    before = read_json(checkpoint / RUN_FILE).get("weights", {})
+    parts = {"encoder": vlm.encoder, "language model": vlm.language_model}
+    for part, mark in before.items():
+        if part in parts and not is_marked(parts[part], mark):
+            raise ConfigError(
+                f"{checkpoint} was trained with another {part}: the one that stands in its place "
+                "has other weights. Put that one back, or choose another output"
+            )
 
 
 def _is_whole(checkpoint: Path) -> bool:

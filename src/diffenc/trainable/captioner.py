@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from diffenc._inference import lasting
 from diffenc.backbones.base import Backbone
 from diffenc.cache import TensorCache
 from diffenc.captioner import ClipEmbedder, ImplicitCaptioner
+from diffenc.digests import is_marked
 from diffenc.errors import BackboneError, ConfigError
 from diffenc.images import Images, to_pixel_values
 from diffenc.memo import image_embeds_of
@@ -112,6 +112,11 @@ class CaptionerPart(nn.Module):
                 f"{os.fspath(folder)} holds a captioner for another backbone or another CLIP: its "
                 f"sizes are {has}, and here they are {wants}"
             )
+        if "mark" in told and not is_marked(embedder, told["mark"]):
+            raise BackboneError(
+                f"{os.fspath(folder)} holds a captioner that listens to another CLIP than "
+                f"{embedder.name!r}, whose weights differ; put that CLIP back, or pass it as clip="
+            )
         captioner.requires_grad_(trainable)
         self._attach(captioner, embedder)
 
@@ -177,6 +182,5 @@ def _embedder(clip: Any, processor: Any) -> ClipEmbedder:
             "transformers, its folder, or its Hub id"
         )
     if isinstance(clip, (str, os.PathLike)):
-        path = Path(clip)
-        return ClipEmbedder.from_name(path.absolute() if path.is_dir() else clip)
+        return ClipEmbedder.from_name(clip)
     return ClipEmbedder(clip, processor=processor)

@@ -19,10 +19,12 @@ import torch
 
 from diffenc.config import check_choice
 from diffenc.defaults import torch_defaults
+from diffenc.digests import is_marked, weights_mark
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import BackboneError, ConfigError, PromptError
 from diffenc.fusion import FusedEncoder
 from diffenc.policies import parse_policy
+from diffenc.pretrained import lasting_name, read_name, stored_name
 from diffenc.projector.fused import FusedProjector
 from diffenc.projector.plain import Projector
 from diffenc.storage.names import is_file, is_folder, reason
@@ -49,21 +51,23 @@ class VLMContents:
         system: System message; None is the template's own.
         prompt_policy: Policy of the encoder's prompts.
         image_batch_size: Most pictures per call of the encoder; None is all at once.
+        language_mark: Numbers by which the language model is known again, where it has a name.
     """
 
-    encoder: Mapping[str, str | int]
+    encoder: Mapping[str, Any]
     language_model: str | None
     lora: bool
     template: Literal["chat", "v1", "plain"]
     system: str | None
     prompt_policy: str
     image_batch_size: int | None
+    language_mark: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         kind, keys = self.encoder_kind, ["kind"]
         check_choice("encoder.kind", kind, ("diffusion", "fused", "vision"))
         if kind == "vision":
-            keys += ["name", "layer"]
+            keys += ["name", "layer", "mark"]
             checked(self.encoder.get("name"), str, "encoder.name")
             checked(self.encoder.get("layer"), int, "encoder.layer")
         check_keys(self.encoder, keys, "encoder")
@@ -111,6 +115,7 @@ def save(vlm: Any, folder: "str | os.PathLike[str]", include_language_model: boo
     adapted = isinstance(model, PeftModel)
     base = model.get_base_model() if adapted else model
     name = getattr(base, "name_or_path", "") or ""
+    name = lasting_name(name) if name else ""
     changed = any(
         p.requires_grad for path, p in model.named_parameters() if ".lora_" not in path
     ) or getattr(base, "_diffenc_included", False)
@@ -127,8 +132,9 @@ def save(vlm: Any, folder: "str | os.PathLike[str]", include_language_model: boo
             "vlm.language_model = vlm.language_model.merge_and_unload()"
         )
     content = {
-        "encoder": _encoder_told(vlm.encoder),
-        "language_model": None if included else name,
+        "encoder": _encoder_told(vlm.encoder, target),
+        "language_model": None if included else stored_name(name, target),
+        "language_mark": None if included else weights_mark(base),
         "lora": adapted,
         "template": vlm.chat.template,
         "system": vlm.chat.system,
@@ -165,7 +171,9 @@ def load(
     """
     source = Path(folder)
     saved = read_saved(source)
-    name, adapted = saved.language_model, saved.lora
+    name, adapted, mark = saved.language_model, saved.lora, saved.language_mark
+    if name is not None and language_model is None:
+        name = read_name(name, source)
     needed = [PROJECTOR] + [LANGUAGE_MODEL] * (name is None) + [LORA] * adapted
     needed += [ENCODER] * (saved.encoder_kind != "vision")
     if missing := [part for part in needed if not is_folder(source / part)]:
@@ -176,6 +184,11 @@ def load(
     )
     if name is None and language_model is None:
         model._diffenc_included = True  # its name is a folder that may go
+    if name is not None and language_model is None and mark and not is_marked(model, mark):
+        raise BackboneError(
+            f"{name!r} is not the language model that {source} was saved with: its weights differ; "
+            "put that one back, or pass language_model="
+        )
     if adapted:
         weights = open_language_lora(source / LORA)
         model = _with_lora(model, source / LORA, trainable)
@@ -185,14 +198,19 @@ def load(
     return (encoder, model, tokenizer, projector), {key: getattr(saved, key) for key in options}
 
 
-def _encoder_told(encoder: Any) -> dict[str, Any]:
+def _encoder_told(encoder: Any, folder: Path) -> dict[str, Any]:
     """What finds an encoder again."""
     if isinstance(encoder, FusedEncoder):
         return {"kind": "fused"}
     if isinstance(encoder, DiffusionEncoder):
         return {"kind": "diffusion"}
     if isinstance(encoder, VisionTokens) and encoder.name:
-        return {"kind": "vision", "name": encoder.name, "layer": encoder.layer}
+        return {
+            "kind": "vision",
+            "name": stored_name(encoder.name, folder),
+            "layer": encoder.layer,
+            "mark": weights_mark(encoder),
+        }
     raise ConfigError(
         f"{type(encoder).__name__} has no name to be found by; load it with "
         "VisionTokens.from_pretrained(name)"
@@ -210,9 +228,14 @@ def _load_encoder(
     if told["kind"] == "vision":
         if options:
             raise ConfigError(f"a vision model takes none of {sorted(options)}")
-        return VisionTokens.from_pretrained(
-            told["name"], layer=told["layer"], device=device, dtype=dtype
-        )
+        name = read_name(told["name"], source)
+        vision = VisionTokens.from_pretrained(name, layer=told["layer"], device=device, dtype=dtype)
+        if "mark" in told and not is_marked(vision, told["mark"]):
+            raise BackboneError(
+                f"{name!r} is not the vision model that {source} was saved with: its weights "
+                "differ; put that one back"
+            )
+        return vision
     kind: Any = FusedEncoder if told["kind"] == "fused" else DiffusionEncoder
     return kind.from_pretrained(
         source / ENCODER, device=device, dtype=dtype, trainable=trainable, **options

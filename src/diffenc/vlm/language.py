@@ -11,7 +11,7 @@ from torch import nn
 from diffenc._inference import lasting
 from diffenc.defaults import torch_defaults
 from diffenc.errors import BackboneError, ConfigError
-from diffenc.pretrained import load_whole, loading, model_folder, pretrained_source
+from diffenc.pretrained import lasting_name, load_whole, loading, model_folder, pretrained_source
 from diffenc.storage.remote_code import refuse_remote_code
 from diffenc.storage.weights import StoredWeights
 from diffenc.threads import without_warnings
@@ -44,9 +44,9 @@ def load_language_model(
 
     label = os.fspath(name)
     with loading("a language model", label, instead=_INSTEAD):
-        tokenizer = load_tokenizer(label)
-        model = load_whole(transformers.AutoModelForCausalLM, label, dtype=dtype)
-    model.name_or_path = label
+        tokenizer = load_tokenizer(name)
+        model = load_whole(transformers.AutoModelForCausalLM, name, dtype=dtype)
+    model.name_or_path = lasting_name(name)
     return model.to(device), tokenizer
 
 

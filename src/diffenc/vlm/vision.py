@@ -97,17 +97,17 @@ class VisionTokens(VisionModel):
 
         label = os.fspath(name)
         with loading("a vision model", label, instead=_INSTEAD):
-            if model_config(label).model_type in _CLIP_LIKE:
-                tokens = ClipTokens.from_pretrained(label, layer=layer, device=device, dtype=dtype)
+            if model_config(name).model_type in _CLIP_LIKE:
+                tokens = ClipTokens.from_pretrained(name, layer=layer, device=device, dtype=dtype)
                 return cls(
-                    tokens.model, tokens.image_processor, layer=layer, name=lasting_name(label)
+                    tokens.model, tokens.image_processor, layer=layer, name=lasting_name(name)
                 )
             # The states of its layers are read, and never what a pooler makes of them.
             model = load_whole(
-                transformers.AutoModel, label, dtype=dtype, unread=("pooler.", "head.")
+                transformers.AutoModel, name, dtype=dtype, unread=("pooler.", "head.")
             )
-            processor = load_image_processor(label)
-        return cls(model.to(device), processor, layer=layer, name=lasting_name(label))
+            processor = load_image_processor(name)
+        return cls(model.to(device), processor, layer=layer, name=lasting_name(name))
 
     @property
     def token_channels(self) -> tuple[int, ...]:
