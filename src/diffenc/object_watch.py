@@ -91,6 +91,11 @@ _NOTES = frozenset(
 )
 """What libraries write into the config of a model when they save it, and never read in a pass."""
 
+_RECORDS = "_output_capturing_hooks_installed"
+"""What transformers notes where it first puts in hooks that record states and change none."""
+
+_RECORDERS = "transformers.utils.output_capturing"
+
 _MOST = 100_000
 """Objects that are watched; whoever leads to more is not cached."""
 
@@ -128,7 +133,7 @@ class _Node:
         if type(owner) is not self._kind:
             return False
         notes = len(_NOTES.intersection(attributes)) if self._noted else 0
-        if len(attributes) - notes != self._count:
+        if len(attributes) - notes - (_RECORDS in attributes) != self._count:
             return False
         try:
             if self._leaves_of is not None and self._leaves_of(attributes) != self._leaves:
@@ -152,6 +157,7 @@ class _Node:
         attributes = dict(owner.__dict__)
         is_module = isinstance(owner, nn.Module)
         self._kind, self._noted = type(owner), not is_module and _is_config(attributes)
+        attributes.pop(_RECORDS, None)
         if self._noted:
             attributes = {k: v for k, v in attributes.items() if k not in _NOTES}
         self._count = len(attributes)
@@ -180,12 +186,12 @@ class _Node:
         return not self._calm and bool(owner.__dict__["training"])
 
     def reads_hooks(self, owner: Any) -> bool:
-        """Note the hooks of a module but for those of this library; whether they are others now."""
+        """Note the hooks of a module but for those that only read; whether they are others now."""
         before, after = _HOOKS(owner.__dict__)
         hooks: tuple[int, ...] = ()
         if before or after:  # torch counts them all: no two ever have one number
             every = (*tuple(before.items()), *tuple(after.items()))
-            hooks = tuple(number for number, hook in every if not _of_diffenc(hook))
+            hooks = tuple(number for number, hook in every if not _only_reads(hook))
         if hooks == self._hooks:
             return False
         self._hooks = hooks
@@ -399,11 +405,11 @@ def _is_config(attributes: dict[str, Any]) -> bool:
     return "_class_name" in attributes or "transformers_version" in attributes
 
 
-def _of_diffenc(hook: Any) -> bool:
+def _only_reads(hook: Any) -> bool:
     """Whether a hook is one that reads, and changes nothing."""
     hook = hook.__func__ if isinstance(hook, types.MethodType) else hook
-    home = getattr(hook, "__globals__", {}).get("__name__")
-    return str(home).partition(".")[0] == "diffenc"
+    home = str(getattr(hook, "__globals__", {}).get("__name__"))
+    return home == _RECORDERS or home.partition(".")[0] == "diffenc"
 
 
 def _code(kind: type) -> object:

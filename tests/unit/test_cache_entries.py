@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection
 
@@ -361,3 +362,13 @@ def test_what_is_missing_is_computed_in_one_batch_and_equal_rows_once():
     recall(cache, ["a", "b", "c"], compute)
     recall(None, ["a", "a"], compute)
     assert batches == [[0, 1], [1], [0, 1]]
+
+
+def test_a_second_question_on_sdxl_finds_what_the_first_left(tiny_sdxl_folder):
+    taps = ("up_blocks.0.attentions.0",)
+    encoder = DiffusionEncoder.from_pretrained(tiny_sdxl_folder, taps=taps, size=64)
+    image = Image.new("RGB", (64, 64), "red")
+    encoder.extract(image, "a circle", conditioning="cfg")
+    encoder.extract(image, "a square", conditioning="cfg")
+    caches = encoder.backbone.caches
+    assert (caches.features.hits, caches.latents.hits) == (1, 1)
