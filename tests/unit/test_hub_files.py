@@ -111,7 +111,7 @@ def named(word: str, *parts: str) -> set[str]:
             named(".fp16", "unet", "text_encoder", "text_encoder_2") | named("", "vae"),
         ),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, torch.dtype) else "names",
 )
 def test_the_files_of_the_dtype_are_fetched_and_no_others(hub, sdxl, dtype, expected):
     resolve_folder(NAME, dtype=dtype)
