@@ -13,12 +13,10 @@ from diffenc.cli.options import (
     Device,
     Dtype,
     Model,
-    SkipBroken,
     quiet_libraries,
     to_device,
     to_dtype,
 )
-from diffenc.cli.pictures import PictureFiles
 from diffenc.cli.score_options import (
     AsJson,
     BatchSize,
@@ -51,7 +49,6 @@ def index(
     batch_size: BatchSize = 16,
     device: Device = "auto",
     dtype: Dtype = "float32",
-    skip_broken: SkipBroken = False,
     _debug: Debug = False,
 ) -> None:
     """Write a query bank of images, which diffenc search finds by any text.
@@ -59,10 +56,10 @@ def index(
     One pass per image and timestep; the size of the bank is told before it is written. Few layers
     and timesteps make it small.
     """
-    PictureFiles(references or ()).check()
-    files = PictureFiles(images, skip_broken)
-    files.check()
-    images = files.kept_paths
+    from diffenc.images import load_image
+
+    for image in images:
+        load_image(image)
     scorer = load_scorer(
         model,
         device=device,
@@ -94,7 +91,6 @@ def index(
             output,
             progress=lambda done: progress.update(task, completed=done),
         )
-    files.report()
     written = sum(path.stat().st_size for path in output.iterdir())
     typer.echo(f"wrote {output} ({readable_bytes(written)})")
 
