@@ -64,7 +64,7 @@ def breaks_after(monkeypatch, path, reads):
 
 @pytest.mark.parametrize(
     "command",
-    [("encode", "-o", "out.safetensors"), ("score", "-t", "red"), ("index", "-o", "bank")],
+    [("encode", "-o", "out.safetensors"), ("score", "-t", "red")],
     ids=lambda command: command[0],
 )
 def test_all_broken_files_are_named_before_any_work(command, pictures, tmp_path, monkeypatch):
@@ -135,20 +135,6 @@ def test_score_leaves_out_what_is_broken_before_and_on_the_way(
     assert found["left_out"] == [str(pictures[1]), str(pictures[3]), str(good[2])]
     expected = json.loads(run("score", *good[:2], *arguments).stdout)
     np.testing.assert_allclose(found["mean"], expected["mean"], rtol=1e-6)
-
-
-def test_a_bank_is_made_of_what_is_whole(tiny_sd_folder, pictures, tmp_path):
-    bank = tmp_path / "bank"
-    result = run(
-        *("index", *pictures, "-o", bank, "-m", tiny_sd_folder, *FAST, "--skip-broken"),
-        *("--layers", "mid_block"),
-    )
-    assert result.exit_code == 0, result.output
-    assert "warning: 2 of 4 images cannot be read" in result.stderr
-    assert json.loads((bank / "bank.json").read_text())["names"] == [
-        str(pictures[0]),
-        str(pictures[2]),
-    ]
 
 
 class Fading:

@@ -79,6 +79,10 @@ def test_the_two_middles_differ_where_the_margin_leaves_three_of_four():
         for margin in range(40)
     }
     assert margins == {margin: int(margin % 4 == 3) for margin in range(40)}
+
+
+@pytest.mark.wrong_type
+def test_another_middle_is_refused():
     with pytest.raises(ConfigError, match="center must be"):
         to_pixel_values(noise(8, 16), size=8, resize="crop", center="clip")
 
