@@ -126,13 +126,17 @@ def model_folder(
     """
     source = pretrained_source(name)
     folder = Path(source) if is_folder(source) else _fetched(source, weights, half)
+    try:
+        config = read_json(folder / "config.json", error=BackboneError, finite=False)
+    except BackboneError as error:  # `loading` adds what to pass instead
+        raise OSError(str(error)) from error
     refuse_remote_code(folder)
     if is_file(folder / "adapter_config.json"):
         raise BackboneError(
             f"{folder} holds an adapter (adapter_config.json), which would not be applied; merge "
             "it into its model, or pass the model"
         )
-    _check_sizes(read_json(folder / "config.json", error=BackboneError, finite=False), folder)
+    _check_sizes(config, folder)
     return folder
 
 
