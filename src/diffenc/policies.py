@@ -99,7 +99,7 @@ class PromptChange(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Empty(PromptPolicy):
-    """No text: the unconditional prompt."""
+    """The empty text, encoded as any other: on SDXL not the unconditional embedding."""
 
     def draw(self, sample: PromptSample, rng: random.Random) -> str:
         """The empty text."""
@@ -205,6 +205,9 @@ class WordDeletion(PromptChange):
 @dataclass(frozen=True, slots=True)
 class PromptDropout(PromptChange):
     """The whole prompt becomes empty with probability `p`: the paper's cure for leakage.
+
+    The empty prompt is a text, encoded as any other, on SDXL too: what diffusers' own training of
+    SDXL drops a caption to. No prompt at all would be zeros there.
 
     Attributes:
         p: 0 to 1.

@@ -51,7 +51,7 @@ class CaptionerPart(nn.Module):
     ) -> None:
         """Let CLIP's view of each picture condition the U-Net, beside the prompt or without one.
 
-        From now on `cond` is the prompt, or the empty text where none is given, plus the
+        From now on `cond` is the prompt, or no text where none is given, plus the
         captioner's tokens; `uncond` stays the plain unconditional embedding, and both are equal
         until training begins. CLIP gets the same pictures in its own preprocessing, and stays
         frozen.

@@ -39,8 +39,8 @@ class Answerer(Protocol):
         Args:
             images: Per question one picture or several.
             questions: What the language model is asked.
-            prompts: What conditions the vision encoder, one per question, "" for no text; None
-                leaves it to the model. Models without such an input ignore it.
+            prompts: What conditions the vision encoder, one per question; "" is the empty text,
+                None leaves it to the model. Models without such an input ignore it.
         """
         ...
 
