@@ -8,7 +8,7 @@ from pathlib import Path
 from diffenc.errors import ConfigError
 from diffenc.evals.answering.base import Answerer, Query, check_answers, check_positive
 from diffenc.evals.answering.records import Key, RecordsFile
-from diffenc.evals.base import Problem
+from diffenc.evals.base import Problem, check_unique
 from diffenc.evals.inspection import Progress
 
 
@@ -48,13 +48,14 @@ class Asker:
             part: Of the protocol, such as "pass 2"; answers of different parts stand side by side.
 
         Raises:
-            ConfigError: The file holds answers to other questions by these ids, or some questions
-                have a prompt and others none.
+            ConfigError: The file holds answers to other questions by these ids, two questions have
+                the same, or some have a prompt and others none.
             ShapeError: The model gives something else than one text per question.
             OutputError: The file cannot be written.
         """
         if len({query.prompt is None for query in queries}) > 1:
             raise ConfigError("give all questions of a part a prompt for the encoder, or none")
+        check_unique((query.id for query in queries), "the list of questions")
         self._ids.update(query.id for query in queries)
         found = {query.id: self._known(query, part) for query in queries}
         waiting = [query for query in queries if found[query.id] is None]
