@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -196,3 +197,16 @@ def test_comparisons_with_nan_are_refused():
     for word in ("nan", "inf", "-inf", "1e999"):
         with pytest.raises(ConfigError, match="neither a number nor a figure"):
             parse_claim(f"a/b/c > {word}")
+
+
+def test_items_of_one_id_are_refused_before_anything_is_scored(benchmark, tmp_path):
+    double = replace(benchmark, items=(*benchmark.items, replace(benchmark.items[1], id="noun-0")))
+    assert benchmark.items[0].id == "noun-0"
+    matcher = RandomMatcher()
+    with pytest.raises(ConfigError, match="1 ids more than once, such as 'noun-0'"):
+        evaluate(double, [matcher], trials=1, results=tmp_path / "scores.jsonl")
+    data = shapes_captions(2, seed=7)
+    same = replace(data, items=(data.items[0], replace(data.items[1], id=data.items[0].id)))
+    with pytest.raises(ConfigError, match="1 ids more than once"):
+        evaluate_captions(same, Says(lambda *_: "a"), metrics=())
+    assert matcher.calls == 0

@@ -2,14 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from PIL import Image
 from torch import Tensor
 
-from diffenc.errors import ImageError
+from diffenc.errors import ConfigError, ImageError
 from diffenc.images import load_image
 from diffenc.storage.names import reason
 
@@ -147,6 +148,16 @@ class Benchmark:
     def texts(self, item: Item) -> list[str]:
         """What is scored for an item's captions."""
         return [self.template.replace("{}", caption) for caption in item.captions]
+
+
+def check_unique(ids: Iterable[str], source: str) -> None:
+    """Refuse items by the same id, of which one would get the scores or answers of the other.
+
+    Raises:
+        ConfigError: There are some.
+    """
+    if double := [name for name, count in Counter(ids).items() if count > 1]:
+        raise ConfigError(f"{source} has {len(double)} ids more than once, such as {double[0]!r}")
 
 
 def _digest(content: bytes) -> str:

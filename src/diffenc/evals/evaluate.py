@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffenc.errors import ConfigError, ImageError, NonFiniteError, ShapeError
-from diffenc.evals.base import Benchmark, Item, Matcher, Problem
+from diffenc.evals.base import Benchmark, Item, Matcher, Problem, check_unique
 from diffenc.evals.inspection import Inspection, Progress, inspect, summary
 from diffenc.evals.metrics import Results, by_label, correct, overall
 from diffenc.evals.results_file import ResultsFile
@@ -96,8 +96,8 @@ def evaluate(
         Scores of all items, and what was found on the way.
 
     Raises:
-        ConfigError: Broken items, fewer than one trial, two models of one name, or a results file
-            of something else.
+        ConfigError: Broken items, two of an id, fewer than one trial, two models of one name, or a
+            results file of something else.
         ImageError: A picture that could be read before cannot be read any more.
         OutputError: The results file cannot be written.
         ShapeError: A model returns something else than (images, texts).
@@ -108,6 +108,7 @@ def evaluate(
     names = [matcher.name for matcher in matchers]
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"models must be one or more, each with a name of its own; got {names}")
+    check_unique((item.id for item in benchmark.items), benchmark.source)
     found = inspection or inspect(benchmark, matchers)
     found.check(benchmark.source, skip_broken=skip_broken)
     seeds = {

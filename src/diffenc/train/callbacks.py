@@ -8,31 +8,10 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from diffenc.errors import ConfigError, NonFiniteError
-from diffenc.storage.lines import parse_json_lines
+from diffenc.errors import NonFiniteError
 from diffenc.storage.names import is_file
-from diffenc.storage.reading import read_text
-from diffenc.storage.schema import checked
 from diffenc.storage.writing import reporting, write_text
-
-
-def log_lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """Lines of a log, and what is wrong with those that cannot be read.
-
-    Raises:
-        ConfigError: The file cannot be read.
-    """
-    lines: list[dict[str, Any]] = []
-    objects, broken = parse_json_lines(read_text(path), where=path.name)
-    problems = [detail for _, detail in broken]
-    for number, line in objects:
-        try:
-            checked(line, dict[str, float], f"{path.name}, line {number}")
-            checked(line.get("step"), int, f"{path.name}, line {number}: step")
-            lines.append(line)
-        except ConfigError as error:
-            problems.append(str(error))
-    return lines, problems
+from diffenc.train.log import log_lines
 
 
 class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers is seen as Any

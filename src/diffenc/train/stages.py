@@ -32,6 +32,7 @@ from diffenc.train.data import (
     read_samples,
     require_usable,
 )
+from diffenc.train.log import LOG_FILE
 from diffenc.train.token_cache import TokenCache, is_frozen
 from diffenc.vlm.files import is_saved
 from diffenc.vlm.model import DiffusionVLM
@@ -41,7 +42,7 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int, int, float | None], None]
 """Told after each step: steps done, steps in all, the last loss that was logged."""
 
-MODEL_FOLDER, LOG_FILE, CONFIG_FILE = "model", "log.jsonl", "config.toml"
+MODEL_FOLDER, CONFIG_FILE = "model", "config.toml"
 LEFT_OUT_FILE = "left_out.json"
 """Records of the annotations that a run began without; it goes on without the same."""
 # What may change between a run and its continuation.
@@ -455,17 +456,3 @@ def _quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
         warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
         yield
-
-
-def read_log(folder: "str | os.PathLike[str]") -> list[dict[str, Any]]:
-    """Lines of a run's log: step, epoch, loss, learning_rate, grad_norm.
-
-    Raises:
-        ConfigError: There is none, or a line is broken.
-    """
-    from diffenc.train.callbacks import log_lines
-
-    lines, problems = log_lines(Path(folder) / LOG_FILE)
-    if problems:
-        raise ConfigError(f"{Path(folder) / LOG_FILE} is broken: {problems[0]}")
-    return lines

@@ -11,7 +11,7 @@ from PIL import Image
 from diffenc.errors import ConfigError, ImageError
 from diffenc.evals.answering.base import Answerer, Query, check_answers, check_positive
 from diffenc.evals.answering.records import Key, RecordsFile
-from diffenc.evals.base import Problem
+from diffenc.evals.base import Problem, check_unique
 from diffenc.evals.inspection import Progress, summary
 
 
@@ -63,8 +63,8 @@ class Asker:
             part: Of the protocol, such as "pass 2"; answers of different parts stand side by side.
 
         Raises:
-            ConfigError: The file holds answers to other questions by these ids, or some questions
-                have a prompt and others none.
+            ConfigError: The file holds answers to other questions by these ids, two questions have
+                the same, or some have a prompt and others none.
             ImageError: A picture that could be read before cannot be read any more.
             ShapeError: The model gives something else than one text per question.
             OutputError: The file cannot be written.
@@ -72,6 +72,7 @@ class Asker:
         queries = [query for query in queries if query.id not in self.broken]
         if len({query.prompt is None for query in queries}) > 1:
             raise ConfigError("give all questions of a part a prompt for the encoder, or none")
+        check_unique((query.id for query in queries), "the list of questions")
         self._ids.update(query.id for query in queries)
         found = {query.id: self._known(query, part) for query in queries}
         waiting = [query for query in queries if found[query.id] is None]
