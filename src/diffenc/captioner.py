@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from diffenc.checks import whole
 from diffenc.digests import weights_mark
 from diffenc.errors import BackboneError, ConfigError, OutputError
 from diffenc.pretrained import (
@@ -85,11 +86,8 @@ class ImplicitCaptioner(nn.Module):
             "layers": layers,
         }
         for name, value in self.options.items():
-            optional = value is None and name in ("pooled_width", "hidden_size")
-            if not optional and (
-                isinstance(value, bool) or not isinstance(value, int) or value < 1
-            ):
-                raise ConfigError(f"{name} must be an int of 1 or more, got {value!r}")
+            if value is not None or name not in ("pooled_width", "hidden_size"):
+                self.options[name] = whole(name, value, least=1)
         self.mlp = _mlp(image_width, width, hidden_size, layers)
         self.positions = nn.Parameter(torch.empty(length, width))
         nn.init.trunc_normal_(self.positions, std=0.02)

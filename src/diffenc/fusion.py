@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from diffenc.backbones import TapInfo
 from diffenc.backbones.base import Backbone
+from diffenc.checks import require_finite
 from diffenc.clip_tokens import ClipTokens, to_maps
 from diffenc.config import EncoderConfig, check_choice, check_pair
 from diffenc.digests import is_marked, weights_mark
@@ -305,6 +306,7 @@ class FusedEncoder(nn.Module):
         if self.grid is not None and self.grid != self.clip.grid:
             maps = to_grid(to_maps(clip, self.clip.grid), self.grid)
             clip = rearrange(maps, "b c h w -> b (h w) c")
+        require_finite(clip, "tokens of CLIP", "load both models in bfloat16 or float32")
         return clip
 
     def _shown(self, picture: Image.Image) -> "Image.Image | Tensor":

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffenc._typing import Posterior
+from diffenc.checks import require_finite
 from diffenc.noise import shared_noise
 
 
@@ -25,6 +26,9 @@ def encode_posterior(
 
     Returns:
         Both in float32, on the VAE's device.
+
+    Raises:
+        NonFiniteError: NaN or infinity came out of the VAE.
     """
     if vae.dtype == torch.float16 and vae.config.get("force_upcast", False):
         vae.to(torch.float32)
@@ -36,6 +40,13 @@ def encode_posterior(
         mode, deviation = encoded.latent_dist.mode().float(), encoded.latent_dist.std.float()
     shift = vae.config.get("shift_factor", None) or 0.0
     scale = float(vae.config.scaling_factor)
+    for values in (mode, deviation):
+        require_finite(
+            values,
+            f"latents of {type(vae).__name__} in {vae.dtype}",
+            "load the model with dtype=torch.bfloat16 or torch.float32, and check the weights of "
+            "the VAE if that is so already",
+        )
     return ((mode - shift) * scale).contiguous(), (deviation * scale).contiguous()
 
 

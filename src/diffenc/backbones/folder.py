@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 from diffenc.backbones.base import Backbone
 from diffenc.backbones.configs import Architecture
+from diffenc.backbones.fitting import check_files
 from diffenc.backbones.parts import (
     GivenParts,
     fitting_tokenizer,
@@ -171,7 +172,9 @@ def _load_part(folder: Path, part: str, dtype: torch.dtype, keep_taps: Sequence[
         if part == "scheduler":
             return make_scheduler(read_config(folder, part))
         if part.startswith("text_encoder"):
+            check_files(folder / part)
             return load_text_encoder(folder / part, part, dtype)
+        check_files(folder / part)
         if part == "unet" and keep_taps is not None:
             return _load_truncated(folder / part, dtype, keep_taps)
         return _load_weights(folder, part, dtype)

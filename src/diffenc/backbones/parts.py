@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from diffenc.backbones.configs import Architecture
+from diffenc.backbones.fitting import check_weights
 from diffenc.backbones.weights import load_into, load_unet, read_state, unet_state
 from diffenc.errors import BackboneError
 from diffenc.pretrained import absolute
@@ -83,6 +84,7 @@ class GivenParts:
         if name.startswith("tokenizer"):
             return load_tokenizer(given) if _is_path(given) else given
         if isinstance(given, nn.Module):
+            check_weights(given, f"the given {name}")  # a cast would hide what they were
             return _cast(
                 given if keep_taps is None or name != "unet" else truncate(given, keep_taps), dtype
             )

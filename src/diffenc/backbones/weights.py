@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from diffenc.backbones.fitting import check_stored
 from diffenc.errors import BackboneError
 from diffenc.truncation import truncate
 
@@ -118,6 +119,7 @@ def load_into(
     with torch.device("meta"):
         model = build()
     check_state(model, state, what=what)
+    check_stored(state, model.state_dict(), what)
     cast = {
         key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()
     }

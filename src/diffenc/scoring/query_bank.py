@@ -16,9 +16,10 @@ from diffenc.attention_scores import layer_mix
 from diffenc.backbones import load_backbone
 from diffenc.backbones.base import Backbone
 from diffenc.cache import TensorCache, state_key
+from diffenc.checks import whole
 from diffenc.digests import is_marked
 from diffenc.digests import weights_mark as weights_mark_of
-from diffenc.errors import BackboneError, ConfigError, NonFiniteError, PromptError, ShapeError
+from diffenc.errors import BackboneError, NonFiniteError, PromptError, ShapeError
 from diffenc.images import ImageSource, to_pixel_values
 from diffenc.memo import prompts_of
 from diffenc.pretrained import stored_name
@@ -185,6 +186,7 @@ class QueryBank:
             ConfigError: `top` below 1.
             PromptError: No text, or something that is none.
         """
+        top = whole("top", top)
         if top < 1:
             raise ConfigError(f"top must be 1 or more, got {top}")
         scores = self.scores(texts)
