@@ -134,7 +134,7 @@ class CrossAttnScorer(ConfiguredScorer):
             NonFiniteError: NaN or infinity came out of the U-Net.
         """
         trials = whole("trials", trials, least=1)
-        screen = None if screen is None else whole("screen", screen, least=1)
+        screen = None if screen is None else whole("screen", screen)
         if screen is not None and self.config.mode == "shared-query":
             raise ConfigError("screen saves nothing with mode 'shared-query': texts cost no passes")
         call = ScoreCall(self, images, texts)

@@ -19,7 +19,7 @@ from diffenc.cache import TensorCache, state_key
 from diffenc.checks import whole
 from diffenc.digests import is_marked
 from diffenc.digests import weights_mark as weights_mark_of
-from diffenc.errors import BackboneError, NonFiniteError, PromptError, ShapeError
+from diffenc.errors import BackboneError, ConfigError, NonFiniteError, PromptError, ShapeError
 from diffenc.images import ImageSource, to_pixel_values
 from diffenc.memo import prompts_of
 from diffenc.pretrained import stored_name
