@@ -12,6 +12,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithP
 from diffenc import CrossAttnScorer, DiffusionEncoder
 from diffenc.cache import TensorCache, recall
 from diffenc.clip_tokens import ClipTokens
+from diffenc.config import EncoderConfig
+from diffenc.errors import TapError
 from diffenc.model_state import state_key, structure_key
 from state_builders import SIZE, TAPS, TEXT, picture, stirred, tiny_backbone
 
@@ -361,3 +363,15 @@ def test_what_is_missing_is_computed_in_one_batch_and_equal_rows_once():
     recall(cache, ["a", "b", "c"], compute)
     recall(None, ["a", "a"], compute)
     assert batches == [[0, 1], [1], [0, 1]]
+
+
+def test_a_config_that_is_exchanged_is_read_by_the_next_call(encoder):
+    guided(encoder)
+    encoder.config = EncoderConfig(taps=("up_blocks.0",), timestep=300)
+    assert list(encoder.extract(picture())) == ["up_blocks.0"]
+    assert [tap.name for tap in encoder.feature_info] == ["up_blocks.0"]
+    fresh = DiffusionEncoder(encoder.backbone, encoder.config, use_cache=False)
+    assert torch.equal(encoder(picture()), fresh(picture()))
+    encoder.config = EncoderConfig(taps=("nowhere",))
+    with pytest.raises(TapError):
+        encoder.extract(picture())
