@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from diffenc._inference import lasting, make_plain
+from diffenc.checks import whole
 from diffenc.digests import weights_mark
 from diffenc.errors import BackboneError, ConfigError
 from diffenc.pretrained import (
@@ -94,11 +95,8 @@ class ImplicitCaptioner(nn.Module):
             "layers": layers,
         }
         for name, value in self.options.items():
-            optional = value is None and name in ("pooled_width", "hidden_size")
-            if not optional and (
-                isinstance(value, bool) or not isinstance(value, int) or value < 1
-            ):
-                raise ConfigError(f"{name} must be an int of 1 or more, got {value!r}")
+            if value is not None or name not in ("pooled_width", "hidden_size"):
+                self.options[name] = whole(name, value, least=1)
         if layers > _MOST_LAYERS:
             raise ConfigError(f"layers must be {_MOST_LAYERS} at most, got {layers}")
         place: dict[str, Any] = {"dtype": torch.float32, "device": device}

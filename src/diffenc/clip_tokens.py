@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from diffenc._inference import lasting, make_plain
 from diffenc.cache import TensorCache, content_key, recall, state_key
+from diffenc.checks import whole
 from diffenc.errors import BackboneError, ConfigError, NonFiniteError, ShapeError
 from diffenc.images import Images
 from diffenc.pretrained import (
@@ -76,11 +77,8 @@ class ClipTokens(VisionModel):
         self.hidden_size = config.hidden_size
         self.image_size, self.side = _square(config)
         depth = config.num_hidden_layers
-        if (
-            isinstance(layer, bool)
-            or not isinstance(layer, int)
-            or not -depth <= layer + 1 <= depth + 1
-        ):
+        self.layer = layer = whole("layer", layer)
+        if not -depth <= layer + 1 <= depth + 1:
             raise ConfigError(
                 f"layer must be {-depth - 1} to {depth}, an index into the embeddings and the "
                 f"outputs of this model's {depth} layers, got {layer!r}"

@@ -29,6 +29,7 @@ from diffenc.images import Images, as_list, image_sizes, to_pixel_values
 from diffenc.lora.adapters import is_merged
 from diffenc.maps import middle_grid
 from diffenc.memo import image_keys, posterior_of, prompts_of
+from diffenc.object_watch import object_key
 from diffenc.prompts import PromptEmbeds, match_batch
 from diffenc.saved import (
     BACKBONE_FOLDER,
@@ -73,7 +74,8 @@ class DiffusionEncoder(TrainableParts):
         self.backbone = backbone
         self.config = config or EncoderConfig()
         self.use_cache = use_cache
-        self._taps = backbone.match_taps(self.config.taps or backbone.default_taps)
+        self._matched: tuple[object, tuple[TapInfo, ...]] = (None, ())
+        _ = self._taps  # checks them
         length = len(backbone.scheduler.alphas_cumprod)
         if max(self.config.timesteps) >= length:
             raise ConfigError(
@@ -268,6 +270,15 @@ class DiffusionEncoder(TrainableParts):
             mark=backbone.mark(),
         )
         write_config(target, config, contents)
+
+    @property
+    def _taps(self) -> tuple[TapInfo, ...]:  # type: ignore[override]  # an attribute to the parts
+        """What is read from the U-Net that is there now, by the config of now."""
+        patterns = self.config.taps or self.backbone.default_taps
+        now = (patterns, object_key(self.backbone.unet))
+        if self._matched[0] != now:
+            self._matched = (now, self.backbone.match_taps(patterns))
+        return self._matched[1]
 
     @property
     def feature_info(self) -> tuple[TapInfo, ...]:

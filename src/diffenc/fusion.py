@@ -16,6 +16,7 @@ from diffenc._inference import lasting
 from diffenc.backbones import TapInfo
 from diffenc.backbones.base import Backbone
 from diffenc.backbones.device import Device, Dtype
+from diffenc.checks import require_finite
 from diffenc.clip_tokens import ClipTokens, to_maps
 from diffenc.config import EncoderConfig, check_choice, check_pair
 from diffenc.digests import is_marked, weights_mark
@@ -320,6 +321,7 @@ class FusedEncoder(nn.Module):
         if self.grid is not None and self.grid != self.clip.grid:
             maps = to_grid(to_maps(clip, self.clip.grid), self.grid)
             clip = rearrange(maps, "b c h w -> b (h w) c")
+        require_finite(clip, "tokens of CLIP", "load both models in bfloat16 or float32")
         return clip
 
     def _shown(self, picture: Image.Image) -> Image.Image:

@@ -14,6 +14,7 @@ from torch import Tensor
 from diffenc.backbones.base import Backbone, States
 from diffenc.backbones.taps import LATENTS
 from diffenc.cache import Entry, recall
+from diffenc.checks import require_finite
 from diffenc.config import EncoderConfig
 from diffenc.features import Maps
 from diffenc.forward import compiled_taps, read_taps
@@ -133,6 +134,7 @@ def _read_rows(
         )
     if LATENTS in taps:
         found[LATENTS] = torch.cat(clean * len(steps)).to(backbone.device, backbone.dtype)
+        require_finite(found[LATENTS], "latents", "load the model with dtype=torch.float32")
     one = isinstance(config.timestep, int)
     if repeats == 1 and one:
         return {name: found[name] for name in taps}

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffenc._typing import Posterior
+from diffenc.checks import require_finite
 from diffenc.noise import shared_noise
 from diffenc.threads import lock_of
 
@@ -26,6 +27,9 @@ def encode_posterior(
 
     Returns:
         Both in float32, on the VAE's device.
+
+    Raises:
+        NonFiniteError: NaN or infinity came out of the VAE.
     """
     if vae.config.get("force_upcast", False):
         with lock_of(vae):  # no thread may see it half way
@@ -38,6 +42,13 @@ def encode_posterior(
     else:
         mode, deviation = encoded.latent_dist.mode().float(), encoded.latent_dist.std.float()
     shift, scale = _scaling(vae.config, mode)
+    for values in (mode, deviation):
+        require_finite(
+            values,
+            f"latents of {type(vae).__name__} in {vae.dtype}",
+            "load the model with dtype=torch.bfloat16 or torch.float32, and check the weights of "
+            "the VAE if that is so already",
+        )
     return ((mode - shift) * scale).contiguous(), (deviation * scale).contiguous()
 
 

@@ -11,6 +11,7 @@ from diffenc._typing import LongPrompts, Uncond
 from diffenc.backbones.base import Backbone, States
 from diffenc.cache import Entry, TensorCache, content_key, recall, state_key
 from diffenc.captioner import ClipEmbedder
+from diffenc.checks import require_finite
 from diffenc.latents import encode_posterior
 from diffenc.prompts import PromptEmbeds
 
@@ -127,10 +128,14 @@ def image_embeds_of(
     trained = pixel_values.requires_grad or any(p.requires_grad for p in clip.parameters())
     with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
         if cache is None or keys is None or state is None:
-            return cast(Tensor, clip(pixel_values))
+            embeds = cast(Tensor, clip(pixel_values))
+            require_finite(embeds, "embeddings of CLIP", "load it in float32")
+            return embeds
         entries = recall(
             cache,
             [(state, key) for key in keys],
             lambda rows: ((embeds,) for embeds in clip(pixel_values[rows])),
         )
-        return torch.stack([embeds for (embeds,) in entries])
+        embeds = torch.stack([each for (each,) in entries])
+        require_finite(embeds, "embeddings of CLIP", "load it in float32, and check its weights")
+        return embeds

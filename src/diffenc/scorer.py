@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diffenc.checks import whole
 from diffenc.errors import ConfigError, ShapeError
 from diffenc.images import Images, ImageSource, as_list
 from diffenc.memo import image_keys, posterior_of
@@ -137,8 +138,8 @@ class CrossAttnScorer(ConfiguredScorer):
             PromptError: No text, or something that is none.
             NonFiniteError: NaN or infinity came out of the U-Net.
         """
-        if isinstance(trials, bool) or not isinstance(trials, int) or trials < 1:
-            raise ConfigError(f"trials must be an int of 1 or more, got {trials!r}")
+        trials = whole("trials", trials, least=1)
+        screen = None if screen is None else whole("screen", screen)
         if screen is not None and self.config.mode == "shared-query":
             raise ConfigError("screen saves nothing with mode 'shared-query': texts cost no passes")
         seeds = tuple(self._seed(seed) + trial for trial in range(trials))
@@ -340,4 +341,4 @@ class CrossAttnScorer(ConfiguredScorer):
         return QueryBank.load(folder, backbone=self.backbone)
 
     def _seed(self, seed: int | None) -> int:
-        return self.config.seed if seed is None else seed
+        return self.config.seed if seed is None else whole("seed", seed)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from diffenc.attention import match_layers
 from diffenc.backbones.base import Backbone
+from diffenc.checks import require_finite
 from diffenc.config import check_choice
 from diffenc.errors import ConfigError, PromptError
 from diffenc.forward import read_head_attention
@@ -219,6 +220,12 @@ def _per_timestep(
         noise = shared_noise((c, h, w), seed=seed, timestep=timestep)
         noisy = add_noise(backbone.scheduler, latents, noise, timestep)
         maps = read_head_attention(backbone, noisy, timestep, embeds, positions, names, heads)
+        for name, values in maps.items():
+            require_finite(
+                values,
+                f"attention maps of {name!r} with a U-Net in {backbone.dtype}",
+                "load the model with dtype=torch.bfloat16 or torch.float32",
+            )
         yield list(maps.values())
 
 

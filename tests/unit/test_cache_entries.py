@@ -13,6 +13,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithP
 from diffenc import CrossAttnScorer, DiffusionEncoder
 from diffenc.cache import TensorCache, recall
 from diffenc.clip_tokens import ClipTokens
+from diffenc.config import EncoderConfig
+from diffenc.errors import TapError
 from diffenc.model_state import state_key, structure_key
 from state_builders import SIZE, TAPS, TEXT, picture, stirred, tiny_backbone
 
@@ -372,3 +374,15 @@ def test_a_second_question_on_sdxl_finds_what_the_first_left(tiny_sdxl_folder):
     encoder.extract(image, "a square", conditioning="cfg")
     caches = encoder.backbone.caches
     assert (caches.features.hits, caches.latents.hits) == (1, 1)
+
+
+def test_a_config_that_is_exchanged_is_read_by_the_next_call(encoder):
+    guided(encoder)
+    encoder.config = EncoderConfig(taps=("up_blocks.0",), timestep=300)
+    assert list(encoder.extract(picture())) == ["up_blocks.0"]
+    assert [tap.name for tap in encoder.feature_info] == ["up_blocks.0"]
+    fresh = DiffusionEncoder(encoder.backbone, encoder.config, use_cache=False)
+    assert torch.equal(encoder(picture()), fresh(picture()))
+    encoder.config = EncoderConfig(taps=("nowhere",))
+    with pytest.raises(TapError):
+        encoder.extract(picture())

@@ -65,7 +65,7 @@ def test_a_model_within_the_saved_folder_moves_with_it(models, monkeypatch, kind
 def test_another_model_in_the_same_place_is_refused(models, kind):
     kind.from_pretrained("models/sd").save_pretrained("saved")
     put_another_model(models / "here" / "models" / "sd")
-    with pytest.raises(BackboneError, match="is not the model that .*saved was saved with"):
+    with pytest.raises(BackboneError, match=r"is not the model that .*saved was saved with"):
         kind.from_pretrained("saved")
 
 

@@ -18,6 +18,7 @@ from diffenc._typing import Conditioning, Uncond
 from diffenc.adapters.companions import Companion, find_companion
 from diffenc.backbones import Architecture, TapInfo, describe
 from diffenc.backbones.sources import SOURCES, lasting_source
+from diffenc.checks import conform, whole
 from diffenc.config import EncoderConfig, check_choice
 from diffenc.errors import ConfigError, near_matches
 from diffenc.fusion import How
@@ -106,12 +107,13 @@ class TowerSpec:
     dtype: str | None = None
 
     def __post_init__(self) -> None:
+        conform(self)
         if not self.model or self.model != self.model.strip():
             raise ConfigError(f"model must be an alias, a Hub id or a folder, got {self.model!r}")
         # A host keeps the text, and may read it in another directory.
         object.__setattr__(self, "model", lasting_source(self.model))
-        if self.rank is not None and (isinstance(self.rank, bool) or self.rank < 1):
-            raise ConfigError(f"rank must be an int of 1 or more, got {self.rank!r}")
+        if self.rank is not None:
+            whole("rank", self.rank, least=1)
         if self.alpha is not None and (self.rank is None or not 0 < self.alpha < math.inf):
             raise ConfigError(f"alpha must be above 0 and needs a rank, got {self.alpha!r}")
         if self.seed < 0:

@@ -29,6 +29,7 @@ from diffenc.adapters.prompts import (
 )
 from diffenc.adapters.spec import DTYPES, TowerSpec
 from diffenc.adapters.tower_config import TowerConfig
+from diffenc.checks import require_finite
 from diffenc.errors import BackboneError, ConfigError, ImageError, ShapeError
 from diffenc.memo import prompts_of
 from diffenc.threads import lock_of
@@ -328,7 +329,9 @@ class DiffusionVisionTower(nn.Module):
             # A host's autocast would bring VAE and noise to half precision.
             with torch.autocast(self.device.type, enabled=False), self.encoder.backbone.lock:
                 features: Tensor = self.encoder(shown, self._embeds(tokens, len(shown)))
-        return features.to(pixel_values.device, pixel_values.dtype).contiguous()
+        features = features.to(pixel_values.device, pixel_values.dtype).contiguous()
+        require_finite(features, "tokens of the tower", "pass images in bfloat16 or float32")
+        return features
 
     def _embeds(self, tokens: PromptTokens | None, images: int) -> Any:
         """What the encoder is given: embeddings, or None for the unconditional text alone."""

@@ -19,6 +19,7 @@ from diffenc.backbones.presets import preset_options
 from diffenc.backbones.taps import LATENTS, TapInfo, match_taps, unet_taps
 from diffenc.backbones.variants import check_unet
 from diffenc.cache import TensorCache
+from diffenc.checks import require_finite
 from diffenc.digests import weights_mark
 from diffenc.errors import PromptError, ShapeError, TapError
 from diffenc.model_state import module_key, scheduler_key, tokenizer_key, torch_settings
@@ -111,6 +112,9 @@ class States:
         return torch_settings()
 
 
+_CHECKED = ("unet", "vae", "scheduler")
+
+
 class Backbone(nn.Module):
     """A diffusion model taken apart: VAE, text encoders, U-Net, schedule.
 
@@ -159,6 +163,11 @@ class Backbone(nn.Module):
         self.default_taps = default_taps
         self.caches = Caches()
         self.compiled: dict[tuple[str, ...], CompiledTaps] = {}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _CHECKED and "given" in self.__dict__:  # exchanged later on
+            check_components(**{part: getattr(self, part) for part in _CHECKED} | {name: value})
+        super().__setattr__(name, value)
 
     def freeze(self) -> "Backbone":
         """Evaluation mode, no gradients to weights; they can be trained later, where asked for."""
@@ -328,7 +337,16 @@ class Backbone(nn.Module):
         )
 
     def check_embeds(self, embeds: PromptEmbeds) -> None:
-        """Raise a `ShapeError` unless embeddings made elsewhere are what the U-Net reads."""
+        """Raise unless embeddings made elsewhere are what the U-Net reads.
+
+        Raises:
+            ShapeError: They have other widths, or lack something.
+            NonFiniteError: NaN or infinity in them.
+        """
+        for name in ("prompt_embeds", "pooled_prompt_embeds", "time_ids"):
+            values = getattr(embeds, name)
+            if values is not None:
+                require_finite(values, f"{name} that were passed", "encode the texts again")
         width = embeds.prompt_embeds.shape[-1]
         wanted = text_width(self.unet)
         if width != wanted:

@@ -1,10 +1,17 @@
 """Whether the parts of a model belong together."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import torch
+from torch import nn
 
 from diffenc.backbones.schedules import check_schedule
 from diffenc.backbones.variants import check_channels, check_vae
-from diffenc.errors import BackboneError
+from diffenc.errors import BackboneError, ConfigError
+from diffenc.noise import noise_levels
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_components(unet: Any, vae: Any, scheduler: Any) -> None:
@@ -25,8 +32,34 @@ def check_components(unet: Any, vae: Any, scheduler: Any) -> None:
             "diffusers' that counts steps of noise, such as DDPMScheduler"
         )
     check_schedule(scheduler)
+    try:
+        noise_levels(scheduler)
+    except ConfigError as error:
+        raise BackboneError(str(error)) from None
+    check_weights(unet, "the U-Net")
+    check_weights(vae, "the VAE")
     check_vae(vae.config, "this model")
     check_channels(unet.config, vae.config, "this model")
+
+
+def check_weights(module: Any, what: str) -> None:
+    """Raise a `BackboneError` where weights are stored in a kind that must not be cast silently."""
+    if isinstance(module, nn.Module):
+        check_dtypes({name: each.dtype for name, each in module.named_parameters()}, what)
+
+
+def check_dtypes(dtypes: Mapping[str, torch.dtype], what: str) -> None:
+    """Raise a `BackboneError` where weights are quantised, whole numbers or truth values."""
+    if wrong := [name for name, dtype in dtypes.items() if dtype not in _FLOATS]:
+        raise BackboneError(_quantised(wrong, str(dtypes[wrong[0]]), what))
+
+
+def _quantised(names: Sequence[str], kind: str, what: str) -> str:
+    return (
+        f"{len(names)} weights of {what} are in {kind}, {names[0]!r} among them; diffenc reads "
+        "float32, float64, bfloat16 and float16, and would lose the scales of quantised weights. "
+        "Pass the model before it was quantised, or dequantise it first"
+    )
 
 
 def text_width(unet: Any) -> int:
@@ -50,6 +83,7 @@ def check_text(unet: Any, *towers: tuple[Any, Any]) -> None:
             "belong to different models"
         )
     for tokenizer, encoder in towers:
+        check_weights(encoder, "the text encoder")
         if len(tokenizer) > encoder.config.vocab_size:
             raise BackboneError(
                 f"the tokenizer knows {len(tokenizer)} tokens and the text encoder "

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import nn
 
 from diffenc.backbones.configs import Architecture
+from diffenc.backbones.fitting import check_weights
 from diffenc.backbones.statements import Statements
 from diffenc.backbones.stored import load_stored, load_vae, part_dtype, read_vae_config
 from diffenc.backbones.weights import State, load_unet, read_state, unet_state
@@ -102,6 +103,7 @@ class GivenParts:
         if name.startswith("tokenizer"):
             return load_tokenizer(given) if _is_path(given) else given
         if isinstance(given, nn.Module):
+            check_weights(given, f"the given {name}")  # a cast would hide what they were
             return cast_part(
                 given if keep_taps is None or name != "unet" else truncate(given, keep_taps), dtype
             )

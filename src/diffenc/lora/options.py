@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from diffenc.checks import conform, whole
 from diffenc.errors import ConfigError
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -29,8 +30,8 @@ class LoraOptions:
     projections: tuple[str, ...] = PROJECTIONS
 
     def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise ConfigError(f"rank must be an int of 1 or more, got {self.rank!r}")
+        conform(self)
+        whole("rank", self.rank, least=1)
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout must be in [0, 1), got {self.dropout!r}")
         if self.alpha is not None and not 0 < self.alpha < math.inf:

@@ -1,10 +1,10 @@
 """What a scorer is told to do: its options, the presets of published scores, their timesteps."""
 
-import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from diffenc._typing import LongPrompts, Posterior, Resize, Uncond
+from diffenc.checks import conform, whole
 from diffenc.config import check_choice, check_pair
 from diffenc.errors import ConfigError, near_matches
 from diffenc.storage.schema import make
@@ -92,25 +92,20 @@ class ScorerConfig:
     batch_size: int = 16
 
     def __post_init__(self) -> None:
+        conform(self)
         self._check_statistic()
         self._check_combinations()
-        if not isinstance(self.timesteps, tuple) or not self.timesteps:
-            raise ConfigError(
-                f"timesteps must hold one scheduler step or more, got {self.timesteps!r}"
-            )
+        if not self.timesteps:
+            raise ConfigError("timesteps must hold one scheduler step or more, got none")
         for step in self.timesteps:
-            if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 1000:
+            if not 0 <= step < 1000:
                 raise ConfigError(f"timesteps must be ints in [0, 1000), got {step!r}")
         if len(set(self.timesteps)) < len(self.timesteps):
             raise ConfigError(
                 f"timesteps hold one twice: {self.timesteps}; more noise at a level is draws=2"
             )
         for name in ("draws", "batch_size"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} must be an int of 1 or more, got {value!r}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ConfigError(f"seed must be an int, got {self.seed!r}")
+            whole(name, getattr(self, name), least=1)
         check_pair("size", self.size)
         check_choice("resize", self.resize, get_args(Resize))
         check_choice("posterior", self.posterior, get_args(Posterior))
@@ -127,13 +122,13 @@ class ScorerConfig:
                 f"entry, got {self.layers!r}"
             )
         if self.layer_weights is not None:
-            usable = all(math.isfinite(w) and w >= 0 for w in self.layer_weights)
+            usable = all(w >= 0 for w in self.layer_weights)
             if not usable or not sum(self.layer_weights) > 0:
                 raise ConfigError(
                     "layer_weights must be finite, 0 or above and not all 0, got "
                     f"{self.layer_weights}"
                 )
-        if not (math.isfinite(self.lse_lambda) and self.lse_lambda > 0):
+        if not self.lse_lambda > 0:
             raise ConfigError(f"lse_lambda must be a number above 0, got {self.lse_lambda}")
         check_choice("space", self.space, get_args(Space))
         check_choice("lse_axis", self.lse_axis, get_args(PoolAxis))
@@ -259,7 +254,7 @@ def itm_timesteps(steps: int) -> tuple[int, ...]:
 
 
 def _check_count(count: int) -> None:
-    if not 1 <= count <= 1000:
+    if not 1 <= whole("the number of timesteps", count) <= 1000:
         raise ConfigError(f"the number of timesteps must be in [1, 1000], got {count}")
 
 

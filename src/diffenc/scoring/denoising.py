@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffenc.backbones.base import Backbone
+from diffenc.checks import require_finite
 from diffenc.errors import ConfigError
 from diffenc.forward import predict_noise
 from diffenc.noise import add_noise, shared_noise
@@ -67,4 +68,5 @@ def denoising_scores(
                     errors[image, start : start + batch_size] += reduce(
                         error**2, "b c h w -> b", "mean"
                     )
+    require_finite(errors, "scores", "load the model with dtype=torch.bfloat16 or torch.float32")
     return -errors / len(timesteps)

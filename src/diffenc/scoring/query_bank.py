@@ -15,6 +15,7 @@ from diffenc.backbones import load_backbone
 from diffenc.backbones.base import Backbone
 from diffenc.backbones.device import Device, Dtype
 from diffenc.cache import state_key
+from diffenc.checks import whole
 from diffenc.errors import BackboneError, ConfigError, DiffencError, NonFiniteError, PromptError
 from diffenc.memo import prompts_of
 from diffenc.prompts import match_batch
@@ -193,8 +194,9 @@ class QueryBank:
             BackboneError: A file of the bank is broken, or was exchanged.
             NonFiniteError: Scores are no numbers.
         """
-        if isinstance(top, bool) or not isinstance(top, int) or top < 1:
-            raise ConfigError(f"top must be 1 or more, got {top!r}")
+        top = whole("top", top)
+        if top < 1:
+            raise ConfigError(f"top must be 1 or more, got {top}")
         scores = self.scores(texts)
         found = []
         for column in scores.T:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from diffenc.backbones.sources import lasting_source
+from diffenc.checks import conform, whole
 from diffenc.config import EncoderConfig, check_choice
 from diffenc.errors import ConfigError
 from diffenc.policies import parse_policy
@@ -70,6 +71,9 @@ class ModelConfig:
     image_batch_size: int | None = None
 
     def __post_init__(self) -> None:
+        conform(self, "model.")
+        if self.image_batch_size is not None:
+            whole("model.image_batch_size", self.image_batch_size, least=1)
         check_choice("model.kind", self.kind, get_args(EncoderKind))
         check_choice("model.how", self.how, ("channel", "tokens", "interleave"))
         if self.template is not None:
@@ -122,6 +126,7 @@ class DataConfig:
     cache_dir: str = ""
 
     def __post_init__(self) -> None:
+        conform(self, "data.")
         check_choice("data.cache", self.cache, get_args(CacheMode))
         parse_policy(self.prompts)
         for name in ("limit", "max_length"):
@@ -162,6 +167,7 @@ class OptimConfig:
     gradient_checkpointing: bool = True
 
     def __post_init__(self) -> None:
+        conform(self, "optim.")
         check_choice("optim.precision", self.precision, get_args(Precision))
         for name in ("batch_size", "device_batch_size", "epochs"):
             if getattr(self, name) < 1:
@@ -172,6 +178,9 @@ class OptimConfig:
         _check_range("optim.max_grad_norm", self.max_grad_norm)
         if not 0 <= self.warmup < 1:
             raise ConfigError(f"optim.warmup is a share, 0 to below 1, got {self.warmup}")
+        for name in ("weight_decay", "max_grad_norm"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"optim.{name} must be 0 or more, got {getattr(self, name)}")
         if self.batch_size % self.device_batch_size:
             raise ConfigError(
                 f"optim.batch_size={self.batch_size} is no multiple of "
@@ -224,7 +233,15 @@ class AdaptConfig:
     unet_dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        conform(self, "adapt.")
         check_choice("adapt.language_model", self.language_model, get_args(LanguageTraining))
+        for name in ("alpha", "unet_alpha"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"adapt.{name} must be above 0, got {value}")
+        for name in ("dropout", "unet_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"adapt.{name} must be in [0, 1), got {getattr(self, name)}")
         if self.rank < 1 or self.unet_rank < 0:
             raise ConfigError("adapt.rank must be 1 or more, and adapt.unet_rank 0 or more")
         for name in ("alpha", "dropout", "unet_alpha", "unet_dropout"):
@@ -267,6 +284,7 @@ class TrainConfig:
     log_steps: int = 10
 
     def __post_init__(self) -> None:
+        conform(self)
         check_choice("stage", self.stage, get_args(Stage))
         if self.optim is None:
             object.__setattr__(self, "optim", LLAVA[self.stage])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffenc._inference import lasting
+from diffenc.checks import whole
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import ConfigError
 from diffenc.images import Images, as_list
@@ -94,6 +95,8 @@ class DiffusionVLM(PictureInputs):
         self.chat = Chat(tokenizer, template, system=system)
         policy = parse_policy(prompt_policy) if isinstance(prompt_policy, str) else prompt_policy
         self.prompt_policy = policy
+        if image_batch_size is not None:
+            image_batch_size = whole("image_batch_size", image_batch_size, least=1)
         self.image_batch_size = image_batch_size
         width = width_of(language_model)
         if projector is None:
