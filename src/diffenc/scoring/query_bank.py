@@ -194,7 +194,8 @@ class QueryBank:
                     slices = [opened.get_slice(f"layer.{layer}") for layer in layers]
                     for start in range(0, shard["rows"], _ROWS_AT_ONCE):
                         stop = min(start + _ROWS_AT_ONCE, shard["rows"])
-                        parts = [entry[start:stop].to(self.backbone.dtype) for entry in slices]
+                        with torch.device("cpu"):  # safetensors puts parts on the default device
+                            parts = [entry[start:stop].to(self.backbone.dtype) for entry in slices]
                         yield [tuple(p[row] for p in parts) for row in range(stop - start)]
             except Exception as error:  # safetensors raises errors of its own
                 raise BackboneError(f"cannot read {path} of the bank: {error}") from error
