@@ -230,7 +230,8 @@ class QueryBank:
             slices = [opened.get_slice(f"layer.{layer}") for layer in layers]
             for start in range(0, shard.rows, _ROWS_AT_ONCE):
                 stop = min(start + _ROWS_AT_ONCE, shard.rows)
-                stored = [entry[start:stop] for entry in slices]
+                with torch.device("cpu"):  # safetensors puts parts on the default device
+                    stored = [entry[start:stop] for entry in slices]
                 digest.update(stored)
                 parts = [_fitting(part, self.backbone.dtype) for part in stored]
                 yield [tuple(part[row] for part in parts) for row in range(stop - start)]
