@@ -1,7 +1,7 @@
 """Which pixels a word attends to: cross-attention, read while a U-Net runs."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -53,7 +53,7 @@ class CrossAttnTaps:
             raise ShapeError(f"tokens must be one position or more, 0 or above, got {list(tokens)}")
         self._tokens, self._merge_heads = list(tokens), merge_heads
         self._grids: dict[nn.Module, tuple[int, int]] = {}
-        self._queries: dict[str, Tensor] = {}
+        self._projected = PairedOutputs()
         self._present: dict[str, Tensor | None] = {}
         self._maps: dict[str, Tensor] = {}
         self._stack = ExitStack()
@@ -66,16 +66,17 @@ class CrossAttnTaps:
                 stack.callback(handle.remove)
             for name, (transformer, attn) in self._layers.items():
                 stack.callback(keep_present(attn, self._present, name).remove)
-                read_query, read_key = self._readers(name, transformer, attn)
-                stack.callback(attn.to_q.register_forward_hook(read_query).remove)
-                stack.callback(attn.to_k.register_forward_hook(read_key).remove)
+                read = self._reader(name, transformer, attn)
+                for part, module in (("query", attn.to_q), ("key", attn.to_k)):
+                    hook = self._projected.hook(name, part, read)
+                    stack.callback(module.register_forward_hook(hook).remove)
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self._stack.close()
         self._grids.clear()
-        self._queries.clear()
+        self._projected.clear()
         self._present.clear()
 
     def maps(self) -> dict[str, Float[Tensor, "b tokens *heads _h _w"]]:
@@ -86,27 +87,20 @@ class CrossAttnTaps:
         Raises:
             TapError: A layer did not run.
         """
-        if missing := [name for name in self._layers if name not in self._maps]:
-            raise TapError(
-                f"no attention was read at {missing}: the U-Net did not run inside the block, or "
-                "its projections are fused (unet.unfuse_qkv_projections() separates them)"
-            )
+        check_read({name: attn for name, (_, attn) in self._layers.items()}, self._maps)
         return {name: self._maps[name] for name in self._layers}
 
     def _note_grid(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden_states = args[0] if args else kwargs["hidden_states"]
         self._grids[module] = (hidden_states.shape[-2], hidden_states.shape[-1])
 
-    def _readers(
+    def _reader(
         self, name: str, transformer: nn.Module, attn: Any
-    ) -> tuple[Callable[..., None], Callable[..., None]]:
-        def read_query(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-            self._queries[name] = output
-
-        def read_key(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+    ) -> Callable[[Tensor, Tensor], None]:
+        def read(query: Tensor, key: Tensor) -> None:
             maps = head_maps(
-                self._queries.pop(name),
-                output,
+                query,
+                key,
                 self._tokens,
                 heads=attn.heads,
                 scale=attn.scale,
@@ -116,7 +110,55 @@ class CrossAttnTaps:
             maps = rearrange(maps, "b heads (h w) tokens -> b tokens heads h w", h=h, w=w)
             self._maps[name] = maps.mean(dim=2) if self._merge_heads else maps
 
-        return read_query, read_key
+        return read
+
+
+class PairedOutputs:
+    """Queries and keys of attentions, handed on together, in whichever order they are computed."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, dict[str, Tensor]] = {}
+
+    def hook(
+        self, name: str, part: str, read: Callable[[Tensor, Tensor], None]
+    ) -> Callable[..., None]:
+        """A forward hook of a projection.
+
+        Args:
+            name: Path of the attention.
+            part: "query" or "key".
+            read: Gets both, once both are there.
+        """
+
+        def keep(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+            pair = self._waiting.setdefault(name, {})
+            pair[part] = output
+            if len(pair) == 2:
+                del self._waiting[name]
+                read(pair["query"], pair["key"])
+
+        return keep
+
+    def clear(self) -> None:
+        """Forget what waits."""
+        self._waiting.clear()
+
+
+def check_read(attentions: Mapping[str, Any], read: Container[str]) -> None:
+    """Raise a `TapError` that says why attentions were not read.
+
+    Args:
+        attentions: By module path.
+        read: Paths of those that were.
+    """
+    if missing := [name for name in attentions if name not in read]:
+        processor = type(getattr(attentions[missing[0]], "processor", None)).__name__
+        raise TapError(
+            f"no attention was read at {missing}: the U-Net did not run inside the block, it ends "
+            f"before them, or their processor ({processor}) does not call to_q and to_k. Where its "
+            "projections are fused, unet.unfuse_qkv_projections() separates them; "
+            "unet.set_default_attn_processor() brings the usual processor back."
+        )
 
 
 def head_maps(

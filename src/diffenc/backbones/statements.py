@@ -98,8 +98,8 @@ class Statements:
         if kind not in _PREDICTIONS.values():
             raise ConfigError(
                 f"{self.where} says in {source} that it predicts {kind!r}; diffenc reads models "
-                f"that predict one of {sorted(set(_PREDICTIONS.values()))}. Where that is wrong, pass "
-                "prediction_type=."
+                f"that predict one of {sorted(set(_PREDICTIONS.values()))}. Where that is wrong, "
+                "pass prediction_type=."
             )
         return str(kind)
 
