@@ -10,6 +10,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from diffenc.arguments import shown, texts
 from diffenc.errors import PromptError, ShapeError, TapError, near_matches
 
 
@@ -240,9 +241,9 @@ def match_layers(unet: nn.Module, layers: str | Sequence[str] | None = None) -> 
         cross-attention, the middle and the last such up block, in every transformer the last block.
     """
     known = cross_attention_layers(unet)
-    if layers == "discffusion":
+    if isinstance(layers, str) and layers == "discffusion":
         return _last_of_each_stage(known)
-    wanted = set(_match(None if layers == "all" else layers, known))
+    wanted = set(_match(None if isinstance(layers, str) and layers == "all" else layers, known))
     return tuple(name for name in known if name in wanted)
 
 
@@ -273,12 +274,12 @@ def _match(layers: Sequence[str] | None, known: Sequence[str]) -> list[str]:
     if layers is None:
         return list(known)
     found: dict[str, None] = {}
-    for layer in [layers] if isinstance(layers, str) else layers:
+    for layer in texts("layers", layers, error=TapError):
         inside = [name for name in known if f"{name}.".startswith(f"{layer}.")]
         if not inside:
             blocks = list(dict.fromkeys(name.partition(".attentions")[0] for name in known))
             raise TapError(
-                f"there is no cross-attention in {layer!r}.{near_matches(layer, known)} "
+                f"there is no cross-attention in {shown(layer)}.{near_matches(layer, known)} "
                 f"The U-Net has it in {blocks}."
             )
         found.update(dict.fromkeys(inside))

@@ -423,7 +423,9 @@ class DiffusionEncoder(TrainableParts):
         unprompted = prompts is None or (isinstance(prompts, str) and prompts == "")
         if self.captioner is not None:
             unprompted, prompts = False, ""
-        chosen = wanted or self.config.conditioning or ("uncond" if unprompted else "cond")
+        chosen = self.config.conditioning if wanted is None else wanted
+        if chosen is None:
+            chosen = "uncond" if unprompted else "cond"
         check_choice("conditioning", chosen, get_args(Conditioning))
         if prompts is None and chosen != "uncond":
             raise ConfigError(f"conditioning {chosen!r} needs prompts; got none")

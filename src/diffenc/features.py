@@ -1,6 +1,5 @@
 """What an encoder reads: maps per tap in one of four conditionings, and tokens made of them."""
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import TypeAlias, get_args
 
@@ -9,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffenc._typing import Conditioning
+from diffenc.arguments import number, shown, sides
 from diffenc.config import check_choice
 from diffenc.errors import ConfigError, TapError, near_matches
 from diffenc.maps import to_tokens
@@ -21,8 +21,7 @@ def check_guidance(guidance_scale: float | None, conditioning: str) -> None:
     """Raise a `ConfigError` unless a scale is a finite number, and something that reads it."""
     if guidance_scale is None:
         return
-    if not math.isfinite(guidance_scale):
-        raise ConfigError(f"guidance_scale must be a finite number, got {guidance_scale}")
+    number("guidance_scale", guidance_scale)
     if conditioning != "cfg":
         raise ConfigError(
             f"guidance_scale={guidance_scale} is read by conditioning='cfg' alone, and this call "
@@ -59,13 +58,12 @@ class Features(Mapping[str, Tensor]):
         self._maps = self._derive(conditioning, guidance_scale)
 
     def __getitem__(self, tap: str) -> Float[Tensor, "b *t c h w"]:
-        try:
-            return self._maps[tap]
-        except KeyError:
+        if not isinstance(tap, str) or tap not in self._maps:
             raise TapError(
-                f"no tap {tap!r} was read.{near_matches(tap, self._maps)} "
+                f"no tap {shown(tap)} was read.{near_matches(tap, self._maps)} "
                 f"These were: {list(self._maps)}"
-            ) from None
+            )
+        return self._maps[tap]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._maps)
@@ -105,9 +103,11 @@ class Features(Mapping[str, Tensor]):
 
         Args:
             grid: Side or (height, width); None takes the encoder's.
+
+        Raises:
+            ConfigError: A grid that is none.
         """
-        grid = self.grid if grid is None else (grid, grid) if isinstance(grid, int) else grid
-        return to_tokens(self._maps, grid)
+        return to_tokens(self._maps, self.grid if grid is None else sides("grid", grid))
 
     def to_list(self) -> list[Float[Tensor, "b *t c h w"]]:
         """The maps from fine to coarse, as timm's `features_only` gives them.
@@ -132,4 +132,4 @@ class Features(Mapping[str, Tensor]):
         uncond, cond = self._half("uncond", conditioning), self._half("cond", conditioning)
         if conditioning == "concat":
             return {name: torch.cat([uncond[name], cond[name]], dim=-3) for name in cond}
-        return {name: torch.lerp(uncond[name], cond[name], scale) for name in cond}
+        return {name: torch.lerp(uncond[name], cond[name], float(scale)) for name in cond}

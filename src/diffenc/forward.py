@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from diffenc._inference import make_plain
+from diffenc.arguments import wholes
 from diffenc.attention import CrossAttnTaps
 from diffenc.backbones.base import Backbone
 from diffenc.errors import ConfigError, NonFiniteError, TapError
@@ -228,6 +229,7 @@ def read_head_attention(
         maps = reader.maps()
     if heads is None:
         return maps
+    heads = wholes("heads", heads, error=TapError)
     for name, of_layer in maps.items():
         count = of_layer.shape[2]
         if not heads or not all(0 <= head < count for head in heads):

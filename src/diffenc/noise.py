@@ -9,6 +9,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from diffenc.arguments import whole
 from diffenc.errors import ConfigError
 
 
@@ -19,6 +20,7 @@ def shared_noise(
 
     Drawn on the CPU in float32, so that all devices agree; the global generator is not touched.
     """
+    seed, timestep = whole("seed", seed), whole("timestep", timestep)
     digest = hashlib.sha256(f"diffenc noise {seed} {timestep} {draw}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     return torch.randn(shape, generator=generator)
@@ -45,6 +47,7 @@ def add_noise(
         Ho et al. 2020 (DDPM), arXiv:2006.11239, equation 4.
     """
     schedule = scheduler.alphas_cumprod
+    timestep = whole("timestep", timestep)
     if not 0 <= timestep < len(schedule):
         raise ConfigError(
             f"timestep must be in [0, {len(schedule)}) for this model's schedule, got {timestep}"

@@ -45,6 +45,7 @@ def with_scheduler(folder, target, config):
     return target
 
 
+@pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # of diffusers
 @pytest.mark.parametrize("config", [{}, PLAIN, {"num_train_timesteps": 37}], ids=str)
 @pytest.mark.parametrize("name", WITH_BETAS)
 def test_noise_levels_are_those_of_the_scheduler_itself_defaults_too(name, config):

@@ -97,7 +97,7 @@ def _complete(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         if missing and config.get("trained_betas") is None:
             raise BackboneError(f"{where} names no _class_name and lacks {missing}; {_REMEDY}")
         defaults = _COMMON
-    elif kind not in _DEFAULTS:
+    elif not isinstance(kind, str) or kind not in _DEFAULTS:
         raise BackboneError(f"{where} is of a {kind!r}, which is none of betas; {_REMEDY}")
     else:
         defaults = _DEFAULTS[kind]

@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from diffenc.backbones.statements import MARKERS
 from diffenc.errors import BackboneError
 from diffenc.truncation import truncate
 
@@ -77,7 +78,9 @@ def unet_state(source: "str | os.PathLike[str] | State", config: dict[str, Any])
         )
     prefix, first = found[0]
     own = {
-        key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
+        key.removeprefix(prefix): value
+        for key, value in state.items()
+        if key.startswith(prefix) and key.removeprefix(prefix) not in MARKERS
     }
     return own if first == _DIFFUSERS_UNET else convert_unet(own, config)
 

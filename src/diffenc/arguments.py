@@ -1,0 +1,134 @@
+"""Checks of what is passed to public calls: a value of the right kind, or a sentence."""
+
+import math
+import numbers
+import operator
+from collections.abc import Iterable, Mapping, Set
+from typing import Any
+
+from diffenc.errors import ConfigError, DiffencError
+
+
+def whole(
+    name: str,
+    value: Any,
+    *,
+    least: int | None = None,
+    most: int | None = None,
+    error: type[DiffencError] = ConfigError,
+) -> int:
+    """A whole number of Python, from one of any library.
+
+    Args:
+        name: Argument, for messages.
+        value: What was passed for it.
+        least: Smallest that is allowed.
+        most: Largest that is allowed.
+        error: Class of the exception that is raised.
+
+    Raises:
+        DiffencError: `error`: another kind of value, or a number out of range.
+    """
+    bounds = "" if least is None else f" of {least} or more"
+    bounds = bounds if least is None or most is None else f" from {least} to {most}"
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except (TypeError, ValueError, RuntimeError):  # torch has errors of its own
+        number = None
+    low = number is not None and least is not None and number < least
+    high = number is not None and most is not None and number > most
+    if number is None or low or high:
+        raise error(f"{name} must be an int{bounds}, got {shown(value)}")
+    return number
+
+
+def wholes(
+    name: str, value: Any, *, least: int | None = None, error: type[DiffencError] = ConfigError
+) -> tuple[int, ...]:
+    """One or several whole numbers in an order; see `whole`."""
+    if isinstance(value, (str, bytes, Set, Mapping)) or not isinstance(value, Iterable):
+        raise error(f"{name} must be a list or a tuple of ints, got {shown(value)}")
+    found = tuple(
+        whole(f"an entry of {name}", each, least=least, error=error) for each in entries(value)
+    )
+    if not found:
+        raise error(f"{name} must hold one int or more, got none")
+    return found
+
+
+def number(name: str, value: Any, *, error: type[DiffencError] = ConfigError) -> float:
+    """A finite number of Python, from one of any library.
+
+    Raises:
+        DiffencError: `error`: another kind of value, NaN or infinity.
+    """
+    try:
+        is_one = isinstance(value, numbers.Real) or hasattr(value, "item")
+        real = float(value) if is_one and not isinstance(value, bool) else math.nan
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        real = math.nan
+    if not math.isfinite(real):
+        raise error(f"{name} must be a finite number, got {shown(value)}")
+    return real
+
+
+def text(name: str, value: Any, *, error: type[DiffencError] = ConfigError) -> str:
+    """One text, of valid Unicode.
+
+    Raises:
+        DiffencError: `error`: another kind of value, or half of a surrogate pair.
+    """
+    if not isinstance(value, str):
+        raise error(f"{name} must be a text, got {shown(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise error(f"{name} is no valid Unicode text: {shown(value)}") from None
+    return value
+
+
+def texts(name: str, value: Any, *, error: type[DiffencError] = ConfigError) -> tuple[str, ...]:
+    """One or several texts in an order.
+
+    Raises:
+        DiffencError: `error`: none, a set or a mapping, whose order says nothing, or an entry that
+            is no text.
+    """
+    if isinstance(value, str):
+        return (text(name, value, error=error),)
+    if isinstance(value, (bytes, bytearray, Set, Mapping)) or not isinstance(value, Iterable):
+        raise error(f"{name} must be a text or a list of texts, got {shown(value)}")
+    found = tuple(text(f"an entry of {name}", each, error=error) for each in entries(value))
+    if not found:
+        raise error(f"{name} must be one text or more, got none")
+    return found
+
+
+def sides(name: str, value: Any) -> tuple[int, int]:
+    """(height, width), from both or from the side of a square.
+
+    Raises:
+        ConfigError: Neither.
+    """
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2:
+        raise ConfigError(f"{name} must be a positive int or (height, width), got {shown(value)}")
+    height, width = (whole(f"{name}, a side,", side, least=1, most=2**20) for side in pair)
+    return height, width
+
+
+def shown(value: Any) -> str:
+    """A value in messages, on one short line."""
+    kind = type(value).__name__
+    if isinstance(value, (str, bytes, int, float, bool, type(None), list, tuple, dict, set)):
+        line = ascii(value[:60] if isinstance(value, (str, bytes)) else value)
+        return line if len(line) <= 80 else f"{line[:77]}..."
+    return f"a value of type {kind}"
+
+
+def entries(value: Iterable[Any]) -> list[Any]:
+    """Entries in order; none where a container has no axis to go along, as a tensor may."""
+    try:
+        return list(value)
+    except TypeError:
+        return []
