@@ -1,6 +1,6 @@
 """One number per layer from cross-attention, read while a U-Net runs; no map is kept."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +10,8 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from diffenc.attention import keep_present
-from diffenc.errors import ConfigError, TapError
+from diffenc.attention import PairedOutputs, check_read, keep_present
+from diffenc.errors import ConfigError
 from diffenc.hooks import AllTapsRead
 from diffenc.threads import for_this_thread
 
@@ -171,14 +171,14 @@ def read_scores(
     Raises:
         TapError: A layer did not run.
     """
-    queries: dict[str, Tensor] = {}
+    projected = PairedOutputs()
     present: dict[str, Tensor | None] = {}
     scores: dict[str, Tensor] = {}
 
-    def reader(name: str, attn: Any) -> Callable[..., None]:
-        def read_key(_module: nn.Module, _args: tuple[Any, ...], key: Tensor) -> None:
+    def reader(name: str, attn: Any) -> Callable[[Tensor, Tensor], None]:
+        def read(query: Tensor, key: Tensor) -> None:
             scores[name] = pooled_scores(
-                queries.pop(name),
+                query,
                 key,
                 pooling,
                 heads=attn.heads,
@@ -189,18 +189,17 @@ def read_scores(
             if early_exit and len(scores) == len(attentions):
                 raise AllTapsRead
 
-        return read_key
+        return read
 
     with ExitStack() as stack:
         for name, attn in attentions.items():
             stack.callback(keep_present(attn, present, name).remove)
-            stack.callback(attn.to_q.register_forward_hook(_keeper(queries, name)).remove)
-            stack.callback(
-                attn.to_k.register_forward_hook(for_this_thread(reader(name, attn))).remove
-            )
+            for part, module in (("query", attn.to_q), ("key", attn.to_k)):
+                hook = projected.hook(name, part, reader(name, attn))
+                stack.callback(module.register_forward_hook(hook).remove)
         with suppress(AllTapsRead):
             call()
-    _check_read(attentions, scores)
+    check_read(attentions, scores)
     return torch.stack([scores[name] for name in attentions], dim=1)
 
 
@@ -228,7 +227,7 @@ def read_queries(
             stack.callback(attn.to_q.register_forward_hook(for_this_thread(stop)).remove)
         with suppress(AllTapsRead):
             call()
-    _check_read(attentions, queries)
+    check_read(attentions, queries)
     return {name: queries[name] for name in attentions}
 
 
@@ -237,14 +236,6 @@ def _keeper(kept: dict[str, Tensor], name: str) -> Callable[..., None]:
         kept[name] = output
 
     return for_this_thread(keep)
-
-
-def _check_read(layers: Iterable[str], found: Mapping[str, Tensor]) -> None:
-    if missing := [name for name in layers if name not in found]:
-        raise TapError(
-            f"no attention was read at {missing}: the U-Net's projections are fused "
-            "(unet.unfuse_qkv_projections() separates them), or it ends before them"
-        )
 
 
 def layer_mix(weights: Sequence[float] | None, layers: int) -> Float[Tensor, "layers 1"]:

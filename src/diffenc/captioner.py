@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from diffenc._inference import lasting, make_plain
-from diffenc.checks import whole
+from diffenc.arguments import whole
 from diffenc.digests import weights_mark
 from diffenc.errors import BackboneError, ConfigError
 from diffenc.pretrained import (

@@ -1,72 +1,17 @@
-"""What arguments may be, checked and brought to plain values in one place.
+"""Fields of configs and values of tensors, checked and brought to plain values in one place.
 
 numpy's numbers count as numbers, lists as tuples; truth values are no numbers, and NaN and infinity
 are none either. Everything else is refused in a sentence.
 """
 
-import math
-import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from diffenc.arguments import is_truth, number, whole
 from diffenc.errors import ConfigError, DiffencError, NonFiniteError
-
-
-def whole(name: str, value: Any, *, least: int | None = None) -> int:
-    """An int, of Python or numpy.
-
-    Args:
-        name: Name of the argument, for messages.
-        value: What was passed.
-        least: Smallest one that is allowed; None allows all.
-
-    Raises:
-        ConfigError: It is none, or too small.
-    """
-    bound = "" if least is None else f" of {least} or more"
-    try:
-        number = None if _is_truth(value) else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or (least is not None and number < least):
-        raise ConfigError(f"{name} must be an int{bound}, got {value!r}")
-    return number
-
-
-def real(name: str, value: Any) -> float:
-    """A finite number, of Python or numpy.
-
-    Raises:
-        ConfigError: It is none.
-    """
-    try:
-        number = math.nan if _is_truth(value) or isinstance(value, (str, bytes)) else float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise ConfigError(f"{name} must be a finite number, got {value!r}")
-    return number
-
-
-def pair(name: str, value: Any) -> "int | tuple[int, int] | None":
-    """A positive int, two of them, or None.
-
-    Raises:
-        ConfigError: It is something else.
-    """
-    if value is None:
-        return None
-    listed = isinstance(value, (tuple, list))
-    try:
-        sides = [whole(name, side, least=1) for side in (value if listed else (value,))]
-    except ConfigError:
-        sides = []
-    if len(sides) != (2 if listed else 1):
-        raise ConfigError(f"{name} must be a positive int or (height, width), got {value!r}")
-    return (sides[0], sides[1]) if listed else sides[0]
 
 
 def conform(instance: Any, where: str = "") -> None:
@@ -128,12 +73,12 @@ def _fit(value: Any, hint: Any) -> Any:
     if origin is tuple:
         return _fit_tuple(value, inner)
     if hint is bool:
-        if not _is_truth(value):
+        if not is_truth(value):
             raise _MisfitError
         return bool(value)
     if hint in (int, float):
         try:
-            return whole("", value) if hint is int else real("", value)
+            return whole("", value) if hint is int else number("", value)
         except ConfigError:
             raise _MisfitError from None
     kind = Mapping if origin is not None and issubclass(origin, Mapping) else origin or hint
@@ -168,11 +113,6 @@ def _fit_tuple(value: Any, inner: tuple[Any, ...]) -> tuple[Any, ...]:
     if isinstance(value, tuple) and all(a is b for a, b in zip(plain, value, strict=True)):
         return value
     return plain
-
-
-def _is_truth(value: Any) -> bool:
-    kind = type(value)
-    return isinstance(value, bool) or (kind.__module__ == "numpy" and kind.__name__[:4] == "bool")
 
 
 def _words(hint: Any) -> str:

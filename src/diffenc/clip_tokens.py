@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffenc._inference import lasting, make_plain
+from diffenc.arguments import whole
 from diffenc.cache import TensorCache, content_key, recall, state_key
-from diffenc.checks import whole
 from diffenc.errors import BackboneError, ConfigError, NonFiniteError, ShapeError
 from diffenc.images import Images
 from diffenc.pretrained import (

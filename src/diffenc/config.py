@@ -5,16 +5,17 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from diffenc._typing import Conditioning, LongPrompts, Posterior, Resize, Uncond
-from diffenc.checks import conform, pair, whole
+from diffenc.arguments import pair, shown, whole
+from diffenc.checks import conform
 from diffenc.errors import ConfigError, near_matches
 from diffenc.storage.schema import make
 
 
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
     """Raise a `ConfigError` that lists the allowed words unless `value` is one of them."""
-    if value not in allowed:
-        hint = near_matches(value, allowed) if isinstance(value, str) else ""
-        raise ConfigError(f"{name} must be one of {list(allowed)}, got {value!r}.{hint}")
+    if not isinstance(value, str) or value not in allowed:
+        hint = near_matches(value, allowed)
+        raise ConfigError(f"{name} must be one of {list(allowed)}, got {shown(value)}.{hint}")
 
 
 def check_pair(name: str, value: object) -> None:

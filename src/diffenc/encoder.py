@@ -454,8 +454,12 @@ class DiffusionEncoder(TrainableParts):
         return image_sizes(images) if told == "image" else [told] * batch
 
     def _conditioning(self, wanted: Conditioning | None, prompts: object) -> Conditioning:
-        unprompted = prompts is None and self.captioner is None
-        chosen = wanted or self.config.conditioning or ("uncond" if unprompted else "cond")
+        unprompted = prompts is None or (isinstance(prompts, str) and prompts == "")
+        if self.captioner is not None:
+            unprompted, prompts = False, ""
+        chosen = self.config.conditioning if wanted is None else wanted
+        if chosen is None:
+            chosen = "uncond" if unprompted else "cond"
         check_choice("conditioning", chosen, get_args(Conditioning))
         if unprompted and chosen != "uncond":
             raise ConfigError(f"conditioning {chosen!r} needs prompts; got none")

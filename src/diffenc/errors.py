@@ -48,7 +48,9 @@ class RangeWarning(UserWarning):
     """Image values look as if they were in another range than the one they are read in."""
 
 
-def near_matches(name: str, known: Iterable[str], limit: int = 3) -> str:
+def near_matches(name: object, known: Iterable[str], limit: int = 3) -> str:
     """A hint such as ``" Did you mean 'mid_block'?"``, or "" when nothing is near."""
+    if not isinstance(name, str) or len(name) > 200:
+        return ""
     matches = get_close_matches(name, list(known), n=limit, cutoff=0.5)
     return f" Did you mean {' or '.join(map(repr, matches))}?" if matches else ""

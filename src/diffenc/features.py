@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffenc._typing import Conditioning
-from diffenc.checks import pair, real, require_finite
+from diffenc.arguments import number, shown, sides
+from diffenc.checks import require_finite
 from diffenc.config import check_choice
 from diffenc.errors import ConfigError, TapError, near_matches
 from diffenc.maps import to_tokens
@@ -21,7 +22,7 @@ def check_guidance(guidance_scale: float | None, conditioning: str) -> None:
     """Raise a `ConfigError` unless a scale is a finite number, and something that reads it."""
     if guidance_scale is None:
         return
-    real("guidance_scale", guidance_scale)
+    number("guidance_scale", guidance_scale)
     if conditioning != "cfg":
         raise ConfigError(
             f"guidance_scale={guidance_scale} is read by conditioning='cfg' alone, and this call "
@@ -58,13 +59,12 @@ class Features(Mapping[str, Tensor]):
         self._maps = self._derive(conditioning, self.guidance_scale)
 
     def __getitem__(self, tap: str) -> Float[Tensor, "b *t c h w"]:
-        try:
-            return self._maps[tap]
-        except KeyError:
+        if not isinstance(tap, str) or tap not in self._maps:
             raise TapError(
-                f"no tap {tap!r} was read.{near_matches(tap, self._maps)} "
+                f"no tap {shown(tap)} was read.{near_matches(tap, self._maps)} "
                 f"These were: {list(self._maps)}"
-            ) from None
+            )
+        return self._maps[tap]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._maps)
@@ -108,10 +108,11 @@ class Features(Mapping[str, Tensor]):
 
         Args:
             grid: Side or (height, width); None takes the encoder's.
+
+        Raises:
+            ConfigError: A grid that is none.
         """
-        side = pair("grid", self.grid if grid is None else grid)
-        assert side is not None
-        return to_tokens(self._maps, (side, side) if isinstance(side, int) else side)
+        return to_tokens(self._maps, self.grid if grid is None else sides("grid", grid))
 
     def to_list(self) -> list[Float[Tensor, "b *t c h w"]]:
         """The maps from fine to coarse, as timm's `features_only` gives them.
@@ -136,7 +137,7 @@ class Features(Mapping[str, Tensor]):
         uncond, cond = self._half("uncond", conditioning), self._half("cond", conditioning)
         if conditioning == "concat":
             return {name: torch.cat([uncond[name], cond[name]], dim=-3) for name in cond}
-        guided = {name: torch.lerp(uncond[name], cond[name], scale) for name in cond}
+        guided = {name: torch.lerp(uncond[name], cond[name], float(scale)) for name in cond}
         for name, features in guided.items():
             require_finite(
                 features,

@@ -9,10 +9,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from diffenc._inference import make_plain
+from diffenc.arguments import wholes
 from diffenc.attention import CrossAttnTaps
 from diffenc.backbones.base import Backbone, CompiledTaps
 from diffenc.errors import ConfigError, NonFiniteError, TapError
 from diffenc.hooks import ForwardTaps, TapOutputs
+from diffenc.lora.adapters import active_lora, is_merged, require_separate
 from diffenc.model_state import structure_key
 from diffenc.noise import to_noise
 from diffenc.prompts import PromptEmbeds
@@ -53,6 +56,8 @@ def read_taps(
         or prompt_embeds.requires_grad
         or any(parameter.requires_grad for parameter in backbone.unet.parameters())
     )
+    if grad:
+        make_plain(backbone.unet)  # moved in inference mode, weights could not be saved for it
     rows = len(noisy_latents)
     size = min(batch_size or rows, rows)
     found: list[dict[str, Tensor]] = []
@@ -240,6 +245,7 @@ def read_head_attention(
         maps = reader.maps()
     if heads is None:
         return maps
+    heads = wholes("heads", heads, error=TapError)
     for name, of_layer in maps.items():
         count = of_layer.shape[2]
         if not heads or not all(0 <= head < count for head in heads):
@@ -273,6 +279,7 @@ def call_unet(
         prompt_embeds: One row for all, or one each.
         unet: Called in its place: the same, compiled.
     """
+    _check_unet(backbone)
     device, dtype = backbone.device, backbone.dtype
     called = backbone.unet if unet is None else unet
     output: tuple[Tensor, ...] = called(
@@ -282,3 +289,18 @@ def call_unet(
         **prompt_embeds.rows(len(noisy_latents)).to(device, dtype).unet_kwargs(),
     )
     return output
+
+
+def _check_unet(backbone: Backbone) -> None:
+    """Raise a `ConfigError` where something was done to the U-Net that calls would pass by."""
+    unet = backbone.unet
+    kind = unet.config.get("encoder_hid_dim_type", None)
+    if kind is not None:
+        raise ConfigError(
+            f"the U-Net of {backbone.name!r} has an adapter that reads pictures "
+            f"(encoder_hid_dim_type={kind!r}), which it is not given here; call "
+            "unload_ip_adapter() of the pipeline first"
+        )
+    fused = getattr(unet, "original_attn_processors", None) is not None
+    if fused and active_lora(unet) is not None and not is_merged(unet):
+        require_separate(unet)

@@ -71,13 +71,24 @@ class ForwardTaps:
         self._grids.clear()
 
     def __getitem__(self, name: str) -> Float[Tensor, "b c h w"]:
+        if name not in self._outputs:
+            raise TapError(
+                f"nothing was read at {name!r}: the U-Net does not call it now. Fused projections "
+                "(unet.unfuse_qkv_projections() separates them) and attention processors of other "
+                "libraries pass projections by (unet.set_default_attn_processor() brings the "
+                "usual ones back); else read another tap"
+            )
         return self._outputs[name]
 
     def run(self, call: Callable[[], Any]) -> dict[str, Float[Tensor, "b c h w"]]:
-        """Call, until done or until all taps are read, and return them in the order asked for."""
+        """Call, until done or until all taps are read, and return them in the order asked for.
+
+        Raises:
+            TapError: A module did not run.
+        """
         with suppress(AllTapsRead):
             call()
-        return {name: self._outputs[name] for name in self._targets}
+        return {name: self[name] for name in self._targets}
 
     def _note_grid(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden_states = args[0] if args else kwargs["hidden_states"]

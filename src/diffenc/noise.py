@@ -10,7 +10,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from diffenc.checks import whole
+from diffenc.arguments import whole
 from diffenc.errors import ConfigError
 
 

@@ -1,7 +1,7 @@
 """Texts to what the U-Net reads: states per token, and for SDXL a pooled state and sizes."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from diffenc.arguments import entries
 from diffenc.errors import PromptError, ShapeError
 from diffenc.policies import (
     DrawnPrompts,
@@ -200,11 +201,11 @@ def match_batch(prompts: str | Sequence[str], batch: int) -> list[str]:
     Raises:
         PromptError: Another number of texts, or something that is no text.
     """
-    if not isinstance(prompts, (str, Iterable)):
+    if not isinstance(prompts, Iterable) or isinstance(prompts, (Mapping, Set)):
         raise PromptError(
             f"prompts must be a string or a list of strings, got {type(prompts).__name__}"
         )
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    texts = [prompts] if isinstance(prompts, str) else entries(prompts)
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise PromptError(f"prompts must be strings, got {type(text).__name__} at {index}")

@@ -1,17 +1,20 @@
 """How well images and texts agree, and where in an image a word is seen."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffenc.checks import whole
-from diffenc.errors import ConfigError, ShapeError
+from diffenc.arguments import entries, shown, sides, whole, wholes
+from diffenc.arguments import text as one_text
+from diffenc.arguments import texts as listed
+from diffenc.config import check_choice
+from diffenc.errors import ConfigError, PromptError, ShapeError
 from diffenc.images import Images, ImageSource, as_list
 from diffenc.memo import image_keys, posterior_of
 from diffenc.scoring.bank_build import SHARD_BYTES, bank_bytes, write_bank
@@ -138,8 +141,9 @@ class CrossAttnScorer(ConfiguredScorer):
             PromptError: No text, or something that is none.
             NonFiniteError: NaN or infinity came out of the U-Net.
         """
-        trials = whole("trials", trials, least=1)
+        trials = whole("trials", trials, least=1, most=10**6)
         screen = None if screen is None else whole("screen", screen)
+        check_choice("screen_over", screen_over, get_args(Candidates))
         if screen is not None and self.config.mode == "shared-query":
             raise ConfigError("screen saves nothing with mode 'shared-query': texts cost no passes")
         seeds = tuple(self._seed(seed) + trial for trial in range(trials))
@@ -199,7 +203,7 @@ class CrossAttnScorer(ConfiguredScorer):
             ShapeError: No item, or items of another shape.
             ConfigError: A score with an error part, which belongs to no layer.
         """
-        found = [self.layer_scores(images, texts, seed=seed) for images, texts in items]
+        found = [self.layer_scores(images, texts, seed=seed) for images, texts in _pairs_of(items)]
         if len({scores.shape for scores in found}) != 1:
             shapes = sorted({tuple(scores.shape[1:]) for scores in found})
             raise ShapeError(f"items must be of one shape (images, texts), got {shapes}")
@@ -244,6 +248,7 @@ class CrossAttnScorer(ConfiguredScorer):
             TapError: No cross-attention by that name, or a layer without such a head.
         """
         config = self.config
+        text = one_text("text", text, error=PromptError)
         images = as_list(image)
         pixel_values = picture_values(self, images)
         if len(pixel_values) != 1:
@@ -258,9 +263,9 @@ class CrossAttnScorer(ConfiguredScorer):
                 self.backbone,
                 latents,
                 text,
-                [words] if isinstance(words, str) else list(words),
+                list(listed("words", words, error=PromptError)),
                 preset=preset,
-                timesteps=config.timesteps if timesteps is None else tuple(timesteps),
+                timesteps=config.timesteps if timesteps is None else wholes("timesteps", timesteps),
                 layers=layers,
                 heads=heads,
                 seed=self._seed(seed),
@@ -272,8 +277,8 @@ class CrossAttnScorer(ConfiguredScorer):
 
         With `resize="none"` the config's size or the model's is assumed.
         """
-        size = self.config.size or self.backbone.default_size
-        height, width = (size, size) if isinstance(size, int) else size
+        images = whole("images", images, least=0)
+        height, width = sides("size", self.config.size or self.backbone.default_size)
         references = len(reference_pixels(self.config, (height, width), self.references))
         return bank_bytes(self.backbone, self.config, images + references, (height, width))
 
@@ -341,4 +346,18 @@ class CrossAttnScorer(ConfiguredScorer):
         return QueryBank.load(folder, backbone=self.backbone)
 
     def _seed(self, seed: int | None) -> int:
-        return self.config.seed if seed is None else whole("seed", seed)
+        return whole("seed", self.config.seed if seed is None else seed)
+
+
+def _pairs_of(items: object) -> Iterator[tuple[Images, Sequence[str]]]:
+    """Items of images and texts.
+
+    Raises:
+        ShapeError: They are none.
+    """
+    if not isinstance(items, Iterable) or isinstance(items, (str, bytes)):
+        raise ShapeError(f"items must be pairs of images and texts, got {shown(items)}")
+    for index, item in enumerate(entries(items)):
+        if not isinstance(item, (tuple, list)) or len(item) != 2:
+            raise ShapeError(f"item {index} must be a pair of images and texts, got {shown(item)}")
+        yield item[0], item[1]

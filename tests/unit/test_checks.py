@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 import builders
 from diffenc import CrossAttnScorer, DiffusionEncoder
 from diffenc.adapters.spec import TowerSpec
+from diffenc.arguments import number as real
+from diffenc.arguments import pair, whole
 from diffenc.backbones import load_backbone
 from diffenc.backbones.sd import StableDiffusion
-from diffenc.checks import pair, real, whole
 from diffenc.config import EncoderConfig
 from diffenc.errors import BackboneError, ConfigError, NonFiniteError
 from diffenc.lora.options import LoraOptions

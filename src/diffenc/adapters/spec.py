@@ -16,9 +16,10 @@ import torch
 
 from diffenc._typing import Conditioning, Uncond
 from diffenc.adapters.companions import Companion, find_companion
+from diffenc.arguments import whole
 from diffenc.backbones import Architecture, TapInfo, describe
 from diffenc.backbones.sources import SOURCES, lasting_source
-from diffenc.checks import conform, whole
+from diffenc.checks import conform
 from diffenc.config import EncoderConfig, check_choice
 from diffenc.errors import ConfigError, near_matches
 from diffenc.fusion import How

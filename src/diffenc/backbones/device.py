@@ -68,7 +68,9 @@ def _as_device(device: "str | int | torch.device") -> torch.device:
         place = torch.device(device)
         torch.empty(1, dtype=torch.float32, device=place)
     except Exception as error:  # of many kinds: each backend has its own
-        raise ConfigError(f"cannot use device {shown}: {reason_of(error)}") from error
+        raise ConfigError(
+            f"cannot use device {shown}: {reason_of(error).partition('. ')[0]}"
+        ) from error
     if place.type == "meta":
         raise ConfigError(
             "cannot use device 'meta': it holds no values; diffenc.list_taps tells shapes without "

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from diffenc.errors import BackboneError, near_matches
+from diffenc.errors import BackboneError
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 """What a U-Net may predict: the noise, v, or the latents without noise."""
@@ -97,9 +97,8 @@ def _complete(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         if missing and config.get("trained_betas") is None:
             raise BackboneError(f"{where} names no _class_name and lacks {missing}; {_REMEDY}")
         defaults = _COMMON
-    elif kind not in _DEFAULTS:
-        hint = near_matches(kind, _DEFAULTS) if isinstance(kind, str) else ""
-        raise BackboneError(f"{where} is of a {kind!r}, which has no such betas.{hint} {_REMEDY}")
+    elif not isinstance(kind, str) or kind not in _DEFAULTS:
+        raise BackboneError(f"{where} is of a {kind!r}, which is none of betas; {_REMEDY}")
     else:
         defaults = _DEFAULTS[kind]
     _check_discrete(config, where)

@@ -35,6 +35,9 @@ _KINDS = (  # beginnings of `modelspec.architecture` and of `ss_base_model_versi
 )
 _VARIANTS = ("refiner", "inpaint", "depth", "unclip", "upscale", "pix2pix", "edit")
 
+MARKERS = ("v_pred", "ztsnr")
+"""Names of tensors that say something and weigh nothing."""
+
 Claim = tuple[str, Any]
 """Where something is said, and what."""
 
@@ -70,7 +73,7 @@ class Statements:
                 f"{where} is a model like {_EDM[edm[0]]}: it holds {edm[0]!r}, so its noise levels "
                 "are continuous (EDM); diffenc reads models that count steps of noise"
             )
-        markers = {name for name in ("v_pred", "ztsnr") if name in ends}
+        markers = {name for name in MARKERS if name in ends}
         plain = {key.lower(): str(value).strip() for key, value in metadata.items()}
         return cls(
             where,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffenc.backbones.statements import MARKERS
 from diffenc.errors import BackboneError
 from diffenc.storage.names import is_file
 from diffenc.storage.weights import StoredWeights, check_finite
@@ -80,7 +81,8 @@ def unet_state(source: "str | os.PathLike[str] | State", config: dict[str, Any])
             f"without a prefix. Its first names are {sorted(state)[:3]}."
         )
     prefix, first = found[0]
-    own = renamed(state, {key.removeprefix(prefix): key for key in state if key.startswith(prefix)})
+    inner = {key.removeprefix(prefix): key for key in state if key.startswith(prefix)}
+    own = renamed(state, {name: key for name, key in inner.items() if name not in MARKERS})
     return own if first == _DIFFUSERS_UNET else convert_unet(own, config)
 
 

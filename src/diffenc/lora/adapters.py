@@ -123,7 +123,11 @@ def merge_lora(unet: nn.Module) -> None:
 
     The weights as they were are kept beside: taking the sum apart again would round in half
     precision. While merged, the adapter gets no gradient.
+
+    Raises:
+        ConfigError: Projections are fused, so that what is merged into them is passed by.
     """
+    require_separate(unet)
     for layer in _layers(unet):
         if not layer._disable_adapters and not layer.merged:
             plain = layer.get_base_layer().weight.data
@@ -133,7 +137,13 @@ def merge_lora(unet: nn.Module) -> None:
 
 @lasting
 def unmerge_lora(unet: nn.Module) -> None:
-    """Put the weights back as they were before `merge_lora`."""
+    """Put the weights back as they were before `merge_lora`.
+
+    Raises:
+        ConfigError: Projections were fused since, which hold the adapter.
+    """
+    if is_merged(unet):
+        require_separate(unet)
     for layer in _layers(unet):
         if not layer.merged:
             continue
@@ -193,6 +203,7 @@ def inject(unet: nn.Module, config: Any, name: str, *, trainable: bool) -> None:
     """Put the layers in; only what required a gradient before, and these if asked, does after."""
     from peft import inject_adapter_in_model
 
+    require_separate(unet)
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     # Several adapters are intended.
     with torch_defaults(), without_warnings("Already found a `peft_config`"):
@@ -203,6 +214,16 @@ def inject(unet: nn.Module, config: Any, name: str, *, trainable: bool) -> None:
         parameter.data = parameter.data.float()
     for parameter in (*trained, *(lora_parameters(unet, name).values() if trainable else ())):
         parameter.requires_grad_(True)
+
+
+def require_separate(unet: nn.Module) -> None:
+    """Raise a `ConfigError` where projections are fused, so that adapters on them are passed by."""
+    processors = (getattr(module, "processor", None) for module in unet.modules())
+    if any(type(processor).__name__.startswith("Fused") for processor in processors):
+        raise ConfigError(
+            "the projections of this U-Net are fused, and an adapter on them has no effect; call "
+            "unet.unfuse_qkv_projections() first, or merge the adapter before they are fused"
+        )
 
 
 def require_free(unet: nn.Module, name: str) -> None:
@@ -217,5 +238,5 @@ def require_free(unet: nn.Module, name: str) -> None:
 
 
 def _layers(unet: nn.Module) -> Iterator[Any]:
-    """Modules that peft put in place of linear layers."""
+    """Modules that peft put in place of linear layers and convolutions."""
     return (module for module in unet.modules() if hasattr(module, "lora_A"))

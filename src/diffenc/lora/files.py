@@ -27,14 +27,15 @@ _PEFT_PREFIX = "base_model.model."
 
 
 def fingerprint(unet: nn.Module) -> list[float]:
-    """Numbers by which a U-Net is known again: of weights that no adapter changes.
+    """Numbers by which a U-Net is known again: of weights without any adapter.
 
     Size and one projection of each, in units in which rounding to half precision moves them by
     about 0.001, and other weights by more than `_OTHER`.
     """
     found = []
     for path in ("conv_in", "time_embedding.linear_1", "down_blocks.0.resnets.0.conv1"):
-        weight: Any = unet.get_submodule(path).weight
+        layer: Any = unet.get_submodule(path)
+        weight = vars(layer).get("_unmerged_weight", layer.weight)  # as it was before a merge
         values = weight.detach().cpu().double().flatten()
         pattern = torch.cos(torch.arange(values.numel(), dtype=torch.float64, device="cpu"))
         size, unit = float(values.norm()), math.sqrt(values.numel())
@@ -123,7 +124,7 @@ def load_lora(
         folder: With `adapter_config.json` and `adapter_model.safetensors`.
         name: Under which it is known from now on.
         trainable: Whether its weights require a gradient.
-        only: Paths of the projections that may be adapted; None is all of them.
+        only: Paths of the layers that may be adapted; None is all linear layers and convolutions.
 
     Raises:
         BackboneError: The folder holds no whole adapter, or one for another U-Net.
@@ -136,9 +137,10 @@ def load_lora(
     _require_own(unet, source)
     if unused := sorted(path for path in targets if only is not None and path not in only):
         raise BackboneError(
-            f"{source} is an adapter for other taps: {unused[0]} and {len(unused) - 1} more of its "
-            "layers have no effect on the features that are read here; read the taps that it was "
-            "trained with, or later ones"
+            f"{source} is an adapter for other taps: {unused[0]}"
+            + (f" and {len(unused) - 1} more of its layers have" if unused[1:] else " has")
+            + " no effect on the features that are read here, which are complete before; read the "
+            "taps that it was trained with, or later ones"
         )
     config.target_modules = targets
     inject(unet, config, name, trainable=trainable)
@@ -197,17 +199,16 @@ def _require_own(unet: nn.Module, source: Path) -> None:
 def _require_fitting(
     unet: nn.Module, weights: Mapping[str, Tensor], rank: int, source: Path
 ) -> list[str]:
-    """Paths of the linear layers that the weights are for, once all of them fit."""
+    """Paths of the linear layers and convolutions that the weights are for, once all fit."""
     targets = sorted({path.partition(".lora_")[0] for path in weights})
     modules = dict(unet.named_modules())
     for target in targets:
-        module: Any = modules.get(target)
-        if not hasattr(module, "in_features"):
+        sizes = _sizes(modules.get(target), rank)
+        if not sizes:
             raise BackboneError(
                 f"{source} is an adapter for another model, or for one cut behind later taps: "
-                f"this U-Net has no linear layer {target!r}"
+                f"this U-Net has no linear layer or convolution {target!r}"
             )
-        sizes = {"A": (rank, module.in_features), "B": (module.out_features, rank)}
         for part, wants in sizes.items():
             value = weights.get(f"{target}.lora_{part}.weight")
             if value is None:
@@ -224,6 +225,19 @@ def _require_fitting(
             f"{source} holds {len(weights)} tensors for {len(targets)} layers; LoRA has two each"
         )
     return targets
+
+
+def _sizes(module: Any, rank: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the two weights of an adapter on a layer; empty where it can have none."""
+    layer = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    if isinstance(layer, nn.Linear):
+        return {"A": (rank, layer.in_features), "B": (layer.out_features, rank)}
+    if isinstance(layer, nn.Conv2d) and layer.groups == 1:
+        return {
+            "A": (rank, layer.in_channels, *layer.kernel_size),
+            "B": (layer.out_channels, rank, 1, 1),
+        }
+    return {}
 
 
 def _get(unet: nn.Module, path: str) -> Any:

@@ -3,7 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from diffenc.checks import conform, whole
+from diffenc.arguments import whole
+from diffenc.checks import conform
 from diffenc.errors import ConfigError
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from diffenc._inference import lasting
+from diffenc.arguments import texts as listed
 from diffenc.attention import match_layers
 from diffenc.attention_scores import layer_mix
 from diffenc.backbones import load_backbone
@@ -18,9 +19,8 @@ from diffenc.backbones.device import Device, Dtype
 from diffenc.backbones.pipelines import PIPELINE
 from diffenc.backbones.sources import lasting_source
 from diffenc.cache import TensorCache
-from diffenc.errors import ConfigError
+from diffenc.errors import ConfigError, PromptError
 from diffenc.images import Images
-from diffenc.prompts import match_batch
 from diffenc.saved import check_mark
 from diffenc.scoring.calibration import References
 from diffenc.scoring.config import ScorerConfig, scorer_preset
@@ -197,7 +197,7 @@ class ConfiguredScorer(nn.Module):
             digest = self.references.digest
             changed = {"calibration": "given", "reference_digest": digest}
         if texts is not None:
-            changed["reference_texts"] = tuple(match_batch(list(texts), len(texts)))
+            changed["reference_texts"] = listed("texts", texts, error=PromptError)
         self.config = replace(self.config, **changed)
 
 

@@ -10,12 +10,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffenc._inference import lasting
+from diffenc.arguments import whole
 from diffenc.attention_scores import layer_mix
 from diffenc.backbones import load_backbone
 from diffenc.backbones.base import Backbone
 from diffenc.backbones.device import Device, Dtype
 from diffenc.cache import state_key
-from diffenc.checks import whole
 from diffenc.errors import BackboneError, ConfigError, DiffencError, NonFiniteError, PromptError
 from diffenc.memo import prompts_of
 from diffenc.prompts import match_batch

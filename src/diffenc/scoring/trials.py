@@ -1,12 +1,13 @@
 """One scoring call: images and texts, encoded once, scored under one noise after the other."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from diffenc.arguments import entries
 from diffenc.attention_scores import layer_mix
 from diffenc.errors import PromptError
 from diffenc.images import Images, to_pixel_values
@@ -123,8 +124,9 @@ def picture_values(scorer: ConfiguredScorer, images: Images) -> Float[Tensor, "b
 
 
 def _listed(texts: str | Sequence[str]) -> list[str]:
-    count = 1 if isinstance(texts, str) or not hasattr(texts, "__len__") else len(texts)
-    listed = match_batch(texts, count)
+    several = isinstance(texts, Iterable) and not isinstance(texts, (str, Mapping, Set))
+    every = entries(texts) if several else texts
+    listed = match_batch(every, len(every) if isinstance(every, list) else 1)
     if not listed:
         raise PromptError("got no texts; pass at least one")
     return listed

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
+from diffenc.arguments import whole
 from diffenc.backbones.sources import lasting_source
-from diffenc.checks import conform, whole
+from diffenc.checks import conform
 from diffenc.config import EncoderConfig, check_choice
 from diffenc.errors import ConfigError
 from diffenc.policies import parse_policy

@@ -9,7 +9,7 @@ from torch import nn
 from diffenc._inference import lasting
 from diffenc.attention import cross_attention_layers
 from diffenc.backbones.base import Backbone
-from diffenc.backbones.reach import reached_projections
+from diffenc.backbones.reach import reached_layers
 from diffenc.backbones.taps import TapInfo
 from diffenc.defaults import torch_defaults
 from diffenc.errors import BackboneError, ConfigError
@@ -179,6 +179,9 @@ class LoraPart(nn.Module):
     ) -> None:
         """Read an adapter that `save_lora` or peft wrote, and use it.
 
+        It may adapt any linear layer or convolution that the features at the taps depend on, such
+        as those of self-attention.
+
         Args:
             folder: With `adapter_config.json` and `adapter_model.safetensors`.
             name: Under which it is known from now on.
@@ -208,7 +211,7 @@ class LoraPart(nn.Module):
 
     def _reached(self) -> frozenset[str]:
         unet = self.backbone.unet
-        return reached_projections(dict(unet.config), [tap.name for tap in self._taps])
+        return reached_layers(dict(unet.config), [tap.name for tap in self._taps])
 
     def _lora_in_use(self) -> tuple[str, bool] | None:
         """Name of the active adapter and whether it trains; None where nothing is to be noted."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffenc._inference import lasting
-from diffenc.checks import whole
+from diffenc.arguments import whole
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import ConfigError
 from diffenc.images import Images, as_list
