@@ -7,7 +7,6 @@ begins at zero, so that training starts from exactly what the prompt alone gives
 import json
 import os
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffenc._inference import lasting, make_plain
+from diffenc.arguments import whole
 from diffenc.errors import BackboneError, ConfigError, OutputError
 from diffenc.pretrained import load_whole, loading, pretrained_source
+from diffenc.storage.names import checked_path
 
 _CONFIG_FILE, _WEIGHTS_FILE = "captioner.json", "captioner.safetensors"
+_WIDEST = 2**20
 _INSTEAD = (
     "Pass the model itself, a folder with config.json and model.safetensors, or a Hub id such as "
     "openai/clip-vit-large-patch14"
@@ -80,10 +82,11 @@ class ImplicitCaptioner(nn.Module):
         }
         for name, value in self.options.items():
             optional = value is None and name in ("pooled_width", "hidden_size")
-            if not optional and (
-                isinstance(value, bool) or not isinstance(value, int) or value < 1
-            ):
-                raise ConfigError(f"{name} must be an int of 1 or more, got {value!r}")
+            if not optional:
+                self.options[name] = whole(name, value, least=1, most=_WIDEST)
+        image_width, width, length, layers = (
+            self.options[name] or 0 for name in ("image_width", "width", "length", "layers")
+        )
         self.mlp = _mlp(image_width, width, hidden_size, layers)
         self.positions = nn.Parameter(torch.empty(length, width))
         nn.init.trunc_normal_(self.positions, std=0.02)
@@ -111,7 +114,7 @@ class ImplicitCaptioner(nn.Module):
         Raises:
             OutputError: The folder cannot be written.
         """
-        target = Path(folder)
+        target = checked_path("a captioner", folder, error=OutputError)
         state = {key: value.detach().contiguous() for key, value in self.state_dict().items()}
         told = {**self.options, "clip": None if clip is None else clip.reference()}
         try:
@@ -134,7 +137,7 @@ class ImplicitCaptioner(nn.Module):
         Raises:
             BackboneError: The folder holds no whole captioner.
         """
-        source = Path(folder)
+        source = checked_path("a captioner", folder, error=BackboneError)
         try:
             options = json.loads((source / _CONFIG_FILE).read_text(encoding="utf-8"))
             clip = dict(options.pop("clip") or {})
@@ -200,7 +203,7 @@ class ClipEmbedder(nn.Module):
         from transformers import CLIPVisionModelWithProjection
         from transformers.image_processing_base import ImageProcessingMixin
 
-        label = os.fspath(name)
+        label = os.fspath(checked_path("a CLIP", name, error=BackboneError))
         with loading("a CLIP", label, instead=_INSTEAD):
             source = pretrained_source(label)
             # The embedding is small work and remembered: no half precision, whatever the file has.

@@ -11,10 +11,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffenc._inference import lasting, make_plain
+from diffenc.arguments import shown
 from diffenc.cache import TensorCache, content_key, state_key
 from diffenc.errors import BackboneError, ConfigError, NonFiniteError, ShapeError
 from diffenc.images import Images
 from diffenc.pretrained import lasting_name, load_whole, loading, pretrained_source
+from diffenc.storage.names import checked_path
 from diffenc.vision_models import VisionModel, to_pictures
 
 _VISION = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}
@@ -60,6 +62,11 @@ class ClipTokens(VisionModel):
         use_cache: bool = True,
     ) -> None:
         super().__init__()
+        if not callable(image_processor):
+            raise ConfigError(
+                f"image_processor must be an image processor of transformers, got "
+                f"{shown(image_processor)}"
+            )
         self.model = _vision_part(model)
         make_plain(self.model)
         self.image_processor = image_processor
@@ -111,7 +118,7 @@ class ClipTokens(VisionModel):
         """
         import transformers
 
-        label = os.fspath(name)
+        label = os.fspath(checked_path("a CLIP", name, error=BackboneError))
         with loading("a CLIP", label, instead=_INSTEAD):
             source = pretrained_source(label)
             found = transformers.AutoConfig.from_pretrained(source).model_type

@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,16 +12,18 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffenc._inference import lasting
+from diffenc.arguments import sides
 from diffenc.backbones import TapInfo
 from diffenc.backbones.base import Backbone
 from diffenc.backbones.device import Device, Dtype
 from diffenc.clip_tokens import ClipTokens, to_maps
-from diffenc.config import EncoderConfig, check_choice, check_pair
+from diffenc.config import EncoderConfig, check_choice
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import BackboneError, ConfigError, OutputError
 from diffenc.images import Images, to_pixel_values
 from diffenc.maps import to_grid
 from diffenc.prompts import PromptEmbeds
+from diffenc.storage.names import checked_path
 from diffenc.vision_models import to_pictures
 
 How = Literal["channel", "tokens", "interleave"]
@@ -93,7 +94,8 @@ class FusedEncoder(nn.Module):
         super().__init__()
         check_choice("how", how, get_args(How))
         check_choice("view", view, get_args(View))
-        check_pair("grid", grid)
+        if grid is not None:
+            grid = sides("grid", grid)
         if not isinstance(diffusion, DiffusionEncoder):
             diffusion = DiffusionEncoder.from_pretrained(diffusion)
         if not isinstance(diffusion.config.timestep, int):
@@ -129,7 +131,7 @@ class FusedEncoder(nn.Module):
         Raises:
             BackboneError: The folder does not hold a whole fused encoder, or a model is missing.
         """
-        source = Path(folder)
+        source = checked_path("a fused encoder", folder, error=BackboneError)
         try:
             told = json.loads((source / _CONFIG_FILE).read_text(encoding="utf-8"))
             name, settings = told["clip"], {key: told[key] for key in _OPTIONS}
@@ -168,7 +170,7 @@ class FusedEncoder(nn.Module):
         Raises:
             OutputError: The folder cannot be written.
         """
-        target = Path(folder)
+        target = checked_path("a fused encoder", folder, error=OutputError)
         name = self.clip.name if self.clip.frozen and not include_backbone else None
         content = {
             "clip": name,

@@ -43,7 +43,7 @@ from diffenc.backbones.taps import TapInfo, match_taps
 from diffenc.backbones.variants import check_configs
 from diffenc.config import check_choice
 from diffenc.errors import BackboneError, ConfigError, near_matches
-from diffenc.storage.names import SURROGATE, is_folder, printable
+from diffenc.storage.names import checked_path, is_folder, printable
 from diffenc.truncation import truncate
 
 __all__ = [
@@ -58,6 +58,7 @@ __all__ = [
     "list_taps",
     "load_backbone",
     "match_taps",
+    "model_name",
     "resolve_folder",
 ]
 
@@ -295,7 +296,7 @@ def _described(
     """The configs of a model as it is read: with what its files say and what the caller says."""
     if prediction_type is not None:
         check_choice("prediction_type", prediction_type, PREDICTIONS)
-    label = pipeline_name(name) if is_pipeline(name) else printable(_checked_name(name))
+    label = pipeline_name(name) if is_pipeline(name) else printable(model_name(name))
     path = None if is_pipeline(name) else single_file(name)
     if path is None and architecture is not None:
         raise ConfigError(f"architecture= is for a single file; {label!r} has configs of its own")
@@ -324,7 +325,7 @@ def _own_configs(
     if opened is not None:
         chosen = architecture is not None
         name = architecture if chosen else opened.known_alias(prediction_type)
-        _checked_name(name)
+        model_name(name)
     told = known_architecture(os.fspath(name))
     if told is None and opened is not None and not is_folder(name):
         shown = printable(os.fspath(name))
@@ -339,7 +340,7 @@ def _own_configs(
     return opened.described(told, prediction_type=prediction_type, chosen=architecture is not None)
 
 
-def _checked_name(name: object) -> str:
+def model_name(name: object) -> str:
     """A model's name as text.
 
     Raises:
@@ -351,13 +352,7 @@ def _checked_name(name: object) -> str:
             f"pipeline of diffusers or a Backbone, got {type(name).__name__}. Known aliases are "
             f"{', '.join(SOURCES)}."
         )
-    label = os.fspath(name)
-    if not isinstance(label, str) or not label or "\0" in label or SURROGATE.search(label):
-        raise BackboneError(
-            f"{printable(repr(label))} is no name of a model. Known are {', '.join(SOURCES)}; or "
-            "pass a diffusers folder, a .safetensors file, or a Hub id like 'owner/name'."
-        )
-    return label
+    return os.fspath(checked_path("a model", name, error=BackboneError))
 
 
 def list_taps(name: Any) -> tuple[TapInfo, ...]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from diffenc._inference import lasting
 from diffenc.errors import BackboneError, OutputError
 from diffenc.lora.adapters import inject, lora_parameters, require_free, set_lora
+from diffenc.storage.names import checked_path
 
 _PEFT_WEIGHTS, _DIFFUSERS_WEIGHTS = "adapter_model.safetensors", "pytorch_lora_weights.safetensors"
 _PEFT_CONFIG, _ORIGIN = "adapter_config.json", "diffenc.json"
@@ -78,7 +79,7 @@ def save_lora(
     # peft shortens paths to endings that are unique in this very model, and not in a longer one.
     config.target_modules = targets
     told = {**(origin or {}), "fingerprint": fingerprint(unet)}
-    target = Path(folder)
+    target = checked_path("an adapter", folder, error=OutputError)
     try:
         target.mkdir(parents=True, exist_ok=True)
         (target / _PEFT_CONFIG).unlink(missing_ok=True)  # written last: without it nothing is read
@@ -98,7 +99,7 @@ def read_origin(folder: "str | os.PathLike[str]") -> dict[str, Any]:
     Raises:
         BackboneError: The note is broken.
     """
-    path = Path(folder) / _ORIGIN
+    path = checked_path("an adapter", folder, error=BackboneError) / _ORIGIN
     if not path.is_file():
         return {}
     try:
@@ -129,7 +130,7 @@ def load_lora(
         BackboneError: The folder holds no whole adapter, or one for another U-Net.
         ConfigError: The name is taken or cannot be one.
     """
-    source = Path(folder)
+    source = checked_path("an adapter", folder, error=BackboneError)
     require_free(unet, name)
     config, weights = _read(source)
     targets = _require_fitting(unet, weights, config.r, source)

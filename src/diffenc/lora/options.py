@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass
 
+from diffenc.arguments import number, whole
 from diffenc.errors import ConfigError
+
+_LARGEST = 2**16
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 """The linear layers of a cross-attention, all of which are adapted by default."""
@@ -28,11 +31,10 @@ class LoraOptions:
     projections: tuple[str, ...] = PROJECTIONS
 
     def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise ConfigError(f"rank must be an int of 1 or more, got {self.rank!r}")
-        if not 0 <= self.dropout < 1:
+        object.__setattr__(self, "rank", whole("rank", self.rank, least=1, most=_LARGEST))
+        if not 0 <= number("dropout", self.dropout) < 1:
             raise ConfigError(f"dropout must be in [0, 1), got {self.dropout!r}")
-        if self.alpha is not None and not self.alpha > 0:
+        if self.alpha is not None and not number("alpha", self.alpha) > 0:
             raise ConfigError(f"alpha must be above 0, got {self.alpha!r}")
         unknown = [name for name in self.projections if name not in PROJECTIONS]
         if unknown or not self.projections:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from diffenc._inference import lasting
 from diffenc.errors import ConfigError, OutputError, ShapeError
+from diffenc.storage.names import checked_path
 
 _CONFIG_FILE, _WEIGHTS_FILE = "projector.json", "projector.safetensors"
 
@@ -40,7 +41,9 @@ class SavedProjector(nn.Module):
             OutputError: The folder cannot be written.
         """
         _write(
-            Path(folder), {name: getattr(self, name) for name in self.options}, self.state_dict()
+            checked_path("a projector", folder, error=OutputError),
+            {name: getattr(self, name) for name in self.options},
+            self.state_dict(),
         )
 
     @classmethod
@@ -52,7 +55,7 @@ class SavedProjector(nn.Module):
             ConfigError: The folder does not hold a whole projector.
             ShapeError: Its weights do not fit its config.
         """
-        source = Path(folder)
+        source = checked_path("a projector", folder)
         options, state = _read(source)
         try:
             projector = cls(**{name: _tuples(options.pop(name)) for name in cls.options}, **options)

@@ -33,6 +33,7 @@ from diffenc.scoring.inputs import (
     token_mask,
 )
 from diffenc.scoring.shared_query import chosen_attentions, late_queries, score_queries
+from diffenc.storage.names import checked_path
 
 _ROWS_AT_ONCE = 16
 SHARD_BYTES = 512 * 2**20
@@ -98,7 +99,7 @@ class QueryBank:
         Raises:
             BackboneError: The bank is missing, incomplete or broken, or belongs to other weights.
         """
-        root = Path(folder)
+        root = checked_path("a bank", folder, error=BackboneError)
         content = read_contents(root)
         model = load_backbone(backbone or content["backbone"], device=device, dtype=dtype)
         attentions = chosen_attentions(model, tuple(content["layers"]))

@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from diffenc.errors import BackboneError, ConfigError
 from diffenc.images import Images, to_pixel_values
 from diffenc.memo import image_embeds_of
 from diffenc.prompts import PromptEmbeds
+from diffenc.storage.names import checked_path
 
 
 class CaptionerPart(nn.Module):
@@ -176,6 +176,6 @@ def _embedder(clip: Any, processor: Any) -> ClipEmbedder:
             "transformers, its folder, or its Hub id"
         )
     if isinstance(clip, (str, os.PathLike)):
-        path = Path(clip)
+        path = checked_path("a CLIP", clip, error=BackboneError)
         return ClipEmbedder.from_name(path.absolute() if path.is_dir() else clip)
     return ClipEmbedder(clip, processor=processor)

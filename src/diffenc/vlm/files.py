@@ -22,6 +22,7 @@ from diffenc.errors import BackboneError, ConfigError, OutputError
 from diffenc.fusion import FusedEncoder
 from diffenc.projector.fused import FusedProjector
 from diffenc.projector.plain import Projector
+from diffenc.storage.names import checked_path
 from diffenc.vlm.language import load_language_model
 from diffenc.vlm.vision import VisionTokens
 
@@ -104,7 +105,7 @@ def load(
     Raises:
         BackboneError: The folder does not hold a whole model, or a part is missing.
     """
-    source = Path(folder)
+    source = checked_path("a saved model", folder, error=BackboneError)
     try:
         told = json.loads((source / CONFIG_FILE).read_text(encoding="utf-8"))
         kind, name, adapted = told.pop("encoder"), told.pop("language_model"), told.pop("lora")
