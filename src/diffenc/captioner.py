@@ -7,7 +7,6 @@ begins at zero, so that training starts from exactly what the prompt alone gives
 import os
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from diffenc._inference import lasting, make_plain
 from diffenc.arguments import whole
 from diffenc.digests import weights_mark
-from diffenc.errors import BackboneError, ConfigError
+from diffenc.errors import BackboneError, ConfigError, OutputError
 from diffenc.pretrained import (
     lasting_name,
     load_whole,
@@ -26,7 +25,7 @@ from diffenc.pretrained import (
     read_name,
     stored_name,
 )
-from diffenc.storage.names import reason
+from diffenc.storage.names import checked_path, reason
 from diffenc.storage.reading import read_json
 from diffenc.storage.schema import checked, make
 from diffenc.storage.tensors import misfits, read_tensors, write_tensors
@@ -34,6 +33,7 @@ from diffenc.storage.writing import begin_folder, write_json
 from diffenc.threads import lock_of
 
 _CONFIG_FILE, _WEIGHTS_FILE = "captioner.json", "captioner.safetensors"
+_WIDEST = 2**20
 _INSTEAD = (
     "Pass the model itself, a folder with config.json and model.safetensors, or a Hub id such as "
     "openai/clip-vit-large-patch14"
@@ -96,7 +96,10 @@ class ImplicitCaptioner(nn.Module):
         }
         for name, value in self.options.items():
             if value is not None or name not in ("pooled_width", "hidden_size"):
-                self.options[name] = whole(name, value, least=1)
+                self.options[name] = whole(name, value, least=1, most=_WIDEST)
+        image_width, width, length, layers = (
+            self.options[name] or 0 for name in ("image_width", "width", "length", "layers")
+        )
         if layers > _MOST_LAYERS:
             raise ConfigError(f"layers must be {_MOST_LAYERS} at most, got {layers}")
         place: dict[str, Any] = {"dtype": torch.float32, "device": device}
@@ -127,7 +130,7 @@ class ImplicitCaptioner(nn.Module):
         Raises:
             OutputError: The folder cannot be written.
         """
-        target = begin_folder(folder, _CONFIG_FILE)
+        target = begin_folder(checked_path("a captioner", folder, error=OutputError), _CONFIG_FILE)
         told = {**self.options, "clip": None if clip is None else clip.reference(target)}
         write_tensors(target / _WEIGHTS_FILE, self.state_dict())
         write_json(target / _CONFIG_FILE, told)
@@ -142,7 +145,7 @@ class ImplicitCaptioner(nn.Module):
         Raises:
             BackboneError: The folder holds no whole captioner.
         """
-        source = Path(folder)
+        source = checked_path("a captioner", folder, error=BackboneError)
         try:
             options = read_json(source / _CONFIG_FILE)
             clip = checked(options.pop("clip"), dict[str, Any] | None, "clip") or {}
@@ -227,7 +230,7 @@ class ClipEmbedder(nn.Module):
         from transformers import CLIPVisionModelWithProjection
         from transformers.image_processing_base import ImageProcessingMixin
 
-        label = os.fspath(name)
+        label = os.fspath(checked_path("a CLIP", name, error=BackboneError))
         with loading("a CLIP", label, instead=_INSTEAD):
             source = model_folder(name)
             # The embedding is small work and remembered: no half precision, whatever the file has.

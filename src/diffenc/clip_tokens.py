@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffenc._inference import lasting, make_plain
-from diffenc.arguments import whole
+from diffenc.arguments import shown, whole
 from diffenc.cache import TensorCache, content_key, recall, state_key
 from diffenc.errors import BackboneError, ConfigError, NonFiniteError, ShapeError
 from diffenc.images import Images
@@ -22,6 +22,7 @@ from diffenc.pretrained import (
     loading,
     model_config,
 )
+from diffenc.storage.names import checked_path
 from diffenc.threads import lock_of
 from diffenc.vision_models import VisionModel, to_pictures
 
@@ -68,6 +69,11 @@ class ClipTokens(VisionModel):
         use_cache: bool = True,
     ) -> None:
         super().__init__()
+        if not callable(image_processor):
+            raise ConfigError(
+                f"image_processor must be an image processor of transformers, got "
+                f"{shown(image_processor)}"
+            )
         self.model = _vision_part(model)
         make_plain(self.model)
         self.image_processor = image_processor
@@ -116,7 +122,7 @@ class ClipTokens(VisionModel):
         """
         import transformers
 
-        label = os.fspath(name)
+        label = os.fspath(checked_path("a CLIP", name, error=BackboneError))
         with loading("a CLIP", label, instead=_INSTEAD):
             found = model_config(name).model_type
             kind = found.removesuffix("_vision_model")

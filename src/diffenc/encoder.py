@@ -12,7 +12,8 @@ from torch import Tensor
 
 from diffenc._inference import lasting
 from diffenc._typing import Conditioning, Prediction
-from diffenc.backbones import Architecture, TapInfo, describe, load_backbone
+from diffenc.arguments import shown
+from diffenc.backbones import Architecture, TapInfo, describe, load_backbone, model_name
 from diffenc.backbones.base import Backbone, States
 from diffenc.backbones.device import Device, Dtype
 from diffenc.backbones.pipelines import PIPELINE
@@ -21,7 +22,7 @@ from diffenc.backbones.sources import lasting_source
 from diffenc.backbones.taps import LATENTS, tap_patterns
 from diffenc.backbones.writing import write_folder
 from diffenc.config import EncoderConfig, check_choice
-from diffenc.errors import ConfigError
+from diffenc.errors import ConfigError, OutputError
 from diffenc.features import Features, check_guidance
 from diffenc.forward import compile_taps
 from diffenc.halves import read_halves
@@ -43,6 +44,7 @@ from diffenc.saved import (
     read_config,
     write_config,
 )
+from diffenc.storage.names import checked_path
 from diffenc.trainable.parts import TrainableParts
 
 
@@ -71,6 +73,13 @@ class DiffusionEncoder(TrainableParts):
         self, backbone: Backbone, config: EncoderConfig | None = None, *, use_cache: bool = True
     ) -> None:
         super().__init__()
+        if not isinstance(backbone, Backbone):
+            raise ConfigError(
+                f"an encoder is made of a Backbone, got {shown(backbone)}; "
+                "DiffusionEncoder.from_pretrained takes names, folders and pipelines"
+            )
+        if not isinstance(config, EncoderConfig | None):
+            raise ConfigError(f"config must be an EncoderConfig, got {shown(config)}")
         self.backbone = backbone
         self.config = config or EncoderConfig()
         self.use_cache = use_cache
@@ -166,7 +175,7 @@ class DiffusionEncoder(TrainableParts):
         }
         config, contents, folder = EncoderConfig(), None, Path()
         given = [part for part, value in parts.items() if value is not None]
-        if isinstance(name, (str, os.PathLike)) and is_saved(name):
+        if isinstance(name, (str, os.PathLike)) and is_saved(model_name(name)):
             folder = Path(lasting_source(name))
             config, contents = read_config(folder)
             name = folder / BACKBONE_FOLDER if contents.included else contents.backbone
@@ -236,7 +245,8 @@ class DiffusionEncoder(TrainableParts):
             OutputError: The folder cannot be written.
             ConfigError: The backbone was given as a pipeline, which no file can name; include it.
         """
-        target, backbone, config = Path(folder), self.backbone, self.config
+        target = checked_path("a saved encoder", folder, error=OutputError)
+        backbone, config = self.backbone, self.config
         if PIPELINE in backbone.given and not include_backbone:
             raise ConfigError(
                 f"{backbone.name} was given as an object, which a config cannot name: pass "

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,21 +12,22 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffenc._inference import lasting
+from diffenc.arguments import sides
 from diffenc.backbones import TapInfo
 from diffenc.backbones.base import Backbone
 from diffenc.backbones.device import Device, Dtype
 from diffenc.checks import require_finite
 from diffenc.clip_tokens import ClipTokens, to_maps
-from diffenc.config import EncoderConfig, check_choice, check_pair
+from diffenc.config import EncoderConfig, check_choice
 from diffenc.digests import is_marked, weights_mark
 from diffenc.encoder import DiffusionEncoder
-from diffenc.errors import BackboneError, ConfigError
+from diffenc.errors import BackboneError, ConfigError, OutputError
 from diffenc.images import Images, as_list, to_pixel_values
 from diffenc.maps import to_grid
 from diffenc.pictures.resizing import fit
 from diffenc.pretrained import load_image_processor, read_name, stored_name
 from diffenc.prompts import PromptEmbeds
-from diffenc.storage.names import is_folder, reason
+from diffenc.storage.names import checked_path, is_folder, reason
 from diffenc.storage.reading import read_json
 from diffenc.storage.schema import make
 from diffenc.storage.writing import begin_folder, reporting, write_json
@@ -113,7 +113,8 @@ class FusedEncoder(nn.Module):
         super().__init__()
         check_choice("how", how, get_args(How))
         check_choice("view", view, get_args(View))
-        check_pair("grid", grid)
+        if grid is not None:
+            grid = sides("grid", grid)
         if not isinstance(diffusion, DiffusionEncoder):
             diffusion = DiffusionEncoder.from_pretrained(diffusion)
         if not isinstance(diffusion.config.timestep, int):
@@ -149,7 +150,7 @@ class FusedEncoder(nn.Module):
         Raises:
             BackboneError: The folder does not hold a whole fused encoder, or a model is missing.
         """
-        source = Path(folder)
+        source = checked_path("a fused encoder", folder, error=BackboneError)
         try:
             saved: _Saved = make(_Saved, read_json(source / _CONFIG_FILE))
             name = None if saved.clip is None else read_name(saved.clip, source)
@@ -193,8 +194,9 @@ class FusedEncoder(nn.Module):
         Raises:
             OutputError: The folder cannot be written.
         """
+        target = checked_path("a fused encoder", folder, error=OutputError)
         name = self.clip.name if self.clip.frozen and not include_backbone else None
-        target = begin_folder(folder, _CONFIG_FILE)
+        begin_folder(target, _CONFIG_FILE)
         saved = _Saved(
             clip=None if name is None else stored_name(name, target),
             how=self.how,

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -14,7 +13,7 @@ from diffenc.arguments import entries, shown, sides, whole, wholes
 from diffenc.arguments import text as one_text
 from diffenc.arguments import texts as listed
 from diffenc.config import check_choice
-from diffenc.errors import ConfigError, PromptError, ShapeError
+from diffenc.errors import ConfigError, OutputError, PromptError, ShapeError
 from diffenc.images import Images, ImageSource, as_list
 from diffenc.memo import image_keys, posterior_of
 from diffenc.scoring.bank_build import SHARD_BYTES, bank_bytes, write_bank
@@ -27,6 +26,7 @@ from diffenc.scoring.query_bank import QueryBank
 from diffenc.scoring.result import Scores, stack_trials
 from diffenc.scoring.screening import Candidates
 from diffenc.scoring.trials import ScoreCall, Trial, picture_values
+from diffenc.storage.names import checked_path
 from diffenc.vision_models import to_image, to_pictures
 from diffenc.viz.heatmap import HeatMap
 from diffenc.word_maps import heat_maps, word_maps, words_of
@@ -334,7 +334,7 @@ class CrossAttnScorer(ConfiguredScorer):
             self.backbone,
             self.config,
             pictures,
-            Path(folder),
+            checked_path("a bank", folder, error=OutputError),
             names=names,
             references=self.references,
             dtype=dtype,

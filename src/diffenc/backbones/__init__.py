@@ -45,7 +45,7 @@ from diffenc.backbones.variants import check_configs
 from diffenc.config import check_choice
 from diffenc.defaults import torch_defaults
 from diffenc.errors import BackboneError, ConfigError, near_matches
-from diffenc.storage.names import SURROGATE, is_folder, printable
+from diffenc.storage.names import checked_path, is_folder, printable
 from diffenc.storage.weights import check_variant
 from diffenc.truncation import truncate
 
@@ -61,6 +61,7 @@ __all__ = [
     "list_taps",
     "load_backbone",
     "match_taps",
+    "model_name",
     "resolve_folder",
 ]
 
@@ -147,7 +148,7 @@ def load_backbone(
         return name if channels_last is None else arrange(name, channels_last)
     place, kind = check_placement(device, dtype), as_dtype(dtype)
     variant = check_variant(variant)
-    name = name if is_pipeline(name) else lasting_source(_checked_name(name))
+    name = name if is_pipeline(name) else lasting_source(model_name(name))
     architecture = None if architecture is None else lasting_source(architecture)
     told = _described(name, architecture, prediction_type, given)
     if is_pipeline(name):
@@ -314,7 +315,7 @@ def _described(
     """The configs of a model as it is read: with what its files say and what the caller says."""
     if prediction_type is not None:
         check_choice("prediction_type", prediction_type, PREDICTIONS)
-    name = name if is_pipeline(name) else lasting_source(_checked_name(name))
+    name = name if is_pipeline(name) else lasting_source(model_name(name))
     architecture = None if architecture is None else lasting_source(architecture)
     label = pipeline_name(name) if is_pipeline(name) else printable(name)
     path = None if is_pipeline(name) else single_file(name)
@@ -345,7 +346,7 @@ def _own_configs(
     if opened is not None:
         chosen = architecture is not None
         name = architecture if chosen else opened.known_alias(prediction_type)
-        _checked_name(name)
+        model_name(name)
     told = known_architecture(os.fspath(name))
     if told is None and opened is not None and not is_folder(name):
         shown = printable(os.fspath(name))
@@ -360,7 +361,7 @@ def _own_configs(
     return opened.described(told, prediction_type=prediction_type, chosen=architecture is not None)
 
 
-def _checked_name(name: object) -> str:
+def model_name(name: object) -> str:
     """A model's name as text.
 
     Raises:
@@ -372,13 +373,7 @@ def _checked_name(name: object) -> str:
             f"pipeline of diffusers or a Backbone, got {type(name).__name__}. Known aliases are "
             f"{', '.join(SOURCES)}."
         )
-    label = os.fspath(name)
-    if not isinstance(label, str) or not label or "\0" in label or SURROGATE.search(label):
-        raise BackboneError(
-            f"{printable(repr(label))} is no name of a model. Known are {', '.join(SOURCES)}; or "
-            "pass a diffusers folder, a .safetensors file, or a Hub id like 'owner/name'."
-        )
-    return label
+    return os.fspath(checked_path("a model", name, error=BackboneError))
 
 
 def list_taps(name: Any) -> tuple[TapInfo, ...]:

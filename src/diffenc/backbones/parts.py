@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from diffenc.backbones.configs import Architecture
 from diffenc.backbones.fitting import check_weights
@@ -18,7 +18,7 @@ from diffenc.backbones.stored import load_stored, load_vae, part_dtype, read_vae
 from diffenc.backbones.weights import State, load_unet, read_state, unet_state
 from diffenc.errors import BackboneError
 from diffenc.pretrained import absolute
-from diffenc.storage.names import is_file, is_folder, printable
+from diffenc.storage.names import checked_path, is_file, is_folder, printable
 from diffenc.storage.reading import read_json, read_text, text_lines
 from diffenc.storage.remote_code import refuse_remote_code
 from diffenc.truncation import truncate
@@ -47,6 +47,14 @@ class GivenParts:
     text_encoder_2: Any = None
     tokenizer: Any = None
     tokenizer_2: Any = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if isinstance(value, (str, os.PathLike)):
+                checked_path(name, value, error=BackboneError)
+            elif value is not None and not _is_part(name, value):
+                raise BackboneError(f"{name} must be a model or a path, got {type(value).__name__}")
 
     def references(self) -> dict[str, str | None]:
         """Path of each part that is given, None for one that is an object."""
@@ -118,6 +126,15 @@ class GivenParts:
         if name == "vae":
             return _load_vae(Path(given), told.configs["vae"], dtype)
         return load_stored(_subfolder(Path(given), name), name, dtype)[0]
+
+
+def _is_part(name: str, value: object) -> bool:
+    """Whether an object can stand for a part: a module, a tokenizer, or weights of a U-Net."""
+    if name.startswith("tokenizer"):
+        return callable(value) and hasattr(value, "model_max_length")
+    if name == "unet" and isinstance(value, Mapping):
+        return all(isinstance(weight, Tensor) for weight in value.values())
+    return isinstance(value, nn.Module)
 
 
 def _is_path(value: object) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffenc._inference import lasting
+from diffenc.arguments import shown
 from diffenc.defaults import torch_defaults
 from diffenc.errors import ConfigError, near_matches
 from diffenc.lora.options import LoraOptions
@@ -96,9 +97,9 @@ def active_lora(unet: nn.Module) -> str | None:
 def require_lora(unet: nn.Module, name: str) -> None:
     """Raise a `ConfigError` that lists the adapters unless there is one by that name."""
     known = lora_names(unet)
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise ConfigError(
-            f"there is no adapter {name!r}; known are {known}.{near_matches(name, known)}"
+            f"there is no adapter {shown(name)}; known are {known}.{near_matches(name, known)}"
         )
 
 
@@ -228,12 +229,14 @@ def require_separate(unet: nn.Module) -> None:
 
 def require_free(unet: nn.Module, name: str) -> None:
     """Raise a `ConfigError` where the name is taken, or cannot be an adapter's."""
+    if not isinstance(name, str):
+        raise ConfigError(f"an adapter's name must be a text, got {shown(name)}")
     if name in lora_names(unet):
         raise ConfigError(f"there is an adapter {name!r} already; known are {lora_names(unet)}")
     if not name.isidentifier() or hasattr(nn.ModuleDict(), name):
         raise ConfigError(
             f"an adapter's name must be letters, digits and underscores, and no attribute of a "
-            f"torch module, got {name!r}; try {name + '_adapter'!r}"
+            f"torch module, got {shown(name)}; try {shown(name[:20] + '_adapter')}"
         )
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from diffenc._inference import lasting
-from diffenc.errors import BackboneError, ConfigError
+from diffenc.errors import BackboneError, ConfigError, OutputError
 from diffenc.lora.adapters import inject, lora_parameters, require_free, set_lora
-from diffenc.storage.names import is_file, reason
+from diffenc.storage.names import checked_path, is_file, reason
 from diffenc.storage.reading import read_json
 from diffenc.storage.schema import checked
 from diffenc.storage.tensors import read_tensors, write_tensors
@@ -81,7 +81,7 @@ def save_lora(
     # peft shortens paths to endings that are unique in this very model, and not in a longer one.
     config.target_modules = targets
     told = {**(origin or {}), "fingerprint": fingerprint(unet)}
-    target = begin_folder(folder, _PEFT_CONFIG)
+    target = begin_folder(checked_path("an adapter", folder, error=OutputError), _PEFT_CONFIG)
     write_tensors(target / _PEFT_WEIGHTS, peft)
     write_tensors(target / _DIFFUSERS_WEIGHTS, diffusers)
     write_json(target / _ORIGIN, told)
@@ -95,7 +95,7 @@ def read_origin(folder: "str | os.PathLike[str]") -> dict[str, Any]:
     Raises:
         BackboneError: The note is broken.
     """
-    path = Path(folder) / _ORIGIN
+    path = checked_path("an adapter", folder, error=BackboneError) / _ORIGIN
     if not is_file(path):
         return {}
     try:
@@ -130,7 +130,7 @@ def load_lora(
         BackboneError: The folder holds no whole adapter, or one for another U-Net.
         ConfigError: The name is taken or cannot be one.
     """
-    source = Path(folder)
+    source = checked_path("an adapter", folder, error=BackboneError)
     require_free(unet, name)
     config, weights = _read(source)
     targets = _require_fitting(unet, weights, config.r, source)

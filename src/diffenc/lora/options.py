@@ -7,6 +7,8 @@ from diffenc.arguments import whole
 from diffenc.checks import conform
 from diffenc.errors import ConfigError
 
+_LARGEST = 2**16
+
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 """The linear layers of a cross-attention, all of which are adapted by default."""
 
@@ -32,7 +34,7 @@ class LoraOptions:
 
     def __post_init__(self) -> None:
         conform(self)
-        whole("rank", self.rank, least=1)
+        whole("rank", self.rank, least=1, most=_LARGEST)
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout must be in [0, 1), got {self.dropout!r}")
         if self.alpha is not None and not 0 < self.alpha < math.inf:

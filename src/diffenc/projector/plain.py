@@ -12,12 +12,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from diffenc._inference import lasting
+from diffenc.arguments import shown, sides, whole, wholes
 from diffenc.errors import ConfigError, ShapeError
 from diffenc.maps import to_grid
 from diffenc.projector.saved import SavedProjector, load_weights
 from diffenc.storage.tensors import read_pickled, read_tensors
 from diffenc.storage.writing import writing
 
+_WIDEST = 2**20
 _LLAVA_PREFIX = "model.mm_projector."
 _MLP = re.compile(r"mlp([1-9][0-9]?)x_gelu")
 
@@ -66,20 +68,18 @@ class Projector(SavedProjector):
         device: str | torch.device = "cpu",
     ) -> None:
         super().__init__()
-        for name, width in (("in_features", in_features), ("out_features", out_features)):
-            if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-                raise ConfigError(f"{name} must be an int of 1 or more, got {width!r}")
+        in_features = whole("in_features", in_features, least=1, most=_WIDEST)
+        out_features = whole("out_features", out_features, least=1, most=_WIDEST)
+        empty = isinstance(norm_channels, (tuple, list)) and not norm_channels
+        norm_channels = () if empty else wholes("norm_channels", norm_channels)
         if norm_channels and (sum(norm_channels) != in_features or min(norm_channels) < 1):
             raise ConfigError(
                 f"norm_channels must be widths that add up to in_features={in_features}, got "
                 f"{tuple(norm_channels)}, in all {sum(norm_channels)}"
             )
         self.in_features, self.out_features, self.kind = in_features, out_features, kind
-        self.norm_channels = tuple(norm_channels)
-        pair = (grid, grid) if isinstance(grid, int) else grid
-        if pair is not None and (len(pair) != 2 or min(pair) < 1):
-            raise ConfigError(f"grid must be a positive int or (height, width), got {grid!r}")
-        self.grid = None if pair is None else (pair[0], pair[1])
+        self.norm_channels = norm_channels
+        self.grid = None if grid is None else sides("grid", grid)
         self.norms = nn.ModuleList(
             nn.LayerNorm(width, dtype=torch.float32, device=device) for width in self.norm_channels
         )
@@ -96,6 +96,7 @@ class Projector(SavedProjector):
             ShapeError: Another number of channels, or a grid is asked of tokens that form no
                 square.
         """
+        check_tokens(tokens)
         if tokens.shape[-1] != self.in_features:
             raise ShapeError(
                 f"this projector takes tokens of {self.in_features} channels, got "
@@ -164,9 +165,11 @@ def _layers(
                 f"{out_features}; take 'linear' or 'mlp2x_gelu'"
             )
         return nn.Identity()
-    if (match := _MLP.fullmatch(kind)) is None:
+    match = _MLP.fullmatch(kind) if isinstance(kind, str) else None
+    if match is None:
         raise ConfigError(
-            f"kind must be 'linear', 'identity' or 'mlpNx_gelu' such as 'mlp2x_gelu', got {kind!r}"
+            f"kind must be 'linear', 'identity' or 'mlpNx_gelu' such as 'mlp2x_gelu', got "
+            f"{shown(kind)}"
         )
     layers: list[nn.Module] = [_linear(in_features, out_features, device)]
     for _ in range(int(match[1]) - 1):
@@ -176,6 +179,15 @@ def _layers(
 
 def _linear(in_features: int, out_features: int, device: str | torch.device) -> nn.Linear:
     return nn.Linear(in_features, out_features, dtype=torch.float32, device=device)
+
+
+def check_tokens(tokens: object) -> None:
+    """Raise a `ShapeError` unless this is a tensor of tokens."""
+    if not isinstance(tokens, Tensor) or tokens.ndim < 2 or not tokens.is_floating_point():
+        raise ShapeError(
+            "tokens must be a tensor of floats (batch, tokens, channels), got "
+            f"{tuple(tokens.shape) if isinstance(tokens, Tensor) else shown(tokens)}"
+        )
 
 
 def _resampled(tokens: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -2,15 +2,14 @@
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from diffenc._inference import lasting
-from diffenc.errors import ConfigError, ShapeError
-from diffenc.storage.names import reason
+from diffenc.errors import ConfigError, OutputError, ShapeError
+from diffenc.storage.names import checked_path, reason
 from diffenc.storage.reading import read_json
 from diffenc.storage.schema import check_present, make
 from diffenc.storage.tensors import misfits, read_tensors, write_tensors
@@ -42,7 +41,7 @@ class SavedProjector(nn.Module):
         Raises:
             OutputError: The folder cannot be written.
         """
-        target = begin_folder(folder, _CONFIG_FILE)
+        target = begin_folder(checked_path("a projector", folder, error=OutputError), _CONFIG_FILE)
         write_tensors(target / _WEIGHTS_FILE, self.state_dict())
         write_json(target / _CONFIG_FILE, {name: getattr(self, name) for name in self.options})
 
@@ -55,7 +54,7 @@ class SavedProjector(nn.Module):
             ConfigError: The folder does not hold a whole projector.
             ShapeError: Its weights do not fit its config.
         """
-        source = Path(folder)
+        source = checked_path("a projector", folder)
         try:
             options = read_json(source / _CONFIG_FILE)
             check_present(options, cls.options)

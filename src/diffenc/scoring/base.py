@@ -10,21 +10,23 @@ import torch
 from torch import nn
 
 from diffenc._inference import lasting
+from diffenc.arguments import shown
 from diffenc.arguments import texts as listed
 from diffenc.attention import match_layers
 from diffenc.attention_scores import layer_mix
-from diffenc.backbones import load_backbone
+from diffenc.backbones import load_backbone, model_name
 from diffenc.backbones.base import Backbone
 from diffenc.backbones.device import Device, Dtype
 from diffenc.backbones.pipelines import PIPELINE
 from diffenc.backbones.sources import lasting_source
 from diffenc.cache import TensorCache
-from diffenc.errors import ConfigError, PromptError
+from diffenc.errors import ConfigError, OutputError, PromptError
 from diffenc.images import Images
 from diffenc.saved import check_mark
 from diffenc.scoring.calibration import References
 from diffenc.scoring.config import ScorerConfig, scorer_preset
 from diffenc.scoring.saved import is_saved_scorer, read_scorer, write_scorer
+from diffenc.storage.names import checked_path
 
 # `Self` is not known to the check of annotations at run time (make test-shapes).
 _Scorer = TypeVar("_Scorer", bound="ConfiguredScorer")
@@ -53,6 +55,13 @@ class ConfiguredScorer(nn.Module):
         references: References | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(backbone, Backbone):
+            raise ConfigError(
+                f"a scorer is made of a Backbone, got {shown(backbone)}; "
+                "CrossAttnScorer.from_pretrained takes names, folders and pipelines"
+            )
+        if not isinstance(config, ScorerConfig | None):
+            raise ConfigError(f"config must be a ScorerConfig, got {shown(config)}")
         self.backbone = backbone
         self.config = config or ScorerConfig()
         self.use_cache = use_cache
@@ -99,7 +108,7 @@ class ConfiguredScorer(nn.Module):
         """
         values, references = scorer_preset(preset or "calibrated"), None
         saved = None
-        if isinstance(name, (str, os.PathLike)) and is_saved_scorer(name):
+        if isinstance(name, (str, os.PathLike)) and is_saved_scorer(model_name(name)):
             folder = Path(lasting_source(name))
             saved = read_scorer(folder)
             values = {**saved.options, **(scorer_preset(preset) if preset else {})}
@@ -125,7 +134,8 @@ class ConfiguredScorer(nn.Module):
                 f"{self.backbone.name} was given as an object, which a config cannot name: save "
                 "the pipeline with its own save_pretrained, and load the scorer from that folder"
             )
-        write_scorer(Path(folder), self.backbone, self.config, self.references)
+        target = checked_path("a saved scorer", folder, error=OutputError)
+        write_scorer(target, self.backbone, self.config, self.references)
 
     def with_options(self: _Scorer, *, preset: str | None = None, **options: Any) -> _Scorer:
         """Another scorer over the same backbone.

@@ -34,6 +34,7 @@ from diffenc.scoring.bank_files import (
 from diffenc.scoring.bank_weights import same_weights, weights_mark
 from diffenc.scoring.inputs import check_finite, pooling_of, token_mask
 from diffenc.scoring.shared_query import chosen_attentions, score_queries
+from diffenc.storage.names import checked_path
 
 _ROWS_AT_ONCE = 16
 
@@ -103,7 +104,7 @@ class QueryBank:
         Raises:
             BackboneError: The bank is missing, incomplete or broken, or belongs to other weights.
         """
-        root = Path(folder)
+        root = checked_path("a bank", folder, error=BackboneError)
         contents = read_contents(root)
         check_shards(root, contents)
         named = backbone or read_source(contents.backbone, root)

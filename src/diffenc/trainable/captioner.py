@@ -18,6 +18,7 @@ from diffenc.errors import BackboneError, ConfigError
 from diffenc.images import Images, to_pixel_values
 from diffenc.memo import image_embeds_of
 from diffenc.prompts import PromptEmbeds
+from diffenc.storage.names import checked_path
 
 
 class CaptionerPart(nn.Module):
@@ -182,5 +183,6 @@ def _embedder(clip: Any, processor: Any) -> ClipEmbedder:
             "transformers, its folder, or its Hub id"
         )
     if isinstance(clip, (str, os.PathLike)):
+        checked_path("a CLIP", clip, error=BackboneError)
         return ClipEmbedder.from_name(clip)
     return ClipEmbedder(clip, processor=processor)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from diffenc._inference import lasting
+from diffenc.arguments import texts
 from diffenc.attention import cross_attention_layers
 from diffenc.backbones.base import Backbone
 from diffenc.backbones.reach import reached_layers
@@ -79,7 +80,7 @@ class LoraPart(nn.Module):
             Hu et al. 2021 (LoRA), arXiv:2106.09685; on cross-attention: "Multimodal Understanding
             using Stable Diffusion as a Task Aware Feature Extractor", section 6.
         """
-        projections = (projections,) if isinstance(projections, str) else tuple(projections)
+        projections = texts("projections", projections)
         options = LoraOptions(rank=rank, alpha=alpha, dropout=dropout, projections=projections)
         unet = self.backbone.unet
         with torch_defaults(), self.backbone.lock:

@@ -27,7 +27,7 @@ from diffenc.policies import parse_policy
 from diffenc.pretrained import lasting_name, read_name, stored_name
 from diffenc.projector.fused import FusedProjector
 from diffenc.projector.plain import Projector
-from diffenc.storage.names import is_file, is_folder, reason
+from diffenc.storage.names import checked_path, is_file, is_folder, reason
 from diffenc.storage.reading import read_json
 from diffenc.storage.schema import check_keys, checked, make
 from diffenc.storage.writing import begin_folder, reporting, write_json
@@ -169,7 +169,7 @@ def load(
     Raises:
         BackboneError: The folder does not hold a whole model, or a part is missing.
     """
-    source = Path(folder)
+    source = checked_path("a saved model", folder, error=BackboneError)
     saved = read_saved(source)
     name, adapted, mark = saved.language_model, saved.lora, saved.language_mark
     if name is not None and language_model is None:
