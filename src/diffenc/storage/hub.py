@@ -93,6 +93,6 @@ def _fetch(hub_id: str, names: Sequence[str], revision: str | None) -> Path:
     import huggingface_hub
 
     patterns = [re.sub(r"([*?\[])", r"[\1]", name) for name in names]
-    options = {} if revision is None else {"revision": revision}
+    options: dict[str, Any] = {} if revision is None else {"revision": revision}
     folder: Any = huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns, **options)
     return Path(folder)
