@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,13 @@ import torch
 
 from diffenc.errors import BackboneError
 from diffenc.storage.names import is_file
-from diffenc.storage.weights import TRANSFORMERS, StoredWeights, check_finite, open_weights
+from diffenc.storage.weights import (
+    HALF,
+    TRANSFORMERS,
+    StoredWeights,
+    check_finite,
+    open_weights,
+)
 
 _HALVES = ("text_model", "text_projection", "vision_model", "visual_projection", "logit_")
 _COUNTED = ("position_ids", "inv_freq", ".attn.bias", ".attn.masked_bias", "num_batches_tracked")
@@ -38,7 +45,13 @@ def load_from(
             another shape, no floating numbers, NaN or infinite.
         Exception: The libraries' own, where they cannot build such a model.
     """
-    weights, _ = open_weights(folder, TRANSFORMERS, half=dtype == torch.float16)
+    weights, variant = open_weights(folder, TRANSFORMERS, half=dtype == torch.float16)
+    if variant == HALF and dtype == torch.float32:
+        warnings.warn(
+            f"{folder} has its weights in half precision alone: they are rounded to float16, "
+            "whatever they are computed in",
+            stacklevel=2,
+        )
     with _quiet():
         config, kind = _described(kind, folder)
         _check_stored(kind, config, weights)

@@ -123,6 +123,15 @@ def test_given_parts_with_code_are_refused(tiny_sd_folder, tmp_path, mark):
         load_tokenizer(folder)
 
 
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_attention_from_somebody_s_repository_is_refused(tmp_path, mark, key):
+    entries = {key: "somebody/kernels"}
+    source = pretrained_source("shapes-lm")
+    folder = with_code(source, tmp_path / "lm", mark, "config.json", **entries)
+    with pytest.raises(BackboneError, match=REFUSED):
+        load_language_model(folder)
+
+
 def test_code_that_takes_part_in_generation_is_refused(tmp_path, mark):
     folder = with_code(pretrained_source("shapes-lm"), tmp_path / "lm", mark, "config.json")
     (folder / "custom_generate").mkdir()

@@ -315,7 +315,7 @@ def test_labels_of_pictures_are_never_learnt():
 
 
 def test_an_adapter_that_is_not_whole_is_refused(lm_folder, vision_folder, tmp_path):
-    """Peft would draw what is missing at random, and leave out what has no place."""
+    """By itself peft draws what is missing at random, and leaves out what has no place."""
     vlm = DiffusionVLM(VisionTokens.from_pretrained(vision_folder), lm_folder)
     vlm.add_language_lora(rank=2, alpha=4)
     vlm.save_pretrained(tmp_path / "good")

@@ -60,6 +60,9 @@ def refuse_named_code(
     for table in _tables(config):
         if key := next((key for key in _KEYS if table.get(key)), None):
             raise error(_refusal(where, f"{key}={printable(table[key], 80)}"))
+        for key, value in table.items():  # of the attention, which transformers would fetch
+            if key.endswith("_implementation") and "/" in str(value):
+                raise error(_refusal(where, f"{key}={printable(value, 80)}"))
         if isinstance(table.get("_class_name"), list):
             raise error(_refusal(where, f"_class_name={printable(table['_class_name'], 80)}"))
 
