@@ -13,7 +13,6 @@ from diffenc.cache import TensorCache, content_key, state_key
 from diffenc.captioner import ClipEmbedder
 from diffenc.latents import encode_posterior
 from diffenc.prompts import PromptEmbeds
-from diffenc.tokenizing import tokenizer_key
 
 
 def image_keys(pixel_values: Float[Tensor, "b 3 height width"]) -> list[bytes] | None:
@@ -89,7 +88,6 @@ def prompts_of(
     """
     states = [state_key(part) for name, part in backbone.parts().items() if name.startswith("text")]
     keep = use_cache and None not in states
-    states += [tokenizer_key(each) for each in backbone.tokenizers]
     cache = backbone.caches.prompts
     keys = {text: (*states, text, size, uncond if text == "" else long_prompts) for text in texts}
     known: dict[str, PromptEmbeds] = {}

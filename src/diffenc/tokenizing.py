@@ -164,11 +164,6 @@ def require_right(tokenizer: Any) -> None:
         )
 
 
-def tokenizer_key(tokenizer: Any) -> Hashable:
-    """What the ids of a text depend on and a user may change: the tokens that were added."""
-    return tuple(added_tokens(tokenizer).items()), tokenizer.model_max_length
-
-
 def _cut(tokenizer: Any, row: list[int], limit: int) -> list[int]:
     if len(row) <= limit:
         return row

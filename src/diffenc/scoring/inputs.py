@@ -20,7 +20,7 @@ from diffenc.memo import image_keys, posterior_of, prompts_of
 from diffenc.noise import add_noise, shared_noise
 from diffenc.prompts import PromptEmbeds
 from diffenc.scoring.config import ScorerConfig, TokenMask
-from diffenc.tokenizing import limit_of, prompt_ids, require_right, tokenizer_key
+from diffenc.tokenizing import limit_of, prompt_ids, require_right
 
 _Row = TypeVar("_Row")
 _Result = TypeVar("_Result")
@@ -143,8 +143,7 @@ def encode_inputs(
     )
     states = tuple(state_key(part) for part in backbone.parts().values())
     remember = use_cache and None not in states
-    words = tuple(tokenizer_key(each) for each in backbone.tokenizers)
-    key = (states, words, size, config.posterior, config.uncond, config.long_prompts)
+    key = (states, size, config.posterior, config.uncond, config.long_prompts)
     return ScoreInputs(
         backbone=backbone,
         config=config,
