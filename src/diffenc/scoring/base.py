@@ -196,19 +196,20 @@ class ConfiguredScorer(nn.Module):
         """
         backbone = self.backbone
         changed: dict[str, Any] = {"calibration": None, "reference_digest": None}
-        self.references = None
+        references = None
         if images is not None:
-            self.references = References.read(
+            references = References.read(
                 images,
                 self.config,
                 default_size=backbone.default_size,
                 multiple=backbone.reduction,
             )
-            digest = self.references.digest
-            changed = {"calibration": "given", "reference_digest": digest}
+            changed = {"calibration": "given", "reference_digest": references.digest}
         if texts is not None:
             changed["reference_texts"] = listed("texts", texts, error=PromptError)
-        self.config = replace(self.config, **changed)
+        with backbone.lock:  # a call reads both
+            self.references = references
+            self.config = replace(self.config, **changed)
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:

@@ -171,9 +171,10 @@ class CaptionerPart(nn.Module):
 
     def _attach(self, captioner: ImplicitCaptioner, embedder: ClipEmbedder) -> None:
         device = self.backbone.device
-        self.captioner = captioner.to(device).train(self.training)
-        self.clip = embedder.to(device)
-        self._image_embeds.clear()
+        with self.backbone.lock:  # a call reads both
+            self.captioner = captioner.to(device).train(self.training)
+            self.clip = embedder.to(device)
+            self._image_embeds.clear()
 
 
 def _embedder(clip: Any, processor: Any) -> ClipEmbedder:

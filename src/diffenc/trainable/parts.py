@@ -81,12 +81,13 @@ class TrainableParts(LoraPart, CaptionerPart):
 
     @lasting
     def _apply(self, fn: Any, recurse: bool = True) -> "TrainableParts":
-        before = {path: parameter.data for path, parameter in self._precise().items()}
-        self._image_embeds.clear()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for path, parameter in self._precise().items():
-            if parameter.dtype == torch.float16:
-                gradient, parameter.grad = parameter.grad, None
-                parameter.data = before[path].to(parameter.device, torch.float32)
-                parameter.grad = None if gradient is None else gradient.to(parameter.data)
+        with self.backbone.lock:
+            before = {path: parameter.data for path, parameter in self._precise().items()}
+            self._image_embeds.clear()
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            for path, parameter in self._precise().items():
+                if parameter.dtype == torch.float16:
+                    gradient, parameter.grad = parameter.grad, None
+                    parameter.data = before[path].to(parameter.device, torch.float32)
+                    parameter.grad = None if gradient is None else gradient.to(parameter.data)
         return self
