@@ -113,7 +113,12 @@ def sides(name: str, value: Any) -> tuple[int, int]:
     pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2:
         raise ConfigError(f"{name} must be a positive int or (height, width), got {shown(value)}")
-    height, width = (whole(f"{name}, a side,", side, least=1, most=2**20) for side in pair)
+    try:
+        height, width = (whole(name, side, least=1, most=2**20) for side in pair)
+    except ConfigError:
+        raise ConfigError(
+            f"{name} must be a positive int or (height, width), got {shown(value)}"
+        ) from None
     return height, width
 
 

@@ -11,7 +11,7 @@ from diffenc._typing import Conditioning
 from diffenc.arguments import number, shown, sides
 from diffenc.checks import require_finite
 from diffenc.config import check_choice
-from diffenc.errors import ConfigError, TapError, near_matches
+from diffenc.errors import ConfigError, NonFiniteError, TapError, near_matches
 from diffenc.maps import to_tokens
 
 Maps: TypeAlias = dict[str, Tensor]
@@ -137,6 +137,11 @@ class Features(Mapping[str, Tensor]):
         uncond, cond = self._half("uncond", conditioning), self._half("cond", conditioning)
         if conditioning == "concat":
             return {name: torch.cat([uncond[name], cond[name]], dim=-3) for name in cond}
+        if abs(scale) > torch.finfo(torch.float32).max:  # torch takes no such weight
+            raise NonFiniteError(
+                f"features under guidance_scale={scale} leave the numbers of float32; take a "
+                "smaller scale"
+            )
         guided = {name: torch.lerp(uncond[name], cond[name], float(scale)) for name in cond}
         for name, features in guided.items():
             require_finite(

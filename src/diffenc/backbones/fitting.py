@@ -11,7 +11,13 @@ from diffenc.backbones.variants import check_channels, check_vae
 from diffenc.errors import BackboneError, ConfigError
 from diffenc.noise import noise_levels
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+STORED = {
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+}
+"""Types of numbers that weights may have, and what safetensors files call them."""
 
 
 def check_components(unet: Any, vae: Any, scheduler: Any) -> None:
@@ -45,13 +51,23 @@ def check_components(unet: Any, vae: Any, scheduler: Any) -> None:
 def check_weights(module: Any, what: str) -> None:
     """Raise a `BackboneError` where weights are stored in a kind that must not be cast silently."""
     if isinstance(module, nn.Module):
-        check_dtypes({name: each.dtype for name, each in module.named_parameters()}, what)
+        kinds = {
+            name: STORED.get(each.dtype, str(each.dtype))
+            for name, each in module.named_parameters()
+        }
+        check_kinds(kinds, what)
 
 
-def check_dtypes(dtypes: Mapping[str, torch.dtype], what: str) -> None:
-    """Raise a `BackboneError` where weights are quantised, whole numbers or truth values."""
-    if wrong := [name for name, dtype in dtypes.items() if dtype not in _FLOATS]:
-        raise BackboneError(_quantised(wrong, str(dtypes[wrong[0]]), what))
+def check_kinds(kinds: Mapping[str, str], what: str) -> None:
+    """Raise a `BackboneError` where weights are quantised, whole numbers or truth values.
+
+    Args:
+        kinds: Type of the numbers of each weight, as safetensors files name it.
+        what: Name of the weights, for messages.
+    """
+    known = STORED.values()
+    if wrong := [name for name, kind in kinds.items() if kind not in known]:
+        raise BackboneError(_quantised(wrong, kinds[wrong[0]], what))
 
 
 def _quantised(names: Sequence[str], kind: str, what: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffenc.backbones.fitting import STORED, check_kinds
 from diffenc.backbones.statements import MARKERS
 from diffenc.errors import BackboneError
 from diffenc.storage.names import is_file
@@ -198,6 +199,12 @@ def check_state(
         BackboneError: A weight is missing, unknown, of another shape, or no floating number.
     """
     wanted = model.state_dict()
+    kinds = {
+        name: _kind(state, name)
+        for name, value in wanted.items()
+        if name in state and value.is_floating_point()
+    }
+    check_kinds(kinds, what)
     for name, value in wanted.items():
         if name not in state:
             continue
@@ -206,10 +213,6 @@ def check_state(
             raise BackboneError(
                 f"{what} does not fit this model: {name!r} is {shape}, needed is "
                 f"{tuple(value.shape)}; is it made for another backbone?"
-            )
-        if value.is_floating_point() and not _is_floating(state, name):
-            raise BackboneError(
-                f"{what} holds whole numbers for {name!r}; diffenc reads weights in floating point"
             )
     missing = sorted(set(wanted if needed is None else needed) - state.keys())
     unknown = sorted(state.keys() - wanted.keys())
@@ -222,10 +225,12 @@ def check_state(
         raise BackboneError(f"{what} {' and '.join(counts)}")
 
 
-def _is_floating(state: State, name: str) -> bool:
+def _kind(state: State, name: str) -> str:
+    """Type of a weight's numbers, as files name it: "F32", "F8_E4M3"."""
     if isinstance(state, StoredWeights):
-        return state.dtype(name).startswith(("F", "BF"))
-    return state[name].is_floating_point()
+        return state.dtype(name)
+    dtype = state[name].dtype
+    return STORED.get(dtype, str(dtype))
 
 
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}

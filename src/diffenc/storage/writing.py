@@ -4,6 +4,7 @@ Every writer raises `OutputError` and leaves what stood there before.
 """
 
 import json
+import os
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -134,17 +135,15 @@ def locked(folder: StrPath, *, purpose: str, wait: bool = False, name: str = "")
     Raises:
         OutputError: Somebody else holds it, or the folder cannot be written.
     """
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
 
-    # `is_singleton` off: two locks of one process on one file exclude each other.
     timeout, place = (-1 if wait else 0), Path(folder) / name
     if not is_folder(folder):  # filelock would make it
         raise OutputError(f"cannot use {printable(place)}: No such file or directory")
     file = Path(folder) / (f".{name}.lock" if name else ".lock")
-    lock = FileLock(file, timeout=timeout, is_singleton=False)
     try:
         with reporting(place):
-            lock.acquire()
+            lock = _held(file, timeout)
     except OutputError as error:
         if not isinstance(error.__cause__, Timeout):
             raise
@@ -154,6 +153,23 @@ def locked(folder: StrPath, *, purpose: str, wait: bool = False, name: str = "")
     try:
         yield
     finally:
+        if os.name == "posix":  # elsewhere a file that is open cannot be removed
+            file.unlink(missing_ok=True)
+        lock.release()
+
+
+def _held(file: Path, timeout: float) -> Any:
+    """A lock on a file that is still there: whoever held it before removes it at the end."""
+    from filelock import FileLock
+
+    while True:
+        # `is_singleton` off: two locks of one process on one file exclude each other.
+        lock = FileLock(file, timeout=timeout, is_singleton=False)
+        lock.acquire()
+        opened = lock._context.lock_file_fd
+        with suppress(OSError):
+            if opened is None or os.fstat(opened).st_ino == file.stat().st_ino:
+                return lock
         lock.release()
 
 
