@@ -144,7 +144,10 @@ def _check_report(
     """Raise for what transformers says of the weights that it took."""
     where = f"{weights.where} holds no whole {kind.__name__}"
     if mismatched := sorted(report["mismatched_keys"]):
-        name, stored, needed = mismatched[0]
+        entry = mismatched[0]
+        if isinstance(entry, str):  # transformers 4 says no more than the name
+            raise BackboneError(f"{where}: {entry!r} has another shape there than by its config")
+        name, stored, needed = entry
         raise BackboneError(
             f"{where}: {name!r} is {tuple(stored)}, and by its config {tuple(needed)}"
         )

@@ -131,7 +131,7 @@ LOADERS = {
 }
 CHANGES = {
     "missing": (lambda w, key: {k: v for k, v in w.items() if k != key}, "it lacks"),
-    "shape": (lambda w, key: {**w, key: w[key][..., :3].clone()}, "and by its config"),
+    "shape": (lambda w, key: {**w, key: w[key][..., :3].clone()}, "by its config"),
     "integers": (lambda w, key: {**w, key: w[key].to(torch.int8)}, "whole numbers"),
     "nan": (lambda w, key: {**w, key: w[key] * float("nan")}, "NaN or infinity"),
     "prefix": (lambda w, key: {f"module.{k}": v for k, v in w.items()}, "it lacks"),
