@@ -95,8 +95,8 @@ def look_at(
 
 def _broken(broken: Sequence[tuple[str, str]], count: int, *, whole: bool) -> ImageError:
     go_on = ", or leave them out with skip_broken=True (--skip-broken)" if whole else ""
-    told = "; ".join(f"{printable(name)}: {why}" for name, why in broken)
-    return ImageError(f"{len(broken)} of {count} images are broken; mend them{go_on}: {told}")
+    listed = "; ".join(f"{printable(name)}: {why}" for name, why in broken)
+    return ImageError(f"{len(broken)} of {count} images are broken; mend them{go_on}: {listed}")
 
 
 def plan_digest(plan: Mapping[str, Any]) -> str:

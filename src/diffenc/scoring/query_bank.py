@@ -135,8 +135,8 @@ class QueryBank:
             NonFiniteError: Scores are no numbers, or the model's type does not hold the queries.
         """
         several = not isinstance(texts, str) and isinstance(texts, Iterable)
-        given = list(texts) if several else texts
-        listed = match_batch(given, len(given) if several else 1)
+        together = list(texts) if several else texts
+        listed = match_batch(together, len(together) if several else 1)
         if not listed:
             raise PromptError("got no texts; pass at least one")
         config = self.config

@@ -103,19 +103,19 @@ def _between_spaces(answer: str, letters: str) -> str | None:
 
 
 def _agreed(
-    found: Sequence[Statement], text: str, options: Sequence[str]
+    stated: Sequence[Statement], text: str, options: Sequence[str]
 ) -> tuple[int, Rule] | None:
     """What all statements say, if it is one option and no other option's words follow."""
-    letters = frozenset[str]().union(*(each.letters for each in found))
+    letters = frozenset[str]().union(*(each.letters for each in stated))
     index = LETTERS.find(next(iter(letters))) if len(letters) == 1 else -1
     if not 0 <= index < len(options):
         return None
-    rests = [text[each.end :] for each in found]
+    rests = [text[each.end :] for each in stated]
     if any(begins_with(rest, options) not in (None, index) for rest in rests):
         return None
     if any(goes_on(rest, options[index]) for rest in rests):
         return None
-    rules = {each.rule for each in found}
+    rules = {each.rule for each in stated}
     return index, next(rule for rule in _STATED if rule in rules)
 
 
@@ -128,13 +128,13 @@ def _repeats_options(text: str, options: Sequence[str]) -> bool:
 
 def _marked(text: str, letters: str) -> dict[str, bool]:
     """Letters in brackets, and whether each is somewhere not denied."""
-    found: dict[str, bool] = {}
+    marks: dict[str, bool] = {}
     for match in _MARKED.finditer(text):
         letter = match[1].upper()
         if letter in letters:
             denied = _DENIED_BEFORE.search(text, 0, match.start()) or is_refused(text, match.end())
-            found[letter] = found.get(letter, False) or not denied
-    return found
+            marks[letter] = marks.get(letter, False) or not denied
+    return marks
 
 
 def _only(marked: dict[str, bool]) -> str | None:

@@ -95,11 +95,11 @@ def opening(text: str) -> Statement | None:
     if match is None:
         return None
     marked = _MARK.match(text, match.end()) is not None
-    found = _with_more(text, match, "letter" if marked else "brackets")
+    statement = _with_more(text, match, "letter" if marked else "brackets")
     bare = match[1] is None
-    if is_refused(text, found.end) or (len(found.letters) == 1 and bare and not marked):
+    if is_refused(text, statement.end) or (len(statement.letters) == 1 and bare and not marked):
         return None
-    return found
+    return statement
 
 
 def goes_on(rest: str, option: str) -> bool:
@@ -130,9 +130,9 @@ def _lines(text: str) -> Iterator[Statement]:
 
 def _phrases(text: str) -> Iterator[Statement]:
     for match in _BEFORE.finditer(text):
-        found = _with_more(text, match, "phrase")
-        if not is_denied(text, match.start()) and not _NO_CHOICE.match(text, found.end):
-            yield found
+        statement = _with_more(text, match, "phrase")
+        if not is_denied(text, match.start()) and not _NO_CHOICE.match(text, statement.end):
+            yield statement
     for match in _AFTER.finditer(text):
         before = text[: match.start()]
         if not is_denied(text, match.start()) and not _LIST_BEFORE.search(before):
