@@ -95,6 +95,10 @@ class PromptTokens:
         nothing: list[bool] = (self.mask.sum(dim=1) == 0).tolist()
         return nothing
 
+    def is_unconditional(self, rule: Uncond) -> list[bool]:
+        """Per row whether it reads the unconditional embedding; by "empty" so does "" itself."""
+        return self.is_null() if rule == "empty" else self.is_absent()
+
     @staticmethod
     def concat(parts: "Sequence[PromptTokens]") -> "PromptTokens":
         """Rows of several, in order."""
@@ -184,10 +188,10 @@ def embed_tokens(
     """
     states = [state_key(part) for name, part in backbone.parts().items() if name.startswith("text")]
     cache = backbone.caches.prompts if use_cache and None not in states else None
-    on_cpu = tokens.to("cpu")
+    on_cpu, rule = tokens.to("cpu"), uncond or backbone.uncond_rule
     keys: list[tuple[object, ...]] = [
         (*states, "", size, uncond) if null else (*states, content_key(ids), size)
-        for ids, null in zip(on_cpu.ids, on_cpu.is_absent(), strict=True)
+        for ids, null in zip(on_cpu.ids, on_cpu.is_unconditional(rule), strict=True)
     ]
     rows = {key: row for row, key in reversed(list(enumerate(keys)))}
     known: dict[tuple[object, ...], PromptEmbeds] = {}
