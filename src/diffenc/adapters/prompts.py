@@ -96,6 +96,10 @@ class PromptTokens:
         nothing: list[bool] = (self.mask.sum(dim=1) == 0).tolist()
         return nothing
 
+    def is_unconditional(self, rule: Uncond) -> list[bool]:
+        """Per row whether it reads the unconditional embedding; by "empty" so does "" itself."""
+        return self.is_null() if rule == "empty" else self.is_absent()
+
     @staticmethod
     def concat(parts: "Sequence[PromptTokens]") -> "PromptTokens":
         """Rows of several, in order."""
@@ -174,8 +178,8 @@ def embed_tokens(
         use_cache: Look up and keep.
     """
     state = backbone.states().prompts if use_cache else None
-    on_cpu = tokens.to("cpu")
-    absent = on_cpu.is_absent()
+    on_cpu, rule = tokens.to("cpu"), uncond or backbone.uncond_rule
+    absent = on_cpu.is_unconditional(rule)
     keys: list[tuple[object, ...]] = [
         (state, "", size, uncond) if null else (state, content_key(ids), content_key(mask), size)
         for ids, mask, null in zip(on_cpu.ids, on_cpu.mask, absent, strict=True)

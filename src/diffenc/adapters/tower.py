@@ -353,7 +353,7 @@ class DiffusionVisionTower(nn.Module):
     def _is_unconditional(self, tokens: PromptTokens) -> bool:
         """Whether the encoder may be given nothing, and look up what it knows of the pictures."""
         rule = self.spec.uncond or self.encoder.backbone.uncond_rule
-        return all(tokens.is_null() if rule == "empty" else tokens.is_absent())
+        return all(tokens.is_unconditional(rule))
 
     def _tell_of_null(self) -> None:
         if self.spec.prompted and not self._told_of_null:
