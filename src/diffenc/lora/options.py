@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from diffenc.arguments import number, whole
+from diffenc.arguments import number, shown, whole
 from diffenc.errors import ConfigError
 
 _LARGEST = 2**16
@@ -39,5 +39,5 @@ class LoraOptions:
         unknown = [name for name in self.projections if name not in PROJECTIONS]
         if unknown or not self.projections:
             raise ConfigError(
-                f"projections must be some of {list(PROJECTIONS)}, got {list(self.projections)}"
+                f"projections must be some of {list(PROJECTIONS)}, got {shown(self.projections)}"
             )

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffenc._inference import lasting
-from diffenc.arguments import shown, sides, whole, wholes
+from diffenc.arguments import shown, sides, text, whole, wholes
 from diffenc.errors import ConfigError, OutputError, ShapeError
 from diffenc.maps import to_grid
 from diffenc.projector.saved import SavedProjector, load_weights
@@ -157,6 +157,7 @@ class Projector(SavedProjector):
 
 
 def _layers(in_features: int, out_features: int, kind: str) -> nn.Module:
+    kind = text("kind", kind)
     if kind == "linear":
         return nn.Linear(in_features, out_features)
     if kind == "identity":
@@ -166,8 +167,7 @@ def _layers(in_features: int, out_features: int, kind: str) -> nn.Module:
                 f"{out_features}; take 'linear' or 'mlp2x_gelu'"
             )
         return nn.Identity()
-    match = _MLP.fullmatch(kind) if isinstance(kind, str) else None
-    if match is None:
+    if (match := _MLP.fullmatch(kind)) is None:
         raise ConfigError(
             f"kind must be 'linear', 'identity' or 'mlpNx_gelu' such as 'mlp2x_gelu', got "
             f"{shown(kind)}"
