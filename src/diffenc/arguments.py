@@ -72,6 +72,17 @@ def number(name: str, value: Any, *, error: type[DiffencError] = ConfigError) ->
     return real
 
 
+def flag(name: str, value: Any, *, error: type[DiffencError] = ConfigError) -> bool:
+    """True or False; a word or a number is neither.
+
+    Raises:
+        DiffencError: `error`: another kind of value.
+    """
+    if isinstance(value, bool) or type(value).__name__ == "bool_":  # numpy's, by name
+        return bool(value)
+    raise error(f"{name} must be True or False, got {shown(value)}")
+
+
 def text(name: str, value: Any, *, error: type[DiffencError] = ConfigError) -> str:
     """One text, of valid Unicode.
 

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from diffenc._inference import lasting, make_plain
-from diffenc.arguments import whole
+from diffenc.arguments import shown, whole
 from diffenc.digests import weights_mark
 from diffenc.errors import BackboneError, ConfigError, OutputError
 from diffenc.pretrained import (
@@ -206,6 +206,13 @@ class ClipEmbedder(nn.Module):
         self.vision_model, self.visual_projection = model.vision_model, model.visual_projection
         make_plain(self)
         self.eval().requires_grad_(False)
+        if not (
+            processor is None or isinstance(processor, dict) or hasattr(processor, "image_mean")
+        ):
+            raise ConfigError(
+                "processor must be an image processor of transformers or a dict of its values, got "
+                f"{shown(processor)}"
+            )
         told = processor if isinstance(processor, dict) else getattr(processor, "__dict__", {})
         self.mean = tuple(map(float, told.get("image_mean") or _OPENAI_MEAN))
         self.std = tuple(map(float, told.get("image_std") or _OPENAI_STD))

@@ -87,7 +87,7 @@ class ClipTokens(VisionModel):
         if not -depth <= layer + 1 <= depth + 1:
             raise ConfigError(
                 f"layer must be {-depth - 1} to {depth}, an index into the embeddings and the "
-                f"outputs of this model's {depth} layers, got {layer!r}"
+                f"outputs of this model's {depth} layers, got {shown(layer)}"
             )
         self._cache = TensorCache(_CACHE_BYTES)
         self.model.eval()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffenc._inference import lasting
 from diffenc._typing import Conditioning, Prediction
-from diffenc.arguments import shown
+from diffenc.arguments import flag, shown, text
 from diffenc.backbones import Architecture, TapInfo, describe, load_backbone, model_name
 from diffenc.backbones.base import Backbone, States
 from diffenc.backbones.device import Device, Dtype
@@ -82,7 +82,7 @@ class DiffusionEncoder(TrainableParts):
             raise ConfigError(f"config must be an EncoderConfig, got {shown(config)}")
         self.backbone = backbone
         self.config = config or EncoderConfig()
-        self.use_cache = use_cache
+        self.use_cache = flag("use_cache", use_cache)
         self._matched: tuple[object, tuple[TapInfo, ...]] = (None, ())
         _ = self._taps  # checks them
         length = len(backbone.scheduler.alphas_cumprod)
@@ -173,6 +173,7 @@ class DiffusionEncoder(TrainableParts):
             "tokenizer": tokenizer,
             "tokenizer_2": tokenizer_2,
         }
+        truncate, trainable = flag("truncate", truncate), flag("trainable", trainable)
         config, contents, folder = EncoderConfig(), None, Path()
         given = [part for part, value in parts.items() if value is not None]
         if isinstance(name, (str, os.PathLike)) and is_saved(model_name(name)):
@@ -197,7 +198,7 @@ class DiffusionEncoder(TrainableParts):
         else:
             named = ("architecture", "prediction_type", "unet", "vae")
             told = describe(name, **{part: parts[part] for part in named})
-        published = {} if preset is None else preset_options(preset, told.family)
+        published = {} if preset is None else preset_options(text("preset", preset), told.family)
         config = EncoderConfig.from_dict({**config.to_dict(), **published, **options})
         # Taps are checked before weights are loaded.
         taps = told.match_taps(config.taps or told.default_taps)
@@ -245,6 +246,7 @@ class DiffusionEncoder(TrainableParts):
             OutputError: The folder cannot be written.
             ConfigError: The backbone was given as a pipeline, which no file can name; include it.
         """
+        include_backbone = flag("include_backbone", include_backbone)
         target = checked_path("a saved encoder", folder, error=OutputError)
         backbone, config = self.backbone, self.config
         if PIPELINE in backbone.given and not include_backbone:

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffenc._inference import lasting
-from diffenc.arguments import sides
+from diffenc.arguments import flag, sides
 from diffenc.backbones import TapInfo
 from diffenc.backbones.base import Backbone
 from diffenc.backbones.device import Device, Dtype
@@ -113,6 +113,7 @@ class FusedEncoder(nn.Module):
         super().__init__()
         check_choice("how", how, get_args(How))
         check_choice("view", view, get_args(View))
+        freeze_clip = flag("freeze_clip", freeze_clip)
         if grid is not None:
             grid = sides("grid", grid)
         if not isinstance(diffusion, DiffusionEncoder):

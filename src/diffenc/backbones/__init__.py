@@ -100,8 +100,8 @@ def load_backbone(
         dtype: Floating point type of the U-Net and the text encoders: float32, bfloat16 or
             float16, or its name. None is float32, and what a pipeline or a `Backbone` has.
         device: Device of the parts. None is the CPU, and where a pipeline or a `Backbone` is.
-        keep_taps: Module paths of the U-Net; what lies behind the last of them is neither loaded
-            nor run. None loads everything.
+        keep_taps: Readable places of the U-Net, see `list_taps`; what lies behind the last of them
+            is neither loaded nor run. None loads everything.
         architecture: For a single file: the alias or the diffusers folder whose configs describe
             it, where the file does not show that itself.
         prediction_type: What the U-Net predicts: "epsilon", "v_prediction" or "sample". None takes
@@ -128,6 +128,7 @@ def load_backbone(
             model of another kind.
         ConfigError: The device or its support of `dtype` is missing, options contradict, or the
             model contradicts itself.
+        TapError: One of `keep_taps` names nothing.
     """
     given = GivenParts(
         unet=unet,
@@ -151,6 +152,11 @@ def load_backbone(
     name = name if is_pipeline(name) else lasting_source(model_name(name))
     architecture = None if architecture is None else lasting_source(architecture)
     told = _described(name, architecture, prediction_type, given)
+    if keep_taps is not None:
+        keep_taps = [tap.name for tap in told.match_taps(keep_taps)]
+    second = [part for part in given.references() if part.endswith("_2")]
+    if second and told.family != "sdxl":
+        raise ConfigError(f"{second[0]} is SDXL's; this model has one text encoder: leave it out")
     if is_pipeline(name):
         if given.references():
             raise ConfigError(

@@ -69,7 +69,7 @@ def _as_device(device: "str | int | torch.device") -> torch.device:
         torch.empty(1, dtype=torch.float32, device=place)
     except Exception as error:  # of many kinds: each backend has its own
         raise ConfigError(
-            f"cannot use device {shown}: {reason_of(error).partition('. ')[0]}"
+            f"cannot use device {shown}: {printable(reason_of(error).partition('. ')[0])}"
         ) from error
     if place.type == "meta":
         raise ConfigError(

@@ -10,6 +10,7 @@ Where a preset still differs from its release stands in "Taps and timesteps" of 
 
 from typing import Any
 
+from diffenc.arguments import shown
 from diffenc.errors import ConfigError, near_matches
 
 _GDF_SD = (
@@ -70,7 +71,7 @@ def preset_options(name: str, family: str) -> dict[str, Any]:
     """
     if name not in _PRESETS:
         raise ConfigError(
-            f"unknown preset {name!r}.{near_matches(name, _PRESETS)} Known are {sorted(_PRESETS)}."
+            f"unknown preset {shown(name)}.{near_matches(name, _PRESETS)} Known are {sorted(_PRESETS)}."
         )
     families = _PRESETS[name]
     if family not in families:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from diffenc._inference import lasting
+from diffenc.arguments import entries
 from diffenc.errors import BackboneError, ConfigError, TapError, near_matches
 from diffenc.hooks import ForwardTaps
 from diffenc.storage.names import printable, reason
@@ -133,7 +134,7 @@ def tap_patterns(taps: object) -> tuple[str, ...]:
             "taps must be module paths in the order in which their features are returned, as a "
             f"list or a tuple, got {type(taps).__name__}"
         )
-    patterns = tuple(taps)
+    patterns = tuple(entries(taps))
     if other := [tap for tap in patterns if not isinstance(tap, str)]:
         raise ConfigError(
             f"taps must be module paths, as text, got {printable(repr(other[0]))}; "

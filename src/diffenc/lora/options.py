@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from diffenc.arguments import whole
+from diffenc.arguments import shown, whole
 from diffenc.checks import conform
 from diffenc.errors import ConfigError
 
@@ -42,5 +42,5 @@ class LoraOptions:
         unknown = [name for name in self.projections if name not in PROJECTIONS]
         if unknown or not self.projections:
             raise ConfigError(
-                f"projections must be some of {list(PROJECTIONS)}, got {list(self.projections)}"
+                f"projections must be some of {list(PROJECTIONS)}, got {shown(self.projections)}"
             )

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from diffenc._inference import lasting
-from diffenc.arguments import shown, sides, whole, wholes
+from diffenc.arguments import shown, sides, text, whole, wholes
 from diffenc.errors import ConfigError, ShapeError
 from diffenc.maps import to_grid
 from diffenc.projector.saved import SavedProjector, load_weights
@@ -156,6 +156,7 @@ class Projector(SavedProjector):
 def _layers(
     in_features: int, out_features: int, kind: str, device: str | torch.device
 ) -> nn.Module:
+    kind = text("kind", kind)
     if kind == "linear":
         return _linear(in_features, out_features, device)
     if kind == "identity":
@@ -165,8 +166,7 @@ def _layers(
                 f"{out_features}; take 'linear' or 'mlp2x_gelu'"
             )
         return nn.Identity()
-    match = _MLP.fullmatch(kind) if isinstance(kind, str) else None
-    if match is None:
+    if (match := _MLP.fullmatch(kind)) is None:
         raise ConfigError(
             f"kind must be 'linear', 'identity' or 'mlpNx_gelu' such as 'mlp2x_gelu', got "
             f"{shown(kind)}"

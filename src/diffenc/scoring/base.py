@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from diffenc._inference import lasting
-from diffenc.arguments import shown
+from diffenc.arguments import flag, shown, text
 from diffenc.arguments import texts as listed
 from diffenc.attention import match_layers
 from diffenc.attention_scores import layer_mix
@@ -64,7 +64,7 @@ class ConfiguredScorer(nn.Module):
             raise ConfigError(f"config must be a ScorerConfig, got {shown(config)}")
         self.backbone = backbone
         self.config = config or ScorerConfig()
-        self.use_cache = use_cache
+        self.use_cache = flag("use_cache", use_cache)
         self.references = references
         self.rows, self.queries = TensorCache(_ROW_BYTES), TensorCache(_QUERY_BYTES)
         if self.config.attention:
@@ -106,12 +106,13 @@ class ConfiguredScorer(nn.Module):
             ConfigError: An option or a preset is unknown or not allowed.
             TapError: A layer does not exist in this model.
         """
-        values, references = scorer_preset(preset or "calibrated"), None
+        preset = preset if preset is None else text("preset", preset)
+        values, references = scorer_preset("calibrated" if preset is None else preset), None
         saved = None
         if isinstance(name, (str, os.PathLike)) and is_saved_scorer(model_name(name)):
             folder = Path(lasting_source(name))
             saved = read_scorer(folder)
-            values = {**saved.options, **(scorer_preset(preset) if preset else {})}
+            values = {**saved.options, **({} if preset is None else scorer_preset(preset))}
             name, references = saved.backbone, saved.references
         config = ScorerConfig.from_dict({**values, **_plain(options)})
         parts = {} if saved is None else dict(saved.parts)
@@ -147,7 +148,7 @@ class ConfiguredScorer(nn.Module):
         Raises:
             ConfigError: An option or a preset is unknown or not allowed.
         """
-        values = self.config.to_dict() if preset is None else scorer_preset(preset)
+        values = self.config.to_dict() if preset is None else scorer_preset(text("preset", preset))
         config = ScorerConfig.from_dict({**values, **_plain(options)})
         return type(self)(
             self.backbone, config, use_cache=self.use_cache, references=self.references
