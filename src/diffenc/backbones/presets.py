@@ -71,7 +71,8 @@ def preset_options(name: str, family: str) -> dict[str, Any]:
     """
     if name not in _PRESETS:
         raise ConfigError(
-            f"unknown preset {shown(name)}.{near_matches(name, _PRESETS)} Known are {sorted(_PRESETS)}."
+            f"unknown preset {shown(name)}.{near_matches(name, _PRESETS)} Known are "
+            f"{sorted(_PRESETS)}."
         )
     families = _PRESETS[name]
     if family not in families:
