@@ -57,9 +57,8 @@ def preset_options(name: str, family: str) -> dict[str, Any]:
         ConfigError: No such preset, or not for this family.
     """
     if name not in _PRESETS:
-        raise ConfigError(
-            f"unknown preset {shown(name)}.{near_matches(name, _PRESETS)} Known are {sorted(_PRESETS)}."
-        )
+        hint = near_matches(name, _PRESETS)
+        raise ConfigError(f"unknown preset {shown(name)}.{hint} Known are {sorted(_PRESETS)}.")
     families = _PRESETS[name]
     if family not in families:
         raise ConfigError(
