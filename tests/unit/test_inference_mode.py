@@ -4,8 +4,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from diffenc import CrossAttnScorer, DiffusionEncoder, Projector, load_backbone
-from diffenc._inference import lasting
+from diffenc import CrossAttnScorer, DiffusionEncoder, Projector
+from diffenc._inference import lasting, make_plain
 from diffenc.backbones import reach
 from diffenc.cache import TensorCache
 
@@ -59,7 +59,6 @@ def test_an_adapter_and_a_captioner_made_inside_train_outside(tiny_sd_folder):
     assert trains(encoder)
     other = load(tiny_sd_folder)
     other.add_lora(rank=2)
-    assert other.named_trainable_parameters().__class__ is not None
     assert trains(other)
 
 
@@ -138,15 +137,11 @@ def test_gradients_stay_off_where_they_are_off():
         assert not enabled()
 
 
-def test_tied_weights_stay_tied(tiny_sd_folder):
+def test_tied_weights_stay_tied():
     with torch.inference_mode():
-        encoder = load_backbone(tiny_sd_folder).text_encoder
         shared = torch.nn.Linear(3, 3)
         pair = torch.nn.ModuleList([shared, torch.nn.Linear(3, 3)])
         pair[1].weight = shared.weight
-    from diffenc._inference import make_plain
-
     make_plain(pair)
     assert pair[1].weight is pair[0].weight
     assert not pair[0].weight.is_inference()
-    assert encoder.training is False
