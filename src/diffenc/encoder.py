@@ -466,9 +466,7 @@ class DiffusionEncoder(TrainableParts):
         return image_sizes(images) if told == "image" else [told] * batch
 
     def _conditioning(self, wanted: Conditioning | None, prompts: object) -> Conditioning:
-        unprompted = prompts is None or (isinstance(prompts, str) and prompts == "")
-        if self.captioner is not None:
-            unprompted, prompts = False, ""
+        unprompted = prompts is None and self.captioner is None
         chosen = self.config.conditioning if wanted is None else wanted
         if chosen is None:
             chosen = "uncond" if unprompted else "cond"

@@ -63,7 +63,8 @@ def _scaling(config: Any, latents: Tensor) -> tuple[Tensor | float, Tensor | flo
     if mean is None or std is None:
         return config.get("shift_factor", None) or 0.0, scale
     means, stds = (
-        torch.as_tensor(values).to(latents).reshape(1, -1, 1, 1) for values in (mean, std)
+        torch.as_tensor(values, dtype=latents.dtype, device=latents.device).reshape(1, -1, 1, 1)
+        for values in (mean, std)
     )
     return means, scale / stds
 

@@ -120,7 +120,7 @@ def content_key(values: Tensor) -> bytes:
 
 def scheduler_key(scheduler: Any) -> Hashable:
     """The noise levels of a scheduler and what a model under it predicts."""
-    levels = torch.as_tensor(scheduler.alphas_cumprod)
+    levels = torch.as_tensor(scheduler.alphas_cumprod, dtype=torch.float64, device="cpu")
     config = getattr(scheduler, "config", None)
     return content_key(levels), str(getattr(config, "prediction_type", None))
 

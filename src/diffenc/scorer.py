@@ -141,7 +141,7 @@ class CrossAttnScorer(ConfiguredScorer):
             PromptError: No text, or something that is none.
             NonFiniteError: NaN or infinity came out of the U-Net.
         """
-        trials = whole("trials", trials, least=1, most=10**6)
+        trials = whole("trials", trials, least=1)
         screen = None if screen is None else whole("screen", screen)
         check_choice("screen_over", screen_over, get_args(Candidates))
         if screen is not None and self.config.mode == "shared-query":

@@ -208,7 +208,7 @@ def test_broken_pictures_are_named_or_left_out(tiny_sd_folder, pictures, tmp_pat
     arguments = ("index", *every, "-o", tmp_path / "bank", "-m", tiny_sd_folder, *INDEX)
     refused = run(*arguments)
     assert refused.exit_code == 2
-    assert "2 of 5 images are broken" in refused.output
+    assert "2 of 5 images cannot be read" in refused.output
     assert "broken.png" in refused.output
     assert "none.png" in refused.output
     assert not (tmp_path / "bank").exists()

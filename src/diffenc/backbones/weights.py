@@ -173,7 +173,7 @@ def _fill_positions(model: nn.Module) -> None:
     for module in model.modules():
         ids = getattr(module, "position_ids", None)
         if isinstance(ids, Tensor) and ids.is_meta:
-            places = torch.arange(ids.shape[-1], device="cpu").expand(1, -1)
+            places = torch.arange(ids.shape[-1], dtype=torch.long, device="cpu").expand(1, -1)
             module.register_buffer("position_ids", places, persistent=False)
 
 

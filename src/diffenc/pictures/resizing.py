@@ -113,11 +113,11 @@ def _filter(side: int, scaled: int, start: int, count: int) -> tuple[int, Tensor
     """
     scale = side / scaled
     width = max(scale, 1.0)
-    centers = (torch.arange(start, start + count, dtype=torch.float64) + 0.5) * scale
+    centers = (torch.arange(start, start + count, dtype=torch.float64, device="cpu") + 0.5) * scale
     first = (centers - 2 * width + 0.5).long().clamp(min=0)
     last = (centers + 2 * width + 0.5).long().clamp(max=side)
     low, high = int(first.min()), int(last.max())
-    pixels = torch.arange(low, high)
+    pixels = torch.arange(low, high, dtype=torch.float64, device="cpu")
     x = ((pixels + 0.5 - centers[:, None]) / width).abs()
     near = (1.5 * x - 2.5) * x * x + 1
     far = ((-0.5 * x + 2.5) * x - 4) * x + 2

@@ -207,7 +207,8 @@ class ConfiguredScorer(nn.Module):
             )
             changed = {"calibration": "given", "reference_digest": references.digest}
         if texts is not None:
-            changed["reference_texts"] = listed("texts", texts, error=PromptError)
+            none = not isinstance(texts, str) and not len(texts)
+            changed["reference_texts"] = () if none else listed("texts", texts, error=PromptError)
         with backbone.lock:  # a call reads both
             self.references = references
             self.config = replace(self.config, **changed)

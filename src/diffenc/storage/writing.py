@@ -115,9 +115,11 @@ def begin_folder(folder: StrPath, marker: str) -> Path:
     Raises:
         OutputError: The folder cannot be written.
     """
+    target = Path(folder)
     with reporting(folder):
-        (make_folder(folder) / marker).unlink(missing_ok=True)
-    return Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        (target / marker).unlink(missing_ok=True)
+    return target
 
 
 @contextmanager
