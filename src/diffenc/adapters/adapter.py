@@ -233,12 +233,12 @@ def _called(model: str) -> str:
 def _belongs(written: str, spec: TowerSpec) -> bool:
     """Whether a fingerprint in a file is that of a spec; earlier versions wrote whole paths."""
     try:
-        told = json.loads(written)
+        told = parse_json(written, where="an adapter's mark")
         model = told["model"]
         if Path(spec.model).is_absolute():
             told["model"] = Path(model).name
         return json.dumps(told, sort_keys=True) == fingerprint(spec)
-    except (ValueError, TypeError, KeyError):
+    except (ConfigError, ValueError, TypeError, KeyError):
         return False
 
 

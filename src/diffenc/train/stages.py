@@ -157,7 +157,7 @@ def _train(
             source = None if not checkpoint else str(checkpoint)
             outcome = trainer.train(resume_from_checkpoint=source)
     except ImageError as error:  # from a process that reads, with its traceback in the message
-        fault = str(error).strip().splitlines()[-1].removeprefix("diffenc.errors.ImageError: ")
+        fault = str(error).strip().split("\n")[-1].removeprefix("diffenc.errors.ImageError: ")
         raise ImageError(
             f"{fault}. Repair it and go on (--resume), or train without it: data.skip_broken = true"
         ) from error
