@@ -150,14 +150,14 @@ def test_a_long_conversation_ends_when_everything_is_asked():
     assert conversation(scene, turns=2, seed=3) == conversation(scene, turns=2, seed=3)
 
 
-@pytest.mark.parametrize("objects", [(), (THING,) * 4], ids=len)
+@pytest.mark.parametrize("objects", [(), (THING,) * 10], ids=len)
 def test_scenes_without_words_are_refused(objects):
     scene = Scene(objects)
-    with pytest.raises(ConfigError, match=f"1 to 3 objects, this one has {len(objects)}"):
+    with pytest.raises(ConfigError, match=f"1 to 9 objects, this one has {len(objects)}"):
         questions(scene)
-    with pytest.raises(ConfigError, match="1 to 3 objects"):
+    with pytest.raises(ConfigError, match="1 to 9 objects"):
         sample_question(scene, random.Random(0))
-    with pytest.raises(ConfigError, match="1 to 3 objects"):
+    with pytest.raises(ConfigError, match="1 to 9 objects"):
         conversation(scene)
 
 

@@ -73,10 +73,10 @@ def test_attention_inside_costs_nothing_and_outside_everything() -> None:
 
 def test_whitening_changes_the_latents_and_not_the_pictures() -> None:
     torch.manual_seed(0)
-    vae = build().eval().requires_grad_(False)
-    held_out = pictures(16, "test")
+    vae = build((16, 32, 64), 64).eval().requires_grad_(False)
+    held_out = pictures(16, "test", size=64, crowds=0.0)
     before = vae.decode(vae.encode(held_out).latent_dist.mode()).sample
-    whiten(vae)
+    whiten(vae, pictures(256, "whiten", size=64, crowds=0.0))
     latents = vae.encode(held_out).latent_dist.mode()
     torch.testing.assert_close(vae.decode(latents).sample, before, rtol=0, atol=1e-3)
     mean, covariance = correlations(latents / UNITS.view(1, 4, 1, 1))

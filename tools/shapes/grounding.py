@@ -13,21 +13,27 @@ from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
 from diffenc.shapes.captions import SIZE_WORDS
-from diffenc.shapes.scenes import COLORS, SHAPES, Scene
+from diffenc.shapes.scenes import COLORS, SHAPES, Scene, Shape
 
 GROUNDED_LAYERS = ("up_blocks.1", "up_blocks.2")
 """The decoder's finer levels, as in TokenCompose; all other layers are left to themselves."""
-_NOUNS = {word: shape for shape in SHAPES for word in (shape, f"{shape}s")}
+_NOUNS: dict[str, Shape | None] = {
+    **{word: shape for shape in SHAPES for word in (shape, f"{shape}s")},
+    "object": None,
+    "objects": None,
+}
 _SIZES = {word: size for size, words in SIZE_WORDS.items() for word in words}
 
 
-def spoken_of(tokenizer: CLIPTokenizer, text: str, scene: Scene) -> list[int]:
+def spoken_of(
+    tokenizer: CLIPTokenizer, text: str, scene: Scene, *, colors: bool = False
+) -> list[int]:
     """Per token of the padded text a bit set of the scene's objects; 0 where it names none.
 
-    A shape word stands for the objects that have its shape and the colour and size of the words
-    right before it. Those words themselves are left alone: the text encoder is causal, so "red"
-    does not know whose colour it is, and could follow its mask only by looking for red, which is
-    just what must not happen where colours are exchanged.
+    A shape word, or "object", stands for the objects that have its shape and the colour and size of
+    the words right before it. Size words are left alone, and so are colour words unless `colors`
+    is on, where each stands for all objects of that colour. The text encoder is causal: "red" does
+    not know whose colour it is, and can follow its mask only by looking for red.
     """
     ids = tokenizer(text, padding="max_length", truncation=True).input_ids
     words = [piece.removesuffix("</w>") for piece in tokenizer.convert_ids_to_tokens(ids)]
@@ -36,13 +42,16 @@ def spoken_of(tokenizer: CLIPTokenizer, text: str, scene: Scene) -> list[int]:
     for position, word in enumerate(words):
         if word in COLORS or word in _SIZES:
             adjectives.append(position)
+            if colors and word in COLORS:
+                alike = (i for i, thing in enumerate(scene.objects) if thing.color == word)
+                bits[position] = sum(1 << index for index in alike)
             continue
-        if word in _NOUNS:
+        if word in _NOUNS and (colors or _NOUNS[word] is not None):
             named = {words[index] for index in adjectives}
             members = sum(
                 1 << index
                 for index, thing in enumerate(scene.objects)
-                if thing.shape == _NOUNS[word]
+                if _NOUNS[word] in (None, thing.shape)
                 and all(w == thing.color or _SIZES.get(w) == thing.size for w in named)
             )
             bits[position] = members

@@ -79,9 +79,9 @@ def build(tokenizer: CLIPTokenizer) -> CLIPModel:
     )
 
 
-def pixels(scenes: list[Scene]) -> Tensor:
-    """CLIP's input: (b 3 64 64), mean 0.5 and deviation 0.5, so [-1, 1]."""
-    stacked = np.stack([render_array(scene) for scene in scenes])
+def pixels(scenes: list[Scene], size: int = 64) -> Tensor:
+    """CLIP's input: (b 3 size size), mean 0.5 and deviation 0.5, so [-1, 1]."""
+    stacked = np.stack([render_array(scene, size) for scene in scenes])
     return torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 

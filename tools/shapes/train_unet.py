@@ -1,6 +1,7 @@
 """Train the U-Net of the miniature diffusion model on frozen latents and a frozen text encoder.
 
     python tools/shapes/train_unet.py --steps 6000
+    python tools/shapes/train_unet.py --size 128 --crowds 0.65 --colors --model runs/shapes-many
 
 Needs the VAE, the text encoder and the tokenizer in `--model`. Latents, token ids and masks of the
 training scenes are computed once and kept beside the run. Writes averaged weights to `--model`.
@@ -17,6 +18,7 @@ import random
 from pathlib import Path
 
 import torch
+from crowd_texts import crowd_text, false_caption
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from grounding import GROUNDED_LAYERS, outside, spoken_of
 from texts import training_scene, training_text, wrong_captions
@@ -27,6 +29,7 @@ from training import VALIDATION_SEED, Run
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffenc.attention import CrossAttnTaps
+from diffenc.shapes.crowds import COUNTS, sample_crowd
 from diffenc.shapes.pairs import WINOGROUND_KINDS, WinogroundKind, winoground_items
 from diffenc.shapes.render import masks
 from diffenc.shapes.scenes import Scene
@@ -101,12 +104,21 @@ def encode(vae: AutoencoderKL, values: Tensor) -> Tensor:
     return latents
 
 
-def cached_data(file: Path, count: int, vae: AutoencoderKL, text: Text) -> dict[str, Tensor]:
+def cached_data(
+    file: Path,
+    count: int,
+    vae: AutoencoderKL,
+    text: Text,
+    *,
+    size: int,
+    crowds: float,
+    colors: bool,
+) -> dict[str, Tensor]:
     """What the training reads of its scenes, in integers and half precision.
 
-    latents (n 4 16 16), shares (n 3 16 16) of each cell that an object covers in 255ths, and for
-    several texts a scene their token ids and the objects they speak of (n texts 32), and the ids of
-    a wrong caption (0 throughout where there is none).
+    latents (n 4 16 16), shares (n objects 16 16) of each cell that an object covers in 255ths, and
+    for several texts a scene their token ids and the objects they speak of (n texts 32), and the
+    ids of a wrong caption (0 throughout where there is none).
     """
     if file.exists():
         kept: dict[str, Tensor] = torch.load(file, weights_only=True)
@@ -115,28 +127,40 @@ def cached_data(file: Path, count: int, vae: AutoencoderKL, text: Text) -> dict[
     found: dict[str, list[Tensor]] = {"latents": [], "shares": [], "ids": [], "bits": []}
     found["wrong"] = []
     other = random.Random("unet/twins")
+    most = COUNTS[1] if crowds else 3
     for start in range(0, count, CHUNK):
-        drawn = [training_scene(rng) for _ in range(CHUNK)]
+        drawn = [
+            (sample_crowd(rng), ()) if crowds and rng.random() < crowds else training_scene(rng)
+            for _ in range(CHUNK)
+        ]
         scenes = [scene for scene, _ in drawn]
-        found["latents"].append(encode(vae, pixels(scenes)).half())
-        found["shares"].append(torch.stack([covered(scene) for scene in scenes]))
+        found["latents"].append(encode(vae, pixels(scenes, size)).half())
+        found["shares"].append(torch.stack([covered(scene, size, most) for scene in scenes]))
         texts = [
-            [training_text(scene, rng, saying=saying) for _ in range(TEXTS_PER_SCENE)]
+            [
+                crowd_text(scene, rng)
+                if len(scene.objects) >= COUNTS[0]
+                else training_text(scene, rng, saying=saying)
+                for _ in range(TEXTS_PER_SCENE)
+            ]
             for scene, saying in drawn
         ]
         ids = text.ids([line for lines in texts for line in lines])
         found["ids"].append(ids.view(CHUNK, TEXTS_PER_SCENE, -1).short())
         wrong = [
-            wrong_captions(scene, lines, other) for scene, lines in zip(scenes, texts, strict=True)
+            [false_caption(scene, line, other) for line in lines]
+            if len(scene.objects) >= COUNTS[0]
+            else wrong_captions(scene, lines, other)
+            for scene, lines in zip(scenes, texts, strict=True)
         ]
         twins = text.ids([line or "" for lines in wrong for line in lines])
         twins *= torch.tensor([[line is not None] for lines in wrong for line in lines])
         found["wrong"].append(twins.view(CHUNK, TEXTS_PER_SCENE, -1).short())
         bits = [
-            [spoken_of(text.tokenizer, line, scene) for line in lines]
+            [spoken_of(text.tokenizer, line, scene, colors=colors) for line in lines]
             for scene, lines in zip(scenes, texts, strict=True)
         ]
-        found["bits"].append(torch.tensor(bits, dtype=torch.uint8))
+        found["bits"].append(torch.tensor(bits, dtype=torch.int16))
         if start % (20 * CHUNK) == 0:
             print(f"encoded {start}", flush=True)
     data = {name: torch.cat(parts) for name, parts in found.items()}
@@ -144,11 +168,11 @@ def cached_data(file: Path, count: int, vae: AutoencoderKL, text: Text) -> dict[
     return data
 
 
-def covered(scene: Scene) -> Tensor:
-    """Share of each latent cell that an object covers, in 255ths (3 16 16)."""
-    seen = torch.from_numpy(masks(scene)).float()
-    shares = torch.zeros(3, 16, 16)
-    shares[: len(seen)] = F.avg_pool2d(seen, 4)
+def covered(scene: Scene, size: int, most: int) -> Tensor:
+    """Share of each latent cell that an object covers, in 255ths (most 16 16)."""
+    seen = torch.from_numpy(masks(scene, size)).float()
+    shares = torch.zeros(most, 16, 16)
+    shares[: len(seen)] = F.avg_pool2d(seen, size // 16)
     return (255 * shares).round().byte()
 
 
@@ -159,7 +183,8 @@ def winoground_text(
     """Text, image and group score in percent, by negative squared error with shared noise."""
     pairs = winoground_items(items, seed=VALIDATION_SEED, kinds=[kind])
     schedule = build_scheduler().alphas_cumprod
-    latents = encode(vae, pixels([scene for pair in pairs for scene in pair.scenes]))
+    size = vae.config.sample_size
+    latents = encode(vae, pixels([scene for pair in pairs for scene in pair.scenes], size))
     states = text.states(text.ids([caption for pair in pairs for caption in pair.captions]))
     rows = torch.arange(2 * items)
     scores = torch.zeros(2, 2, items)  # image, text
@@ -211,6 +236,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--run", type=Path, default=Path("runs/shapes-unet"))
     parser.add_argument("--model", type=Path, default=Path("runs/shapes"))
+    parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
+    parser.add_argument("--crowds", type=float, default=0.0, help="share of crowded scenes")
+    parser.add_argument("--colors", action="store_true", help="ground colour words and 'object'")
     parser.add_argument("--warm-start", type=Path, help="a U-Net folder to go on from")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -218,7 +246,15 @@ def main() -> None:
     vae = AutoencoderKL.from_pretrained(options.model / "vae").eval()
     text = Text(options.model)
     options.run.mkdir(parents=True, exist_ok=True)
-    data = cached_data(options.run / "data.pt", options.scenes, vae, text)
+    data = cached_data(
+        options.run / "data.pt",
+        options.scenes,
+        vae,
+        text,
+        size=options.size,
+        crowds=options.crowds,
+        colors=options.colors,
+    )
     unet = build_unet()
     if options.warm_start is not None:
         unet = UNet2DConditionModel.from_pretrained(options.warm_start)

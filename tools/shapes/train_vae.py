@@ -1,6 +1,7 @@
 """Train the autoencoder of the miniature model: L1 and squared error on rendered scenes.
 
     python tools/shapes/train_vae.py --steps 2500
+    python tools/shapes/train_vae.py --size 128 --channels 8 16 32 64 --crowds 0.65 --batch 16
 
 Resumable: started again, it goes on from `--run`. Writes a diffusers folder to `--output`.
 
@@ -13,6 +14,8 @@ afterwards, and the decoder reads them through noise.
 import argparse
 import json
 import random
+from collections.abc import Sequence
+from functools import partial
 from operator import eq
 from pathlib import Path
 
@@ -25,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from training import VALIDATION_SEED, Run
 
+from diffenc.shapes.crowds import sample_crowd
 from diffenc.shapes.render import render_array
 from diffenc.shapes.scenes import sample_scene, sample_scenes
 
@@ -48,24 +52,29 @@ UNITS = torch.tensor(LATENT_STDS) / SCALING_FACTOR
 """One standard deviation of each channel, before scaling."""
 
 
-def pictures(count: int, seed: str) -> Tensor:
-    """Rendered scenes in [-1, 1]; some overlap, as users' own scenes may."""
+def pictures(count: int, seed: str, *, size: int, crowds: float) -> Tensor:
+    """Rendered scenes in [-1, 1], a share of them crowded; some overlap, as users' own may."""
     rng = random.Random(seed)
-    scenes = [sample_scene(rng, overlap=rng.choice((0.0, 0.5))) for _ in range(count)]
-    pixels = np.stack([render_array(scene) for scene in scenes])
+    scenes = [
+        sample_crowd(rng)
+        if crowds and rng.random() < crowds
+        else sample_scene(rng, overlap=rng.choice((0.0, 0.5)))
+        for _ in range(count)
+    ]
+    pixels = np.stack([render_array(scene, size) for scene in scenes])
     values = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
     return values.contiguous(memory_format=torch.channels_last)
 
 
-def build() -> AutoencoderKL:
+def build(channels: Sequence[int], size: int) -> AutoencoderKL:
     return AutoencoderKL(
-        block_out_channels=(16, 32, 64),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=tuple(channels),
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=8,
-        sample_size=64,
+        sample_size=size,
         scaling_factor=SCALING_FACTOR,
     )
 
@@ -79,10 +88,10 @@ def psnr(vae: AutoencoderKL, held_out: Tensor) -> float:
 
 
 @torch.no_grad()
-def read_back(vae: AutoencoderKL) -> float:
+def read_back(vae: AutoencoderKL, size: int) -> float:
     """Percentage of held-out scenes whose colours and shapes survive encoding and decoding."""
     scenes = list(sample_scenes(100, seed=VALIDATION_SEED))
-    pixels = np.stack([render_array(scene) for scene in scenes])
+    pixels = np.stack([render_array(scene, size) for scene in scenes])
     values = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
     decoded = vae.decode(vae.encode(values).latent_dist.mode()).sample.clamp(-1, 1)
     images = ((decoded + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
@@ -103,13 +112,14 @@ def correlations(latents: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def whiten(vae: AutoencoderKL) -> None:
+def whiten(vae: AutoencoderKL, held_out: Tensor) -> None:
     """Exchange the basis of the latents for an uncorrelated one of the given variances.
 
     The change is linear, so the 1x1 convolutions before and after the latents take it up, and what
     is decoded stays the same.
     """
-    mean, covariance = correlations(vae.encode(pictures(1024, "vae/whiten")).latent_dist.mode())
+    latents = [vae.encode(part).latent_dist.mode() for part in held_out.split(64)]
+    mean, covariance = correlations(torch.cat(latents))
     values, vectors = torch.linalg.eigh(covariance)
     whitening = UNITS[:, None] * (vectors @ torch.diag(values.rsqrt()) @ vectors.T)
     before, after = vae.quant_conv, vae.post_quant_conv
@@ -130,21 +140,25 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--run", type=Path, default=Path("runs/shapes-vae"))
     parser.add_argument("--output", type=Path, default=Path("runs/shapes/vae"))
+    parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
+    parser.add_argument("--channels", type=int, nargs="+", default=[16, 32, 64])
+    parser.add_argument("--crowds", type=float, default=0.0, help="share of crowded scenes")
     parser.add_argument("--warm-start", type=Path, help="a diffusers folder to go on from")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    vae = build()
+    draw = partial(pictures, size=options.size, crowds=options.crowds)
+    vae = build(options.channels, options.size)
     if options.warm_start is not None:
         vae = AutoencoderKL.from_pretrained(options.warm_start)
         vae.register_to_config(scaling_factor=SCALING_FACTOR)
-        whiten(vae)
+        whiten(vae, draw(1024, "vae/whiten"))
     vae = vae.to(memory_format=torch.channels_last)
     vae.requires_grad_(True)
     run = Run(options.run, {"vae": vae}, steps=options.steps, lr=options.lr, ema_decay=0.99)
-    held_out = pictures(64, f"vae/{VALIDATION_SEED}")
+    held_out = draw(64, f"vae/{VALIDATION_SEED}")
     while run.step < options.steps:
-        batch = pictures(options.batch, f"vae/{run.step}")
+        batch = draw(options.batch, f"vae/{run.step}")
         torch.manual_seed(run.step)
         latents = vae.encode(batch).latent_dist.mode()
         mean, covariance = correlations(latents / UNITS.view(1, 4, 1, 1))
@@ -159,14 +173,14 @@ def main() -> None:
                 error=round(error.item(), 4),
                 whiteness=round(whiteness.item(), 4),
                 psnr=round(psnr(vae, held_out), 2),
-                read_back=read_back(vae),
+                read_back=read_back(vae, options.size),
             )
             run.swap_average()
             run.save()
     run.swap_average()
-    whiten(vae)
+    whiten(vae, draw(1024, "vae/whiten"))
     vae.save_pretrained(options.output)
-    print(json.dumps({"psnr": psnr(vae, held_out), "read_back": read_back(vae)}))
+    print(json.dumps({"psnr": psnr(vae, held_out), "read_back": read_back(vae, options.size)}))
 
 
 if __name__ == "__main__":

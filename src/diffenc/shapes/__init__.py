@@ -1,11 +1,13 @@
 """The miniature world: scenes, pictures, masks, captions, questions and contrast pairs.
 
 Everything follows from a seeded `Scene`, so truth is known: what is where, how many, in front of
-what. `sample_scenes` makes scenes, `render` pictures, `masks` the pixels of each object, `captions`
-and `questions` texts, `mmvp_pairs` and `winoground_items` benchmarks in miniature.
+what. `sample_scenes` makes scenes, `sample_crowds` crowded ones, `render` pictures, `masks` the
+pixels of each object, `captions` and `questions` texts, `mmvp_pairs` and `winoground_items`
+benchmarks in miniature.
 """
 
 from diffenc.shapes.captions import caption, captions
+from diffenc.shapes.crowds import sample_crowd, sample_crowds
 from diffenc.shapes.pairs import (
     MMVP_PATTERNS,
     WINOGROUND_KINDS,
@@ -34,6 +36,8 @@ __all__ = [
     "questions",
     "render",
     "render_array",
+    "sample_crowd",
+    "sample_crowds",
     "sample_scene",
     "sample_scenes",
     "winoground_items",

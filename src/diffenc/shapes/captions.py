@@ -11,6 +11,8 @@ from diffenc.errors import ConfigError
 from diffenc.shapes.scenes import Color, Place, Relation, Scene, SceneObject, Shape, Size
 
 NUMBERS = ("zero", "one", "two", "three")
+MOST_OBJECTS = 9
+"""Largest number of objects in a scene that texts are about."""
 
 RELATION_PHRASES: dict[Relation, tuple[str, ...]] = {
     "left of": ("left of", "to the left of"),
@@ -57,10 +59,11 @@ def noun_phrase(
 
 
 def require_describable(scene: Scene) -> None:
-    """Refuse scenes for which the world has no words: numbers go from one to three."""
-    if not 1 <= len(scene.objects) <= 3:
+    """Refuse scenes that the world has no words for."""
+    if not 1 <= len(scene.objects) <= MOST_OBJECTS:
         raise ConfigError(
-            f"texts are about scenes of 1 to 3 objects, this one has {len(scene.objects)}"
+            f"texts are about scenes of 1 to {MOST_OBJECTS} objects, this one has "
+            f"{len(scene.objects)}"
         )
 
 
@@ -75,9 +78,11 @@ def caption(scene: Scene, rng: random.Random) -> str:
         Lower-case words without a full stop, at most 30 tokens of the bundled tokenizer.
 
     Raises:
-        ConfigError: The scene has no object, or more than three.
+        ConfigError: The scene has no object, or more than nine.
     """
     require_describable(scene)
+    if len(scene.objects) > len(NUMBERS) - 1:
+        return _of_crowd(scene, rng)
     if len(scene.objects) == 1:
         return _of_one(scene, rng)
     if len(scene.objects) > 2 and rng.random() < 0.25:
@@ -97,7 +102,7 @@ def captions(scene: Scene, count: int, *, seed: int = 0) -> list[str]:
     """Up to `count` different captions of the scene; fewer where it allows no more.
 
     Raises:
-        ConfigError: `count` is negative, or the scene has no object, or more than three.
+        ConfigError: `count` is negative, or the scene has no object, or more than nine.
     """
     if count < 0:
         raise ConfigError(f"count must be 0 or more, got {count}")
@@ -109,6 +114,21 @@ def captions(scene: Scene, count: int, *, seed: int = 0) -> list[str]:
         if len(found) == count:
             break
     return list(found)
+
+
+def _of_crowd(scene: Scene, rng: random.Random) -> str:
+    """Some of many objects, each "a ...", which says that there is one at least."""
+    if rng.random() < 0.4:
+        first, second = rng.sample(range(len(scene.objects)), 2)
+        pair = _of_pair(scene, first, second, rng)
+        if pair is not None:
+            return pair
+    kinds = scene.groups()
+    named = rng.sample(kinds, min(len(kinds), rng.randint(1, 3)))
+    sized = rng.random() < 0.35
+    things = [scene.objects[rng.choice(members)] for _, members in named]
+    phrases = [_phrase(thing, rng, sized=sized, colored=True) for thing in things]
+    return _open(join(phrases), rng, be="is" if len(phrases) == 1 else "are")
 
 
 def _of_one(scene: Scene, rng: random.Random) -> str:

@@ -46,7 +46,7 @@ def questions(scene: Scene, *, seed: int = 0) -> list[Question]:
     """Every kind of question that has one clear answer in this scene, in a seeded order.
 
     Raises:
-        ConfigError: The scene has no object, or more than three.
+        ConfigError: The scene has no object, or more than nine.
     """
     require_describable(scene)
     rng = random.Random(f"questions/{seed}")
@@ -59,7 +59,7 @@ def sample_question(scene: Scene, rng: random.Random) -> Question:
     """One question, every kind that this scene allows equally likely.
 
     Raises:
-        ConfigError: The scene has no object, or more than three.
+        ConfigError: The scene has no object, or more than nine.
     """
     require_describable(scene)
     makers = list(_MAKERS)
@@ -104,7 +104,7 @@ def conversation(scene: Scene, *, turns: int = 3, seed: int = 0) -> list[dict[st
     description, all others are `questions`; there are fewer turns where those run out.
 
     Raises:
-        ConfigError: `turns` is below 1, or the scene has no object, or more than three.
+        ConfigError: `turns` is below 1, or the scene has no object, or more than nine.
     """
     if turns < 1:
         raise ConfigError(f"a conversation has 1 turn or more, got {turns}")
@@ -167,6 +167,8 @@ def _ask_count(scene: Scene, rng: random.Random) -> Iterator[Question]:
                 if shape in (None, other.shape) and color in (None, other.color)
             )
     for name, members in names.items():
+        if len(members) >= len(NUMBERS):
+            continue  # the world counts to three
         text = rng.choice(("how many {} are there?", "how many {} do we see?"))
         answer = NUMBERS[len(members)]
         yield Question(text.format(name), answer, "count", NUMBERS[1:], members)
@@ -189,7 +191,9 @@ def _ask_presence(scene: Scene, rng: random.Random) -> Iterator[Question]:
     yield Question(text.format(there), "yes", "presence", ("yes", "no"), members)
     kinds = {thing.kind for thing in scene.objects}
     near = [(c, s) for c in COLORS for s in SHAPES if (c == present.color) != (s == present.shape)]
-    color, shape = rng.choice([kind for kind in near if kind not in kinds])
+    if not (missing := [kind for kind in near if kind not in kinds]):
+        return
+    color, shape = rng.choice(missing)
     absent = noun_phrase(shape=shape, color=color)
     yield Question(text.format(absent), "no", "presence", ("yes", "no"), ())
 

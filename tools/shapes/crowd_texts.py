@@ -1,0 +1,128 @@
+"""Texts about crowded scenes for training: captions, questions, references; and false ones."""
+
+import random
+from collections.abc import Sequence
+from itertools import pairwise
+
+from texts import said
+
+from diffenc.shapes.captions import RELATION_PHRASES, caption, with_article
+from diffenc.shapes.questions import sample_question
+from diffenc.shapes.scenes import COLORS, INVERSE, SHAPES, Scene, SceneObject
+
+CAPTIONS, QUESTIONS = 0.5, 0.25
+"""Shares of the texts; the rest refers to one object, as in "the red object"."""
+_SIZES = {"small": "small", "large": "large", "big": "large"}
+_TRIES = 24
+
+
+def crowd_text(scene: Scene, rng: random.Random) -> str:
+    """A caption, a question (a third of them with the answer), or a reference."""
+    draw = rng.random()
+    if draw < CAPTIONS:
+        return caption(scene, rng)
+    if draw < CAPTIONS + QUESTIONS:
+        question = sample_question(scene, rng)
+        return f"{question.text} {question.answer}" if rng.random() < 1 / 3 else question.text
+    return reference(scene, rng)
+
+
+def reference(scene: Scene, rng: random.Random) -> str:
+    """Words for one object, unique where colour, shape or both make it so: "the red object"."""
+    thing = rng.choice(scene.objects)
+    names = [
+        words
+        for words, count in (
+            (f"{thing.color} object", scene.count(color=thing.color)),
+            (thing.shape, scene.count(shape=thing.shape)),
+            (f"{thing.color} {thing.shape}", scene.count(color=thing.color, shape=thing.shape)),
+        )
+        if count == 1
+    ]
+    if not names:
+        return with_article(f"{thing.size} {thing.color} {thing.shape}")
+    name = rng.choice(names)
+    return rng.choice((f"the {name}", f"the {name}", with_article(name), name))
+
+
+def holds(scene: Scene, text: str) -> bool:
+    """Whether a caption of phrases "a [size] colour shape" is true of the scene."""
+    parts = said(text)
+    if len(parts) == 3 and parts[1] in RELATION_PHRASES:
+        return any(
+            scene.relation(first, second) == parts[1]
+            for first in _members(scene, parts[0])
+            for second in _members(scene, parts[2])
+            if first != second
+        )
+    return all(_members(scene, part) for part in parts)
+
+
+def _members(scene: Scene, phrase: str) -> list[int]:
+    words = phrase.split()
+    return [index for index, thing in enumerate(scene.objects) if _fits(thing, words)]
+
+
+def _fits(thing: SceneObject, words: Sequence[str]) -> bool:
+    return all(
+        word == thing.color
+        if word in COLORS
+        else word == thing.shape
+        if word in SHAPES
+        else _SIZES.get(word, thing.size) == thing.size
+        for word in words
+    )
+
+
+def false_caption(scene: Scene, text: str, rng: random.Random) -> str | None:
+    """The caption with one thing changed, so that it is not true; None for all other texts.
+
+    Two colours are exchanged, a relation is turned, or one colour or shape word is another.
+    """
+    if "?" in text or not all(any(s in part for s in SHAPES) for part in _phrases(text)):
+        return None
+    for _ in range(_TRIES):
+        changed = rng.choice((_exchanged, _turned, _another))(text, rng)
+        if changed is not None and changed != text and not holds(scene, changed):
+            return changed
+    return None
+
+
+def _phrases(text: str) -> tuple[str, ...]:
+    return tuple(part for part in said(text) if part not in RELATION_PHRASES)
+
+
+def _exchanged(text: str, rng: random.Random) -> str | None:
+    words = text.replace(",", " ,").split()
+    places = [place for place, word in enumerate(words) if word in COLORS]
+    if len(places) < 2:
+        return None
+    first, second = rng.sample(places, 2)
+    words[first], words[second] = words[second], words[first]
+    return _joined(words)
+
+
+def _turned(text: str, rng: random.Random) -> str | None:
+    for relation, phrases in RELATION_PHRASES.items():
+        for phrase in reversed(phrases):
+            if f" {phrase} " in text:
+                other = RELATION_PHRASES[INVERSE[relation]][phrases.index(phrase)]
+                return text.replace(f" {phrase} ", f" {other} ")
+    return None
+
+
+def _another(text: str, rng: random.Random) -> str:
+    words = text.replace(",", " ,").split()
+    places = [place for place, word in enumerate(words) if word in COLORS or word in SHAPES]
+    place = rng.choice(places)
+    words[place] = rng.choice(COLORS if words[place] in COLORS else SHAPES)
+    return _joined(words)
+
+
+def _joined(words: Sequence[str]) -> str:
+    """Words as a text, with "a" or "an" as the next word asks."""
+    fitted = [
+        with_article(after).split()[0] if word in ("a", "an") else word
+        for word, after in pairwise((*words, ""))
+    ]
+    return " ".join(fitted).replace(" ,", ",")
