@@ -1,5 +1,6 @@
 """What an encoder reads: maps per tap in one of four conditionings, and tokens made of them."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import TypeAlias, get_args
 
@@ -8,10 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffenc._typing import Conditioning
-from diffenc.arguments import number, shown, sides
-from diffenc.checks import require_finite
 from diffenc.config import check_choice
-from diffenc.errors import ConfigError, NonFiniteError, TapError, near_matches
+from diffenc.errors import ConfigError, TapError, near_matches
 from diffenc.maps import to_tokens
 
 Maps: TypeAlias = dict[str, Tensor]
@@ -22,7 +21,8 @@ def check_guidance(guidance_scale: float | None, conditioning: str) -> None:
     """Raise a `ConfigError` unless a scale is a finite number, and something that reads it."""
     if guidance_scale is None:
         return
-    number("guidance_scale", guidance_scale)
+    if not math.isfinite(guidance_scale):
+        raise ConfigError(f"guidance_scale must be a finite number, got {guidance_scale}")
     if conditioning != "cfg":
         raise ConfigError(
             f"guidance_scale={guidance_scale} is read by conditioning='cfg' alone, and this call "
@@ -54,17 +54,18 @@ class Features(Mapping[str, Tensor]):
         truncated: tuple[int, ...] = (),
     ) -> None:
         self._halves = {"uncond": uncond, "cond": cond}
-        self.conditioning, self.guidance_scale = conditioning, float(guidance_scale)
+        self.conditioning, self.guidance_scale = conditioning, guidance_scale
         self.grid, self.truncated = grid, truncated
-        self._maps = self._derive(conditioning, self.guidance_scale)
+        self._maps = self._derive(conditioning, guidance_scale)
 
     def __getitem__(self, tap: str) -> Float[Tensor, "b *t c h w"]:
-        if not isinstance(tap, str) or tap not in self._maps:
+        try:
+            return self._maps[tap]
+        except KeyError:
             raise TapError(
-                f"no tap {shown(tap)} was read.{near_matches(tap, self._maps)} "
+                f"no tap {tap!r} was read.{near_matches(tap, self._maps)} "
                 f"These were: {list(self._maps)}"
-            )
-        return self._maps[tap]
+            ) from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._maps)
@@ -79,7 +80,7 @@ class Features(Mapping[str, Tensor]):
     def select(
         self, conditioning: Conditioning, *, guidance_scale: float | None = None
     ) -> "Features":
-        """The same pass in another conditioning, in memory of its own.
+        """The same pass in another conditioning.
 
         Args:
             conditioning: "uncond", "cond", "cfg" or "concat".
@@ -89,14 +90,10 @@ class Features(Mapping[str, Tensor]):
             ConfigError: It needs a half that was not computed, or the scale is not "cfg"'s.
         """
         check_guidance(guidance_scale, conditioning)
-        scale = self.guidance_scale if guidance_scale is None else float(guidance_scale)
-        copies = {
-            name: half and {tap: features.clone() for tap, features in half.items()}
-            for name, half in self._halves.items()
-        }
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
         return Features(
-            uncond=copies["uncond"],
-            cond=copies["cond"],
+            uncond=self._halves["uncond"],
+            cond=self._halves["cond"],
             conditioning=conditioning,
             guidance_scale=scale,
             grid=self.grid,
@@ -108,11 +105,9 @@ class Features(Mapping[str, Tensor]):
 
         Args:
             grid: Side or (height, width); None takes the encoder's.
-
-        Raises:
-            ConfigError: A grid that is none.
         """
-        return to_tokens(self._maps, self.grid if grid is None else sides("grid", grid))
+        grid = self.grid if grid is None else (grid, grid) if isinstance(grid, int) else grid
+        return to_tokens(self._maps, grid)
 
     def to_list(self) -> list[Float[Tensor, "b *t c h w"]]:
         """The maps from fine to coarse, as timm's `features_only` gives them.
@@ -137,16 +132,4 @@ class Features(Mapping[str, Tensor]):
         uncond, cond = self._half("uncond", conditioning), self._half("cond", conditioning)
         if conditioning == "concat":
             return {name: torch.cat([uncond[name], cond[name]], dim=-3) for name in cond}
-        if abs(scale) > torch.finfo(torch.float32).max:  # torch takes no such weight
-            raise NonFiniteError(
-                f"features under guidance_scale={scale} leave the numbers of float32; take a "
-                "smaller scale"
-            )
-        guided = {name: torch.lerp(uncond[name], cond[name], float(scale)) for name in cond}
-        for name, features in guided.items():
-            require_finite(
-                features,
-                f"features at {name!r} under guidance_scale={scale}",
-                "take a smaller scale, or load the model with dtype=torch.float32",
-            )
-        return guided
+        return {name: torch.lerp(uncond[name], cond[name], scale) for name in cond}

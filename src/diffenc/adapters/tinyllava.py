@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
@@ -16,8 +17,6 @@ from diffenc.adapters.prompts import Prompts
 from diffenc.adapters.spec import PREFIX, TowerSpec
 from diffenc.adapters.tower import DiffusionVisionTower
 from diffenc.errors import BackboneError, ConfigError
-from diffenc.storage.tensors import read_pickled
-from diffenc.storage.writing import reporting
 
 _WEIGHTS = "pytorch_model.bin"
 
@@ -91,9 +90,9 @@ class TinyLLaVATower(nn.Module):
 
     def _load_saved(self, folder: Path) -> None:
         try:
-            state = read_pickled(folder / _WEIGHTS, error=BackboneError, finite=True)
+            state = torch.load(folder / _WEIGHTS, map_location="cpu", weights_only=True)
             self._vision_tower.load_state_dict(state)
-        except (BackboneError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise BackboneError(f"{folder / _WEIGHTS} is not of this tower: {error}") from error
 
     def forward(self, x: Tensor, prompts: Prompts | None = None, **ignored: Any) -> Tensor:
@@ -125,8 +124,7 @@ def write_folder(spec: str, folder: "str | os.PathLike[str]") -> str:
     path = Path(folder).resolve()
     if ":" in str(path):
         raise ConfigError(f"TinyLLaVA splits names at ':', which {str(path)!r} holds")
-    with reporting(path):
-        TinyTowerConfig(spec).save_pretrained(path)
+    TinyTowerConfig(spec).save_pretrained(path)
     return f"{PREFIX}{path}"
 
 

@@ -2,20 +2,17 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from diffenc.cli.evaluate_run import print_tables
+from diffenc.cli.evaluate_run import print_tables, progress_bar
 from diffenc.cli.files import check_output
 from diffenc.cli.options import quiet_libraries, to_device, to_dtype
-from diffenc.cli.progress import progress_bar
-from diffenc.errors import ConfigError, OutputError, PromptError
-from diffenc.storage.writing import locked, reporting
+from diffenc.errors import ConfigError, PromptError
 
 if TYPE_CHECKING:
     from diffenc.evals.answering.saved import SavedVLM
@@ -135,10 +132,8 @@ class Asked:
         Where nothing was answered the file is as it was before, also with --force.
         """
         file, old = self.file, self.file.with_name(f".{self.file.name}.old")
-        alone = partial(locked, file.parent, name=file.name, purpose="writing answers to it")
         if self.force and file.exists():
-            with alone(), reporting(file):
-                file.replace(old)
+            file.replace(old)
         new = not file.exists()
         try:
             with progress_bar(*parts, unit="answers") as progress:
@@ -151,13 +146,12 @@ class Asked:
             )
             raise typer.Abort from None
         finally:
-            with suppress(OutputError), alone(), reporting(file):  # else it is another program's
-                if new and not _has_answers(file):
-                    file.unlink(missing_ok=True)
-                    if self.force and old.exists():
-                        old.replace(file)
-                elif self.force:
-                    old.unlink(missing_ok=True)
+            if new and not _has_answers(file):
+                file.unlink(missing_ok=True)
+                if self.force and old.exists():
+                    old.replace(file)
+            elif self.force:
+                old.unlink(missing_ok=True)
 
     def report(
         self,

@@ -17,6 +17,7 @@ from diffenc.cli.evaluate_options import (
     OnePreset,
     Output,
     PerLabel,
+    SkipBroken,
     Template,
     TimestepsOption,
     Trials,
@@ -30,7 +31,7 @@ from diffenc.cli.evaluate_run import (
 )
 from diffenc.cli.files import write_whole
 from diffenc.cli.noted import command_line
-from diffenc.cli.options import Debug, Device, Dtype, Model, SkipBroken
+from diffenc.cli.options import Debug, Device, Dtype, Model
 from diffenc.cli.score_options import BatchSize, Layers, References, ResizeOption, Size
 from diffenc.errors import ConfigError
 

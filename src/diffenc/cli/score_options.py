@@ -18,8 +18,7 @@ Preset = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help="calibrated, paper, discffusion, diffusion-classifier, diffusion-itm or "
-        "denoising-gap.",
+        help="calibrated, paper, discffusion, diffusion-classifier or diffusion-itm.",
     ),
 ]
 Mode = Annotated[

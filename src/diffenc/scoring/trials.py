@@ -1,13 +1,12 @@
 """One scoring call: images and texts, encoded once, scored under one noise after the other."""
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from diffenc.arguments import entries
 from diffenc.attention_scores import layer_mix
 from diffenc.errors import PromptError
 from diffenc.images import Images, to_pixel_values
@@ -66,7 +65,7 @@ class ScoreCall:
 
     def every_pair(self) -> Bool[Tensor, "images texts"]:
         """All images with all texts."""
-        return torch.ones(self.images, len(self.texts), dtype=torch.bool, device="cpu")
+        return torch.ones(self.images, len(self.texts), dtype=torch.bool)
 
     def trial(self, pairs: Bool[Tensor, "images texts"], seed: int) -> Trial:
         """Score pairs; NaN elsewhere."""
@@ -91,8 +90,7 @@ class ScoreCall:
 
     def by_layer(self, layers: int, seed: int) -> Float[Tensor, "layers images texts"]:
         """Scores of all pairs by each layer alone."""
-        each = torch.eye(layers, dtype=torch.float32, device="cpu")
-        steps = self._pairs(self.every_pair(), self._config.steps, each, seed)
+        steps = self._pairs(self.every_pair(), self._config.steps, torch.eye(layers), seed)
         return steps.mean(dim=2).permute(2, 0, 1)
 
     def _pairs(
@@ -108,7 +106,7 @@ class ScoreCall:
 
     def _mix(self) -> Float[Tensor, "layers 1"]:
         if not self._config.attention:
-            return torch.zeros(0, 1, dtype=torch.float32, device="cpu")
+            return torch.zeros(0, 1)
         return layer_mix(self._config.layer_weights, len(self._scorer.layers))
 
 
@@ -124,9 +122,8 @@ def picture_values(scorer: ConfiguredScorer, images: Images) -> Float[Tensor, "b
 
 
 def _listed(texts: str | Sequence[str]) -> list[str]:
-    several = isinstance(texts, Iterable) and not isinstance(texts, (str, Mapping, Set))
-    every = entries(texts) if several else texts
-    listed = match_batch(every, len(every) if isinstance(every, list) else 1)
+    count = 1 if isinstance(texts, str) or not hasattr(texts, "__len__") else len(texts)
+    listed = match_batch(texts, count)
     if not listed:
         raise PromptError("got no texts; pass at least one")
     return listed

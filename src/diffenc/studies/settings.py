@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from diffenc.arguments import whole
 from diffenc.errors import ConfigError
 
 Progress: TypeAlias = Callable[[int, int], object]
@@ -27,7 +26,7 @@ class Done:
 def require_least(options: Mapping[str, tuple[int, int]]) -> None:
     """Raise a `ConfigError` where an option's value, the first, is below its least, the second."""
     for name, (value, least) in options.items():
-        if whole(name, value) < least:
+        if value < least:
             raise ConfigError(f"{name} must be {least} or more, got {value}")
 
 

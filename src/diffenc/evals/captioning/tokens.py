@@ -3,7 +3,6 @@
 import re
 import shutil
 import subprocess
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
@@ -55,10 +54,7 @@ def tokenize(captions: Captions, tokenizer: Tokenizer) -> dict[str, list[str]]:
         ConfigError: The tokenizer cannot run here, or failed.
         MissingExtraError: pycocoevalcap is not installed.
     """
-    plain = {
-        key: [unicodedata.normalize("NFC", " ".join(text.split())) for text in texts]
-        for key, texts in captions.items()
-    }
+    plain = {key: [" ".join(text.split()) for text in texts] for key, texts in captions.items()}
     if tokenizer == "simple":
         return {
             key: [" ".join(_WORD.findall(text.lower())) for text in texts]

@@ -13,13 +13,13 @@ from diffenc.studies.vlm.prompting import parse_prompting
 from diffenc.studies.vlm.trainings import Shared, Training, check_config
 
 FIGURES: Mapping[str, tuple[str, ...]] = {
-    "captions": ("named", "objects", "right", "relations", "cider", "unread"),
-    "leakage": ("read", "said", "base", "named", "right", "cider", "unread"),
+    "captions": ("named", "objects", "right", "relations", "cider"),
+    "leakage": ("read", "said", "base", "named", "right", "cider"),
     "answers": (
         *("all", "color", "shape", "size", "count", "position", "presence", "relation"),
-        *("guess", "unread"),
+        "guess",
     ),
-    "mmvp": ("pairs", "questions", "chance", "unread"),
+    "mmvp": ("pairs", "questions", "chance"),
 }
 """By kind of a measurement; in percent, but "cider"."""
 
