@@ -14,6 +14,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from diffenc.errors import ConfigError, DiffencError, NonFiniteError
 
+_LARGEST = 3.4e38
+"""In float32, in which numbers meet tensors."""
+
 
 def whole(name: str, value: Any, *, least: int | None = None) -> int:
     """An int, of Python or numpy.
@@ -46,7 +49,7 @@ def real(name: str, value: Any) -> float:
         number = math.nan if _is_truth(value) or isinstance(value, (str, bytes)) else float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         number = math.nan
-    if not math.isfinite(number):
+    if not abs(number) <= _LARGEST:
         raise ConfigError(f"{name} must be a finite number, got {value!r}")
     return number
 
