@@ -120,7 +120,8 @@ def content_key(values: Tensor) -> bytes:
 
 def scheduler_key(scheduler: Any) -> Hashable:
     """The noise levels of a scheduler and what a model under it predicts."""
-    levels = torch.as_tensor(scheduler.alphas_cumprod)
+    levels = scheduler.alphas_cumprod
+    levels = levels if isinstance(levels, Tensor) else torch.tensor(levels, device="cpu")
     config = getattr(scheduler, "config", None)
     return content_key(levels), str(getattr(config, "prediction_type", None))
 

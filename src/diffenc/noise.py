@@ -34,7 +34,10 @@ def noise_levels(scheduler: Any) -> Float[Tensor, " steps"]:
     Raises:
         ConfigError: They do not fall from at most 1 to at least 0, or are no numbers.
     """
-    levels = torch.as_tensor(scheduler.alphas_cumprod).detach().cpu()
+    levels = scheduler.alphas_cumprod
+    if not isinstance(levels, Tensor):
+        levels = torch.tensor(levels, device="cpu")
+    levels = levels.detach().cpu()
     values = levels.double().numpy()
     falls = values.ndim == 1 and len(values) > 1 and bool((values[1:] <= values[:-1]).all())
     if not falls or not 1 >= values[0] > values[-1] >= 0:

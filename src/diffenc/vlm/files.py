@@ -67,6 +67,9 @@ def save(vlm: Any, folder: "str | os.PathLike[str]", include_language_model: boo
         )
     content = {
         "encoder": _encoder_told(vlm.encoder, target),
+        "encoder_mark": weights_mark(vlm.encoder)
+        if isinstance(vlm.encoder, VisionTokens)
+        else None,
         "language_model": None if included else stored_name(name, target),
         "language_mark": None if included else weights_mark(base),
         "lora": adapted,
@@ -112,12 +115,12 @@ def load(
     try:
         told = json.loads((source / CONFIG_FILE).read_text(encoding="utf-8"))
         kind, name, adapted = told.pop("encoder"), told.pop("language_model"), told.pop("lora")
+        described = {**kind, "mark": told.get("encoder_mark")}
         mark = told.get("language_mark")
         if name is not None and language_model is None:
             name = read_name(name, source)
         options = {key: told[key] for key in ("template", "system", "prompt_policy")}
         options["image_batch_size"] = told["image_batch_size"]
-        described = dict(kind)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BackboneError(
             f"{source} does not hold what DiffusionVLM.save_pretrained wrote: {error!r}"
@@ -154,7 +157,6 @@ def _encoder_told(encoder: Any, folder: Path) -> dict[str, Any]:
             "kind": "vision",
             "name": stored_name(encoder.name, folder),
             "layer": encoder.layer,
-            "mark": weights_mark(encoder),
         }
     raise ConfigError(
         f"{type(encoder).__name__} has no name to be found by; load it with "
@@ -175,7 +177,7 @@ def _load_encoder(
             raise ConfigError(f"a vision model takes none of {sorted(options)}")
         name = read_name(told["name"], source)
         vision = VisionTokens.from_pretrained(name, layer=told["layer"], device=device, dtype=dtype)
-        if "mark" in told and not is_marked(vision, told["mark"]):
+        if told["mark"] and not is_marked(vision, told["mark"]):
             raise BackboneError(
                 f"{name!r} is not the vision model that {source} was saved with: its weights "
                 "differ; put that one back"
