@@ -1,7 +1,7 @@
 """Work that does not depend on the machine: calls of each part, and their arithmetic."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -47,20 +48,24 @@ def counted(parts: Mapping[str, nn.Module]) -> Iterator[Counts]:
     """
     counts = Counts()
 
-    def add(field: str, _module: nn.Module, args: tuple[Any, ...]) -> None:
-        setattr(counts, field, getattr(counts, field) + len(args[0]))
-
     # The first layers of the parts: a truncated U-Net shares that one with the whole.
     places = {
         "unet_rows": parts["unet"].conv_in,
         "vae_pictures": parts["vae"].encoder,
         "texts": parts["text_encoder"],
     }
-    with ExitStack() as stack:
-        for field, place in places.items():
-            handle = place.register_forward_pre_hook(partial(add, field))  # type: ignore[union-attr]
-            stack.callback(handle.remove)
+    fields = {place: field for field, place in places.items()}
+
+    def add(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if field := fields.get(module):
+            setattr(counts, field, getattr(counts, field) + len(args[0]))
+
+    # A hook of all modules: one of a part's own would change the part, and caches would notice.
+    handle = register_module_forward_pre_hook(add)
+    try:
         yield counts
+    finally:
+        handle.remove()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,6 @@
 """Which pixels a word attends to: cross-attention, read while a U-Net runs."""
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -10,7 +9,22 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from diffenc.errors import PromptError, ShapeError, TapError, near_matches
+from diffenc.arguments import shown, texts
+from diffenc.errors import ShapeError, TapError, near_matches
+from diffenc.threads import for_this_thread
+from diffenc.words import word_token_positions
+
+__all__ = [  # words are looked up from here by users
+    "CrossAttnTaps",
+    "PairedOutputs",
+    "check_read",
+    "cross_attention_layers",
+    "cross_attentions",
+    "head_maps",
+    "keep_present",
+    "match_layers",
+    "word_token_positions",
+]
 
 
 class CrossAttnTaps:
@@ -53,7 +67,7 @@ class CrossAttnTaps:
             raise ShapeError(f"tokens must be one position or more, 0 or above, got {list(tokens)}")
         self._tokens, self._merge_heads = list(tokens), merge_heads
         self._grids: dict[nn.Module, tuple[int, int]] = {}
-        self._queries: dict[str, Tensor] = {}
+        self._projected = PairedOutputs()
         self._present: dict[str, Tensor | None] = {}
         self._maps: dict[str, Tensor] = {}
         self._stack = ExitStack()
@@ -61,21 +75,23 @@ class CrossAttnTaps:
     def __enter__(self) -> "CrossAttnTaps":
         self._maps.clear()
         with ExitStack() as stack:  # a failure half-way removes what is already registered
+            note_grid = for_this_thread(self._note_grid)
             for transformer in {transformer for transformer, _ in self._layers.values()}:
-                handle = transformer.register_forward_pre_hook(self._note_grid, with_kwargs=True)
+                handle = transformer.register_forward_pre_hook(note_grid, with_kwargs=True)
                 stack.callback(handle.remove)
             for name, (transformer, attn) in self._layers.items():
                 stack.callback(keep_present(attn, self._present, name).remove)
-                read_query, read_key = self._readers(name, transformer, attn)
-                stack.callback(attn.to_q.register_forward_hook(read_query).remove)
-                stack.callback(attn.to_k.register_forward_hook(read_key).remove)
+                read = self._reader(name, transformer, attn)
+                for part, module in (("query", attn.to_q), ("key", attn.to_k)):
+                    hook = self._projected.hook(name, part, read)
+                    stack.callback(module.register_forward_hook(hook).remove)
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self._stack.close()
         self._grids.clear()
-        self._queries.clear()
+        self._projected.clear()
         self._present.clear()
 
     def maps(self) -> dict[str, Float[Tensor, "b tokens *heads _h _w"]]:
@@ -86,27 +102,20 @@ class CrossAttnTaps:
         Raises:
             TapError: A layer did not run.
         """
-        if missing := [name for name in self._layers if name not in self._maps]:
-            raise TapError(
-                f"no attention was read at {missing}: the U-Net did not run inside the block, or "
-                "its projections are fused (unet.unfuse_qkv_projections() separates them)"
-            )
+        check_read({name: attn for name, (_, attn) in self._layers.items()}, self._maps)
         return {name: self._maps[name] for name in self._layers}
 
     def _note_grid(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden_states = args[0] if args else kwargs["hidden_states"]
         self._grids[module] = (hidden_states.shape[-2], hidden_states.shape[-1])
 
-    def _readers(
+    def _reader(
         self, name: str, transformer: nn.Module, attn: Any
-    ) -> tuple[Callable[..., None], Callable[..., None]]:
-        def read_query(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-            self._queries[name] = output
-
-        def read_key(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+    ) -> Callable[[Tensor, Tensor], None]:
+        def read(query: Tensor, key: Tensor) -> None:
             maps = head_maps(
-                self._queries.pop(name),
-                output,
+                query,
+                key,
                 self._tokens,
                 heads=attn.heads,
                 scale=attn.scale,
@@ -116,7 +125,55 @@ class CrossAttnTaps:
             maps = rearrange(maps, "b heads (h w) tokens -> b tokens heads h w", h=h, w=w)
             self._maps[name] = maps.mean(dim=2) if self._merge_heads else maps
 
-        return read_query, read_key
+        return read
+
+
+class PairedOutputs:
+    """Queries and keys of attentions, handed on together, in whichever order they are computed."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, dict[str, Tensor]] = {}
+
+    def hook(
+        self, name: str, part: str, read: Callable[[Tensor, Tensor], None]
+    ) -> Callable[..., None]:
+        """A forward hook of a projection.
+
+        Args:
+            name: Path of the attention.
+            part: "query" or "key".
+            read: Gets both, once both are there.
+        """
+
+        def keep(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+            pair = self._waiting.setdefault(name, {})
+            pair[part] = output
+            if len(pair) == 2:
+                del self._waiting[name]
+                read(pair["query"], pair["key"])
+
+        return for_this_thread(keep)
+
+    def clear(self) -> None:
+        """Forget what waits."""
+        self._waiting.clear()
+
+
+def check_read(attentions: Mapping[str, Any], read: Container[str]) -> None:
+    """Raise a `TapError` that says why attentions were not read.
+
+    Args:
+        attentions: By module path.
+        read: Paths of those that were.
+    """
+    if missing := [name for name in attentions if name not in read]:
+        processor = type(getattr(attentions[missing[0]], "processor", None)).__name__
+        raise TapError(
+            f"no attention was read at {missing}: the U-Net did not run inside the block, it ends "
+            f"before them, or their processor ({processor}) does not call to_q and to_k. Where its "
+            "projections are fused, unet.unfuse_qkv_projections() separates them; "
+            "unet.set_default_attn_processor() brings the usual processor back."
+        )
 
 
 def head_maps(
@@ -169,7 +226,7 @@ def keep_present(attn: nn.Module, kept: dict[str, Tensor | None], name: str) -> 
         bias = kwargs.get("attention_mask")  # (b 1 l): 0, or -10000 where a token is ignored
         kept[name] = None if bias is None else bias[:, 0] > -1
 
-    return attn.register_forward_pre_hook(note, with_kwargs=True)
+    return attn.register_forward_pre_hook(for_this_thread(note), with_kwargs=True)
 
 
 def cross_attention_layers(unet: nn.Module) -> tuple[str, ...]:
@@ -198,9 +255,9 @@ def match_layers(unet: nn.Module, layers: str | Sequence[str] | None = None) -> 
         cross-attention, the middle and the last such up block, in every transformer the last block.
     """
     known = cross_attention_layers(unet)
-    if layers == "discffusion":
+    if isinstance(layers, str) and layers == "discffusion":
         return _last_of_each_stage(known)
-    wanted = set(_match(None if layers == "all" else layers, known))
+    wanted = set(_match(None if isinstance(layers, str) and layers == "all" else layers, known))
     return tuple(name for name in known if name in wanted)
 
 
@@ -231,63 +288,13 @@ def _match(layers: Sequence[str] | None, known: Sequence[str]) -> list[str]:
     if layers is None:
         return list(known)
     found: dict[str, None] = {}
-    for layer in [layers] if isinstance(layers, str) else layers:
+    for layer in texts("layers", layers, error=TapError):
         inside = [name for name in known if f"{name}.".startswith(f"{layer}.")]
         if not inside:
             blocks = list(dict.fromkeys(name.partition(".attentions")[0] for name in known))
             raise TapError(
-                f"there is no cross-attention in {layer!r}.{near_matches(layer, known)} "
+                f"there is no cross-attention in {shown(layer)}.{near_matches(layer, known)} "
                 f"The U-Net has it in {blocks}."
             )
         found.update(dict.fromkeys(inside))
     return list(found)
-
-
-def word_token_positions(
-    tokenizer: Any, text: str, word: str, *, occurrence: int | None = None
-) -> tuple[int, ...]:
-    """Where the text encoder sees a word: positions of all its pieces, the start token being 0.
-
-    Args:
-        tokenizer: CLIP's, or one like it that marks the end of a word with "</w>".
-        text: The prompt.
-        word: A word of it, or several in a row; upper and lower case are one.
-        occurrence: Which one counts if it stands there several times, from 0; None takes all.
-
-    Raises:
-        PromptError: The text has no such word, or not so many times, or it was cut off.
-    """
-    pieces = tokenizer.convert_ids_to_tokens(
-        tokenizer(text, truncation=False, verbose=False).input_ids
-    )
-    wanted = tokenizer.convert_ids_to_tokens(
-        tokenizer(word, add_special_tokens=False, truncation=False, verbose=False).input_ids
-    )
-    starts = [
-        index
-        for index in range(1, len(pieces) - len(wanted) + 1)
-        if pieces[index : index + len(wanted)] == wanted
-        and _ends_word(tokenizer, pieces[index - 1])
-    ]
-    if not wanted or not starts:
-        words = re.findall(r"\w+", text.lower())
-        raise PromptError(f"{word!r} is no word of {text!r}.{near_matches(word.lower(), words)}")
-    if occurrence is not None:
-        if not 0 <= occurrence < len(starts):
-            raise PromptError(
-                f"{word!r} stands {len(starts)} times in {text!r}; occurrence counts from 0, got "
-                f"{occurrence}"
-            )
-        starts = [starts[occurrence]]
-    room = tokenizer.model_max_length - 1  # the last place is the end token's
-    kept = [start for start in starts if start + len(wanted) <= room]
-    if not kept:
-        raise PromptError(
-            f"{word!r} was cut off: it is token {starts[0]} of {text!r}, and the text encoder "
-            f"reads {tokenizer.model_max_length}; move it to the front or shorten the text"
-        )
-    return tuple(start + offset for start in kept for offset in range(len(wanted)))
-
-
-def _ends_word(tokenizer: Any, piece: str) -> bool:
-    return piece.endswith("</w>") or piece in tokenizer.all_special_tokens

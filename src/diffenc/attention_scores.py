@@ -1,6 +1,6 @@
 """One number per layer from cross-attention, read while a U-Net runs; no map is kept."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +10,10 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from diffenc.attention import keep_present
-from diffenc.errors import ConfigError, TapError
+from diffenc.attention import PairedOutputs, check_read, keep_present
+from diffenc.errors import ConfigError
 from diffenc.hooks import AllTapsRead
+from diffenc.threads import for_this_thread
 
 _CHUNK = {"cpu": 2**18, "other": 2**26}
 """Most products q·k that are held at a time: 1 MB, which a core's own cache takes, and 256 MB."""
@@ -124,7 +125,7 @@ def crossed_scores(
     """Score every row of the queries with every row of the keys; else as `pooled_scores`."""
     texts, tokens = key.shape[:2]
     at_once = _rows_at_once(heads * query.shape[1] * tokens, query.device)
-    scores = torch.empty(len(query), texts, device=query.device)
+    scores = torch.empty(len(query), texts, dtype=torch.float32, device=query.device)
     with torch.autocast(query.device.type, enabled=False):
         for image, cells in enumerate(query):
             queries = rearrange(cells.float() * scale, "n (heads d) -> heads n d", heads=heads)
@@ -170,14 +171,14 @@ def read_scores(
     Raises:
         TapError: A layer did not run.
     """
-    queries: dict[str, Tensor] = {}
+    projected = PairedOutputs()
     present: dict[str, Tensor | None] = {}
     scores: dict[str, Tensor] = {}
 
-    def reader(name: str, attn: Any) -> Callable[..., None]:
-        def read_key(_module: nn.Module, _args: tuple[Any, ...], key: Tensor) -> None:
+    def reader(name: str, attn: Any) -> Callable[[Tensor, Tensor], None]:
+        def read(query: Tensor, key: Tensor) -> None:
             scores[name] = pooled_scores(
-                queries.pop(name),
+                query,
                 key,
                 pooling,
                 heads=attn.heads,
@@ -188,16 +189,17 @@ def read_scores(
             if early_exit and len(scores) == len(attentions):
                 raise AllTapsRead
 
-        return read_key
+        return read
 
     with ExitStack() as stack:
         for name, attn in attentions.items():
             stack.callback(keep_present(attn, present, name).remove)
-            stack.callback(attn.to_q.register_forward_hook(_keeper(queries, name)).remove)
-            stack.callback(attn.to_k.register_forward_hook(reader(name, attn)).remove)
+            for part, module in (("query", attn.to_q), ("key", attn.to_k)):
+                hook = projected.hook(name, part, reader(name, attn))
+                stack.callback(module.register_forward_hook(hook).remove)
         with suppress(AllTapsRead):
             call()
-    _check_read(attentions, scores)
+    check_read(attentions, scores)
     return torch.stack([scores[name] for name in attentions], dim=1)
 
 
@@ -222,10 +224,10 @@ def read_queries(
     with ExitStack() as stack:
         for name, attn in attentions.items():
             stack.callback(attn.to_q.register_forward_hook(_keeper(queries, name)).remove)
-            stack.callback(attn.to_q.register_forward_hook(stop).remove)
+            stack.callback(attn.to_q.register_forward_hook(for_this_thread(stop)).remove)
         with suppress(AllTapsRead):
             call()
-    _check_read(attentions, queries)
+    check_read(attentions, queries)
     return {name: queries[name] for name in attentions}
 
 
@@ -233,15 +235,7 @@ def _keeper(kept: dict[str, Tensor], name: str) -> Callable[..., None]:
     def keep(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
         kept[name] = output
 
-    return keep
-
-
-def _check_read(layers: Iterable[str], found: Mapping[str, Tensor]) -> None:
-    if missing := [name for name in layers if name not in found]:
-        raise TapError(
-            f"no attention was read at {missing}: the U-Net's projections are fused "
-            "(unet.unfuse_qkv_projections() separates them), or it ends before them"
-        )
+    return for_this_thread(keep)
 
 
 def layer_mix(weights: Sequence[float] | None, layers: int) -> Float[Tensor, "layers 1"]:
@@ -254,5 +248,5 @@ def layer_mix(weights: Sequence[float] | None, layers: int) -> Float[Tensor, "la
         raise ConfigError(
             f"layer_weights must hold one weight per layer: got {len(weights)} for {layers} layers"
         )
-    shares = torch.tensor(weights or [1.0] * layers, dtype=torch.float64)
+    shares = torch.tensor(weights or [1.0] * layers, dtype=torch.float64, device="cpu")
     return (shares / shares.sum()).float()[:, None]

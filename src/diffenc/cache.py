@@ -1,15 +1,66 @@
 """Bounded caches of what is asked for again and again: latents, prompts, unconditional features."""
 
-import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from diffenc.model_state import content_key, state_key
+
+__all__ = ["Entry", "TensorCache", "content_key", "recall", "state_key"]
 
 Entry = tuple[Tensor, ...]
+
+_Key = TypeVar("_Key", bound=Hashable, contravariant=True)
+_Value = TypeVar("_Value")
+
+
+class Store(Protocol[_Key, _Value]):
+    """What `recall` looks into: a `TensorCache`, or a folder of files."""
+
+    def get(self, key: _Key, /) -> _Value | None:
+        """The entry, or None."""
+
+    def put(self, key: _Key, value: _Value, /) -> None:
+        """Keep a copy of an entry, where there is room."""
+
+
+def recall(
+    cache: "Store[_Key, _Value] | None",
+    keys: Sequence[_Key],
+    compute: Callable[[list[int]], Iterable[_Value]],
+) -> list[_Value]:
+    """Look entries up, compute those that are missing in one batch, and put them into the cache.
+
+    Args:
+        cache: Where entries are kept; None computes every row and keeps nothing.
+        keys: What each row's entry depends on, the state of models with it; equal rows are computed
+            once.
+        compute: Called with the rows that are missing, if any; gives an entry for each, in order.
+
+    Returns:
+        An entry for each row, which may be the cache's own: to be read, never to be written to.
+    """
+    if cache is None:
+        return list(compute(list(range(len(keys)))))
+    known: dict[_Key, _Value] = {}
+    rows: dict[_Key, int] = {}
+    for row, key in enumerate(keys):
+        if key in known or key in rows:
+            continue
+        entry = cache.get(key)
+        if entry is None:
+            rows[key] = row
+        else:
+            known[key] = entry
+    if rows:
+        for key, entry in zip(rows, compute(list(rows.values())), strict=True):
+            known[key] = entry
+            cache.put(key, entry)
+    return [known[key] for key in keys]
 
 
 class TensorCache:
@@ -42,10 +93,15 @@ class TensorCache:
             return entry
 
     def put(self, key: Hashable, entry: Entry) -> None:
-        """Keep an entry, and drop the least recent ones that no longer fit."""
+        """Keep a copy of an entry, and drop the least recent ones that no longer fit."""
         size = sum(tensor.nbytes for tensor in entry)
+        if size > self.max_bytes:
+            return
+        # Nobody else writes to a copy; one made in inference mode could not be trained on later.
+        with torch.inference_mode(False):
+            entry = tuple(tensor.detach().clone() for tensor in entry)
         with self._lock:
-            if size > self.max_bytes or key in self._entries:
+            if key in self._entries:
                 return
             self._entries[key] = entry
             self.nbytes += size
@@ -64,47 +120,3 @@ class TensorCache:
 
     def __setstate__(self, state: dict[str, int]) -> None:
         self.__init__(state["max_bytes"])  # type: ignore[misc]
-
-
-def content_key(values: Tensor) -> bytes:
-    """A digest of a tensor's shape, dtype and values."""
-    digest = hashlib.blake2b(f"{tuple(values.shape)} {values.dtype}".encode(), digest_size=16)
-    digest.update(values.detach().cpu().contiguous().numpy().tobytes())
-    return digest.digest()
-
-
-def state_key(module: nn.Module) -> Hashable | None:
-    """What a frozen module's results depend on beside its input, or None if it is not frozen.
-
-    It changes with the device, the dtype, autocast, the LoRA adapter in use, and every in-place
-    write that autograd counts (optimizer steps, `load_state_dict`). Writes through `.data` are not
-    seen: clear the cache after them. None means that nothing may be cached: the module is in
-    training mode or has a parameter that requires a gradient.
-    """
-    writes = 0
-    first = None
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            return None
-        first = parameter if first is None else first
-        writes += parameter._version
-    if module.training or first is None:
-        return None
-    return str(first.device), str(first.dtype), writes, _autocast(first.device), _adapters(module)
-
-
-def _autocast(device: torch.device) -> str | None:
-    """The dtype that autocast computes in, or None outside of it."""
-    kind = device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return None
-    return str(torch.get_autocast_dtype(kind))
-
-
-def _adapters(module: nn.Module) -> tuple[Hashable, ...]:
-    """Per layer of peft's: which adapters are on, and which are merged into the weights."""
-    layers: Any = (layer for layer in module.modules() if "lora_A" in layer._modules)
-    return tuple(
-        (layer._disable_adapters, tuple(layer.active_adapters), tuple(layer.merged_adapters))
-        for layer in layers
-    )

@@ -4,26 +4,41 @@ With it an encoder needs no text. The tokens are added to those of the prompt th
 begins at zero, so that training starts from exactly what the prompt alone gives.
 """
 
-import json
 import os
+from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from diffenc._inference import lasting, make_plain
+from diffenc.arguments import shown, whole
+from diffenc.digests import weights_mark
 from diffenc.errors import BackboneError, ConfigError, OutputError
-from diffenc.pretrained import load_whole, loading, pretrained_source
+from diffenc.pretrained import (
+    lasting_name,
+    load_whole,
+    loading,
+    model_folder,
+    read_name,
+    stored_name,
+)
+from diffenc.storage.names import checked_path, reason
+from diffenc.storage.reading import read_json
+from diffenc.storage.schema import checked, make
+from diffenc.storage.tensors import misfits, read_tensors, write_tensors
+from diffenc.storage.writing import begin_folder, write_json
+from diffenc.threads import lock_of
 
 _CONFIG_FILE, _WEIGHTS_FILE = "captioner.json", "captioner.safetensors"
+_WIDEST = 2**20
 _INSTEAD = (
     "Pass the model itself, a folder with config.json and model.safetensors, or a Hub id such as "
     "openai/clip-vit-large-patch14"
 )
+_MOST_LAYERS = 99
 _OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -42,6 +57,7 @@ class ImplicitCaptioner(nn.Module):
             its own. None: the model reads none.
         hidden_size: Of the MLPs; None is the wider one of input and output.
         layers: Linear layers of an MLP, GELU between; ODISE has one.
+        device: Where the weights are made, in float32; "meta" makes none.
 
     Raises:
         ConfigError: A width or a number below 1.
@@ -57,6 +73,7 @@ class ImplicitCaptioner(nn.Module):
         Extractor", introduction.
     """
 
+    @lasting
     def __init__(
         self,
         image_width: int,
@@ -66,6 +83,7 @@ class ImplicitCaptioner(nn.Module):
         pooled_width: int | None = None,
         hidden_size: int | None = None,
         layers: int = 2,
+        device: str | torch.device = "cpu",
     ) -> None:
         super().__init__()
         self.options: dict[str, int | None] = {
@@ -77,18 +95,21 @@ class ImplicitCaptioner(nn.Module):
             "layers": layers,
         }
         for name, value in self.options.items():
-            optional = value is None and name in ("pooled_width", "hidden_size")
-            if not optional and (
-                isinstance(value, bool) or not isinstance(value, int) or value < 1
-            ):
-                raise ConfigError(f"{name} must be an int of 1 or more, got {value!r}")
-        self.mlp = _mlp(image_width, width, hidden_size, layers)
-        self.positions = nn.Parameter(torch.empty(length, width))
+            if value is not None or name not in ("pooled_width", "hidden_size"):
+                self.options[name] = whole(name, value, least=1, most=_WIDEST)
+        image_width, width, length, layers = (
+            self.options[name] or 0 for name in ("image_width", "width", "length", "layers")
+        )
+        if layers > _MOST_LAYERS:
+            raise ConfigError(f"layers must be {_MOST_LAYERS} at most, got {layers}")
+        place: dict[str, Any] = {"dtype": torch.float32, "device": device}
+        self.mlp = _mlp(image_width, width, hidden_size, layers, place)
+        self.positions = nn.Parameter(torch.empty(length, width, **place))
         nn.init.trunc_normal_(self.positions, std=0.02)
-        self.gate = nn.Parameter(torch.zeros(length, width))
+        self.gate = nn.Parameter(torch.zeros(length, width, **place))
         if pooled_width is not None:
-            self.pooled_mlp = _mlp(image_width, pooled_width, hidden_size, layers)
-            self.pooled_gate = nn.Parameter(torch.zeros(pooled_width))
+            self.pooled_mlp = _mlp(image_width, pooled_width, hidden_size, layers, place)
+            self.pooled_gate = nn.Parameter(torch.zeros(pooled_width, **place))
 
     def forward(
         self, image_embeds: Float[Tensor, "b c"]
@@ -109,20 +130,13 @@ class ImplicitCaptioner(nn.Module):
         Raises:
             OutputError: The folder cannot be written.
         """
-        target = Path(folder)
-        state = {key: value.detach().contiguous() for key, value in self.state_dict().items()}
-        told = {**self.options, "clip": None if clip is None else clip.reference()}
-        try:
-            target.mkdir(parents=True, exist_ok=True)
-            (target / _CONFIG_FILE).unlink(missing_ok=True)  # without it nothing is read
-            save_file(state, target / _WEIGHTS_FILE, metadata={"format": "pt"})
-            partial = target / f"{_CONFIG_FILE}.partial"
-            partial.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-            partial.replace(target / _CONFIG_FILE)
-        except (OSError, SafetensorError) as error:
-            raise OutputError(f"cannot write {target}: {error}") from error
+        target = begin_folder(checked_path("a captioner", folder, error=OutputError), _CONFIG_FILE)
+        told = {**self.options, "clip": None if clip is None else clip.reference(target)}
+        write_tensors(target / _WEIGHTS_FILE, self.state_dict())
+        write_json(target / _CONFIG_FILE, told)
 
     @classmethod
+    @lasting
     def from_pretrained(
         cls, folder: "str | os.PathLike[str]"
     ) -> "tuple[ImplicitCaptioner, dict[str, Any]]":
@@ -131,25 +145,43 @@ class ImplicitCaptioner(nn.Module):
         Raises:
             BackboneError: The folder holds no whole captioner.
         """
-        source = Path(folder)
+        source = checked_path("a captioner", folder, error=BackboneError)
         try:
-            options = json.loads((source / _CONFIG_FILE).read_text(encoding="utf-8"))
-            clip = dict(options.pop("clip") or {})
-            captioner = cls(**options)
-            captioner.load_state_dict(load_file(source / _WEIGHTS_FILE))
-        except (
-            OSError,
-            ValueError,
-            TypeError,
-            KeyError,
-            AttributeError,
-            RuntimeError,
-            SafetensorError,
-        ) as error:
+            options = read_json(source / _CONFIG_FILE)
+            clip = checked(options.pop("clip"), dict[str, Any] | None, "clip") or {}
+            if clip:
+                make(_ClipReference, clip, "clip")
+                if clip.get("name") is not None:
+                    clip["name"] = read_name(clip["name"], source)
+            state = read_tensors(source / _WEIGHTS_FILE, finite=True)
+            # Without memory at first: a config may ask for any amount of it.
+            with torch.device("meta"):
+                shaped: ImplicitCaptioner = make(cls, options)
+            if wrong := misfits(state, shaped.state_dict()):
+                raise ConfigError(f"{len(wrong)} weights are another model's, as {wrong[0]!r}")
+        except Exception as error:  # torch raises three kinds of errors for sizes beyond its own
             raise BackboneError(
-                f"{source} holds no whole captioner ({_CONFIG_FILE} and {_WEIGHTS_FILE}): {error}"
+                f"{source} holds no whole captioner ({_CONFIG_FILE} and {_WEIGHTS_FILE}): "
+                f"{reason(error)}"
             ) from error
+        captioner: ImplicitCaptioner = make(cls, options)
+        captioner.load_state_dict(state)
         return captioner, clip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ClipReference:
+    """What `ClipEmbedder.reference` gives."""
+
+    name: str | None
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+    do_center_crop: bool
+    mark: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.image_std) <= 0:
+            raise ConfigError(f"clip.image_std must be above 0, got {self.image_std}")
 
 
 class ClipEmbedder(nn.Module):
@@ -172,17 +204,27 @@ class ClipEmbedder(nn.Module):
                 f"or CLIPModel of transformers, or its name; got {type(model).__name__}"
             )
         self.vision_model, self.visual_projection = model.vision_model, model.visual_projection
+        make_plain(self)
         self.eval().requires_grad_(False)
+        if not (
+            processor is None or isinstance(processor, dict) or hasattr(processor, "image_mean")
+        ):
+            raise ConfigError(
+                "processor must be an image processor of transformers or a dict of its values, got "
+                f"{shown(processor)}"
+            )
         told = processor if isinstance(processor, dict) else getattr(processor, "__dict__", {})
         self.mean = tuple(map(float, told.get("image_mean") or _OPENAI_MEAN))
         self.std = tuple(map(float, told.get("image_std") or _OPENAI_STD))
         self.crops = bool(told.get("do_center_crop", True))
         own = getattr(model.config, "_name_or_path", "") or None
-        self.name = own if name is None else name
+        name = own if name is None else name
+        self.name = None if name is None else lasting_name(name)
         config = getattr(model.config, "vision_config", model.config)
         self.size: int = config.image_size
 
     @classmethod
+    @lasting
     def from_name(cls, name: "str | os.PathLike[str]") -> "ClipEmbedder":
         """Load a CLIP and the values of its preprocessing.
 
@@ -195,16 +237,18 @@ class ClipEmbedder(nn.Module):
         from transformers import CLIPVisionModelWithProjection
         from transformers.image_processing_base import ImageProcessingMixin
 
-        label = os.fspath(name)
+        label = os.fspath(checked_path("a CLIP", name, error=BackboneError))
         with loading("a CLIP", label, instead=_INSTEAD):
-            source = pretrained_source(label)
+            source = model_folder(name)
             # The embedding is small work and remembered: no half precision, whatever the file has.
-            model = load_whole(CLIPVisionModelWithProjection, source).float()
+            model = load_whole(CLIPVisionModelWithProjection, label)
         try:
-            processor, _ = ImageProcessingMixin.get_image_processor_dict(source)
+            processor, _ = ImageProcessingMixin.get_image_processor_dict(
+                source, local_files_only=True
+            )
         except OSError:
             processor = None
-        return cls(model, name=label, processor=processor)
+        return cls(model, name=lasting_name(name), processor=processor)
 
     @property
     def width(self) -> int:
@@ -212,26 +256,33 @@ class ClipEmbedder(nn.Module):
         features: int = self.visual_projection.out_features
         return features
 
-    def reference(self) -> dict[str, Any]:
-        """Name and preprocessing, as JSON holds them."""
+    def reference(self, folder: "str | os.PathLike[str]") -> dict[str, Any]:
+        """Name, preprocessing and numbers of the weights, as JSON in a folder holds them."""
+        name = None if self.name is None else stored_name(self.name, folder)
         values = {"image_mean": self.mean, "image_std": self.std, "do_center_crop": self.crops}
-        return {"name": self.name, **values}
+        return {"name": name, **values, "mark": weights_mark(self)}
 
     def forward(self, pixel_values: Float[Tensor, "b 3 size size"]) -> Float[Tensor, "b c"]:
         """Embed pictures that have CLIP's size already."""
         weight = self.visual_projection.weight
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        mean, std = (
+            torch.tensor(values, dtype=torch.float32, device="cpu").view(3, 1, 1)
+            for values in (self.mean, self.std)
+        )
         unit = (pixel_values + 1) / 2
         normal = (unit - mean.to(unit)) / std.to(unit)
-        pooled = self.vision_model(normal.to(weight.device, weight.dtype)).pooler_output
+        with lock_of(self.vision_model):
+            pooled = self.vision_model(normal.to(weight.device, weight.dtype)).pooler_output
         embeds: Tensor = self.visual_projection(pooled)
         return embeds
 
 
-def _mlp(inputs: int, outputs: int, hidden_size: int | None, layers: int) -> nn.Module:
+def _mlp(
+    inputs: int, outputs: int, hidden_size: int | None, layers: int, place: dict[str, Any]
+) -> nn.Module:
     hidden = max(inputs, outputs) if hidden_size is None else hidden_size
     widths = [inputs, *[hidden] * (layers - 1), outputs]
-    parts: list[nn.Module] = [nn.Linear(widths[0], widths[1])]
+    parts: list[nn.Module] = [nn.Linear(widths[0], widths[1], **place)]
     for start, end in pairwise(widths[1:]):
-        parts += [nn.GELU(), nn.Linear(start, end)]
+        parts += [nn.GELU(), nn.Linear(start, end, **place)]
     return nn.Sequential(*parts)

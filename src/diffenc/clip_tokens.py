@@ -10,10 +10,20 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from diffenc.cache import TensorCache, content_key, state_key
+from diffenc._inference import lasting, make_plain
+from diffenc.arguments import shown, whole
+from diffenc.cache import TensorCache, content_key, recall, state_key
 from diffenc.errors import BackboneError, ConfigError, NonFiniteError, ShapeError
 from diffenc.images import Images
-from diffenc.pretrained import lasting_name, load_whole, loading, pretrained_source
+from diffenc.pretrained import (
+    lasting_name,
+    load_image_processor,
+    load_whole,
+    loading,
+    model_config,
+)
+from diffenc.storage.names import checked_path
+from diffenc.threads import lock_of
 from diffenc.vision_models import VisionModel, to_pictures
 
 _VISION = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}
@@ -59,7 +69,13 @@ class ClipTokens(VisionModel):
         use_cache: bool = True,
     ) -> None:
         super().__init__()
+        if not callable(image_processor):
+            raise ConfigError(
+                f"image_processor must be an image processor of transformers, got "
+                f"{shown(image_processor)}"
+            )
         self.model = _vision_part(model)
+        make_plain(self.model)
         self.image_processor = image_processor
         self.layer, self.frozen, self.name = layer, frozen, name
         self.use_cache = use_cache
@@ -67,20 +83,18 @@ class ClipTokens(VisionModel):
         self.hidden_size = config.hidden_size
         self.image_size, self.side = _square(config)
         depth = config.num_hidden_layers
-        if (
-            isinstance(layer, bool)
-            or not isinstance(layer, int)
-            or not -depth <= layer + 1 <= depth + 1
-        ):
+        self.layer = layer = whole("layer", layer)
+        if not -depth <= layer + 1 <= depth + 1:
             raise ConfigError(
                 f"layer must be {-depth - 1} to {depth}, an index into the embeddings and the "
-                f"outputs of this model's {depth} layers, got {layer!r}"
+                f"outputs of this model's {depth} layers, got {shown(layer)}"
             )
         self._cache = TensorCache(_CACHE_BYTES)
         self.model.eval()
         self.freeze(frozen)
 
     @classmethod
+    @lasting
     def from_pretrained(
         cls,
         name: "str | os.PathLike[str]",
@@ -108,22 +122,21 @@ class ClipTokens(VisionModel):
         """
         import transformers
 
-        label = os.fspath(name)
+        label = os.fspath(checked_path("a CLIP", name, error=BackboneError))
         with loading("a CLIP", label, instead=_INSTEAD):
-            source = pretrained_source(label)
-            found = transformers.AutoConfig.from_pretrained(source).model_type
+            found = model_config(name).model_type
             kind = found.removesuffix("_vision_model")
             if kind not in _VISION:
                 raise BackboneError(f"{label!r} is of the kind {found!r}; {_TAKEN}")
-            model = load_whole(getattr(transformers, _VISION[kind]), source)
+            model = load_whole(getattr(transformers, _VISION[kind]), label, dtype=dtype)
             if image_processor is None:
-                image_processor = transformers.AutoImageProcessor.from_pretrained(source)
+                image_processor = load_image_processor(label)
         return cls(
-            model.to(device, dtype),
+            model.to(device),
             image_processor,
             layer=layer,
             frozen=frozen,
-            name=lasting_name(label),
+            name=lasting_name(name),
             use_cache=use_cache,
         )
 
@@ -168,15 +181,12 @@ class ClipTokens(VisionModel):
         state = state_key(self.model) if self.use_cache else None
         if state is None:
             return self._tokens(pixel_values, batch_size)
-        keys = [(state, content_key(picture)) for picture in pixel_values]
-        known = {key: entry[0] for key in set(keys) if (entry := self._cache.get(key))}
-        rows = {key: row for row, key in enumerate(keys) if key not in known}
-        if rows:
-            fresh = self._tokens(pixel_values[list(rows.values())], batch_size).detach()
-            for key, tokens in zip(rows, fresh, strict=True):
-                known[key] = tokens.clone()
-                self._cache.put(key, (known[key],))
-        return torch.stack([known[key] for key in keys])
+        entries = recall(
+            self._cache,
+            [(state, self.layer, content_key(picture)) for picture in pixel_values],
+            lambda rows: ((tokens,) for tokens in self._tokens(pixel_values[rows], batch_size)),
+        )
+        return torch.stack([tokens for (tokens,) in entries])
 
     def train(self, mode: bool = True) -> "ClipTokens":
         """Training mode; a frozen model stays in evaluation mode, so that it is remembered."""
@@ -204,7 +214,8 @@ class ClipTokens(VisionModel):
 
     def _tokens(self, pixel_values: Tensor, batch_size: int | None) -> Float[Tensor, "b n c"]:
         trained = any(parameter.requires_grad for parameter in self.model.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
+        grad = torch.is_grad_enabled() and trained
+        with lock_of(self.model), torch.set_grad_enabled(grad):
             parts = [
                 self.model(part.to(self.device, self.dtype), output_hidden_states=True)
                 for part in pixel_values.split(batch_size or len(pixel_values))

@@ -1,42 +1,31 @@
 """What the public objects are told to do, as frozen dataclasses that check themselves."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from diffenc._typing import Conditioning, LongPrompts, Posterior, Resize, Uncond
+from diffenc.arguments import pair, shown, whole
+from diffenc.checks import conform
 from diffenc.errors import ConfigError, near_matches
+from diffenc.storage.schema import make
 
 
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
     """Raise a `ConfigError` that lists the allowed words unless `value` is one of them."""
-    if value not in allowed:
-        hint = near_matches(value, allowed) if isinstance(value, str) else ""
-        raise ConfigError(f"{name} must be one of {list(allowed)}, got {value!r}.{hint}")
+    if not isinstance(value, str) or value not in allowed:
+        hint = near_matches(value, allowed)
+        raise ConfigError(f"{name} must be one of {list(allowed)}, got {shown(value)}.{hint}")
 
 
 def check_pair(name: str, value: object) -> None:
     """Raise unless `value` is a positive int, two of them, or None."""
-    sides = value if isinstance(value, tuple) else (value,)
-    whole = all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
-    if value is None or (whole and len(sides) <= 2 and all(side > 0 for side in sides)):
-        return
-    raise ConfigError(f"{name} must be a positive int or (height, width), got {value!r}")
+    pair(name, value)
 
 
-def _check_positive(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} must be an int of 1 or more, got {value!r}")
-
-
-def _check_timesteps(timestep: object) -> None:
-    steps = timestep if isinstance(timestep, tuple) else (timestep,)
-    if not steps:
-        raise ConfigError("timestep must be an int or a tuple with one or more, got none")
-    for step in steps:
-        if isinstance(step, bool) or not isinstance(step, int):
-            raise ConfigError(f"timestep must be an int or a tuple of ints, got {timestep!r}")
+def check_timesteps(timesteps: Sequence[int]) -> None:
+    """Raise a `ConfigError` unless all are scheduler steps."""
+    for step in timesteps:
         if not 0 <= step < 1000:
             raise ConfigError(
                 f"timestep must be in [0, 1000), got {step}. It counts scheduler steps; "
@@ -57,8 +46,9 @@ class EncoderConfig:
         noise: "shared", or None for clean latents at that timestep (CleanDIFT's way).
         size: Side of the square that images are brought to, or (height, width), in pixels; None
             takes the backbone's own.
-        resize: "squash" ignores the aspect ratio, "crop" keeps the middle, "pad" adds grey,
-            "none" keeps the size and pads to a multiple of what the model needs.
+        resize: "squash" ignores the aspect ratio, "crop" keeps the middle, in the same pixels as
+            torchvision's `Resize` and `CenterCrop`, "pad" adds grey, "none" keeps the size and pads
+            to a multiple of what the model needs.
         conditioning: What `extract` and the tokens hold by default; None is "cond" with prompts
             and "uncond" without.
         guidance_scale: s of f_u + s (f_c - f_u); read by "cfg" alone.
@@ -94,20 +84,21 @@ class EncoderConfig:
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.taps is not None and (isinstance(self.taps, str) or not self.taps):
+        if self.taps is not None and (isinstance(self.taps, str) or not len(self.taps)):
             raise ConfigError(
                 f"taps must be a tuple of module paths with at least one entry, got {self.taps!r}"
             )
-        _check_timesteps(self.timestep)
-        _check_positive("draws", self.draws)
+        conform(self)
+        if not self.timesteps:
+            raise ConfigError("timestep must be an int or a tuple with one or more, got none")
+        check_timesteps(self.timesteps)
+        whole("draws", self.draws, least=1)
         if self.noise not in ("shared", None):
             raise ConfigError(f"noise must be 'shared' or None, got {self.noise!r}")
         if self.noise is None and self.draws > 1:
             raise ConfigError(f"without noise there is one draw, got draws={self.draws}")
         if self.batch_size is not None:
-            _check_positive("batch_size", self.batch_size)
-        if not math.isfinite(self.guidance_scale):
-            raise ConfigError(f"guidance_scale must be a finite number, got {self.guidance_scale}")
+            whole("batch_size", self.batch_size, least=1)
         check_pair("size", self.size)
         check_pair("grid", self.grid)
         if self.original_size not in ("image", None):
@@ -138,13 +129,11 @@ class EncoderConfig:
         """Inverse of `to_dict`, lists read as tuples.
 
         Raises:
-            ConfigError: A key is no attribute.
+            ConfigError: A key is no attribute, or a value is not allowed.
         """
         known = {field.name for field in fields(cls)}
-        if unknown := sorted(values.keys() - known):
+        if unknown := sorted(map(str, values.keys() - known)):
             hint = near_matches(unknown[0], known)
             raise ConfigError(f"unknown options {unknown}; known are {sorted(known)}.{hint}")
-        plain: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
-        }
-        return cls(**plain)
+        made: EncoderConfig = make(cls, values)
+        return made

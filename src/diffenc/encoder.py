@@ -10,14 +10,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffenc._typing import Conditioning
-from diffenc.backbones import Architecture, TapInfo, describe, load_backbone
-from diffenc.backbones.base import Backbone
+from diffenc._inference import lasting
+from diffenc._typing import Conditioning, Prediction
+from diffenc.arguments import flag, shown, text
+from diffenc.backbones import Architecture, TapInfo, describe, load_backbone, model_name
+from diffenc.backbones.base import Backbone, States
+from diffenc.backbones.device import Device, Dtype
+from diffenc.backbones.pipelines import PIPELINE
 from diffenc.backbones.presets import preset_options
-from diffenc.backbones.taps import LATENTS
+from diffenc.backbones.sources import lasting_source
+from diffenc.backbones.taps import LATENTS, tap_patterns
 from diffenc.backbones.writing import write_folder
 from diffenc.config import EncoderConfig, check_choice
-from diffenc.errors import ConfigError
+from diffenc.errors import ConfigError, OutputError
 from diffenc.features import Features, check_guidance
 from diffenc.forward import compile_taps
 from diffenc.halves import read_halves
@@ -25,6 +30,7 @@ from diffenc.images import Images, as_list, image_sizes, to_pixel_values
 from diffenc.lora.adapters import is_merged
 from diffenc.maps import middle_grid
 from diffenc.memo import image_keys, posterior_of, prompts_of
+from diffenc.object_watch import object_key
 from diffenc.prompts import PromptEmbeds, match_batch
 from diffenc.saved import (
     BACKBONE_FOLDER,
@@ -32,11 +38,13 @@ from diffenc.saved import (
     LORA_FOLDER,
     Contents,
     begin,
+    check_mark,
     is_saved,
     merge_parts,
     read_config,
     write_config,
 )
+from diffenc.storage.names import checked_path
 from diffenc.trainable.parts import TrainableParts
 
 
@@ -65,10 +73,18 @@ class DiffusionEncoder(TrainableParts):
         self, backbone: Backbone, config: EncoderConfig | None = None, *, use_cache: bool = True
     ) -> None:
         super().__init__()
+        if not isinstance(backbone, Backbone):
+            raise ConfigError(
+                f"an encoder is made of a Backbone, got {shown(backbone)}; "
+                "DiffusionEncoder.from_pretrained takes names, folders and pipelines"
+            )
+        if not isinstance(config, EncoderConfig | None):
+            raise ConfigError(f"config must be an EncoderConfig, got {shown(config)}")
         self.backbone = backbone
         self.config = config or EncoderConfig()
-        self.use_cache = use_cache
-        self._taps = backbone.match_taps(self.config.taps or backbone.default_taps)
+        self.use_cache = flag("use_cache", use_cache)
+        self._matched: tuple[object, tuple[TapInfo, ...]] = (None, ())
+        _ = self._taps  # checks them
         length = len(backbone.scheduler.alphas_cumprod)
         if max(self.config.timesteps) >= length:
             raise ConfigError(
@@ -81,17 +97,20 @@ class DiffusionEncoder(TrainableParts):
             )
 
     @classmethod
+    @lasting
     def from_pretrained(
         cls,
-        name: "str | os.PathLike[str] | Backbone",
+        name: Any,
         *,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
+        device: Device = None,
+        dtype: Dtype = None,
         use_cache: bool = True,
         preset: str | None = None,
         truncate: bool = False,
         channels_last: bool | None = None,
         architecture: "str | os.PathLike[str] | None" = None,
+        prediction_type: Prediction | None = None,
+        variant: str | None = None,
         unet: Any = None,
         vae: Any = None,
         text_encoder: Any = None,
@@ -107,10 +126,15 @@ class DiffusionEncoder(TrainableParts):
         Args:
             name: An alias ("shapes", "sd1.5", "sd2.1-base", "sd2.1", "sdxl"), a Hub id, a diffusers
                 folder, a `.safetensors` checkpoint in the original layout, a folder that
-                `save_pretrained` wrote, or a `Backbone`.
-            device: Where it runs.
-            dtype: Of U-Net and text encoder: float32, bfloat16 or float16; the VAE stays in
-                float32 where float16 overflows.
+                `save_pretrained` wrote, a `StableDiffusionPipeline` or
+                `StableDiffusionXLPipeline`, whose parts are frozen and shared, or a `Backbone`.
+                An alias wins over a folder of that name, which is "./name"; a folder wins over a
+                Hub id.
+            device: Device that it runs on: a name, a number or a `torch.device`. None is the CPU,
+                and where a pipeline or a `Backbone` is.
+            dtype: Floating point type of the U-Net and the text encoder, or its name: float32,
+                bfloat16 or float16; the VAE stays in float32 where float16 overflows. None is
+                float32, and what a pipeline or a `Backbone` has.
             use_cache: See the class.
             preset: Where a published method reads: "gdf", "dift", "cleandift" or "hyperfeatures",
                 see `diffenc.backbones.presets`.
@@ -119,6 +143,9 @@ class DiffusionEncoder(TrainableParts):
             channels_last: Memory format of convolutions; None takes what was measured to be
                 fastest.
             architecture: For a single file: the alias or folder whose configs describe it.
+            prediction_type: What the U-Net predicts, where the model itself does not say so; see
+                `load_backbone`.
+            variant: Word in the names of the weight files, such as "fp16"; see `load_backbone`.
             unet: Instead of the model's own: a model, a state dict, or a `.safetensors` file.
             vae: Instead of the model's own: a model (TAESD too), its folder, or a file.
             text_encoder: Instead of the model's own; as the next three see `load_backbone`.
@@ -138,6 +165,7 @@ class DiffusionEncoder(TrainableParts):
         """
         parts: dict[str, Any] = {
             "architecture": architecture,
+            "prediction_type": prediction_type,
             "unet": unet,
             "vae": vae,
             "text_encoder": text_encoder,
@@ -145,28 +173,32 @@ class DiffusionEncoder(TrainableParts):
             "tokenizer": tokenizer,
             "tokenizer_2": tokenizer_2,
         }
+        truncate, trainable = flag("truncate", truncate), flag("trainable", trainable)
         config, contents, folder = EncoderConfig(), None, Path()
-        if not isinstance(name, Backbone) and is_saved(name):
-            folder = Path(name)
+        given = [part for part, value in parts.items() if value is not None]
+        if isinstance(name, (str, os.PathLike)) and is_saved(model_name(name)):
+            folder = Path(lasting_source(name))
             config, contents = read_config(folder)
             name = folder / BACKBONE_FOLDER if contents.included else contents.backbone
             parts.update(merge_parts(_resolved(contents.parts, folder), parts, folder))
             truncate = truncate or contents.truncated
+            variant = contents.variant if variant is None else variant
         if clip is not None and not (contents and contents.captioner):
             raise ConfigError(
                 f"clip= is for the captioner of a saved encoder, and {name} holds none; call "
                 "add_captioner(clip) afterwards"
             )
-        if isinstance(options.get("taps"), str):
-            options["taps"] = (options["taps"],)
+        if options.get("taps") is not None:
+            options["taps"] = tap_patterns(options["taps"])
         if isinstance(name, Backbone) and truncate:
             raise ConfigError("a Backbone is not truncated; pass the name that it is loaded by")
         told: Backbone | Architecture
         if isinstance(name, Backbone):
             told = name
         else:
-            told = describe(name, **{part: parts[part] for part in ("architecture", "unet", "vae")})
-        published = {} if preset is None else preset_options(preset, told.family)
+            named = ("architecture", "prediction_type", "unet", "vae")
+            told = describe(name, **{part: parts[part] for part in named})
+        published = {} if preset is None else preset_options(text("preset", preset), told.family)
         config = EncoderConfig.from_dict({**config.to_dict(), **published, **options})
         # Taps are checked before weights are loaded.
         taps = told.match_taps(config.taps or told.default_taps)
@@ -177,10 +209,12 @@ class DiffusionEncoder(TrainableParts):
             dtype=dtype,
             keep_taps=keep,
             channels_last=channels_last,
+            variant=variant,
             **parts,
         )
         encoder = cls(backbone, config, use_cache=use_cache)
         if contents is not None:
+            check_mark(backbone, contents.mark, folder, given=given)
             encoder._restore(folder, contents, clip=clip, trainable=trainable)
         return encoder
 
@@ -210,8 +244,16 @@ class DiffusionEncoder(TrainableParts):
 
         Raises:
             OutputError: The folder cannot be written.
+            ConfigError: The backbone was given as a pipeline, which no file can name; include it.
         """
-        target, backbone, config = Path(folder), self.backbone, self.config
+        include_backbone = flag("include_backbone", include_backbone)
+        target = checked_path("a saved encoder", folder, error=OutputError)
+        backbone, config = self.backbone, self.config
+        if PIPELINE in backbone.given and not include_backbone:
+            raise ConfigError(
+                f"{backbone.name} was given as an object, which a config cannot name: pass "
+                "include_backbone=True, or load the encoder from the folder of the pipeline"
+            )
         begin(target)
         for name in self.lora_names:
             self.save_lora(target / LORA_FOLDER / name, name=name)
@@ -229,6 +271,7 @@ class DiffusionEncoder(TrainableParts):
             )
         contents = Contents(
             backbone=backbone.name,
+            variant=None if include_backbone else backbone.variant,
             parts=parts,
             included=include_backbone,
             truncated=include_backbone and backbone.truncated,
@@ -236,8 +279,18 @@ class DiffusionEncoder(TrainableParts):
             active_lora=self.active_lora,
             merged=is_merged(backbone.unet),
             captioner=self.captioner is not None,
+            mark=backbone.mark(),
         )
         write_config(target, config, contents)
+
+    @property
+    def _taps(self) -> tuple[TapInfo, ...]:  # type: ignore[override]  # an attribute to the parts
+        """What is read from the U-Net that is there now, by the config of now."""
+        patterns = self.config.taps or self.backbone.default_taps
+        now = (patterns, object_key(self.backbone.unet))
+        if self._matched[0] != now:
+            self._matched = (now, self.backbone.match_taps(patterns))
+        return self._matched[1]
 
     @property
     def feature_info(self) -> tuple[TapInfo, ...]:
@@ -322,8 +375,9 @@ class DiffusionEncoder(TrainableParts):
 
         Args:
             images: One or several pictures of any kind, see `diffenc.images.to_pixel_values`.
-            prompts: One text for all images or one for each, or texts encoded before; None is
-                unconditional, or the captioner's tokens alone where there is a captioner.
+            prompts: One text for all images or one for each, or texts encoded before; "" is a text
+                too. None is no prompt: unconditional, or the captioner's tokens alone where there
+                is a captioner.
             conditioning: "uncond" and "cond" run the U-Net once per image, "cfg" and "concat"
                 run both halves in one fused call; None takes the config's, which is "cond" with
                 prompts or a captioner and "uncond" without.
@@ -360,29 +414,39 @@ class DiffusionEncoder(TrainableParts):
         )
         size = (pixel_values.shape[2], pixel_values.shape[3])
         keys = image_keys(pixel_values) if self.use_cache else None
-        posteriors = posterior_of(backbone, pixel_values, keys=keys, batch_size=config.batch_size)
         batch = len(pixel_values)
-        uncond = cond = None
-        if conditioning != "cond":
-            uncond = prompts_of(
-                backbone, [""], size=size, uncond=config.uncond, use_cache=self.use_cache
-            ).rows(batch)
-        if conditioning != "uncond":
-            cond = self._embed("" if prompts is None else prompts, batch, size)
-            cond = self.caption(images, cond)
-        sizes = self._original_sizes(images, batch)
-        if sizes is not None:
-            uncond = uncond and uncond.with_original_sizes(sizes)
-            cond = cond and cond.with_original_sizes(sizes)
-        halves = read_halves(
-            backbone,
-            config,
-            [tap.name for tap in self._taps],
-            posteriors,
-            keys=None if keys is None else list(zip(keys, sizes or keys, strict=True)),
-            uncond=uncond,
-            cond=cond,
-        )
+        with backbone.lock:  # a call sees one state of the model: adapters, weights, device
+            states = backbone.states()
+            posteriors = posterior_of(
+                backbone, pixel_values, keys=keys, states=states, batch_size=config.batch_size
+            )
+            uncond = cond = None
+            if conditioning != "cond":
+                uncond = prompts_of(
+                    backbone,
+                    [None],
+                    size=size,
+                    uncond=config.uncond,
+                    use_cache=self.use_cache,
+                    states=states,
+                ).rows(batch)
+            if conditioning != "uncond":
+                cond = self._embed(prompts, batch, size, states)
+                cond = self.caption(images, cond)
+            sizes = self._original_sizes(images, batch)
+            if sizes is not None:
+                uncond = uncond and uncond.with_original_sizes(sizes)
+                cond = cond and cond.with_original_sizes(sizes)
+            halves = read_halves(
+                backbone,
+                config,
+                [tap.name for tap in self._taps],
+                posteriors,
+                keys=None if keys is None else list(zip(keys, sizes or keys, strict=True)),
+                states=states,
+                uncond=uncond,
+                cond=cond,
+            )
         first = next(half for half in halves.values() if half is not None)
         grid = config.grid or middle_grid([(m.shape[-2], m.shape[-1]) for m in first.values()])
         features = Features(
@@ -402,28 +466,33 @@ class DiffusionEncoder(TrainableParts):
         return image_sizes(images) if told == "image" else [told] * batch
 
     def _conditioning(self, wanted: Conditioning | None, prompts: object) -> Conditioning:
-        unprompted = prompts is None or (isinstance(prompts, str) and prompts == "")
-        if self.captioner is not None:
-            unprompted, prompts = False, ""
-        chosen = wanted or self.config.conditioning or ("uncond" if unprompted else "cond")
+        unprompted = prompts is None and self.captioner is None
+        chosen = self.config.conditioning if wanted is None else wanted
+        if chosen is None:
+            chosen = "uncond" if unprompted else "cond"
         check_choice("conditioning", chosen, get_args(Conditioning))
-        if prompts is None and chosen != "uncond":
+        if unprompted and chosen != "uncond":
             raise ConfigError(f"conditioning {chosen!r} needs prompts; got none")
         return chosen
 
     def _embed(
-        self, prompts: str | Sequence[str] | PromptEmbeds, batch: int, size: tuple[int, int]
+        self,
+        prompts: str | Sequence[str] | PromptEmbeds | None,
+        batch: int,
+        size: tuple[int, int],
+        states: States,
     ) -> PromptEmbeds:
         if isinstance(prompts, PromptEmbeds):
             self.backbone.check_embeds(prompts)
             return prompts.rows(batch)
         return prompts_of(
             self.backbone,
-            match_batch(prompts, batch),
+            [None] if prompts is None else match_batch(prompts, batch),
             size=size,
             uncond=self.config.uncond,
             long_prompts=self.config.long_prompts,
             use_cache=self.use_cache,
+            states=states,
         ).rows(batch)
 
 

@@ -1,4 +1,4 @@
-"""Every exception of diffenc: `DiffencError` at the root, each also a fitting builtin."""
+"""Every exception of diffenc: `DiffencError` at the root, each also a builtin; one warning."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -44,7 +44,13 @@ class MissingExtraError(DiffencError, ImportError):
     """An optional dependency is needed; the message names the extra that brings it."""
 
 
-def near_matches(name: str, known: Iterable[str], limit: int = 3) -> str:
+class RangeWarning(UserWarning):
+    """Image values look as if they were in another range than the one they are read in."""
+
+
+def near_matches(name: object, known: Iterable[str], limit: int = 3) -> str:
     """A hint such as ``" Did you mean 'mid_block'?"``, or "" when nothing is near."""
+    if not isinstance(name, str) or len(name) > 200:
+        return ""
     matches = get_close_matches(name, list(known), n=limit, cutoff=0.5)
     return f" Did you mean {' or '.join(map(repr, matches))}?" if matches else ""

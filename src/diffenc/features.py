@@ -1,6 +1,5 @@
 """What an encoder reads: maps per tap in one of four conditionings, and tokens made of them."""
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import TypeAlias, get_args
 
@@ -9,8 +8,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffenc._typing import Conditioning
+from diffenc.arguments import number, shown, sides
+from diffenc.checks import require_finite
 from diffenc.config import check_choice
-from diffenc.errors import ConfigError, TapError, near_matches
+from diffenc.errors import ConfigError, NonFiniteError, TapError, near_matches
 from diffenc.maps import to_tokens
 
 Maps: TypeAlias = dict[str, Tensor]
@@ -21,8 +22,7 @@ def check_guidance(guidance_scale: float | None, conditioning: str) -> None:
     """Raise a `ConfigError` unless a scale is a finite number, and something that reads it."""
     if guidance_scale is None:
         return
-    if not math.isfinite(guidance_scale):
-        raise ConfigError(f"guidance_scale must be a finite number, got {guidance_scale}")
+    number("guidance_scale", guidance_scale)
     if conditioning != "cfg":
         raise ConfigError(
             f"guidance_scale={guidance_scale} is read by conditioning='cfg' alone, and this call "
@@ -54,18 +54,17 @@ class Features(Mapping[str, Tensor]):
         truncated: tuple[int, ...] = (),
     ) -> None:
         self._halves = {"uncond": uncond, "cond": cond}
-        self.conditioning, self.guidance_scale = conditioning, guidance_scale
+        self.conditioning, self.guidance_scale = conditioning, float(guidance_scale)
         self.grid, self.truncated = grid, truncated
-        self._maps = self._derive(conditioning, guidance_scale)
+        self._maps = self._derive(conditioning, self.guidance_scale)
 
     def __getitem__(self, tap: str) -> Float[Tensor, "b *t c h w"]:
-        try:
-            return self._maps[tap]
-        except KeyError:
+        if not isinstance(tap, str) or tap not in self._maps:
             raise TapError(
-                f"no tap {tap!r} was read.{near_matches(tap, self._maps)} "
+                f"no tap {shown(tap)} was read.{near_matches(tap, self._maps)} "
                 f"These were: {list(self._maps)}"
-            ) from None
+            )
+        return self._maps[tap]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._maps)
@@ -80,7 +79,7 @@ class Features(Mapping[str, Tensor]):
     def select(
         self, conditioning: Conditioning, *, guidance_scale: float | None = None
     ) -> "Features":
-        """The same pass in another conditioning.
+        """The same pass in another conditioning, in memory of its own.
 
         Args:
             conditioning: "uncond", "cond", "cfg" or "concat".
@@ -90,10 +89,14 @@ class Features(Mapping[str, Tensor]):
             ConfigError: It needs a half that was not computed, or the scale is not "cfg"'s.
         """
         check_guidance(guidance_scale, conditioning)
-        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        scale = self.guidance_scale if guidance_scale is None else float(guidance_scale)
+        copies = {
+            name: half and {tap: features.clone() for tap, features in half.items()}
+            for name, half in self._halves.items()
+        }
         return Features(
-            uncond=self._halves["uncond"],
-            cond=self._halves["cond"],
+            uncond=copies["uncond"],
+            cond=copies["cond"],
             conditioning=conditioning,
             guidance_scale=scale,
             grid=self.grid,
@@ -105,9 +108,11 @@ class Features(Mapping[str, Tensor]):
 
         Args:
             grid: Side or (height, width); None takes the encoder's.
+
+        Raises:
+            ConfigError: A grid that is none.
         """
-        grid = self.grid if grid is None else (grid, grid) if isinstance(grid, int) else grid
-        return to_tokens(self._maps, grid)
+        return to_tokens(self._maps, self.grid if grid is None else sides("grid", grid))
 
     def to_list(self) -> list[Float[Tensor, "b *t c h w"]]:
         """The maps from fine to coarse, as timm's `features_only` gives them.
@@ -132,4 +137,16 @@ class Features(Mapping[str, Tensor]):
         uncond, cond = self._half("uncond", conditioning), self._half("cond", conditioning)
         if conditioning == "concat":
             return {name: torch.cat([uncond[name], cond[name]], dim=-3) for name in cond}
-        return {name: torch.lerp(uncond[name], cond[name], scale) for name in cond}
+        if abs(scale) > torch.finfo(torch.float32).max:  # torch takes no such weight
+            raise NonFiniteError(
+                f"features under guidance_scale={scale} leave the numbers of float32; take a "
+                "smaller scale"
+            )
+        guided = {name: torch.lerp(uncond[name], cond[name], float(scale)) for name in cond}
+        for name, features in guided.items():
+            require_finite(
+                features,
+                f"features at {name!r} under guidance_scale={scale}",
+                "take a smaller scale, or load the model with dtype=torch.float32",
+            )
+        return guided

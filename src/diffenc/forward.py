@@ -9,10 +9,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from diffenc._inference import make_plain
+from diffenc.arguments import wholes
 from diffenc.attention import CrossAttnTaps
-from diffenc.backbones.base import Backbone
+from diffenc.backbones.base import Backbone, CompiledTaps
 from diffenc.errors import ConfigError, NonFiniteError, TapError
 from diffenc.hooks import ForwardTaps, TapOutputs
+from diffenc.lora.adapters import active_lora, is_merged, require_separate
+from diffenc.model_state import structure_key
 from diffenc.noise import to_noise
 from diffenc.prompts import PromptEmbeds
 from diffenc.truncation import truncate
@@ -52,6 +56,8 @@ def read_taps(
         or prompt_embeds.requires_grad
         or any(parameter.requires_grad for parameter in backbone.unet.parameters())
     )
+    if grad:
+        make_plain(backbone.unet)  # moved in inference mode, weights could not be saved for it
     rows = len(noisy_latents)
     size = min(batch_size or rows, rows)
     found: list[dict[str, Tensor]] = []
@@ -99,16 +105,31 @@ def read_taps(
 def compile_taps(backbone: Backbone, taps: Sequence[str], **options: Any) -> None:
     """Compile the U-Net up to the last of these taps; `read_taps` then uses it for them.
 
-    The first call of each shape compiles, and takes minutes for a real model. Compile again after
-    modules were exchanged (LoRA added or removed); weights may change.
+    The first call of each shape compiles, and takes minutes for a real model. Weights may change;
+    after modules or settings of the U-Net were exchanged, `read_taps` compiles again.
 
     Args:
         backbone: Whose U-Net is compiled; it is left as it is.
         taps: Module paths.
         options: Of `torch.compile`.
     """
-    outputs = TapOutputs(truncate(backbone.unet, taps), taps)
-    backbone.compiled[tuple(taps)] = torch.compile(outputs, **options)
+    with backbone.lock:
+        structure = structure_key(backbone.unet)
+        outputs = TapOutputs(truncate(backbone.unet, taps), taps)
+        run = torch.compile(outputs, **options)
+        backbone.compiled[tuple(taps)] = CompiledTaps(run, options, structure)
+
+
+def compiled_taps(
+    backbone: Backbone, taps: Sequence[str]
+) -> Callable[..., tuple[Tensor, ...]] | None:
+    """The compiled U-Net that returns these taps, of the U-Net as it is now; None: not compiled."""
+    known = backbone.compiled.get(tuple(taps))
+    if known is None:
+        return None
+    if known.structure != structure_key(backbone.unet):
+        compile_taps(backbone, taps, **known.options)
+    return backbone.compiled[tuple(taps)].run
 
 
 def _read(
@@ -118,7 +139,7 @@ def _read(
     prompt_embeds: PromptEmbeds,
     taps: Sequence[str],
 ) -> dict[str, Tensor]:
-    compiled = backbone.compiled.get(tuple(taps))
+    compiled = compiled_taps(backbone, taps)
     if compiled is not None:
         maps = call_unet(backbone, noisy_latents, timesteps, prompt_embeds, unet=compiled)
         # A compiled graph may give its outputs' memory to its next call.
@@ -147,7 +168,7 @@ def predict_noise(
     check_whole(backbone)
     with backbone.lock:
         output = call_unet(backbone, noisy_latents, timestep, prompt_embeds)[0].float()
-    steps = torch.full((len(output),), timestep)
+    steps = torch.full((len(output),), timestep, dtype=torch.long, device="cpu")
     return to_noise(backbone.scheduler, backbone.prediction_type, output, noisy_latents, steps)
 
 
@@ -224,6 +245,7 @@ def read_head_attention(
         maps = reader.maps()
     if heads is None:
         return maps
+    heads = wholes("heads", heads, error=TapError)
     for name, of_layer in maps.items():
         count = of_layer.shape[2]
         if not heads or not all(0 <= head < count for head in heads):
@@ -232,6 +254,12 @@ def read_head_attention(
                 "that have them"
             )
     return {name: of_layer[:, :, list(heads)] for name, of_layer in maps.items()}
+
+
+def _steps(timestep: int | Tensor, device: torch.device) -> Tensor:
+    if isinstance(timestep, Tensor):
+        return timestep.to(device)
+    return torch.tensor(timestep, dtype=torch.long, device=device)
 
 
 def call_unet(
@@ -251,12 +279,28 @@ def call_unet(
         prompt_embeds: One row for all, or one each.
         unet: Called in its place: the same, compiled.
     """
+    _check_unet(backbone)
     device, dtype = backbone.device, backbone.dtype
     called = backbone.unet if unet is None else unet
     output: tuple[Tensor, ...] = called(
         noisy_latents.to(device, dtype),
-        torch.as_tensor(timestep, device=device),
+        _steps(timestep, device),
         return_dict=False,
         **prompt_embeds.rows(len(noisy_latents)).to(device, dtype).unet_kwargs(),
     )
     return output
+
+
+def _check_unet(backbone: Backbone) -> None:
+    """Raise a `ConfigError` where something was done to the U-Net that calls would pass by."""
+    unet = backbone.unet
+    kind = unet.config.get("encoder_hid_dim_type", None)
+    if kind is not None:
+        raise ConfigError(
+            f"the U-Net of {backbone.name!r} has an adapter that reads pictures "
+            f"(encoder_hid_dim_type={kind!r}), which it is not given here; call "
+            "unload_ip_adapter() of the pipeline first"
+        )
+    fused = getattr(unet, "original_attn_processors", None) is not None
+    if fused and active_lora(unet) is not None and not is_merged(unet):
+        require_separate(unet)

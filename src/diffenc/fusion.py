@@ -1,9 +1,8 @@
 """CLIP and diffusion features in one encoder: side by side in channels, in sequence or in space."""
 
-import json
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,22 +11,45 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
+from diffenc._inference import lasting
+from diffenc.arguments import flag, sides
 from diffenc.backbones import TapInfo
 from diffenc.backbones.base import Backbone
+from diffenc.backbones.device import Device, Dtype
+from diffenc.checks import require_finite
 from diffenc.clip_tokens import ClipTokens, to_maps
-from diffenc.config import EncoderConfig, check_choice, check_pair
+from diffenc.config import EncoderConfig, check_choice
+from diffenc.digests import is_marked, weights_mark
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import BackboneError, ConfigError, OutputError
-from diffenc.images import Images, to_pixel_values
+from diffenc.images import Images, as_list, to_pixel_values
 from diffenc.maps import to_grid
+from diffenc.pictures.resizing import fit
+from diffenc.pretrained import load_image_processor, read_name, stored_name
 from diffenc.prompts import PromptEmbeds
-from diffenc.vision_models import to_pictures
+from diffenc.storage.names import checked_path, is_folder, reason
+from diffenc.storage.reading import read_json
+from diffenc.storage.schema import make
+from diffenc.storage.writing import begin_folder, reporting, write_json
+from diffenc.vision_models import to_image, to_pictures
 
 How = Literal["channel", "tokens", "interleave"]
 View = Literal["same", "own"]
 
 _CONFIG_FILE, _CLIP, _DIFFUSION = "fusion.json", "clip", "diffusion"
-_OPTIONS = ("how", "layer", "grid", "view", "freeze_clip")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Saved:
+    """What the config of a saved encoder says; a CLIP without a name lies beside it."""
+
+    clip: str | None
+    how: How
+    layer: int
+    grid: int | tuple[int, int] | None
+    view: View
+    freeze_clip: bool
+    clip_mark: tuple[float, ...] | None = None
 
 
 class FusedEncoder(nn.Module):
@@ -42,7 +64,8 @@ class FusedEncoder(nn.Module):
     Args:
         clip: A `CLIPVisionModel`, `CLIPModel`, `SiglipVisionModel` or `SiglipModel` of
             transformers, a `ClipTokens`, or a name: a folder, a Hub id, or "shapes-clip".
-        diffusion: A `DiffusionEncoder`, or a name that `DiffusionEncoder.from_pretrained` takes.
+        diffusion: A `DiffusionEncoder`, or a name or a pipeline that
+            `DiffusionEncoder.from_pretrained` takes.
         how: "channel" concatenates the channels of each cell, "tokens" sets CLIP's tokens before
             the others, "interleave" sets a cell's two tokens side by side: CLIP's first, cell by
             cell (MMVP's mixture of features).
@@ -74,6 +97,7 @@ class FusedEncoder(nn.Module):
         how. Interleaving: Tong et al. 2024, "Eyes Wide Shut?" (MMVP), arXiv:2401.06209, section 5.
     """
 
+    @lasting
     def __init__(
         self,
         clip: "ClipTokens | nn.Module | str | os.PathLike[str]",
@@ -89,7 +113,9 @@ class FusedEncoder(nn.Module):
         super().__init__()
         check_choice("how", how, get_args(How))
         check_choice("view", view, get_args(View))
-        check_pair("grid", grid)
+        freeze_clip = flag("freeze_clip", freeze_clip)
+        if grid is not None:
+            grid = sides("grid", grid)
         if not isinstance(diffusion, DiffusionEncoder):
             diffusion = DiffusionEncoder.from_pretrained(diffusion)
         if not isinstance(diffusion.config.timestep, int):
@@ -105,47 +131,53 @@ class FusedEncoder(nn.Module):
         self._check_devices()
 
     @classmethod
+    @lasting
     def from_pretrained(
         cls,
         folder: "str | os.PathLike[str]",
         *,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
+        device: Device = None,
+        dtype: Dtype = None,
         **options: Any,  # of DiffusionEncoder.from_pretrained, which checks their names
     ) -> "FusedEncoder":
         """Inverse of `save_pretrained`.
 
         Args:
             folder: What `save_pretrained` wrote.
-            device: Where both run.
-            dtype: Of both.
+            device: Device that both run on; None is the CPU.
+            dtype: Floating point type of both, or its name; None is float32.
             options: Of `DiffusionEncoder.from_pretrained`.
 
         Raises:
             BackboneError: The folder does not hold a whole fused encoder, or a model is missing.
         """
-        source = Path(folder)
+        source = checked_path("a fused encoder", folder, error=BackboneError)
         try:
-            told = json.loads((source / _CONFIG_FILE).read_text(encoding="utf-8"))
-            name, settings = told["clip"], {key: told[key] for key in _OPTIONS}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            saved: _Saved = make(_Saved, read_json(source / _CONFIG_FILE))
+            name = None if saved.clip is None else read_name(saved.clip, source)
+        except ConfigError as error:
             raise BackboneError(
-                f"{source} does not hold what FusedEncoder.save_pretrained wrote: {error!r}"
+                f"{source} does not hold what FusedEncoder.save_pretrained wrote: {error}"
             ) from error
+        settings = asdict(saved)
+        del settings["clip"], settings["clip_mark"]
         if missing := [
             part
             for part in ([_DIFFUSION] if name else [_DIFFUSION, _CLIP])
-            if not (source / part).is_dir()
+            if not is_folder(source / part)
         ]:
             raise BackboneError(f"{source} is not whole: the folder {missing[0]!r} is missing")
-        if isinstance(settings["grid"], list):
-            settings["grid"] = tuple(settings["grid"])
         diffusion = DiffusionEncoder.from_pretrained(
             source / _DIFFUSION, device=device, dtype=dtype, **options
         )
         fused = cls(name or source / _CLIP, diffusion, **settings)
         if name is None:
             fused.clip.name = None  # it has no other place than this folder
+        elif saved.clip_mark is not None and not is_marked(fused.clip, saved.clip_mark):
+            raise BackboneError(
+                f"{name!r} is not the CLIP that {source} was saved with: its weights differ; put "
+                "that one back"
+            )
         return fused
 
     def save_pretrained(
@@ -163,27 +195,23 @@ class FusedEncoder(nn.Module):
         Raises:
             OutputError: The folder cannot be written.
         """
-        target = Path(folder)
+        target = checked_path("a fused encoder", folder, error=OutputError)
         name = self.clip.name if self.clip.frozen and not include_backbone else None
-        content = {
-            "clip": name,
-            "how": self.how,
-            "layer": self.clip.layer,
-            "grid": self.grid,
-            "view": self.view,
-            "freeze_clip": self.clip.frozen,
-        }
-        try:
-            target.mkdir(parents=True, exist_ok=True)
-            (target / _CONFIG_FILE).unlink(missing_ok=True)  # written last: half a folder has none
-            self.diffusion.save_pretrained(target / _DIFFUSION, include_backbone=include_backbone)
-            if name is None:
+        begin_folder(target, _CONFIG_FILE)
+        saved = _Saved(
+            clip=None if name is None else stored_name(name, target),
+            how=self.how,
+            layer=self.clip.layer,
+            grid=self.grid,
+            view=self.view,
+            freeze_clip=self.clip.frozen,
+            clip_mark=None if name is None else tuple(weights_mark(self.clip)),
+        )
+        self.diffusion.save_pretrained(target / _DIFFUSION, include_backbone=include_backbone)
+        if name is None:
+            with reporting(target):
                 self.clip.save_pretrained(target / _CLIP)
-            partial = target / f"{_CONFIG_FILE}.partial"
-            partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            partial.replace(target / _CONFIG_FILE)
-        except OSError as error:
-            raise OutputError(f"cannot write {target}: {error}") from error
+        write_json(target / _CONFIG_FILE, asdict(saved))
 
     @property
     def backbone(self) -> Backbone:
@@ -284,6 +312,7 @@ class FusedEncoder(nn.Module):
         self, images: Images, prompts: str | Sequence[str] | PromptEmbeds | None = None
     ) -> tuple[Float[Tensor, "b _n _c"], Float[Tensor, "b _m _d"]]:
         """CLIP's tokens and the diffusion encoder's, on one grid where `grid` is set."""
+        images = as_list(images)  # both read them: an iterator, or a stream, is read once
         clip = self.clip_stream(images)
         return clip, self.diffusion.extract(images, prompts).tokens(self.grid)
 
@@ -295,23 +324,26 @@ class FusedEncoder(nn.Module):
         if self.grid is not None and self.grid != self.clip.grid:
             maps = to_grid(to_maps(clip, self.clip.grid), self.grid)
             clip = rearrange(maps, "b c h w -> b (h w) c")
+        require_finite(clip, "tokens of CLIP", "load both models in bfloat16 or float32")
         return clip
 
-    def _shown(self, picture: Image.Image) -> "Image.Image | Tensor":
+    def _shown(self, picture: Image.Image) -> Image.Image:
         """What CLIP's image processor gets."""
         if self.view == "own":
             return picture
         size, rule = self.config.size or self.backbone.default_size, self.config.resize
         height, width = (size, size) if isinstance(size, int) else size
-        framed: Image.Image | Tensor = picture
+        framed = None
+        square = picture.height == picture.width
         if rule in ("crop", "pad") and picture.height * width != picture.width * height:
             framed = to_pixel_values(picture, size=(height, width), resize=rule, multiple=1)[0]
             square = height == width
-        else:
-            square = picture.height == picture.width
         if square:
-            return framed
-        return to_pixel_values(framed, size=self.clip.image_size, multiple=1)[0]
+            return picture if framed is None else to_image(framed)
+        if framed is None:
+            framed = to_pixel_values(picture, size=None, resize="none", multiple=1)[0]
+        side = self.clip.image_size
+        return to_image(fit(framed, (side, side), "squash"))
 
     def _check_devices(self) -> None:
         if self.clip.device != self.diffusion.device:
@@ -350,15 +382,13 @@ def _as_clip(
 
 
 def _processor_of(clip: nn.Module) -> Any:
-    from transformers import AutoImageProcessor
-
     origin = getattr(clip, "name_or_path", "")
     try:
         if not origin:
             raise OSError("it was loaded from nowhere")
-        return AutoImageProcessor.from_pretrained(origin)
+        return load_image_processor(origin)
     except Exception as error:  # missing, offline, broken: each in words of its own
         raise ConfigError(
-            f"the image processor of this CLIP is not known ({str(error).splitlines()[0]}); pass "
+            f"the image processor of this CLIP is not known ({reason(error)}); pass "
             "image_processor=CLIPImageProcessor.from_pretrained(...), the one it was trained with"
         ) from error

@@ -11,14 +11,16 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from diffenc.backbones.base import Backbone
+from diffenc.backbones.base import Backbone, States
 from diffenc.backbones.taps import LATENTS
-from diffenc.cache import state_key
+from diffenc.cache import Entry, recall
+from diffenc.checks import require_finite
 from diffenc.config import EncoderConfig
 from diffenc.features import Maps
-from diffenc.forward import read_taps
+from diffenc.forward import compiled_taps, read_taps
 from diffenc.latents import draw_latents
 from diffenc.noise import add_noise, shared_noise
+from diffenc.object_watch import object_key
 from diffenc.prompts import PromptEmbeds
 
 Posteriors = tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]
@@ -31,6 +33,7 @@ def read_halves(
     posteriors: Posteriors,
     *,
     keys: Sequence[tuple[object, ...]] | None,
+    states: States | None = None,
     uncond: PromptEmbeds | None,
     cond: PromptEmbeds | None,
 ) -> dict[str, Maps | None]:
@@ -43,6 +46,7 @@ def read_halves(
         posteriors: Mode and deviation of the latents of each picture.
         keys: Per picture what its unconditional features depend on beside weights and config; None
             looks nothing up and keeps nothing.
+        states: Keys of the model's state for this call; None looks now.
         uncond: Unconditional embeddings, a row per picture; None leaves that half out.
         cond: Texts, a row per picture; None leaves that half out.
 
@@ -54,35 +58,36 @@ def read_halves(
         NonFiniteError: A map holds NaN or infinity.
     """
     batch = len(posteriors[0])
-    cache, known, full_keys = backbone.caches.features, {}, None
+    state = None
     if uncond is not None and keys is not None:
-        state = [state_key(part) for part in backbone.parts().values()]
-        if None not in state:
-            options = (tuple(taps), config.timestep, config.draws, config.noise, config.seed)
-            shared = (*state, *options, config.posterior, config.uncond)
-            full_keys = [(*shared, *key) for key in keys]
-            known = {key: found for key in set(full_keys) if (found := cache.get(key))}
-    missing: list[int] = []
-    if uncond is not None:
-        missing = [i for i in range(batch) if not full_keys or full_keys[i] not in known]
-    texts = [uncond.take(missing)] if uncond is not None and missing else []
-    texts += [cond] if cond is not None else []
-    shown = [*missing, *range(batch if cond is not None else 0)]
-    maps = _read_rows(backbone, config, taps, posteriors, shown, texts)
+        state = (states or backbone.states()).features
+    found: list[Maps] = []
+
+    def read(missing: list[int]) -> list[Entry]:
+        texts = [uncond.take(missing)] if uncond is not None and missing else []
+        texts += [cond] if cond is not None else []
+        shown = [*missing, *range(batch if cond is not None else 0)]
+        found.append(_read_rows(backbone, config, taps, posteriors, shown, texts))
+        return [tuple(found[0][name][row] for name in taps) for row in range(len(missing))]
+
     halves: dict[str, Maps | None] = {"uncond": None, "cond": None}
-    fresh = {name: features[: len(missing)] for name, features in maps.items()}
-    if full_keys:
-        for row, index in enumerate(missing):
-            known[full_keys[index]] = tuple(fresh[name][row].detach().clone() for name in taps)
-            cache.put(full_keys[index], known[full_keys[index]])
-        rows = [known[key] for key in full_keys]
+    if uncond is not None:
+        options = (tuple(taps), config.timestep, config.draws, config.noise, config.seed)
+        compiled = compiled_taps(backbone, [tap for tap in taps if tap != LATENTS])
+        run = None if compiled is None else object_key(compiled)
+        shared = (state, run, *options, config.posterior)
+        rows = recall(
+            None if state is None else backbone.caches.features,
+            [(*shared, config.uncond, *key) for key in keys or [()] * batch],
+            read,
+        )
         halves["uncond"] = {
             name: torch.stack([row[tap] for row in rows]) for tap, name in enumerate(taps)
         }
-    elif uncond is not None:
-        halves["uncond"] = {name: features.clone() for name, features in fresh.items()}
     if cond is not None:
-        halves["cond"] = {name: maps[name][len(missing) :].clone() for name in taps}
+        if not found:  # nothing was missing
+            read([])
+        halves["cond"] = {name: found[0][name][-batch:].clone() for name in taps}
     return halves
 
 
@@ -122,13 +127,14 @@ def _read_rows(
         found = read_taps(
             backbone,
             torch.cat(noisy_latents),
-            torch.tensor(steps).repeat_interleave(draws * rows),
+            torch.tensor(steps, dtype=torch.long, device="cpu").repeat_interleave(draws * rows),
             PromptEmbeds.concat(texts * repeats),
             names,
             batch_size=config.batch_size,
         )
     if LATENTS in taps:
         found[LATENTS] = torch.cat(clean * len(steps)).to(backbone.device, backbone.dtype)
+        require_finite(found[LATENTS], "latents", "load the model with dtype=torch.float32")
     one = isinstance(config.timestep, int)
     if repeats == 1 and one:
         return {name: found[name] for name in taps}

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from diffenc.errors import TapError, near_matches
+from diffenc.threads import for_this_thread
 from diffenc.truncation import shallow_copy
 
 
@@ -25,11 +26,17 @@ class ForwardTaps:
     Outputs over tokens (b n c), such as those of transformer blocks and projections, come back as
     maps: their height and width are read off the `Transformer2DModel` around them. With
     `early_exit` the pass ends, exactly and at any size, once every tap has been read; `run` hides
-    the exception that does it.
+    the exception that does it. What other threads pass through the module meanwhile is left alone,
+    unless `any_thread` says that calls of all threads are read.
     """
 
     def __init__(
-        self, module: nn.Module, names: Sequence[str], *, early_exit: bool = False
+        self,
+        module: nn.Module,
+        names: Sequence[str],
+        *,
+        early_exit: bool = False,
+        any_thread: bool = False,
     ) -> None:
         known = dict(module.named_modules())
         if missing := [name for name in names if name not in known]:
@@ -41,19 +48,21 @@ class ForwardTaps:
             )
         self._targets = {name: known[name] for name in names}
         self._carriers = {name: _carrier(known, name) for name in names}
-        self._early_exit = early_exit
+        self._early_exit, self._any_thread = early_exit, any_thread
         self._grids: dict[nn.Module, tuple[int, int]] = {}
         self._outputs: dict[str, Tensor] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> "ForwardTaps":
         self._outputs.clear()
+        bound = (lambda hook: hook) if self._any_thread else for_this_thread
         with ExitStack() as stack:  # a failure half-way removes what is already registered
+            note_grid = bound(self._note_grid)
             for carrier in {c for c in self._carriers.values() if c is not None}:
-                handle = carrier.register_forward_pre_hook(self._note_grid, with_kwargs=True)
+                handle = carrier.register_forward_pre_hook(note_grid, with_kwargs=True)
                 stack.callback(handle.remove)
             for name, target in self._targets.items():
-                stack.callback(target.register_forward_hook(self._reader(name)).remove)
+                stack.callback(target.register_forward_hook(bound(self._reader(name))).remove)
             self._stack = stack.pop_all()
         return self
 
@@ -62,13 +71,24 @@ class ForwardTaps:
         self._grids.clear()
 
     def __getitem__(self, name: str) -> Float[Tensor, "b c h w"]:
+        if name not in self._outputs:
+            raise TapError(
+                f"nothing was read at {name!r}: the U-Net does not call it now. Fused projections "
+                "(unet.unfuse_qkv_projections() separates them) and attention processors of other "
+                "libraries pass projections by (unet.set_default_attn_processor() brings the "
+                "usual ones back); else read another tap"
+            )
         return self._outputs[name]
 
     def run(self, call: Callable[[], Any]) -> dict[str, Float[Tensor, "b c h w"]]:
-        """Call, until done or until all taps are read, and return them in the order asked for."""
+        """Call, until done or until all taps are read, and return them in the order asked for.
+
+        Raises:
+            TapError: A module did not run.
+        """
         with suppress(AllTapsRead):
             call()
-        return {name: self._outputs[name] for name in self._targets}
+        return {name: self[name] for name in self._targets}
 
     def _note_grid(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden_states = args[0] if args else kwargs["hidden_states"]
@@ -116,7 +136,7 @@ class TapOutputs(nn.Module):
                     parent = copied[".".join(parts[: depth - 1])]
                     copied[path] = shallow_copy(parent.get_submodule(parts[depth - 1]))
                     parent._modules[parts[depth - 1]] = copied[path]
-        self._taps = ForwardTaps(self.unet, names)
+        self._taps = ForwardTaps(self.unet, names, any_thread=True)
         self._taps.__enter__()
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Float[Tensor, "b _c _h _w"], ...]:

@@ -1,26 +1,42 @@
 """Pictures of any kind to `pixel_values`: (b 3 height width), RGB, float32, in [-1, 1]."""
 
 import math
-import os
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import TypeAlias
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from diffenc._typing import Resize
-from diffenc.errors import ImageError, ShapeError
+from diffenc.errors import DiffencError, ImageError, ShapeError
+from diffenc.pictures.files import FILE_TYPES, FileSource, load_image
+from diffenc.pictures.resizing import Center, fit
+from diffenc.pictures.values import values_of_array, values_of_tensor, warn_of_unit_range
 
-ImageSource: TypeAlias = "Image.Image | str | os.PathLike[str] | np.ndarray | Tensor"
+__all__ = [
+    "ImageSource",
+    "Images",
+    "as_list",
+    "as_list_entry",
+    "broken_images",
+    "check_size",
+    "describe_broken",
+    "image_sizes",
+    "load_image",
+    "to_pixel_values",
+]
+
+ImageSource: TypeAlias = "FileSource | np.ndarray | Tensor"
 Images: TypeAlias = "ImageSource | Sequence[ImageSource]"
 
-_TOLERANCE = 1e-3
+_NAMED = 20
+_AT_ONCE = 64
 
 
 def as_list(images: Images) -> list[ImageSource]:
@@ -30,8 +46,10 @@ def as_list(images: Images) -> list[ImageSource]:
         ShapeError: There is no picture at all.
         ImageError: Something that is neither a picture nor a sequence of them.
     """
-    if isinstance(images, (Image.Image, str, os.PathLike)):
-        return [images]
+    if isinstance(images, FILE_TYPES):
+        return [_kept(images)]
+    if isinstance(images, np.ndarray) and images.dtype.kind in "OUS" and images.ndim == 1:
+        images = list(images)  # names or pictures, as a table's column has them
     if isinstance(images, (np.ndarray, Tensor)):
         return list(images) if images.ndim == 4 else [images]
     if not isinstance(images, Iterable):
@@ -54,7 +72,18 @@ def as_list_entry(entry: ImageSource) -> list[ImageSource]:
                 "pass the batch itself, or split it"
             )
         return [entry[0]]
-    return [entry]
+    return [_kept(entry)]
+
+
+def _kept(source: Any) -> Any:
+    """A picture that can be read more than once: a stream that cannot go back is read now."""
+    seekable = getattr(source, "seekable", None)
+    if seekable is None or isinstance(source, (Image.Image, np.ndarray, Tensor)):
+        return source
+    try:
+        return source if seekable() else load_image(source)
+    except ValueError:  # closed: told where it is read
+        return source
 
 
 def to_pixel_values(
@@ -63,21 +92,29 @@ def to_pixel_values(
     size: int | tuple[int, int] | None,
     resize: Resize = "squash",
     multiple: int = 8,
+    center: Center = "torchvision",
 ) -> Float[Tensor, "b 3 height width"]:
     """Read, orient, convert and resize pictures into one batch.
 
     Args:
         images: A PIL image of any mode (palette, RGBA, grey, 16 bit; EXIF orientation is applied,
-            transparency lies over white), a path to one, an array (height width [channels]) of
-            uint8, uint16 or floats in [0, 1], a tensor (3 height width) of floats in [-1, 1] or
-            uint8, a batch of either, or a list of these.
+            transparency lies over white), the path, the content or a binary stream of a file, an
+            entry of a Hugging Face dataset (`{"bytes": ..., "path": ...}`), an array (height width
+            [channels]) of uint8, uint16 over its whole range or floats in [0, 1], a tensor
+            (3 height width) of floats in [-1, 1] or uint8, a batch of either, or a list of these.
         size: (height, width) or the side of a square, in pixels; not read where `resize` is "none".
-        resize: See `EncoderConfig.resize`.
+        resize: See `EncoderConfig.resize`; `diffenc.pictures.resizing` counts pixels.
         multiple: Both sides of the result are multiples of it; with "none" the picture's last
             rows and columns are repeated to get there.
+        center: Whose middle "crop" keeps where the margin is odd: that of torchvision's
+            `CenterCrop`, or of transformers' image processors.
 
     Returns:
         float32 on the CPU, or on the device of the tensors given.
+
+    Warns:
+        RangeWarning: Float tensors without a negative value, which look like [0, 1]; once in a
+            process.
 
     Raises:
         ImageError: A picture cannot be read, has no pixels, or values outside its range.
@@ -87,17 +124,21 @@ def to_pixel_values(
     pictures = as_list(images)
     if not pictures:
         raise ShapeError("got no images; pass at least one")
+    if resize != "none":
+        size = check_size(size, multiple)
     if resize == "none":
-        rows = [_pad_to_multiple(_read(picture), multiple) for picture in pictures]
+        rows = [_pad_to_multiple(values, multiple) for values in _read_all(pictures)]
         if len({row.shape for row in rows}) > 1:
             sizes = sorted({tuple(row.shape[1:]) for row in rows})
             raise ShapeError(
                 f"images of one batch must have one size with resize='none', got {sizes}; encode "
                 "them one by one, or choose resize='squash', 'crop' or 'pad'"
             )
-        return torch.stack(rows)
-    height, width = check_size(size, multiple)
-    return torch.stack([_fit(_read(picture), (height, width), resize) for picture in pictures])
+    else:
+        assert isinstance(size, tuple)
+        rows = [fit(values, size, resize, center) for values in _read_all(pictures)]
+    warn_of_unit_range(pictures)
+    return _stack(rows)
 
 
 def check_size(size: int | tuple[int, int] | None, multiple: int) -> tuple[int, int]:
@@ -119,25 +160,6 @@ def check_size(size: int | tuple[int, int] | None, multiple: int) -> tuple[int, 
     return height, width
 
 
-def load_image(source: "Image.Image | str | os.PathLike[str]") -> Image.Image:
-    """An upright RGB picture from a file or a PIL image of any mode.
-
-    Raises:
-        ImageError: The file is missing, is no picture, is cut off, or has no pixels.
-    """
-    if isinstance(source, (str, os.PathLike)):
-        path = Path(source)
-        if not path.is_file():
-            raise ImageError(f"no such image file: {path}")
-        try:
-            with Image.open(path) as opened:
-                opened.load()
-                return _to_rgb(opened)
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-            raise ImageError(f"cannot read the image {path}: {error}") from error
-    return _to_rgb(source)
-
-
 def image_sizes(images: Images) -> list[tuple[int, int]]:
     """(height, width) of pictures as they are before any resizing, in pixels, upright.
 
@@ -148,131 +170,108 @@ def image_sizes(images: Images) -> list[tuple[int, int]]:
     return [_size(picture) for picture in as_list(images)]
 
 
+def broken_images(
+    images: Images,
+    *,
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[int, str]:
+    """Why pictures cannot be read, by their place. Each is decoded as a whole, and dropped.
+
+    Args:
+        images: Pictures of any kind.
+        workers: Threads that decode.
+        progress: Called with the pictures that were looked at, and with how many there are.
+
+    Raises:
+        ShapeError: No picture.
+    """
+    pictures = as_list(images)
+    broken: dict[int, str] = {}
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for start in range(0, len(pictures), _AT_ONCE):
+            part = pictures[start : start + _AT_ONCE]
+            faults = map(_fault, part) if workers == 1 else pool.map(_fault, part)
+            broken |= {start + place: fault for place, fault in enumerate(faults) if fault}
+            if progress is not None:
+                progress(start + len(part), len(pictures))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return broken
+
+
+def describe_broken(faults: Iterable[str], total: int) -> str:
+    """One sentence on pictures that cannot be read, the first twenty of them by name."""
+    faults = list(faults)
+    if len(faults) == total == 1:
+        return faults[0]
+    more = f"; and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
+    return f"{len(faults)} of {total} images cannot be read: {'; '.join(faults[:_NAMED])}{more}"
+
+
+def _fault(source: ImageSource) -> str:
+    """Why a picture cannot be read, or ""."""
+    try:
+        _read(source)
+    except DiffencError as error:
+        return str(error)
+    return ""
+
+
 def _size(source: ImageSource) -> tuple[int, int]:
-    if isinstance(source, (str, os.PathLike, Image.Image)):
+    if isinstance(source, FILE_TYPES):
         width, height = load_image(source).size
         return height, width
     _, height, width = _read(source).shape
     return height, width
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if 0 in image.size:
-        raise ImageError(f"the image has no pixels: its size is {image.height} x {image.width}")
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_deep_gray_to_bytes(np.asarray(image))).convert("RGB")
-    if image.has_transparency_data:
-        over = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", over.size, (255, 255, 255, 255)), over)
-    return image.convert("RGB")
-
-
-def _deep_gray_to_bytes(values: np.ndarray) -> np.ndarray:
-    """16-bit and 32-bit grey to bytes: floats lie in [0, 1], integers in [0, 65535]."""
-    limit = 1.0 if values.dtype.kind == "f" else 65535.0
-    if not np.isfinite(values).all() or values.min() < 0 or values.max() > limit:
-        raise ImageError(
-            f"grey values of this image lie in [{values.min()}, {values.max()}], allowed is "
-            f"[0, {limit:g}]; rescale them first"
-        )
-    return np.round(values.astype(np.float64) * (255 / limit)).astype(np.uint8)
+def _read_all(pictures: Sequence[ImageSource]) -> Iterable[Float[Tensor, "3 _h _w"]]:
+    """Values of pictures, one by one; an error says which of several it is about."""
+    for place, picture in enumerate(pictures):
+        try:
+            yield _read(picture)
+        except ImageError as error:
+            if len(pictures) == 1 or isinstance(picture, (str, Mapping)):
+                raise
+            raise ImageError(f"image {place} of {len(pictures)}: {error}") from error
 
 
 def _read(source: ImageSource) -> Float[Tensor, "3 h w"]:
     if isinstance(source, Tensor):
-        return _read_tensor(source)
+        return values_of_tensor(source)
     if isinstance(source, np.ndarray):
-        return _read_array(source)
-    if not isinstance(source, (Image.Image, str, os.PathLike)):
+        return values_of_array(source)
+    if not isinstance(source, FILE_TYPES):
         raise ImageError(
-            "an image must be a PIL image, a path, an array or a tensor, "
+            "an image must be a PIL image, a path, bytes, a binary file, an array or a tensor, "
             f"got {type(source).__name__}"
         )
     pixels = torch.from_numpy(np.array(load_image(source)))
     return rearrange(pixels, "h w c -> c h w").float() / 127.5 - 1
 
 
-def _read_tensor(values: Tensor) -> Float[Tensor, "3 h w"]:
-    if values.ndim != 3 or values.shape[0] not in (1, 3) or 0 in values.shape:
+def _stack(rows: Sequence[Tensor]) -> Tensor:
+    """Rows as a batch, on the device of the one accelerator among them."""
+    cpu = torch.device("cpu")
+    devices = {row.device for row in rows} - {cpu}
+    if len(devices) > 1:
         raise ImageError(
-            f"an image tensor must be (3, height, width), got {tuple(values.shape)}; "
-            "arrays are (height, width, 3)"
+            f"the images are on several devices, {sorted(map(str, devices))}; move them to one"
         )
-    values = values.expand(3, -1, -1)
-    if values.dtype == torch.uint8:
-        return values.float() / 127.5 - 1
-    if not values.is_floating_point():
-        raise ImageError(f"an image tensor must be uint8 or float, got {values.dtype}")
-    _check_range(values.detach(), -1.0, "an image tensor", "divide by 127.5 and subtract 1")
-    return values.float()
-
-
-def _read_array(values: np.ndarray) -> Float[Tensor, "3 h w"]:
-    if values.ndim == 2:
-        values = values[:, :, None]
-    if values.ndim != 3 or values.shape[2] not in (1, 3, 4) or 0 in values.shape:
-        raise ImageError(
-            f"an image array must be (height, width[, 1 | 3 | 4]), got {values.shape}; "
-            "tensors are (3, height, width)"
-        )
-    if values.dtype == np.uint8:
-        unit = torch.from_numpy(values.astype(np.float32) / 255)
-    elif values.dtype == np.uint16:
-        unit = torch.from_numpy(values.astype(np.float32) / 65535)
-    elif values.dtype.kind == "f":
-        unit = torch.from_numpy(values.astype(np.float32))
-        _check_range(unit, 0.0, "a float array", "divide by 255")
-    else:
-        raise ImageError(f"an image array must be uint8, uint16 or float, got {values.dtype}")
-    if unit.shape[2] == 4:
-        unit = unit[..., :3] * unit[..., 3:] + (1 - unit[..., 3:])
-    return rearrange(unit, "h w c -> c h w").expand(3, -1, -1) * 2 - 1
-
-
-def _check_range(values: Tensor, low: float, what: str, remedy: str) -> None:
-    if not torch.isfinite(values).all():
-        raise ImageError(f"{what} holds NaN or infinity")
-    least, most = float(values.min()), float(values.max())
-    if least < low - _TOLERANCE or most > 1 + _TOLERANCE:
-        raise ImageError(
-            f"{what} must lie in [{low}, 1], got [{least:.3g}, {most:.3g}]; "
-            + (
-                f"values in [0, 255]: {remedy}"
-                if most > 1
-                else "values in [-1, 1]: add 1 and halve"
-            )
-        )
-
-
-def _fit(image: Float[Tensor, "3 h w"], size: tuple[int, int], resize: Resize) -> Tensor:
-    height, width = size
-    if resize == "squash":
-        return _scale(image, size)
-    rows, columns = image.shape[1:]
-    ratios = (height / rows, width / columns)
-    ratio = max(ratios) if resize == "crop" else min(ratios)
-    inner = [max(1, round(side * ratio)) for side in (rows, columns)]
-    if resize == "crop":
-        inner = [max(have, want) for have, want in zip(inner, size, strict=True)]
-        scaled = _scale(image, (inner[0], inner[1]))
-        top, left = (inner[0] - height) // 2, (inner[1] - width) // 2
-        return scaled[:, top : top + height, left : left + width]
-    inner = [min(have, want) for have, want in zip(inner, size, strict=True)]
-    scaled = _scale(image, (inner[0], inner[1]))
-    top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
-    return F.pad(scaled, (left, width - inner[1] - left, top, height - inner[0] - top), value=0.0)
-
-
-def _scale(image: Tensor, size: tuple[int, int]) -> Tensor:
-    if tuple(image.shape[1:]) == size:
-        return image
-    scaled = F.interpolate(image[None], size=size, mode="bicubic", antialias=True)
-    return scaled[0].clamp(-1, 1)
+    return torch.stack([row.to(next(iter(devices), cpu)) for row in rows])
 
 
 def _pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
-    below, right = (math.ceil(side / multiple) * multiple - side for side in image.shape[1:])
+    rows, columns = image.shape[1:]
+    below, right = (math.ceil(side / multiple) * multiple - side for side in (rows, columns))
     if not (below or right):
         return image
+    limit = 2 * (Image.MAX_IMAGE_PIXELS or math.inf)  # what Pillow reads at most
+    if (rows + below) * (columns + right) > limit:
+        raise ImageError(
+            f"an image of {rows} x {columns} is padded to {rows + below} x {columns + right} by "
+            f"resize='none', more than {limit:,.0f} pixels; choose resize='squash', 'crop' or 'pad'"
+        )
     return F.pad(image[None], (0, right, 0, below), mode="replicate")[0]

@@ -7,7 +7,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffenc._typing import Posterior
+from diffenc.checks import require_finite
 from diffenc.noise import shared_noise
+from diffenc.threads import lock_of
 
 
 def encode_posterior(
@@ -25,18 +27,46 @@ def encode_posterior(
 
     Returns:
         Both in float32, on the VAE's device.
+
+    Raises:
+        NonFiniteError: NaN or infinity came out of the VAE.
     """
-    if vae.dtype == torch.float16 and vae.config.get("force_upcast", False):
-        vae.to(torch.float32)
+    if vae.config.get("force_upcast", False):
+        with lock_of(vae):  # no thread may see it half way
+            if vae.dtype == torch.float16:
+                vae.to(torch.float32)
     encoded = vae.encode(pixel_values.to(vae.device, vae.dtype))
     if hasattr(encoded, "latents"):
         mode = encoded.latents.float()
         deviation = torch.zeros_like(mode)
     else:
         mode, deviation = encoded.latent_dist.mode().float(), encoded.latent_dist.std.float()
-    shift = vae.config.get("shift_factor", None) or 0.0
-    scale = float(vae.config.scaling_factor)
+    shift, scale = _scaling(vae.config, mode)
+    for values in (mode, deviation):
+        require_finite(
+            values,
+            f"latents of {type(vae).__name__} in {vae.dtype}",
+            "load the model with dtype=torch.bfloat16 or torch.float32, and check the weights of "
+            "the VAE if that is so already",
+        )
     return ((mode - shift) * scale).contiguous(), (deviation * scale).contiguous()
+
+
+def _scaling(config: Any, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    """What is subtracted from latents, and what they are multiplied by then.
+
+    A VAE with means and deviations per channel (Playground 2.5's) is read as diffusers' SDXL
+    pipelines read it.
+    """
+    scale = float(config.scaling_factor)
+    mean, std = config.get("latents_mean", None), config.get("latents_std", None)
+    if mean is None or std is None:
+        return config.get("shift_factor", None) or 0.0, scale
+    means, stds = (
+        torch.as_tensor(values, dtype=latents.dtype, device=latents.device).reshape(1, -1, 1, 1)
+        for values in (mean, std)
+    )
+    return means, scale / stds
 
 
 def draw_latents(

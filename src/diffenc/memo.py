@@ -8,9 +8,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffenc._typing import LongPrompts, Uncond
-from diffenc.backbones.base import Backbone
-from diffenc.cache import TensorCache, content_key, state_key
+from diffenc.backbones.base import Backbone, States
+from diffenc.cache import Entry, TensorCache, content_key, recall, state_key
 from diffenc.captioner import ClipEmbedder
+from diffenc.checks import require_finite
 from diffenc.latents import encode_posterior
 from diffenc.prompts import PromptEmbeds
 
@@ -27,6 +28,7 @@ def posterior_of(
     pixel_values: Float[Tensor, "b 3 height width"],
     *,
     keys: Sequence[bytes] | None,
+    states: States | None = None,
     batch_size: int | None = None,
 ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
     """Mode and deviation of scaled latents; the VAE runs only for pictures that it has not seen.
@@ -35,21 +37,18 @@ def posterior_of(
         backbone: Whose VAE is called.
         pixel_values: RGB in [-1, 1].
         keys: Of `image_keys`; None computes everything anew and keeps nothing.
+        states: Keys of the model's state for this call; None looks now.
         batch_size: Most pictures per call of the VAE.
     """
-    state = None if keys is None else state_key(backbone.vae)
+    state = None if keys is None else (states or backbone.states()).latents
     if keys is None or state is None:
         return _encode(backbone, pixel_values, batch_size)
-    cache = backbone.caches.latents
-    full = [(state, key) for key in keys]
-    known = {key: entry for key in dict.fromkeys(full) if (entry := cache.get(key))}
-    rows = {key: row for row, key in enumerate(full) if key not in known}
-    if rows:
-        fresh = _encode(backbone, pixel_values[list(rows.values())], batch_size)
-        for key, mode, deviation in zip(rows, *fresh, strict=True):
-            known[key] = (mode.detach().clone(), deviation.detach().clone())
-            cache.put(key, known[key])
-    modes, deviations = zip(*(known[key] for key in full), strict=True)
+    entries = recall(
+        backbone.caches.latents,
+        [(state, key) for key in keys],
+        lambda rows: zip(*_encode(backbone, pixel_values[rows], batch_size), strict=True),
+    )
+    modes, deviations = zip(*entries, strict=True)
     return torch.stack(modes), torch.stack(deviations)
 
 
@@ -69,41 +68,44 @@ def _encode(
 
 def prompts_of(
     backbone: Backbone,
-    texts: Sequence[str],
+    texts: Sequence[str | None],
     *,
     size: tuple[int, int],
     uncond: Uncond | None,
     long_prompts: LongPrompts = "truncate",
     use_cache: bool = True,
+    states: States | None = None,
 ) -> PromptEmbeds:
     """Encoded texts, one row each; each text is encoded once.
 
     Args:
         backbone: Whose text encoders are called.
-        texts: Prompts. The empty text is the unconditional embedding, whatever its rule.
+        texts: Prompts. None is no prompt: the unconditional embedding. "" is a text without words,
+            encoded as any other.
         size: (height, width) of the pictures, in pixels.
         uncond: Rule of the unconditional embedding; None is the model's own.
         long_prompts: See `Backbone.embed`.
         use_cache: Look up and keep.
+        states: Keys of the model's state for this call; None looks now.
     """
-    states = [state_key(part) for name, part in backbone.parts().items() if name.startswith("text")]
-    keep = use_cache and None not in states
-    cache = backbone.caches.prompts
-    keys = {text: (*states, text, size, uncond if text == "" else long_prompts) for text in texts}
-    known: dict[str, PromptEmbeds] = {}
-    if keep:
-        for text, key in keys.items():
-            if entry := cache.get(key):
-                known[text] = PromptEmbeds.unpack(entry)
-    missing = [text for text in keys if text not in known]
-    if "" in missing:
-        known[""] = backbone.embed_uncond(uncond, size=size)
-    if worded := [text for text in missing if text]:
-        fresh = backbone.embed(worded, size=size, long_prompts=long_prompts)
-        known |= {text: fresh.select(row, row + 1) for row, text in enumerate(worded)}
-    if keep:
-        for text in missing:
-            cache.put(keys[text], known[text].pack())
+    distinct = list(dict.fromkeys(texts))
+    state = (states or backbone.states()).prompts if use_cache else None
+
+    def embed(rows: list[int]) -> list[Entry]:
+        known: dict[str | None, PromptEmbeds] = {}
+        if any(distinct[row] is None for row in rows):
+            known[None] = backbone.embed_uncond(uncond, size=size)
+        if worded := [text for row in rows if (text := distinct[row]) is not None]:
+            fresh = backbone.embed(worded, size=size, long_prompts=long_prompts)
+            known |= {text: fresh.select(row, row + 1) for row, text in enumerate(worded)}
+        return [known[distinct[row]].pack() for row in rows]
+
+    entries = recall(
+        None if state is None else backbone.caches.prompts,
+        [(state, text, size, uncond if text is None else long_prompts) for text in distinct],
+        embed,
+    )
+    known = dict(zip(distinct, map(PromptEmbeds.unpack, entries), strict=True))
     return PromptEmbeds.concat([known[text] for text in texts])
 
 
@@ -126,13 +128,14 @@ def image_embeds_of(
     trained = pixel_values.requires_grad or any(p.requires_grad for p in clip.parameters())
     with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
         if cache is None or keys is None or state is None:
-            return cast(Tensor, clip(pixel_values))
-        full = [(state, key) for key in keys]
-        known = {key: entry for key in dict.fromkeys(full) if (entry := cache.get(key))}
-        rows = {key: row for row, key in enumerate(full) if key not in known}
-        if rows:
-            fresh = clip(pixel_values[list(rows.values())]).detach()
-            for key, embeds in zip(rows, fresh, strict=True):
-                known[key] = (embeds.clone(),)
-                cache.put(key, known[key])
-        return torch.stack([known[key][0] for key in full])
+            embeds = cast(Tensor, clip(pixel_values))
+            require_finite(embeds, "embeddings of CLIP", "load it in float32")
+            return embeds
+        entries = recall(
+            cache,
+            [(state, key) for key in keys],
+            lambda rows: ((embeds,) for embeds in clip(pixel_values[rows])),
+        )
+        embeds = torch.stack([each for (each,) in entries])
+        require_finite(embeds, "embeddings of CLIP", "load it in float32, and check its weights")
+        return embeds

@@ -4,11 +4,13 @@ import hashlib
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from diffenc.arguments import whole
 from diffenc.errors import ConfigError
 
 
@@ -19,9 +21,39 @@ def shared_noise(
 
     Drawn on the CPU in float32, so that all devices agree; the global generator is not touched.
     """
+    # Numbers that are equal draw the same noise, and what is no whole number draws none.
+    seed, timestep, draw = whole("seed", seed), whole("timestep", timestep), whole("draw", draw)
     digest = hashlib.sha256(f"diffenc noise {seed} {timestep} {draw}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    return torch.randn(shape, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+
+
+def noise_levels(scheduler: Any) -> Float[Tensor, " steps"]:
+    """`alphas_cumprod` of a scheduler on the CPU: how much of a picture each step leaves.
+
+    Raises:
+        ConfigError: They do not fall from at most 1 to at least 0, or are no numbers.
+    """
+    levels = torch.as_tensor(scheduler.alphas_cumprod, dtype=torch.float64, device="cpu").detach()
+    values = levels.double().numpy()
+    falls = values.ndim == 1 and len(values) > 1 and bool((values[1:] <= values[:-1]).all())
+    if not falls or not 1 >= values[0] > values[-1] >= 0:
+        raise ConfigError(
+            f"the noise levels of {type(scheduler).__name__} must fall from 1 at most to 0 at "
+            f"least, and alphas_cumprod {_described(values)}; check beta_start, beta_end and "
+            "beta_schedule of its config"
+        )
+    return levels
+
+
+def _described(values: Any) -> str:
+    if values.ndim != 1 or len(values) < 2:
+        return f"has the shape {values.shape}"
+    if not np.isfinite(values).all():
+        return "holds NaN or infinity"
+    return f"goes from {values[0]:.4g} to {values[-1]:.4g}, between {values.min():.4g} and " + (
+        f"{values.max():.4g}"
+    )
 
 
 def add_noise(
@@ -44,7 +76,7 @@ def add_noise(
     Source:
         Ho et al. 2020 (DDPM), arXiv:2006.11239, equation 4.
     """
-    schedule = scheduler.alphas_cumprod
+    schedule, timestep = noise_levels(scheduler), whole("timestep", timestep)
     if not 0 <= timestep < len(schedule):
         raise ConfigError(
             f"timestep must be in [0, {len(schedule)}) for this model's schedule, got {timestep}"
@@ -76,7 +108,7 @@ def to_noise(
         Salimans and Ho 2022 (v-prediction), arXiv:2202.00512, appendix D.
     """
     noisy = noisy_latents.to(output)
-    signal = scheduler.alphas_cumprod.double()[timesteps.cpu()]
+    signal = noise_levels(scheduler).double()[timesteps.cpu()]
     signal = rearrange(signal, "rows -> rows 1 1 1")
     of_image: Tensor = signal.sqrt().to(output)
     of_noise: Tensor = (1 - signal).sqrt().to(output)

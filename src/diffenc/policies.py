@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from diffenc.errors import ConfigError, PromptError, near_matches
+from diffenc.tokenizing import limit_of, prompt_ids
 
 _IMAGE_MARK = "<image>"
 _ROLE_MARKS = re.compile(
@@ -98,7 +99,7 @@ class PromptChange(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Empty(PromptPolicy):
-    """No text: the unconditional prompt."""
+    """The empty text, encoded as any other: on SDXL not the unconditional embedding."""
 
     def draw(self, sample: PromptSample, rng: random.Random) -> str:
         """The empty text."""
@@ -205,6 +206,9 @@ class WordDeletion(PromptChange):
 class PromptDropout(PromptChange):
     """The whole prompt becomes empty with probability `p`: the paper's cure for leakage.
 
+    The empty prompt is a text, encoded as any other, on SDXL too: what diffusers' own training of
+    SDXL drops a caption to. No prompt at all would be zeros there.
+
     Attributes:
         p: 0 to 1.
     """
@@ -268,9 +272,9 @@ def draw_prompts(
         PromptError: A sample lacks what the policy needs.
     """
     texts = tuple(policy(sample, seed=seed, epoch=epoch) for sample in samples)
-    ids = tokenizer(list(texts), truncation=False, verbose=False).input_ids if texts else []
-    limit = tokenizer.model_max_length
-    return DrawnPrompts(texts, tuple(max(0, len(row) - limit) for row in ids))
+    limit = limit_of(tokenizer)
+    cut = (max(0, len(row) - limit) for row in prompt_ids(tokenizer, texts))
+    return DrawnPrompts(texts, tuple(cut))
 
 
 _SOURCES: dict[str, type[Empty] | type[Caption] | type[Question]] = {

@@ -1,7 +1,7 @@
 """Texts to what the U-Net reads: states per token, and for SDXL a pooled state and sizes."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from diffenc.arguments import entries
 from diffenc.errors import PromptError, ShapeError
 from diffenc.policies import (
     DrawnPrompts,
@@ -19,12 +20,14 @@ from diffenc.policies import (
     parse_policy,
     strip_template,
 )
+from diffenc.tokenizing import fit_rows, limit_of, prompt_ids
 
 __all__ = [  # policies are imported from here by users, who need not know that they are a file
     "DrawnPrompts",
     "PromptEmbeds",
     "PromptPolicy",
     "PromptSample",
+    "count_cut",
     "count_windows",
     "draw_prompts",
     "join_windows",
@@ -110,7 +113,7 @@ class PromptEmbeds:
                 f"{len(sizes)} original sizes for {len(self)} prompts"
                 + (" of a model that reads no sizes" if self.time_ids is None else "")
             )
-        original = torch.tensor(sizes).to(self.time_ids)
+        original = torch.tensor(sizes, dtype=self.time_ids.dtype, device=self.time_ids.device)
         return replace(self, time_ids=torch.cat([original, self.time_ids[:, 2:]], dim=1))
 
     def _map(
@@ -154,7 +157,11 @@ class PromptEmbeds:
         """Everything as tensors, for a cache; `unpack` is the inverse. Rows have one length."""
         assert self.lengths is None
         extra = [t for t in (self.pooled_prompt_embeds, self.time_ids) if t is not None]
-        parts = (self.prompt_embeds, *extra, torch.tensor(self.truncated))
+        parts = (
+            self.prompt_embeds,
+            *extra,
+            torch.tensor(self.truncated, dtype=torch.long, device="cpu"),
+        )
         return tuple(part.clone() for part in parts)
 
     @staticmethod
@@ -173,9 +180,10 @@ class PromptEmbeds:
                 "time_ids": self.time_ids,
             }
         if self.lengths is not None:
-            places = torch.arange(self.prompt_embeds.shape[1])
-            mask = places < torch.tensor(self.lengths)[:, None]
-            kwargs["encoder_attention_mask"] = mask.to(self.prompt_embeds.device)
+            device = self.prompt_embeds.device
+            places = torch.arange(self.prompt_embeds.shape[1], dtype=torch.long, device=device)
+            lengths = torch.tensor(self.lengths, dtype=torch.long, device=device)
+            kwargs["encoder_attention_mask"] = places < lengths[:, None]
         return kwargs
 
 
@@ -193,11 +201,11 @@ def match_batch(prompts: str | Sequence[str], batch: int) -> list[str]:
     Raises:
         PromptError: Another number of texts, or something that is no text.
     """
-    if not isinstance(prompts, (str, Iterable)):
+    if not isinstance(prompts, Iterable) or isinstance(prompts, (Mapping, Set)):
         raise PromptError(
             f"prompts must be a string or a list of strings, got {type(prompts).__name__}"
         )
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    texts = [prompts] if isinstance(prompts, str) else entries(prompts)
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise PromptError(f"prompts must be strings, got {type(text).__name__} at {index}")
@@ -223,18 +231,21 @@ def _is_unicode(text: str) -> bool:
 
 def tokenize(tokenizer: Any, texts: Sequence[str]) -> tuple[Tensor, tuple[int, ...]]:
     """Token ids (b l), padded and cut to the tokenizer's limit, and how many were cut per text."""
-    limit = tokenizer.model_max_length
-    inputs = tokenizer(
-        list(texts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
-    )
-    whole = tokenizer(list(texts), truncation=False, verbose=False).input_ids
-    return inputs.input_ids, tuple(max(0, len(ids) - limit) for ids in whole)
+    whole = prompt_ids(tokenizer, texts)
+    ids, _ = fit_rows(tokenizer, whole)
+    return ids, count_cut(tokenizer, whole)
+
+
+def count_cut(tokenizer: Any, whole: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """How many tokens of whole rows, with start and end, exceed the tokenizer's limit."""
+    limit = limit_of(tokenizer)
+    return tuple(max(0, len(ids) - limit) for ids in whole)
 
 
 def count_windows(tokenizer: Any, texts: Sequence[str]) -> tuple[int, ...]:
     """How many windows of the tokenizer's limit each text fills; 1 for an empty one."""
-    room = tokenizer.model_max_length - 2
-    whole = tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
+    room = limit_of(tokenizer) - 2
+    whole = prompt_ids(tokenizer, texts, special_tokens=False)
     return tuple(max(1, math.ceil(len(ids) / room)) for ids in whole)
 
 
@@ -252,16 +263,15 @@ def tokenize_windows(
         texts: Prompts.
         counts: Windows of each text, `count_windows` or more; what is left over stays empty.
     """
-    limit = tokenizer.model_max_length
-    room = limit - 2
-    first, last, filler = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    rows = []
-    whole = tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
-    for ids, count in zip(whole, counts, strict=True):
-        for start in range(0, count * room, room):
-            row = [first, *ids[start : start + room], last]
-            rows.append(row + [filler] * (limit - len(row)))
-    return torch.tensor(rows)
+    room = limit_of(tokenizer) - 2
+    first, last = tokenizer.bos_token_id, tokenizer.eos_token_id
+    whole = prompt_ids(tokenizer, texts, special_tokens=False)
+    rows = [
+        [first, *ids[start : start + room], last]
+        for ids, count in zip(whole, counts, strict=True)
+        for start in range(0, count * room, room)
+    ]
+    return fit_rows(tokenizer, rows)[0]
 
 
 def join_windows(

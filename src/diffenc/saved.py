@@ -8,16 +8,22 @@
 `config.json` is removed first and written last: a folder with one is whole.
 """
 
-import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from diffenc.backbones.base import Backbone
 from diffenc.backbones.sources import SOURCES
 from diffenc.config import EncoderConfig
-from diffenc.errors import BackboneError, ConfigError, OutputError
+from diffenc.digests import is_marked
+from diffenc.errors import BackboneError, ConfigError
+from diffenc.pretrained import read_name, stored_name
+from diffenc.storage.names import inside, is_file, is_folder
+from diffenc.storage.reading import read_json
+from diffenc.storage.schema import make
+from diffenc.storage.writing import begin_folder, write_json
 
 CONFIG_FILE = "config.json"
 BACKBONE_FOLDER, LORA_FOLDER, CAPTIONER_FOLDER = "backbone", "lora", "captioner"
@@ -29,6 +35,7 @@ class Contents:
 
     Attributes:
         backbone: Name of the backbone.
+        variant: Variant of its weight files that was requested.
         parts: Parts that are not the named model's own: their paths, None for objects.
         included: Whether the backbone's weights lie in the folder.
         truncated: Whether those end after the last tap.
@@ -36,9 +43,11 @@ class Contents:
         active_lora: The one in use.
         merged: Whether that one is merged into the weights.
         captioner: Whether a captioner lies in the folder.
+        mark: Numbers of each part of the backbone, by which it is known again.
     """
 
     backbone: str
+    variant: str | None = None
     parts: Mapping[str, str | None] = field(default_factory=dict)
     included: bool = False
     truncated: bool = False
@@ -46,6 +55,7 @@ class Contents:
     active_lora: str | None = None
     merged: bool = False
     captioner: bool = False
+    mark: Mapping[str, list[float]] = field(default_factory=dict)
 
 
 def is_saved(name: "str | os.PathLike[str]") -> bool:
@@ -54,11 +64,12 @@ def is_saved(name: "str | os.PathLike[str]") -> bool:
     Raises:
         BackboneError: It was being written when that was interrupted.
     """
-    folder = Path(name)
-    if (folder / CONFIG_FILE).is_file():
+    if isinstance(name, str) and name in SOURCES:  # no folder, whatever lies beside
+        return False
+    folder = Path(name).expanduser()
+    if is_file(folder / CONFIG_FILE):
         return True
-    named = os.fspath(name) in SOURCES  # an alias is no folder, whatever lies beside
-    if not named and folder.is_dir() and not (folder / "model_index.json").exists():
+    if is_folder(folder) and not (folder / "model_index.json").exists():
         own = (BACKBONE_FOLDER, LORA_FOLDER, CAPTIONER_FOLDER, f"{BACKBONE_FOLDER}.partial")
         if left := [part for part in own if (folder / part).is_dir()]:
             raise BackboneError(
@@ -74,11 +85,7 @@ def begin(folder: Path) -> None:
     Raises:
         OutputError: The folder cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_FILE).unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot write {folder}: {error}") from error
+    begin_folder(folder, CONFIG_FILE)
 
 
 def write_config(folder: Path, config: EncoderConfig, contents: Contents) -> None:
@@ -88,14 +95,10 @@ def write_config(folder: Path, config: EncoderConfig, contents: Contents) -> Non
         OutputError: The folder cannot be written.
     """
     told = asdict(contents)
-    plain = {"backbone": told.pop("backbone"), **{k: v for k, v in told.items() if v}}
-    try:
-        partial = folder / f"{CONFIG_FILE}.partial"
-        text = json.dumps({**plain, **config.to_dict()}, indent=2)
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.replace(folder / CONFIG_FILE)
-    except OSError as error:
-        raise OutputError(f"cannot write {folder}: {error}") from error
+    told["backbone"] = stored_name(contents.backbone, folder)
+    told["parts"] = stored_parts(contents.parts, folder)
+    plain = {"backbone": told.pop("backbone"), **{k: v for k, v in told.items() if v or v == ""}}
+    write_json(folder / CONFIG_FILE, {**plain, **config.to_dict()})
 
 
 def read_config(folder: Path) -> tuple[EncoderConfig, Contents]:
@@ -107,19 +110,73 @@ def read_config(folder: Path) -> tuple[EncoderConfig, Contents]:
     path = folder / CONFIG_FILE
     known = Contents.__dataclass_fields__
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         told = {key: values.pop(key) for key in list(values) if key in known}
-        contents = Contents(**told)
-        dict(contents.parts), list(contents.lora)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        contents: Contents = make(Contents, told)
+        named = [f"{LORA_FOLDER}/{name}" for name in contents.lora]
+        for name in named:
+            inside(folder, name)
+    except ConfigError as error:
         raise BackboneError(
-            f"{path} is not a config that DiffusionEncoder.save_pretrained wrote: {error!r}"
+            f"{path} is not a config that DiffusionEncoder.save_pretrained wrote: {error}"
         ) from error
-    named = [f"{LORA_FOLDER}/{name}" for name in contents.lora]
     named += [BACKBONE_FOLDER] * contents.included + [CAPTIONER_FOLDER] * contents.captioner
-    if missing := [name for name in named if not (folder / name).is_dir()]:
+    if missing := [name for name in named if not is_folder(folder / name)]:
         raise BackboneError(f"{folder} is incomplete: it lacks {', '.join(missing)}")
+    contents = replace(
+        contents,
+        backbone=contents.backbone if contents.included else read_source(contents.backbone, folder),
+        parts=read_parts(contents.parts, folder),
+    )
     return EncoderConfig.from_dict(values), contents
+
+
+def read_source(name: object, folder: Path) -> str:
+    """Name of the backbone in a saved config, as `load_backbone` takes it, see `read_name`."""
+    return read_name(name, folder, aliases=SOURCES)
+
+
+def stored_parts(parts: Mapping[str, str | None], folder: Path) -> dict[str, str | None]:
+    """Paths of given parts as a config in a folder keeps them."""
+    return {
+        part: stored_name(name, folder) if name and part != "prediction_type" else name
+        for part, name in parts.items()
+    }
+
+
+def read_parts(parts: Mapping[str, str | None], folder: Path) -> dict[str, str | None]:
+    """Inverse of `stored_parts`."""
+    return {
+        part: read_name(name, folder, aliases=SOURCES)
+        if name is not None and part != "prediction_type"
+        else name
+        for part, name in parts.items()
+    }
+
+
+def check_mark(
+    backbone: Backbone, mark: Mapping[str, Any], folder: Path, *, given: Collection[str] = ()
+) -> None:
+    """Raise a `BackboneError` unless a loaded model is the one that was saved.
+
+    Args:
+        backbone: Loaded model.
+        mark: Numbers of the parts of the saved one.
+        folder: Folder it was saved to.
+        given: Parts that the caller put in their place.
+    """
+    parts = backbone.parts()
+    others = [
+        name
+        for name, numbers in mark.items()
+        if name in parts and name not in given and not is_marked(parts[name], numbers)
+    ]
+    if others:
+        raise BackboneError(
+            f"{backbone.name!r} is not the model that {folder} was saved with: its "
+            f"{' and '.join(others)} has other weights. Put that model back, or pass the part "
+            f"that shall stand in its place ({others[0]}=...)"
+        )
 
 
 def merge_parts(

@@ -1,29 +1,35 @@
 """How well images and texts agree, and where in an image a word is seen."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffenc.errors import ConfigError, ShapeError
+from diffenc.arguments import entries, shown, sides, whole, wholes
+from diffenc.arguments import text as one_text
+from diffenc.arguments import texts as listed
+from diffenc.config import check_choice
+from diffenc.errors import ConfigError, OutputError, PromptError, ShapeError
 from diffenc.images import Images, ImageSource, as_list
 from diffenc.memo import image_keys, posterior_of
+from diffenc.scoring.bank_build import SHARD_BYTES, bank_bytes, write_bank
 from diffenc.scoring.base import ConfiguredScorer
 from diffenc.scoring.calibration import reference_pixels
 from diffenc.scoring.config import SCORE_TIMESTEPS, ScorerConfig
 from diffenc.scoring.denoising import denoising_scores
 from diffenc.scoring.layer_weights import fit_layer_weights
-from diffenc.scoring.query_bank import SHARD_BYTES, QueryBank, bank_bytes, write_bank
+from diffenc.scoring.query_bank import QueryBank
 from diffenc.scoring.result import Scores, stack_trials
 from diffenc.scoring.screening import Candidates
 from diffenc.scoring.trials import ScoreCall, Trial, picture_values
+from diffenc.storage.names import checked_path
+from diffenc.vision_models import to_image, to_pictures
 from diffenc.viz.heatmap import HeatMap
-from diffenc.word_maps import heat_maps, to_picture, word_maps, words_of
+from diffenc.word_maps import heat_maps, word_maps, words_of
 
 __all__ = [
     "SCORE_TIMESTEPS",
@@ -77,8 +83,9 @@ class CrossAttnScorer(ConfiguredScorer):
             PromptError: No text, or something that is none.
             NonFiniteError: NaN or infinity came out of the U-Net.
         """
-        call = ScoreCall(self, images, texts)
-        return call.trial(call.every_pair(), self._seed(seed))[0]
+        with self.backbone.lock:
+            call = ScoreCall(self, images, texts)
+            return call.trial(call.every_pair(), self._seed(seed))[0]
 
     def score_pairs(
         self, images: Images, texts: Sequence[str], *, seed: int | None = None
@@ -95,13 +102,15 @@ class CrossAttnScorer(ConfiguredScorer):
             ImageError: A picture cannot be read.
             PromptError: Something that is no text.
         """
-        call = ScoreCall(self, images, texts)
-        if call.images != len(call.texts):
-            raise ShapeError(
-                f"pairs need as many images as texts, got {call.images} and {len(call.texts)}; "
-                "scorer(images, texts) scores all with all"
-            )
-        scores, _ = call.trial(torch.eye(call.images, dtype=torch.bool), self._seed(seed))
+        with self.backbone.lock:
+            call = ScoreCall(self, images, texts)
+            if call.images != len(call.texts):
+                raise ShapeError(
+                    f"pairs need as many images as texts, got {call.images} and "
+                    f"{len(call.texts)}; scorer(images, texts) scores all with all"
+                )
+            pairs = torch.eye(call.images, dtype=torch.bool, device="cpu")
+            scores, _ = call.trial(pairs, self._seed(seed))
         return scores.diagonal().clone()
 
     def score(
@@ -132,22 +141,24 @@ class CrossAttnScorer(ConfiguredScorer):
             PromptError: No text, or something that is none.
             NonFiniteError: NaN or infinity came out of the U-Net.
         """
-        if isinstance(trials, bool) or not isinstance(trials, int) or trials < 1:
-            raise ConfigError(f"trials must be an int of 1 or more, got {trials!r}")
+        trials = whole("trials", trials, least=1)
+        screen = None if screen is None else whole("screen", screen)
+        check_choice("screen_over", screen_over, get_args(Candidates))
         if screen is not None and self.config.mode == "shared-query":
             raise ConfigError("screen saves nothing with mode 'shared-query': texts cost no passes")
-        call = ScoreCall(self, images, texts)
-        pairs = call.every_pair()
         seeds = tuple(self._seed(seed) + trial for trial in range(trials))
-        dropped = torch.zeros_like(pairs)
         results: list[Trial] = []
-        for trial_seed in seeds:
-            if screen is None:
-                results.append(call.trial(pairs, trial_seed))
-                continue
-            result, out = call.screened(trial_seed, screen, screen_over)
-            results.append(result)
-            dropped |= out
+        with self.backbone.lock:
+            call = ScoreCall(self, images, texts)
+            pairs = call.every_pair()
+            dropped = torch.zeros_like(pairs)
+            for trial_seed in seeds:
+                if screen is None:
+                    results.append(call.trial(pairs, trial_seed))
+                    continue
+                result, out = call.screened(trial_seed, screen, screen_over)
+                results.append(result)
+                dropped |= out
         scores, by_timestep = stack_trials(results)
         return Scores(
             trials=scores.masked_fill(dropped, -torch.inf),
@@ -169,7 +180,8 @@ class CrossAttnScorer(ConfiguredScorer):
         """
         if self.config.error_term is not None:
             raise ConfigError("scores with an error term are not those of layers; set it to None")
-        return ScoreCall(self, images, texts).by_layer(len(self.layers), self._seed(seed))
+        with self.backbone.lock:
+            return ScoreCall(self, images, texts).by_layer(len(self.layers), self._seed(seed))
 
     def fit_layers(
         self, items: Iterable[tuple[Images, Sequence[str]]], *, seed: int | None = None
@@ -191,7 +203,7 @@ class CrossAttnScorer(ConfiguredScorer):
             ShapeError: No item, or items of another shape.
             ConfigError: A score with an error part, which belongs to no layer.
         """
-        found = [self.layer_scores(images, texts, seed=seed) for images, texts in items]
+        found = [self.layer_scores(images, texts, seed=seed) for images, texts in _pairs_of(items)]
         if len({scores.shape for scores in found}) != 1:
             shapes = sorted({tuple(scores.shape[1:]) for scores in found})
             raise ShapeError(f"items must be of one shape (images, texts), got {shapes}")
@@ -236,31 +248,37 @@ class CrossAttnScorer(ConfiguredScorer):
             TapError: No cross-attention by that name, or a layer without such a head.
         """
         config = self.config
-        pixel_values = picture_values(self, image)
+        text = one_text("text", text, error=PromptError)
+        images = as_list(image)
+        pixel_values = picture_values(self, images)
         if len(pixel_values) != 1:
             raise ShapeError(f"word maps are of one image, got {len(pixel_values)}")
         keys = image_keys(pixel_values) if self.use_cache else None
-        latents, _ = posterior_of(self.backbone, pixel_values, keys=keys)
-        return heat_maps(
-            self.backbone,
-            latents,
-            text,
-            words_of(text) if words is None else [words] if isinstance(words, str) else list(words),
-            preset=preset,
-            timesteps=config.timesteps if timesteps is None else tuple(timesteps),
-            layers=layers,
-            heads=heads,
-            seed=self._seed(seed),
-            picture=to_picture(image if config.resize == "squash" else pixel_values),
-        )
+        if words is None:
+            words = words_of(text, self.backbone.tokenizer)
+        squashed = config.resize == "squash"
+        with self.backbone.lock:
+            latents, _ = posterior_of(self.backbone, pixel_values, keys=keys)
+            return heat_maps(
+                self.backbone,
+                latents,
+                text,
+                list(listed("words", words, error=PromptError)),
+                preset=preset,
+                timesteps=config.timesteps if timesteps is None else wholes("timesteps", timesteps),
+                layers=layers,
+                heads=heads,
+                seed=self._seed(seed),
+                picture=to_pictures(images)[0] if squashed else to_image(pixel_values[0]),
+            )
 
     def index_bytes(self, images: int) -> int:
         """Size of the bank that `build_index` would write for so many images, in half precision.
 
         With `resize="none"` the config's size or the model's is assumed.
         """
-        size = self.config.size or self.backbone.default_size
-        height, width = (size, size) if isinstance(size, int) else size
+        images = whole("images", images, least=0)
+        height, width = sides("size", self.config.size or self.backbone.default_size)
         references = len(reference_pixels(self.config, (height, width), self.references))
         return bank_bytes(self.backbone, self.config, images + references, (height, width))
 
@@ -272,25 +290,37 @@ class CrossAttnScorer(ConfiguredScorer):
         names: Sequence[str] | None = None,
         dtype: torch.dtype = torch.float16,
         shard_bytes: int = SHARD_BYTES,
+        skip_broken: bool = False,
+        overwrite: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> QueryBank:
         """Keep what "shared-query" scores need of images on disk, to be searched by any text.
 
         Costs one pass per image, timestep and draw, and `index_bytes` of disk: choose few layers
-        and timesteps for many images.
+        and timesteps for many images. Every picture is read once before the first pass.
+
+        A call that was interrupted, however that was, goes on after the last whole file when it is
+        repeated with the same images, config and model; the bank is equal to one that was not
+        interrupted. One program writes to a folder at a time.
 
         Args:
             images: Pictures.
-            folder: New or empty.
-            names: Of the images; None takes their paths, or counts.
-            dtype: Of what is kept.
+            folder: New or empty, or one where such a call was interrupted.
+            names: Names of the images, no two alike; None takes their paths, or counts.
+            dtype: Floating point type of what is kept: float32, float16 or bfloat16.
             shard_bytes: About how large one file may become.
-            progress: Told how many images are done.
+            skip_broken: Leave out pictures that cannot be read, and name them in the bank's
+                `skipped`.
+            overwrite: Begin anew where the folder holds a bank, or one that was begun.
+            progress: Called with the number of images that are done; first, in a folder where the
+                call was interrupted, with how many were done before.
 
         Raises:
-            ConfigError: A config that scores by more than attention.
-            OutputError: The folder holds something, or cannot be written.
-            ImageError: A picture cannot be read.
+            ConfigError: A config that scores by more than attention, names that are no texts or
+                occur twice, or another dtype.
+            OutputError: The folder holds something else or was begun with something else, another
+                program writes to it, or it cannot be written.
+            ImageError: Pictures cannot be read; it names all of them.
             ShapeError: Images of different sizes, or another number of names.
             NonFiniteError: Queries that `dtype` does not hold.
         """
@@ -300,20 +330,34 @@ class CrossAttnScorer(ConfiguredScorer):
                 str(picture) if isinstance(picture, (str, os.PathLike)) else str(index)
                 for index, picture in enumerate(pictures)
             ]
-        if len(names) != len(pictures):
-            raise ShapeError(f"got {len(names)} names for {len(pictures)} images")
         write_bank(
             self.backbone,
             self.config,
             pictures,
-            Path(folder),
+            checked_path("a bank", folder, error=OutputError),
             names=names,
             references=self.references,
             dtype=dtype,
             shard_bytes=shard_bytes,
+            skip_broken=skip_broken,
+            overwrite=overwrite,
             progress=progress,
         )
         return QueryBank.load(folder, backbone=self.backbone)
 
     def _seed(self, seed: int | None) -> int:
-        return self.config.seed if seed is None else seed
+        return whole("seed", self.config.seed if seed is None else seed)
+
+
+def _pairs_of(items: object) -> Iterator[tuple[Images, Sequence[str]]]:
+    """Items of images and texts.
+
+    Raises:
+        ShapeError: They are none.
+    """
+    if not isinstance(items, Iterable) or isinstance(items, (str, bytes)):
+        raise ShapeError(f"items must be pairs of images and texts, got {shown(items)}")
+    for index, item in enumerate(entries(items)):
+        if not isinstance(item, (tuple, list)) or len(item) != 2:
+            raise ShapeError(f"item {index} must be a pair of images and texts, got {shown(item)}")
+        yield item[0], item[1]

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from diffenc.threads import share_lock
+
 _UP_BLOCK = re.compile(r"up_blocks\.(\d+)(?:\.(resnets|attentions)\.(\d+))?")
 
 
@@ -52,6 +54,7 @@ def truncate(unet: nn.Module, taps: Sequence[str]) -> nn.Module:
     short.up_blocks = nn.ModuleList(kept)
     short.conv_norm_out = None
     short.conv_out = nn.Identity()
+    share_lock(short, unet)
     whole: nn.Module = short
     return whole
 

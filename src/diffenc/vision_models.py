@@ -5,10 +5,11 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
+from jaxtyping import Float
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
-from diffenc.images import Images, as_list, to_pixel_values
+from diffenc.images import Images, ImageSource, as_list, to_pixel_values
 
 
 class VisionModel(nn.Module):
@@ -48,7 +49,11 @@ def to_pictures(images: Images) -> list[Image.Image]:
     return [_picture(source) for source in as_list(images)]
 
 
-def _picture(source: Any) -> Image.Image:
-    pixel_values = to_pixel_values([source], size=None, resize="none", multiple=1)[0]
+def _picture(source: ImageSource) -> Image.Image:
+    return to_image(to_pixel_values([source], size=None, resize="none", multiple=1)[0])
+
+
+def to_image(pixel_values: Float[Tensor, "3 h w"]) -> Image.Image:
+    """Values in [-1, 1] as a picture of 8 bits."""
     levels = ((pixel_values.detach().cpu() + 1) * 127.5).round().clamp(0, 255).byte()
     return Image.fromarray(np.ascontiguousarray(rearrange(levels.numpy(), "c h w -> h w c")))

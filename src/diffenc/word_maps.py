@@ -1,7 +1,6 @@
 """Where in an image a word of a text is seen."""
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,16 +11,25 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffenc.attention import match_layers, word_token_positions
+from diffenc.attention import match_layers
 from diffenc.backbones.base import Backbone
+from diffenc.checks import require_finite
 from diffenc.config import check_choice
 from diffenc.errors import ConfigError, PromptError
 from diffenc.forward import read_head_attention
-from diffenc.images import ImageSource, to_pixel_values
 from diffenc.maps import to_grid
 from diffenc.noise import add_noise, shared_noise
 from diffenc.scoring.config import SCORE_TIMESTEPS
 from diffenc.viz.heatmap import HeatMap
+from diffenc.words import shared_positions, words_of
+
+__all__ = ["daam_maps", "heat_maps", "word_maps", "words_of"]
+
+_DAAM_CELLS = {512: 64, 768: 96, 1024: 64}
+"""Cells on a side, by the pixels that a model was made for."""
+
+_DAAM_SCALES = (0, 1, 2, 4, 16, 32, 64)
+"""How many times finer than a layer's map the grid may be; DAAM takes 8 for the middle block."""
 
 
 def word_maps(
@@ -58,12 +66,13 @@ def word_maps(
         ConfigError: No timestep, or one outside the schedule.
         TapError: No cross-attention by that name, or a layer without such a head.
     """
-    spans = [word_token_positions(backbone.tokenizer, text, word) for word in words]
+    spans = [shared_positions(backbone.tokenizers, text, word) for word in words]
     sums: list[Tensor] = []
-    for maps in _per_timestep(backbone, latents, text, spans, timesteps, layers, heads, seed):
-        merged = [reduce(m, "b tokens heads h w -> b tokens h w", "mean") for m in maps]
-        finest = max(((m.shape[2], m.shape[3]) for m in merged), key=math.prod)
-        sums.append(torch.stack([to_grid(m, finest) for m in merged]).mean(dim=0))
+    with backbone.lock:
+        for maps in _per_timestep(backbone, latents, text, spans, timesteps, layers, heads, seed):
+            merged = [reduce(m, "b tokens heads h w -> b tokens h w", "mean") for m in maps]
+            finest = max(((m.shape[2], m.shape[3]) for m in merged), key=math.prod)
+            sums.append(torch.stack([to_grid(m, finest) for m in merged]).mean(dim=0))
     return _of_words(torch.stack(sums).mean(dim=0), spans, "sum")
 
 
@@ -77,12 +86,14 @@ def daam_maps(
     layers: str | Sequence[str] | None = None,
     heads: Sequence[int] | None = None,
     seed: int = 0,
-) -> Float[Tensor, "images words h w"]:
-    """Word maps by DAAM's definition, on the grid of the latents.
+    grid: tuple[int, int] | None = None,
+) -> Float[Tensor, "images words gh gw"]:
+    """Word maps as DAAM's released code makes them.
 
-    The probabilities of each layer and head are brought to the grid by bicubic interpolation and
-    cut off below 0; then the mean over layers and heads, the sum over timesteps, and the mean over
-    the pieces of a word. The middle block is left out.
+    The probabilities of each layer and head are summed over timesteps, brought to one grid by
+    bicubic interpolation and cut off below 0; then the mean over layers and heads, and the mean
+    over the pieces of a word. DAAM follows a picture as it is generated; here the noisy latents are
+    those of a picture that is there.
 
     Args:
         backbone: The model.
@@ -90,38 +101,74 @@ def daam_maps(
         text: The prompt.
         words: Words of it.
         timesteps: Noise levels, scheduler steps.
-        layers: See `diffenc.attention.match_layers`; None takes all but the middle block's.
+        layers: See `diffenc.attention.match_layers`; None takes DAAM's: all but the middle
+            block's, and of a square picture in another size than the model's own those alone
+            whose maps its code knows the scale of.
         heads: Indices of the heads that count; None takes all.
         seed: Of the noise.
+        grid: (height, width) of the maps; None is DAAM's, see `daam_grid`.
 
     Returns:
         float32, 0 or above.
 
     Raises:
         PromptError: The text has no such word, or it was cut off.
-        ConfigError: No timestep, or one outside the schedule.
+        ConfigError: No timestep, or one outside the schedule; a picture of whose layers DAAM reads
+            none.
         TapError: No cross-attention by that name, or a layer without such a head.
 
     Source:
         Tang et al. 2022 (DAAM), arXiv:2210.04885, section 2.2, and its released code.
     """
-    h, w = latents.shape[2:]
+    size = (latents.shape[2], latents.shape[3])
+    names = layers
     if layers is None:
-        layers = [name for name in match_layers(backbone.unet) if not name.startswith("mid_block")]
-    spans = [word_token_positions(backbone.tokenizer, text, word) for word in words]
-    total = torch.zeros(len(latents), sum(map(len, spans)), h, w)
-    for maps in _per_timestep(backbone, latents, text, spans, timesteps, layers, heads, seed):
-        resized = []
-        for of_layer in maps:
-            flat = rearrange(of_layer, "b tokens heads h w -> b (tokens heads) h w")
-            grown = F.interpolate(flat, size=(h, w), mode="bicubic").clamp(min=0)
-            resized.append(
-                rearrange(
-                    grown, "b (tokens heads) h w -> b tokens heads h w", tokens=total.shape[1]
-                )
+        names = [name for name in match_layers(backbone.unet) if not name.startswith("mid_block")]
+    spans = [shared_positions(backbone.tokenizers, text, word) for word in words]
+    with backbone.lock:
+        steps = _per_timestep(backbone, latents, text, spans, timesteps, names, heads, seed)
+        sums = next(steps)
+        for maps in steps:
+            sums = [total + of_layer for total, of_layer in zip(sums, maps, strict=True)]
+    if layers is None and size[0] == size[1] and _daam_cells(backbone) is not None:
+        cells = math.prod(daam_grid(backbone, size))
+        sums = [s for s in sums if math.isqrt(cells // math.prod(s.shape[3:])) in _DAAM_SCALES]
+        if not sums:
+            raise ConfigError(
+                f"DAAM knows the scale of no layer for latents of {size}; pass layers, or a "
+                "picture in the size that the model was made for"
             )
-        total += torch.cat(resized, dim=2).mean(dim=2).cpu()
-    return _of_words(total, spans, "mean")
+    target = daam_grid(backbone, size) if grid is None else grid
+    resized = [_clamped(of_layer, target) for of_layer in sums]
+    return _of_words(torch.cat(resized, dim=2).mean(dim=2).cpu(), spans, "mean")
+
+
+def daam_grid(backbone: Backbone, size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of DAAM's maps.
+
+    Its code has 64 x 64 cells for models made for 512 or 1024 pixels, whatever the picture's size,
+    and 96 x 96 for those made for 768. Beyond it, a picture that is not square has as many on its
+    shorter side, and any other model, such as the bundled one, has the grid of its latents.
+
+    Args:
+        backbone: The model.
+        size: (height, width) of the latents.
+    """
+    cells, shorter = _daam_cells(backbone), min(size)
+    return size if cells is None else (cells * size[0] // shorter, cells * size[1] // shorter)
+
+
+def _daam_cells(backbone: Backbone) -> int | None:
+    side = dict(backbone.unet.config).get("sample_size")
+    return _DAAM_CELLS.get(side * backbone.reduction) if isinstance(side, int) else None
+
+
+def _clamped(
+    maps: Float[Tensor, "b tokens heads _h _w"], grid: tuple[int, int]
+) -> Float[Tensor, "b tokens heads gh gw"]:
+    flat = rearrange(maps, "b tokens heads h w -> b (tokens heads) h w")
+    grown = F.interpolate(flat, size=grid, mode="bicubic").clamp(min=0)
+    return rearrange(grown, "b (tokens heads) h w -> b tokens heads h w", tokens=maps.shape[1])
 
 
 def heat_maps(
@@ -152,25 +199,6 @@ def heat_maps(
     }
 
 
-def words_of(text: str) -> list[str]:
-    """Distinct words of a text, in order, without punctuation.
-
-    Raises:
-        PromptError: There is none.
-    """
-    words = list(dict.fromkeys(re.findall(r"\w+(?:['\u2019]\w+)*", text)))
-    if not words:
-        raise PromptError(f"the text {text!r} has no words to map")
-    return words
-
-
-def to_picture(image: ImageSource) -> Image.Image:
-    """A picture of any kind as PIL has it, in its own size."""
-    values = to_pixel_values(image, size=None, resize="none", multiple=1)[0]
-    pixels = ((values + 1) * 127.5).round().to(torch.uint8)
-    return Image.fromarray(rearrange(pixels, "c h w -> h w c").cpu().numpy())
-
-
 def _per_timestep(
     backbone: Backbone,
     latents: Tensor,
@@ -192,6 +220,12 @@ def _per_timestep(
         noise = shared_noise((c, h, w), seed=seed, timestep=timestep)
         noisy = add_noise(backbone.scheduler, latents, noise, timestep)
         maps = read_head_attention(backbone, noisy, timestep, embeds, positions, names, heads)
+        for name, values in maps.items():
+            require_finite(
+                values,
+                f"attention maps of {name!r} with a U-Net in {backbone.dtype}",
+                "load the model with dtype=torch.bfloat16 or torch.float32",
+            )
         yield list(maps.values())
 
 

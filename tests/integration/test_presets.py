@@ -57,9 +57,14 @@ def test_dift_is_the_mean_over_draws_of_posterior_and_noise(tiny_sd21_folder, im
     assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+def sample(pipe, posterior):
+    noise = shared_noise((4, 8, 8), seed=0, timestep=-1)
+    return (posterior.mean + posterior.std * noise) * pipe.vae.config.scaling_factor
+
+
 def test_cleandift_reads_clean_latents(tiny_sd21_folder, image):
     pipe, posterior, states = parts(tiny_sd21_folder, image, "red")
-    latents = posterior.mode() * pipe.vae.config.scaling_factor
+    latents = sample(pipe, posterior)
     expected = hooked(pipe, "up_blocks.1", latents, 261, states)
     encoder = DiffusionEncoder.from_pretrained(tiny_sd21_folder, preset="cleandift", size=64)
     ours = encoder.extract(image, "red")["up_blocks.1"]
@@ -68,7 +73,7 @@ def test_cleandift_reads_clean_latents(tiny_sd21_folder, image):
 
 def test_hyperfeatures_reads_every_decoder_resnet_before_its_sum(tiny_sd_folder, image):
     pipe, posterior, states = parts(tiny_sd_folder, image, "red")
-    latents = posterior.mode() * pipe.vae.config.scaling_factor
+    latents = sample(pipe, posterior)
     noisy = noised(pipe, latents, shared_noise((4, 8, 8), seed=0, timestep=50), 50)
     encoder = DiffusionEncoder.from_pretrained(tiny_sd_folder, preset="hyperfeatures", size=64)
     features = encoder.extract(image, "red")
@@ -86,6 +91,13 @@ def test_gdf_sets_have_the_published_channels(alias, channels):
     family = "sdxl" if alias == "sdxl" else "sd"
     taps = match_taps(preset_options("gdf", family)["taps"], list_taps(alias))
     assert [tap.channels for tap in taps] == channels
+
+
+def test_every_preset_samples_the_posterior_as_the_released_code_does():
+    for name in ("gdf", "dift", "cleandift", "hyperfeatures"):
+        assert preset_options(name, "sd")["posterior"] == "sample"
+    assert preset_options("gdf", "sdxl")["uncond"] == "empty"
+    assert "uncond" not in preset_options("gdf", "sd")
 
 
 def test_options_win_over_a_preset(tiny_sd_folder):

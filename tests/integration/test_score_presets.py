@@ -163,8 +163,25 @@ def test_diffusion_classifier_is_minus_the_mean_squared_error(fixture, images, r
     assert_scores(scorer(images, TEXTS), table(images, score))
 
 
+@pytest.mark.parametrize("fixture", FOLDERS[1:])
+def test_diffusion_itm_is_a_difference_of_norms_at_its_ten_timesteps(fixture, images, request):
+    plain = Plain(folder := request.getfixturevalue(fixture))
+
+    def norm(latents, text):
+        runs = [plain.run(latents, text, t) for t in range(10, 911, 100)]
+        return np.mean([float((noise - predicted).norm()) for noise, predicted, _ in runs])
+
+    def score(image, text):
+        latents = plain.latents(image, sampled=True)
+        return norm(latents, "") - norm(latents, text)
+
+    scorer = CrossAttnScorer.from_pretrained(folder, preset="diffusion-itm", size=64)
+    # float32's grain of the norms, about 16, of which the score is a small difference
+    assert_scores(scorer(images, TEXTS), table(images, score), tolerance=6e-6)
+
+
 @pytest.mark.parametrize("fixture", FOLDERS)
-def test_diffusion_itm_takes_away_the_error_without_the_text(fixture, images, request):
+def test_the_denoising_gap_takes_away_the_error_without_the_text(fixture, images, request):
     plain = Plain(folder := request.getfixturevalue(fixture))
 
     def error(latents, text):
@@ -175,7 +192,7 @@ def test_diffusion_itm_takes_away_the_error_without_the_text(fixture, images, re
         latents = plain.latents(image)
         return error(latents, "") - error(latents, text)
 
-    scorer = CrossAttnScorer.from_pretrained(folder, preset="diffusion-itm", size=64)
+    scorer = CrossAttnScorer.from_pretrained(folder, preset="denoising-gap", size=64)
     # float32's grain of the errors, about 1, of which the score is a small difference
     assert_scores(scorer(images, TEXTS), table(images, score), tolerance=3e-7)
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from diffenc.errors import ConfigError
+from diffenc.errors import ConfigError, ShapeError
 from diffenc.scoring.calibration import References, neutral_pictures, reference_pixels
 from diffenc.scoring.config import ScorerConfig
 
@@ -36,3 +36,20 @@ def test_given_pictures_are_kept_in_bytes_and_resized_on_demand():
         reference_pixels(other, (16, 16), given)
     with pytest.raises(ConfigError, match="there are none"):
         reference_pixels(config, (16, 16), None)
+
+
+@pytest.mark.parametrize(
+    "pictures",
+    [
+        torch.zeros(1, 3, 8, 8),
+        torch.zeros(1, 3, 8, 8, dtype=torch.int8),
+        torch.zeros(3, 8, 8, dtype=torch.uint8),
+        torch.zeros(1, 4, 8, 8, dtype=torch.uint8),
+        torch.zeros(0, 3, 8, 8, dtype=torch.uint8),
+        torch.zeros(1, 3, 0, 8, dtype=torch.uint8),
+    ],
+    ids=lambda pictures: f"{tuple(pictures.shape)} {pictures.dtype}",
+)
+def test_other_tensors_are_no_pictures(pictures):
+    with pytest.raises(ShapeError, match="reference picture"):
+        References(pictures)

@@ -19,7 +19,7 @@ import sys, types
 package = types.ModuleType("diffenc")  # stands in for the root, which imports torch
 package.__path__ = {list(diffenc.__path__)!r}
 sys.modules["diffenc"] = package
-import diffenc.cli.main
+import diffenc.cli.app
 print(*sys.modules)
 """
 

@@ -164,3 +164,57 @@ def test_a_bank_is_written_and_searched(tiny_sd_folder, pictures, tmp_path):
     for entry in content["red"]:
         assert entry["score"] == pytest.approx(float(expected[entry["index"]]), abs=2e-3)
     assert run("index", *pictures, "-o", bank, "-m", tiny_sd_folder).exit_code == 2
+
+
+INDEX = (*FAST, "--layers", "up_blocks.1")
+
+
+def test_an_interrupted_index_is_gone_on_with(tiny_sd_folder, pictures, tmp_path, monkeypatch):
+    arguments = ("index", *pictures, "-o", tmp_path / "bank", "-m", tiny_sd_folder, *INDEX)
+    small = {"shard_bytes": 1}
+    build = CrossAttnScorer.build_index
+
+    def stopped(self, *args, progress, **options):
+        def tell(done):
+            progress(done)
+            raise KeyboardInterrupt
+
+        options = {**options, **small, "progress": tell}
+        scorer = self.with_options(batch_size=2)
+        return build(scorer, *args, **options)
+
+    monkeypatch.setattr(CrossAttnScorer, "build_index", stopped)
+    assert run(*arguments).exit_code != 0
+    assert "it was begun" in run("search", tmp_path / "bank", "-t", "red").output
+    monkeypatch.setattr(
+        CrossAttnScorer,
+        "build_index",
+        lambda self, *args, **options: build(
+            self.with_options(batch_size=2), *args, **{**options, **small}
+        ),
+    )
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    assert f"going on with {tmp_path / 'bank'}: 1 images are in it" in result.stderr
+    again = run(*arguments)
+    assert again.exit_code == 2
+    assert "holds a complete bank" in again.output
+    assert run(*arguments, "--force").exit_code == 0
+
+
+def test_broken_pictures_are_named_or_left_out(tiny_sd_folder, pictures, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    every = [tmp_path / "broken.png", *pictures, tmp_path / "none.png"]
+    arguments = ("index", *every, "-o", tmp_path / "bank", "-m", tiny_sd_folder, *INDEX)
+    refused = run(*arguments)
+    assert refused.exit_code == 2
+    assert "2 of 5 images cannot be read" in refused.output
+    assert "broken.png" in refused.output
+    assert "none.png" in refused.output
+    assert not (tmp_path / "bank").exists()
+    result = run(*arguments, "--skip-broken")
+    assert result.exit_code == 0, result.output
+    assert "2 images left out" in result.stdout
+    assert f"left out {tmp_path / 'none.png'}: no such image file" in result.stderr
+    found = json.loads(run("search", tmp_path / "bank", "-t", "red", "--json").stdout)["red"]
+    assert sorted(entry["name"] for entry in found) == sorted(map(str, pictures))

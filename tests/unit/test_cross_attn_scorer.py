@@ -261,9 +261,19 @@ def test_the_unconditional_half_of_shared_queries_is_exact(backbone, images):
     torch.testing.assert_close(both[:, 0], alone.mean(dim=1), rtol=0, atol=2e-6)
 
 
-def test_sdxls_zeros_score_log_77_and_shared_queries_do_not_come_from_them(sdxl, images):
-    zeros = scorer_of(sdxl)(images, "")
-    torch.testing.assert_close(zeros, torch.full((3, 1), 77.0).log(), rtol=0, atol=1e-5)
+@pytest.mark.parametrize("mask", ["none", "no_pad"])
+@pytest.mark.parametrize("mode", MODES)
+def test_sdxls_zeros_score_log_77_and_the_empty_text_does_not(sdxl, images, mode, mask):
+    """The unconditional half is no text, of which every token counts, whatever else is scored."""
+    options = {"mode": mode, "token_mask": mask}
+    alone = scorer_of(sdxl, **options)(images, ["red", ""])
+    both = scorer_of(sdxl, include_uncond=True, **options)(images, ["red", ""])
+    zeros = torch.full((3, 2), 77.0).log()
+    torch.testing.assert_close(2 * both - alone, zeros, rtol=0, atol=1e-5)
+    assert (alone[:, 1] - zeros[:, 1]).abs().min() > 1e-3
+
+
+def test_shared_queries_do_not_come_from_sdxls_zeros(sdxl, images):
     shared = [
         scorer_of(sdxl, mode="shared-query", uncond=rule)(images, "red")
         for rule in ("zeros", "empty")

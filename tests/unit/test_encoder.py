@@ -247,12 +247,29 @@ def test_prompts_may_be_encoded_before(encoder):
     assert torch.equal(encoder(picture(), embeds), encoder(picture(), "red circle"))
 
 
-def test_the_empty_prompt_of_sdxl_is_the_unconditional_one(sdxl_encoder):
+def test_the_empty_prompt_of_sdxl_is_a_text_and_not_the_unconditional_one(sdxl_encoder):
+    """Of its pipeline's prompts only an absent one is zeros."""
     features = sdxl_encoder.extract([picture(), picture()], ["", "red"], conditioning="cfg")
+    empty = sdxl_encoder.extract(picture(), sdxl_encoder.backbone.embed([""], size=(64, 64)))
+    absent, alone = sdxl_encoder.extract(picture()), sdxl_encoder.extract(picture(), "")
+    assert (absent.conditioning, alone.conditioning) == ("uncond", "cond")
     for tap in features:
         uncond, cond = features.select("uncond")[tap], features.select("cond")[tap]
-        torch.testing.assert_close(cond[0], uncond[0], atol=1e-5, rtol=1e-4)
-        assert not torch.allclose(cond[1], uncond[1])
+        torch.testing.assert_close(cond[:1], empty[tap], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(alone[tap], empty[tap], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(absent[tap], uncond[:1], atol=1e-5, rtol=1e-4)
+        assert not torch.allclose(cond[0], uncond[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("rule", ["zeros", "empty", None])
+def test_no_prompt_and_the_empty_one_are_remembered_apart(tiny_sdxl_folder, rule):
+    encoder = DiffusionEncoder.from_pretrained(
+        tiny_sdxl_folder, taps=("mid_block",), size=64, uncond=rule
+    )
+    plain = DiffusionEncoder(encoder.backbone, encoder.config, use_cache=False)
+    assert torch.equal(plain(picture(), ""), plain(picture())) == (rule == "empty")
+    for prompts in ("", None, "", None):
+        assert torch.equal(encoder(picture(), prompts), plain(picture(), prompts))
 
 
 def test_non_finite_features_name_tap_and_remedy(tiny_sd_folder):

@@ -97,6 +97,10 @@ class TestPrompts:
 
 
 class TestReadout:
+    def test_words_are_whole_and_in_any_form_of_unicode(self):
+        assert not content_words("redder incredible bluetooth red-orange") & {"red", "blue"}
+        assert content_words("caf\u00e9") == content_words("cafe\u0301")
+
     def test_content_words(self):
         found = content_words("There are two RED circles, and a man's glass near them.")
         assert found == {"two", "red", "circle", "man", "glass"}

@@ -1,4 +1,5 @@
 import json
+import random
 import shutil
 
 import pytest
@@ -125,6 +126,71 @@ class TestScores:
         with pytest.raises(JudgeError, match="does not begin with two scores"):
             read_scores(reply)
 
+    @pytest.mark.parametrize(
+        ("reply", "scores"),
+        [
+            ("8 7", (8, 7)),
+            ("8,7", (8, 7)),
+            ("8, 7", (8, 7)),
+            ("8 , 7", (8, 7)),
+            ("8.5 7", (8.5, 7)),
+            ("8 7.", (8, 7)),
+            ("8.0 7.25", (8, 7.25)),
+            ("10 10", (10, 10)),
+            ("1 1", (1, 1)),
+            ("  9   6  ", (9, 6)),
+            ("9\t6", (9, 6)),
+            ("9 6\r\nBecause.", (9, 6)),
+            ("\n\n9 6\n\nAssistant 1 names 3 of 4.", (9, 6)),
+            ("08 07", (8, 7)),
+            ("9.99 1.01", (9.99, 1.01)),
+            ("7 9\n8 8", (7, 9)),
+            ("6 6\nScore: 10/10", (6, 6)),
+            ("3 4\n5", (3, 4)),
+            ("4 8 \nI liked it", (4, 8)),
+            ("10,1", (10, 1)),
+        ],
+        ids=repr,
+    )  # fmt: skip
+    def test_two_numbers_alone(self, reply, scores):
+        assert read_scores(reply) == scores
+
+    @pytest.mark.parametrize(
+        "reply",
+        [
+            "Assistant 1: 8\nAssistant 2: 3", "Assistant 1: 8, Assistant 2: 3",
+            "Assistant 1: 8 Assistant 2: 3", "Score: 8 7", "Scores: 8, 7", "8 7 Assistant 1 wins",
+            "8/10 7/10", "8/10, 7/10", "8 out of 10 7 out of 10", "8 7 6", "8 7 (of 10)", "8", "8,",
+            "8 vs 7", "8 and 7", "8 to 7", "8:7", "8-7", "8 - 7", "8;7", "8|7", "(8, 7)", "[8, 7]",
+            "**8 7**", "**8** **7**", "`8 7`", "# 8 7", "- 8 7", "1. 8 7", "1. 8", "1. 8\n2. 7",
+            "8 seven", "eight seven", "VIII VII", "A: 8, B: 7", "{8 7}", "8.5.1 7", "8,5 7,5",
+            "8,,7", ", 8 7",
+            "1,000 7", "0 7", "8 0", "0.99 5", "8 10.01", "11 8", "8 11", "-1 8", "8 -1", "+8 +7",
+            "1e9 7", "1e0 7", "nan 7", "8 inf", "nan nan", "0x8 7", "1_0 7", "99999999999999999 7",
+            "Both are good.\n8 7", "Here is my rating:\n8 7", "I would say 8 7", "80% 70%",
+            "\u0668 \u0667", "\uff18 \uff17", "\u2467 \u2466", "8\u20037x", "8\u20287\n8 7 6",
+            "\u20288 x", "", " ", "\n\n", "\x00", "8 7\x00", "...",
+        ],
+        ids=repr,
+    )  # fmt: skip
+    def test_nothing_else_is_read(self, reply):
+        with pytest.raises(JudgeError, match="does not begin with two scores from 1 to 10"):
+            read_scores(reply)
+
+    def test_whatever_is_read_is_the_released_reading(self):
+        rng = random.Random(5)
+        read = 0
+        for _ in range(5000):
+            reply = "".join(rng.choices("0123456789..,,  \n-+e_x\t", k=rng.randint(3, 6)))
+            try:
+                scores = read_scores(reply)
+            except JudgeError:
+                continue
+            parts = reply.strip().split("\n")[0].replace(",", " ").split()
+            assert scores == tuple(float(part) for part in parts), reply
+            read += 1
+        assert read > 50
+
     def test_ratio_of_means_not_mean_of_ratios(self, tmp_path):
         benchmark = load_llava_bench(llava_bench(tmp_path))
         judge = Flaky("10 5", "2 2", "8 2")
@@ -187,6 +253,22 @@ class TestFailures:
         found, _ = self.run(tmp_path, Flaky(then="?"))
         assert found.overall is None
         assert bench_table([found]).rows[0][1:] == ("–",) * 4
+
+    def test_replies_of_the_file_that_hold_no_two_scores_are_asked_for_again(self, tmp_path):
+        path = tmp_path / "answers.jsonl"
+        self.run(tmp_path / "data", Flaky("10 5", "10 7", "10 9"), results=path)
+        path.write_text(path.read_text().replace("10 7", "Assistant 1: 8\\nAssistant 2: 3"))
+        found, _ = self.run(tmp_path / "data", judge := Flaky("10 6"), results=path)
+        assert len(judge.cases) == 1
+        assert [found.reviews[name].candidate for name in "012"] == [5, 6, 9]
+        again, _ = self.run(tmp_path / "data", Flaky(), results=path)
+        assert (again.fresh, again.overall) == (0, found.overall)
+
+    def test_the_share_without_scores_is_told(self, tmp_path):
+        found, _ = self.run(tmp_path, Flaky("10 5", *["?"] * 3, "10 9"))
+        assert "(33.3 percent)" in found.notes[-1]
+        assert found.to_dict()["unread"] == 1
+        assert found.to_dict()["unread_share"] == pytest.approx(1 / 3)
 
     def test_the_next_call_tries_failures_again_and_nothing_else(self, tmp_path):
         path = tmp_path / "answers.jsonl"

@@ -88,6 +88,11 @@ class TestExtraction:
         assert split_options("(A) In the box, (B) On it; (C) No (one)") == (
             *("In the box", "On it", "No (one)"),
         )
+        assert split_options("(a) Circle(s) (b) Square(s)") == ("Circle(s)", "Square(s)")
+        assert split_options("(a) f(a) = 1 (b) f(b) = 2") == ("f(a) = 1", "f(b) = 2")
+        assert split_options("(a)Open(b)Closed") == ("Open", "Closed")
+        for broken in ("(a) x (b) y (d) z", "(a) They (a) are (b) blue", "Well, (a) x (b) y"):
+            assert split_options(broken) == ()
         for broken in ("", "Open", "(a) Open", "(b) Open (a) Closed", "(a) (b) Closed"):
             assert split_options(broken) == ()
 
@@ -216,6 +221,10 @@ class TestScore:
         found = evaluate_choices(benchmark, Says(lambda *_: "I cannot tell."))
         assert (found.accuracy, found.overall, found.unread) == (0, 0, 8)
         assert "8 unread, which count as wrong" in found.notes[-1]
+        assert "(100.0 percent of 8)" in found.notes[-1]
+        assert found.to_dict()["unread_share"] == 1
+        table = choice_table([found])
+        assert "unread answers: model 8 (100.0 percent)" in table.title
         json.dumps(found.to_dict(), allow_nan=False)
 
     def test_broken_pictures_take_their_pair_along(self, tmp_path):

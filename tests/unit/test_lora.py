@@ -1,9 +1,11 @@
 import copy
+import json
+import math
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tests.builders import tiny_unet
 
 from diffenc.attention import cross_attention_layers
@@ -240,3 +242,68 @@ def test_wrong_names_are_told(unet) -> None:
 def test_options_out_of_range_are_told(options, said) -> None:
     with pytest.raises(ConfigError, match=said):
         LoraOptions(**options)
+
+
+def changed_file(folder, name, change):
+    path = folder / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+
+
+@pytest.mark.parametrize(
+    "fingerprint",
+    [[math.nan] * 6, [0.0] * 6, [], [1.0], "abc", [["1"]] * 6, None],
+    ids=str,
+)
+def test_a_note_of_another_u_net_or_of_none_is_refused(unet, tmp_path, fingerprint) -> None:
+    save_lora(adapted(unet), tmp_path)
+    load_lora(tiny_unet(), tmp_path)
+    changed_file(tmp_path, "diffenc.json", {"fingerprint": fingerprint})
+    with pytest.raises(BackboneError, match=r"another backbone|is broken"):
+        load_lora(tiny_unet(), tmp_path)
+
+
+def test_a_u_net_of_nan_takes_no_adapter(unet, tmp_path) -> None:
+    save_lora(adapted(unet), tmp_path)
+    broken = tiny_unet()
+    with torch.no_grad():
+        broken.conv_in.weight[0, 0, 0, 0] = math.nan
+    with pytest.raises(BackboneError, match="another backbone"):
+        load_lora(broken, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"r": "2"},
+        {"r": True},
+        {"lora_alpha": math.nan},
+        {"lora_alpha": "4"},
+        {"lora_alpha": None},
+        {"lora_dropout": "much"},
+        {"use_rslora": 1},
+        {"init_lora_weights": "pissa"},
+    ],
+    ids=str,
+)
+def test_a_config_of_other_types_is_refused(unet, tmp_path, change) -> None:
+    save_lora(adapted(unet), tmp_path)
+    changed_file(tmp_path, "adapter_config.json", change)
+    plain = tiny_unet()
+    before = {name: value.clone() for name, value in plain.state_dict().items()}
+    with pytest.raises(BackboneError, match=r"holds no LoRA adapter|no plain LoRA"):
+        load_lora(plain, tmp_path)
+    after = plain.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, "ints"])
+def test_weights_that_are_no_numbers_are_refused(unet, tmp_path, value) -> None:
+    save_lora(adapted(unet), tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    state = load_file(path)
+    name = sorted(state)[0]
+    other = state[name].long() if value == "ints" else torch.full_like(state[name], value)
+    save_file({**state, name: other}, path)
+    with pytest.raises(BackboneError, match=r"NaN or infinity|int64"):
+        load_lora(tiny_unet(), tmp_path)

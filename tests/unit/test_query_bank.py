@@ -140,7 +140,7 @@ def test_broken_banks_say_what_is_wrong(backbone, images, tmp_path):
         bank.scores("red")
     contents = json.loads((tmp_path / "bank.json").read_text())
     (tmp_path / "bank.json").write_text(json.dumps({**contents, "format": 99}))
-    with pytest.raises(BackboneError, match="has format 99, this version reads 1"):
+    with pytest.raises(BackboneError, match="has format 99, this version reads 2"):
         QueryBank.load(tmp_path, backbone=backbone)
     (tmp_path / "bank.json").write_text("{}")
     with pytest.raises(BackboneError, match="no table of contents"):

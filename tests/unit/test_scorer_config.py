@@ -6,6 +6,7 @@ from diffenc.scoring.config import (
     ScorerConfig,
     classifier_timesteps,
     discffusion_timesteps,
+    itm_timesteps,
     scorer_preset,
     scorer_presets,
 )
@@ -20,11 +21,13 @@ def test_the_published_timesteps_come_from_the_grid():
     assert classifier_timesteps(5, of=20) == (125, 325, 525, 725, 925)
     assert classifier_timesteps(20)[:2] == (25, 75)
     assert classifier_timesteps(1000) == tuple(range(1000))
+    assert itm_timesteps(10) == tuple(range(10, 911, 100))
+    assert (itm_timesteps(1), itm_timesteps(2), len(itm_timesteps(250))) == ((10,), (10, 510), 245)
 
 
 @pytest.mark.parametrize("count", [0, 1001])
 def test_a_grid_has_1_to_1000_steps(count):
-    for grid in (discffusion_timesteps, classifier_timesteps):
+    for grid in (discffusion_timesteps, classifier_timesteps, itm_timesteps):
         with pytest.raises(ConfigError, match=r"in \[1, 1000\]"):
             grid(count)
     with pytest.raises(ConfigError, match="a grid of 4 timesteps has no 5"):

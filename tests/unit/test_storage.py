@@ -16,16 +16,15 @@ from diffenc.storage.reading import (
     parse_toml,
     read_bytes,
     read_json,
-    read_tensors,
     read_text,
     read_toml,
     text_lines,
 )
+from diffenc.storage.tensors import read_tensors, write_tensors
 from diffenc.storage.writing import (
     begin_folder,
     locked,
     write_json,
-    write_tensors,
     write_text,
     writing,
 )

@@ -54,6 +54,10 @@ def test_truth_of_a_caption(scene, text, true):
         *("a red circle left of", "a red circle left of a star and a square"),
         "a red circle and a star on the left",
         "a red circle a blue square",
+        *("a redder circle", "an incredible circle", "a red circles's star", "no red circle"),
+        *("a red circle left of a photo of a blue square", "a there is red circle"),
+        *("not a red circle", "a red circle, not a star", "2 red circles", "a red-blue circle"),
+        *("a red circle or a star", "maybe a red circle", "two or three red circles"),
     ],
 )
 def test_what_is_no_caption_is_not_read(text):
@@ -93,3 +97,10 @@ def test_an_object_is_counted_once():
     assert said.found(PAIR) == 1
     assert said.named(PAIR) == 1
     assert said.found(TWINS) == 2
+
+
+def test_texts_that_are_no_captions_are_counted():
+    said = {"a": "a red circle", "b": "a redder circle", "c": "", "d": "a blue star"}
+    figures = caption_figures(said, dict.fromkeys(said, PAIR))
+    assert figures["unread"] == 50
+    assert figures["right"] == 25

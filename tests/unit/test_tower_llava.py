@@ -377,6 +377,10 @@ def test_samples_and_batches_carry_their_questions() -> None:
     assert torch.equal(batch["vision_prompt_ids"], expected.ids)
     assert torch.equal(batch["vision_prompt_mask"], expected.mask)
     assert batch["input_ids"].shape == (3, 3)
+    bare = {key: value for key, value in dataset[0].items() if key != "vision_prompt"}
+    rows = collator([dataset[1], bare, dataset[2]])["vision_prompt_mask"].sum(dim=1)
+    assert rows[1] == 0  # none, which is not the empty one
+    assert rows[2] == 2
 
 
 def test_policies_draw_anew_in_each_epoch() -> None:

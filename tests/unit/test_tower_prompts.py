@@ -118,12 +118,16 @@ def test_other_threads_see_no_scope() -> None:
 def test_ids_are_encoded_as_their_texts_are(folder, request) -> None:
     path = request.getfixturevalue(folder)
     backbone = load_backbone(path)
-    texts = ["a red circle left of a blue square", "a photo", "", "a photo"]
-    tokens = PromptTokenizer(str(path))(texts)
+    texts = ["a red circle left of a blue square", "a photo", "", "a photo", None]
+    tokens = PromptTokenizer(str(path))([text or "" for text in texts])
+    tokens.mask[4] = 0  # no prompt, which the empty one is not
+    assert tokens.is_absent() == [False, False, False, False, True]
     found = embed_tokens(backbone, tokens, size=(64, 64))
     for row, text in enumerate(texts):
-        expected = backbone.embed([text], size=(64, 64)) if text else None
-        expected = expected or backbone.embed_uncond(None, size=(64, 64))
+        if text is None:
+            expected = backbone.embed_uncond(None, size=(64, 64))
+        else:
+            expected = backbone.embed([text], size=(64, 64))
         mine = found.select(row, row + 1)
         torch.testing.assert_close(mine.prompt_embeds, expected.prompt_embeds)
         if expected.pooled_prompt_embeds is not None:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from diffenc.errors import BackboneError, ConfigError
+from diffenc.errors import BackboneError, ConfigError, OutputError
+from diffenc.storage.writing import locked
 from diffenc.train import read_log, train, write_miniature
 from diffenc.vlm import DiffusionVLM
 from train_builders import Parts, config
@@ -205,3 +206,51 @@ def test_two_processes_equal_one(parts, tmp_path):
     close(weights(tmp_path / "one"), weights(tmp_path / "two"))
     logs = [[line["loss"] for line in read_log(tmp_path / name)] for name in ("one", "two")]
     assert logs[0] == pytest.approx(logs[1], rel=1e-4)
+
+
+def test_only_the_same_run_is_gone_on_with(parts, tmp_path):
+    records = json.loads(parts.data["align"].read_text())
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(records))
+    data = {"align": path, "images": parts.data["images"]}
+    begun = config(replace(parts, data=data), tmp_path / "run")
+    train(begun, stop_after=2)
+    records[3]["conversations"][1]["value"] = "another answer"
+    path.write_text(json.dumps(records))
+    with pytest.raises(ConfigError, match="content of the samples was"):
+        train(begun, resume=True)
+    with locked(tmp_path / "run", purpose="training in it"):
+        with pytest.raises(OutputError, match="in use: another program is training in it"):
+            train(begun, resume=True)
+        with pytest.raises(OutputError, match="in use"):
+            train(config(parts, tmp_path / "run"))
+    assert (tmp_path / "run" / "checkpoint-2").is_dir()
+
+
+def test_a_run_goes_on_with_the_same_frozen_weights_alone(parts, tmp_path):
+    folder = save_tiny_lm(tmp_path / "lm")
+    begun = config(replace(parts, language_model=folder), tmp_path / "run")
+    train(begun, stop_after=2)
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    name = next(name for name in sorted(state) if state[name].numel() > 200)
+    save_file({**state, name: state[name] + 0.01}, path, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="weights was"):
+        train(begun, resume=True)
+
+
+def test_a_broken_checkpoint_is_told(parts, tmp_path):
+    begun = config(parts, tmp_path)
+    train(begun, stop_after=2)
+    folder = tmp_path / "checkpoint-2"
+    for file in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        whole = (folder / file).read_bytes()
+        (folder / file).write_bytes(b"broken")
+        with pytest.raises(BackboneError, match=r"cannot go on from .*checkpoint-2"):
+            train(begun, resume=True)
+        (folder / file).write_bytes(whole)
+    state = load_file(folder / "trained.safetensors")
+    nothing = {name: value * float("nan") for name, value in state.items()}
+    save_file(nothing, folder / "trained.safetensors")
+    with pytest.raises(BackboneError, match="NaN or infinity"):
+        train(begun, resume=True)

@@ -1,9 +1,11 @@
 import json
 import math
+import shutil
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import BackboneError, ConfigError, PromptError, ShapeError
@@ -310,3 +312,29 @@ def test_labels_of_pictures_are_never_learnt():
     ids = torch.tensor([[5, IMAGE_ID, 9]])
     labels = torch.full_like(ids, IGNORE_ID)
     assert vlm(ids, images=[picture(0)], prompts=["a"], labels=labels).loss.item() == 0
+
+
+def test_an_adapter_that_is_not_whole_is_refused(lm_folder, vision_folder, tmp_path):
+    """By itself peft draws what is missing at random, and leaves out what has no place."""
+    vlm = DiffusionVLM(VisionTokens.from_pretrained(vision_folder), lm_folder)
+    vlm.add_language_lora(rank=2, alpha=4)
+    vlm.save_pretrained(tmp_path / "good")
+    DiffusionVLM.from_pretrained(tmp_path / "good")
+    file = "lora/adapter_model.safetensors"
+    weights = load_file(tmp_path / "good" / file)
+    first = next(iter(weights))
+    for number, changed in enumerate(
+        [
+            {name: value for name, value in weights.items() if name != first},
+            {**weights, "base_model.model.strange.lora_A.weight": torch.ones(2, 2)},
+            {**weights, first: weights[first][:1].clone()},
+        ]
+    ):
+        folder = shutil.copytree(tmp_path / "good", tmp_path / str(number))
+        save_file(changed, folder / file, {"format": "pt"})
+        with pytest.raises(BackboneError, match=r"no .*LoRA adapter of this language model"):
+            DiffusionVLM.from_pretrained(folder)
+    (folder / file).unlink()
+    torch.save(weights, folder / "lora" / "adapter_model.bin")
+    with pytest.raises(BackboneError, match=r"cannot load .*adapter_model\.safetensors"):
+        DiffusionVLM.from_pretrained(folder)

@@ -14,18 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffenc.adapters.hidden import Conversion, adapt_dtype
 from diffenc.adapters.spec import TowerSpec
 from diffenc.attention import cross_attention_layers
 from diffenc.backbones.taps import LATENTS, meta_inputs
-from diffenc.errors import BackboneError, ConfigError, OutputError
+from diffenc.errors import BackboneError, ConfigError
 from diffenc.hooks import ForwardTaps
 from diffenc.lora.adapters import add_lora
 from diffenc.lora.options import PROJECTIONS, LoraOptions
+from diffenc.storage.reading import parse_json
+from diffenc.storage.tensors import misfits, read_metadata, read_tensors, write_tensors
+from diffenc.storage.writing import make_folder
 from diffenc.truncation import truncate
 
 ADAPTER_FILE = "diffenc_adapter.safetensors"
@@ -69,7 +70,8 @@ def _adapted_layers(unet_config: str, taps: tuple[str, ...]) -> tuple[AdaptedLay
         return ()
     # Shapes alone, on the meta device: which weights the taps depend on is read off their graph.
     with torch.device("meta"), torch.enable_grad():
-        whole = UNet2DConditionModel.from_config(json.loads(unet_config)).eval()
+        config = parse_json(unet_config, where="the config of the U-Net", finite=False)
+        whole = UNet2DConditionModel.from_config(config).float().eval()
         unet = truncate(whole, read)
         with ForwardTaps(unet, read) as reader:
             maps = reader.run(lambda: unet(**meta_inputs(whole.config, 64)))
@@ -130,7 +132,7 @@ class Adapter(nn.Module):
 
     def _fill(self) -> None:
         """Register new weights: seeded small ones in, zeros out."""
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator("cpu").manual_seed(self.seed)
         self._is_hf_initialized = True  # transformers 5 then leaves the module as it is
         for index, layer in enumerate(self.layers):
             bound = layer.in_features**-0.5
@@ -219,8 +221,25 @@ class Adapter(nn.Module):
 def fingerprint(spec: TowerSpec) -> str:
     """What an adapter's weights belong to: model, taps, rank and scale."""
     taps = [tap.name for tap in spec.tap_infos]
-    told = {"model": spec.model, "taps": taps, "rank": spec.rank, "alpha": spec.alpha}
+    told = {"model": _called(spec.model), "taps": taps, "rank": spec.rank, "alpha": spec.alpha}
     return json.dumps(told, sort_keys=True)
+
+
+def _called(model: str) -> str:
+    """A model's name wherever its folder lies."""
+    return Path(model).name if Path(model).is_absolute() else model
+
+
+def _belongs(written: str, spec: TowerSpec) -> bool:
+    """Whether a fingerprint in a file is that of a spec; earlier versions wrote whole paths."""
+    try:
+        told = parse_json(written, where="an adapter's mark")
+        model = told["model"]
+        if Path(spec.model).is_absolute():
+            told["model"] = Path(model).name
+        return json.dumps(told, sort_keys=True) == fingerprint(spec)
+    except (ConfigError, ValueError, TypeError, KeyError):
+        return False
 
 
 def save_adapter(adapter: Adapter, spec: TowerSpec, folder: "str | os.PathLike[str]") -> Path:
@@ -229,20 +248,11 @@ def save_adapter(adapter: Adapter, spec: TowerSpec, folder: "str | os.PathLike[s
     Raises:
         OutputError: The folder cannot be written.
     """
-    state = {
-        f"adapter.{name}": value.detach().cpu().contiguous()
-        for name, value in adapter.state_dict().items()
-    }
+    state = {f"adapter.{name}": value.cpu() for name, value in adapter.state_dict().items()}
     metadata = {"format": "pt", "spec": str(spec), "belongs_to": fingerprint(spec)}
-    target = Path(folder)
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        partial = target / f"{ADAPTER_FILE}.partial"
-        save_file(state, partial, metadata=metadata)
-        partial.replace(target / ADAPTER_FILE)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"cannot write {target}: {error}") from error
-    return target / ADAPTER_FILE
+    path = make_folder(folder) / ADAPTER_FILE
+    write_tensors(path, state, metadata=metadata)
+    return path
 
 
 def read_adapter(path: "str | os.PathLike[str]", spec: TowerSpec) -> dict[str, Tensor]:
@@ -252,14 +262,10 @@ def read_adapter(path: "str | os.PathLike[str]", spec: TowerSpec) -> dict[str, T
         BackboneError: The file is missing or broken.
         ConfigError: It belongs to another spec.
     """
-    try:
-        with safe_open(str(path), framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise BackboneError(f"cannot read the adapter {path}: {error}") from error
+    metadata = read_metadata(path, error=BackboneError)
+    state = read_tensors(path, error=BackboneError, finite=True)
     theirs = metadata.get("belongs_to")
-    if theirs is not None and theirs != fingerprint(spec):
+    if theirs is not None and not _belongs(theirs, spec):
         raise ConfigError(
             f"{path} is the adapter of another tower: it was saved by {metadata.get('spec')!r}, "
             f"and this one is {str(spec)!r}"
@@ -274,10 +280,7 @@ def load_state(adapter: Adapter, state: Mapping[str, Tensor], source: object) ->
         ConfigError: Names or shapes are not this adapter's.
     """
     own = dict(adapter.named_parameters())
-    wrong = sorted(own.keys() ^ state.keys()) or [
-        name for name, value in state.items() if value.shape != own[name].shape
-    ]
-    if wrong:
+    if wrong := misfits(state, own):
         raise ConfigError(
             f"{source} is no adapter of this tower: {len(wrong)} of {len(own)} weights differ in "
             f"name or shape, the first is {wrong[0]!r}; rank, taps and model must be those of the "

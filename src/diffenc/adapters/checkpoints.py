@@ -4,14 +4,15 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from diffenc.adapters.adapter import ADAPTER_FILE, read_adapter
 from diffenc.adapters.spec import TowerSpec
 from diffenc.errors import BackboneError
+from diffenc.storage.names import is_file, is_folder
+from diffenc.storage.tensors import read_pickled, read_tensors
 
 _ADAPTER_KEY = re.compile(r"(?:.*\.)?vision_tower\.(?:.*\.)?adapter\.(\d+_(?:down|up))")
 
@@ -43,15 +44,13 @@ def find_adapter(
         ConfigError: The side file belongs to another spec.
     """
     path = Path(source)
-    if path.is_file():
+    if is_file(path):
         files = [path]
-    elif path.is_dir():
+    elif is_folder(path):
         names = [ADAPTER_FILE, "non_lora_trainables.bin"]
         patterns = ["*.safetensors", "pytorch_model*.bin"]
         found = [each for pattern in patterns for each in sorted(path.glob(pattern))]
-        files = list(
-            dict.fromkeys([path / name for name in names if (path / name).is_file()] + found)
-        )
+        files = list(dict.fromkeys([path / name for name in names if is_file(path / name)] + found))
     else:
         raise BackboneError(f"no such adapter file or checkpoint folder: {path}")
     state: dict[str, Tensor] = {}
@@ -65,14 +64,6 @@ def find_adapter(
 
 
 def _read(file: Path) -> dict[str, Tensor]:
-    try:
-        if file.suffix == ".safetensors":
-            with safe_open(str(file), framework="pt") as opened:
-                keys = [key for key in opened.keys() if _ADAPTER_KEY.fullmatch(key)]  # noqa: SIM118
-                return adapter_weights({key: opened.get_tensor(key) for key in keys})
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError) as error:
-        raise BackboneError(f"cannot read {file}: {error}") from error
-    except Exception as error:  # pickle's own, for files with more than weights in them
-        raise BackboneError(f"{file} holds more than weights and is not opened: {error}") from error
-    return adapter_weights(loaded) if isinstance(loaded, Mapping) else {}
+    read = read_tensors if file.suffix == ".safetensors" else read_pickled
+    options: dict[str, Any] = {"error": BackboneError, "finite": True}
+    return adapter_weights(read(file, only=_ADAPTER_KEY.fullmatch, **options))

@@ -66,6 +66,10 @@ class HiddenEncoder:
         self.device, self.dtype = device, _computable(device, wanted)
         if self.encoder is None:
             return
+        with self.encoder.backbone.lock:
+            self._bring(device)
+
+    def _bring(self, device: torch.device) -> None:
         for path, module in self.encoder.named_modules():
             if ".lora_" in path:
                 continue

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from diffenc.adapters.spec import TowerSpec
+from diffenc.defaults import torch_defaults
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import ConfigError
 from diffenc.fusion import FusedEncoder
@@ -68,7 +69,7 @@ def load_encoder(
         BackboneError: A model cannot be had.
         ConfigError: The options do not fit it.
     """
-    with torch.device("cpu"), without_zero3():
+    with without_zero3():
         encoder = DiffusionEncoder.from_pretrained(
             spec.model,
             device=device,
@@ -88,14 +89,15 @@ def without_zero3() -> Iterator[None]:
     While its global setting stands, transformers cuts every model that it loads into pieces, and
     those who load otherwise find weights of size 0.
     """
-    deepspeed: Any = sys.modules.get("transformers.integrations.deepspeed")
-    holder = getattr(deepspeed, "_hf_deepspeed_config_weak_ref", None)
-    config = None if holder is None else holder()
-    if config is None:
-        yield
-        return
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        deepspeed.set_hf_deepspeed_config(config)
+    with torch_defaults():  # one thread at a time builds models: the setting is the process's
+        deepspeed: Any = sys.modules.get("transformers.integrations.deepspeed")
+        holder = getattr(deepspeed, "_hf_deepspeed_config_weak_ref", None)
+        config = None if holder is None else holder()
+        if config is None:
+            yield
+            return
+        deepspeed.unset_hf_deepspeed_config()
+        try:
+            yield
+        finally:
+            deepspeed.set_hf_deepspeed_config(config)

@@ -145,7 +145,9 @@ class PrismaticTransform:
         """
         pixel_values = self._process.preprocess(image, return_tensors="pt")[PIXELS][0]
         scope = current_scope()
-        wanted = prompt if prompt is not None else "" if scope is None else scope.prompts
+        wanted = prompt if prompt is not None or scope is None else scope.prompts
+        if wanted is None:
+            return {PIXELS: pixel_values, PROMPT: torch.zeros_like(pixel_values)}
         tokens = self._tokenizer(wanted).rows(1)
         return {PIXELS: pixel_values, PROMPT: pack_prompts(tokens, pixel_values.shape[-1])[0]}
 
@@ -162,7 +164,7 @@ def pack_prompts(tokens: PromptTokens, side: int) -> Float[Tensor, "n 3 side sid
         raise PromptError(f"images of {side} pixels hold no prompts of {length} tokens")
     digits = [tokens.ids // _BASE**place % _BASE for place in range(3)]
     values = torch.cat([*digits, tokens.mask], dim=1).float()
-    packed = torch.zeros(count, room)
+    packed = torch.zeros(count, room, dtype=torch.float32, device="cpu")
     packed[:, : 4 * length] = values
     return packed.reshape(count, 3, side, side)
 
@@ -177,7 +179,8 @@ def unpack_prompts(
     low, middle, high, mask = values.split(length, dim=1)
     ids = low + _BASE * middle + _BASE**2 * high
     told = mask.sum(dim=1, keepdim=True) > 0
-    return PromptTokens(torch.where(told, ids, null.ids), torch.where(told, mask, null.mask))
+    null_mask = null.mask if tower.spec.null else torch.zeros_like(null.mask)
+    return PromptTokens(torch.where(told, ids, null.ids), torch.where(told, mask, null_mask))
 
 
 def register(specs: Mapping[str, str], package: str = "prismatic") -> None:

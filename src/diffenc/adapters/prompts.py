@@ -19,9 +19,10 @@ from diffenc._typing import Uncond
 from diffenc.backbones import describe, resolve_folder
 from diffenc.backbones.base import Backbone
 from diffenc.backbones.parts import load_tokenizer
-from diffenc.cache import content_key, state_key
+from diffenc.cache import Entry, content_key, recall
 from diffenc.errors import PromptError
 from diffenc.prompts import PromptEmbeds, match_batch
+from diffenc.tokenizing import fit_rows, prompt_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,8 @@ class PromptTokens:
 
     Attributes:
         ids: Of the model's (first) tokenizer, padded to its limit; int64.
-        mask: 1 for a prompt's own tokens, with its start and end, 0 for padding; int64.
+        mask: 1 for a prompt's own tokens, with its start and end, 0 for padding; int64. A row of
+            zeros is no prompt at all.
 
     Raises:
         PromptError: They are no two whole-number tensors (n l) of one shape.
@@ -89,6 +91,15 @@ class PromptTokens:
         empty: list[bool] = (self.mask.sum(dim=1) <= 2).tolist()
         return empty
 
+    def is_absent(self) -> list[bool]:
+        """Per row whether it stands for no prompt, which is not the empty text."""
+        nothing: list[bool] = (self.mask.sum(dim=1) == 0).tolist()
+        return nothing
+
+    def is_unconditional(self, rule: Uncond) -> list[bool]:
+        """Per row whether it reads the unconditional embedding; by "empty" so does "" itself."""
+        return self.is_null() if rule == "empty" else self.is_absent()
+
     @staticmethod
     def concat(parts: "Sequence[PromptTokens]") -> "PromptTokens":
         """Rows of several, in order."""
@@ -143,17 +154,7 @@ def tokenize_prompts(tokenizer: Any, prompts: str | Sequence[str]) -> PromptToke
     """Tokenize texts with a model's tokenizer, cut and padded to its limit."""
     count = 1 if isinstance(prompts, str) else len(prompts)
     texts = match_batch(prompts, count)
-    if not texts:
-        length = tokenizer.model_max_length
-        return PromptTokens(*(torch.zeros(0, length, dtype=torch.long) for _ in range(2)))
-    inputs = tokenizer(
-        texts,
-        padding="max_length",
-        max_length=tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    )
-    return PromptTokens(inputs.input_ids, inputs.attention_mask)
+    return PromptTokens(*fit_rows(tokenizer, prompt_ids(tokenizer, texts)))
 
 
 def embed_tokens(
@@ -164,7 +165,10 @@ def embed_tokens(
     uncond: Uncond | None = None,
     use_cache: bool = True,
 ) -> PromptEmbeds:
-    """Encode tokenized prompts; equal rows once, those without words as the unconditional text.
+    """Encode tokenized prompts, equal rows once.
+
+    The empty text is encoded as any other. A row that is absent gets the unconditional embedding,
+    which is another on SDXL.
 
     Args:
         backbone: Whose text encoders are called.
@@ -173,29 +177,29 @@ def embed_tokens(
         uncond: Rule of the unconditional embedding; None is the model's own.
         use_cache: Look up and keep.
     """
-    states = [state_key(part) for name, part in backbone.parts().items() if name.startswith("text")]
-    cache = backbone.caches.prompts if use_cache and None not in states else None
-    on_cpu = tokens.to("cpu")
+    state = backbone.states().prompts if use_cache else None
+    on_cpu, rule = tokens.to("cpu"), uncond or backbone.uncond_rule
+    absent = on_cpu.is_unconditional(rule)
     keys: list[tuple[object, ...]] = [
-        (*states, "", size, uncond) if null else (*states, content_key(ids), size)
-        for ids, null in zip(on_cpu.ids, on_cpu.is_null(), strict=True)
+        (state, "", size, uncond) if null else (state, content_key(ids), content_key(mask), size)
+        for ids, mask, null in zip(on_cpu.ids, on_cpu.mask, absent, strict=True)
     ]
-    rows = {key: row for row, key in reversed(list(enumerate(keys)))}
-    known: dict[tuple[object, ...], PromptEmbeds] = {}
-    for key in rows:
-        if cache is not None and (entry := cache.get(key)):
-            known[key] = PromptEmbeds.unpack(entry)
-    missing = [key for key in rows if key not in known]
-    worded = [key for key in missing if key[len(states)] != ""]
-    if worded:
-        part = on_cpu.take([rows[key] for key in worded])
-        fresh = backbone.embed_ids(part.ids, part.mask, size=size)
-        known |= {key: fresh.select(row, row + 1) for row, key in enumerate(worded)}
-    for key in missing:
-        if key not in known:
-            known[key] = backbone.embed_uncond(uncond, size=size)
-        if cache is not None:
-            cache.put(key, known[key].pack())
+    distinct = {key: row for row, key in reversed(list(enumerate(keys)))}
+    rows = list(distinct.values())
+
+    def embed(missing: list[int]) -> list[Entry]:
+        known = {}
+        if worded := [rows[index] for index in missing if not absent[rows[index]]]:
+            part = on_cpu.take(worded)
+            fresh = backbone.embed_ids(part.ids, part.mask, size=size)
+            known = {row: fresh.select(at, at + 1) for at, row in enumerate(worded)}
+        if len(worded) < len(missing):
+            null = backbone.embed_uncond(uncond, size=size)
+            known |= {rows[index]: null for index in missing if absent[rows[index]]}
+        return [known[rows[index]].pack() for index in missing]
+
+    entries = recall(None if state is None else backbone.caches.prompts, list(distinct), embed)
+    known = dict(zip(distinct, map(PromptEmbeds.unpack, entries), strict=True))
     return PromptEmbeds.concat([known[key] for key in keys])
 
 

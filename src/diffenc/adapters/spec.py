@@ -5,6 +5,7 @@ told fits into it. The text that `str(spec)` gives holds no dot, comma or semico
 hosts split, and no name of another tower.
 """
 
+import math
 import re
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -15,8 +16,10 @@ import torch
 
 from diffenc._typing import Conditioning, Uncond
 from diffenc.adapters.companions import Companion, find_companion
+from diffenc.arguments import whole
 from diffenc.backbones import Architecture, TapInfo, describe
-from diffenc.backbones.sources import SOURCES
+from diffenc.backbones.sources import SOURCES, lasting_source
+from diffenc.checks import conform
 from diffenc.config import EncoderConfig, check_choice
 from diffenc.errors import ConfigError, near_matches
 from diffenc.fusion import How
@@ -105,11 +108,14 @@ class TowerSpec:
     dtype: str | None = None
 
     def __post_init__(self) -> None:
+        conform(self)
         if not self.model or self.model != self.model.strip():
             raise ConfigError(f"model must be an alias, a Hub id or a folder, got {self.model!r}")
-        if self.rank is not None and (isinstance(self.rank, bool) or self.rank < 1):
-            raise ConfigError(f"rank must be an int of 1 or more, got {self.rank!r}")
-        if self.alpha is not None and (self.rank is None or not self.alpha > 0):
+        # A host keeps the text, and may read it in another directory.
+        object.__setattr__(self, "model", lasting_source(self.model))
+        if self.rank is not None:
+            whole("rank", self.rank, least=1)
+        if self.alpha is not None and (self.rank is None or not 0 < self.alpha < math.inf):
             raise ConfigError(f"alpha must be above 0 and needs a rank, got {self.alpha!r}")
         if self.seed < 0:
             raise ConfigError(f"seed must be 0 or more, got {self.seed}")
@@ -117,7 +123,7 @@ class TowerSpec:
             check_choice("dtype", self.dtype, list(DTYPES))
         check_choice("how", self.how, get_args(How))
         if self.fuse is not None:
-            find_companion(self.fuse)
+            object.__setattr__(self, "fuse", find_companion(self.fuse).spelling)
         self.encoder_config()
 
     def encoder_config(self) -> EncoderConfig:

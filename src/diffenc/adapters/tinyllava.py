@@ -9,7 +9,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
@@ -17,6 +16,8 @@ from diffenc.adapters.prompts import Prompts
 from diffenc.adapters.spec import PREFIX, TowerSpec
 from diffenc.adapters.tower import DiffusionVisionTower
 from diffenc.errors import BackboneError, ConfigError
+from diffenc.storage.tensors import read_pickled
+from diffenc.storage.writing import reporting
 
 _WEIGHTS = "pytorch_model.bin"
 
@@ -90,9 +91,9 @@ class TinyLLaVATower(nn.Module):
 
     def _load_saved(self, folder: Path) -> None:
         try:
-            state = torch.load(folder / _WEIGHTS, map_location="cpu", weights_only=True)
+            state = read_pickled(folder / _WEIGHTS, error=BackboneError, finite=True)
             self._vision_tower.load_state_dict(state)
-        except (OSError, RuntimeError, ValueError) as error:
+        except (BackboneError, RuntimeError, ValueError) as error:
             raise BackboneError(f"{folder / _WEIGHTS} is not of this tower: {error}") from error
 
     def forward(self, x: Tensor, prompts: Prompts | None = None, **ignored: Any) -> Tensor:
@@ -124,7 +125,8 @@ def write_folder(spec: str, folder: "str | os.PathLike[str]") -> str:
     path = Path(folder).resolve()
     if ":" in str(path):
         raise ConfigError(f"TinyLLaVA splits names at ':', which {str(path)!r} holds")
-    TinyTowerConfig(spec).save_pretrained(path)
+    with reporting(path):
+        TinyTowerConfig(spec).save_pretrained(path)
     return f"{PREFIX}{path}"
 
 

@@ -29,7 +29,10 @@ from diffenc.adapters.prompts import (
 )
 from diffenc.adapters.spec import DTYPES, TowerSpec
 from diffenc.adapters.tower_config import TowerConfig
+from diffenc.checks import require_finite
 from diffenc.errors import BackboneError, ConfigError, ImageError, ShapeError
+from diffenc.memo import prompts_of
+from diffenc.threads import lock_of
 
 
 class DiffusionVisionTower(nn.Module):
@@ -185,8 +188,11 @@ class DiffusionVisionTower(nn.Module):
             BackboneError: The model cannot be had.
             ConfigError: No such device, or the options do not fit the model.
         """
-        if self.is_loaded or builds_on_meta():
-            return
+        with lock_of(self):
+            if not (self.is_loaded or builds_on_meta()):
+                self._load(device_map)
+
+    def _load(self, device_map: Any) -> None:
         hidden = self._hidden
         hidden.device = read_device_map(device_map, hidden.device)
         encoder = load_encoder(self.spec, device=hidden.device, dtype=hidden.dtype)
@@ -207,7 +213,7 @@ class DiffusionVisionTower(nn.Module):
             warnings.warn(
                 f"the checkpoint had no adapter for this tower ({problem}): it starts as a new "
                 "one, which changes nothing. Load a trained one with load_adapter(folder).",
-                stacklevel=3,
+                stacklevel=4,
             )
         self.adapter.keep_precise()
 
@@ -315,30 +321,39 @@ class DiffusionVisionTower(nn.Module):
     def _features(
         self, pixel_values: Float[Tensor, "n 3 h w"], tokens: PromptTokens | None
     ) -> Float[Tensor, "n t c"]:
-        self._make_ready()
-        if not len(pixel_values):
-            return pixel_values.new_zeros(0, self.num_patches, self.hidden_size)
-        shown = pixel_values.to(self.device, torch.float32)
-        # A host's autocast would bring VAE and noise to half precision.
-        with torch.autocast(self.device.type, enabled=False):
-            features: Tensor = self.encoder(shown, self._embeds(tokens, len(shown)))
-        return features.to(pixel_values.device, pixel_values.dtype).contiguous()
+        with lock_of(self):
+            self._make_ready()
+            if not len(pixel_values):
+                return pixel_values.new_zeros(0, self.num_patches, self.hidden_size)
+            shown = pixel_values.to(self.device, torch.float32)
+            # A host's autocast would bring VAE and noise to half precision.
+            with torch.autocast(self.device.type, enabled=False), self.encoder.backbone.lock:
+                features: Tensor = self.encoder(shown, self._embeds(tokens, len(shown)))
+        features = features.to(pixel_values.device, pixel_values.dtype).contiguous()
+        require_finite(features, "tokens of the tower", "pass images in bfloat16 or float32")
+        return features
 
     def _embeds(self, tokens: PromptTokens | None, images: int) -> Any:
-        """What the encoder is given: embeddings, or None or "" for the unconditional text."""
+        """What the encoder is given: embeddings, or None for the unconditional text alone."""
         if tokens is None:
             self._tell_of_null()
             tokens = self.tokenize(self.spec.null).rows(images) if self.spec.null else None
-        if tokens is None or all(tokens.is_null()):
-            return None if self.spec.conditioning in (None, "uncond") else ""
         diffusion = getattr(self.encoder, "diffusion", self.encoder)
-        return embed_tokens(
-            self.encoder.backbone,
-            tokens,
-            size=(self.image_size, self.image_size),
-            uncond=self.spec.uncond,
-            use_cache=diffusion.use_cache,
-        )
+        options: dict[str, Any] = {
+            "size": (self.image_size, self.image_size),
+            "uncond": self.spec.uncond,
+            "use_cache": diffusion.use_cache,
+        }
+        if tokens is not None and not self._is_unconditional(tokens):
+            return embed_tokens(self.encoder.backbone, tokens, **options)
+        if self.spec.conditioning in (None, "uncond"):
+            return None
+        return prompts_of(self.encoder.backbone, [None], **options)
+
+    def _is_unconditional(self, tokens: PromptTokens) -> bool:
+        """Whether the encoder may be given nothing, and look up what it knows of the pictures."""
+        rule = self.spec.uncond or self.encoder.backbone.uncond_rule
+        return all(tokens.is_unconditional(rule))
 
     def _tell_of_null(self) -> None:
         if self.spec.prompted and not self._told_of_null:

@@ -1,12 +1,10 @@
 """What hosts read of a vision model's config, and save beside their checkpoints."""
 
-import json
 import os
-from pathlib import Path
 from typing import Any
 
 from diffenc.adapters.spec import TowerSpec
-from diffenc.errors import OutputError
+from diffenc.storage.writing import make_folder, write_json
 
 
 class TowerConfig:
@@ -36,9 +34,4 @@ class TowerConfig:
         Raises:
             OutputError: The folder cannot be written.
         """
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            text = json.dumps(self.to_dict(), indent=2) + "\n"
-            (Path(folder) / "config.json").write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"cannot write {folder}: {error}") from error
+        write_json(make_folder(folder) / "config.json", self.to_dict())

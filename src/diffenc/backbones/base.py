@@ -1,24 +1,30 @@
 """What the encoder and the scorer need of a model: components, text embeddings, taps."""
 
-import threading
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from diffenc._inference import lasting, make_plain
 from diffenc._typing import LongPrompts, Uncond
 from diffenc.backbones.configs import Architecture
 from diffenc.backbones.fitting import check_components, text_width
 from diffenc.backbones.presets import preset_options
 from diffenc.backbones.taps import LATENTS, TapInfo, match_taps, unet_taps
+from diffenc.backbones.variants import check_unet
 from diffenc.cache import TensorCache
-from diffenc.errors import ShapeError, TapError
+from diffenc.checks import require_finite
+from diffenc.digests import weights_mark
+from diffenc.errors import PromptError, ShapeError, TapError
+from diffenc.model_state import module_key, scheduler_key, tokenizer_key, torch_settings
 from diffenc.prompts import PromptEmbeds, count_windows, tokenize, tokenize_windows
+from diffenc.threads import lock_of
 from diffenc.truncation import is_whole
 
 
@@ -43,6 +49,72 @@ class Caches:
     features: TensorCache = field(default_factory=lambda: TensorCache(256 * 2**20))
 
 
+@dataclass(slots=True)
+class CompiledTaps:
+    """A U-Net compiled up to its last tap.
+
+    Attributes:
+        run: The compiled function, which returns the taps.
+        options: Options of `torch.compile`.
+        structure: State of the U-Net's modules and settings that it was made of.
+    """
+
+    run: Callable[..., tuple[Tensor, ...]]
+    options: dict[str, Any]
+    structure: int
+
+
+class States:
+    """What results of a backbone depend on beside their input, looked at once for each call.
+
+    A key is None where nothing may be cached. What is computed while another thread writes weights
+    belongs to the state before, which nobody asks for again.
+
+    Args:
+        backbone: Model.
+    """
+
+    def __init__(self, backbone: "Backbone") -> None:
+        self._backbone = backbone
+
+    @cached_property
+    def latents(self) -> Hashable | None:
+        """State of what encodes pictures."""
+        vae = module_key(self._backbone.vae)
+        return None if vae is None else (self._settings, vae)
+
+    @cached_property
+    def prompts(self) -> Hashable | None:
+        """State of what encodes texts."""
+        backbone = self._backbone
+        parts = backbone.parts().items()
+        texts = [module_key(part) for name, part in parts if name.startswith("text")]
+        words = [tokenizer_key(each) for each in backbone.tokenizers]
+        if None in texts or None in words:
+            return None
+        return self._settings, backbone.uncond_rule, *texts, *words
+
+    @cached_property
+    def features(self) -> Hashable | None:
+        """State of everything."""
+        backbone = self._backbone
+        others = [
+            module_key(part)
+            for name, part in backbone.parts().items()
+            if name != "vae" and not name.startswith("text")
+        ]
+        if None in (self.latents, self.prompts, *others):
+            return None
+        return self.latents, self.prompts, *others, scheduler_key(backbone.scheduler)
+
+    @cached_property
+    def _settings(self) -> Hashable:
+        return torch_settings()
+
+
+_CHECKED = ("unet", "vae", "scheduler")
+
+
 class Backbone(nn.Module):
     """A diffusion model taken apart: VAE, text encoders, U-Net, schedule.
 
@@ -50,16 +122,18 @@ class Backbone(nn.Module):
     objects with the interfaces of diffusers' and transformers' classes.
 
     Attributes:
-        name: Alias, Hub id or folder it was loaded from.
+        name: Alias, Hub id, or absolute path of the folder or file it was loaded from.
         unet: Denoising U-Net (`UNet2DConditionModel`).
         vae: Autoencoder.
         scheduler: Holder of `alphas_cumprod` and of the prediction type.
         default_size: Side of the square that images are brought to, in pixels.
         default_taps: What the encoder reads when nothing else is asked for.
         given: Parts that are not the named model's own: their paths, None for objects.
+        variant: Variant of the weight files that was requested, see `load_backbone`.
         caches: Latents, prompts and unconditional features that were computed before.
-        compiled: Per tuple of taps the compiled U-Net that returns them.
-        lock: Held while the U-Net is read, so that threads may share a backbone.
+        compiled: Compiled U-Net for each tuple of taps.
+        lock: Held while a call reads the model or changes it, so that threads may share it. It is
+            the U-Net's: backbones on one U-Net take turns.
     """
 
     family: str
@@ -77,23 +151,35 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         check_components(unet, vae, scheduler)
+        check_unet(unet.config, name, pooled=self.family == "sdxl")
         self.name = name
         self.unet, self.vae, self.scheduler = unet, vae, scheduler
         self.given: dict[str, str | None] = {}
+        self.variant: str | None = None
         told = Architecture({"unet": dict(unet.config), "vae": dict(vae.config)})
         self.default_size = told.default_size if default_size is None else default_size
         if default_taps is None:
             default_taps = preset_options("gdf", self.family)["taps"]
         self.default_taps = default_taps
         self.caches = Caches()
-        self.compiled: dict[tuple[str, ...], Callable[..., tuple[Tensor, ...]]] = {}
-        self.lock = threading.RLock()
+        self.compiled: dict[tuple[str, ...], CompiledTaps] = {}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _CHECKED and "given" in self.__dict__:  # exchanged later on
+            check_components(**{part: getattr(self, part) for part in _CHECKED} | {name: value})
+        super().__setattr__(name, value)
 
     def freeze(self) -> "Backbone":
-        """Evaluation mode, no gradients to weights."""
+        """Evaluation mode, no gradients to weights; they can be trained later, where asked for."""
+        make_plain(self)
         self.eval()
         self.requires_grad_(False)
         return self
+
+    @property
+    def lock(self) -> AbstractContextManager[bool]:
+        """See the class."""
+        return lock_of(self.unet)
 
     @property
     def device(self) -> torch.device:
@@ -169,9 +255,11 @@ class Backbone(nn.Module):
             windows = [count_windows(each, texts) for each in self.tokenizers]
             counts = tuple(map(max, zip(*windows, strict=True)))
             ids = [tokenize_windows(each, texts, counts) for each in self.tokenizers]
+            self._check_ids(ids)
             return self._embeds(ids, counts, (0,) * len(texts), size)
         encoded = [tokenize(each, texts) for each in self.tokenizers]
         cuts = tuple(map(max, zip(*(cut for _, cut in encoded), strict=True)))
+        self._check_ids([ids for ids, _ in encoded])
         return self._embeds([ids for ids, _ in encoded], (1,) * len(texts), cuts, size)
 
     def embed_ids(
@@ -192,7 +280,20 @@ class Backbone(nn.Module):
         padding = attention_mask.to(input_ids.device) == 0
         others = [input_ids.masked_fill(padding, each.pad_token_id) for each in self.tokenizers[1:]]
         ones = (1,) * len(input_ids)
+        self._check_ids([input_ids, *others])
         return self._embeds([input_ids, *others], ones, (0,) * len(input_ids), size)
+
+    def _check_ids(self, ids: Sequence[Tensor]) -> None:
+        """Raise a `PromptError` where a text encoder does not know a token of its tokenizer."""
+        encoders: Any = (part for name, part in self.parts().items() if name.startswith("text"))
+        for rows, encoder in zip(ids, encoders, strict=True):
+            size = encoder.config.vocab_size
+            if rows.numel() and (largest := int(rows.max())) >= size:
+                raise PromptError(
+                    f"a prompt holds token {largest} and a text encoder of {self.name!r} knows "
+                    f"{size}: tokens were added to the tokenizer alone. Add them to each text "
+                    "encoder (resize_token_embeddings), as load_textual_inversion does"
+                )
 
     @property
     @abstractmethod
@@ -236,7 +337,16 @@ class Backbone(nn.Module):
         )
 
     def check_embeds(self, embeds: PromptEmbeds) -> None:
-        """Raise a `ShapeError` unless embeddings made elsewhere are what the U-Net reads."""
+        """Raise unless embeddings made elsewhere are what the U-Net reads.
+
+        Raises:
+            ShapeError: They have other widths, or lack something.
+            NonFiniteError: NaN or infinity in them.
+        """
+        for name in ("prompt_embeds", "pooled_prompt_embeds", "time_ids"):
+            values = getattr(embeds, name)
+            if values is not None:
+                require_finite(values, f"{name} that were passed", "encode the texts again")
         width = embeds.prompt_embeds.shape[-1]
         wanted = text_width(self.unet)
         if width != wanted:
@@ -251,14 +361,24 @@ class Backbone(nn.Module):
                 "the texts with this backbone's `embed`"
             )
 
+    def mark(self) -> dict[str, list[float]]:
+        """Numbers of each part by which the model is known again, see `weights_mark`."""
+        return {name: weights_mark(part) for name, part in self.parts().items()}
+
+    def states(self) -> States:
+        """Keys of the present state of the parts, for the caches of one call."""
+        return States(self)
+
     def clear_caches(self) -> None:
         """Forget everything; needed after weights were written through `.data`."""
         for cache in (self.caches.latents, self.caches.prompts, self.caches.features):
             cache.clear()
 
+    @lasting
     def _apply(self, fn: Any, recurse: bool = True) -> "Backbone":
-        self.clear_caches()  # another device or dtype
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        with self.lock:
+            self.clear_caches()  # another device or dtype
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def parts(self) -> dict[str, nn.Module]:
@@ -266,9 +386,4 @@ class Backbone(nn.Module):
         return dict(self.named_children())
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {key: value for key, value in self.__dict__.items() if key != "lock"}
-        return {**kept, "compiled": {}}  # compiled code is neither copied nor pickled
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.lock = threading.RLock()
+        return {**self.__dict__, "compiled": {}}  # compiled code is neither copied nor pickled

@@ -1,34 +1,80 @@
 """Whether a device is there and computes in a dtype, asked before gigabytes are loaded."""
 
 from functools import cache
+from typing import TypeAlias
 
 import torch
 from torch.nn import functional as F
 
 from diffenc.errors import ConfigError
+from diffenc.storage.names import printable
+from diffenc.storage.names import reason as reason_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+Device: TypeAlias = "str | int | torch.device | None"
+Dtype: TypeAlias = "torch.dtype | str | None"
 
-def check_placement(device: str | torch.device, dtype: torch.dtype) -> torch.device:
+
+def check_placement(device: Device, dtype: Dtype) -> torch.device:
     """The device, if it is there and convolves, multiplies and normalises in this dtype.
+
+    Args:
+        device: Name, number of an accelerator, or `torch.device`; None is the CPU.
+        dtype: One of `DTYPES` or its name; None is float32.
 
     Raises:
         ConfigError: No such device here, a dtype that no backbone has, or one that the device
             lacks.
     """
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype must be one of {[str(known) for known in DTYPES]}, got {dtype}")
+    kind = as_dtype(dtype)
+    place = torch.device("cpu") if device is None else _as_device(device)
+    if reason := _missing(str(place), kind):
+        raise ConfigError(
+            f"device {str(place)!r} does not compute in {kind}: {reason}. Load the model with "
+            f"dtype={torch.float32}{' or torch.bfloat16' if kind == torch.float16 else ''}."
+        )
+    return place
+
+
+def as_dtype(dtype: Dtype) -> torch.dtype:
+    """A floating point type that backbones have, by itself or by name; None is float32.
+
+    Raises:
+        ConfigError: Another one.
+    """
+    if dtype is None:
+        return torch.float32
+    names = {str(known): known for known in DTYPES}
+    names |= {name.removeprefix("torch."): known for name, known in names.items()}
+    if isinstance(dtype, str) and dtype in names:
+        return names[dtype]
+    if not isinstance(dtype, torch.dtype) or dtype not in DTYPES:
+        raise ConfigError(
+            f"dtype must be one of {[str(known) for known in DTYPES]}, or its name, got "
+            f"{dtype if isinstance(dtype, torch.dtype) else printable(repr(dtype))}"
+        )
+    return dtype
+
+
+def _as_device(device: "str | int | torch.device") -> torch.device:
+    shown = printable(repr(str(device) if isinstance(device, torch.device) else device))
+    if isinstance(device, bool) or not isinstance(device, (str, int, torch.device)):
+        raise ConfigError(
+            f"device must be a name such as 'cpu' or 'cuda:0', a number or a torch.device, got "
+            f"{shown}"
+        )
     try:
         place = torch.device(device)
-        torch.empty(1, device=place)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"cannot use device {str(device)!r}: {reason}") from error
-    if reason := _missing(str(place), dtype):
+        torch.empty(1, dtype=torch.float32, device=place)
+    except Exception as error:  # of many kinds: each backend has its own
         raise ConfigError(
-            f"device {str(device)!r} does not compute in {dtype}: {reason}. Load the model with "
-            f"dtype={torch.float32}{' or torch.bfloat16' if dtype == torch.float16 else ''}."
+            f"cannot use device {shown}: {printable(reason_of(error).partition('. ')[0])}"
+        ) from error
+    if place.type == "meta":
+        raise ConfigError(
+            "cannot use device 'meta': it holds no values; diffenc.list_taps tells shapes without "
+            "weights"
         )
     return place
 

@@ -1,32 +1,25 @@
 """Reading a diffusers folder: which model it is, its parts, and clear errors where it is broken."""
 
-import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from diffenc.backbones.base import Backbone
+from diffenc.backbones.config_checks import check_config
 from diffenc.backbones.configs import Architecture
-from diffenc.backbones.parts import (
-    GivenParts,
-    fitting_tokenizer,
-    load_text_encoder,
-    load_tokenizer,
-)
-from diffenc.backbones.weights import load_unet
+from diffenc.backbones.parts import GivenParts, fitting_tokenizer, load_tokenizer
+from diffenc.backbones.schedules import make_scheduler
+from diffenc.backbones.stored import load_stored, read_plain, stem_of
+from diffenc.backbones.variants import pipeline_family
 from diffenc.errors import BackboneError
-from diffenc.truncation import truncate
+from diffenc.storage.names import is_file, is_folder, printable
+from diffenc.storage.reading import read_json
+from diffenc.storage.remote_code import refuse_remote_code
+from diffenc.storage.weights import HALF, list_folder, variants
 
-_PIPELINES = {
-    "StableDiffusionPipeline": "sd",
-    "StableDiffusionImg2ImgPipeline": "sd",
-    "StableDiffusionInpaintPipeline": None,
-    "StableDiffusionXLPipeline": "sdxl",
-    "StableDiffusionXLImg2ImgPipeline": "sdxl",
-}
 _PARTS = {
     "sd": ("unet", "vae", "scheduler", "text_encoder", "tokenizer"),
     "sdxl": (
@@ -48,41 +41,55 @@ def read_model_index(folder: Path) -> tuple[str, dict[str, Any]]:
         BackboneError: No folder, no or a broken index, or a pipeline that diffenc cannot read.
     """
     index_file = folder / "model_index.json"
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise BackboneError(f"no such model folder: {folder}")
-    if not index_file.is_file():
+    if not is_file(index_file):
         raise BackboneError(
             f"{folder} is no diffusers folder: it has no model_index.json. Pass the folder that "
             "holds unet/, vae/, text_encoder/, tokenizer/ and scheduler/."
         )
     try:
-        index = json.loads(index_file.read_text(encoding="utf-8"))
-        pipeline = index["_class_name"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise BackboneError(f"{index_file} is broken: {error!r}") from error
-    family = _PIPELINES.get(pipeline)
-    if family is None:
-        known = sorted(name for name, kind in _PIPELINES.items() if kind)
-        raise BackboneError(f"{folder} holds a {pipeline}; diffenc reads {known}")
-    missing = [part for part in _PARTS[family] if not (folder / part).is_dir()]
+        index = read_json(index_file, object, error=BackboneError, finite=False)
+    except BackboneError as error:
+        raise BackboneError(f"{index_file} is broken: {error}") from error
+    refuse_remote_code(folder)
+    pipeline = index.get("_class_name") if isinstance(index, dict) else None
+    if not isinstance(pipeline, str):
+        raise BackboneError(f"{index_file} is broken: it names no pipeline under _class_name")
+    family = pipeline_family(index, str(folder))
+    missing = [part for part in _PARTS[family] if not is_folder(folder / part)]
     if missing:
         raise BackboneError(f"{folder} is incomplete: it lacks {', '.join(missing)}")
+    for part in _PARTS[family]:
+        _check_origin(index.get(part), part, folder)
+        refuse_remote_code(folder / part)  # before the weights of another part are read
     return family, index
+
+
+def _check_origin(origin: Any, part: str, folder: Path) -> None:
+    """Raise where an index names a class for a part that is of neither library."""
+    if origin is None:
+        return
+    if not isinstance(origin, list) or len(origin) != 2:
+        raise BackboneError(
+            f"{folder / 'model_index.json'} is broken: {part} must be a library and a class, got "
+            f"{printable(origin, 80)}"
+        )
+    if origin[0] not in ("diffusers", "transformers"):
+        raise BackboneError(
+            f"{folder} takes its {part} from {printable(origin[0], 80)}, code that diffenc does "
+            "not run; it reads models of diffusers and transformers"
+        )
 
 
 def read_config(folder: Path, part: str) -> dict[str, Any]:
     """A part's JSON config.
 
     Raises:
-        BackboneError: Missing or broken.
+        BackboneError: It is missing or broken, or no config of such a part.
     """
     name = "scheduler_config.json" if part == "scheduler" else "config.json"
-    path = folder / part / name
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BackboneError(f"cannot read {path}: {error}") from error
-    return config
+    return check_config(read_plain(folder / part / name), part, folder)
 
 
 def read_architecture(folder: Path, *, own_taps: tuple[str, ...] | None = None) -> Architecture:
@@ -105,6 +112,7 @@ def load_folder(
     own_taps: tuple[str, ...] | None = None,
     keep_taps: Sequence[str] | None = None,
     given: GivenParts | None = None,
+    variant: str | None = None,
 ) -> Backbone:
     """Load every part of a diffusers folder that is not given.
 
@@ -117,6 +125,9 @@ def load_folder(
         keep_taps: Module paths of the U-Net; what lies behind the last of them is not loaded. None
             loads everything.
         given: Parts in place of the folder's.
+        variant: Word in the names of the weight files, such as "fp16"; parts without such files
+            are read from those that they have. "" names the files without one; None takes these,
+            and those in half precision where they are all there is or float16 is asked for.
 
     Raises:
         BackboneError: The folder is missing, incomplete or broken, or names another kind of model.
@@ -124,10 +135,24 @@ def load_folder(
     given = given or GivenParts()
     family, index = read_model_index(folder)
     told = given.described(read_architecture(folder, own_taps=own_taps))
-    parts = {}
+    named = part_variants(folder, weighty_parts(folder), variant)
+    parts, halves = {}, []
     for part in _PARTS[family]:
         loaded = given.load(part, told, dtype=dtype, keep_taps=keep_taps)
-        parts[part] = _load_part(folder, part, dtype, keep_taps) if loaded is None else loaded
+        if loaded is None and part in named:
+            loaded, taken = load_stored(
+                folder / part, part, dtype, variant=named[part], keep_taps=keep_taps
+            )
+            halves += [part] * (taken == HALF != named[part] and dtype == torch.float32)
+        elif loaded is None:
+            loaded = _load_part(folder, part)
+        parts[part] = loaded
+    if halves:
+        warnings.warn(
+            f"{name} has its {', '.join(halves)} in half precision alone: its weights are rounded "
+            "to float16, whatever they are computed in",
+            stacklevel=2,
+        )
     if family == "sdxl":
         parts["force_zeros"] = bool(index.get("force_zeros_for_empty_prompt", True))
     return assemble(name, told, parts, device)
@@ -157,66 +182,57 @@ def assemble(
     return StableDiffusion(name=name, default_taps=told.default_taps, **parts)
 
 
-def make_scheduler(config: dict[str, Any]) -> Any:
-    """The noise schedule of a config, whatever sampler it names."""
-    from diffusers import DDPMScheduler
+def weighty_parts(folder: Path) -> list[str]:
+    """Parts of a folder that have weights: not its tokenizers and scheduler.
 
-    return DDPMScheduler.from_config({key: config[key] for key in _SCHEDULE if key in config})
+    Raises:
+        BackboneError: See `read_model_index`.
+    """
+    family, _ = read_model_index(folder)
+    return [part for part in _PARTS[family] if not part.startswith(("tokenizer", "scheduler"))]
 
 
-def _load_part(folder: Path, part: str, dtype: torch.dtype, keep_taps: Sequence[str] | None) -> Any:
+def part_variants(
+    folder: Path,
+    parts: Sequence[str],
+    variant: str | None,
+    listing: Sequence[str] | None = None,
+) -> dict[str, str | None]:
+    """The variant to read of each part: the requested one where it has that, else None.
+
+    Args:
+        folder: The model's.
+        parts: Names of its parts with weights.
+        variant: The requested one; None requests none.
+        listing: Paths of all files relative to the folder; None looks there.
+
+    Raises:
+        BackboneError: A variant is requested that no part has.
+    """
+    if not variant:
+        return dict.fromkeys(parts, variant)
+    known = {part: variants(_names_in(folder, part, listing), stem_of(part)) for part in parts}
+    if not any(variant in words for words in known.values()):
+        every = sorted({word for words in known.values() for word in words})
+        raise BackboneError(
+            f"{folder} has no weights of the variant {variant!r}; it has variant="
+            f"{' or '.join(map(repr, every)) or 'none at all'}"
+        )
+    return {part: variant if variant in words else None for part, words in known.items()}
+
+
+def _names_in(folder: Path, part: str, listing: Sequence[str] | None) -> list[str]:
+    if listing is None:
+        return list_folder(folder / part)
+    return [name.removeprefix(f"{part}/") for name in listing if name.startswith(f"{part}/")]
+
+
+def _load_part(folder: Path, part: str) -> Any:
     try:
-        if part.startswith("tokenizer"):
-            return load_tokenizer(folder / part)
         if part == "scheduler":
-            return make_scheduler(read_config(folder, part))
-        if part.startswith("text_encoder"):
-            return load_text_encoder(folder / part, part, dtype)
-        if part == "unet" and keep_taps is not None:
-            return _load_truncated(folder / part, dtype, keep_taps)
-        return _load_weights(folder, part, dtype)
+            return make_scheduler(read_config(folder, part), where=str(folder / part))
+        return load_tokenizer(folder / part)
     except BackboneError:
         raise
     except Exception as error:  # the libraries raise anything from OSError to SafetensorError
         raise BackboneError(f"cannot load {folder / part}: {error}") from error
-
-
-_SCHEDULE = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "prediction_type",
-    "rescale_betas_zero_snr",
-)
-
-
-def _load_truncated(folder: Path, dtype: torch.dtype, taps: Sequence[str]) -> Any:
-    """A U-Net that ends after the last tap; only its own weights are read from the files."""
-    from diffusers import UNet2DConditionModel
-
-    config = UNet2DConditionModel.load_config(folder)
-    with torch.device("meta"):
-        wanted = set(truncate(UNet2DConditionModel.from_config(config), taps).state_dict())
-    state = {}
-    for file in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
-        if ".fp16." in file.name or ".non_ema." in file.name:
-            continue
-        with safe_open(file, framework="pt") as weights:
-            for key in wanted.intersection(weights.keys()):
-                state[key] = weights.get_tensor(key)
-    return load_unet(config, state, what=str(folder), dtype=dtype, keep_taps=taps)
-
-
-def _load_weights(folder: Path, part: str, dtype: torch.dtype) -> Any:
-    config = read_config(folder, part)
-    if part == "unet":
-        from diffusers import UNet2DConditionModel
-
-        return UNet2DConditionModel.from_pretrained(folder / part, torch_dtype=dtype)
-    from diffusers import AutoencoderKL
-
-    overflows = dtype == torch.float16 and config.get("force_upcast", False)
-    vae_dtype = torch.float32 if overflows else dtype
-    return AutoencoderKL.from_pretrained(folder / part, torch_dtype=vae_dtype)

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from diffenc.arguments import flag
 from diffenc.backbones.base import Backbone
 
 
@@ -16,6 +17,8 @@ def arrange(backbone: Backbone, channels_last: bool | None = None) -> Backbone:
         backbone: Changed in place, and returned.
         channels_last: True or False for both parts; None takes `DEFAULT`.
     """
+    if channels_last is not None:
+        channels_last = flag("channels_last", channels_last)
     wanted = DEFAULT if channels_last is None else dict.fromkeys(DEFAULT, channels_last)
     for part, last in wanted.items():
         set_format(getattr(backbone, part), channels_last=last)

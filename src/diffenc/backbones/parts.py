@@ -1,7 +1,6 @@
 """Parts that the caller gives in place of a model's own: a U-Net, a VAE, text encoders."""
 
 import copy
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -9,15 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors import safe_open
+from torch import Tensor, nn
 
 from diffenc.backbones.configs import Architecture
-from diffenc.backbones.weights import load_into, load_unet, read_state, unet_state
+from diffenc.backbones.fitting import check_weights
+from diffenc.backbones.statements import Statements
+from diffenc.backbones.stored import load_stored, load_vae, part_dtype, read_vae_config
+from diffenc.backbones.weights import State, load_unet, read_state, unet_state
 from diffenc.errors import BackboneError
+from diffenc.pretrained import absolute
+from diffenc.storage.names import checked_path, is_file, is_folder, printable
+from diffenc.storage.reading import read_json, read_text, text_lines
+from diffenc.storage.remote_code import refuse_remote_code
 from diffenc.truncation import truncate
-
-_VAES = ("AutoencoderKL", "AutoencoderTiny")
-_OVERFLOWS = "force_upcast"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,10 +48,18 @@ class GivenParts:
     tokenizer: Any = None
     tokenizer_2: Any = None
 
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if isinstance(value, (str, os.PathLike)):
+                checked_path(name, value, error=BackboneError)
+            elif value is not None and not _is_part(name, value):
+                raise BackboneError(f"{name} must be a model or a path, got {type(value).__name__}")
+
     def references(self) -> dict[str, str | None]:
         """Path of each part that is given, None for one that is an object."""
         return {
-            field.name: str(Path(value).absolute()) if _is_path(value) else None
+            field.name: absolute(value) if _is_path(value) else None
             for field in fields(self)
             if (value := getattr(self, field.name)) is not None
         }
@@ -58,9 +70,26 @@ class GivenParts:
         configs = {
             name: dict(part.config) for name, part in modules.items() if hasattr(part, "config")
         }
-        if _is_path(self.vae) and Path(self.vae).is_dir():
-            configs["vae"] = _read_vae_config(_subfolder(Path(self.vae), "vae"))
+        if _is_path(self.vae) and is_folder(self.vae):
+            configs["vae"] = read_vae_config(_subfolder(Path(self.vae), "vae"))
         return replace(told, configs={**told.configs, **configs})
+
+    def statements(self) -> Statements | None:
+        """What the given weights of a U-Net say of themselves; None where they are none.
+
+        Raises:
+            BackboneError: A model whose noise is no schedule of steps, or a broken file.
+        """
+        if isinstance(self.unet, Mapping):
+            return Statements.read(self.unet, {}, "the given U-Net")
+        if not _is_path(self.unet) or not is_file(self.unet):
+            return None
+        try:
+            with safe_open(self.unet, framework="pt") as opened:
+                names, metadata = opened.keys(), opened.metadata() or {}
+        except Exception:  # refused with reasons when the weights are read
+            return None
+        return Statements.read(names, metadata, os.fspath(self.unet))
 
     def load(
         self, name: str, told: Architecture, *, dtype: torch.dtype, keep_taps: Sequence[str] | None
@@ -82,7 +111,8 @@ class GivenParts:
         if name.startswith("tokenizer"):
             return load_tokenizer(given) if _is_path(given) else given
         if isinstance(given, nn.Module):
-            return _cast(
+            check_weights(given, f"the given {name}")  # a cast would hide what they were
+            return cast_part(
                 given if keep_taps is None or name != "unet" else truncate(given, keep_taps), dtype
             )
         if name == "unet":
@@ -95,74 +125,54 @@ class GivenParts:
             raise BackboneError(f"{name} must be a model or a path, got {type(given).__name__}")
         if name == "vae":
             return _load_vae(Path(given), told.configs["vae"], dtype)
-        return load_text_encoder(_subfolder(Path(given), name), name, dtype)
+        return load_stored(_subfolder(Path(given), name), name, dtype)[0]
+
+
+def _is_part(name: str, value: object) -> bool:
+    """Whether an object can stand for a part: a module, a tokenizer, or weights of a U-Net."""
+    if name.startswith("tokenizer"):
+        return callable(value) and hasattr(value, "model_max_length")
+    if name == "unet" and isinstance(value, Mapping):
+        return all(isinstance(weight, Tensor) for weight in value.values())
+    return isinstance(value, nn.Module)
 
 
 def _is_path(value: object) -> bool:
     return isinstance(value, (str, os.PathLike))
 
 
-def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+def cast_part(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The module in a dtype; a VAE that overflows in float16 in float32."""
     config = getattr(module, "config", {})
-    overflows = isinstance(config, Mapping) and config.get(_OVERFLOWS, False)
-    return module.to(torch.float32 if overflows and dtype == torch.float16 else dtype)
+    return module.to(part_dtype("vae", config if isinstance(config, Mapping) else {}, dtype))
 
 
 def _subfolder(folder: Path, part: str) -> Path:
     """The part's folder within a model's, or the folder itself where it is the part's."""
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise BackboneError(f"no such folder for {part}: {folder}")
-    return folder / part if (folder / part).is_dir() else folder
-
-
-def _read_vae_config(folder: Path) -> dict[str, Any]:
-    try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BackboneError(f"cannot read the VAE's config in {folder}: {error}") from error
-    if config.get("_class_name") not in _VAES:
-        raise BackboneError(
-            f"{folder} holds a {config.get('_class_name')!r}; a VAE is one of {list(_VAES)}"
-        )
-    return config
+    return folder / part if is_folder(folder / part) else folder
 
 
 def _load_vae(path: Path, config: dict[str, Any], dtype: torch.dtype) -> Any:
     """From the folder of a VAE, or from a file that fits the model's own."""
-    from diffusers import AutoencoderKL, AutoencoderTiny
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" and not is_folder(path):
         state = read_state(path)
         if any(".mid.block_1." in name for name in state):
-            state = convert_ldm_vae_checkpoint(state, config)
-        vae = load_into(
-            lambda: AutoencoderKL.from_config(config), state, what=str(path), dtype=torch.float32
-        )
-        return _cast(vae, dtype)
-    folder = _subfolder(path, "vae")
-    tiny = _read_vae_config(folder)["_class_name"] == "AutoencoderTiny"
-    model = AutoencoderTiny if tiny else AutoencoderKL
+            state = _converted(convert_ldm_vae_checkpoint, state, config, path)
+        config = {**config, "_class_name": "AutoencoderKL"}
+        return load_vae(config, state, what=str(path), dtype=part_dtype("vae", config, dtype))
+    return load_stored(_subfolder(path, "vae"), "vae", dtype)[0]
+
+
+def _converted(convert: Any, state: State, config: dict[str, Any], path: Path) -> State:
     try:
-        return _cast(model.from_pretrained(folder, local_files_only=True), dtype)
-    except Exception as error:  # anything from OSError to SafetensorError
-        raise BackboneError(f"cannot load {folder}: {error}") from error
-
-
-def load_text_encoder(folder: Path, name: str, dtype: torch.dtype) -> Any:
-    """A text encoder from its folder; the second of SDXL has a projection.
-
-    Raises:
-        BackboneError: It cannot be read.
-    """
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
-    model = CLIPTextModelWithProjection if name == "text_encoder_2" else CLIPTextModel
-    try:
-        loaded: Any = model.from_pretrained(folder, local_files_only=True)
-        return loaded.to(dtype)
-    except Exception as error:  # anything from OSError to SafetensorError
-        raise BackboneError(f"cannot load {folder}: {error}") from error
+        converted: State = convert(dict(state), config)
+    except (KeyError, IndexError, ValueError, RuntimeError) as error:
+        raise BackboneError(f"{path} holds no whole VAE in the original layout: {error}") from error
+    return converted
 
 
 def load_tokenizer(folder: "str | os.PathLike[str]", name: str = "tokenizer") -> Any:
@@ -174,12 +184,35 @@ def load_tokenizer(folder: "str | os.PathLike[str]", name: str = "tokenizer") ->
     from transformers import CLIPTokenizer
 
     path = _subfolder(Path(folder), name)
-    if not any((path / file).is_file() for file in ("vocab.json", "tokenizer.json")):
-        raise BackboneError(f"{path} holds no tokenizer: neither vocab.json nor tokenizer.json")
+    refuse_remote_code(path)
+    if not is_file(path / "tokenizer.json"):
+        _check_words(path)
     try:
-        return CLIPTokenizer.from_pretrained(path, local_files_only=True)
+        return CLIPTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise BackboneError(f"cannot load {path}: {error}") from error
+
+
+def _check_words(folder: Path) -> None:
+    """Raise where a tokenizer lacks its words, or merges that make them: texts would be spelt."""
+    lacking = [name for name in ("vocab.json", "merges.txt") if not is_file(folder / name)]
+    if len(lacking) == 2:
+        raise BackboneError(f"{folder} holds no tokenizer: neither vocab.json nor tokenizer.json")
+    if lacking:
+        raise BackboneError(f"{folder} holds no whole tokenizer: it lacks {lacking[0]}")
+    words = read_json(folder / "vocab.json", error=BackboneError)
+    lines = text_lines(read_text(folder / "merges.txt", error=BackboneError))
+    made = {line.replace(" ", "") for line in lines}
+    spelt = [
+        word
+        for word in words
+        if len(word.removesuffix("</w>")) > 1 and word not in made and not word.startswith("<|")
+    ]
+    if spelt:
+        raise BackboneError(
+            f"{folder} holds no whole tokenizer: no line of merges.txt makes {len(spelt)} words of "
+            f"vocab.json, such as {printable(repr(spelt[0]), 60)}"
+        )
 
 
 def fitting_tokenizer(tokenizer: Any, text_encoder: Any, pad_token: str | None = None) -> Any:

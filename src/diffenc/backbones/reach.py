@@ -1,4 +1,4 @@
-"""Which linear layers of cross-attentions the tapped features depend on."""
+"""Which linear layers and convolutions of a U-Net the tapped features depend on."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -6,15 +6,16 @@ from json import dumps, loads
 from typing import Any
 
 import torch
+from torch import nn
 
-from diffenc.attention import cross_attention_layers
+from diffenc._inference import lasting
 from diffenc.backbones.taps import LATENTS, meta_inputs
 from diffenc.hooks import ForwardTaps
 from diffenc.lora.options import PROJECTIONS
 
 
-def reached_projections(config: dict[str, Any], taps: Sequence[str]) -> frozenset[str]:
-    """Paths of the projections of cross-attentions that get a gradient from features at the taps.
+def reached_layers(config: dict[str, Any], taps: Sequence[str]) -> frozenset[str]:
+    """Paths of the linear layers and convolutions that get a gradient from features at the taps.
 
     A block that runs before the last tap may still lack one: behind a tap at `attn2.to_q` the keys
     and values of the same attention have no say. So the question is put to autograd, in a pass on
@@ -28,20 +29,30 @@ def reached_projections(config: dict[str, Any], taps: Sequence[str]) -> frozense
     return _reached(dumps(config, sort_keys=True, default=str), names)
 
 
+def reached_projections(config: dict[str, Any], taps: Sequence[str]) -> frozenset[str]:
+    """Of `reached_layers` the projections of cross-attentions, see `diffenc.lora.PROJECTIONS`."""
+    endings = tuple(f".attn2.{part}" for part in PROJECTIONS)
+    return frozenset(path for path in reached_layers(config, taps) if path.endswith(endings))
+
+
 @cache
+@lasting
 def _reached(config: str, taps: tuple[str, ...]) -> frozenset[str]:
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(loads(config)).eval().requires_grad_(False)
-    paths = [f"{path}.{part}" for path in cross_attention_layers(unet) for part in PROJECTIONS]
-    weights = [unet.get_submodule(path).weight.requires_grad_() for path in paths]
+        unet = UNet2DConditionModel.from_config(loads(config)).float().eval().requires_grad_(False)
+    weights = {
+        path: layer.weight.requires_grad_()
+        for path, layer in unet.named_modules()
+        if isinstance(layer, (nn.Linear, nn.Conv2d))
+    }
     with torch.enable_grad(), ForwardTaps(unet, taps, early_exit=True) as reader:
         maps = reader.run(lambda: unet(**meta_inputs(unet.config, 64))) if taps else {}
         ends = [features.sum() for features in maps.values() if features.requires_grad]
     if not ends:
         return frozenset()
-    gradients = torch.autograd.grad(ends, weights, allow_unused=True)
+    gradients = torch.autograd.grad(ends, list(weights.values()), allow_unused=True)
     return frozenset(
-        path for path, gradient in zip(paths, gradients, strict=True) if gradient is not None
+        path for path, gradient in zip(weights, gradients, strict=True) if gradient is not None
     )

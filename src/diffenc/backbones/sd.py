@@ -8,6 +8,7 @@ from torch import Tensor
 from diffenc.backbones.base import Backbone, grad_where_trained
 from diffenc.backbones.fitting import check_text
 from diffenc.prompts import PromptEmbeds, join_windows
+from diffenc.threads import lock_of
 
 
 class StableDiffusion(Backbone):
@@ -66,7 +67,7 @@ class StableDiffusion(Backbone):
         size: tuple[int, int],
     ) -> PromptEmbeds:
         device = next(self.text_encoder.parameters()).device
-        with grad_where_trained(self.text_encoder):
+        with lock_of(self.text_encoder), grad_where_trained(self.text_encoder):
             states: Tensor = self.text_encoder(ids[0].to(device)).last_hidden_state
         rows, lengths = join_windows(states, counts)
         return PromptEmbeds(rows, truncated=truncated, lengths=lengths)

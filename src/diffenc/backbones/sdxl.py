@@ -9,6 +9,7 @@ from torch import Tensor
 from diffenc.backbones.base import Backbone, grad_where_trained
 from diffenc.backbones.fitting import check_text
 from diffenc.prompts import PromptEmbeds, join_windows
+from diffenc.threads import lock_of
 
 
 class StableDiffusionXL(Backbone):
@@ -86,7 +87,8 @@ class StableDiffusionXL(Backbone):
         rows, lengths = join_windows(states, counts)
         firsts = [sum(counts[:text]) for text in range(len(counts))]
         height, width = size
-        time_ids = torch.tensor([[height, width, 0, 0, height, width]]).to(states)
+        sizes = [[height, width, 0, 0, height, width]]
+        time_ids = torch.tensor(sizes, dtype=states.dtype, device=states.device)
         return PromptEmbeds(
             rows,
             outputs[1][0][firsts],
@@ -98,5 +100,5 @@ class StableDiffusionXL(Backbone):
     @staticmethod
     def _encode(text_encoder: Any, ids: Tensor) -> Any:
         device = next(text_encoder.parameters()).device
-        with grad_where_trained(text_encoder):
+        with lock_of(text_encoder), grad_where_trained(text_encoder):
             return text_encoder(ids.to(device), output_hidden_states=True)

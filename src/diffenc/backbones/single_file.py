@@ -5,6 +5,7 @@ Hub's cache or from the caller. diffusers' own conversion renames the weights.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,8 @@ import torch
 from safetensors import safe_open
 
 from diffenc.backbones.configs import Architecture
+from diffenc.backbones.statements import Statements
+from diffenc.backbones.variants import INPUTS
 from diffenc.backbones.weights import LDM_UNET, State, convert_unet, load_into, load_unet
 from diffenc.errors import BackboneError, ConfigError
 
@@ -26,6 +29,11 @@ _TEXT_ENCODERS = {
         "text_encoder_2": "conditioner.embedders.1.model.",
     },
 }
+_VARIANTS = {  # by the width of the texts, and whether there is something beside them
+    (1280, True): "the refiner of SDXL, which finishes pictures of the base model",
+    (1024, True): "a model that reads embeddings of pictures (unCLIP)",
+}
+_TRANSFORMERS = {"joint_blocks.": "Stable Diffusion 3", "double_blocks.": "FLUX"}
 
 
 class SingleFile:
@@ -47,11 +55,18 @@ class SingleFile:
         except Exception as error:  # SafetensorError is no subclass of a builtin
             raise BackboneError(f"cannot load {path}: {error}") from error
         if f"{_UNET}{LDM_UNET}" not in self.names:
+            known = [kind for part, kind in _TRANSFORMERS.items() if self._any(part)]
             raise BackboneError(
-                f"{path} is no checkpoint of a whole Stable Diffusion: it lacks "
-                f"{_UNET + LDM_UNET!r}. Its first names are {sorted(self.names)[:3]}. Weights of a "
+                f"{path} is no checkpoint of a whole Stable Diffusion: "
+                + (
+                    f"it is {known[0]}, a transformer"
+                    if known
+                    else f"it lacks {_UNET + LDM_UNET!r}"
+                )
+                + f". Its first names are {sorted(self.names)[:3]}. Weights of a "
                 "U-Net alone are passed as unet=, beside the name of the model that they belong to."
             )
+        self.statements = Statements.read(self.names, self.metadata, str(path))
 
     @property
     def kind(self) -> str:
@@ -68,14 +83,20 @@ class SingleFile:
         }
         kinds = {(768, False): "sd1.5", (1024, False): "sd2.1", (2048, True): "sdxl"}
         channels = self.shape(_UNET + LDM_UNET)[1]
-        kind = kinds.get((min(widths, default=0), label))
+        width = min(widths, default=0)
+        kind = kinds.get((width, label))
         if kind is None or len(widths) > 1 or channels != 4:
+            what = INPUTS.get(channels) or _VARIANTS.get((width, label))
             raise BackboneError(
-                f"{self.path} is no Stable Diffusion 1.x, 2.x or XL base: its U-Net takes "
+                f"{self.path} is no Stable Diffusion 1.x, 2.x or XL base"
+                f"{f' but {what}' if what else ''}: its U-Net takes "
                 f"{channels} channels and texts of width {sorted(widths)}. For a variant pass "
                 "architecture= with a diffusers folder that holds its configs."
             )
         return kind
+
+    def _any(self, part: str) -> bool:
+        return any(part in name for name in self.names)
 
     def shape(self, name: str) -> list[int]:
         """Of a weight, without reading it."""
@@ -88,25 +109,52 @@ class SingleFile:
         with safe_open(self.path, framework="pt") as opened:
             return {name: opened.get_tensor(name) for name in self.names if name.startswith(prefix)}
 
-    def known_alias(self) -> str:
+    def known_alias(self, prediction_type: str | None = None) -> str:
         """The alias whose configs describe this file.
+
+        Args:
+            prediction_type: What the caller says that the U-Net predicts.
 
         Raises:
             ConfigError: Its weights could be of a model that predicts noise or of one that
-                predicts v, and its metadata does not say which.
+                predicts v, and neither its metadata nor the caller says which; or it calls itself
+                another model than its shapes show.
             BackboneError: See `kind`.
         """
         kind = self.kind
+        self.statements.check_kind(kind)
         if kind != "sd2.1":
             return kind
-        told = self.metadata.get("modelspec.prediction_type", "").lower()
-        predicted = {"epsilon": "sd2.1-base", "v": "sd2.1", "v_prediction": "sd2.1"}
-        if told not in predicted:
+        predicts = prediction_type or self.statements.prediction()
+        if predicts is None:
             raise ConfigError(
                 f"{self.path} is a Stable Diffusion 2, and does not say whether it predicts noise "
                 "(512 px) or v (768 px); pass architecture='sd2.1-base' or 'sd2.1'"
             )
-        return predicted[told]
+        return "sd2.1" if predicts == "v_prediction" else "sd2.1-base"
+
+    def described(
+        self, architecture: Architecture, *, prediction_type: str | None, chosen: bool
+    ) -> Architecture:
+        """The configs that the file is read by, with what it says of itself.
+
+        Args:
+            architecture: Of a known model, or of a folder.
+            prediction_type: What the caller says that the U-Net predicts; it wins.
+            chosen: Whether the caller chose the architecture.
+
+        Raises:
+            ConfigError: The file contradicts itself, or an architecture that was chosen.
+        """
+        configs = dict(architecture.configs)
+        configs["scheduler"] = self.statements.scheduler(
+            configs["scheduler"], prediction_type=prediction_type, chosen=chosen
+        )
+        if not chosen:
+            configs["text_encoder"] = self.statements.text_encoder(
+                configs["text_encoder"], self.kind
+            )
+        return replace(architecture, configs=configs)
 
     def part(
         self,
@@ -131,10 +179,21 @@ class SingleFile:
         if name == "unet":
             inner = {key.removeprefix(_UNET): value for key, value in self.state(_UNET).items()}
             state = convert_unet(inner, config)
+            self._check_converted(inner, state)
             return load_unet(config, state, what=what, dtype=dtype, keep_taps=keep_taps)
         if name == "vae":
             return self._vae(config, what, dtype)
         return self._text_encoder(name, config, what, dtype)
+
+    def _check_converted(self, inner: State, converted: State) -> None:
+        """Refuse weights that the conversion passes over: they are of layers beside the usual."""
+        known = {id(value) for value in converted.values()}
+        left = [key for key, value in inner.items() if id(value) not in known and value.numel()]
+        if left:
+            raise BackboneError(
+                f"the U-Net of {self.path} has {len(left)} weights more than a Stable Diffusion, "
+                f"such as {min(left)!r}; diffenc reads the plain model"
+            )
 
     def _vae(self, config: dict[str, Any], what: str, dtype: torch.dtype) -> Any:
         from diffusers import AutoencoderKL

@@ -6,20 +6,26 @@ repositories were withdrawn in November 2025, so theirs are community mirrors.
 
 import os
 import re
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from diffenc.backbones.folder import part_variants, read_config, weighty_parts
 from diffenc.backbones.shapes import shapes_folder
-from diffenc.errors import BackboneError, near_matches
+from diffenc.backbones.stored import part_dtype, stem_of
+from diffenc.errors import BackboneError, DiffencError, near_matches
+from diffenc.pretrained import lasting_name
+from diffenc.storage.hub import hub_folder
+from diffenc.storage.names import is_file, is_folder
+from diffenc.storage.weights import choose_weights, shard_names
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_FILES = (
-    "model_index.json",
-    "*/config.json",
-    "*/scheduler_config.json",
-    "tokenizer*/*",
-    "*/diffusion_pytorch_model.safetensors",
-    "*/model.safetensors",
+_SMALL = re.compile(
+    r"model_index\.json"
+    r"|(unet|vae|text_encoder(_2)?|scheduler)/(config|scheduler_config|[^/]*\.index(\.[^/.]+)?)\.json"
+    r"|tokenizer(_2)?/[^/]+\.(json|txt|model)"
 )
 _SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
@@ -67,6 +73,11 @@ SOURCES = {
 }
 
 
+def lasting_source(name: "str | os.PathLike[str]") -> str:
+    """A name of `load_backbone` that means the same in every directory, see `lasting_name`."""
+    return lasting_name(name, aliases=SOURCES)
+
+
 def single_file(name: "str | os.PathLike[str]") -> Path | None:
     """The path of a checkpoint in one file, or None for any other kind of name.
 
@@ -74,9 +85,9 @@ def single_file(name: "str | os.PathLike[str]") -> Path | None:
         BackboneError: The file is missing, or of a format that can run code.
     """
     path = Path(name).expanduser()
-    if path.suffix not in _SINGLE_FILES or path.is_dir():
+    if path.suffix not in _SINGLE_FILES or is_folder(path):
         return None
-    if not path.is_file():
+    if not is_file(path):
         raise BackboneError(f"no such checkpoint file: {path}")
     if path.suffix != ".safetensors":
         raise BackboneError(
@@ -86,23 +97,35 @@ def single_file(name: "str | os.PathLike[str]") -> Path | None:
     return path
 
 
-def resolve_folder(name: "str | os.PathLike[str]", *, weights: bool = True) -> Path:
+def resolve_folder(
+    name: "str | os.PathLike[str]",
+    *,
+    weights: bool = True,
+    dtype: torch.dtype = torch.float32,
+    variant: str | None = None,
+    without: Collection[str] = (),
+) -> Path:
     """The local folder that a name leads to, fetched from the Hub into its cache where needed.
 
     Args:
         name: As for `load_backbone`.
-        weights: Fetch the weights too; otherwise the small files alone.
+        weights: Fetch the weights too, those that a folder of these files is read from and no
+            others; otherwise the small files alone.
+        dtype: Type that the weights will be in: for float16, files in half precision are enough.
+        variant: See `load_backbone`.
+        without: Parts whose weights are not needed.
 
     Raises:
-        BackboneError: Nothing by that name.
+        BackboneError: Nothing by that name, or it lacks the weights.
     """
     label = os.fspath(name)
     if label == "shapes":
         return shapes_folder()
     if label in SOURCES:
-        return _fetch(label, SOURCES[label].hub_ids, weights)
+        hub_ids = SOURCES[label].hub_ids
+        return _fetch(label, hub_ids, weights, dtype, variant, without)
     folder = Path(label).expanduser()
-    if folder.is_dir():
+    if is_folder(folder):
         return folder
     looks_like_path = isinstance(name, os.PathLike) or label.startswith((".", "/", "~", "\\"))
     if looks_like_path or not _HUB_ID.fullmatch(label):
@@ -111,7 +134,7 @@ def resolve_folder(name: "str | os.PathLike[str]", *, weights: bool = True) -> P
             f"{', '.join(SOURCES)}; or pass an existing diffusers folder, a .safetensors file, or "
             "a Hub id like 'owner/name'."
         )
-    return _fetch(label, (label,), weights)
+    return _fetch(label, (label,), weights, dtype, variant, without)
 
 
 def cached_folder(alias: str, file: str) -> Path | None:
@@ -125,14 +148,27 @@ def cached_folder(alias: str, file: str) -> Path | None:
     return None
 
 
-def _fetch(label: str, hub_ids: tuple[str, ...], weights: bool) -> Path:
-    from huggingface_hub import snapshot_download
+def _fetch(
+    label: str,
+    hub_ids: tuple[str, ...],
+    weights: bool,
+    dtype: torch.dtype,
+    variant: str | None,
+    without: Collection[str],
+) -> Path:
+    def needed(folder: Path, listing: Sequence[str]) -> Iterator[str]:
+        return _weight_files(folder, listing, dtype, variant, without)
 
-    patterns = [entry for entry in _FILES if weights or not entry.endswith(".safetensors")]
     failures = []
     for hub_id in hub_ids:
         try:
-            return Path(snapshot_download(hub_id, allow_patterns=patterns))
+            return hub_folder(
+                hub_id, lambda name: bool(_SMALL.fullmatch(name)), needed if weights else None
+            )
+        except DiffencError:
+            if hub_id == hub_ids[-1]:
+                raise
+            failures.append(f"{hub_id}: no such weights")
         except Exception as error:  # offline, gated, gone: all are reported together
             failures.append(f"{hub_id}: {type(error).__name__}")
     raise BackboneError(
@@ -141,3 +177,32 @@ def _fetch(label: str, hub_ids: tuple[str, ...], weights: bool) -> Path:
         "checkpoint, or put the model into the Hub's cache first. The bundled model 'shapes' needs "
         "no download."
     )
+
+
+def _weight_files(
+    folder: Path,
+    listing: Sequence[str],
+    dtype: torch.dtype,
+    variant: str | None,
+    without: Collection[str],
+) -> Iterator[str]:
+    """Paths of the weights that `load_folder` will read, by the same rule.
+
+    Args:
+        folder: Has the small files of the repository.
+        listing: Paths of all files of the repository.
+        dtype: See `resolve_folder`, as the next two.
+        variant: Requested variant.
+        without: Parts to leave out.
+    """
+    parts = [part for part in weighty_parts(folder) if part not in without]
+    for part, named in part_variants(folder, parts, variant, listing).items():
+        half = part_dtype(part, read_config(folder, part), dtype) == torch.float16
+        names = [name.removeprefix(f"{part}/") for name in listing if name.startswith(f"{part}/")]
+        chosen, _ = choose_weights(
+            names, stem_of(part), variant=named, half=half, where=f"{part} of the repository"
+        )
+        if chosen.endswith(".json"):
+            yield from {f"{part}/{file}" for file in shard_names(folder / part / chosen).values()}
+        else:
+            yield f"{part}/{chosen}"

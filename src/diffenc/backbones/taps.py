@@ -1,7 +1,7 @@
 """Which places of a U-Net can be read, with channels and reduction, from its config alone."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
@@ -11,8 +11,11 @@ from typing import Any
 
 import torch
 
-from diffenc.errors import TapError, near_matches
+from diffenc._inference import lasting
+from diffenc.arguments import entries
+from diffenc.errors import BackboneError, ConfigError, TapError, near_matches
 from diffenc.hooks import ForwardTaps
+from diffenc.storage.names import printable, reason
 from diffenc.truncation import truncate
 
 _TRANSFORMER = (
@@ -54,15 +57,22 @@ def unet_taps(config: dict[str, Any], vae_reduction: int) -> tuple[TapInfo, ...]
     # With defaults filled in, a config file and a loaded model's config are one key of the cache.
     arguments = signature(UNet2DConditionModel.__init__).parameters
     whole = {name: config.get(name, arguments[name].default) for name in list(arguments)[1:]}
-    return _unet_taps(dumps(whole, sort_keys=True), vae_reduction)
+    try:
+        return _unet_taps(dumps(whole, sort_keys=True), vae_reduction)
+    except Exception as error:  # of any kind, by the value that is wrong
+        raise BackboneError(
+            f"no U-Net can be built by this config: {reason(error)}; pass one of a "
+            "UNet2DConditionModel"
+        ) from error
 
 
 @cache
+@lasting
 def _unet_taps(config: str, vae_reduction: int) -> tuple[TapInfo, ...]:
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(loads(config)).eval()
+        unet = UNet2DConditionModel.from_config(loads(config)).float().eval()
     names = [name for name, _ in unet.named_modules() if _READABLE.fullmatch(name)]
     side = 64
     with torch.no_grad(), ForwardTaps(unet, names) as taps:
@@ -91,22 +101,51 @@ def count_parameters(config: dict[str, Any], taps: Sequence[str] | None = None) 
 
 
 def meta_inputs(config: Any, side: int) -> dict[str, Any]:
-    """Arguments of a U-Net's forward pass without values, for latents of this side."""
+    """Arguments of a float32 U-Net's forward pass without values, for latents of this side."""
     width = config.cross_attention_dim
     width = width if isinstance(width, int) else width[0]
+    place: dict[str, Any] = {"dtype": torch.float32, "device": "meta"}
     inputs: dict[str, Any] = {
-        "sample": torch.empty(1, config.in_channels, side, side, device="meta"),
+        "sample": torch.empty(1, config.in_channels, side, side, **place),
         "timestep": torch.empty((), dtype=torch.long, device="meta"),
-        "encoder_hidden_states": torch.empty(1, 4, width, device="meta"),
+        "encoder_hidden_states": torch.empty(1, 4, width, **place),
     }
     if config.addition_embed_type == "text_time":
         time = 6 * config.addition_time_embed_dim
         pooled = config.projection_class_embeddings_input_dim - time
         inputs["added_cond_kwargs"] = {
-            "text_embeds": torch.empty(1, pooled, device="meta"),
-            "time_ids": torch.empty(1, 6, device="meta"),
+            "text_embeds": torch.empty(1, pooled, **place),
+            "time_ids": torch.empty(1, 6, **place),
         }
     return inputs
+
+
+def tap_patterns(taps: object) -> tuple[str, ...]:
+    """Module paths or globs as a tuple, from one of them or from several in an order.
+
+    Raises:
+        ConfigError: There is none, something that is no text, or a set, whose order is not the
+            same in the next run.
+    """
+    if isinstance(taps, str):
+        return (taps,)
+    if isinstance(taps, (bytes, Set, Mapping)) or not isinstance(taps, Iterable):
+        raise ConfigError(
+            "taps must be module paths in the order in which their features are returned, as a "
+            f"list or a tuple, got {type(taps).__name__}"
+        )
+    patterns = tuple(entries(taps))
+    if other := [tap for tap in patterns if not isinstance(tap, str)]:
+        raise ConfigError(
+            f"taps must be module paths, as text, got {printable(repr(other[0]))}; "
+            "diffenc.list_taps(backbone) gives every valid name"
+        )
+    if not patterns:
+        raise ConfigError(
+            "taps must be a tuple of module paths with at least one entry, got none; leave taps "
+            "out for those of the model"
+        )
+    return patterns
 
 
 def match_taps(patterns: Sequence[str], known: Sequence[TapInfo]) -> tuple[TapInfo, ...]:
@@ -114,11 +153,16 @@ def match_taps(patterns: Sequence[str], known: Sequence[TapInfo]) -> tuple[TapIn
 
     In a glob, `*` stays within one part of the path: "up_blocks.*" are the blocks themselves.
 
+    Args:
+        patterns: Module paths or globs, one or several.
+        known: Readable places, see `diffenc.list_taps`.
+
     Raises:
         TapError: A pattern names nothing; the message offers near matches.
+        ConfigError: There is no pattern, or something that is none.
     """
     found: dict[str, TapInfo] = {}
-    for pattern in patterns:
+    for pattern in tap_patterns(patterns):
         parts = pattern.split(".")
         matches = [
             tap
@@ -127,8 +171,9 @@ def match_taps(patterns: Sequence[str], known: Sequence[TapInfo]) -> tuple[TapIn
             and all(map(fnmatchcase, tap.name.split("."), parts))
         ]
         if not matches:
+            hint = near_matches(pattern[:200], [tap.name for tap in known])
             raise TapError(
-                f"no tap matches {pattern!r}.{near_matches(pattern, [t.name for t in known])} "
+                f"no tap matches {printable(pattern)!r}.{hint} "
                 "diffenc.list_taps(backbone) gives every valid name; * stands for one part of it."
             )
         found.update((tap.name, tap) for tap in matches)

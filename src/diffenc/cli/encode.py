@@ -10,23 +10,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffenc._version import __version__
-from diffenc.cli.files import check_output, write_whole
+from diffenc.cli.files import check_output
 from diffenc.cli.options import (
     Debug,
     Device,
     Dtype,
     Force,
     Model,
+    SkipBroken,
+    Variant,
     quiet_libraries,
     to_device,
     to_dtype,
 )
+from diffenc.cli.pictures import PictureFiles
 from diffenc.cli.tables import print_table, readable_bytes
-from diffenc.errors import ConfigError, ShapeError
+from diffenc.errors import ConfigError, ImageError, ShapeError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from PIL.Image import Image
     from torch import Tensor
 
     from diffenc.encoder import DiffusionEncoder
@@ -117,14 +121,16 @@ def encode(
     batch_size: Annotated[int, typer.Option(min=1, help="Images per pass.")] = 8,
     device: Device = "auto",
     dtype: Dtype = "float32",
+    skip_broken: SkipBroken = False,
+    variant: Variant = None,
     force: Force = False,
     _debug: Debug = False,
 ) -> None:
     """Write features of images under a text to a file.
 
     One tensor per tap (images, channels, height, width) and, with --tokens, "tokens" (images,
-    cells, channels). The metadata entry "diffenc" holds, as JSON, the names of the images, the
-    prompts, the options and the version.
+    cells, channels). The metadata entry "diffenc" holds, as JSON, the names of the images and of
+    those left out, the prompts, the options and the version.
     """
     options: dict[str, Any] = {
         "taps": [name for entry in taps for name in entry.split(",") if name] if taps else None,
@@ -139,17 +145,20 @@ def encode(
         "vae": vae,
         "architecture": architecture,
         "tokenizer": tokenizer,
+        "variant": variant,
         "seed": seed,
     }
     check_output(output, suffixes=(".safetensors",), force=force)
     if not (maps or tokens):
         raise ConfigError("nothing to write: --no-maps needs --tokens")
     _check_inputs(images, prompts, conditioning, guidance_scale)
+    files = PictureFiles(images, skip_broken)
+    files.check()
 
     import torch
-    from safetensors.torch import save_file
 
     from diffenc.encoder import DiffusionEncoder
+    from diffenc.storage.tensors import write_tensors
 
     quiet_libraries()
     encoder = DiffusionEncoder.from_pretrained(
@@ -160,16 +169,22 @@ def encode(
     )
     tensors: dict[str, torch.Tensor] = {}
     truncated: list[int] = []
-    for start, features in _passes(encoder, images, prompts, batch_size):
+    done = 0
+    for features in _passes(encoder, files, prompts, batch_size):
         truncated += features.truncated
         for name, rows in _to_write(features, maps=maps, tokens=tokens).items():
-            _fill(tensors, name, rows, start, len(images))
+            _fill(tensors, name, rows, done, len(images))
+            count = len(rows)
+        done += count
+    if done < len(images):
+        tensors = {name: whole[:done].clone() for name, whole in tensors.items()}
     metadata = {
         "version": __version__,
         "model": encoder.backbone.name,
         "dtype": str(encoder.dtype).removeprefix("torch."),
-        "images": [str(image) for image in images],
-        "prompts": prompts or [],
+        "images": list(map(str, files.kept_paths)),
+        "left_out": files.left_out,
+        "prompts": _texts(prompts, files.kept) or [],
         "truncated": truncated,
         "conditioning": features.conditioning,
         "grid": list(features.grid),
@@ -178,8 +193,9 @@ def encode(
     }
     # One entry: the order of several is random, and equal calls shall write equal files.
     described = {"diffenc": json.dumps(metadata)}
-    write_whole(output, lambda path: save_file(tensors, path, metadata=described))
+    write_tensors(output, tensors, metadata=described)
     _report(output, tensors, sum(count > 0 for count in truncated))
+    files.report()
 
 
 def parse_size(text: str) -> int | tuple[int, int]:
@@ -217,22 +233,30 @@ def _check_inputs(
         raise ConfigError(f"conditioning {conditioning!r} needs --prompt; got none")
     if guidance_scale is not None and conditioning != "cfg":
         raise ConfigError("--guidance-scale is read by --conditioning cfg alone; pass that too")
-    from diffenc.images import load_image
     from diffenc.prompts import match_batch
 
     if prompts:
         match_batch(prompts, len(images))
-    for image in images:
-        load_image(image)
+
+
+def _texts(prompts: "Sequence[str] | None", places: "Sequence[int]") -> list[str]:
+    """Prompts of the images at these places: one for all, or one for each."""
+    if not prompts or len(prompts) == 1:
+        return list(prompts or ())
+    return [prompts[place] for place in places]
 
 
 def _passes(
     encoder: "DiffusionEncoder",
-    images: "Sequence[Path]",
+    files: PictureFiles,
     prompts: "Sequence[str] | None",
     batch_size: int,
-) -> "Iterator[tuple[int, Features]]":
-    """The first image and the features of each batch, with a progress bar on a terminal."""
+) -> "Iterator[Features]":
+    """The features of each batch, with a progress bar on a terminal.
+
+    Raises:
+        ImageError: A picture broke after it was checked and shall not be skipped, or all did.
+    """
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -242,16 +266,32 @@ def _passes(
         TextColumn("images"),
         TimeRemainingColumn(),
     )
-    quiet = not sys.stderr.isatty() or len(images) <= batch_size
+    places = files.kept
+    quiet = not sys.stderr.isatty() or len(places) <= batch_size
     console = Console(stderr=True)
     progress = Progress(*columns, console=console, disable=quiet, transient=True)
-    task = progress.add_task("encoding", total=len(images))
+    task = progress.add_task("encoding", total=len(places))
     with nullcontext() if quiet else progress:  # rich before 15 ends even a disabled one's line
-        for start in range(0, len(images), batch_size):
-            part = slice(start, start + batch_size)
-            texts = prompts[part] if prompts and len(prompts) > 1 else prompts or None
-            yield start, encoder.extract(images[part], texts)
-            progress.update(task, completed=min(start + batch_size, len(images)))
+        for start in range(0, len(places), batch_size):
+            pictures = _opened(files, places[start : start + batch_size])
+            if pictures:
+                texts = _texts(prompts, list(pictures)) or None
+                yield encoder.extract(list(pictures.values()), texts)
+            progress.update(task, completed=min(start + batch_size, len(places)))
+    files.require_some()
+
+
+def _opened(files: PictureFiles, places: "Sequence[int]") -> "dict[int, Image]":
+    """Pictures by their places, without those that broke since they were checked."""
+    from diffenc.images import load_image
+
+    pictures = {}
+    for place in places:
+        try:
+            pictures[place] = load_image(files.paths[place])
+        except ImageError as error:
+            files.skip(place, error)
+    return pictures
 
 
 def _to_write(features: "Features", *, maps: bool, tokens: bool) -> "Mapping[str, Tensor]":
@@ -264,7 +304,7 @@ def _fill(tensors: "dict[str, Tensor]", name: str, rows: "Tensor", start: int, c
     import torch
 
     if name not in tensors:
-        tensors[name] = torch.empty(count, *rows.shape[1:], dtype=rows.dtype)
+        tensors[name] = torch.empty(count, *rows.shape[1:], dtype=rows.dtype, device="cpu")
     whole = tensors[name]
     if rows.shape[1:] != whole.shape[1:]:
         raise ShapeError(

@@ -21,7 +21,6 @@ from diffenc.cli.evaluate_options import (
     Paper,
     PerLabel,
     Presets,
-    SkipBroken,
     Template,
     TimestepsOption,
     Trials,
@@ -35,7 +34,7 @@ from diffenc.cli.evaluate_run import (
 )
 from diffenc.cli.evaluate_studies import draws_study, timesteps_study
 from diffenc.cli.noted import NotedCommand, command_line, command_name
-from diffenc.cli.options import Debug, Device, Dtype, Model
+from diffenc.cli.options import Debug, Device, Dtype, Model, SkipBroken
 from diffenc.cli.score_options import AsJson, BatchSize, Layers, References, ResizeOption, Size
 from diffenc.errors import ConfigError
 

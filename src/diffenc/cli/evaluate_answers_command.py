@@ -14,11 +14,10 @@ from diffenc.cli.evaluate_answers_options import (
     Output,
     Prompts,
     Seed,
-    SkipBroken,
 )
 from diffenc.cli.evaluate_answers_run import Asked
 from diffenc.cli.evaluate_options import Paper
-from diffenc.cli.options import Debug, Device, Dtype
+from diffenc.cli.options import Debug, Device, Dtype, SkipBroken
 from diffenc.cli.score_options import AsJson
 
 _Command = Callable[..., None]

@@ -69,9 +69,6 @@ MaxNewTokens = Annotated[
     typer.Option(min=1, metavar="N", help="Of an answer; default by the kind of question."),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Questions per call of the model.")]
-SkipBroken = Annotated[
-    bool, typer.Option("--skip-broken", help="Leave out items that cannot be read.")
-]
 Name = Annotated[
     str | None,
     typer.Option(metavar="TEXT", help="Of the model, in tables and files; default its folder's."),

@@ -2,17 +2,20 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from diffenc.cli.evaluate_run import print_tables, progress_bar
+from diffenc.cli.evaluate_run import print_tables
 from diffenc.cli.files import check_output
 from diffenc.cli.options import quiet_libraries, to_device, to_dtype
-from diffenc.errors import ConfigError, PromptError
+from diffenc.cli.progress import progress_bar
+from diffenc.errors import ConfigError, OutputError, PromptError
+from diffenc.storage.writing import locked, reporting
 
 if TYPE_CHECKING:
     from diffenc.evals.answering.saved import SavedVLM
@@ -132,8 +135,10 @@ class Asked:
         Where nothing was answered the file is as it was before, also with --force.
         """
         file, old = self.file, self.file.with_name(f".{self.file.name}.old")
+        alone = partial(locked, file.parent, name=file.name, purpose="writing answers to it")
         if self.force and file.exists():
-            file.replace(old)
+            with alone(), reporting(file):
+                file.replace(old)
         new = not file.exists()
         try:
             with progress_bar(*parts, unit="answers") as progress:
@@ -146,12 +151,13 @@ class Asked:
             )
             raise typer.Abort from None
         finally:
-            if new and not _has_answers(file):
-                file.unlink(missing_ok=True)
-                if self.force and old.exists():
-                    old.replace(file)
-            elif self.force:
-                old.unlink(missing_ok=True)
+            with suppress(OutputError), alone(), reporting(file):  # else it is another program's
+                if new and not _has_answers(file):
+                    file.unlink(missing_ok=True)
+                    if self.force and old.exists():
+                        old.replace(file)
+                elif self.force:
+                    old.unlink(missing_ok=True)
 
     def report(
         self,

@@ -34,9 +34,6 @@ Template = Annotated[
 Limit = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="The first N items alone, to try it out.")
 ]
-SkipBroken = Annotated[
-    bool, typer.Option("--skip-broken", help="Leave out items that cannot be read.")
-]
 Anew = Annotated[
     bool, typer.Option("--force", "-f", help="Forget the scores in the folder and begin anew.")
 ]
@@ -50,7 +47,8 @@ DataReferences = Annotated[
 ]
 
 _SPEC = (
-    "calibrated, paper, discffusion, diffusion-classifier or diffusion-itm; calibrated+shared-query"
+    "calibrated, paper, discffusion, diffusion-classifier, diffusion-itm or denoising-gap; "
+    "calibrated+shared-query"
 )
 
 Presets = Annotated[

@@ -1,9 +1,7 @@
 """What the commands of `diffenc evaluate` have in common: data, models, progress, files."""
 
 import json
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from diffenc.cli.evaluate_models import load_matchers
-from diffenc.cli.files import check_output, write_whole
+from diffenc.cli.files import check_output
+from diffenc.cli.progress import progress_bar
 from diffenc.cli.tables import print_table
 from diffenc.config import check_choice
-from diffenc.errors import ConfigError, OutputError
+from diffenc.errors import ConfigError
+from diffenc.storage.writing import locked, make_folder, remove_file, write_text
 
 if TYPE_CHECKING:
     from diffenc.evals.base import Benchmark, Matcher
@@ -124,63 +124,22 @@ def prepare_folder(folder: Path, names: Sequence[str], *, anew: bool) -> Path:
     """Make the output folder and find out whether its files can be written; the scores' path.
 
     Raises:
-        OutputError: They cannot.
+        OutputError: They cannot, or another program writes scores there.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make the folder {folder}: {error.strerror}") from error
+    make_folder(folder)
     for name in (SCORES, *names):
         check_output(folder / name, suffixes=(Path(name).suffix,), force=True)
-    if anew:
-        (folder / SCORES).unlink(missing_ok=True)
+    with locked(folder, name=SCORES, purpose="writing to it"):
+        if anew:
+            remove_file(folder / SCORES)
     return folder / SCORES
-
-
-@contextmanager
-def progress_bar(
-    title: str, *others: str, unit: str
-) -> "Iterator[Callable[[int, int], None] | None]":
-    """A bar with the time left on a terminal, nothing anywhere else.
-
-    What is done when the bar is told for the first time does not count for the speed.
-
-    Args:
-        title: What is done.
-        others: What is done after that; each begins where the one before is complete.
-        unit: What is counted.
-    """
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        *Progress.get_default_columns()[:2],
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        titles = [title, *others]
-        tasks: list[Any] = []
-
-        def update(done: int, total: int) -> None:
-            if not tasks or bar.tasks[-1].finished:
-                name = titles[min(len(tasks), len(titles) - 1)]
-                tasks.append(bar.add_task(name, total=total, completed=done))
-            bar.update(tasks[-1], completed=done)
-
-        yield update
 
 
 def write_report(folder: Path, name: str, page: str, content: object) -> list[Path]:
     """Write the Markdown and the JSON of a report; their paths."""
     paths = [folder / f"{name}.md", folder / f"{name}.json"]
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    for path, each in zip(paths, (page, text), strict=True):
-        write_whole(path, lambda partial, each=each: partial.write_text(each, encoding="utf-8"))  # type: ignore[misc]
+    write_text(paths[0], page)
+    write_text(paths[1], json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     return paths
 
 

@@ -17,7 +17,6 @@ from diffenc.cli.evaluate_options import (
     OnePreset,
     Output,
     PerLabel,
-    SkipBroken,
     Template,
     TimestepsOption,
     Trials,
@@ -31,7 +30,7 @@ from diffenc.cli.evaluate_run import (
 )
 from diffenc.cli.files import write_whole
 from diffenc.cli.noted import command_line
-from diffenc.cli.options import Debug, Device, Dtype, Model
+from diffenc.cli.options import Debug, Device, Dtype, Model, SkipBroken
 from diffenc.cli.score_options import BatchSize, Layers, References, ResizeOption, Size
 from diffenc.errors import ConfigError
 

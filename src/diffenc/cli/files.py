@@ -1,10 +1,10 @@
 """Output files: refused before work begins, complete or not there at all."""
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from diffenc.errors import OutputError
+from diffenc.storage.writing import reporting, require_writable, writing
 
 
 def check_output(path: Path, *, suffixes: Sequence[str], force: bool) -> None:
@@ -21,20 +21,14 @@ def check_output(path: Path, *, suffixes: Sequence[str], force: bool) -> None:
     """
     if path.suffix.lower() not in suffixes:
         raise OutputError(f"the name of the output must end in {' or '.join(suffixes)}: {path}")
-    try:
+    with reporting(path):
         if path.exists() and not path.is_file():
             raise OutputError(f"the output is no regular file: {path}")
         if path.exists() and not force:
             raise OutputError(f"the output exists already: {path} (--force replaces it)")
         if not path.parent.is_dir():
             raise OutputError(f"the folder of the output does not exist: {path.parent}")
-        partial = _partial(path)
-        partial.touch()
-        partial.unlink()
-    except OutputError:
-        raise
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    require_writable(path)
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -43,19 +37,5 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         OutputError: It cannot be written; nothing is left behind.
     """
-    partial = _partial(path)
-    try:
-        partial.touch()
-        mode = partial.stat().st_mode & 0o777  # safetensors creates files for their owner alone
+    with writing(path) as partial:
         write(partial)
-        partial.chmod(mode)
-        partial.replace(path)
-    except Exception as error:  # safetensors and Pillow raise more than OSError
-        reason = getattr(error, "strerror", None) or error
-        raise OutputError(f"cannot write {path}: {reason}") from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{os.getpid()}.partial{path.suffix}")

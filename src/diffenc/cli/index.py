@@ -13,10 +13,13 @@ from diffenc.cli.options import (
     Device,
     Dtype,
     Model,
+    SkipBroken,
+    Variant,
     quiet_libraries,
     to_device,
     to_dtype,
 )
+from diffenc.cli.pictures import PictureFiles
 from diffenc.cli.score_options import (
     AsJson,
     BatchSize,
@@ -36,7 +39,13 @@ from diffenc.cli.tables import print_table, readable_bytes
 def index(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Picture files.")],
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FOLDER", help="Of the bank, new or empty.")
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FOLDER",
+            help="Folder of the bank: new, empty, or one where this command was interrupted.",
+        ),
     ] = Path("bank"),
     model: Model = "shapes",
     calibration: CalibrationOption = None,
@@ -47,23 +56,31 @@ def index(
     resize: ResizeOption = None,
     seed: Seed = None,
     batch_size: BatchSize = 16,
+    skip_broken: SkipBroken = False,
+    force: Annotated[
+        bool, typer.Option("--force", "-f", help="Begin anew where the folder holds a bank.")
+    ] = False,
     device: Device = "auto",
     dtype: Dtype = "float32",
+    variant: Variant = None,
     _debug: Debug = False,
 ) -> None:
     """Write a query bank of images, which diffenc search finds by any text.
 
     One pass per image and timestep; the size of the bank is told before it is written. Few layers
-    and timesteps make it small.
+    and timesteps make it small. After an interruption the same command goes on where it stopped.
     """
-    from diffenc.images import load_image
+    from diffenc.scoring.bank_plan import check_folder, is_begun
 
-    for image in images:
-        load_image(image)
+    check_folder(output, overwrite=force)
+    PictureFiles(references or ()).check()
+    if not skip_broken:  # what cannot be read is told before the model is loaded
+        PictureFiles(images).check()
     scorer = load_scorer(
         model,
         device=device,
         dtype=dtype,
+        variant=variant,
         preset="calibrated",
         calibration=calibration,
         references=references,
@@ -85,14 +102,28 @@ def index(
     quiet = not sys.stderr.isatty()
     progress = Progress(console=Console(stderr=True), disable=quiet, transient=True)
     task = progress.add_task("reading", total=len(images))
+    goes_on = is_begun(output) and not force
+
+    def tell(done: int) -> None:
+        nonlocal goes_on
+        if goes_on and done:
+            typer.echo(f"going on with {output}: {done} images are in it", err=True)
+        goes_on = False
+        progress.update(task, completed=done)
+
     with nullcontext() if quiet else progress:  # rich before 15 ends even a disabled one's line
-        scorer.build_index(
+        bank = scorer.build_index(
             [str(image) for image in images],
             output,
-            progress=lambda done: progress.update(task, completed=done),
+            skip_broken=skip_broken,
+            overwrite=force,
+            progress=tell,
         )
+    for name, why in bank.skipped:
+        typer.echo(f"left out {name}: {why}", err=True)
     written = sum(path.stat().st_size for path in output.iterdir())
-    typer.echo(f"wrote {output} ({readable_bytes(written)})")
+    left_out = f", {len(bank.skipped)} images left out" if bank.skipped else ""
+    typer.echo(f"wrote {output} ({readable_bytes(written)}){left_out}")
 
 
 def search(

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from diffenc.backbones import BackboneSource, TapInfo
 
 _MAIN_TAPS = re.compile(r"conv_in|(mid_block|(down|up)_blocks\.\d+)(\.attentions\.\d+)?")
-_WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +94,15 @@ def _here(source: "BackboneSource") -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     from diffenc.backbones.shapes import shapes_folder
+    from diffenc.storage.weights import DIFFUSERS, weight_bytes
 
     if not source.hub_ids:
         return shapes_folder() if shapes_folder().is_dir() else None
     for hub_id in source.hub_ids:
-        weights = try_to_load_from_cache(hub_id, "unet/diffusion_pytorch_model.safetensors")
-        if isinstance(weights, str):
-            return Path(weights).parents[1]
+        index = try_to_load_from_cache(hub_id, "model_index.json")
+        folder = Path(index).parent if isinstance(index, str) else None
+        if folder is not None and weight_bytes(folder / "unet", DIFFUSERS):
+            return folder
     return None
 
 
@@ -145,17 +146,19 @@ def _component(name: str, config: dict[str, Any], folder: Path | None) -> Compon
     """Count a part's parameters without memory for them."""
     import torch
 
+    from diffenc.backbones.stored import stem_of
+    from diffenc.storage.weights import weight_bytes
+
     try:
         with torch.device("meta"):
             module = _build(name, config)
     except Exception as error:  # a broken config fails in any way
         raise BackboneError(f"cannot build {name} of {folder} from its config: {error}") from error
-    files = [folder / name / file for file in _WEIGHTS] if folder else []
     return Component(
         name=name,
         kind=type(module).__name__,
         parameters=sum(parameter.numel() for parameter in module.parameters()),
-        bytes_on_disk=sum(file.stat().st_size for file in files if file.is_file()),
+        bytes_on_disk=0 if folder is None else weight_bytes(folder / name, stem_of(name)),
         overflows=name == "vae" and bool(config.get("force_upcast", False)),
     )
 

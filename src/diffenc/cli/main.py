@@ -1,121 +1,45 @@
-"""The program `diffenc`: its commands, and how errors reach the terminal."""
+"""Entry point of the program `diffenc`.
+
+It loads the commands only when it runs, and after it has made sure that it can be interrupted.
+"""
 
 import os
 import sys
-from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING
 
-import typer
-from typer.core import TyperGroup
+from diffenc.cli import signals
 
-from diffenc._version import __version__
-from diffenc.cli.demo import demo
-from diffenc.cli.encode import encode
-from diffenc.cli.evaluate import evaluate
-from diffenc.cli.index import index, search
-from diffenc.cli.info import info
-from diffenc.cli.maps import maps
-from diffenc.cli.options import DEBUG, Debug
-from diffenc.cli.score import score
-from diffenc.cli.study import study
-from diffenc.cli.train import shapes_data, train
-from diffenc.errors import DiffencError
+if TYPE_CHECKING:
+    from diffenc.cli.app import CommandGroup, app
 
-
-class CommandGroup(TyperGroup):
-    """Commands whose errors are one line on standard error, and a traceback only with --debug."""
-
-    def main(
-        self,
-        args: Sequence[str] | None = None,
-        prog_name: str | None = None,
-        complete_var: str | None = None,
-        standalone_mode: bool = True,
-        windows_expand_args: bool = True,
-        **extra: Any,
-    ) -> Any:
-        """Run, report and exit: 2 for what the caller can repair, 1 for anything unforeseen."""
-        DEBUG.off()
-        if not (sys.argv[1:] if args is None else args):
-            args = ["--help"]
-        try:
-            code = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
-        except typer.Abort:
-            code = 130
-        except Exception as error:
-            if DEBUG.on:
-                raise
-            code = _report(error)
-        if not standalone_mode:
-            return code
-        sys.exit(code if isinstance(code, int) else 0)
-
-
-def _report(error: Exception) -> int:
-    """Print an error as one line; the exit code."""
-    if isinstance(error, DiffencError):
-        message, code = str(error), 2
-    elif hasattr(error, "format_message"):  # a usage error: click's own, or typer's copy of it
-        context = getattr(error, "ctx", None)
-        command = context.command_path if context else "diffenc"
-        message, code = f"{error.format_message().rstrip('.')}. See: {command} --help", 2
-    else:
-        message = f"{type(error).__name__}: {error} (unforeseen; --debug shows the traceback)"
-        code = 1
-    typer.echo(f"error: {' '.join(map(str.strip, message.splitlines()))}", err=True)
-    return code
-
-
-app = typer.Typer(
-    name="diffenc",
-    cls=CommandGroup,
-    help="Text-to-image diffusion models as vision encoders that read the question.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-
-def _print_version(wanted: bool) -> bool:
-    if wanted:
-        typer.echo(f"diffenc {__version__}")
-        raise typer.Exit
-    return wanted
-
-
-@app.callback()
-def _global_options(
-    _version: Annotated[
-        bool,
-        typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version."
-        ),
-    ] = False,
-    _debug: Debug = False,
-) -> None:
-    """Options before a command."""
-
-
-app.command()(demo)
-app.command()(encode)
-app.command()(info)
-app.command()(score)
-app.command()(maps)
-app.command()(index)
-app.command()(search)
-app.command()(train)
-app.command("shapes-data")(shapes_data)
-app.add_typer(evaluate, name="evaluate")
-app.add_typer(study, name="study")
+__all__ = ["CommandGroup", "app", "main"]
 
 
 def main() -> None:
-    """Entry point of the program."""
-    # Read when torch loads. Threads that spin while they wait make the program many times slower
-    # beside another one that keeps the cores busy.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    app()
+    """Run the program and exit."""
+    signals.take_over()
+    try:
+        signals.open_streams()
+        # Read when torch loads. Threads that spin while they wait make the program many times
+        # slower beside another one that keeps the cores busy.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        from diffenc.cli.app import app
+
+        code = app(standalone_mode=False)
+    except KeyboardInterrupt:
+        code = signals.exit_code()
+    signals.ignore()
+    sys.exit(signals.flush() or (code if isinstance(code, int) else 0))
+
+
+if not TYPE_CHECKING:  # hidden from type checkers, which would otherwise accept any name
+
+    def __getattr__(name: str) -> object:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        import diffenc.cli.app as commands
+
+        return getattr(commands, name)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from diffenc.cli.files import check_output, write_whole
-from diffenc.cli.options import Debug, Device, Dtype, Force, Model
+from diffenc.cli.options import Debug, Device, Dtype, Force, Model, Variant
 from diffenc.cli.score_options import (
     Layers,
     ResizeOption,
@@ -52,6 +52,7 @@ def maps(
     seed: Seed = None,
     device: Device = "auto",
     dtype: Dtype = "float32",
+    variant: Variant = None,
     force: Force = False,
     _debug: Debug = False,
 ) -> None:
@@ -67,6 +68,7 @@ def maps(
         model,
         device=device,
         dtype=dtype,
+        variant=variant,
         preset="paper",
         timesteps=timesteps,
         size=size,

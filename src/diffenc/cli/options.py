@@ -56,6 +56,19 @@ Device = Annotated[
 Dtype = Annotated[
     str, typer.Option(metavar="NAME", help="Of the weights: float32, float16 or bfloat16.")
 ]
+SkipBroken = Annotated[
+    bool,
+    typer.Option(
+        "--skip-broken", help="Go on without pictures that cannot be read, and tell which."
+    ),
+]
+Variant = Annotated[
+    str | None,
+    typer.Option(
+        metavar="WORD",
+        help="Word in the names of the weight files, such as fp16; default: what fits the dtype.",
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace the output file if it exists.")]
 
 

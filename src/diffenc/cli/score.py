@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from diffenc._version import __version__
-from diffenc.cli.options import Debug, Device, Dtype, Model
+from diffenc.cli.options import Debug, Device, Dtype, Model, SkipBroken, Variant
+from diffenc.cli.pictures import PictureFiles
 from diffenc.cli.score_options import (
     AsJson,
     BatchSize,
@@ -25,8 +26,11 @@ from diffenc.cli.score_options import (
     load_scorer,
 )
 from diffenc.cli.tables import print_table
+from diffenc.errors import ImageError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from diffenc.scoring.result import Scores
 
 
@@ -54,6 +58,8 @@ def score(
     as_json: AsJson = False,
     device: Device = "auto",
     dtype: Dtype = "float32",
+    skip_broken: SkipBroken = False,
+    variant: Variant = None,
     _debug: Debug = False,
 ) -> None:
     """Score every image under every text; higher is better.
@@ -61,14 +67,14 @@ def score(
     The best text of each image and the best image of each text are marked. With several trials the
     sample standard deviation stands beside the mean.
     """
-    from diffenc.images import load_image
-
-    for image in images:
-        load_image(image)  # what cannot be read is told before the model is loaded
+    PictureFiles(references or ()).check()
+    files = PictureFiles(images, skip_broken)
+    files.check()  # what cannot be read is told before the model is loaded
     scorer = load_scorer(
         model,
         device=device,
         dtype=dtype,
+        variant=variant,
         preset=preset,
         calibration=calibration,
         references=references,
@@ -82,15 +88,30 @@ def score(
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # cut texts are told below
-        scores = scorer.score([str(image) for image in images], texts, trials=trials, screen=screen)
+        scores = _scores(
+            files, lambda paths: scorer.score(paths, texts, trials=trials, screen=screen)
+        )
+    images = files.kept_paths
     if as_json:
-        typer.echo(json.dumps(_content(scores, images, scorer.backbone.name), indent=2))
+        content = _content(scores, images, scorer.backbone.name)
+        typer.echo(json.dumps({**content, "left_out": files.left_out}, indent=2))
     else:
         _print(scores, images, scorer.backbone.name)
+    files.report()
     if cut := sum(count > 0 for count in scores.truncated):
         typer.echo(
             f"warning: {cut} texts are longer than the text encoder reads and were cut", err=True
         )
+
+
+def _scores(files: PictureFiles, score_files: "Callable[[list[str]], Scores]") -> "Scores":
+    """Scores of the pictures that can be read, anew where one broke after it was checked."""
+    while True:
+        try:
+            return score_files(list(map(str, files.kept_paths)))
+        except ImageError:
+            if not files.check():
+                raise
 
 
 def _content(scores: "Scores", images: list[Path], model: str) -> dict[str, object]:

@@ -18,7 +18,8 @@ Preset = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help="calibrated, paper, discffusion, diffusion-classifier or diffusion-itm.",
+        help="calibrated, paper, discffusion, diffusion-classifier, diffusion-itm or "
+        "denoising-gap.",
     ),
 ]
 Mode = Annotated[

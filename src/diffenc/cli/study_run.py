@@ -1,6 +1,5 @@
 """What the commands under `diffenc study` share: files, a bar, what a study was made with."""
 
-import json
 import os
 import platform
 import sys
@@ -14,7 +13,7 @@ import typer
 from diffenc._version import __version__
 from diffenc.cli.files import check_output, write_whole
 from diffenc.cli.options import to_device
-from diffenc.errors import OutputError
+from diffenc.storage.writing import make_folder, write_json, write_text
 
 Progress = Callable[[int, int], None]
 """Told what is done, and of how much."""
@@ -35,18 +34,6 @@ def output_paths(
     return paths
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder, and those above it.
-
-    Raises:
-        OutputError: It cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make the folder {folder}: {error.strerror}") from error
-
-
 def write_study(
     paths: Mapping[str, Path],
     *,
@@ -59,11 +46,10 @@ def write_study(
     Raises:
         OutputError: They cannot be written.
     """
-    text = json.dumps(content, indent=1) + "\n"
-    write_whole(paths[".json"], lambda path: path.write_text(text, encoding="utf-8"))
+    write_json(paths[".json"], content, indent=1)
     if draw is not None:
         write_whole(paths[".png"], draw)
-    write_whole(paths[".md"], lambda path: path.write_text(page, encoding="utf-8"))
+    write_text(paths[".md"], page)
 
 
 def made_with(seconds: float, device: str) -> str:

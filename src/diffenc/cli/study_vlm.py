@@ -13,6 +13,7 @@ from diffenc.cli.study_options import Output, Quick
 from diffenc.cli.study_run import made_with, output_paths, say_written, work_bar, write_study
 from diffenc.cli.tables import print_table
 from diffenc.errors import ConfigError
+from diffenc.storage.writing import write_text
 
 if TYPE_CHECKING:
     from diffenc.studies.vlm import StudyPlan, VlmStudy
@@ -187,12 +188,11 @@ def _print_missing(missing: Mapping[str, str]) -> None:
 
 
 def _write_config(name: str, path: Path, *, force: bool) -> None:
-    from diffenc.cli.files import check_output, write_whole
+    from diffenc.cli.files import check_output
     from diffenc.studies.vlm.reading import bundled_text
 
     check_output(path, suffixes=(".toml",), force=force)
-    text = bundled_text(name)
-    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_text(path, bundled_text(name))
     typer.echo(f"wrote {path}")
 
 

@@ -1,7 +1,7 @@
 """`diffenc train`: one stage from a TOML file; `diffenc shapes-data`: data for it in miniature."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffenc.cli.options import Debug, Device, quiet_libraries, to_device
+from diffenc.cli.progress import progress_bar
 from diffenc.cli.tables import print_table
 from diffenc.errors import ConfigError
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from diffenc.train.plan import Plan
     from diffenc.train.stages import Progress
 
+_EXAMPLES = 5
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -53,19 +55,25 @@ def train(
     if plan:
         from diffenc.train.plan import make_plan
 
-        _print_plan(make_plan(told, processes=processes, tflops=tflops))
+        with progress_bar("looking at pictures", unit="pictures") as looking:
+            found = make_plan(told, processes=processes, tflops=tflops, looking=looking)
+        _print_plan(found)
         return
     from diffenc.train.stages import is_first_process
     from diffenc.train.stages import train as run_stage
 
     # Each process of several has a device of its own, which the stage finds.
     chosen = None if device == "auto" else to_device(device)
-    with _progress() as progress:
-        result = run_stage(told, resume=resume, device=chosen, progress=progress)
+    with _progress() as (progress, looking):
+        result = run_stage(told, resume=resume, device=chosen, progress=progress, looking=looking)
     if not is_first_process():
         return
     if result.data.broken:
         typer.echo(f"left out: {result.data.describe()}")
+    if result.skipped:
+        some = "; ".join(result.skipped[:_EXAMPLES])
+        more = "; ..." if len(result.skipped) > _EXAMPLES else ""
+        typer.echo(f"skipped while training, {len(result.skipped)} samples: {some}{more}")
     if resume:
         typer.echo(f"went on from step {result.resumed_at}")
     if result.cache_hits + result.cache_misses:
@@ -88,10 +96,10 @@ def shapes_data(
 
 
 @contextmanager
-def _progress() -> "Iterator[Progress | None]":
-    """A bar on a terminal, nothing anywhere else."""
+def _progress() -> "Iterator[tuple[Progress | None, Callable[[int, int], None] | None]]":
+    """Bars on a terminal, of the steps and of the pictures before them; nothing anywhere else."""
     if not sys.stderr.isatty():
-        yield None
+        yield None, None
         return
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -99,18 +107,22 @@ def _progress() -> "Iterator[Progress | None]":
     columns: tuple[Any, ...] = (
         *Progress.get_default_columns()[:2],
         MofNCompleteColumn(),
-        TextColumn("steps"),
+        TextColumn("{task.fields[unit]}"),
         TextColumn("{task.fields[loss]}"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("training", total=None, loss="")
+        first = bar.add_task("looking at pictures", total=None, loss="", unit="pictures")
+        task = bar.add_task("training", total=None, loss="", unit="steps")
 
         def tell(done: int, total: int, loss: float | None) -> None:
             shown = "" if loss is None else f"loss {loss:.3f}"
             bar.update(task, completed=done, total=total, loss=shown)
 
-        yield tell
+        def look(done: int, total: int) -> None:
+            bar.update(first, completed=done, total=total, visible=done < total)
+
+        yield tell, look
 
 
 def _print_plan(found: "Plan") -> None:

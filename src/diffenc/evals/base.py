@@ -1,17 +1,18 @@
 """What a benchmark is made of, and what it asks of a model that matches images and texts."""
 
 import hashlib
-import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from diffenc.errors import ImageError
+from diffenc.errors import ConfigError, ImageError
 from diffenc.images import load_image
+from diffenc.storage.names import reason
 
 BenchmarkName = Literal["winoground", "mmvp-vlm"]
 Average = Literal["items", "labels"]
@@ -72,19 +73,14 @@ class Picture:
         Raises:
             ImageError: It cannot be read.
         """
+        if isinstance(self.source, Image.Image):
+            image = load_image(self.source, name=self.name)
+            return image, _digest(repr(image.size).encode() + image.tobytes())
         try:
-            if isinstance(self.source, Image.Image):
-                image = load_image(self.source)
-                return image, _digest(repr(image.size).encode() + image.tobytes())
             content = self.source()
-            with Image.open(io.BytesIO(content)) as opened:
-                opened.load()
-                return load_image(opened), _digest(content)
-        except Exception as error:  # files, archives and decoders each raise errors of their own
-            reason = str(error).replace("<_io.BytesIO object at", "a file in memory at")
-            if isinstance(error, UnidentifiedImageError):
-                reason = "it is no picture, or of an unknown format"
-            raise ImageError(f"cannot read the picture {self.name}: {reason}") from error
+        except Exception as error:  # files and archives each raise errors of their own
+            raise ImageError(f"cannot read the image {self.name}: {reason(error)}") from error
+        return load_image(content, name=self.name), _digest(content)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +148,16 @@ class Benchmark:
     def texts(self, item: Item) -> list[str]:
         """What is scored for an item's captions."""
         return [self.template.replace("{}", caption) for caption in item.captions]
+
+
+def check_unique(ids: Iterable[str], source: str) -> None:
+    """Refuse items by the same id, of which one would get the scores or answers of the other.
+
+    Raises:
+        ConfigError: There are some.
+    """
+    if double := [name for name, count in Counter(ids).items() if count > 1]:
+        raise ConfigError(f"{source} has {len(double)} ids more than once, such as {double[0]!r}")
 
 
 def _digest(content: bytes) -> str:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from diffenc.errors import BackboneError
 from diffenc.evals.matchers import short_name, weights_digest
-from diffenc.pretrained import load_whole, loading, pretrained_source
+from diffenc.pretrained import load_whole, loading, model_config, model_folder
 from diffenc.prompts import tokenize
+from diffenc.tokenizing import fit_rows, token_ids
 
 _INSTEAD = (
     "Pass a folder with config.json, model.safetensors, tokenizer and preprocessor_config.json, or "
@@ -59,23 +60,23 @@ class ClipMatcher:
         Raises:
             BackboneError: There is no CLIP of that name.
         """
-        from transformers import AutoConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+        from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
         label = os.fspath(name)
         with loading("a CLIP", label, instead=_INSTEAD):
-            source = pretrained_source(label)
-            config = AutoConfig.from_pretrained(source)
+            config = model_config(label)
             if config.model_type != "clip":
                 raise BackboneError(
                     f"{label!r} is of the kind {config.model_type!r}; the baseline is a CLIPModel "
                     "of transformers, such as openai/clip-vit-large-patch14"
                 )
-            model = load_whole(CLIPModel, source)
-            tokenizer = CLIPTokenizer.from_pretrained(source)
-            processor = CLIPImageProcessor.from_pretrained(source)
+            model = load_whole(CLIPModel, label, dtype=dtype)
+            folder, options = model_folder(label, weights=False), {"local_files_only": True}
+            tokenizer = CLIPTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+            processor = CLIPImageProcessor.from_pretrained(folder, **options)
         limit = config.text_config.max_position_embeddings
         tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
-        return cls(model.to(device, dtype), tokenizer, processor, name=short_name(label))
+        return cls(model.to(device), tokenizer, processor, name=short_name(label))
 
     @torch.no_grad()
     def __call__(
@@ -83,10 +84,11 @@ class ClipMatcher:
     ) -> Tensor:
         """Cosines times the model's temperature, (images, texts), in float32."""
         device = self.model.device
+        whole = token_ids(self.tokenizer, texts)
+        ids, mask = fit_rows(self.tokenizer, whole, to_longest=True)
         found = self.model(
-            **self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt").to(
-                device
-            ),
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
             pixel_values=self.processor(images=list(images), return_tensors="pt")[
                 "pixel_values"
             ].to(device, self.model.dtype),

@@ -133,9 +133,12 @@ def _is_step(count: int) -> bool:
 
 def _row(scores: Tensor, count: int, evaluation: Evaluation) -> DrawRow:
     groups = len(scores) // count
-    generator = torch.Generator().manual_seed(count)
+    generator = torch.Generator("cpu").manual_seed(count)
     ways = 1 if count == 1 else _REGROUPINGS
-    order = torch.stack([torch.randperm(len(scores), generator=generator) for _ in range(ways)])
+    place: dict[str, Any] = {"dtype": torch.long, "device": "cpu"}
+    order = torch.stack(
+        [torch.randperm(len(scores), generator=generator, **place) for _ in range(ways)]
+    )
     split = order[:, : groups * count].unflatten(1, (groups, count))
     grouped = torch.stack([scores[way].mean(dim=1) for way in split])  # ways groups items 2 2
     found = results_of(grouped.flatten(0, 1), evaluation)
@@ -154,7 +157,7 @@ def _row(scores: Tensor, count: int, evaluation: Evaluation) -> DrawRow:
 
 def _spread(values: tuple[float, ...], groups: int) -> Spread:
     """Of repetitions, as many in each way to split."""
-    table = torch.tensor(values, dtype=torch.float64).unflatten(0, (-1, groups))
+    table = torch.tensor(values, dtype=torch.float64, device="cpu").unflatten(0, (-1, groups))
     variance = table.var(dim=1, correction=1).mean()
     return Spread(float(table.mean()), math.sqrt(float(variance)))
 

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffenc.errors import ConfigError, NonFiniteError, ShapeError
-from diffenc.evals.base import Benchmark, Item, Matcher, Problem
-from diffenc.evals.inspection import Inspection, Progress, inspect
+from diffenc.errors import ConfigError, ImageError, NonFiniteError, ShapeError
+from diffenc.evals.base import Benchmark, Item, Matcher, Problem, check_unique
+from diffenc.evals.inspection import Inspection, Progress, inspect, summary
 from diffenc.evals.metrics import Results, by_label, correct, overall
 from diffenc.evals.results_file import ResultsFile
 
@@ -88,7 +88,7 @@ def evaluate(
         trials: How often; trial k has the noise of seed + k.
         seed: Of the first trial.
         results: A JSON lines file; None keeps nothing.
-        skip_broken: Leave out items that cannot be read.
+        skip_broken: Leave out items that cannot be read, before the first is scored or later.
         inspection: What `inspect` found, where it was called before.
         progress: Told how many scores of items are there, and of how many.
 
@@ -96,8 +96,9 @@ def evaluate(
         Scores of all items, and what was found on the way.
 
     Raises:
-        ConfigError: Broken items, fewer than one trial, two models of one name, or a results file
-            of something else.
+        ConfigError: Broken items, two of an id, fewer than one trial, two models of one name, or a
+            results file of something else.
+        ImageError: A picture that could be read before cannot be read any more.
         OutputError: The results file cannot be written.
         ShapeError: A model returns something else than (images, texts).
         NonFiniteError: A model returns NaN or infinity.
@@ -107,6 +108,7 @@ def evaluate(
     names = [matcher.name for matcher in matchers]
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"models must be one or more, each with a name of its own; got {names}")
+    check_unique((item.id for item in benchmark.items), benchmark.source)
     found = inspection or inspect(benchmark, matchers)
     found.check(benchmark.source, skip_broken=skip_broken)
     seeds = {
@@ -117,16 +119,31 @@ def evaluate(
         for matcher in matchers:
             if file is not None:
                 file.add_matcher(matcher)
-        run = _Run(benchmark, found, file, seeds, progress)
-        scores = {matcher.name: run.score(matcher) for matcher in matchers}
+        run = _Run(benchmark, found, file, seeds, skip_broken, progress)
+        rows = {matcher.name: run.score(matcher) for matcher in matchers}
+        others = {name: file.others(name, found.digests) if file else [] for name in names}
+    items = tuple(item for item in found.items if item.id not in run.broken)
+    if not items:
+        raise ConfigError(f"no item of {benchmark.source} is left: {summary(run.broken.values())}")
     return Evaluation(
         benchmark=benchmark,
-        items=found.items,
-        scores=scores,
+        items=items,
+        scores={
+            name: torch.stack([each[item.id] for item in items], dim=1)
+            for name, each in rows.items()
+        },
         seeds=seeds,
         descriptions={matcher.name: dict(matcher.description) for matcher in matchers},
-        problems=found.problems,
-        notes=found.notes,
+        problems=(*found.problems, *run.broken.values()),
+        notes=(
+            *found.notes,
+            *(
+                f"scores of {name} for {len(ids)} items that are not scored here are in "
+                f"{results} ({', '.join(ids[:3])}{', ...' * (len(ids) > 3)})"
+                for name, ids in others.items()
+                if ids
+            ),
+        ),
         fresh=run.fresh,
     )
 
@@ -140,9 +157,12 @@ class _Run:
         found: Inspection,
         file: ResultsFile | None,
         seeds: Mapping[str, Sequence[int]],
+        skip_broken: bool,
         progress: Progress | None,
     ) -> None:
         self.fresh = 0
+        self.broken: dict[str, Problem] = {}
+        self._skip_broken = skip_broken
         self._benchmark, self._found, self._file = benchmark, found, file
         self._seeds, self._progress = seeds, progress
         keys = [
@@ -157,14 +177,23 @@ class _Run:
         if progress is not None:
             progress(self._done, self._total)
 
-    def score(self, matcher: Matcher) -> Tensor:
-        """Scores (trials items 2 2 ...) of a model."""
-        rows = [self._item(matcher, item) for item in self._found.items]
-        if len({row.shape for row in rows}) > 1:
-            raise ShapeError(
-                f"{matcher.name} scored items in shapes {sorted({*map(_shape, rows)})}"
-            )
-        return torch.stack(rows, dim=1)
+    def score(self, matcher: Matcher) -> dict[str, Tensor]:
+        """Scores (trials 2 2 ...) of a model by item, without those of broken pictures."""
+        rows: dict[str, Tensor] = {}
+        for item in self._found.items:
+            if item.id in self.broken:
+                continue
+            try:
+                rows[item.id] = self._item(matcher, item)
+            except ImageError as error:  # it could be read when all were looked at
+                if not self._skip_broken:
+                    raise
+                detail = str(error).removeprefix("cannot read the image ")
+                self.broken[item.id] = Problem("unreadable pictures", f"id {item.id}", detail)
+        if len({row.shape for row in rows.values()}) > 1:
+            shapes = sorted({*map(_shape, rows.values())})
+            raise ShapeError(f"{matcher.name} scored items in shapes {shapes}")
+        return rows
 
     def _item(self, matcher: Matcher, item: Item) -> Tensor:
         digest, trials = self._found.digests[item.id], []
@@ -182,7 +211,7 @@ class _Run:
                 self._done += 1
                 if self._progress is not None:
                     self._progress(self._done, self._total)
-            trials.append(torch.tensor(there, dtype=torch.float64))
+            trials.append(torch.tensor(there, dtype=torch.float64, device="cpu"))
         return torch.stack(trials)
 
 

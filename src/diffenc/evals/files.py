@@ -1,13 +1,15 @@
 """The files of a downloaded dataset: a folder, a zip archive, or a folder with archives in it."""
 
 import os
-import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 
 from diffenc.errors import ConfigError
+from diffenc.storage.archives import MEMBER_BYTES, list_archive, read_member
+from diffenc.storage.names import expanded, is_file, is_folder, printable
+from diffenc.storage.reading import read_bytes
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _DEPTH = 4
@@ -28,16 +30,16 @@ class DatasetFiles:
     """
 
     def __init__(self, source: "str | os.PathLike[str]") -> None:
-        self.source = Path(source).expanduser()
+        self.source = expanded(source)
         self._readers: dict[str, Callable[[], bytes]] = {}
-        if self.source.is_dir():
+        if is_folder(self.source):
             self._add_folder()
-        elif self.source.is_file() and self.source.suffix.lower() == ".zip":
+        elif is_file(self.source) and self.source.suffix.lower() == ".zip":
             self._add_archive(self.source, "")
-        elif self.source.exists():
+        elif is_file(self.source):
             raise ConfigError(f"{self.source} is neither a folder nor a .zip file")
         else:
-            raise ConfigError(f"there is no folder and no file {self.source}")
+            raise ConfigError(f"there is no folder and no file {printable(self.source)}")
         self._by_stem: defaultdict[str, list[str]] = defaultdict(list)
         for name in sorted(self._readers):
             path = PurePosixPath(name)
@@ -55,13 +57,13 @@ class DatasetFiles:
         return sorted(self._readers)
 
     def reader(self, name: str) -> Callable[[], bytes]:
-        """What reads a file when it is called."""
+        """What reads a file when it is called, or raises a `ConfigError`."""
         return self._readers[name]
 
     def path(self, name: str) -> Path | None:
         """Where a file lies, None inside an archive."""
         path = self.source / name
-        return path if path.is_file() else None
+        return path if is_file(path) else None
 
     def named(self, *endings: str) -> list[str]:
         """Files whose name, without folders and in any case, is one of these or "*" and an end."""
@@ -107,33 +109,21 @@ class DatasetFiles:
                 for name in below
                 if not name.startswith((".", "__")) and len(inside.parts) < _DEPTH
             )
-            for name in names:
-                path = Path(folder, name)
+            for name in (name for name in names if not name.startswith(".")):
+                path, shown = Path(folder, name), (inside / name).as_posix()
                 if path.suffix.lower() == ".zip":
-                    self._add_archive(path, f"{(inside / name).as_posix()}/")
-                elif not name.startswith("."):
-                    self._readers[(inside / name).as_posix()] = path.read_bytes
+                    self._add_archive(path, f"{shown}/")
+                else:
+                    self._readers[shown] = partial(read_bytes, path, most=MEMBER_BYTES)
             if len(self._readers) > _MOST:
                 raise ConfigError(
                     f"{self.source} holds more than {_MOST:,} files; name the dataset's own folder"
                 )
 
     def _add_archive(self, path: Path, prefix: str) -> None:
-        try:
-            with zipfile.ZipFile(path) as archive:
-                entries = [entry for entry in archive.infolist() if not entry.is_dir()]
-        except (OSError, zipfile.BadZipFile) as error:
-            raise ConfigError(
-                f"{path} is no whole .zip file: {error}; download it again"
-            ) from error
-        for entry in entries:
-            if not entry.filename.startswith("__MACOSX"):
-                self._readers[prefix + entry.filename] = partial(_read_entry, path, entry.filename)
-
-
-def _read_entry(path: Path, name: str) -> bytes:
-    with zipfile.ZipFile(path) as archive:
-        return archive.read(name)
+        for name in list_archive(path, most=_MOST):
+            if not name.startswith("__MACOSX"):
+                self._readers[prefix + name] = partial(read_member, path, name)
 
 
 def cached_dataset(repository: str) -> Path | None:
@@ -163,7 +153,7 @@ def resolve_data(
         ConfigError: Nothing there; the message holds the command that downloads it.
     """
     label = os.fspath(data)
-    if Path(label).expanduser().exists():
+    if is_file(expanded(label)) or is_folder(expanded(label)):
         return DatasetFiles(label)
     known = {name.lower(): name for name in repositories}
     cached = label.lower() in known

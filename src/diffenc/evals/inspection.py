@@ -11,6 +11,8 @@ Progress = Callable[[int, int], None]
 """Told how much is done, and of how much."""
 
 _EXAMPLES = 3
+NAMED = 20
+"""How many problems of a kind an error names, where work stops for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,7 @@ class Inspection:
         """
         if self.problems and not skip_broken:
             raise ConfigError(
-                f"{source} has {len(self.problems)} problems: {summary(self.problems)}. "
+                f"{source} has {len(self.problems)} problems: {summary(self.problems, NAMED)}. "
                 f"{len(self.items)} items are whole; go on with those by --skip-broken "
                 "(skip_broken=True)"
             )
@@ -65,7 +67,7 @@ def inspect(
             try:
                 found.append(picture.read()[1])
             except ImageError as error:
-                detail = str(error).removeprefix("cannot read the picture ")
+                detail = str(error).removeprefix("cannot read the image ")
                 problems.append(Problem("unreadable pictures", f"id {item.id}", detail))
         if len(found) == 2:
             digests[item.id] = item.digest(found)
@@ -82,16 +84,16 @@ def inspect(
     return Inspection(tuple(whole), digests, tuple(problems), tuple(notes))
 
 
-def summary(problems: Iterable[Problem]) -> str:
+def summary(problems: Iterable[Problem], examples: int = _EXAMPLES) -> str:
     """Counts by kind, each with a few examples, in one line."""
     kinds: defaultdict[str, list[Problem]] = defaultdict(list)
     for problem in problems:
         kinds[problem.kind].append(problem)
     parts = []
     for kind, found in kinds.items():
-        examples = [f"{p.where}: {p.detail}" if p.detail else p.where for p in found[:_EXAMPLES]]
-        more = ", ..." if len(found) > _EXAMPLES else ""
-        parts.append(f"{len(found)} {kind} ({', '.join(examples)}{more})")
+        some = [f"{p.where}: {p.detail}" if p.detail else p.where for p in found[:examples]]
+        more = ", ..." if len(found) > examples else ""
+        parts.append(f"{len(found)} {kind} ({', '.join(some)}{more})")
     return "; ".join(parts)
 
 

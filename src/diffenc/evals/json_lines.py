@@ -2,16 +2,24 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, ClassVar, TypeVar
 
 from diffenc._version import __version__
-from diffenc.errors import ConfigError, OutputError
+from diffenc.config import check_choice
+from diffenc.errors import ConfigError, DiffencError, OutputError
+from diffenc.storage.names import is_file
+from diffenc.storage.reading import DATA_BYTES, decode, parse_json, read_bytes
+from diffenc.storage.schema import checked
+from diffenc.storage.writing import locked, reporting
 
 # `Self` is not known to the check of annotations at run time (make test-shapes).
 _File = TypeVar("_File", bound="JsonLinesFile")
+
+_NONE = object()
 
 Key = tuple[str, int | str, str]
 """Name of the model, trial or part of the protocol, id of the item."""
@@ -53,6 +61,7 @@ class JsonLinesFile:
 
     Lines are appended whole; a last line that was torn by a crash is removed when the file is
     opened. What a value was made from is kept as a digest, so that it is never taken for another.
+    While one program has the file open, no other one opens it.
 
     Args:
         path: Of the file, which is made where it does not exist.
@@ -60,24 +69,27 @@ class JsonLinesFile:
         source: Where items come from; told, not compared.
 
     Raises:
-        ConfigError: The file belongs to something else, or a line is broken.
-        OutputError: It cannot be read or written.
+        ConfigError: The file belongs to something else, or a line is broken or a copy.
+        OutputError: It cannot be read or written, or another program has it open.
     """
 
     wording: ClassVar[Wording]
+    parts: ClassVar[type]
+    """Type of the middle part of keys."""
 
     def __init__(self, path: Path, header: Mapping[str, Any], *, source: str) -> None:
         self.path = path
         self._models: dict[str, Any] = {}
         self._values: dict[Key, tuple[str, Any]] = {}
         header = {"type": self.wording.header, "format": 1, **header}
-        try:
+        with ExitStack() as stack:
+            stack.enter_context(locked(path.parent, name=path.name, purpose="writing to it"))
             self._read(header)
-            self._file: IO[bytes] = path.open("ab")
-        except OSError as error:
-            raise OutputError(f"cannot use {path}: {error.strerror or error}") from error
-        if self._file.tell() == 0:
-            self._write({**header, "version": __version__, "source": source})
+            with reporting(path):
+                self._file: IO[bytes] = stack.enter_context(path.open("ab"))
+            if self._file.tell() == 0:
+                self._write({**header, "version": __version__, "source": source})
+            self._open = stack.pop_all()
 
     def __enter__(self: _File) -> _File:
         return self
@@ -87,9 +99,10 @@ class JsonLinesFile:
 
     def close(self) -> None:
         """Bring everything to the disk."""
-        if not self._file.closed:
-            os.fsync(self._file.fileno())
-            self._file.close()
+        with self._open:
+            if not self._file.closed:
+                with reporting(self.path):
+                    os.fsync(self._file.fileno())
 
     def get(self, key: Key, digest: str) -> Any:
         """The value by that key, or None where there is none yet.
@@ -117,13 +130,22 @@ class JsonLinesFile:
         line = {"type": self.wording.line, **dict(zip(self.wording.keys, key, strict=True))}
         self._write({**line, "digest": digest, **more, self.wording.value: value})
 
+    def others(self, model: str, items: Collection[str]) -> list[str]:
+        """Items for which the file holds values of a model, other than these."""
+        there = (item for name, _, item in self._values if name == model and item not in items)
+        return list(dict.fromkeys(there))
+
+    def check_value(self, value: Any) -> Any:
+        """A value of a line, or a `ConfigError` where it is none of this kind of file."""
+        raise NotImplementedError
+
     def _add_model(self, name: str, description: Mapping[str, Any]) -> None:
         """Note what a model's values depend on.
 
         Raises:
             ConfigError: The file holds values of another model or configuration by that name.
         """
-        plain = json.loads(json.dumps(dict(description)))
+        plain = parse_json(json.dumps(dict(description)), where=f"the description of {name}")
         known = self._models.get(name)
         if known is None:
             self._models[name] = plain
@@ -135,7 +157,8 @@ class JsonLinesFile:
             )
 
     def _read(self, header: Mapping[str, Any]) -> None:
-        content = self.path.read_bytes() if self.path.exists() else b""
+        there = is_file(self.path)
+        content = read_bytes(self.path, error=OutputError, most=DATA_BYTES) if there else b""
         whole, _, torn = content.rpartition(b"\n")
         start = f'{{"type": "{self.wording.header}"'.encode()
         if not whole and not (torn.startswith(start) or start.startswith(torn)):
@@ -146,7 +169,7 @@ class JsonLinesFile:
         for number, line in enumerate(lines[1:], start=2):
             self._take(number, line)
         if torn:
-            with self.path.open("r+b") as file:
+            with reporting(self.path), self.path.open("r+b") as file:
                 file.truncate(len(content) - len(torn))
 
     def _check_header(self, first: Mapping[str, Any], header: Mapping[str, Any]) -> None:
@@ -161,22 +184,33 @@ class JsonLinesFile:
 
     def _parse(self, number: int, line: bytes) -> dict[str, Any]:
         try:
-            value = json.loads(line)
-            if isinstance(value, dict):
-                return value
-        except ValueError:
-            pass
-        raise self._foreign() if number == 1 else self._broken(number, repr(line[:60]))
+            text = decode(line, where="it")
+            value: dict[str, Any] = parse_json(text, where="it")
+        except DiffencError as error:
+            shown = f"{line[:60]!r}: {error}"
+            raise self._foreign() if number == 1 else self._broken(number, shown) from error
+        return value
 
     def _take(self, number: int, line: Mapping[str, Any]) -> None:
+        wording = self.wording
         try:
             if line["type"] == "model":
-                self._models[line["name"]] = line["description"]
+                name = checked(line["name"], str, "name")
+                copy = name in self._models
+                self._models[name] = checked(line["description"], dict[str, Any], "description")
             else:
-                model, part, item = (line[name] for name in self.wording.keys)
-                self._values[model, part, item] = (line["digest"], line[self.wording.value])
-        except (KeyError, TypeError) as error:
+                check_choice("type", line["type"], [wording.line])
+                kinds = zip(wording.keys, (str, self.parts, str), strict=True)
+                key: Any = tuple(checked(line[name], kind, name) for name, kind in kinds)
+                copy = key in self._values
+                value = self.check_value(line[wording.value])
+                self._values[key] = (checked(line["digest"], str, "digest"), value)
+        except KeyError as error:
             raise self._broken(number, f"it lacks {error}") from error
+        except DiffencError as error:
+            raise self._broken(number, str(error)) from error
+        if copy:
+            raise self._broken(number, "a line before it stands for the same")
 
     def _foreign(self) -> ConfigError:
         return ConfigError(f"{self.path} {self.wording.foreign}: take another name")
@@ -188,22 +222,24 @@ class JsonLinesFile:
         )
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        content = json.dumps(line, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
-        try:
-            self._file.write(content)
+        with reporting(self.path):
+            text = json.dumps(line, ensure_ascii=False, allow_nan=False)
+            self._file.write(text.encode("utf-8", "replace") + b"\n")
             self._file.flush()
-        except OSError as error:
-            raise OutputError(f"cannot write {self.path}: {error.strerror or error}") from error
 
 
 def differences(one: Any, other: Any, path: str = "") -> list[str]:
     """Where two JSON values differ: ``"config.timesteps is [189], was [189, 389]"``."""
     if isinstance(one, dict) and isinstance(other, dict):
-        keys = [*one, *(key for key in other if key not in one)]
         return [
             line
-            for key in keys
-            if one.get(key) != other.get(key)
-            for line in differences(one.get(key), other.get(key), f"{path}.{key}".lstrip("."))
+            for key in dict.fromkeys([*one, *other])
+            for line in differences(
+                one.get(key, _NONE), other.get(key, _NONE), f"{path}.{key}".lstrip(".")
+            )
         ]
-    return [f"{path} is {json.dumps(other)}, was {json.dumps(one)}"] if one != other else []
+    return [f"{path} is {_shown(other)}, was {_shown(one)}"] if one != other else []
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is _NONE else json.dumps(value)

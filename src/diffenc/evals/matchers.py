@@ -1,7 +1,6 @@
 """Scorers as benchmarks use them, and what their scores depend on."""
 
 import hashlib
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ from torch import Tensor, nn
 from diffenc.errors import ConfigError
 from diffenc.prompts import tokenize
 from diffenc.scorer import CrossAttnScorer
+from diffenc.scoring.inputs import cuts_known
+from diffenc.storage.names import is_folder
 
 _SAMPLED = 64
 _NO_RESULT = ("seed", "batch_size")
@@ -46,10 +47,7 @@ class ScorerMatcher:
 
     def __call__(self, images: Sequence[Image.Image], texts: Sequence[str], *, seed: int) -> Tensor:
         """Scores (images, texts), or (images, texts, timesteps)."""
-        with warnings.catch_warnings():  # texts that are cut were counted before
-            warnings.filterwarnings(
-                "ignore", message=".* texts are longer than", category=UserWarning
-            )
+        with cuts_known():  # texts that are cut were counted before
             if not self.by_timestep:
                 scores: Tensor = self.scorer(list(images), list(texts), seed=seed)
                 return scores
@@ -102,7 +100,7 @@ def scorer_matchers(
 def short_name(name: str) -> str:
     """An alias or id as it is, a folder without what it lies in."""
     path = Path(name)
-    return path.resolve().name if path.is_dir() else name
+    return path.resolve().name if is_folder(path) else name
 
 
 def weights_digest(parts: Iterable[tuple[str, nn.Module]]) -> str:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from diffenc.errors import ShapeError
+from diffenc.errors import NonFiniteError, ShapeError
 from diffenc.evals.base import Average, Item
 
 Metric = Literal["text", "image", "group"]
@@ -32,6 +32,7 @@ def correct(scores: Float[Tensor, "..."]) -> dict[Metric, Bool[Tensor, "*trials 
 
     Raises:
         ShapeError: The last two axes are not two pictures and two captions.
+        NonFiniteError: Scores are NaN or infinity.
 
     Source:
         Thrush et al. 2022 (Winoground), arXiv:2204.03162, section 4.
@@ -40,6 +41,8 @@ def correct(scores: Float[Tensor, "..."]) -> dict[Metric, Bool[Tensor, "*trials 
         raise ShapeError(
             f"scores must be (..., items, 2 pictures, 2 captions), got {tuple(scores.shape)}"
         )
+    if not bool(scores.isfinite().all()):  # NaN is neither above nor below, and would be wrong
+        raise NonFiniteError("scores hold NaN or infinity")
     s = scores
     text = (s[..., 0, 0] > s[..., 0, 1]) & (s[..., 1, 1] > s[..., 1, 0])
     image = (s[..., 0, 0] > s[..., 1, 0]) & (s[..., 1, 1] > s[..., 0, 1])
@@ -108,7 +111,9 @@ def by_label(
     names = dict.fromkeys(label for item in items for label in item.labels.get(kind, ()))
     found: dict[str, Results] = {}
     for name in names:
-        rows = torch.tensor([name in item.labels.get(kind, ()) for item in items])
+        rows = torch.tensor(
+            [name in item.labels.get(kind, ()) for item in items], dtype=torch.bool, device="cpu"
+        )
         found[name] = {metric: _result(values[:, rows]) for metric, values in right.items()}
     return found
 

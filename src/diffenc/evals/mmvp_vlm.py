@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from diffenc.errors import ConfigError
 from diffenc.evals.base import Benchmark, Item, Picture, Problem
 from diffenc.evals.files import PICTURE_SUFFIXES, DatasetFiles, resolve_data
-from diffenc.evals.rows import Column, Row, plain_name, read_csv
+from diffenc.evals.rows import Column, Row, plain_name, read_csv, whole_number
 
 REPOSITORIES = ("MMVP/MMVP_VLM",)
 TEMPLATE = "a photo of {}"
@@ -33,7 +33,7 @@ PATTERNS = {
 _COLUMNS = (
     Column("Question ID", also=("lndex", "Index", "id")),
     Column("Type", also=("pattern", "category")),
-    Column("Statement", also=("caption", "text")),
+    Column("Statement", also=("caption", "text"), kind="text"),
 )
 _FOLDERS = ("mllmvlmimages", "mmvpvlmimages")
 _KNOWN = {plain_name(name): name for name in PATTERNS}
@@ -89,7 +89,7 @@ def _questions(rows: Sequence[Row], problems: list[Problem]) -> dict[int, Row]:
     questions: dict[int, Row] = {}
     for row in rows:
         text = row.text("Question ID")
-        number = int(float(text)) if text.replace(".0", "", 1).isdecimal() else 0
+        number = whole_number(text) or 0
         if number < 1:
             problems.append(Problem("ids that are no number", row.where, repr(text)))
         elif number in questions:

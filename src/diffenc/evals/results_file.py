@@ -1,9 +1,12 @@
 """Scores of items on disk, one line each, so that an interrupted run goes on where it stopped."""
 
 from pathlib import Path
+from typing import Any
 
+from diffenc.errors import ConfigError
 from diffenc.evals.base import Benchmark, Matcher
 from diffenc.evals.json_lines import JsonLinesFile, Wording
+from diffenc.storage.schema import checked
 
 Key = tuple[str, int, str]
 """Name of the matcher, seed of the trial, id of the item."""
@@ -41,9 +44,20 @@ class ResultsFile(JsonLinesFile):
         instead_of_name=_INSTEAD,
     )
 
+    parts = int
+
     def __init__(self, path: Path, benchmark: Benchmark) -> None:
         header = {"benchmark": benchmark.name, "template": benchmark.template}
         super().__init__(path, header, source=benchmark.source)
+
+    def check_value(self, value: Any) -> Any:
+        """Scores of two pictures and two captions, with parts or without."""
+        scores = checked(value, list[list[float]] | list[list[list[float]]], "scores")
+        if len(scores) != 2 or any(len(row) != 2 for row in scores):
+            raise ConfigError(f"scores must be of two pictures and two captions, got {value}")
+        if len({len(parts) for row in scores for parts in row if isinstance(parts, list)}) > 1:
+            raise ConfigError(f"scores must all have as many parts, got {value}")
+        return scores
 
     def add_matcher(self, matcher: Matcher) -> None:
         """Note what a model's scores depend on.

@@ -1,17 +1,23 @@
 """Rows of a dataset's table, whatever its columns are called in this copy of it."""
 
-import csv
-import io
-import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from numbers import Real
+from typing import Any, Literal
 
 from diffenc._optional import require
 from diffenc.errors import ConfigError, near_matches
 from diffenc.evals.base import Problem
+from diffenc.storage.lines import parse_csv, parse_json_lines
+from diffenc.storage.names import reason
+from diffenc.storage.reading import decode
+
+_KINDS: Mapping[str, tuple[type, ...]] = {"plain": (str, Real), "text": (str,), "any": (object,)}
+_ROWS = 1_000_000
+_TABLE_BYTES = 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +28,14 @@ class Column:
         name: In the benchmark's own files.
         also: Other names seen; spaces, underscores and case never count.
         needed: Whether there is no benchmark without it.
+        kind: Cells hold a text or a number ("plain"), or a text ("text"); those of "any" are
+            checked by who reads them.
     """
 
     name: str
     also: tuple[str, ...] = ()
     needed: bool = True
+    kind: Literal["plain", "text", "any"] = "plain"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +51,10 @@ class Row:
     values: Mapping[str, Any]
 
     def text(self, column: str) -> str:
-        """The value without spaces around it; "" where there is none."""
+        """The value without spaces around it; "" where there is none, or NaN stands for none."""
         value = self.values.get(column)
-        return "" if value is None else str(value).strip()
+        missing = value is None or (isinstance(value, float) and math.isnan(value))
+        return "" if missing else str(value).strip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +85,8 @@ def match_columns(
     Raises:
         ConfigError: One that is needed is missing; the message lists what is there.
     """
-    found = {plain_name(name): name for name in reversed(header)}
+    names = [plain_name(str(name)) for name in header]
+    found = dict(zip(reversed(names), reversed(header), strict=True))
     picked: dict[str, str] = {}
     for column in columns:
         for name in (column.name, *column.also):
@@ -88,6 +99,9 @@ def match_columns(
             f"{where} has no column {', '.join(map(repr, lacking))}; its columns are "
             f"{list(header)}.{near_matches(lacking[0], free)} Give them the names of the original."
         )
+    for actual in picked.values():
+        if names.count(plain_name(actual)) > 1:
+            raise ConfigError(f"{where} has the column {actual!r} twice; leave one of them")
     notes = [
         f"{where}: column {actual!r} is read as {name!r}"
         for name, actual in picked.items()
@@ -104,24 +118,17 @@ def read_csv(content: bytes, columns: Sequence[Column], where: str) -> TableRows
     Raises:
         ConfigError: It is no such file, or a column is missing.
     """
-    lines = csv.reader(io.StringIO(_text(content, where), newline=""), strict=True)
-    rows, problems = [], []
-    try:
-        header = next(lines, [])
-        picked, notes = match_columns(header, columns, where)
-        for cells in lines:
-            place = f"{where}, line {lines.line_num}"
-            if not any(cell.strip() for cell in cells):
-                continue
-            if len(cells) != len(header):
-                detail = f"{len(cells)} values for {len(header)} columns"
-                problems.append(Problem("broken rows", place, detail))
-                continue
-            whole = dict(zip(header, cells, strict=True))
-            rows.append(Row(place, {name: whole[actual] for name, actual in picked.items()}))
-    except csv.Error as error:
-        raise ConfigError(f"{where}, line {lines.line_num} is no CSV: {error}") from error
-    return TableRows(tuple(rows), tuple(problems), notes)
+    (_, header), *lines = parse_csv(decode(content, where=where), where=where) or [(1, [])]
+    picked, notes = match_columns(header, columns, where)
+    whole, problems = [], []
+    for number, cells in lines:
+        place = f"{where}, line {number}"
+        if len(cells) != len(header):
+            detail = f"{len(cells)} values for {len(header)} columns"
+            problems.append(Problem("broken rows", place, detail))
+        else:
+            whole.append((place, dict(zip(header, cells, strict=True))))
+    return _table(whole, picked, columns, notes, problems)
 
 
 def read_jsonl(content: bytes, columns: Sequence[Column], where: str) -> TableRows:
@@ -130,41 +137,16 @@ def read_jsonl(content: bytes, columns: Sequence[Column], where: str) -> TableRo
     Raises:
         ConfigError: It is no such file, or no row has a column that is needed.
     """
-    objects, problems = [], []
-    for number, line in enumerate(_text(content, where).splitlines(), start=1):
-        if not line.strip():
-            continue
-        place = f"{where}, line {number}"
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            problems.append(Problem("broken rows", place, str(error)))
-            continue
-        if isinstance(value, dict):
-            objects.append((place, value))
-        else:
-            problems.append(Problem("broken rows", place, "it is no JSON object"))
-    header = list(dict.fromkeys(key for _, value in objects for key in value))
-    picked, notes = match_columns(header, columns, where)
-    rows = [
-        Row(place, {name: value[actual] for name, actual in picked.items() if actual in value})
-        for place, value in objects
-    ]
-    return TableRows(tuple(rows), tuple(problems), notes)
+    objects, broken = parse_json_lines(decode(content, where=where), where=where)
+    problems = [Problem("broken rows", f"{where}, line {n}", detail) for n, detail in broken]
+    rows = [(f"{where}, line {number}", value) for number, value in objects]
+    return _table(rows, *_columns_of(rows, columns, where), problems=problems)
 
 
 def rows_of(found: Sequence[Mapping[str, Any]], columns: Sequence[Column], where: str) -> TableRows:
     """Rows that are in memory already, such as those of the `datasets` library."""
-    header = list(dict.fromkeys(key for value in found for key in value))
-    picked, notes = match_columns(header, columns, where)
-    rows = tuple(
-        Row(
-            f"{where}, row {number}",
-            {name: value[actual] for name, actual in picked.items() if actual in value},
-        )
-        for number, value in enumerate(found)
-    )
-    return TableRows(rows, (), notes)
+    rows = [(f"{where}, row {number}", value) for number, value in enumerate(found)]
+    return _table(rows, *_columns_of(rows, columns, where), problems=[])
 
 
 def read_parquet(
@@ -175,33 +157,60 @@ def read_parquet(
     Args:
         paths: The files, in order.
         columns: To read.
-        pictures: Those of them that hold pictures, as `{"bytes": ..., "path": ...}`.
+        pictures: Those of them that hold pictures, as `{"bytes": ..., "path": ...}`; None where a
+            cell is empty.
         where: For messages.
 
     Raises:
-        ConfigError: A file is broken, or a column is missing.
+        ConfigError: A file is broken or too large, or a column is missing.
         MissingExtraError: pyarrow is not installed.
     """
     parquet = require("pyarrow.parquet", extra="evals")
     rows: list[Row] = []
+    problems: list[Problem] = []
     notes: tuple[str, ...] = ()
+    first = 0
     for path in paths:
         try:
             with parquet.ParquetFile(path) as file:
                 picked, notes = match_columns(list(file.schema_arrow.names), columns, where)
-                plain = {n: a for n, a in picked.items() if n not in pictures}
-                for group in range(file.num_row_groups):
-                    table = file.read_row_group(group, columns=list(plain.values())).to_pylist()
-                    for index, values in enumerate(table):
-                        cells: dict[str, Any] = {n: values[a] for n, a in plain.items()}
-                        for name in pictures:
-                            cells[name] = _cell_reader(str(path), group, picked[name], index)
-                        rows.append(Row(f"{where}, row {len(rows)}", cells))
+                found = _parquet_rows(file, str(path), picked, pictures)
         except ConfigError:
             raise
         except Exception as error:  # pyarrow has errors of its own
-            raise ConfigError(f"cannot read {path}: {error}; download it again") from error
-    return TableRows(tuple(rows), (), notes)
+            raise ConfigError(f"cannot read {path}: {reason(error)}; download it again") from error
+        own = dict(zip(picked, picked, strict=True))
+        placed = [(f"{where}, row {first + n}", row) for n, row in enumerate(found)]
+        first += len(found)
+        table = _table(placed, own, columns, notes, [])
+        rows += table.rows
+        problems += table.problems
+    return TableRows(tuple(rows), tuple(problems), notes)
+
+
+def _parquet_rows(
+    file: Any, path: str, picked: Mapping[str, str], pictures: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Rows under the loader's names; a file of a few bytes may stand for any number of them."""
+    plain = {name: actual for name, actual in picked.items() if name not in pictures}
+    if file.metadata.num_rows > _ROWS:
+        raise ConfigError(f"{path} has {file.metadata.num_rows:,} rows; {_ROWS:,} are too many")
+    rows: list[dict[str, Any]] = []
+    size = 0
+    for group in range(file.num_row_groups):
+        first = len(rows)
+        options = {"row_groups": [group], "columns": list(plain.values())}
+        for batch in file.iter_batches(batch_size=256, **options):
+            size += batch.nbytes
+            if size > _TABLE_BYTES:
+                raise ConfigError(f"the table in {path} is larger than {_TABLE_BYTES:,} bytes")
+            rows += [{n: row[a] for n, a in plain.items()} for row in batch.to_pylist()]
+        for name in (name for name in pictures if name in picked):
+            column = file.read_row_group(group, columns=[picked[name]])[picked[name]]
+            for index, there in enumerate(column.is_valid().to_pylist()):
+                reader = _cell_reader(path, group, picked[name], index) if there else None
+                rows[first + index][name] = reader
+    return rows
 
 
 def _cell_reader(path: str, group: int, column: str, index: int) -> Callable[[], bytes]:
@@ -209,21 +218,63 @@ def _cell_reader(path: str, group: int, column: str, index: int) -> Callable[[],
         value = _group(path, group, column)[index].as_py()
         content = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(content, bytes):
-            raise ValueError("the cell holds no bytes of a picture")
+            raise ConfigError("the cell holds no bytes of a picture")
         return content
 
     return read
 
 
-@lru_cache(maxsize=2)  # the two picture columns of the group that is being read
+@lru_cache(maxsize=4)  # the picture columns of the group that is being read
 def _group(path: str, group: int, column: str) -> Any:
     parquet = require("pyarrow.parquet", extra="evals")
-    with parquet.ParquetFile(path) as file:
-        return file.read_row_group(group, columns=[column])[column]
-
-
-def _text(content: bytes, where: str) -> str:
     try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{where} is not in UTF-8: {error}") from error
+        with parquet.ParquetFile(path) as file:
+            return file.read_row_group(group, columns=[column])[column]
+    except Exception as error:  # pyarrow has errors of its own
+        raise ConfigError(f"cannot read {path}: {reason(error)}") from error
+
+
+def whole_number(text: str) -> int | None:
+    """A number as tables have it: ``"12"``, ``"012"`` or ``"12.0"``; None for anything else."""
+    match = re.fullmatch(r"([0-9]{1,9})(\.0+)?", text)
+    return int(match[1]) if match else None
+
+
+def _columns_of(
+    rows: Sequence[tuple[str, Mapping[str, Any]]], columns: Sequence[Column], where: str
+) -> tuple[dict[str, str], Sequence[Column], tuple[str, ...]]:
+    for place, row in rows:
+        if not isinstance(row, Mapping):
+            raise ConfigError(f"{place} must be a table, got {type(row).__name__}")
+    header = list(dict.fromkeys(key for _, row in rows for key in row))
+    picked, notes = match_columns(header, columns, where)
+    return picked, columns, notes
+
+
+def _table(
+    rows: Sequence[tuple[str, Mapping[str, Any]]],
+    picked: Mapping[str, str],
+    columns: Sequence[Column],
+    notes: tuple[str, ...],
+    problems: list[Problem],
+) -> TableRows:
+    """Rows under the loader's names; those whose cells have another type are problems."""
+    kinds = {column.name: _KINDS[column.kind] for column in columns}
+    found = []
+    for place, row in rows:
+        cells = {name: row[actual] for name, actual in picked.items() if actual in row}
+        wrong = [name for name in cells if not _fits(cells[name], *kinds[name])]
+        if wrong:
+            kind = type(cells[wrong[0]]).__name__
+            what = "no text" if len(kinds[wrong[0]]) == 1 else "no text and no number"
+            detail = f"{wrong[0]} is {what}, but {kind}"
+            problems.append(Problem("broken rows", place, detail))
+        else:
+            found.append(Row(place, cells))
+    return TableRows(tuple(found), tuple(problems), notes)
+
+
+def _fits(value: Any, *kinds: type) -> bool:
+    if value is None or object in kinds or (isinstance(value, float) and math.isnan(value)):
+        return True
+    return isinstance(value, kinds) and not isinstance(value, bool)

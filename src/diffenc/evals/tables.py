@@ -1,11 +1,11 @@
 """Published tables as data: JSON files beside the modules that read them."""
 
-import json
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
 from diffenc.errors import ConfigError
+from diffenc.storage.reading import read_json
 
 _FILE = "paper_tables.json"
 
@@ -13,8 +13,7 @@ _FILE = "paper_tables.json"
 @cache
 def read_tables(package: str) -> dict[str, Any]:
     """The file of a package: its `source`, and its `tables` by name."""
-    text = (files(package) / _FILE).read_text(encoding="utf-8")
-    content: dict[str, Any] = json.loads(text)
+    content: dict[str, Any] = read_json(str(files(package) / _FILE))
     return content
 
 

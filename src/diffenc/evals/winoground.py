@@ -4,18 +4,18 @@ Source:
     Thrush et al. 2022 (Winoground), arXiv:2204.03162.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from PIL import Image
-
 from diffenc.errors import ConfigError
+from diffenc.evals.answering.pictures import picture_of
 from diffenc.evals.base import Benchmark, Item, Picture, Problem
 from diffenc.evals.files import DatasetFiles, resolve_data
 from diffenc.evals.rows import Column, Row, TableRows, read_csv, read_jsonl, read_parquet, rows_of
+from diffenc.storage.reading import decode, parse_json
+from diffenc.storage.schema import checked
 
 REPOSITORIES = ("facebook/winoground",)
 ITEMS = 400
@@ -23,10 +23,10 @@ ITEMS = 400
 _PICTURES = ("image_0", "image_1")
 _COLUMNS = (
     Column("id", also=("index", "example_id")),
-    Column("image_0", also=("image0", "img_0")),
-    Column("image_1", also=("image1", "img_1")),
-    Column("caption_0", also=("caption0", "text_0")),
-    Column("caption_1", also=("caption1", "text_1")),
+    Column("image_0", also=("image0", "img_0"), kind="any"),
+    Column("image_1", also=("image1", "img_1"), kind="any"),
+    Column("caption_0", also=("caption0", "text_0"), kind="text"),
+    Column("caption_1", also=("caption1", "text_1"), kind="text"),
     Column("collapsed_tag", needed=False),
     Column("num_main_preds", needed=False),
     Column("tag", needed=False),
@@ -63,6 +63,7 @@ def load_winoground(data: "str | os.PathLike[str]") -> Benchmark:
     main = tables[0]
     more = {row.text("id"): row.values for table in tables[1:] for row in table.rows}
     hard, problems = _hard_tags(files)
+    faults = [*(problem for table in tables for problem in table.problems), *problems]
     rows = [
         Row(
             row.where,
@@ -72,27 +73,24 @@ def load_winoground(data: "str | os.PathLike[str]") -> Benchmark:
     ]
 
     def find(value: Any, where: str) -> Picture | None:
-        if callable(value):
-            return Picture(where, value)
-        name = files.picture(str(value))
-        return None if name is None else Picture(name, files.reader(name))
+        name = files.picture(value) if isinstance(value, str) else None
+        return picture_of(value, where) if name is None else Picture(name, files.reader(name))
 
-    return _benchmark(
-        rows, find, str(files.source), (*main.problems, *problems), main.notes, expected=ITEMS
-    )
+    return _benchmark(rows, find, str(files.source), tuple(faults), main.notes, expected=ITEMS)
 
 
 def winoground_from_rows(rows: Sequence[Mapping[str, Any]]) -> Benchmark:
     """Winoground from rows in memory, such as split "test" of `datasets.load_dataset`.
 
     Args:
-        rows: With the Hub's columns; a picture is a PIL image, bytes, or `{"bytes": ...}`.
+        rows: With the Hub's columns; a picture is a PIL image, bytes, or
+            `{"bytes": ..., "path": ...}`.
 
     Raises:
         ConfigError: A column is missing.
     """
     found = rows_of(list(rows), _COLUMNS, "rows")
-    return _benchmark(found.rows, _picture_of, "rows", found.problems, found.notes, expected=ITEMS)
+    return _benchmark(found.rows, picture_of, "rows", found.problems, found.notes, expected=ITEMS)
 
 
 def _table_names(files: DatasetFiles) -> list[list[str]]:
@@ -126,23 +124,12 @@ def _hard_tags(files: DatasetFiles) -> tuple[dict[str, list[str]], tuple[Problem
     if not names:
         return {}, ()
     try:
-        found = json.loads(files.reader(names[0])())
-        tags = {
-            str(key): [str(tag) for tag in (value if isinstance(value, list) else [value])]
-            for key, value in found.items()
-        }
-    except (ValueError, AttributeError) as error:
+        text = decode(files.reader(names[0])(), where=names[0])
+        found = parse_json(text, where=names[0])
+        tags = checked(found, dict[str, str | list[str]], names[0])
+    except ConfigError as error:
         return {}, (Problem("broken rows", names[0], str(error)),)
-    return tags, ()
-
-
-def _picture_of(value: Any, where: str) -> Picture | None:
-    if isinstance(value, dict):
-        value = value.get("bytes")
-    if isinstance(value, bytes):
-        content = value
-        return Picture(where, lambda: content)
-    return Picture(where, value) if isinstance(value, Image.Image) else None
+    return {key: [tag] if isinstance(tag, str) else tag for key, tag in tags.items()}, ()
 
 
 def _benchmark(

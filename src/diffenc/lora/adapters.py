@@ -1,6 +1,5 @@
 """Adapters in a U-Net: put in, used one at a time, merged into the weights and taken out again."""
 
-import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -8,10 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffenc._inference import lasting
+from diffenc.arguments import shown
+from diffenc.defaults import torch_defaults
 from diffenc.errors import ConfigError, near_matches
 from diffenc.lora.options import LoraOptions
+from diffenc.threads import lock_of, without_warnings
 
 
+@lasting
 def add_lora(
     unet: nn.Module,
     attentions: Sequence[str],
@@ -60,6 +64,7 @@ def lora_names(unet: nn.Module) -> list[str]:
     return list(getattr(unet, "peft_config", {}))
 
 
+@lasting
 def set_lora(unet: nn.Module, name: str | None) -> None:
     """Use one adapter alone; None uses none.
 
@@ -92,32 +97,38 @@ def active_lora(unet: nn.Module) -> str | None:
 def require_lora(unet: nn.Module, name: str) -> None:
     """Raise a `ConfigError` that lists the adapters unless there is one by that name."""
     known = lora_names(unet)
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise ConfigError(
-            f"there is no adapter {name!r}; known are {known}.{near_matches(name, known)}"
+            f"there is no adapter {shown(name)}; known are {known}.{near_matches(name, known)}"
         )
 
 
 @contextmanager
 def lora_disabled(unet: nn.Module) -> Iterator[None]:
-    """Run the U-Net as if it had no adapter."""
-    layers = list(_layers(unet))
-    before = [layer._disable_adapters for layer in layers]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer, state in zip(layers, before, strict=True):
-            layer._disable_adapters = state
+    """Run the U-Net as if it had no adapter; other threads wait until the block ends."""
+    with lock_of(unet):
+        layers = list(_layers(unet))
+        before = [layer._disable_adapters for layer in layers]
+        for layer in layers:
+            layer._disable_adapters = True
+        try:
+            yield
+        finally:
+            for layer, state in zip(layers, before, strict=True):
+                layer._disable_adapters = state
 
 
+@lasting
 def merge_lora(unet: nn.Module) -> None:
     """Add the active adapter to the weights, so that it costs nothing; `unmerge_lora` undoes it.
 
     The weights as they were are kept beside: taking the sum apart again would round in half
     precision. While merged, the adapter gets no gradient.
+
+    Raises:
+        ConfigError: Projections are fused, so that what is merged into them is passed by.
     """
+    require_separate(unet)
     for layer in _layers(unet):
         if not layer._disable_adapters and not layer.merged:
             plain = layer.get_base_layer().weight.data
@@ -125,8 +136,15 @@ def merge_lora(unet: nn.Module) -> None:
             layer._unmerged_weight = plain
 
 
+@lasting
 def unmerge_lora(unet: nn.Module) -> None:
-    """Put the weights back as they were before `merge_lora`."""
+    """Put the weights back as they were before `merge_lora`.
+
+    Raises:
+        ConfigError: Projections were fused since, which hold the adapter.
+    """
+    if is_merged(unet):
+        require_separate(unet)
     for layer in _layers(unet):
         if not layer.merged:
             continue
@@ -172,6 +190,7 @@ def lora_parameters(unet: nn.Module, name: str) -> dict[str, nn.Parameter]:
     }
 
 
+@lasting
 def keep_precise(unet: nn.Module) -> None:
     """Bring adapter weights that are in float16 to float32."""
     for name in lora_names(unet):
@@ -180,13 +199,15 @@ def keep_precise(unet: nn.Module) -> None:
                 parameter.data = parameter.data.float()
 
 
+@lasting
 def inject(unet: nn.Module, config: Any, name: str, *, trainable: bool) -> None:
     """Put the layers in; only what required a gradient before, and these if asked, does after."""
     from peft import inject_adapter_in_model
 
+    require_separate(unet)
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are wanted
+    # Several adapters are intended.
+    with torch_defaults(), without_warnings("Already found a `peft_config`"):
         inject_adapter_in_model(config, unet, adapter_name=name)
     unet.requires_grad_(False)
     unet.train(unet.training)  # new dropout layers begin in training mode
@@ -196,17 +217,29 @@ def inject(unet: nn.Module, config: Any, name: str, *, trainable: bool) -> None:
         parameter.requires_grad_(True)
 
 
+def require_separate(unet: nn.Module) -> None:
+    """Raise a `ConfigError` where projections are fused, so that adapters on them are passed by."""
+    processors = (getattr(module, "processor", None) for module in unet.modules())
+    if any(type(processor).__name__.startswith("Fused") for processor in processors):
+        raise ConfigError(
+            "the projections of this U-Net are fused, and an adapter on them has no effect; call "
+            "unet.unfuse_qkv_projections() first, or merge the adapter before they are fused"
+        )
+
+
 def require_free(unet: nn.Module, name: str) -> None:
     """Raise a `ConfigError` where the name is taken, or cannot be an adapter's."""
+    if not isinstance(name, str):
+        raise ConfigError(f"an adapter's name must be a text, got {shown(name)}")
     if name in lora_names(unet):
         raise ConfigError(f"there is an adapter {name!r} already; known are {lora_names(unet)}")
     if not name.isidentifier() or hasattr(nn.ModuleDict(), name):
         raise ConfigError(
             f"an adapter's name must be letters, digits and underscores, and no attribute of a "
-            f"torch module, got {name!r}; try {name + '_adapter'!r}"
+            f"torch module, got {shown(name)}; try {shown(name[:20] + '_adapter')}"
         )
 
 
 def _layers(unet: nn.Module) -> Iterator[Any]:
-    """Modules that peft put in place of linear layers."""
+    """Modules that peft put in place of linear layers and convolutions."""
     return (module for module in unet.modules() if hasattr(module, "lora_A"))

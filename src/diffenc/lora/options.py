@@ -1,8 +1,13 @@
 """What an adapter is built by: its size, and which linear layers it changes."""
 
+import math
 from dataclasses import dataclass
 
+from diffenc.arguments import shown, whole
+from diffenc.checks import conform
 from diffenc.errors import ConfigError
+
+_LARGEST = 2**16
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 """The linear layers of a cross-attention, all of which are adapted by default."""
@@ -28,14 +33,14 @@ class LoraOptions:
     projections: tuple[str, ...] = PROJECTIONS
 
     def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise ConfigError(f"rank must be an int of 1 or more, got {self.rank!r}")
+        conform(self)
+        whole("rank", self.rank, least=1, most=_LARGEST)
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout must be in [0, 1), got {self.dropout!r}")
-        if self.alpha is not None and not self.alpha > 0:
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
             raise ConfigError(f"alpha must be above 0, got {self.alpha!r}")
         unknown = [name for name in self.projections if name not in PROJECTIONS]
         if unknown or not self.projections:
             raise ConfigError(
-                f"projections must be some of {list(PROJECTIONS)}, got {list(self.projections)}"
+                f"projections must be some of {list(PROJECTIONS)}, got {shown(self.projections)}"
             )

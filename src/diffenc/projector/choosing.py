@@ -2,6 +2,8 @@
 
 from typing import Any, Protocol, runtime_checkable
 
+from diffenc.arguments import shown
+from diffenc.errors import ConfigError
 from diffenc.projector.fused import FusedProjector
 from diffenc.projector.plain import Projector
 
@@ -36,6 +38,10 @@ def projector_for(
     Raises:
         ConfigError: See `Projector`.
     """
+    if not isinstance(encoder, TokenEncoder):
+        raise ConfigError(
+            f"a projector is made for a DiffusionEncoder or FusedEncoder, got {shown(encoder)}"
+        )
     how: Any = getattr(encoder, "how", "channel")
     if norm is None:
         norm = len(encoder.token_channels) > 1

@@ -7,9 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from diffenc.arguments import shown, whole
 from diffenc.config import check_choice
 from diffenc.errors import ConfigError, ShapeError
-from diffenc.projector.plain import Projector
+from diffenc.projector.plain import Projector, check_tokens
 from diffenc.projector.saved import SavedProjector
 
 
@@ -54,23 +55,22 @@ class FusedProjector(SavedProjector):
     ) -> None:
         super().__init__()
         check_choice("how", how, ("tokens", "interleave"))
-        if len(in_features) != 2 or len(norm_channels) != 2:
+        pairs = [isinstance(each, (tuple, list)) for each in (in_features, norm_channels)]
+        if not all(pairs) or len(in_features) != 2 or len(norm_channels) != 2:
             raise ConfigError(
-                f"a fused projector takes the widths of two streams, got {tuple(in_features)} with "
-                f"norm_channels={tuple(norm_channels)}"
+                f"a fused projector takes the widths of two streams, got {shown(in_features)} with "
+                f"norm_channels={shown(norm_channels)}"
             )
-        if how == "tokens" and (not isinstance(first_tokens, int) or first_tokens < 1):
-            raise ConfigError(
-                f"how='tokens' needs first_tokens, the number of the first stream's, got "
-                f"{first_tokens!r}"
-            )
+        if how == "tokens":
+            what = "first_tokens, which how='tokens' needs: the number of the first stream's,"
+            first_tokens = whole(what, first_tokens, least=1)
         self.in_features, self.out_features = tuple(in_features), out_features
         self.kind, self.how, self.first_tokens = kind, how, first_tokens
-        self.norm_channels = tuple(tuple(groups) for groups in norm_channels)
         self.streams = nn.ModuleList(
             Projector(width, out_features, kind, norm_channels=groups)
-            for width, groups in zip(self.in_features, self.norm_channels, strict=True)
+            for width, groups in zip(self.in_features, norm_channels, strict=True)
         )
+        self.norm_channels = tuple(stream.norm_channels for stream in self.streams)
 
     def forward(self, tokens: Float[Tensor, "*b n c"]) -> Float[Tensor, "*b n d"]:
         """Project each token by its stream's projector; their order stays.
@@ -79,6 +79,7 @@ class FusedProjector(SavedProjector):
             ShapeError: Another number of channels, or a number of tokens that is no such mixture.
         """
         left, right = self.in_features
+        check_tokens(tokens)
         if tokens.shape[-1] != left + right:
             raise ShapeError(
                 f"this projector takes tokens of {left} + {right} channels, got "

@@ -3,22 +3,25 @@
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from diffenc.errors import ConfigError, OutputError, ShapeError
+from diffenc._inference import lasting
+from diffenc.arguments import shown, sides, text, whole, wholes
+from diffenc.errors import ConfigError, ShapeError
 from diffenc.maps import to_grid
 from diffenc.projector.saved import SavedProjector, load_weights
+from diffenc.storage.tensors import read_pickled, read_tensors
+from diffenc.storage.writing import writing
 
+_WIDEST = 2**20
 _LLAVA_PREFIX = "model.mm_projector."
-_MLP = re.compile(r"mlp([1-9]\d*)x_gelu")
+_MLP = re.compile(r"mlp([1-9][0-9]?)x_gelu")
 
 
 class Projector(SavedProjector):
@@ -35,6 +38,7 @@ class Projector(SavedProjector):
         grid: Side, or (height, width), of the grid to which the tokens are resampled first: means
             where it is coarser, bilinear where finer. The tokens must form a square. None keeps
             all.
+        device: Where the weights are made, in float32; "meta" makes none.
 
     Raises:
         ConfigError: An unknown kind, a width below 1, an identity between different widths, or
@@ -52,6 +56,7 @@ class Projector(SavedProjector):
 
     options = ("in_features", "out_features", "kind", "norm_channels", "grid")
 
+    @lasting
     def __init__(
         self,
         in_features: int,
@@ -60,24 +65,25 @@ class Projector(SavedProjector):
         *,
         norm_channels: Sequence[int] = (),
         grid: int | tuple[int, int] | None = None,
+        device: str | torch.device = "cpu",
     ) -> None:
         super().__init__()
-        for name, width in (("in_features", in_features), ("out_features", out_features)):
-            if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-                raise ConfigError(f"{name} must be an int of 1 or more, got {width!r}")
+        in_features = whole("in_features", in_features, least=1, most=_WIDEST)
+        out_features = whole("out_features", out_features, least=1, most=_WIDEST)
+        empty = isinstance(norm_channels, (tuple, list)) and not norm_channels
+        norm_channels = () if empty else wholes("norm_channels", norm_channels)
         if norm_channels and (sum(norm_channels) != in_features or min(norm_channels) < 1):
             raise ConfigError(
                 f"norm_channels must be widths that add up to in_features={in_features}, got "
                 f"{tuple(norm_channels)}, in all {sum(norm_channels)}"
             )
         self.in_features, self.out_features, self.kind = in_features, out_features, kind
-        self.norm_channels = tuple(norm_channels)
-        pair = (grid, grid) if isinstance(grid, int) else grid
-        if pair is not None and (len(pair) != 2 or min(pair) < 1):
-            raise ConfigError(f"grid must be a positive int or (height, width), got {grid!r}")
-        self.grid = None if pair is None else (pair[0], pair[1])
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for width in self.norm_channels)
-        self.layers = _layers(in_features, out_features, kind)
+        self.norm_channels = norm_channels
+        self.grid = None if grid is None else sides("grid", grid)
+        self.norms = nn.ModuleList(
+            nn.LayerNorm(width, dtype=torch.float32, device=device) for width in self.norm_channels
+        )
+        self.layers = _layers(in_features, out_features, kind, device)
 
     def extra_repr(self) -> str:
         """The options, for `repr`."""
@@ -90,6 +96,7 @@ class Projector(SavedProjector):
             ShapeError: Another number of channels, or a grid is asked of tokens that form no
                 square.
         """
+        check_tokens(tokens)
         if tokens.shape[-1] != self.in_features:
             raise ShapeError(
                 f"this projector takes tokens of {self.in_features} channels, got "
@@ -123,10 +130,8 @@ class Projector(SavedProjector):
             f"{_LLAVA_PREFIX}{key.removeprefix('layers.')}": value.detach().cpu().clone()
             for key, value in self.state_dict().items()
         }
-        try:
-            torch.save(state, path)
-        except (OSError, RuntimeError) as error:
-            raise OutputError(f"cannot write {path}: {error}") from error
+        with writing(path) as partial:
+            torch.save(state, partial)
 
     def load_llava(self, path: "str | os.PathLike[str]") -> None:
         """Read LLaVA's `mm_projector.bin`, or a safetensors file with such keys; weights only.
@@ -135,13 +140,8 @@ class Projector(SavedProjector):
             ConfigError: The file cannot be read, or holds no projector.
             ShapeError: It holds a projector of another kind or width.
         """
-        try:
-            if Path(path).suffix == ".safetensors":
-                found: Mapping[str, Any] = load_file(path)
-            else:
-                found = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load raises whatever a broken pickle makes it raise
-            raise ConfigError(f"cannot read the projector {path}: {error}") from error
+        read = read_tensors if Path(path).suffix == ".safetensors" else read_pickled
+        found = read(path, finite=True)
         state = {
             f"layers.{key.rpartition('mm_projector.')[2]}": value
             for key, value in found.items()
@@ -153,9 +153,12 @@ class Projector(SavedProjector):
         load_weights(self, state, str(path))
 
 
-def _layers(in_features: int, out_features: int, kind: str) -> nn.Module:
+def _layers(
+    in_features: int, out_features: int, kind: str, device: str | torch.device
+) -> nn.Module:
+    kind = text("kind", kind)
     if kind == "linear":
-        return nn.Linear(in_features, out_features)
+        return _linear(in_features, out_features, device)
     if kind == "identity":
         if in_features != out_features:
             raise ConfigError(
@@ -165,12 +168,26 @@ def _layers(in_features: int, out_features: int, kind: str) -> nn.Module:
         return nn.Identity()
     if (match := _MLP.fullmatch(kind)) is None:
         raise ConfigError(
-            f"kind must be 'linear', 'identity' or 'mlpNx_gelu' such as 'mlp2x_gelu', got {kind!r}"
+            f"kind must be 'linear', 'identity' or 'mlpNx_gelu' such as 'mlp2x_gelu', got "
+            f"{shown(kind)}"
         )
-    layers: list[nn.Module] = [nn.Linear(in_features, out_features)]
+    layers: list[nn.Module] = [_linear(in_features, out_features, device)]
     for _ in range(int(match[1]) - 1):
-        layers += [nn.GELU(), nn.Linear(out_features, out_features)]
+        layers += [nn.GELU(), _linear(out_features, out_features, device)]
     return nn.Sequential(*layers)
+
+
+def _linear(in_features: int, out_features: int, device: str | torch.device) -> nn.Linear:
+    return nn.Linear(in_features, out_features, dtype=torch.float32, device=device)
+
+
+def check_tokens(tokens: object) -> None:
+    """Raise a `ShapeError` unless this is a tensor of tokens."""
+    if not isinstance(tokens, Tensor) or tokens.ndim < 2 or not tokens.is_floating_point():
+        raise ShapeError(
+            "tokens must be a tensor of floats (batch, tokens, channels), got "
+            f"{tuple(tokens.shape) if isinstance(tokens, Tensor) else shown(tokens)}"
+        )
 
 
 def _resampled(tokens: Tensor, grid: tuple[int, int]) -> Tensor:

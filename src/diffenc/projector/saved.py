@@ -1,16 +1,19 @@
 """The folder that a projector is saved to: a JSON config and safetensors."""
 
-import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
 from torch import Tensor, nn
 
+from diffenc._inference import lasting
 from diffenc.errors import ConfigError, OutputError, ShapeError
+from diffenc.storage.names import checked_path, reason
+from diffenc.storage.reading import read_json
+from diffenc.storage.schema import check_present, make
+from diffenc.storage.tensors import misfits, read_tensors, write_tensors
+from diffenc.storage.writing import begin_folder, write_json
 
 _CONFIG_FILE, _WEIGHTS_FILE = "projector.json", "projector.safetensors"
 
@@ -38,11 +41,12 @@ class SavedProjector(nn.Module):
         Raises:
             OutputError: The folder cannot be written.
         """
-        _write(
-            Path(folder), {name: getattr(self, name) for name in self.options}, self.state_dict()
-        )
+        target = begin_folder(checked_path("a projector", folder, error=OutputError), _CONFIG_FILE)
+        write_tensors(target / _WEIGHTS_FILE, self.state_dict())
+        write_json(target / _CONFIG_FILE, {name: getattr(self, name) for name in self.options})
 
     @classmethod
+    @lasting
     def from_pretrained(cls: type[_P], folder: "str | os.PathLike[str]") -> _P:
         """Inverse of `save_pretrained`.
 
@@ -50,60 +54,46 @@ class SavedProjector(nn.Module):
             ConfigError: The folder does not hold a whole projector.
             ShapeError: Its weights do not fit its config.
         """
-        source = Path(folder)
-        options, state = _read(source)
+        source = checked_path("a projector", folder)
         try:
-            projector = cls(**{name: _tuples(options.pop(name)) for name in cls.options}, **options)
-        except (ValueError, TypeError, KeyError) as error:
-            raise _not_whole(source, error) from error
+            options = read_json(source / _CONFIG_FILE)
+            check_present(options, cls.options)
+            state = read_tensors(source / _WEIGHTS_FILE, finite=True)
+            # Without memory at first: a config may ask for any amount of it.
+            with torch.device("meta"):
+                shaped: _P = make(cls, options)
+        except Exception as error:  # torch raises three kinds of errors for sizes beyond its own
+            raise ConfigError(
+                f"{source} does not hold what save_pretrained of this class wrote ({_CONFIG_FILE} "
+                f"and {_WEIGHTS_FILE}): {reason(error)}"
+            ) from error
+        _require_fitting(shaped, state, str(source))
+        projector: _P = make(cls, options)
         load_weights(projector, state, str(source))
         return projector
 
 
 def load_weights(projector: SavedProjector, state: Mapping[str, Tensor], where: str) -> None:
-    """Take weights that fit, or raise a `ShapeError` that tells both shapes."""
-    has = {key: tuple(value.shape) for key, value in state.items()}
-    wants = {key: tuple(value.shape) for key, value in projector.state_dict().items()}
-    if has != wants:
-        raise ShapeError(
-            f"{where} holds {_told(has)}; this projector ({projector.kind}, "
-            f"{projector.in_features} -> {projector.out_features}) has {_told(wants)}"
-        )
+    """Take weights that fit.
+
+    Raises:
+        ShapeError: Names, shapes or kinds of numbers differ; the message tells both shapes.
+    """
+    _require_fitting(projector, state, where)
     projector.load_state_dict(dict(state))
 
 
-def _write(target: Path, options: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    weights = {key: value.detach().contiguous() for key, value in state.items()}
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        partial = target / f"{_WEIGHTS_FILE}.partial"
-        save_file(weights, partial, metadata={"format": "pt"})
-        partial.replace(target / _WEIGHTS_FILE)
-        partial = target / f"{_CONFIG_FILE}.partial"
-        partial.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
-        partial.replace(target / _CONFIG_FILE)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"cannot write {target}: {error}") from error
-
-
-def _read(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        options = json.loads((source / _CONFIG_FILE).read_text(encoding="utf-8"))
-        return dict(options), load_file(source / _WEIGHTS_FILE)
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise _not_whole(source, error) from error
-
-
-def _not_whole(source: Path, error: Exception) -> ConfigError:
-    return ConfigError(
-        f"{source} does not hold what save_pretrained of this class wrote ({_CONFIG_FILE} and "
-        f"{_WEIGHTS_FILE}): {error}"
+def _require_fitting(projector: SavedProjector, state: Mapping[str, Tensor], where: str) -> None:
+    wrong = misfits(state, own := projector.state_dict())
+    if not wrong:
+        return
+    has, wants = ({key: tuple(value.shape) for key, value in each.items()} for each in (state, own))
+    if has == wants:
+        raise ShapeError(f"{where} holds {state[wrong[0]].dtype} in {wrong[0]}; weights are floats")
+    raise ShapeError(
+        f"{where} holds {_told(has)}; this projector ({projector.kind}, "
+        f"{projector.in_features} -> {projector.out_features}) has {_told(wants)}"
     )
-
-
-def _tuples(value: Any) -> Any:
-    """JSON knows lists alone."""
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _told(shapes: Mapping[str, tuple[int, ...]]) -> str:

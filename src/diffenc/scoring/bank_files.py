@@ -1,128 +1,196 @@
-"""A query bank's files: a table of contents and shards, and the mark of the weights behind them."""
+"""A query bank's files: what each is called, holds and says of itself.
 
+    bank.json                    what the bank holds; written last
+    plan.json                    what a bank that is being built will hold; see `bank_plan`
+    queries-00000.safetensors    rows of queries, one tensor per layer
+
+A row is one picture at one step; rows stand in the order of pictures, then steps, references last.
+"""
+
+import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffenc.cache import content_key
-from diffenc.errors import BackboneError, OutputError
+from diffenc.errors import BackboneError
+from diffenc.scoring.config import ScorerConfig
+from diffenc.storage.names import inside, printable, reason
 
-BANK_FILE = "bank.json"
-_FORMAT = 1
-_KEYS = ("backbone", "config", "layers", "names", "shards", "size", "weights")
+BANK_FILE, PLAN_FILE = "bank.json", "plan.json"
+FORMAT = 2
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+_STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+Shapes = tuple[tuple[int, int], ...]
+"""(cells, channels) of the queries of each layer."""
 
 
-class BankWriter:
-    """Writes queries shard by shard; a bank appears under its name only when it is complete.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """A file of rows.
 
-    Args:
-        folder: Of the bank; it must not exist, or be empty.
-        shard_bytes: About how large a shard may become.
-
-    Raises:
-        OutputError: The folder holds something, or cannot be written.
+    Attributes:
+        file: Its name.
+        first: Number of its first row.
+        rows: Number of its rows.
+        digest: Digest of its values.
     """
 
-    def __init__(self, folder: Path, *, shard_bytes: int) -> None:
-        self.folder, self._shard_bytes = folder, shard_bytes
-        self._shards: list[dict[str, Any]] = []
-        self._rows: list[tuple[Tensor, ...]] = []
-        self._bytes = 0
-        try:
-            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-                raise OutputError(f"the bank's folder exists and is not empty: {folder}")
-            folder.mkdir(parents=True, exist_ok=True)
-        except OutputError:
-            raise
-        except OSError as error:
-            raise OutputError(f"cannot write {folder}: {error.strerror or error}") from error
-
-    def add(self, row: tuple[Tensor, ...]) -> None:
-        """Queries of one image at one step, an entry per layer.
-
-        Raises:
-            OutputError: They cannot be written.
-        """
-        self._rows.append(row)
-        self._bytes += sum(entry.nbytes for entry in row)
-        if self._bytes >= self._shard_bytes:
-            self._flush()
-
-    def finish(self, content: dict[str, Any]) -> None:
-        """Write what is left, and the table of contents.
-
-        Raises:
-            OutputError: It cannot be written.
-        """
-        self._flush()
-        whole = {"format": _FORMAT, **content, "shards": self._shards}
-        partial = self.folder / f"{BANK_FILE}.partial"
-        try:
-            partial.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-            partial.replace(self.folder / BANK_FILE)
-        except OSError as error:
-            raise OutputError(f"cannot write {partial}: {error.strerror or error}") from error
-
-    def _flush(self) -> None:
-        from safetensors.torch import save_file
-
-        if not self._rows:
-            return
-        name = f"queries-{len(self._shards):05d}.safetensors"
-        layers = zip(*self._rows, strict=True)
-        tensors = {f"layer.{layer}": torch.stack(rows) for layer, rows in enumerate(layers)}
-        try:
-            save_file(tensors, self.folder / name)
-        except Exception as error:  # safetensors raises errors of its own
-            raise OutputError(f"cannot write {self.folder / name}: {error}") from error
-        self._shards.append({"file": name, "rows": len(self._rows)})
-        self._rows, self._bytes = [], 0
+    file: str
+    first: int
+    rows: int
+    digest: str
 
 
-def weights_mark(attentions: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells key projections from others: dtype, a digest, and the norm of each layer."""
-    weights = [attn.to_k.weight.detach() for attn in attentions.values()]
-    digests = torch.tensor([list(content_key(weight.float())) for weight in weights])
-    return {
-        "dtype": str(weights[0].dtype).removeprefix("torch."),
-        "digest": content_key(digests).hex(),
-        "norms": [round(float(weight.float().norm()), 6) for weight in weights],
-    }
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BankContents:
+    """What `bank.json` says.
 
-
-def same_weights(built: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
-    """Whether two marks are of the same weights; in different dtypes, as far as norms tell."""
-    if built["dtype"] == here["dtype"]:
-        return bool(built["digest"] == here["digest"])
-    one, other = (torch.tensor(mark["norms"], dtype=torch.float64) for mark in (built, here))
-    return len(one) == len(other) and torch.allclose(one, other, rtol=5e-3)
-
-
-def read_contents(folder: Path) -> dict[str, Any]:
-    """The table of contents of a complete bank.
-
-    Raises:
-        BackboneError: There is none, or it is broken or of another format.
+    Attributes:
+        bank: Digest of everything that the queries were made from; every shard bears it.
+        backbone: Name of the model.
+        config: Config of the scorer that built the bank.
+        layers: Module paths of the cross-attentions.
+        shapes: (cells, channels) of each layer.
+        size: (height, width) of the pictures, in pixels.
+        dtype: Floating point type of the stored queries.
+        names: Names of the images.
+        skipped: Name of and reason for each image that was left out.
+        references: Number of reference pictures, whose rows come last.
+        weights: Mark of the weights that a search reads, see `weights_mark`.
+        shards: The files, in the order of their rows.
     """
-    path = folder / BANK_FILE
-    if not path.is_file():
-        raise BackboneError(
-            f"there is no complete query bank in {folder}: {BANK_FILE} is missing; build one with "
-            "scorer.build_index(images, folder) or diffenc index"
-        )
+
+    bank: str
+    backbone: str
+    config: ScorerConfig
+    layers: tuple[str, ...]
+    shapes: Shapes
+    size: tuple[int, int]
+    dtype: str
+    names: tuple[str, ...]
+    skipped: tuple[tuple[str, str], ...]
+    references: int
+    weights: Mapping[str, Any]
+    shards: tuple[Shard, ...]
+
+
+class LayerDigest:
+    """Digest of rows of several layers, taken in as they come."""
+
+    def __init__(self, layers: int) -> None:
+        self._each = [hashlib.blake2b(digest_size=16) for _ in range(layers)]
+
+    def update(self, parts: Sequence[Tensor]) -> None:
+        """Take in some rows of each layer."""
+        for digest, rows in zip(self._each, parts, strict=True):
+            digest.update(rows.contiguous().view(torch.uint8).numpy().data)
+
+    def hexdigest(self) -> str:
+        """What was taken in, as 32 hexadecimal digits."""
+        whole = b"".join(digest.digest() for digest in self._each)
+        return hashlib.blake2b(whole, digest_size=16).hexdigest()
+
+
+def shard_name(index: int) -> str:
+    """Name of a shard's file."""
+    return f"queries-{index:05d}.safetensors"
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """Every file in a folder that is named like a shard."""
+    return sorted(folder.glob("queries-*.safetensors"))
+
+
+def header_of(opened: Any) -> Mapping[str, Any]:
+    """What a shard that is open says of itself: "bank", "first", "rows" and "digest"."""
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if content["format"] != _FORMAT:
+        header = json.loads((opened.metadata() or {})["shard"])
+    except (KeyError, ValueError, RecursionError):
+        return {}
+    return header if isinstance(header, dict) else {}
+
+
+def check_shard(opened: Any, shard: Shard, *, bank: str, shapes: Shapes, dtype: str) -> None:
+    """Compare an open shard's header with what the bank says of it; no values are read.
+
+    Raises:
+        BackboneError: It belongs to another bank or place, or holds other tensors.
+    """
+    expected = {"bank": bank, "first": shard.first, "rows": shard.rows, "digest": shard.digest}
+    header = header_of(opened)
+    if not header:
+        raise BackboneError("it does not say which bank it belongs to")
+    if header.get("bank") != bank:
+        raise BackboneError("it belongs to another bank")
+    if header != expected:
+        raise BackboneError(
+            f"it holds {header.get('rows')!r} rows from row {header.get('first')!r} on, and the "
+            f"table of contents wants {shard.rows} from row {shard.first} on"
+        )
+    tensors = {f"layer.{layer}": [shard.rows, *shape] for layer, shape in enumerate(shapes)}
+    if set(opened.keys()) != tensors.keys():
+        raise BackboneError(f"it holds the tensors {printable(sorted(opened.keys()))}")
+    for name, shape in tensors.items():
+        entry = opened.get_slice(name)
+        if entry.get_shape() != shape or entry.get_dtype() != _STORED[dtype]:
             raise BackboneError(
-                f"{path} has format {content['format']}, this version reads {_FORMAT}; build the "
-                "bank again"
+                f"its tensor {name} is {entry.get_shape()} of {entry.get_dtype()}, and the bank "
+                f"wants {shape} of {_STORED[dtype]}"
             )
-        for key in _KEYS:
-            content[key]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BackboneError(f"{path} is no table of contents of a query bank: {error!r}") from error
-    return content
+
+
+def check_shards(folder: Path, contents: BankContents) -> None:
+    """Compare the headers of all shards with the table of contents.
+
+    Raises:
+        BackboneError: A shard is missing, broken or of another bank, or there is one too many.
+    """
+    from safetensors import safe_open
+
+    for shard in contents.shards:
+        path = shard_path(folder, shard)
+        try:
+            with safe_open(path, "pt") as opened:
+                check_shard(
+                    opened,
+                    shard,
+                    bank=contents.bank,
+                    shapes=contents.shapes,
+                    dtype=contents.dtype,
+                )
+        except Exception as error:  # safetensors raises errors of its own
+            raise unreadable(path, error) from error
+    known = {shard.file for shard in contents.shards}
+    if foreign := [path.name for path in shard_files(folder) if path.name not in known]:
+        raise BackboneError(
+            f"{folder} holds {foreign[0]}, which its {BANK_FILE} does not name: two banks were "
+            "mixed. Remove that file, or build the bank again"
+        )
+
+
+def shard_path(folder: Path, shard: Shard) -> Path:
+    """Path of a shard, which must lie within the folder, also where it is a link.
+
+    Raises:
+        BackboneError: It leads out of the folder.
+    """
+    path = inside(folder, shard.file, error=BackboneError)
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        raise BackboneError(f"{path} is a link that leads out of the bank's folder")
+    return path
+
+
+def unreadable(path: Path, error: Exception) -> BackboneError:
+    """The error of a shard that cannot be read."""
+    return BackboneError(
+        f"cannot read {path} of the bank: {reason(error)}. Build the bank again, or copy it again "
+        "from where it is whole"
+    )

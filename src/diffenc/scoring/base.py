@@ -9,16 +9,24 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from diffenc._inference import lasting
+from diffenc.arguments import flag, shown, text
+from diffenc.arguments import texts as listed
 from diffenc.attention import match_layers
 from diffenc.attention_scores import layer_mix
-from diffenc.backbones import load_backbone
+from diffenc.backbones import load_backbone, model_name
 from diffenc.backbones.base import Backbone
+from diffenc.backbones.device import Device, Dtype
+from diffenc.backbones.pipelines import PIPELINE
+from diffenc.backbones.sources import lasting_source
 from diffenc.cache import TensorCache
+from diffenc.errors import ConfigError, OutputError, PromptError
 from diffenc.images import Images
-from diffenc.prompts import match_batch
+from diffenc.saved import check_mark
 from diffenc.scoring.calibration import References
 from diffenc.scoring.config import ScorerConfig, scorer_preset
 from diffenc.scoring.saved import is_saved_scorer, read_scorer, write_scorer
+from diffenc.storage.names import checked_path
 
 # `Self` is not known to the check of annotations at run time (make test-shapes).
 _Scorer = TypeVar("_Scorer", bound="ConfiguredScorer")
@@ -47,35 +55,49 @@ class ConfiguredScorer(nn.Module):
         references: References | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(backbone, Backbone):
+            raise ConfigError(
+                f"a scorer is made of a Backbone, got {shown(backbone)}; "
+                "CrossAttnScorer.from_pretrained takes names, folders and pipelines"
+            )
+        if not isinstance(config, ScorerConfig | None):
+            raise ConfigError(f"config must be a ScorerConfig, got {shown(config)}")
         self.backbone = backbone
         self.config = config or ScorerConfig()
-        self.use_cache = use_cache
+        self.use_cache = flag("use_cache", use_cache)
         self.references = references
         self.rows, self.queries = TensorCache(_ROW_BYTES), TensorCache(_QUERY_BYTES)
         if self.config.attention:
             layer_mix(self.config.layer_weights, len(self.layers))  # checks both
 
     @classmethod
+    @lasting
     def from_pretrained(
         cls: type[_Scorer],
-        name: "str | os.PathLike[str] | Backbone",
+        name: Any,
         *,
         preset: str | None = None,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
+        device: Device = None,
+        dtype: Dtype = None,
         use_cache: bool = True,
+        variant: str | None = None,
         **options: Any,  # attributes of ScorerConfig, which checks their names
     ) -> _Scorer:
         """Load a scorer.
 
         Args:
             name: An alias ("shapes", "sd1.5", "sd2.1-base", "sd2.1", "sdxl"), a Hub id, a diffusers
-                folder, a folder that `save_pretrained` wrote, or a `Backbone`.
-            preset: "calibrated", "paper", "discffusion", "diffusion-classifier" or
-                "diffusion-itm"; None is "calibrated", or what was saved.
-            device: Where it runs.
-            dtype: Of U-Net and text encoder; scores are computed in float32 whatever it is.
+                folder, a `.safetensors` checkpoint, a folder that `save_pretrained` wrote, a
+                pipeline of diffusers, or a `Backbone`; see `load_backbone`.
+            preset: "calibrated", "paper", "discffusion", "diffusion-classifier", "diffusion-itm"
+                or "denoising-gap"; None is "calibrated", or what was saved.
+            device: Device that it runs on; None is the CPU, and where a pipeline or a `Backbone`
+                is.
+            dtype: Floating point type of the U-Net and the text encoder, or its name; None is
+                float32, and what a pipeline or a `Backbone` has. Scores are computed in float32
+                whatever it is.
             use_cache: See the class.
+            variant: Word in the names of the weight files, such as "fp16"; see `load_backbone`.
             options: Attributes of `ScorerConfig`, such as `mode`, `layers` or `timesteps`; they win
                 over a preset, and that over a saved config.
 
@@ -84,13 +106,21 @@ class ConfiguredScorer(nn.Module):
             ConfigError: An option or a preset is unknown or not allowed.
             TapError: A layer does not exist in this model.
         """
-        values, references = scorer_preset(preset or "calibrated"), None
-        parts: dict[str, Any] = {}
-        if not isinstance(name, Backbone) and is_saved_scorer(name):
-            saved, name, parts, references = read_scorer(Path(name))
-            values = {**saved, **(scorer_preset(preset) if preset else {})}
+        preset = preset if preset is None else text("preset", preset)
+        values, references = scorer_preset("calibrated" if preset is None else preset), None
+        saved = None
+        if isinstance(name, (str, os.PathLike)) and is_saved_scorer(model_name(name)):
+            folder = Path(lasting_source(name))
+            saved = read_scorer(folder)
+            values = {**saved.options, **({} if preset is None else scorer_preset(preset))}
+            name, references = saved.backbone, saved.references
         config = ScorerConfig.from_dict({**values, **_plain(options)})
+        parts = {} if saved is None else dict(saved.parts)
+        if variant is not None:
+            parts["variant"] = variant
         backbone = load_backbone(name, device=device, dtype=dtype, **parts)
+        if saved is not None:
+            check_mark(backbone, saved.mark, folder)
         return cls(backbone, config, use_cache=use_cache, references=references)
 
     def save_pretrained(self, folder: "str | os.PathLike[str]") -> None:
@@ -98,8 +128,15 @@ class ConfiguredScorer(nn.Module):
 
         Raises:
             OutputError: The folder cannot be written.
+            ConfigError: The backbone was given as a pipeline, which no file can name.
         """
-        write_scorer(Path(folder), self.backbone, self.config, self.references)
+        if PIPELINE in self.backbone.given:
+            raise ConfigError(
+                f"{self.backbone.name} was given as an object, which a config cannot name: save "
+                "the pipeline with its own save_pretrained, and load the scorer from that folder"
+            )
+        target = checked_path("a saved scorer", folder, error=OutputError)
+        write_scorer(target, self.backbone, self.config, self.references)
 
     def with_options(self: _Scorer, *, preset: str | None = None, **options: Any) -> _Scorer:
         """Another scorer over the same backbone.
@@ -111,7 +148,7 @@ class ConfiguredScorer(nn.Module):
         Raises:
             ConfigError: An option or a preset is unknown or not allowed.
         """
-        values = self.config.to_dict() if preset is None else scorer_preset(preset)
+        values = self.config.to_dict() if preset is None else scorer_preset(text("preset", preset))
         config = ScorerConfig.from_dict({**values, **_plain(options)})
         return type(self)(
             self.backbone, config, use_cache=self.use_cache, references=self.references
@@ -135,12 +172,14 @@ class ConfiguredScorer(nn.Module):
         self.rows.clear()
         self.queries.clear()
 
+    @lasting
     def _apply(self: _Scorer, fn: Any, recurse: bool = True) -> _Scorer:
         self.rows.clear()  # another device or dtype
         self.queries.clear()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
+    @lasting
     def calibrate(self, images: "Images | None", *, texts: Sequence[str] | None = None) -> None:
         """Take reference images, whose mean score under a text is subtracted from that text's.
 
@@ -158,19 +197,21 @@ class ConfiguredScorer(nn.Module):
         """
         backbone = self.backbone
         changed: dict[str, Any] = {"calibration": None, "reference_digest": None}
-        self.references = None
+        references = None
         if images is not None:
-            self.references = References.read(
+            references = References.read(
                 images,
                 self.config,
                 default_size=backbone.default_size,
                 multiple=backbone.reduction,
             )
-            digest = self.references.digest
-            changed = {"calibration": "given", "reference_digest": digest}
+            changed = {"calibration": "given", "reference_digest": references.digest}
         if texts is not None:
-            changed["reference_texts"] = tuple(match_batch(list(texts), len(texts)))
-        self.config = replace(self.config, **changed)
+            none = not isinstance(texts, str) and not len(texts)
+            changed["reference_texts"] = () if none else listed("texts", texts, error=PromptError)
+        with backbone.lock:  # a call reads both
+            self.references = references
+            self.config = replace(self.config, **changed)
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:

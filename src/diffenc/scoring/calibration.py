@@ -1,12 +1,14 @@
 """Reference pictures: what a text scores on them is its own offset, not a match."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
 from diffenc.cache import content_key
-from diffenc.errors import ConfigError
+from diffenc.errors import ConfigError, ShapeError
 from diffenc.images import Images, to_pixel_values
 from diffenc.scoring.config import ScorerConfig
 
@@ -16,9 +18,23 @@ class References:
 
     Attributes:
         pictures: RGB, 0 to 255.
+
+    Raises:
+        ShapeError: There are none, or they are no such pictures.
     """
 
-    def __init__(self, pictures: UInt8[Tensor, "r 3 height width"]) -> None:
+    pictures: UInt8[Tensor, "r 3 height width"]
+
+    def __init__(self, pictures: Tensor) -> None:
+        if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] != 3:
+            raise ShapeError(
+                "reference pictures must be (pictures, 3, height, width) of uint8, got "
+                f"{tuple(pictures.shape)} of {pictures.dtype}"
+            )
+        if 0 in pictures.shape:
+            raise ShapeError(
+                f"there must be one reference picture or more, got {tuple(pictures.shape)}"
+            )
         self.pictures = pictures
 
     @classmethod
@@ -63,9 +79,9 @@ def reference_pixels(
         ConfigError: The config wants the user's, and there are none or others.
     """
     if config.calibration is None:
-        return torch.zeros(0, 3, *size)
+        return torch.zeros(0, 3, *size, dtype=torch.float32, device="cpu")
     if config.calibration == "gray":
-        return torch.zeros(1, 3, *size)
+        return torch.zeros(1, 3, *size, dtype=torch.float32, device="cpu")
     if config.calibration == "neutral":
         return neutral_pictures(size)
     if given is None or given.digest != config.reference_digest:
@@ -83,10 +99,11 @@ def neutral_pictures(size: tuple[int, int]) -> Float[Tensor, "8 3 height width"]
     Equal on every machine; nothing is read from disk.
     """
     height, width = size
-    plain = [torch.full((3, height, width), level) for level in (-0.6, 0.0, 0.6)]
-    down = torch.linspace(-0.8, 0.8, height)[:, None].expand(3, height, width)
-    across = torch.linspace(-0.8, 0.8, width).expand(3, height, width)
-    generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand(3, 3, 4, 4, generator=generator) * 2 - 1
+    place: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    plain = [torch.full((3, height, width), level, **place) for level in (-0.6, 0.0, 0.6)]
+    down = torch.linspace(-0.8, 0.8, height, **place)[:, None].expand(3, height, width)
+    across = torch.linspace(-0.8, 0.8, width, **place).expand(3, height, width)
+    generator = torch.Generator("cpu").manual_seed(0)
+    coarse = torch.rand(3, 3, 4, 4, generator=generator, **place) * 2 - 1
     clouds = F.interpolate(coarse, size=size, mode="bicubic", align_corners=False)
     return torch.stack([*plain, down, across, *clouds.clamp(-1, 1)])

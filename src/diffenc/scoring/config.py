@@ -1,12 +1,14 @@
 """What a scorer is told to do: its options, the presets of published scores, their timesteps."""
 
-import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from diffenc._typing import LongPrompts, Posterior, Resize, Uncond
+from diffenc.arguments import whole
+from diffenc.checks import conform
 from diffenc.config import check_choice, check_pair
 from diffenc.errors import ConfigError, near_matches
+from diffenc.storage.schema import make
 
 ScoreMode = Literal["exact", "shared-query"]
 Space = Literal["logits", "probs"]
@@ -91,25 +93,20 @@ class ScorerConfig:
     batch_size: int = 16
 
     def __post_init__(self) -> None:
+        conform(self)
         self._check_statistic()
         self._check_combinations()
-        if not isinstance(self.timesteps, tuple) or not self.timesteps:
-            raise ConfigError(
-                f"timesteps must hold one scheduler step or more, got {self.timesteps!r}"
-            )
+        if not self.timesteps:
+            raise ConfigError("timesteps must hold one scheduler step or more, got none")
         for step in self.timesteps:
-            if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 1000:
+            if not 0 <= step < 1000:
                 raise ConfigError(f"timesteps must be ints in [0, 1000), got {step!r}")
         if len(set(self.timesteps)) < len(self.timesteps):
             raise ConfigError(
                 f"timesteps hold one twice: {self.timesteps}; more noise at a level is draws=2"
             )
         for name in ("draws", "batch_size"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} must be an int of 1 or more, got {value!r}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ConfigError(f"seed must be an int, got {self.seed!r}")
+            whole(name, getattr(self, name), least=1)
         check_pair("size", self.size)
         check_choice("resize", self.resize, get_args(Resize))
         check_choice("posterior", self.posterior, get_args(Posterior))
@@ -126,13 +123,13 @@ class ScorerConfig:
                 f"entry, got {self.layers!r}"
             )
         if self.layer_weights is not None:
-            usable = all(math.isfinite(w) and w >= 0 for w in self.layer_weights)
+            usable = all(w >= 0 for w in self.layer_weights)
             if not usable or not sum(self.layer_weights) > 0:
                 raise ConfigError(
                     "layer_weights must be finite, 0 or above and not all 0, got "
                     f"{self.layer_weights}"
                 )
-        if not (math.isfinite(self.lse_lambda) and self.lse_lambda > 0):
+        if not self.lse_lambda > 0:
             raise ConfigError(f"lse_lambda must be a number above 0, got {self.lse_lambda}")
         check_choice("space", self.space, get_args(Space))
         check_choice("lse_axis", self.lse_axis, get_args(PoolAxis))
@@ -182,13 +179,11 @@ class ScorerConfig:
             ConfigError: A key is no attribute, or a value is not allowed.
         """
         known = {field.name for field in fields(cls)}
-        if unknown := sorted(values.keys() - known):
+        if unknown := sorted(map(str, values.keys() - known)):
             hint = near_matches(unknown[0], known)
             raise ConfigError(f"unknown options {unknown}; known are {sorted(known)}.{hint}")
-        plain: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
-        }
-        return cls(**plain)
+        made: ScorerConfig = make(cls, values)
+        return made
 
 
 def discffusion_timesteps(steps: int) -> tuple[int, ...]:
@@ -239,8 +234,28 @@ def classifier_timesteps(steps: int, of: int | None = None) -> tuple[int, ...]:
     return tuple(grid[every // 2 :: every][:steps])
 
 
+def itm_timesteps(steps: int) -> tuple[int, ...]:
+    """Noise levels of DiffusionITM's released code.
+
+    Args:
+        steps: Its `sampling_steps`, 1 to 1000; for large numbers it gives fewer.
+
+    Raises:
+        ConfigError: Out of range.
+
+    Example:
+        >>> itm_timesteps(5)
+        (10, 210, 410, 610, 810)
+
+    Source:
+        Krojer et al. 2023 (DiffusionITM), arXiv:2305.16397, released code: from 10 to below 990.
+    """
+    _check_count(steps)
+    return tuple(range(10, 990, 1000 // steps))
+
+
 def _check_count(count: int) -> None:
-    if not 1 <= count <= 1000:
+    if not 1 <= whole("the number of timesteps", count) <= 1000:
         raise ConfigError(f"the number of timesteps must be in [1, 1000], got {count}")
 
 
@@ -256,7 +271,8 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "calibration": "gray",
     },
     # He et al. 2023, arXiv:2305.10722, as released: six modules of SD, both halves, a sample of
-    # the posterior, norms of errors. The released mean over the batch is a mean per sample here.
+    # the posterior, norms of errors. The released mean over the batch is a mean per sample here;
+    # timesteps are the paper's five, where the released script takes 30.
     "discffusion": {
         "layers": "discffusion",
         "include_uncond": True,
@@ -264,16 +280,26 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "uncond": "empty",
         "posterior": "sample",
     },
-    # Li et al. 2023, arXiv:2303.16203: the first stage of its adaptive grid.
+    # Li et al. 2023, arXiv:2303.16203, as released: the mean of the posterior, cropped pictures,
+    # the first stage of a grid of 20 timesteps.
     "diffusion-classifier": {
         "attention": False,
         "error_term": "mse",
         "timesteps": classifier_timesteps(5, of=20),
         "resize": "crop",
     },
-    # Krojer et al. 2023, arXiv:2305.16397: less the error without the text, so that images of a
-    # text compare; they take random timesteps, these are Diffusion Classifier's.
+    # Krojer et al. 2023, arXiv:2305.16397, as released with `--img_retrieval`: the norm of the
+    # error without the text less that with it, at its ten timesteps, from a posterior's sample.
     "diffusion-itm": {
+        "attention": False,
+        "error_term": "l2_gap",
+        "timesteps": itm_timesteps(10),
+        "uncond": "empty",
+        "posterior": "sample",
+    },
+    # Nobody's release: Diffusion Classifier's error, less that without the text, so that images of
+    # a text compare.
+    "denoising-gap": {
         "attention": False,
         "error_term": "mse_gap",
         "timesteps": classifier_timesteps(5, of=20),
@@ -283,10 +309,13 @@ _PRESETS: dict[str, dict[str, Any]] = {
 
 
 def scorer_preset(name: str) -> dict[str, Any]:
-    """Options of `ScorerConfig` for a published score.
+    """Options of `ScorerConfig` for a kind of score.
+
+    What each follows, and where it differs from what was released, stands in the guide on scores.
 
     Args:
-        name: "paper", "calibrated", "discffusion", "diffusion-classifier" or "diffusion-itm".
+        name: "paper", "calibrated", "discffusion", "diffusion-classifier", "diffusion-itm" or
+            "denoising-gap".
 
     Raises:
         ConfigError: No such preset.

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffenc.backbones.base import Backbone
+from diffenc.checks import require_finite
 from diffenc.errors import ConfigError
 from diffenc.forward import predict_noise
 from diffenc.noise import add_noise, shared_noise
@@ -53,18 +54,19 @@ def denoising_scores(
         raise ConfigError("timesteps must hold one scheduler step or more, got none")
     texts = match_batch(texts, len(texts))
     h, w = latents.shape[2:]
-    embeds = backbone.embed(texts, size=(h * backbone.reduction, w * backbone.reduction))
-    errors = torch.zeros(len(latents), len(texts))
-    for timestep in timesteps:
-        noise = shared_noise((latents.shape[1], h, w), seed=seed, timestep=timestep)
-        noisy_latents = add_noise(backbone.scheduler, latents, noise, timestep)
-        for image, noisy in enumerate(noisy_latents):
-            for start in range(0, len(texts), batch_size):
-                part = embeds.select(start, start + batch_size)
-                rows = noisy.expand(len(part), -1, -1, -1)
-                with torch.no_grad():
+    errors = torch.zeros(len(latents), len(texts), dtype=torch.float32, device="cpu")
+    with backbone.lock, torch.no_grad():
+        embeds = backbone.embed(texts, size=(h * backbone.reduction, w * backbone.reduction))
+        for timestep in timesteps:
+            noise = shared_noise((latents.shape[1], h, w), seed=seed, timestep=timestep)
+            noisy_latents = add_noise(backbone.scheduler, latents, noise, timestep)
+            for image, noisy in enumerate(noisy_latents):
+                for start in range(0, len(texts), batch_size):
+                    part = embeds.select(start, start + batch_size)
+                    rows = noisy.expand(len(part), -1, -1, -1)
                     error = predict_noise(backbone, rows, timestep, part).cpu() - noise
-                errors[image, start : start + batch_size] += reduce(
-                    error**2, "b c h w -> b", "mean"
-                )
+                    errors[image, start : start + batch_size] += reduce(
+                        error**2, "b c h w -> b", "mean"
+                    )
+    require_finite(errors, "scores", "load the model with dtype=torch.bfloat16 or torch.float32")
     return -errors / len(timesteps)

@@ -1,13 +1,13 @@
 """Exact scores: one row of the U-Net per picture, text and noise, batched over all three."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from diffenc.attention import cross_attentions, match_layers
-from diffenc.cache import TensorCache
+from diffenc.cache import Entry, TensorCache, recall
 from diffenc.prompts import PromptEmbeds
 from diffenc.scoring.inputs import ScoreInputs, check_finite, in_batches, pooling_of
 from diffenc.scoring.passes import read_statistics
@@ -40,13 +40,13 @@ def exact_scores(
         NonFiniteError: NaN or infinity came out of the U-Net.
     """
     config = inputs.config
-    empty = inputs.texts.index("") if config.needs_uncond else None
+    empty = inputs.texts.index(None) if config.needs_uncond else None
     needed = wanted.clone()
     if empty is not None:
         needed[:, empty] |= wanted.any(dim=1)
     table = _statistics(inputs, needed, steps, memory)
     attention, squared = table[..., :-1], table[..., -1:]
-    scores = torch.zeros(*table.shape[:3], mix.shape[1])
+    scores = torch.zeros(*table.shape[:3], mix.shape[1], dtype=torch.float32, device="cpu")
     if config.attention:
         mixed = attention @ mix
         if config.include_uncond:
@@ -61,8 +61,9 @@ def _error_part(inputs: ScoreInputs, squared: Tensor, empty: int | None) -> Tens
     """Of sums of squared errors.
 
     Source:
-        Li et al. 2023 (Diffusion Classifier), arXiv:2303.16203, equation 6; He et al. 2023
-        (Discffusion), arXiv:2305.10722, released code, for the gap of norms.
+        Li et al. 2023 (Diffusion Classifier), arXiv:2303.16203, equation 6. For the gap of norms
+        the released codes of He et al. 2023 (Discffusion), arXiv:2305.10722, and of Krojer et al.
+        2023 (DiffusionITM), arXiv:2305.16397.
     """
     size = inputs.posterior[0][0].numel()
     if inputs.config.error_term == "mse":
@@ -80,40 +81,45 @@ def _statistics(
     config = inputs.config
     unet = inputs.backbone.unet
     names = match_layers(unet, config.layers) if config.attention else ()
-    table = torch.full((*needed.shape, len(steps), len(names) + 1), torch.nan)
+    table = _unknown(*needed.shape, len(steps), len(names) + 1)
     rows: list[_Row] = [
         (picture, step, text)
         for picture in range(len(needed))
         for step in range(len(steps))
         for text in needed[picture].nonzero().flatten().tolist()
     ]
-    keys = dict(zip(rows, _memory_keys(inputs, rows, steps, names), strict=True))
-    missing = []
-    for row in rows:
-        known = None if keys[row] is None else memory.get(keys[row])
-        if known is None:
-            missing.append(row)
-        else:
-            picture, step, text = row
-            table[picture, text, step] = known[0]
-    for part, values in _passes(inputs, missing, steps, names):
-        for (picture, step, text), value in zip(part, values, strict=True):
-            table[picture, text, step] = value
-            if (key := keys[picture, step, text]) is not None:
-                memory.put(key, (value.clone(),))
+
+    def run(missing: list[int]) -> Iterator[Entry]:
+        for _, values in _passes(inputs, [rows[index] for index in missing], steps, names):
+            yield from ((value,) for value in values)
+
+    keys = _memory_keys(inputs, rows, steps, names)
+    entries = recall(None if keys is None else memory, keys or rows, run)
+    for (picture, step, text), (value,) in zip(rows, entries, strict=True):
+        table[picture, text, step] = value
     return table
+
+
+def _unknown(*shape: int) -> Tensor:
+    return torch.full(shape, torch.nan, dtype=torch.float32, device="cpu")
 
 
 def _memory_keys(
     inputs: ScoreInputs, rows: Sequence[_Row], steps: Sequence[Step], names: Sequence[str]
-) -> list[object]:
+) -> list[Hashable] | None:
     if inputs.memory_key is None or inputs.picture_keys is None:
-        return [None] * len(rows)
+        return None
     config = inputs.config
     predicts = config.error_term is not None
     common = (*inputs.memory_key, names, pooling_of(config), config.token_mask, predicts)
     return [
-        (common, inputs.seed, inputs.picture_keys[picture], inputs.texts[text], steps[step])
+        (
+            common,
+            inputs.seed,
+            inputs.picture_keys[picture],
+            inputs.texts[text],
+            steps[step],
+        )
         for picture, step, text in rows
     ]
 
@@ -134,14 +140,14 @@ def _passes(
         attention, predicted = read_statistics(
             backbone,
             inputs.noisy_latents([(picture, steps[step]) for picture, step, _ in part]),
-            torch.tensor([steps[step][0] for _, step, _ in part]),
+            torch.tensor([steps[step][0] for _, step, _ in part], dtype=torch.long, device="cpu"),
             embeds,
             attentions,
             pooling_of(config),
             mask=None if inputs.mask is None else inputs.mask[texts, :length],
             predict=predicts,
         )
-        columns = torch.full((len(part), len(names) + 1), torch.nan)
+        columns = _unknown(len(part), len(names) + 1)
         if attention is not None:
             columns[:, :-1] = attention.cpu()
         if predicted is not None:

@@ -2,6 +2,8 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -10,14 +12,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from diffenc.attention_scores import Pooling
-from diffenc.backbones.base import Backbone
-from diffenc.cache import state_key
+from diffenc.backbones.base import Backbone, States
 from diffenc.errors import NonFiniteError, PromptError
 from diffenc.latents import draw_latents
 from diffenc.memo import image_keys, posterior_of, prompts_of
 from diffenc.noise import add_noise, shared_noise
 from diffenc.prompts import PromptEmbeds
 from diffenc.scoring.config import ScorerConfig, TokenMask
+from diffenc.tokenizing import limit_of, prompt_ids, require_right
 
 _Row = TypeVar("_Row")
 _Result = TypeVar("_Result")
@@ -33,7 +35,7 @@ class ScoreInputs:
         posterior: Mode and deviation of the latents of distinct pictures.
         picture_keys: Digests of distinct pictures, or None where nothing is remembered.
         picture_rows: Per picture of the call its place among the distinct ones.
-        texts: Distinct texts.
+        texts: Distinct texts; None is no text, whose embedding is the unconditional one.
         text_rows: Per text of the call its place among the distinct ones.
         embeds: Of distinct texts.
         mask: Tokens that count, of distinct texts; None is all.
@@ -41,6 +43,7 @@ class ScoreInputs:
         seed: Of the noise.
         memory_key: What results depend on beside picture, text, noise and the kind of score; None:
             remember nothing.
+        states: Keys of the model's state for this call.
     """
 
     backbone: Backbone
@@ -48,13 +51,14 @@ class ScoreInputs:
     posterior: tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]
     picture_keys: list[bytes] | None
     picture_rows: list[int]
-    texts: list[str]
+    texts: list[str | None]
     text_rows: list[int]
     embeds: PromptEmbeds
     mask: Bool[Tensor, "texts l"] | None
     size: tuple[int, int]
     seed: int
     memory_key: tuple[object, ...] | None
+    states: States
 
     def noise(self, step: tuple[int, int]) -> Float[Tensor, "c h w"]:
         """The noise of a (timestep, draw), on the CPU."""
@@ -107,7 +111,7 @@ def encode_inputs(
     Args:
         backbone: The model.
         pixel_values: RGB in [-1, 1].
-        texts: One or more; the empty one is added where the config needs the unconditional half.
+        texts: One or more; where the config needs the unconditional half, None is added.
         config: Of the scorer.
         seed: Of the noise.
         use_cache: Look up and keep.
@@ -122,14 +126,17 @@ def encode_inputs(
     place = {every_key[row]: index for index, row in enumerate(distinct)}
     keys = [every_key[row] for row in distinct]
     size = (pixel_values.shape[2], pixel_values.shape[3])
+    states = backbone.states()
     posterior = posterior_of(
         backbone,
         pixel_values[distinct],
         keys=keys if use_cache else None,
+        states=states,
         batch_size=config.batch_size,
     )
-    added = "" if config.needs_uncond and "" not in texts else None
-    known = list(dict.fromkeys(texts if added is None else [*texts, added]))
+    known: list[str | None] = list(dict.fromkeys(texts))
+    if config.needs_uncond:
+        known.append(None)
     embeds = prompts_of(
         backbone,
         known,
@@ -137,10 +144,10 @@ def encode_inputs(
         uncond=config.uncond,
         long_prompts=config.long_prompts,
         use_cache=use_cache,
+        states=states,
     )
-    states = tuple(state_key(part) for part in backbone.parts().values())
-    remember = use_cache and None not in states
-    key = (states, size, config.posterior, config.uncond, config.long_prompts)
+    remember = use_cache and states.features is not None
+    key = (states.features, size, config.posterior, config.uncond, config.long_prompts)
     return ScoreInputs(
         backbone=backbone,
         config=config,
@@ -150,20 +157,19 @@ def encode_inputs(
         texts=known,
         text_rows=[known.index(text) for text in texts],
         embeds=embeds,
-        mask=token_mask(backbone, known, embeds, config.token_mask, added=added),
+        mask=token_mask(backbone, known, embeds, config.token_mask),
         size=size,
         seed=seed,
         memory_key=key if remember else None,
+        states=states,
     )
 
 
 def token_mask(
     backbone: Backbone,
-    texts: Sequence[str],
+    texts: Sequence[str | None],
     embeds: PromptEmbeds,
     kind: TokenMask,
-    *,
-    added: str | None = None,
 ) -> Bool[Tensor, "texts l"] | None:
     """Which tokens of each text count, as `ScorerConfig.token_mask` says; None is all.
 
@@ -171,10 +177,9 @@ def token_mask(
 
     Args:
         backbone: Whose tokenizer counts.
-        texts: Prompts.
+        texts: Prompts. None is no text, of which all tokens count.
         embeds: Of the texts.
         kind: Which tokens.
-        added: A text whose attention nobody asked for: all of its tokens count.
 
     Raises:
         PromptError: A text without words where only words count.
@@ -182,11 +187,11 @@ def token_mask(
     if kind == "none":
         return None
     tokenizer: Any = backbone.tokenizer
-    limit = tokenizer.model_max_length
-    ids = tokenizer(
-        list(texts), add_special_tokens=False, truncation=False, verbose=False
-    ).input_ids
-    mask = torch.zeros(len(texts), embeds.prompt_embeds.shape[1], dtype=torch.bool)
+    require_right(tokenizer)
+    limit = limit_of(tokenizer)
+    ids = prompt_ids(tokenizer, [text or "" for text in texts], special_tokens=False)
+    shape = (len(texts), embeds.prompt_embeds.shape[1])
+    mask = torch.zeros(shape, dtype=torch.bool, device="cpu")
     for row, (words, length) in enumerate(zip(ids, embeds.row_lengths(), strict=True)):
         for window in range(length // limit):
             count = min(max(len(words) - window * (limit - 2), 0), limit - 2)
@@ -195,8 +200,8 @@ def token_mask(
                 (first + 1, first + 1 + count) if kind == "content" else (first, first + count + 2)
             )
             mask[row, start:stop] = True
-    if added is not None:
-        mask[texts.index(added)] = True
+    if None in texts:
+        mask[texts.index(None)] = True
     if empty := [text for text, kept in zip(texts, mask, strict=True) if not kept.any()]:
         raise PromptError(
             f"text {empty[0]!r} has no words, and token_mask 'content' pools nothing else; leave "
@@ -209,8 +214,9 @@ def tokens_present(embeds: PromptEmbeds) -> Bool[Tensor, "texts l"] | None:
     """Which states are a text's own, where texts differ in that; None is all."""
     if embeds.lengths is None:
         return None
-    lengths = torch.tensor(embeds.lengths)[:, None]
-    return (torch.arange(embeds.prompt_embeds.shape[1]) < lengths).to(embeds.prompt_embeds.device)
+    place: dict[str, Any] = {"dtype": torch.long, "device": embeds.prompt_embeds.device}
+    lengths = torch.tensor(embeds.lengths, **place)
+    return torch.arange(embeds.prompt_embeds.shape[1], **place) < lengths[:, None]
 
 
 def in_batches(
@@ -241,8 +247,23 @@ def in_batches(
         )
 
 
+_CUTS_KNOWN: ContextVar[bool] = ContextVar("diffenc_cuts_known", default=False)
+
+
+@contextmanager
+def cuts_known() -> Iterator[None]:
+    """Inside, and in this thread, nothing is said of texts that are cut."""
+    token = _CUTS_KNOWN.set(True)
+    try:
+        yield
+    finally:
+        _CUTS_KNOWN.reset(token)
+
+
 def warn_truncated(inputs: ScoreInputs) -> None:
     """Say once per call how many texts were cut."""
+    if _CUTS_KNOWN.get():
+        return
     if cut := sum(count > 0 for count in inputs.truncated):
         tokenizer: Any = inputs.backbone.tokenizer
         warnings.warn(

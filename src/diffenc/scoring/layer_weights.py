@@ -31,7 +31,7 @@ def margins(
     if layer_scores.shape[3] != count:
         raise ShapeError(f"items need as many texts as images, got {tuple(layer_scores.shape)}")
     right = layer_scores.diagonal(dim1=2, dim2=3)[..., None]
-    wrong = ~torch.eye(count, dtype=torch.bool)
+    wrong = ~torch.eye(count, dtype=torch.bool, device="cpu")
     per_text = (right - layer_scores)[:, :, wrong]  # an image under its text and another
     per_image = (right - layer_scores.mT)[:, :, wrong]  # a text with its image and another
     return torch.cat([per_text, per_image], dim=2).transpose(1, 2).flatten(0, 1)
@@ -58,7 +58,7 @@ def fit_layer_weights(
     scaled = found / scale.where(usable, 1.0)
     # The gradient's Lipschitz constant: a step of its inverse never overshoots.
     bound = torch.linalg.matrix_norm(scaled, 2) ** 2 / (4 * len(scaled)) + 2 * _RIDGE
-    weights = torch.zeros(len(scale), dtype=torch.float64)
+    weights = torch.zeros(len(scale), dtype=torch.float64, device="cpu")
     for _ in range(_STEPS):
         missed = torch.sigmoid(-scaled @ weights)
         gradient = -(scaled * missed[:, None]).mean(dim=0) + 2 * _RIDGE * weights

@@ -42,10 +42,14 @@ def pair_scores(
         NonFiniteError: NaN or infinity came out of the U-Net.
     """
     count, texts = pairs.shape
-    pictures, columns = torch.tensor(inputs.picture_rows), torch.tensor(inputs.text_rows)
+    pictures, columns = (
+        torch.tensor(rows, dtype=torch.long, device="cpu")
+        for rows in (inputs.picture_rows, inputs.text_rows)
+    )
     images, references = pictures[:count], pictures[count:]
     asked, others = columns[:texts], columns[texts:]
-    wanted = torch.zeros(int(pictures.max()) + 1, len(inputs.texts), dtype=torch.bool)
+    shape = (int(pictures.max()) + 1, len(inputs.texts))
+    wanted = torch.zeros(shape, dtype=torch.bool, device="cpu")
     of_pairs = pairs.nonzero().T
     wanted[images[of_pairs[0]], asked[of_pairs[1]]] = True
     wanted[references[:, None], asked[pairs.any(dim=0)]] = True

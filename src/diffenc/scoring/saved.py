@@ -1,15 +1,22 @@
 """The folder that a scorer is saved to: config, reference images, where its backbone comes from."""
 
-import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from diffenc.backbones.base import Backbone
-from diffenc.errors import BackboneError, OutputError
-from diffenc.saved import merge_parts
+from diffenc.backbones.sources import SOURCES
+from diffenc.errors import BackboneError, ConfigError, DiffencError
+from diffenc.pretrained import stored_name
+from diffenc.saved import merge_parts, read_parts, read_source, stored_parts
 from diffenc.scoring.calibration import References
 from diffenc.scoring.config import ScorerConfig
+from diffenc.storage.names import is_file, printable
+from diffenc.storage.reading import read_json
+from diffenc.storage.schema import checked
+from diffenc.storage.tensors import read_tensors, write_tensors
+from diffenc.storage.writing import begin_folder, remove_file, write_json
 
 CONFIG_FILE = "scorer_config.json"
 REFERENCES_FILE = "references.safetensors"
@@ -17,7 +24,9 @@ REFERENCES_FILE = "references.safetensors"
 
 def is_saved_scorer(name: "str | os.PathLike[str]") -> bool:
     """Whether a folder of that name holds a scorer."""
-    return (Path(name) / CONFIG_FILE).is_file()
+    if isinstance(name, str) and name in SOURCES:  # no folder, whatever lies beside
+        return False
+    return is_file(Path(name).expanduser() / CONFIG_FILE)
 
 
 def write_scorer(
@@ -28,27 +37,42 @@ def write_scorer(
     Raises:
         OutputError: The folder cannot be written.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    content: dict[str, Any] = {"backbone": backbone.name}
+    content: dict[str, Any] = {"backbone": stored_name(backbone.name, folder)}
+    if backbone.variant is not None:
+        content["variant"] = backbone.variant
     if backbone.given:
-        content["parts"] = backbone.given
+        content["parts"] = stored_parts(backbone.given, folder)
+    content["mark"] = backbone.mark()
     content.update(config.to_dict())
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / REFERENCES_FILE).unlink(missing_ok=True)
-        if references is not None:
-            save_file({"pictures": references.pictures}, folder / REFERENCES_FILE)
-        partial = folder / f"{CONFIG_FILE}.partial"
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        partial.replace(folder / CONFIG_FILE)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"cannot write {folder}: {error}") from error
+    begin_folder(folder, CONFIG_FILE)
+    if references is not None:
+        write_tensors(folder / REFERENCES_FILE, {"pictures": references.pictures})
+    else:
+        remove_file(folder / REFERENCES_FILE)
+    write_json(folder / CONFIG_FILE, content)
 
 
-def read_scorer(folder: Path) -> tuple[dict[str, Any], str, dict[str, Any], References | None]:
-    """Options, name of the backbone, parts given in place of its own, and reference images.
+@dataclass(frozen=True, slots=True)
+class SavedScorer:
+    """What the folder of a scorer says.
+
+    Attributes:
+        options: Options of `ScorerConfig`.
+        backbone: Name of the backbone.
+        parts: Parts given in place of its own.
+        references: Reference images, or None.
+        mark: Numbers of each part of the backbone, by which it is known again.
+    """
+
+    options: dict[str, Any]
+    backbone: str
+    parts: dict[str, Any]
+    references: References | None
+    mark: dict[str, Any]
+
+
+def read_scorer(folder: Path) -> SavedScorer:
+    """What `write_scorer` wrote.
 
     Raises:
         BackboneError: The files are not those that `write_scorer` wrote.
@@ -56,24 +80,29 @@ def read_scorer(folder: Path) -> tuple[dict[str, Any], str, dict[str, Any], Refe
     """
     path = folder / CONFIG_FILE
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        backbone = values.pop("backbone")
-        parts = dict(values.pop("parts", {}))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        values = read_json(path)
+        backbone = checked(values.pop("backbone"), str, "backbone")
+        parts = checked(values.pop("parts", {}), dict[str, str | None], "parts")
+        mark = checked(values.pop("mark", {}), dict[str, list[float]], "mark")
+        variant = checked(values.pop("variant", None), str | None, "variant")
+    except (ConfigError, KeyError) as error:
         raise BackboneError(
-            f"{path} is not a config that CrossAttnScorer.save_pretrained wrote: {error!r}"
+            f"{path} is not a config that CrossAttnScorer.save_pretrained wrote: {error}"
         ) from error
-    return values, backbone, merge_parts(parts, {}, folder), _read_references(folder)
+    options = {**merge_parts(read_parts(parts, folder), {}, folder), "variant": variant}
+    return SavedScorer(
+        values, read_source(backbone, folder), options, _read_references(folder), mark
+    )
 
 
 def _read_references(folder: Path) -> References | None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     path = folder / REFERENCES_FILE
-    if not path.is_file():
+    if not is_file(path):
         return None
+    tensors = read_tensors(path, error=BackboneError)
     try:
-        return References(load_file(path)["pictures"])
-    except (OSError, KeyError, SafetensorError) as error:
+        if tensors.keys() != {"pictures"}:
+            raise ConfigError(f"it holds {printable(sorted(tensors), 80)}, and must hold pictures")
+        return References(tensors["pictures"])
+    except DiffencError as error:
         raise BackboneError(f"cannot read the reference images in {path}: {error}") from error

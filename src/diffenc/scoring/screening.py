@@ -46,8 +46,8 @@ def successive_halving(
     check_choice("screen_over", candidates, get_args(Candidates))
     if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
         raise ConfigError(f"screen must be an int of 1 or more candidates to keep, got {keep!r}")
-    alive = torch.ones(shape, dtype=torch.bool)
-    scores = torch.full((*shape, len(steps)), torch.nan)
+    alive = torch.ones(shape, dtype=torch.bool, device="cpu")
+    scores = torch.full((*shape, len(steps)), torch.nan, dtype=torch.float32, device="cpu")
     dim = 1 if candidates == "texts" else 0
     left = shape[dim]
     for done, index in enumerate(_middle_first(len(steps)), start=1):

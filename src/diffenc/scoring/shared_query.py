@@ -1,6 +1,6 @@
 """Approximate scores: queries of one pass per picture and noise meet the keys of every text."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from diffenc.attention import cross_attentions, match_layers
 from diffenc.attention_scores import Pooling, crossed_scores
 from diffenc.backbones.base import Backbone
-from diffenc.cache import TensorCache
+from diffenc.cache import Entry, TensorCache, recall
 from diffenc.memo import prompts_of
 from diffenc.prompts import PromptEmbeds
 from diffenc.scoring.inputs import (
@@ -57,11 +57,13 @@ def shared_query_scores(
         NonFiniteError: NaN or infinity came out of the U-Net.
     """
     config, backbone = inputs.config, inputs.backbone
-    empty = inputs.texts.index("") if config.include_uncond else None
+    empty = inputs.texts.index(None) if config.include_uncond else None
     needed = wanted.clone()
     if empty is not None:
         needed[:, empty] |= wanted.any(dim=1)
-    scores = torch.full((*wanted.shape, len(steps), mix.shape[1]), torch.nan)
+    scores = torch.full(
+        (*wanted.shape, len(steps), mix.shape[1]), torch.nan, dtype=torch.float32, device="cpu"
+    )
     places = [(p, s) for p in range(len(wanted)) for s in range(len(steps)) if wanted[p].any()]
     attentions = chosen_attentions(backbone, config.layers)
 
@@ -107,25 +109,23 @@ def late_queries(
     """
     config, backbone = inputs.config, inputs.backbone
     attentions = chosen_attentions(backbone, config.layers)
-    keys: dict[Place, object] = {}
+    keys: list[Hashable] | None = None
     if inputs.memory_key is not None and inputs.picture_keys is not None:
         common = (*inputs.memory_key, "queries", tuple(attentions), config.query_prompt)
-        keys = {(p, s): (common, inputs.seed, inputs.picture_keys[p], steps[s]) for p, s in places}
-    found = {place: entry for place, key in keys.items() if (entry := memory.get(key))}
-    missing = [place for place in places if place not in found]
-    if missing:
-        read = read_late_queries(
+        keys = [(common, inputs.seed, inputs.picture_keys[p], steps[s]) for p, s in places]
+
+    def read(missing: list[int]) -> list[Entry]:
+        rows = [(places[index][0], steps[places[index][1]]) for index in missing]
+        queries = read_late_queries(
             backbone,
-            inputs.noisy_latents([(picture, steps[step]) for picture, step in missing]),
-            torch.tensor([steps[step][0] for _, step in missing]),
+            inputs.noisy_latents(rows),
+            torch.tensor([step for _, (step, _) in rows], dtype=torch.long, device="cpu"),
             _query_prompt(inputs),
             attentions,
         )
-        for row, place in enumerate(missing):
-            found[place] = tuple(queries[row].clone() for queries in read.values())
-            if place in keys:
-                memory.put(keys[place], found[place])
-    return [found[place] for place in places]
+        return list(zip(*queries.values(), strict=True))
+
+    return recall(None if keys is None else memory, keys or places, read)
 
 
 def _query_prompt(inputs: ScoreInputs) -> PromptEmbeds:
@@ -136,6 +136,7 @@ def _query_prompt(inputs: ScoreInputs) -> PromptEmbeds:
         size=inputs.size,
         uncond="empty",
         use_cache=inputs.memory_key is not None,
+        states=inputs.states,
     )
 
 
@@ -163,9 +164,10 @@ def score_queries(
         wanted: Which pairs; the others stay NaN.
     """
     device, dtype = backbone.device, backbone.dtype
-    scores = torch.zeros(*wanted.shape, mix.shape[1])
+    scores = torch.zeros(*wanted.shape, mix.shape[1], dtype=torch.float32, device="cpu")
     for start in range(0, wanted.shape[1], _TEXTS_AT_ONCE):
-        texts = torch.arange(start, min(start + _TEXTS_AT_ONCE, wanted.shape[1]))
+        stop = min(start + _TEXTS_AT_ONCE, wanted.shape[1])
+        texts = torch.arange(start, stop, dtype=torch.long, device="cpu")
         part = embeds.select(start, start + len(texts)).to(device, dtype)
         states, present = part.prompt_embeds, tokens_present(part)
         counted = None if mask is None else mask[texts, : states.shape[1]]

@@ -1,12 +1,13 @@
 """One scoring call: images and texts, encoded once, scored under one noise after the other."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from diffenc.arguments import entries
 from diffenc.attention_scores import layer_mix
 from diffenc.errors import PromptError
 from diffenc.images import Images, to_pixel_values
@@ -65,7 +66,7 @@ class ScoreCall:
 
     def every_pair(self) -> Bool[Tensor, "images texts"]:
         """All images with all texts."""
-        return torch.ones(self.images, len(self.texts), dtype=torch.bool)
+        return torch.ones(self.images, len(self.texts), dtype=torch.bool, device="cpu")
 
     def trial(self, pairs: Bool[Tensor, "images texts"], seed: int) -> Trial:
         """Score pairs; NaN elsewhere."""
@@ -90,7 +91,8 @@ class ScoreCall:
 
     def by_layer(self, layers: int, seed: int) -> Float[Tensor, "layers images texts"]:
         """Scores of all pairs by each layer alone."""
-        steps = self._pairs(self.every_pair(), self._config.steps, torch.eye(layers), seed)
+        each = torch.eye(layers, dtype=torch.float32, device="cpu")
+        steps = self._pairs(self.every_pair(), self._config.steps, each, seed)
         return steps.mean(dim=2).permute(2, 0, 1)
 
     def _pairs(
@@ -106,7 +108,7 @@ class ScoreCall:
 
     def _mix(self) -> Float[Tensor, "layers 1"]:
         if not self._config.attention:
-            return torch.zeros(0, 1)
+            return torch.zeros(0, 1, dtype=torch.float32, device="cpu")
         return layer_mix(self._config.layer_weights, len(self._scorer.layers))
 
 
@@ -122,8 +124,9 @@ def picture_values(scorer: ConfiguredScorer, images: Images) -> Float[Tensor, "b
 
 
 def _listed(texts: str | Sequence[str]) -> list[str]:
-    count = 1 if isinstance(texts, str) or not hasattr(texts, "__len__") else len(texts)
-    listed = match_batch(texts, count)
+    several = isinstance(texts, Iterable) and not isinstance(texts, (str, Mapping, Set))
+    every = entries(texts) if several else texts
+    listed = match_batch(every, len(every) if isinstance(every, list) else 1)
     if not listed:
         raise PromptError("got no texts; pass at least one")
     return listed

@@ -30,6 +30,14 @@ def is_folder(path: StrPath) -> bool:
         return False
 
 
+def expanded(path: StrPath) -> Path:
+    """A path with "~" as the home folder; as it is where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def inside(folder: StrPath, name: str, *, error: type[DiffencError] = ConfigError) -> Path:
     """The path of a file that another file names, which must lie within the folder.
 
@@ -63,3 +71,28 @@ def printable(value: object, limit: int = 200) -> str:
     text = str(value).encode(errors="backslashreplace").decode()
     text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     return text if len(text) <= limit else f"{text[: limit // 2]}…{text[-limit // 2 :]}"
+
+
+def checked_path(what: str, value: object, *, error: type[DiffencError] = ConfigError) -> Path:
+    """The path that a caller passed, which may lead nowhere but can be asked for.
+
+    Args:
+        what: What lies there, for messages, such as "a projector".
+        value: What was passed.
+        error: Class of the exception that is raised.
+
+    Raises:
+        DiffencError: `error`: it is no path, or one that no file system takes.
+    """
+    if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
+        raise error(f"{what} is given by its path, as text, got {type(value).__name__}")
+    label: str = os.fspath(value)
+    if not label or "\0" in label or SURROGATE.search(label):
+        raise error(f"{printable(repr(label))} is no path of {what}")
+    try:
+        Path(label).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as failure:  # too long, a loop of links, no permission
+        raise error(f"cannot use {printable(label)} for {what}: {reason(failure)}") from failure
+    return Path(label)

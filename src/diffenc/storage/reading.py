@@ -9,8 +9,6 @@ import os
 import tomllib
 from typing import Any
 
-from torch import Tensor
-
 from diffenc.errors import ConfigError, DiffencError
 from diffenc.storage.names import SURROGATE, StrPath, printable, reason
 
@@ -62,12 +60,15 @@ def decode(content: bytes, *, where: str, error: type[DiffencError] = ConfigErro
     """Bytes as text in UTF-8, with or without a byte order mark.
 
     Raises:
-        DiffencError: `error`: they are in another encoding.
+        DiffencError: `error`: they are in another encoding, or hold null bytes.
     """
+    # UTF-16 without its mark is valid UTF-8, with a null byte in each letter.
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in content:
+        raise error(f"{where} is not in UTF-8 but in UTF-16, or is no text: save it in UTF-8")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as failure:
-        raise error(f"{where} is not in UTF-8: {failure}") from failure
+        raise error(f"{where} is not in UTF-8: {failure}; save it in UTF-8") from failure
 
 
 def text_lines(text: str) -> list[str]:
@@ -122,9 +123,9 @@ def parse_json(
 
     Raises:
         DiffencError: `error`: the text is no JSON, is of another kind, is nested too deeply, or
-            holds a number or a text that cannot be kept.
+            holds a number or a text that cannot be kept or a key twice.
     """
-    checks: dict[str, Any] = {"parse_int": _integer}
+    checks: dict[str, Any] = {"parse_int": _integer, "object_pairs_hook": _table}
     if finite:
         checks |= {"parse_constant": _not_finite, "parse_float": _finite_float}
     try:
@@ -164,33 +165,6 @@ def parse_toml(text: str, *, where: str, error: type[DiffencError] = ConfigError
     return tables
 
 
-def read_tensors(
-    path: StrPath, *, error: type[DiffencError] = ConfigError, finite: bool = False
-) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file, on the CPU.
-
-    Args:
-        path: File to read.
-        error: Class of the exception that is raised.
-        finite: Refuse NaN and infinity.
-
-    Raises:
-        DiffencError: `error`: the file is missing, cut off or no safetensors file, or holds values
-            that are not finite.
-    """
-    from safetensors.torch import load_file
-
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except Exception as failure:  # safetensors raises errors of its own, and KeyError for dtypes
-        raise error(f"cannot read {printable(path)}: {reason(failure)}") from failure
-    if finite:
-        for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                raise error(f"{path}: {name} holds NaN or infinity; the file is broken")
-    return tensors
-
-
 def _check_plain(value: Any) -> None:
     """Raise a `ValueError` for depth, numbers and texts that later steps cannot keep."""
     level: list[Any] = [value]
@@ -225,6 +199,15 @@ def _finite_float(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{printable(text, 40)} is no finite number")
     return value
+
+
+def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        names = [name for name, _ in pairs]
+        double = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object names {printable(repr(double), 60)} twice")
+    return table
 
 
 def _not_finite(name: str) -> float:

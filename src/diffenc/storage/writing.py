@@ -4,17 +4,31 @@ Every writer raises `OutputError` and leaves what stood there before.
 """
 
 import json
+import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from diffenc.errors import DiffencError, OutputError
-from diffenc.storage.names import StrPath, printable, reason
+from diffenc.storage.names import StrPath, is_folder, printable, reason
+
+
+@contextmanager
+def reporting(path: StrPath) -> Iterator[None]:
+    """Turn whatever goes wrong while something is written into an `OutputError`.
+
+    Raises:
+        OutputError: Something goes wrong that is no error of diffenc.
+    """
+    try:
+        yield
+    except DiffencError:
+        raise
+    except Exception as error:  # safetensors, Pillow and peft raise more than OSError
+        raise OutputError(f"cannot write {printable(path)}: {reason(error)}") from error
 
 
 @contextmanager
@@ -26,20 +40,42 @@ def writing(path: StrPath) -> Iterator[Path]:
             nothing else is left.
     """
     target = Path(path)
-    partial = target.with_name(f".{uuid.uuid4().hex[:12]}.partial{target.suffix}")
+    partial = target.parent / f".{uuid.uuid4().hex[:12]}.partial{target.suffix}"
     try:
-        partial.touch()
-        mode = partial.stat().st_mode & 0o777  # safetensors creates files for their owner alone
-        yield partial
-        partial.chmod(mode)
-        partial.replace(target)
-    except DiffencError:
-        raise
-    except Exception as error:  # safetensors and Pillow raise more than OSError
-        raise OutputError(f"cannot write {printable(path)}: {reason(error)}") from error
+        with reporting(path):
+            partial.touch()
+            mode = partial.stat().st_mode & 0o777  # safetensors creates files for their owner alone
+            yield partial
+            partial.chmod(mode)
+            partial.replace(target)
     finally:
         with suppress(OSError, ValueError):
             partial.unlink(missing_ok=True)
+
+
+def require_writable(path: StrPath) -> None:
+    """Find out whether a file can be written, and leave nothing.
+
+    Raises:
+        OutputError: It cannot.
+    """
+    partial = Path(path).parent / f".{Path(path).name}.partial"
+    with reporting(path):
+        partial.touch()
+        partial.unlink()
+
+
+def make_folder(folder: StrPath) -> Path:
+    """Make a folder, and those above it.
+
+    Raises:
+        OutputError: It cannot be made.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise OutputError(f"cannot make the folder {printable(folder)}: {reason(error)}") from error
+    return Path(folder)
 
 
 def write_bytes(path: StrPath, content: bytes) -> None:
@@ -73,26 +109,6 @@ def write_json(path: StrPath, value: Any, *, indent: int | None = 2) -> None:
         partial.write_bytes(f"{text}\n".encode())
 
 
-def write_tensors(
-    path: StrPath, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write tensors as a safetensors file, whole or not at all.
-
-    Args:
-        path: File to write.
-        tensors: Tensors by name; they are copied where they share memory.
-        metadata: Texts for the file's header.
-
-    Raises:
-        OutputError: It cannot be written.
-    """
-    from safetensors.torch import save_file
-
-    apart = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
-    with writing(path) as partial:
-        save_file(apart, partial, metadata={"format": "pt", **(metadata or {})})
-
-
 def begin_folder(folder: StrPath, marker: str) -> Path:
     """Make a folder, and remove the file that says that it is whole; write that one last.
 
@@ -100,16 +116,14 @@ def begin_folder(folder: StrPath, marker: str) -> Path:
         OutputError: The folder cannot be written.
     """
     target = Path(folder)
-    try:
+    with reporting(folder):
         target.mkdir(parents=True, exist_ok=True)
         (target / marker).unlink(missing_ok=True)
-    except (OSError, ValueError) as error:
-        raise OutputError(f"cannot write {printable(folder)}: {reason(error)}") from error
     return target
 
 
 @contextmanager
-def locked(folder: StrPath, *, purpose: str) -> Iterator[None]:
+def locked(folder: StrPath, *, purpose: str, wait: bool = False, name: str = "") -> Iterator[None]:
     """Keep other processes and threads from writing to a folder while the block runs.
 
     The lock is the operating system's: it ends with the process, however that ends.
@@ -117,26 +131,60 @@ def locked(folder: StrPath, *, purpose: str) -> Iterator[None]:
     Args:
         folder: Folder that exists.
         purpose: What the other one is doing, for the message: "building this index".
+        wait: Wait until the other one is done, instead of raising.
+        name: File in the folder that is locked in place of all of it.
 
     Raises:
         OutputError: Somebody else holds it, or the folder cannot be written.
     """
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
 
-    # `is_singleton` off: two locks of one process on one file exclude each other.
-    lock = FileLock(Path(folder) / ".lock", timeout=0, is_singleton=False)
+    timeout, place = (-1 if wait else 0), Path(folder) / name
+    if not is_folder(folder):  # filelock would make it
+        raise OutputError(f"cannot use {printable(place)}: No such file or directory")
+    file = Path(folder) / (f".{name}.lock" if name else ".lock")
     try:
-        lock.acquire()
-    except Timeout as error:
+        with reporting(place):
+            lock = _held(file, timeout)
+    except OutputError as error:
+        if not isinstance(error.__cause__, Timeout):
+            raise
         raise OutputError(
-            f"{folder} is in use: another program is {purpose}; wait for it, or name another folder"
+            f"{place} is in use: another program is {purpose}; wait for it, or name another one"
         ) from error
-    except (OSError, ValueError) as error:
-        raise OutputError(f"cannot write {printable(folder)}: {reason(error)}") from error
     try:
         yield
     finally:
+        if os.name == "posix":  # elsewhere a file that is open cannot be removed
+            file.unlink(missing_ok=True)
         lock.release()
+
+
+def _held(file: Path, timeout: float) -> Any:
+    """A lock on a file that is still there: whoever held it before removes it at the end."""
+    from filelock import FileLock
+
+    while True:
+        # `is_singleton` off: two locks of one process on one file exclude each other.
+        lock = FileLock(file, timeout=timeout, is_singleton=False)
+        lock.acquire()
+        opened = lock._context.lock_file_fd
+        with suppress(OSError):
+            if opened is None or os.fstat(opened).st_ino == file.stat().st_ino:
+                return lock
+        lock.release()
+
+
+def remove_file(path: StrPath) -> None:
+    """Remove a file, if it is there.
+
+    Raises:
+        OutputError: It cannot be removed.
+    """
+    try:
+        Path(path).unlink(missing_ok=True)
+    except (OSError, ValueError) as error:
+        raise OutputError(f"cannot remove {printable(path)}: {reason(error)}") from error
 
 
 def remove_folder(folder: StrPath) -> None:
@@ -149,5 +197,5 @@ def remove_folder(folder: StrPath) -> None:
         shutil.rmtree(folder)
     except FileNotFoundError:
         return
-    except OSError as error:
-        raise OutputError(f"cannot remove {folder}: {reason(error)}") from error
+    except (OSError, ValueError) as error:
+        raise OutputError(f"cannot remove {printable(folder)}: {reason(error)}") from error

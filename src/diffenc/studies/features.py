@@ -162,7 +162,7 @@ def tap_order(
 def _accuracy(
     rows: Float[Tensor, "n c"], trials: Sequence[Trial], name: Property, split: int
 ) -> float:
-    labels = torch.tensor([trial.label(name) for trial in trials])
+    labels = torch.tensor([trial.label(name) for trial in trials], dtype=torch.long, device="cpu")
     readout = fit_readout(rows[:split], labels[:split], CLASSES[name])
     return readout.accuracy(rows[split:], labels[split:])
 

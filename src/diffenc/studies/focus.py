@@ -185,7 +185,8 @@ def _attention(
         maps = read_attention(backbone, noisy_latents[rows], timestep, part, positions, layers)
         for name, values in maps.items():
             found.setdefault(name, []).append(values.sum(dim=1).cpu())
-    order = torch.tensor([row for rows in groups.values() for row in rows]).argsort()
+    places = [row for rows in groups.values() for row in rows]
+    order = torch.tensor(places, dtype=torch.long, device="cpu").argsort()
     return {name: torch.cat(parts)[order] for name, parts in found.items()}
 
 

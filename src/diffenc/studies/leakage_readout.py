@@ -220,7 +220,9 @@ def study_leakage_readout(
             loud.setdefault(place, []).append(ratio)
         split = 2 * scenes // 3
         for word in WORDS:
-            labels = torch.tensor([_label(each, word) for each in named])
+            labels = torch.tensor(
+                [_label(each, word) for each in named], dtype=torch.long, device="cpu"
+            )
             chances.append({word: chance_of(labels[split:].tolist())})
             classes = len(COLORS if word == "color" else SHAPES)
             for (tap, step), (uncond, cond) in vectors.items():

@@ -1,6 +1,7 @@
 """Does a projector need a layer norm for each tap? A probe of cells, trained through both kinds."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,9 @@ def cell_kinds(trials: Sequence[Trial], size: int, grid: int) -> Int[Tensor, "sc
             [
                 len(SHAPES) * COLORS.index(thing.color) + SHAPES.index(thing.shape)
                 for thing in trial.scene.objects
-            ]
+            ],
+            dtype=torch.long,
+            device="cpu",
         )
         rows.append(torch.where(most > 0.5, kinds[which], -1))
     return torch.stack(rows)
@@ -62,8 +65,9 @@ def norm_accuracy(
         epochs: Passes over their cells.
         seed: Of weights and order.
     """
+    place: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
     factors = torch.cat(
-        [torch.full((width,), scale) for width, scale in zip(widths, scales, strict=True)]
+        [torch.full((width,), scale, **place) for width, scale in zip(widths, scales, strict=True)]
     )
     inputs, known = tokens.float() * factors, kinds >= 0
     train, labels = inputs[:split][known[:split]], kinds[:split][known[:split]]
@@ -71,10 +75,11 @@ def norm_accuracy(
         torch.manual_seed(seed)
         model = nn.Sequential(
             Projector(sum(widths), _WIDTH, norm_channels=widths if norm else ()),
-            nn.LayerNorm(_WIDTH),
-            nn.Linear(_WIDTH, len(COLORS) * len(SHAPES)),
+            nn.LayerNorm(_WIDTH, **place),
+            nn.Linear(_WIDTH, len(COLORS) * len(SHAPES), **place),
         )
-        batches = [b for _ in range(epochs) for b in torch.randperm(len(train)).split(_BATCH)]
+        orders = (torch.randperm(len(train), dtype=torch.long, device="cpu") for _ in range(epochs))
+        batches = [batch for order in orders for batch in order.split(_BATCH)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
     for batch in batches:

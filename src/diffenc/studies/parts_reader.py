@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from einops import einsum
@@ -43,13 +44,14 @@ class Questions:
         known = {text: index for index, text in enumerate(sorted(set(texts)))}
         first = [sum(CLASSES[name] for name in ASKED[:k]) for k in range(len(ASKED) + 1)]
         labels = [first[k] + trial.label(name) for trial in trials for k, name in enumerate(ASKED)]
-        answers = torch.arange(first[-1])
+        place: dict[str, Any] = {"dtype": torch.long, "device": "cpu"}
+        answers = torch.arange(first[-1], **place)
         return cls(
             texts,
-            torch.tensor(labels),
+            torch.tensor(labels, **place),
             {
-                "told": torch.tensor([known[text] for text in texts]),
-                "blind": len(known) + torch.arange(len(ASKED)).repeat(len(trials)),
+                "told": torch.tensor([known[text] for text in texts], **place),
+                "blind": len(known) + torch.arange(len(ASKED), **place).repeat(len(trials)),
             },
             torch.stack([(answers >= a) & (answers < b) for a, b in pairwise(first)]),
             len(known) + len(ASKED),
@@ -123,10 +125,11 @@ class AnswerReader(nn.Module):
         channels = len(mean)
         self.register_buffer("mean", mean)
         self.register_buffer("scale", _LENGTH / channels**0.5 / deviation.clamp_min(1e-6))
-        self.query = nn.Parameter(torch.zeros(queries, channels))
-        self.value = nn.Parameter(torch.zeros(answers, channels))
-        self.place = nn.Parameter(torch.zeros(answers, tokens))
-        self.prior = nn.Parameter(torch.zeros(queries, answers))
+        place: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+        self.query = nn.Parameter(torch.zeros(queries, channels, **place))
+        self.value = nn.Parameter(torch.zeros(answers, channels, **place))
+        self.place = nn.Parameter(torch.zeros(answers, tokens, **place))
+        self.prior = nn.Parameter(torch.zeros(queries, answers, **place))
 
     def forward(
         self, tokens: Float[Tensor, "b n c"], queries: Int[Tensor, " b"]
@@ -159,9 +162,13 @@ def fit_reader(
         queries=questions.count,
         answers=questions.allowed.shape[1],
     )
-    order = torch.Generator().manual_seed(seed)
+    order = torch.Generator("cpu").manual_seed(seed)
     batches = [
-        rows for _ in range(epochs) for rows in torch.randperm(split, generator=order).split(_BATCH)
+        rows
+        for _ in range(epochs)
+        for rows in torch.randperm(split, generator=order, dtype=torch.long, device="cpu").split(
+            _BATCH
+        )
     ]
     optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=len(batches))
@@ -178,7 +185,7 @@ def accuracy_of(
     model: AnswerReader, tokens: TokenRows, questions: Questions, reader: Reader, *, split: int
 ) -> dict[Property, float]:
     """Share of right answers per property among the rows from `split` on."""
-    rows = torch.arange(split, tokens.rows)
+    rows = torch.arange(split, tokens.rows, dtype=torch.long, device="cpu")
     right = torch.cat(
         [
             questions.masked(

@@ -53,7 +53,7 @@ class PartRun:
         grid = encoder.config.grid
         assert isinstance(grid, int)
         self.grid = grid
-        self.uncond = self.cond = torch.empty(0)
+        self.uncond = self.cond = torch.empty(0, dtype=torch.float32, device="cpu")
         self.readers: dict[Part, dict[Reader, AnswerReader]] = {}
 
     def frozen(self, clip: str | None) -> "list[tuple[Part, tuple[Tensor, ...]]]":
@@ -173,7 +173,8 @@ class PartRun:
         """
         each = len(ASKED) if asks else 1
         parts = []
-        for units in torch.arange(each * len(self.pictures)).split(self.batch_size):
+        every = torch.arange(each * len(self.pictures), dtype=torch.long, device="cpu")
+        for units in every.split(self.batch_size):
             rows = units.tolist()
             images = [self.pictures[row // each] for row in rows]
             features = encoder.extract(

@@ -56,12 +56,14 @@ def train_part(
         ],
         weight_decay=0.0,
     )
-    order = torch.Generator().manual_seed(seed)
+    order = torch.Generator("cpu").manual_seed(seed)
     count = split // len(ASKED) if prompts is None else split
     batches = [
         units
         for _ in range(epochs)
-        for units in torch.randperm(count, generator=order).split(batch_size)
+        for units in torch.randperm(count, generator=order, dtype=torch.long, device="cpu").split(
+            batch_size
+        )
     ]
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, [rate, _READER_RATE], total_steps=len(batches)
@@ -99,5 +101,5 @@ def _tokens(
     tokens = encoder.extract(images, texts, conditioning="cond").tokens(grid).float().cpu()
     if prompts is not None:
         return tokens, units
-    rows = (units[:, None] * each + torch.arange(each)).flatten()
+    rows = (units[:, None] * each + torch.arange(each, dtype=torch.long, device="cpu")).flatten()
     return tokens.repeat_interleave(each, dim=0), rows

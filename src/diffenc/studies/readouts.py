@@ -106,7 +106,8 @@ def _discriminants(
     within = scores - targets @ centroids
     spread = within.T @ within / len(scores)
     size = spread.diagonal().mean().clamp_min(1e-12)
-    inverse = torch.linalg.inv(spread + _RIDGE * size * torch.eye(len(spread)).double())
+    identity = torch.eye(len(spread), dtype=torch.float64, device="cpu")
+    inverse = torch.linalg.inv(spread + _RIDGE * size * identity)
     turn = inverse @ centroids.T
     offset = (counts / counts.sum()).log() - 0.5 * (centroids.T * turn).sum(dim=0)
     return turn, offset  # a class without examples has offset -inf and is never chosen

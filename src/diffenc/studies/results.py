@@ -1,10 +1,12 @@
 """What the study of features finds, as plain values."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from statistics import mean, stdev
 from typing import Any, Literal, get_args
 
+from diffenc.errors import NonFiniteError
 from diffenc.studies.trials import PROPERTIES, Property
 
 Conditioning = Literal["uncond", "question", "caption"]
@@ -20,9 +22,17 @@ class Spread:
 
     Attributes:
         values: In the order of the seeds.
+
+    Raises:
+        NonFiniteError: There is none, or one is NaN or infinity.
     """
 
     values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        # NaN is neither above nor below anything: whatever it is compared with would seem decided.
+        if not self.values or not all(map(math.isfinite, self.values)):
+            raise NonFiniteError(f"figures must be finite, one per seed, got {self.values}")
 
     @property
     def mean(self) -> float:

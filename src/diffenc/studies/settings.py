@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+from diffenc.arguments import whole
 from diffenc.errors import ConfigError
 
 Progress: TypeAlias = Callable[[int, int], object]
@@ -26,7 +27,7 @@ class Done:
 def require_least(options: Mapping[str, tuple[int, int]]) -> None:
     """Raise a `ConfigError` where an option's value, the first, is below its least, the second."""
     for name, (value, least) in options.items():
-        if value < least:
+        if whole(name, value) < least:
             raise ConfigError(f"{name} must be {least} or more, got {value}")
 
 

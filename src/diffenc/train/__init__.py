@@ -9,8 +9,9 @@ from diffenc.train.config import (
     TrainConfig,
 )
 from diffenc.train.data import read_samples
+from diffenc.train.log import read_log
 from diffenc.train.miniature import write_miniature
-from diffenc.train.stages import TrainResult, read_log, train
+from diffenc.train.stages import TrainResult, train
 
 __all__ = [
     "LLAVA",

@@ -9,6 +9,7 @@ from torch import nn
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import BackboneError, ConfigError
 from diffenc.fusion import FusedEncoder
+from diffenc.pretrained import lasting_name
 from diffenc.projector.choosing import projector_for
 from diffenc.train.config import ModelConfig, TrainConfig
 from diffenc.vlm.files import is_saved
@@ -90,7 +91,8 @@ def _started(config: TrainConfig, device: str | torch.device) -> DiffusionVLM:
         )
     default = ModelConfig()
     named = getattr(vlm.language_model, "name_or_path", "")
-    if model.language_model not in (default.language_model, named) and named:
+    told = lasting_name(model.language_model)
+    if told not in (default.language_model, named) and named:
         raise ConfigError(
             f"{start} was trained with the language model {named!r}, and model.language_model is "
             f"{model.language_model!r}; leave that out, or begin with the earlier stage"

@@ -9,6 +9,9 @@ from typing import Any
 from transformers import TrainerCallback
 
 from diffenc.errors import NonFiniteError
+from diffenc.storage.names import is_file
+from diffenc.storage.writing import reporting, write_text
+from diffenc.train.log import log_lines
 
 
 class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers is seen as Any
@@ -33,15 +36,11 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers is see
         """Keep what the log has of the steps before this one."""
         if not state.is_world_process_zero:
             return
-        lines: list[str] = []
-        if state.global_step and self.log.is_file():
-            for line in self.log.read_text(encoding="utf-8").splitlines():
-                try:
-                    kept = json.loads(line)["step"] <= state.global_step
-                except (ValueError, KeyError, TypeError):
-                    kept = False  # the last line of a run that was killed
-                lines += [line] * kept
-        self.log.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        kept: dict[int, dict[str, Any]] = {}
+        if state.global_step and is_file(self.log):
+            lines, _ = log_lines(self.log)  # what is broken was being written when a run was killed
+            kept = {line["step"]: line for line in lines if line["step"] <= state.global_step}
+        write_text(self.log, "".join(f"{json.dumps(line)}\n" for line in kept.values()))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Write a line."""
@@ -55,8 +54,8 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers is see
                 'optim.learning_rate, or optim.precision = "bf16" or "fp32"'
             )
         if state.is_world_process_zero:
-            line = json.dumps({"step": state.global_step, **logs})
-            with self.log.open("a", encoding="utf-8") as file:
+            line = json.dumps({**logs, "step": state.global_step})
+            with reporting(self.log), self.log.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:

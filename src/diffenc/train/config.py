@@ -1,23 +1,35 @@
 """What a training run does, as frozen dataclasses that are read from and written to TOML."""
 
 import json
+import math
 import os
-import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, get_args
 
+from diffenc.arguments import whole
+from diffenc.backbones.sources import lasting_source
+from diffenc.checks import conform
 from diffenc.config import EncoderConfig, check_choice
-from diffenc.errors import ConfigError, OutputError, near_matches
+from diffenc.errors import ConfigError
 from diffenc.policies import parse_policy
+from diffenc.pretrained import absolute, lasting_name
+from diffenc.storage.reading import read_toml
+from diffenc.storage.schema import make
+from diffenc.storage.writing import write_text
 
 Stage = Literal["align", "instruct"]
 EncoderKind = Literal["diffusion", "fused", "vision"]
 LanguageTraining = Literal["none", "lora", "full"]
 Precision = Literal["fp32", "bf16", "fp16"]
 CacheMode = Literal["auto", "on", "off"]
+
+
+def _check_range(name: str, value: float, below: float = math.inf) -> None:
+    """Raise unless `value` is from 0 to below a number; NaN is not."""
+    if not 0 <= value < below:
+        most = "" if below == math.inf else f" and below {below}"
+        raise ConfigError(f"{name} must be finite, 0 or more{most}, got {value}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +72,9 @@ class ModelConfig:
     image_batch_size: int | None = None
 
     def __post_init__(self) -> None:
+        conform(self, "model.")
+        if self.image_batch_size is not None:
+            whole("model.image_batch_size", self.image_batch_size, least=1)
         check_choice("model.kind", self.kind, get_args(EncoderKind))
         check_choice("model.how", self.how, ("channel", "tokens", "interleave"))
         if self.template is not None:
@@ -86,7 +101,10 @@ class DataConfig:
         annotations: JSON or JSON-lines file with conversations in LLaVA's format.
         images: Folder that picture names in it are relative to.
         prompts: Policy of the encoder's prompt, see `diffenc.policies.parse_policy`.
-        skip_broken: Train without samples that cannot be used, instead of refusing to start.
+        skip_broken: Train without samples that cannot be used, instead of refusing to start. One
+            whose picture breaks later is shown blank and teaches nothing.
+        check_images: Decode every picture before training begins; without it a picture that is
+            there and cannot be decoded is noticed when its turn comes.
         limit: Use the first samples alone; None is all.
         max_length: Tokens of a sample, pictures included; what is longer is cut at its end.
         workers: Processes that read pictures.
@@ -100,6 +118,7 @@ class DataConfig:
     images: str
     prompts: str = "question"
     skip_broken: bool = False
+    check_images: bool = True
     limit: int | None = None
     max_length: int = 2048
     workers: int = 0
@@ -108,14 +127,15 @@ class DataConfig:
     cache_dir: str = ""
 
     def __post_init__(self) -> None:
+        conform(self, "data.")
         check_choice("data.cache", self.cache, get_args(CacheMode))
         parse_policy(self.prompts)
         for name in ("limit", "max_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"data.{name} must be 1 or more, got {value}")
-        if self.workers < 0 or self.cache_gb < 0:
-            raise ConfigError("data.workers and data.cache_gb must be 0 or more")
+        _check_range("data.workers", self.workers)
+        _check_range("data.cache_gb", self.cache_gb)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,14 +168,20 @@ class OptimConfig:
     gradient_checkpointing: bool = True
 
     def __post_init__(self) -> None:
+        conform(self, "optim.")
         check_choice("optim.precision", self.precision, get_args(Precision))
         for name in ("batch_size", "device_batch_size", "epochs"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"optim.{name} must be 1 or more, got {getattr(self, name)}")
-        if not self.learning_rate > 0:
+        if not 0 < self.learning_rate < math.inf:
             raise ConfigError(f"optim.learning_rate must be above 0, got {self.learning_rate}")
+        _check_range("optim.weight_decay", self.weight_decay)
+        _check_range("optim.max_grad_norm", self.max_grad_norm)
         if not 0 <= self.warmup < 1:
             raise ConfigError(f"optim.warmup is a share, 0 to below 1, got {self.warmup}")
+        for name in ("weight_decay", "max_grad_norm"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"optim.{name} must be 0 or more, got {getattr(self, name)}")
         if self.batch_size % self.device_batch_size:
             raise ConfigError(
                 f"optim.batch_size={self.batch_size} is no multiple of "
@@ -208,9 +234,21 @@ class AdaptConfig:
     unet_dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        conform(self, "adapt.")
         check_choice("adapt.language_model", self.language_model, get_args(LanguageTraining))
+        for name in ("alpha", "unet_alpha"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"adapt.{name} must be above 0, got {value}")
+        for name in ("dropout", "unet_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"adapt.{name} must be in [0, 1), got {getattr(self, name)}")
         if self.rank < 1 or self.unet_rank < 0:
             raise ConfigError("adapt.rank must be 1 or more, and adapt.unet_rank 0 or more")
+        for name in ("alpha", "dropout", "unet_alpha", "unet_dropout"):
+            if getattr(self, name) is not None:
+                below = 1 if "dropout" in name else math.inf
+                _check_range(f"adapt.{name}", getattr(self, name), below)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,6 +285,7 @@ class TrainConfig:
     log_steps: int = 10
 
     def __post_init__(self) -> None:
+        conform(self)
         check_choice("stage", self.stage, get_args(Stage))
         if self.optim is None:
             object.__setattr__(self, "optim", LLAVA[self.stage])
@@ -261,6 +300,7 @@ class TrainConfig:
             raise ConfigError('stage = "align" trains no language model and no LoRA; see [adapt]')
         if adapt.unet_rank and self.model.kind == "vision":
             raise ConfigError("adapt.unet_rank is for a diffusion model, and model.kind is vision")
+        _check_range("seed", self.seed, 2**32)
         if self.save_steps < 0 or self.keep < 1 or self.log_steps < 1:
             raise ConfigError("save_steps must be 0 or more, keep and log_steps 1 or more")
 
@@ -293,11 +333,11 @@ class TrainConfig:
                 given = _table(told.pop(name), name)
                 if name == "adapt" and stage == "instruct":
                     given = {"language_model": "full", **given}
-                tables[name] = _make(kind, given, f"{name}.")
+                tables[name] = make(kind, given, name)
         if "optim" in told:
             given = _table(told.pop("optim"), "optim")
-            tables["optim"] = _make(OptimConfig, {**asdict(LLAVA[stage]), **given}, "optim.")
-        config: TrainConfig = _make(cls, {**told, **tables}, "")
+            tables["optim"] = make(OptimConfig, {**asdict(LLAVA[stage]), **given}, "optim")
+        config: TrainConfig = make(cls, told, own=tables)
         return config
 
     @classmethod
@@ -307,15 +347,33 @@ class TrainConfig:
         Raises:
             ConfigError: It cannot be read, or see `from_dict`.
         """
-        try:
-            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot read {os.fspath(path)}: {error}") from error
-        return cls.from_dict(values)
+        return cls.from_dict(read_toml(path))
 
     def to_dict(self) -> dict[str, Any]:
         """Nested values, without those that are None."""
         return _plain(asdict(self))
+
+    def lasting(self) -> "TrainConfig":
+        """The same with absolute paths, which mean the same in every directory."""
+        model, data = self.model, self.data
+        source = lasting_name if model.kind == "vision" else lasting_source
+        names: dict[str, Any] = {
+            key: lasting_name(value)
+            for key in ("clip", "language_model", "captioner")
+            if (value := getattr(model, key))
+        }
+        files: dict[str, Any] = {
+            key: absolute(value)
+            for key in ("annotations", "images", "cache_dir")
+            if (value := getattr(data, key))
+        }
+        start = absolute(model.start) if model.start else ""
+        return replace(
+            self,
+            output=absolute(self.output),
+            model=replace(model, start=start, encoder=source(model.encoder), **names),
+            data=replace(data, **files),
+        )
 
     def write(self, path: "str | os.PathLike[str]") -> None:
         """As TOML, from which `read` makes an equal config.
@@ -323,10 +381,7 @@ class TrainConfig:
         Raises:
             OutputError: The file cannot be written.
         """
-        try:
-            Path(path).write_text(to_toml(self.to_dict()), encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"cannot write {os.fspath(path)}: {error}") from error
+        write_text(path, to_toml(self.to_dict()))
 
 
 def to_toml(values: Mapping[str, Any]) -> str:
@@ -367,47 +422,3 @@ def _table(value: Any, name: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise ConfigError(f"{name} must be a table: write [{name}] and its keys below")
     return dict(value)
-
-
-def _make(kind: Any, values: dict[str, Any], where: str) -> Any:
-    known = [each.name for each in fields(kind)]
-    for key in values:
-        if key not in known:
-            raise ConfigError(
-                f"unknown key {where}{key}.{near_matches(key, known)} Known are {', '.join(known)}"
-            )
-    hints = get_type_hints(kind)
-    for key, value in values.items():
-        if not _fits(value, hints[key]):
-            raise ConfigError(
-                f"{where}{key} must be {_named(hints[key])}, got {value!r} ({type(value).__name__})"
-            )
-        if hints[key] is float:
-            values[key] = float(value)
-    try:
-        return kind(**values)
-    except TypeError as error:
-        missing = str(error).rpartition(": ")[2]
-        raise ConfigError(f"a key is missing: {where}{missing}") from error
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin = get_origin(hint)
-    if origin in (Union, UnionType):
-        return any(_fits(value, each) for each in get_args(hint))
-    if origin is Literal or hint is Any:
-        return True  # the class says what is allowed
-    if origin is not None:
-        return isinstance(value, Mapping)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _named(hint: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-    if get_origin(hint) in (Union, UnionType):
-        return " or ".join(_named(each) for each in get_args(hint) if each is not type(None))
-    return names.get(hint, "a table")

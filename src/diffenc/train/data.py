@@ -1,13 +1,15 @@
 """Conversations in LLaVA's format with pictures: read, checked as a whole, made to batches."""
 
 import hashlib
-import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -15,9 +17,19 @@ from PIL import Image
 from torch.utils.data import Dataset, Sampler
 
 from diffenc.errors import ConfigError, ImageError, PromptError
+from diffenc.images import broken_images, load_image
+from diffenc.pictures.files import read_picture
 from diffenc.policies import PromptPolicy, PromptSample
+from diffenc.storage.lines import parse_json_lines
+from diffenc.storage.names import is_file
+from diffenc.storage.reading import DATA_BYTES, parse_json, read_text
 from diffenc.vlm.chat import IGNORE_ID, IMAGE_MARK, Chat, ChatTokens, as_messages
 from diffenc.vlm.samples import pad
+
+BROKEN = "broken"
+"""Key of a batch under which the samples stand whose pictures broke after they were checked."""
+
+_NAMED = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +41,14 @@ class TrainSample:
         images: Paths, in the order in which they are shown.
         conversation: Turns ``{"from": "human" | "gpt", "value": text}``.
         captions: Texts about the picture, for policies that draw on them.
+        place: Index of its record in the annotations.
     """
 
     key: str
     images: tuple[Path, ...]
     conversation: tuple[Mapping[str, str], ...]
     captions: tuple[str, ...] = ()
+    place: int = 0
 
     def prompt_sample(self) -> PromptSample:
         """What a prompt policy sees."""
@@ -50,21 +64,24 @@ class DataReport:
         images: Their pictures.
         text_only: Samples without a picture.
         problems: By kind of problem, the samples that cannot be used.
+        left_out: Indices of their records in the annotations.
     """
 
     samples: int = 0
     images: int = 0
     text_only: int = 0
     problems: dict[str, list[str]] = field(default_factory=dict)
+    left_out: list[int] = field(default_factory=list)
 
     @property
     def broken(self) -> int:
         """How many samples cannot be used."""
         return sum(map(len, self.problems.values()))
 
-    def add(self, kind: str, where: str) -> None:
-        """Note a problem."""
+    def add(self, kind: str, where: str, place: int) -> None:
+        """Note a problem of the record at a place."""
         self.problems.setdefault(kind, []).append(where)
+        self.left_out.append(place)
 
     def describe(self, examples: int = 3) -> str:
         """Counts, with a few examples of each problem."""
@@ -81,6 +98,7 @@ def read_samples(
     *,
     limit: int | None = None,
     policy: PromptPolicy | None = None,
+    left_out: Collection[int] | None = None,
 ) -> tuple[list[TrainSample], DataReport]:
     """Every usable sample of a file, and what is wrong with the others.
 
@@ -91,33 +109,72 @@ def read_samples(
         limit: Look at the first records alone.
         policy: Asked for a prompt of each sample, so that one that lacks a question or a caption is
             found now.
+        left_out: Indices of records that a run left out when it began. Those are left out again,
+            and nothing else for want of a picture: the samples are the same. None looks.
 
     Raises:
         ConfigError: The file cannot be read or is of another form.
     """
-    folder = Path(images)
+    folder = Path(images).expanduser()
     report = DataReport()
     samples: list[TrainSample] = []
     keys: Counter[str] = Counter()
-    for index, record in enumerate(_records(Path(annotations))):
-        if limit is not None and index >= limit:
-            break
-        name = str(record.get("id", index)) if isinstance(record, Mapping) else str(index)
-        problem = _problem(record, folder)
+    for index, record in enumerate(_records(Path(annotations), limit)):
+        if isinstance(record, BrokenLine):
+            report.add("that are no JSON", record.place, index)
+            continue
+        own = record.get("id") if isinstance(record, Mapping) else None
+        name = str(index if own is None else own)
+        if left_out is not None and index in left_out:
+            report.add("left out when the run began", name, index)
+            continue
+        problem = _problem(record, folder, look=left_out is None)
         if problem is not None:
-            report.add(problem[0], problem[1] or name)
+            report.add(problem[0], problem[1] or name, index)
             continue
         keys[name] += 1
         key = name if keys[name] == 1 else f"{name}#{keys[name]}"  # LLaVA's mixture repeats ids
-        sample = _sample(record, key, folder)
+        sample = _sample(record, key, folder, index)
         if policy is not None and (lack := _lack(policy, sample)):
-            report.add(lack, name)
+            report.add(lack, name, index)
             continue
         samples.append(sample)
         report.images += len(sample.images)
         report.text_only += not sample.images
     report.samples = len(samples)
     return samples, report
+
+
+def check_pictures(
+    samples: Sequence[TrainSample],
+    report: DataReport,
+    *,
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[TrainSample]:
+    """Samples all of whose pictures can be decoded as a whole; the others go into the report.
+
+    Args:
+        samples: What `read_samples` found.
+        report: Its report, which is brought up to date.
+        workers: Threads that decode.
+        progress: Called with the pictures that were looked at, and with how many there are.
+    """
+    paths = list(dict.fromkeys(path for sample in samples for path in sample.images))
+    if not paths:
+        return list(samples)
+    faults = broken_images(paths, workers=workers, progress=progress)
+    broken = {paths[place]: fault for place, fault in faults.items()}
+    whole = []
+    for sample in samples:
+        if fault := next((broken[path] for path in sample.images if path in broken), None):
+            named = fault.removeprefix("cannot read the image ")
+            report.add("with unreadable images", named, sample.place)
+            report.images -= len(sample.images)
+        else:
+            whole.append(sample)
+    report.samples = len(whole)
+    return whole
 
 
 def require_usable(report: DataReport, *, skip_broken: bool) -> None:
@@ -129,7 +186,8 @@ def require_usable(report: DataReport, *, skip_broken: bool) -> None:
     if report.broken and not skip_broken:
         raise ConfigError(
             f"{report.broken} of {report.broken + report.samples} samples cannot be used: "
-            f"{report.describe()}. Repair the data, or train without them: data.skip_broken = true"
+            f"{report.describe(_NAMED)}. Repair the data, or train without them: "
+            "data.skip_broken = true"
         )
     if not report.samples:
         raise ConfigError(f"the data holds no usable sample. {report.describe()}".rstrip())
@@ -146,6 +204,8 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         tokens_per_image: How many a picture takes.
         seed: Of prompts.
         as_files: Give pictures as `ImageFile`, which names its content, instead of decoded.
+        skip_broken: Give a sample whose picture cannot be read a blank one in its place, and no
+            answer to learn from: batches keep their shape and the order of samples stays as it is.
     """
 
     def __init__(
@@ -158,10 +218,11 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         tokens_per_image: int = 1,
         seed: int = 0,
         as_files: bool = False,
+        skip_broken: bool = False,
     ) -> None:
         self.samples, self.chat, self.policy = samples, chat, policy
         self.max_length, self.tokens_per_image = max_length, tokens_per_image
-        self.seed, self.as_files = seed, as_files
+        self.seed, self.as_files, self.skip_broken = seed, as_files, skip_broken
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -180,12 +241,39 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, place: "int | tuple[int, int]") -> dict[str, Any]:
         epoch, index = (0, place) if isinstance(place, int) else place
-        files = [ImageFile.read(path) for path in self.samples[index].images]
-        return {
-            "tokens": self.tokens(index),
-            "images": files if self.as_files else [file.open() for file in files],
+        sample, tokens, broken = self.samples[index], self.tokens(index), None
+        try:
+            files, pictures = self._pictures(sample)
+        except ImageError as error:
+            if not self.skip_broken:
+                raise
+            broken = f"{sample.key}: {error}"
+            tokens = ChatTokens(tokens.input_ids, [IGNORE_ID] * len(tokens.labels))
+            files = [self._blank] * len(sample.images)
+            pictures = [file.open() for file in files]
+        row = {
+            "tokens": tokens,
+            "images": files if self.as_files else pictures,
             "prompt": self.prompt(index, epoch),
         }
+        return row if broken is None else {**row, "broken": broken}
+
+    def _pictures(self, sample: TrainSample) -> "tuple[list[ImageFile], list[Image.Image]]":
+        files = [ImageFile.read(path) for path in sample.images]
+        decode = self.skip_broken or not self.as_files
+        return files, [file.open() for file in files] if decode else []
+
+    @cached_property
+    def _blank(self) -> "ImageFile":
+        """A grey picture, of the size of the first one that can be read."""
+        size = (64, 64)
+        for path in dict.fromkeys(path for sample in self.samples for path in sample.images):
+            with suppress(ImageError):
+                size = ImageFile.read(path).open().size
+                break
+        stream = BytesIO()
+        Image.new("RGB", size, (128, 128, 128)).save(stream, "PNG")
+        return ImageFile.of(stream.getvalue(), "a blank picture")
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,35 +298,50 @@ class ImageFile:
             ImageError: It cannot be read.
         """
         try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise ImageError(f"cannot read {path}: {error}") from error
-        return cls(str(path), content, hashlib.blake2b(content, digest_size=16).hexdigest())
+            return cls.of(read_picture(path), str(path))
+        except ImageError as error:
+            raise _of_picture(error) from error
+
+    @classmethod
+    def of(cls, content: bytes, path: str) -> "ImageFile":
+        """A file that was read."""
+        return cls(path, content, hashlib.blake2b(content, digest_size=16).hexdigest())
 
     def open(self) -> Image.Image:
-        """Decode it.
+        """Decode it: upright, RGB.
 
         Raises:
             ImageError: It is no picture.
         """
         try:
-            image = Image.open(BytesIO(self.content))
-            image.load()
-        except Exception as error:  # Pillow raises many kinds on broken files
-            raise ImageError(f"cannot read the picture {self.path}: {error}") from error
-        return image
+            return load_image(self.content, name=self.path)
+        except ImageError as error:
+            raise _of_picture(error) from error
+
+
+def _of_picture(error: ImageError) -> ImageError:
+    known = "cannot read the image "
+    told = str(error)
+    return ImageError(
+        f"cannot read the picture {told.removeprefix(known)}"
+        if told.startswith(known)
+        else f"cannot read the picture: {told}"
+    )
 
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A batch for `DiffusionVLM.forward`."""
+    """A batch for `DiffusionVLM.forward`, and under `BROKEN` what was left out of it."""
     tokens: list[ChatTokens] = [row["tokens"] for row in rows]
     input_ids, attention_mask = pad(tokens)
     length = input_ids.shape[1]
     labels = [each.labels + [IGNORE_ID] * (length - len(each.labels)) for each in tokens]
+    broken = [row["broken"] for row in rows if "broken" in row]
+    more = {BROKEN: broken} if broken else {}
     return {
+        **more,
         "input_ids": input_ids,
         "attention_mask": attention_mask,
-        "labels": torch.tensor(labels),
+        "labels": torch.tensor(labels, dtype=torch.long, device="cpu"),
         "images": [row["images"] for row in rows],
         "prompts": [row["prompt"] for row in rows],
     }
@@ -264,46 +367,62 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch = self.epoch
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        for index in torch.randperm(self.length, generator=generator).tolist():
+        generator = torch.Generator("cpu").manual_seed(self.seed * 1_000_003 + epoch)
+        for index in torch.randperm(
+            self.length, generator=generator, dtype=torch.long, device="cpu"
+        ).tolist():
             yield epoch, index
 
 
-def _records(path: Path) -> Iterable[Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
-    try:
-        if path.suffix.lower() in (".jsonl", ".ndjson"):
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
-        found = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"{path} is no JSON: {error}") from error
-    if not isinstance(found, list):
-        raise ConfigError(
-            f"{path} must hold a list of samples, as LLaVA's files do, got {type(found).__name__}"
-        )
-    return found
+@dataclass(frozen=True, slots=True)
+class BrokenLine:
+    """A line of a JSON-lines file that holds no object.
+
+    Attributes:
+        place: Its number, and what is wrong with it.
+    """
+
+    place: str
 
 
-def _names(record: Mapping[str, Any]) -> list[str]:
+def _records(path: Path, limit: int | None) -> list[Any]:
+    text = read_text(path, most=DATA_BYTES)
+    if path.suffix.lower() not in (".jsonl", ".ndjson"):
+        found: Any = parse_json(text, object, where=str(path))
+        if not isinstance(found, list):
+            raise ConfigError(
+                f"{path} must hold a list of samples, as LLaVA's files do, got "
+                f"{type(found).__name__}"
+            )
+        return found[:limit]
+    objects, broken = parse_json_lines(text, where=path.name)
+    lines: dict[int, Any] = dict(objects)
+    lines |= {number: BrokenLine(detail) for number, detail in broken}
+    return [lines[number] for number in sorted(lines)][:limit]
+
+
+def _names(record: Mapping[str, Any]) -> list[str] | None:
+    """Names of the pictures; None where the entry is neither a name nor a list of names."""
     image = record.get("image")
-    if image is None or image == "":
-        return []
-    return [image] if isinstance(image, str) else list(image)
+    names = [] if image is None or image == "" else [image] if isinstance(image, str) else image
+    whole = isinstance(names, list) and all(isinstance(name, str) and name for name in names)
+    return names if whole else None
 
 
-def _problem(record: Any, folder: Path) -> tuple[str, str] | None:
-    """Why a record cannot be used, and what to name; "" names the sample."""
+def _problem(record: Any, folder: Path, *, look: bool) -> tuple[str, str] | None:
+    """Why a record cannot be used, and what to name; "" names the sample.
+
+    Whether its pictures are there is asked only where `look` is set.
+    """
     if not isinstance(record, Mapping) or not isinstance(record.get("conversations"), list):
         return "without a list of conversations", ""
-    try:
-        names = _names(record)
-        missing = [name for name in names if not (folder / name).is_file()]
-    except TypeError:
+    name = record.get("id")
+    if isinstance(name, bool) or not isinstance(name, (str, int, NoneType)):
+        return "whose id is no text and no whole number", ""
+    names = _names(record)
+    if names is None:
         return "whose image is no name and no list of names", ""
-    if missing:
+    if missing := [name for name in names if not is_file(folder / name)]:
         return "with missing images", missing[0]
     try:
         messages = as_messages(record["conversations"])
@@ -320,12 +439,13 @@ def _problem(record: Any, folder: Path) -> tuple[str, str] | None:
     return None
 
 
-def _sample(record: Mapping[str, Any], key: str, folder: Path) -> TrainSample:
+def _sample(record: Mapping[str, Any], key: str, folder: Path, place: int) -> TrainSample:
     turns = tuple(record["conversations"])
     captions = tuple(record.get("captions", ()))
     if not captions and len(turns) == 2:
         captions = (turns[1]["value"],)  # LLaVA's first stage: the answer is the caption
-    return TrainSample(key, tuple(folder / name for name in _names(record)), turns, captions)
+    images = tuple(folder / name for name in _names(record) or ())
+    return TrainSample(key, images, turns, captions, place)
 
 
 def _lack(policy: PromptPolicy, sample: TrainSample) -> str | None:

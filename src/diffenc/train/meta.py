@@ -14,7 +14,8 @@ from diffenc.backbones.taps import meta_inputs
 from diffenc.captioner import ImplicitCaptioner
 from diffenc.clip_tokens import ClipTokens
 from diffenc.errors import BackboneError
-from diffenc.pretrained import pretrained_source
+from diffenc.pretrained import model_config
+from diffenc.storage.names import reason
 from diffenc.train.config import ModelConfig
 from diffenc.truncation import truncate
 from diffenc.vlm.vision import grid_tokens
@@ -109,7 +110,7 @@ def meta_language_model(name: str) -> MetaLanguageModel:
 
     config = _config(name, _LANGUAGE_MODELS, "language model")
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)
+        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
     inner = [
@@ -181,8 +182,8 @@ def _add_diffusion(found: MetaEncoder, model: ModelConfig, unet_rank: int) -> in
     size = options.size or told.default_size
     height, width = (size, size) if isinstance(size, int) else size
     with torch.device("meta"):
-        unet: Any = UNet2DConditionModel.from_config(dict(told.configs["unet"]))
-        vae: Any = AutoencoderKL.from_config(dict(told.configs["vae"]))
+        unet: Any = UNet2DConditionModel.from_config(dict(told.configs["unet"])).float()
+        vae: Any = AutoencoderKL.from_config(dict(told.configs["vae"])).float()
         texts: dict[str, Any] = {}
         for name in ("text_encoder", "text_encoder_2"):
             if name in told.configs:
@@ -197,7 +198,7 @@ def _add_diffusion(found: MetaEncoder, model: ModelConfig, unet_rank: int) -> in
     steps = options.timestep if isinstance(options.timestep, tuple) else (options.timestep,)
     halves = 2 if options.conditioning in ("cfg", "concat") else 1
     rows = halves * len(steps) * options.draws
-    picture = torch.empty(1, 3, height, width, device="meta")
+    picture = torch.empty(1, 3, height, width, dtype=torch.float32, device="meta")
     found.flops["unet"] = rows * counted_flops(lambda: short(**inputs))
     found.flops["vae"] = counted_flops(lambda: vae.encoder(picture))
     found.parameters |= {"unet": count(short), "vae": count(vae)}
@@ -220,13 +221,13 @@ def _add_diffusion(found: MetaEncoder, model: ModelConfig, unet_rank: int) -> in
         found.parameters["captioner's CLIP"] = count(vision[0])
         found.flops["captioner's CLIP"] = vision[1]
         pooled = texts["text_encoder_2"].config.projection_dim if len(texts) > 1 else None
-        with torch.device("meta"):
-            captioner = ImplicitCaptioner(
-                getattr(vision[0].config, "projection_dim", 768),
-                states.shape[2],
-                length=length,
-                pooled_width=pooled,
-            )
+        captioner = ImplicitCaptioner(
+            getattr(vision[0].config, "projection_dim", 768),
+            states.shape[2],
+            length=length,
+            pooled_width=pooled,
+            device="meta",
+        )
         found.trained["captioner"] = count(captioner)
     if options.grid is not None:
         return _cells(options.grid)
@@ -255,8 +256,14 @@ def _vision_model(name: str) -> tuple[Any, float]:
     config = getattr(config, "vision_config", config)
     is_clip = config.model_type in ("clip_vision_model", "clip")
     with torch.device("meta"):
-        model: Any = CLIPVisionModel(config) if is_clip else AutoModel.from_config(config)
-    picture = torch.empty(1, 3, config.image_size, config.image_size, device="meta")
+        model: Any = (
+            CLIPVisionModel(config)
+            if is_clip
+            else AutoModel.from_config(config, trust_remote_code=False)
+        )
+        model = model.float()
+    sides = (config.image_size, config.image_size)
+    picture = torch.empty(1, 3, *sides, dtype=torch.float32, device="meta")
     return model, counted_flops(lambda: model(picture))
 
 
@@ -264,15 +271,14 @@ def _config(name: str, known: dict[str, dict[str, Any]], what: str) -> Any:
     """A model's config: its own, or where that is not at hand a bundled one."""
     from transformers import AutoConfig
 
-    source = pretrained_source(name)
     try:
-        return AutoConfig.from_pretrained(source)
+        return model_config(name)
     except Exception as error:  # missing, offline, broken: each in words of its own
         if name in known:
             return AutoConfig.for_model(**known[name])
         raise BackboneError(
             f"the config of the {what} {name!r} cannot be had: "
-            f"{str(error).strip().splitlines()[0]}. Pass a folder with config.json; without one "
+            f"{reason(error)}. Pass a folder with config.json; without one "
             f"these are known: {', '.join(known)}"
         ) from error
 

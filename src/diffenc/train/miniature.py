@@ -4,13 +4,13 @@ python -m diffenc.train.miniature shapes-llava --scenes 2000
 """
 
 import argparse
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-from diffenc.errors import ConfigError, OutputError
+from diffenc.errors import ConfigError
 from diffenc.shapes import captions, conversation, render, sample_scenes
+from diffenc.storage.writing import make_folder, reporting, write_json
 
 REQUEST = "describe the picture."
 _CAPTIONS = 5
@@ -48,8 +48,8 @@ def write_miniature(
     paths = {"align": target / "align.json", "instruct": target / "instruct.json"}
     paths["images"] = target / "images"
     records: dict[str, list[dict[str, Any]]] = {"align": [], "instruct": []}
-    try:
-        paths["images"].mkdir(parents=True, exist_ok=True)
+    make_folder(paths["images"])
+    with reporting(target):
         for index, scene in enumerate(sample_scenes(scenes, seed=seed)):
             name = f"{index:06}.png"
             render(scene, size).save(paths["images"] / name)
@@ -62,11 +62,8 @@ def write_miniature(
             talk = conversation(scene, turns=turns, seed=index)
             records["align"].append({**shared, "conversations": asked})
             records["instruct"].append({**shared, "conversations": talk})
-        for name, content in records.items():
-            text = json.dumps(content, indent=1) + "\n"
-            paths[name].write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"cannot write {target}: {error}") from error
+    for name, content in records.items():
+        write_json(paths[name], content, indent=1)
     return paths
 
 

@@ -3,19 +3,20 @@
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from diffenc.errors import BackboneError, ConfigError
-from diffenc.pretrained import pretrained_source
 from diffenc.projector.plain import Projector
 from diffenc.train.config import TrainConfig
 from diffenc.train.data import DataReport, TrainSample
 from diffenc.train.meta import MetaEncoder, MetaLanguageModel, meta_encoder, meta_language_model
 from diffenc.train.stages import check_data, count_steps, uses_cache
 from diffenc.vlm.chat import Chat
+from diffenc.vlm.language import load_tokenizer
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _SAMPLED = 500
@@ -90,7 +91,11 @@ class Plan:
 
 
 def make_plan(
-    config: TrainConfig, *, processes: int | None = None, tflops: float | None = None
+    config: TrainConfig,
+    *,
+    processes: int | None = None,
+    tflops: float | None = None,
+    looking: Callable[[int, int], None] | None = None,
 ) -> Plan:
     """Check the data and add up what the run will take. No weight is loaded.
 
@@ -102,6 +107,7 @@ def make_plan(
         processes: How many will share it; None takes ``WORLD_SIZE``.
         tflops: What a process reaches, in 10^12 operations per second; None measures a
             multiplication of matrices here and counts on 40 % of it.
+        looking: Called with the pictures that were looked at, and with how many there are.
 
     Raises:
         ConfigError: The data cannot be used, or the batch cannot be shared.
@@ -110,7 +116,7 @@ def make_plan(
     processes = int(os.environ.get("WORLD_SIZE", "1")) if processes is None else processes
     if processes < 1 or (tflops is not None and not tflops > 0):
         raise ConfigError(f"processes must be 1 or more and tflops above 0, got {processes}")
-    samples, report = check_data(config)
+    samples, report = check_data(config, progress=looking)
     optim, adapt = config.optimizing, config.adapting
     encoder = meta_encoder(config.model, unet_rank=adapt.unet_rank)
     language = meta_language_model(config.model.language_model)
@@ -158,12 +164,8 @@ def _text_lengths(
     """(Tokens of the text, pictures) of samples evenly spread; whether they are a guess."""
     some = samples[:: max(1, len(samples) // _SAMPLED)]
     try:
-        from transformers import AutoTokenizer
-
-        name = config.model.language_model
-        source = pretrained_source(name)
         chat = Chat(
-            AutoTokenizer.from_pretrained(source),
+            load_tokenizer(config.model.language_model),
             config.model.template,  # type: ignore[arg-type]  # checked by the config
         )
     except (OSError, ValueError, BackboneError):
@@ -181,13 +183,13 @@ def _parameters(
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Parameters in all and those that train, by part."""
     adapt, model = config.adapting, config.model
-    with torch.device("meta"):
-        projector = Projector(
-            encoder.hidden_size,
-            language.width,
-            model.projector,
-            norm_channels=encoder.groups if model.projector_norm else (),
-        )
+    projector = Projector(
+        encoder.hidden_size,
+        language.width,
+        model.projector,
+        norm_channels=encoder.groups if model.projector_norm else (),
+        device="meta",
+    )
     size = sum(parameter.numel() for parameter in projector.parameters())
     trained = {"projector": size, **encoder.trained}
     added = {name: size for name, size in trained.items() if name not in encoder.parameters}

@@ -1,11 +1,12 @@
 """The two stages of LLaVA's recipe: align the projector, then instruct the language model."""
 
+import hashlib
 import json
 import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +15,24 @@ from typing import Any
 import torch
 
 from diffenc._optional import require
-from diffenc.errors import ConfigError, OutputError
+from diffenc.digests import weights_mark
+from diffenc.errors import ConfigError, ImageError
 from diffenc.policies import parse_policy
+from diffenc.storage.names import is_file, is_folder
+from diffenc.storage.reading import read_json
+from diffenc.storage.writing import locked, make_folder, write_json
 from diffenc.train.build import build_vlm
 from diffenc.train.config import TrainConfig
 from diffenc.train.data import (
     ConversationDataset,
     DataReport,
     TrainSample,
+    check_pictures,
     collate,
     read_samples,
     require_usable,
 )
+from diffenc.train.log import LOG_FILE
 from diffenc.train.token_cache import TokenCache, is_frozen
 from diffenc.vlm.files import is_saved
 from diffenc.vlm.model import DiffusionVLM
@@ -35,10 +42,16 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int, int, float | None], None]
 """Told after each step: steps done, steps in all, the last loss that was logged."""
 
-MODEL_FOLDER, LOG_FILE, CONFIG_FILE = "model", "log.jsonl", "config.toml"
+MODEL_FOLDER, CONFIG_FILE = "model", "config.toml"
+LEFT_OUT_FILE = "left_out.json"
+"""Records of the annotations that a run began without; it goes on without the same."""
 # What may change between a run and its continuation.
 _FREE = ("output", "save_steps", "keep", "log_steps")
-_FREE_DATA = ("workers", "cache", "cache_gb", "cache_dir", "images", "annotations")
+_FREE_DATA = (
+    *("workers", "cache", "cache_gb", "cache_dir", "images", "annotations"),
+    *("skip_broken", "check_images"),
+)
+_THREADS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +66,7 @@ class TrainResult:
         data: What was found in the data.
         cache_hits: Pictures whose tokens were known.
         cache_misses: Pictures that were encoded, where there was a cache.
+        skipped: Samples whose pictures broke while this call trained, and why.
     """
 
     model: Path
@@ -62,6 +76,7 @@ class TrainResult:
     data: DataReport
     cache_hits: int = 0
     cache_misses: int = 0
+    skipped: tuple[str, ...] = ()
 
 
 def train(
@@ -71,6 +86,7 @@ def train(
     device: str | torch.device | None = None,
     progress: Progress | None = None,
     stop_after: int | None = None,
+    looking: Callable[[int, int], None] | None = None,
 ) -> TrainResult:
     """Run one stage.
 
@@ -83,33 +99,68 @@ def train(
         device: None is CUDA where there is one, and else the CPU.
         progress: Told of each step.
         stop_after: End after this many steps as if killed: no model is written, checkpoints stay.
+        looking: Called with the pictures that were looked at before training, and how many there
+            are.
 
     Raises:
         ConfigError: The data cannot be used, a checkpoint is of another configuration, or a run is
             in `config.output` already and shall not be resumed.
         BackboneError: A model is missing.
-        OutputError: The folder cannot be written.
+        ImageError: A picture broke after it was checked, and `data.skip_broken` is not set.
+        OutputError: The folder cannot be written, or another program trains in it.
     """
     require("accelerate", extra="train")
-    samples, report = check_data(config)
     folder = Path(config.output)
     checkpoint = _starting_point(folder, resume)
-    told = run_identity(config, len(samples))
-    if checkpoint is not None:
-        from diffenc.train.trainer import check_same_run
+    skip = checkpoint is not None and config.data.skip_broken
+    begun_without = _read_left_out(folder) if skip else None
+    samples, report = check_data(config, left_out=begun_without, progress=looking)
+    with _alone(folder):
+        return _train(config, samples, report, checkpoint, device, progress, stop_after)
 
+
+def _train(
+    config: TrainConfig,
+    samples: list[TrainSample],
+    report: DataReport,
+    checkpoint: Path | None,
+    device: str | torch.device | None,
+    progress: Progress | None,
+    stop_after: int | None,
+) -> TrainResult:
+    from diffenc.train.trainer import check_same_run, check_same_weights
+
+    folder = Path(config.output)
+    told = run_identity(config, samples)
+    if checkpoint is not None:
         check_same_run(checkpoint, told)
     device = _device(device)
     vlm = build_vlm(config, device=device)
+    told["weights"] = {
+        part: weights_mark(module)
+        for part, module in (("encoder", vlm.encoder), ("language model", vlm.language_model))
+    }
+    if checkpoint is not None:
+        check_same_weights(checkpoint, vlm)
     if config.optimizing.gradient_checkpointing:
         vlm.gradient_checkpointing_enable()
     cache = make_cache(config, vlm)
     dataset = make_dataset(config, vlm, samples, as_files=cache is not None)
     if is_first_process():
         _begin(folder, config)
+        if checkpoint is None:
+            write_json(folder / LEFT_OUT_FILE, report.left_out, indent=None)
     trainer = _trainer(config, vlm, dataset, told, cache, device, progress, stop_after)
-    with _quiet():
-        outcome = trainer.train(resume_from_checkpoint=None if not checkpoint else str(checkpoint))
+    _require_same(samples)
+    try:
+        with _quiet():
+            source = None if not checkpoint else str(checkpoint)
+            outcome = trainer.train(resume_from_checkpoint=source)
+    except ImageError as error:  # from a process that reads, with its traceback in the message
+        fault = str(error).strip().split("\n")[-1].removeprefix("diffenc.errors.ImageError: ")
+        raise ImageError(
+            f"{fault}. Repair it and go on (--resume), or train without it: data.skip_broken = true"
+        ) from error
     if cache is not None:
         cache.flush()
     if stop_after is None and trainer.args.should_save:
@@ -124,19 +175,37 @@ def train(
         data=report,
         cache_hits=0 if cache is None else cache.hits,
         cache_misses=0 if cache is None else cache.misses,
+        skipped=_of_all(list(trainer.broken)),
     )
 
 
-def check_data(config: TrainConfig) -> tuple[list[TrainSample], DataReport]:
+def check_data(
+    config: TrainConfig,
+    *,
+    left_out: Collection[int] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[list[TrainSample], DataReport]:
     """Every usable sample, or an error that tells all that is wrong.
+
+    Args:
+        config: Configuration of the run.
+        left_out: See `read_samples`; pictures are then not looked at.
+        progress: Called with the pictures that were looked at, and with how many there are.
 
     Raises:
         ConfigError: See `diffenc.train.data.require_usable`.
     """
     data = config.data
     samples, report = read_samples(
-        data.annotations, data.images, limit=data.limit, policy=parse_policy(data.prompts)
+        data.annotations,
+        data.images,
+        limit=data.limit,
+        policy=parse_policy(data.prompts),
+        left_out=left_out,
     )
+    if data.check_images and left_out is None:
+        threads = min(_THREADS, os.cpu_count() or 1)
+        samples = check_pictures(samples, report, workers=threads, progress=progress)
     require_usable(report, skip_broken=data.skip_broken)
     return samples, report
 
@@ -172,6 +241,7 @@ def make_dataset(
         tokens_per_image=each,
         seed=config.seed,
         as_files=as_files,
+        skip_broken=config.data.skip_broken,
     )
 
 
@@ -207,9 +277,9 @@ def make_cache(config: TrainConfig, vlm: DiffusionVLM) -> TokenCache | None:
     return TokenCache(folder, int(config.data.cache_gb * 1e9))
 
 
-def run_identity(config: TrainConfig, samples: int) -> dict[str, Any]:
-    """What a run and its continuation must share, flat."""
-    told = {key: value for key, value in config.to_dict().items() if key not in _FREE}
+def run_identity(config: TrainConfig, samples: Sequence[TrainSample]) -> dict[str, Any]:
+    """What a run and its continuation must share, flat; `weights` comes with the model."""
+    told = {key: value for key, value in config.lasting().to_dict().items() if key not in _FREE}
     told["data"] = {k: v for k, v in told["data"].items() if k not in _FREE_DATA}
     told["optim"] = {k: v for k, v in told["optim"].items() if k != "device_batch_size"}
     flat = {}
@@ -218,7 +288,27 @@ def run_identity(config: TrainConfig, samples: int) -> dict[str, Any]:
             flat.update({f"{key}.{inner}": each for inner, each in value.items()})
         else:
             flat[key] = value
-    return {**flat, "samples": samples}
+    content = samples_digest(samples, Path(config.data.images).expanduser())
+    identity = {**flat, "samples": len(samples), "content of the samples": content}
+    if not config.data.skip_broken:  # a picture that is gone since then is left out
+        identity["sizes of the pictures"] = sizes_digest(samples)
+    return identity
+
+
+def samples_digest(samples: Sequence[TrainSample], images: Path) -> str:
+    """Digest of texts, and of the names of pictures in their folder."""
+    digest = hashlib.blake2b(digest_size=12)
+    for sample in samples:
+        names = [os.path.relpath(path, images) for path in sample.images]
+        parts = [sample.key, names, [dict(t) for t in sample.conversation], sample.captions]
+        digest.update(json.dumps(parts).encode())
+    return digest.hexdigest()
+
+
+def sizes_digest(samples: Sequence[TrainSample]) -> str:
+    """Digest of how large the pictures' files are."""
+    sizes = [path.stat().st_size for sample in samples for path in sample.images]
+    return hashlib.blake2b(json.dumps(sizes).encode(), digest_size=12).hexdigest()
 
 
 def is_first_process() -> bool:
@@ -236,7 +326,7 @@ def _starting_point(folder: Path, resume: bool) -> Path | None:
                 "choose another output or remove the folder"
             )
         return find_checkpoint(folder)
-    if folder.is_dir() and (is_saved(folder / MODEL_FOLDER) or any(folder.glob("checkpoint-*"))):
+    if is_folder(folder) and (is_saved(folder / MODEL_FOLDER) or any(folder.glob("checkpoint-*"))):
         raise ConfigError(
             f"{folder} holds a run already; go on with it (--resume), choose another output, or "
             "remove the folder"
@@ -244,12 +334,43 @@ def _starting_point(folder: Path, resume: bool) -> Path | None:
     return None
 
 
+def _read_left_out(folder: Path) -> frozenset[int] | None:
+    """Records that the run in a folder began without, None where it does not say."""
+    if not is_file(folder / LEFT_OUT_FILE):
+        return None
+    return frozenset(read_json(folder / LEFT_OUT_FILE, list))
+
+
+def _require_same(samples: Sequence[TrainSample]) -> None:
+    """Raise a `ConfigError` unless all processes train on the same samples."""
+    keys = "\0".join(sample.key for sample in samples)
+    counts = _of_all([(len(samples), hashlib.sha256(keys.encode(errors="replace")).hexdigest())])
+    if len(set(counts)) > 1:
+        raise ConfigError(
+            f"the processes of this run found {[count for count, _ in counts]} usable samples: "
+            "they see different files, or some could not be read for a moment. Start again"
+        )
+
+
+def _of_all(rows: list[Any]) -> tuple[Any, ...]:
+    """What all processes of the run have."""
+    from accelerate.utils import gather_object
+
+    return tuple(gather_object(rows))
+
+
 def _begin(folder: Path, config: TrainConfig) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make the folder {folder}: {error}") from error
-    config.write(folder / CONFIG_FILE)
+    config.lasting().write(make_folder(folder) / CONFIG_FILE)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep others from training in a folder; of several processes the first one does."""
+    if not is_first_process():
+        yield
+        return
+    with locked(make_folder(folder), purpose="training in it"):
+        yield
 
 
 def _device(wanted: str | torch.device | None) -> torch.device:
@@ -335,9 +456,3 @@ def _quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
         warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
         yield
-
-
-def read_log(folder: "str | os.PathLike[str]") -> list[dict[str, Any]]:
-    """Lines of a run's log: step, epoch, loss, learning_rate, grad_norm."""
-    text = (Path(folder) / LOG_FILE).read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]

@@ -9,15 +9,16 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diffenc.errors import OutputError
+from diffenc.digests import full_digest
+from diffenc.errors import BackboneError, OutputError
+from diffenc.storage.tensors import read_tensors, tensor_names, write_tensors
+from diffenc.storage.writing import make_folder
 
 _SHARD_BYTES = 64 * 2**20
 
@@ -54,10 +55,7 @@ class TokenCache:
         self._waiting: dict[str, Tensor] = {}
         self._seen: set[Path] = set()
         self.nbytes = 0
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"cannot make the folder {self.folder}: {error}") from error
+        make_folder(self.folder)
         self.refresh()
 
     def __len__(self) -> int:
@@ -69,13 +67,10 @@ class TokenCache:
             if path in self._seen:
                 continue
             self._seen.add(path)
-            try:
-                with safe_open(path, "pt") as shard:
-                    names = list(shard.keys())
+            with suppress(BackboneError, OSError):
+                names = tensor_names(path, error=BackboneError)
                 self.nbytes += path.stat().st_size
-            except (OSError, SafetensorError):
-                continue
-            self._places.update(dict.fromkeys(names, path))
+                self._places.update(dict.fromkeys(names, path))
 
     def get(self, name: str) -> Tensor | None:
         """An entry, or None; counts a hit or a miss."""
@@ -112,14 +107,12 @@ class TokenCache:
         if not self._waiting:
             return
         stem = f"tokens-{os.getpid()}-{secrets.token_hex(6)}"
-        path, partial = self.folder / f"{stem}.safetensors", self.folder / f"{stem}.partial"
+        path = self.folder / f"{stem}.safetensors"
         try:
-            save_file(self._waiting, partial)
-            partial.replace(path)
-        except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
+            write_tensors(path, self._waiting)
+        except OutputError as error:
             raise OutputError(
-                f"cannot write the cache of tokens in {self.folder}: {error}. Turn it off "
+                f"cannot write the cache of tokens: {error}. Turn it off "
                 '(data.cache = "off") or give it another folder (data.cache_dir)'
             ) from error
         self._seen.add(path)
@@ -128,9 +121,13 @@ class TokenCache:
 
     def _read(self, name: str) -> Tensor | None:
         try:
-            with safe_open(self._places[name], "pt") as shard:
-                tensor: Tensor = shard.get_tensor(name)
-        except (OSError, SafetensorError):  # removed or damaged meanwhile
+            options: dict[str, Any] = {"finite": True, "error": BackboneError}
+            tensor = read_tensors(self._places[name], only=lambda each: each == name, **options)[
+                name
+            ]
+        except (BackboneError, KeyError):  # removed or damaged meanwhile
+            tensor = None
+        if tensor is None or tensor.ndim != 2 or not tensor.is_floating_point():
             del self._places[name]
             return None
         return tensor
@@ -148,38 +145,18 @@ def entry_name(encoder: str, picture: str, prompt: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def encoder_digest(encoder: nn.Module) -> str:
-    """A digest of an encoder's kind, options and weights.
+def encoder_digest(encoder: nn.Module, precision: str = "no") -> str:
+    """A digest of an encoder's kind, settings and weights, to the last value.
 
-    Of each weight some hundred values count, evenly spread: other weights differ in those too.
+    Args:
+        encoder: Frozen encoder.
+        precision: Mixed precision that it runs in.
     """
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(json.dumps(_options(encoder), sort_keys=True, default=str).encode())
-    for name, tensor in sorted(encoder.state_dict().items()):
-        values = tensor.detach().flatten()
-        step = max(1, len(values) // 128)
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(values[::step].float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return hashlib.blake2b(
+        f"{precision} {full_digest(encoder)}".encode(), digest_size=16
+    ).hexdigest()
 
 
 def is_frozen(encoder: nn.Module) -> bool:
     """Whether nothing in an encoder trains."""
     return not any(parameter.requires_grad for parameter in encoder.parameters())
-
-
-def _options(encoder: Any) -> dict[str, Any]:
-    found: dict[str, Any] = {"kind": type(encoder).__name__}
-    for name in ("how", "view", "grid", "layer"):
-        if hasattr(encoder, name):
-            found[name] = getattr(encoder, name)
-    if hasattr(encoder, "feature_info"):
-        found["taps"] = [tap.name for tap in encoder.feature_info]
-    config: Any = getattr(encoder, "config", None)
-    if hasattr(config, "to_dict"):
-        found["config"] = {k: v for k, v in config.to_dict().items() if k != "batch_size"}
-    backbone = getattr(encoder, "backbone", None)
-    if backbone is not None:
-        schedule: Sequence[float] = backbone.scheduler.alphas_cumprod[::100].tolist()
-        found["backbone"] = [backbone.default_size, list(schedule)]
-    return found

@@ -1,19 +1,28 @@
 """transformers' `Trainer` for a `DiffusionVLM`: what is learnt is all that it saves."""
 
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
+from diffenc.cache import recall
+from diffenc.digests import is_marked
 from diffenc.errors import BackboneError, ConfigError
-from diffenc.train.data import ConversationDataset, EpochSampler, ImageFile
+from diffenc.storage.names import is_file, reason
+from diffenc.storage.reading import parse_json, read_json
+from diffenc.storage.tensors import misfits, read_tensors, write_tensors
+from diffenc.storage.writing import make_folder, write_json
+from diffenc.train.data import BROKEN, ConversationDataset, EpochSampler, ImageFile
 from diffenc.train.token_cache import TokenCache, encoder_digest, entry_name
 from diffenc.vlm.model import DiffusionVLM
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE, RUN_FILE, STATE_FILE = "trained.safetensors", "run.json", "trainer_state.json"
 
@@ -51,7 +60,9 @@ class VLMTrainer(Trainer):  # type: ignore[misc]  # transformers is seen as Any
         )
         self.model_accepts_loss_kwargs = True
         self.vlm, self.told, self.cache = vlm, told, cache
-        self._digest = "" if cache is None else encoder_digest(vlm.encoder)
+        self.broken: dict[str, None] = {}  # in the order in which they were noticed
+        precision = str(self.accelerator.mixed_precision)
+        self._digest = "" if cache is None else encoder_digest(vlm.encoder, precision)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         return EpochSampler(len(self.train_dataset), seed=self.args.data_seed)
@@ -64,6 +75,11 @@ class VLMTrainer(Trainer):  # type: ignore[misc]  # transformers is seen as Any
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The loss of a batch, whose pictures the cache may know."""
+        inputs = dict(inputs)
+        for each in inputs.pop(BROKEN, ()):
+            if each not in self.broken:
+                self.broken[each] = None
+                logger.warning("trained without the sample %s", each)
         if self.cache is not None:
             tokens = self._image_tokens(inputs["images"], inputs["prompts"])
             inputs = {**inputs, "images": None, "prompts": None, "image_tokens": tokens}
@@ -76,32 +92,19 @@ class VLMTrainer(Trainer):  # type: ignore[misc]  # transformers is seen as Any
             (file, prompt) for files, prompt in zip(images, prompts, strict=True) for file in files
         ]
         names = [entry_name(self._digest, file.digest, prompt) for file, prompt in flat]
-        known = {name: self.cache.get(name) for name in dict.fromkeys(names)}
-        missing = {
-            name: pair for name, pair in zip(names, flat, strict=True) if known[name] is None
-        }
-        if missing:
-            pictures = [file.open() for file, _ in missing.values()]
-            texts = [prompt for _, prompt in missing.values()]
+
+        def encode(rows: list[int]) -> list[Tensor]:
+            pictures, texts = [flat[row][0].open() for row in rows], [flat[row][1] for row in rows]
             with self.accelerator.autocast():
-                fresh = self.vlm.encode_images(pictures, texts)
-            for name, tokens in zip(missing, fresh, strict=True):
-                self.cache.put(name, tokens)
-                known[name] = tokens
-        return [
-            tokens.to(self.args.device) for name in names if (tokens := known[name]) is not None
-        ]
+                return list(self.vlm.encode_images(pictures, texts))
+
+        return [tokens.to(self.args.device) for tokens in recall(self.cache, names, encode)]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {
-            name: parameter.detach().cpu().contiguous().clone()
-            for name, parameter in self.vlm.named_trainable_parameters()
-        }
-        save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        text = json.dumps(self.told, indent=2, sort_keys=True) + "\n"
-        (folder / RUN_FILE).write_text(text, encoding="utf-8")
+        folder = make_folder(output_dir or self.args.output_dir)
+        state = {name: value.cpu() for name, value in self.vlm.named_trainable_parameters()}
+        write_tensors(folder / WEIGHTS_FILE, state)
+        write_json(folder / RUN_FILE, self.told)
         if self.cache is not None:
             self.cache.flush()
         # A run that goes on from here begins with empty caches; what they hold decides which
@@ -111,6 +114,26 @@ class VLMTrainer(Trainer):  # type: ignore[misc]  # transformers is seen as Any
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_trained(self.vlm, Path(resume_from_checkpoint))
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+
+@contextmanager
+def _reading(checkpoint: str | None) -> Iterator[None]:
+    """Turn what transformers and pickle make of a broken file into a `BackboneError`."""
+    try:
+        yield
+    except Exception as error:
+        raise BackboneError(
+            f"cannot go on from {checkpoint}: {reason(error)}. Remove that folder to go on from "
+            "the checkpoint before it"
+        ) from error
+
 
 def load_trained(vlm: DiffusionVLM, checkpoint: Path) -> None:
     """Set what trains to what a checkpoint holds.
@@ -118,15 +141,9 @@ def load_trained(vlm: DiffusionVLM, checkpoint: Path) -> None:
     Raises:
         BackboneError: It cannot be read, or holds other parameters.
     """
-    try:
-        state = load_file(checkpoint / WEIGHTS_FILE)
-    except (OSError, SafetensorError) as error:
-        raise BackboneError(f"cannot read {checkpoint / WEIGHTS_FILE}: {error}") from error
+    state = read_tensors(checkpoint / WEIGHTS_FILE, error=BackboneError, finite=True)
     own = dict(vlm.named_trainable_parameters())
-    wrong = sorted(own.keys() ^ state.keys()) or [
-        name for name, parameter in own.items() if parameter.shape != state[name].shape
-    ]
-    if wrong:
+    if wrong := misfits(state, own):
         raise BackboneError(
             f"{checkpoint} is a checkpoint of another model: {len(wrong)} parameters differ, such "
             f"as {wrong[0]!r}"
@@ -159,15 +176,18 @@ def check_same_run(checkpoint: Path, told: dict[str, Any]) -> None:
 
     Raises:
         ConfigError: Something that it was trained with is another now; all of it is named.
+            The weights are compared by `check_same_weights`.
     """
     try:
-        before = json.loads((checkpoint / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        before = read_json(checkpoint / RUN_FILE)
+    except ConfigError as error:
         raise ConfigError(f"{checkpoint} does not say what it was trained with: {error}") from error
-    now = json.loads(json.dumps(told))
+    now = parse_json(json.dumps(told), where="this run")
+    if not ("sizes of the pictures" in before and "sizes of the pictures" in now):
+        before.pop("sizes of the pictures", None), now.pop("sizes of the pictures", None)
     changed = [
         f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
+        for key in sorted((before.keys() | now.keys()) - {"weights"})
         if before.get(key) != now.get(key)
     ]
     if changed:
@@ -177,10 +197,28 @@ def check_same_run(checkpoint: Path, told: dict[str, Any]) -> None:
         )
 
 
+def check_same_weights(checkpoint: Path, vlm: DiffusionVLM) -> None:
+    """Raise unless the models of a run are those that its checkpoint was begun with.
+
+    Raises:
+        ConfigError: A model of the same name has other weights now.
+    """
+    before = read_json(checkpoint / RUN_FILE).get("weights", {})
+    parts = {"encoder": vlm.encoder, "language model": vlm.language_model}
+    for part, mark in before.items():
+        if part in parts and not is_marked(parts[part], mark):
+            raise ConfigError(
+                f"{checkpoint} was trained with another {part}: the one that stands in its place "
+                "has other weights. Put that one back, or choose another output"
+            )
+
+
 def _is_whole(checkpoint: Path) -> bool:
     """The state is written last."""
     try:
-        json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        state = read_json(checkpoint / STATE_FILE, finite=False)
+    except ConfigError:
         return False
-    return (checkpoint / WEIGHTS_FILE).is_file() and (checkpoint / RUN_FILE).is_file()
+    step = int(checkpoint.name.rpartition("-")[2])
+    whole = is_file(checkpoint / WEIGHTS_FILE) and is_file(checkpoint / RUN_FILE)
+    return whole and state.get("global_step") == step

@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,13 +9,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffenc._inference import lasting
 from diffenc.backbones.base import Backbone
 from diffenc.cache import TensorCache
 from diffenc.captioner import ClipEmbedder, ImplicitCaptioner
+from diffenc.digests import is_marked
 from diffenc.errors import BackboneError, ConfigError
 from diffenc.images import Images, to_pixel_values
 from diffenc.memo import image_embeds_of
 from diffenc.prompts import PromptEmbeds
+from diffenc.storage.names import checked_path
 
 
 class CaptionerPart(nn.Module):
@@ -39,6 +41,7 @@ class CaptionerPart(nn.Module):
         self.captioner = self.clip = None
         self._image_embeds = TensorCache(16 * 2**20)
 
+    @lasting
     def add_captioner(
         self,
         clip: "str | os.PathLike[str] | nn.Module | None",
@@ -49,7 +52,7 @@ class CaptionerPart(nn.Module):
     ) -> None:
         """Let CLIP's view of each picture condition the U-Net, beside the prompt or without one.
 
-        From now on `cond` is the prompt, or the empty text where none is given, plus the
+        From now on `cond` is the prompt, or no text where none is given, plus the
         captioner's tokens; `uncond` stays the plain unconditional embedding, and both are equal
         until training begins. CLIP gets the same pictures in its own preprocessing, and stays
         frozen.
@@ -75,6 +78,7 @@ class CaptionerPart(nn.Module):
         )
         self._attach(captioner, embedder)
 
+    @lasting
     def load_captioner(
         self,
         folder: "str | os.PathLike[str]",
@@ -108,6 +112,11 @@ class CaptionerPart(nn.Module):
             raise BackboneError(
                 f"{os.fspath(folder)} holds a captioner for another backbone or another CLIP: its "
                 f"sizes are {has}, and here they are {wants}"
+            )
+        if "mark" in told and not is_marked(embedder, told["mark"]):
+            raise BackboneError(
+                f"{os.fspath(folder)} holds a captioner that listens to another CLIP than "
+                f"{embedder.name!r}, whose weights differ; put that CLIP back, or pass it as clip="
             )
         captioner.requires_grad_(trainable)
         self._attach(captioner, embedder)
@@ -145,6 +154,7 @@ class CaptionerPart(nn.Module):
             size=self.clip.size,
             resize="crop" if self.clip.crops else "squash",
             multiple=1,
+            center="transformers",
         )
         cache = self._image_embeds if self.use_cache else None
         return image_embeds_of(self.clip, pixel_values, cache=cache)
@@ -161,9 +171,10 @@ class CaptionerPart(nn.Module):
 
     def _attach(self, captioner: ImplicitCaptioner, embedder: ClipEmbedder) -> None:
         device = self.backbone.device
-        self.captioner = captioner.to(device).train(self.training)
-        self.clip = embedder.to(device)
-        self._image_embeds.clear()
+        with self.backbone.lock:  # a call reads both
+            self.captioner = captioner.to(device).train(self.training)
+            self.clip = embedder.to(device)
+            self._image_embeds.clear()
 
 
 def _embedder(clip: Any, processor: Any) -> ClipEmbedder:
@@ -173,6 +184,6 @@ def _embedder(clip: Any, processor: Any) -> ClipEmbedder:
             "transformers, its folder, or its Hub id"
         )
     if isinstance(clip, (str, os.PathLike)):
-        path = Path(clip)
-        return ClipEmbedder.from_name(path.absolute() if path.is_dir() else clip)
+        checked_path("a CLIP", clip, error=BackboneError)
+        return ClipEmbedder.from_name(clip)
     return ClipEmbedder(clip, processor=processor)

@@ -6,10 +6,13 @@ from typing import Any
 
 from torch import nn
 
+from diffenc._inference import lasting
+from diffenc.arguments import texts
 from diffenc.attention import cross_attention_layers
 from diffenc.backbones.base import Backbone
-from diffenc.backbones.reach import reached_projections
+from diffenc.backbones.reach import reached_layers
 from diffenc.backbones.taps import TapInfo
+from diffenc.defaults import torch_defaults
 from diffenc.errors import BackboneError, ConfigError
 from diffenc.lora.adapters import (
     active_lora,
@@ -23,6 +26,7 @@ from diffenc.lora.adapters import (
 )
 from diffenc.lora.files import load_lora, read_origin, save_lora
 from diffenc.lora.options import PROJECTIONS, LoraOptions
+from diffenc.model_state import structure_key
 
 
 class LoraPart(nn.Module):
@@ -45,6 +49,7 @@ class LoraPart(nn.Module):
         """Forget latents, prompts and features; needed after writes through `.data`."""
         self.backbone.clear_caches()
 
+    @lasting
     def add_lora(
         self,
         *,
@@ -75,10 +80,10 @@ class LoraPart(nn.Module):
             Hu et al. 2021 (LoRA), arXiv:2106.09685; on cross-attention: "Multimodal Understanding
             using Stable Diffusion as a Task Aware Feature Extractor", section 6.
         """
-        projections = (projections,) if isinstance(projections, str) else tuple(projections)
+        projections = texts("projections", projections)
         options = LoraOptions(rank=rank, alpha=alpha, dropout=dropout, projections=projections)
         unet = self.backbone.unet
-        with self.backbone.lock:
+        with torch_defaults(), self.backbone.lock:
             left = self._lora_in_use()
             add_lora(unet, cross_attention_layers(unet), options, name=name, only=self._reached())
             self._set_aside(left)
@@ -94,6 +99,7 @@ class LoraPart(nn.Module):
         """Name of the adapter in use."""
         return active_lora(self.backbone.unet)
 
+    @lasting
     def set_lora(self, name: str | None, *, trainable: bool | None = None) -> None:
         """Use one adapter alone, or none.
 
@@ -117,28 +123,33 @@ class LoraPart(nn.Module):
             if name is not None:
                 trains = self._waiting.pop(name, False)
                 self._train_lora(name, trains if trainable is None else trainable)
+            self._still_compiled()
             self.clear_cache()
 
+    @lasting
     def merge_lora(self) -> None:
         """Add the active adapter to the weights: it costs nothing then, and does not train.
 
         Raises:
             ConfigError: No adapter is active.
         """
-        name = self.active_lora
-        if name is None:
-            raise ConfigError(
-                f"no adapter is active, so there is nothing to merge; known are {self.lora_names}"
-            )
         with self.backbone.lock:
+            if self.active_lora is None:
+                raise ConfigError(
+                    "no adapter is active, so there is nothing to merge; known are "
+                    f"{self.lora_names}"
+                )
             self._set_aside(self._lora_in_use())
             merge_lora(self.backbone.unet)
+            self._still_compiled()
             self.clear_cache()
 
+    @lasting
     def unmerge_lora(self) -> None:
         """Put the weights back as they were; the adapter stays active and trains if it did."""
-        if is_merged(self.backbone.unet):
-            self.set_lora(self.active_lora)
+        with self.backbone.lock:
+            if is_merged(self.backbone.unet):
+                self.set_lora(self.active_lora)
 
     def save_lora(self, folder: "str | os.PathLike[str]", *, name: str | None = None) -> None:
         """Write an adapter in peft's layout and, beside it, keyed for diffusers.
@@ -158,6 +169,7 @@ class LoraPart(nn.Module):
         origin = {"backbone": self.backbone.name, "taps": [tap.name for tap in self._taps]}
         save_lora(self.backbone.unet, folder, name=name, origin=origin)
 
+    @lasting
     def load_lora(
         self,
         folder: "str | os.PathLike[str]",
@@ -167,6 +179,9 @@ class LoraPart(nn.Module):
         other_taps: bool = False,
     ) -> None:
         """Read an adapter that `save_lora` or peft wrote, and use it.
+
+        It may adapt any linear layer or convolution that the features at the taps depend on, such
+        as those of self-attention.
 
         Args:
             folder: With `adapter_config.json` and `adapter_model.safetensors`.
@@ -189,7 +204,7 @@ class LoraPart(nn.Module):
                 "other_taps=True."
             )
         unet = self.backbone.unet
-        with self.backbone.lock:
+        with torch_defaults(), self.backbone.lock:
             left = self._lora_in_use()
             load_lora(unet, folder, name=name, trainable=trainable, only=self._reached())
             self._set_aside(left)
@@ -197,7 +212,7 @@ class LoraPart(nn.Module):
 
     def _reached(self) -> frozenset[str]:
         unet = self.backbone.unet
-        return reached_projections(dict(unet.config), [tap.name for tap in self._taps])
+        return reached_layers(dict(unet.config), [tap.name for tap in self._taps])
 
     def _lora_in_use(self) -> tuple[str, bool] | None:
         """Name of the active adapter and whether it trains; None where nothing is to be noted."""
@@ -220,9 +235,14 @@ class LoraPart(nn.Module):
     def _compiled_unets(self) -> Iterator[nn.Module]:
         """Copies of the U-Net: a layer that is a tap itself has switches of its own there."""
         for compiled in self.backbone.compiled.values():
-            outputs = getattr(compiled, "_orig_mod", None)
+            outputs = getattr(compiled.run, "_orig_mod", None)
             if outputs is not None:
                 yield outputs.unet
+
+    def _still_compiled(self) -> None:
+        """What changed in the U-Net has changed in its compiled copies too."""
+        for compiled in self.backbone.compiled.values():
+            compiled.structure = structure_key(self.backbone.unet)
 
     def _exchanged(self) -> None:
         """Modules of the U-Net were replaced: what was compiled of it no longer holds."""

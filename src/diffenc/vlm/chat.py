@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 from diffenc.config import check_choice
 from diffenc.errors import ConfigError, PromptError
+from diffenc.tokenizing import ids_with_places
 
 Template = Literal["auto", "chat", "v1", "plain"]
 Turns = Sequence[Mapping[str, str]]
@@ -135,10 +136,7 @@ class Chat:
             if index:
                 input_ids.append(IMAGE_ID)
                 labels.append(IGNORE_ID)
-            encoded = self.tokenizer(
-                chunk, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-            )
-            for token, (place, _) in zip(encoded.input_ids, encoded.offset_mapping, strict=True):
+            for token, (place, _) in zip(*ids_with_places(self.tokenizer, chunk), strict=True):
                 learnt = any(first <= start + place < last for first, last in answers)
                 input_ids.append(token)
                 labels.append(token if learnt else IGNORE_ID)

@@ -9,29 +9,97 @@
 `vlm.json` is removed first and written last: a folder with one is whole.
 """
 
-import json
 import os
-import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from diffenc.config import check_choice
+from diffenc.defaults import torch_defaults
+from diffenc.digests import is_marked, weights_mark
 from diffenc.encoder import DiffusionEncoder
-from diffenc.errors import BackboneError, ConfigError, OutputError
+from diffenc.errors import BackboneError, ConfigError, PromptError
 from diffenc.fusion import FusedEncoder
+from diffenc.policies import parse_policy
+from diffenc.pretrained import lasting_name, read_name, stored_name
 from diffenc.projector.fused import FusedProjector
 from diffenc.projector.plain import Projector
-from diffenc.vlm.language import load_language_model
+from diffenc.storage.names import checked_path, is_file, is_folder, reason
+from diffenc.storage.reading import read_json
+from diffenc.storage.schema import check_keys, checked, make
+from diffenc.storage.writing import begin_folder, reporting, write_json
+from diffenc.threads import without_warnings
+from diffenc.vlm.language import check_language_lora, load_language_model, open_language_lora
 from diffenc.vlm.vision import VisionTokens
 
 CONFIG_FILE = "vlm.json"
 PROJECTOR, ENCODER, LANGUAGE_MODEL, LORA = "projector", "encoder", "language_model", "lora"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VLMContents:
+    """What `vlm.json` says.
+
+    Attributes:
+        encoder: Its `kind`, "diffusion", "fused" or "vision"; of the last its `name` and `layer`.
+        language_model: Name of the language model; None: it lies in the folder.
+        lora: Whether an adapter of it lies in the folder.
+        template: Template of conversations, see `Chat`.
+        system: System message; None is the template's own.
+        prompt_policy: Policy of the encoder's prompts.
+        image_batch_size: Most pictures per call of the encoder; None is all at once.
+        language_mark: Numbers by which the language model is known again, where it has a name.
+    """
+
+    encoder: Mapping[str, Any]
+    language_model: str | None
+    lora: bool
+    template: Literal["chat", "v1", "plain"]
+    system: str | None
+    prompt_policy: str
+    image_batch_size: int | None
+    language_mark: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        kind, keys = self.encoder_kind, ["kind"]
+        check_choice("encoder.kind", kind, ("diffusion", "fused", "vision"))
+        if kind == "vision":
+            keys += ["name", "layer", "mark"]
+            checked(self.encoder.get("name"), str, "encoder.name")
+            checked(self.encoder.get("layer"), int, "encoder.layer")
+        check_keys(self.encoder, keys, "encoder")
+        parse_policy(self.prompt_policy)
+        if self.image_batch_size is not None and self.image_batch_size < 1:
+            raise ConfigError(f"image_batch_size must be 1 or more, got {self.image_batch_size}")
+
+    @property
+    def encoder_kind(self) -> str:
+        """Kind of the encoder."""
+        return str(self.encoder.get("kind"))
+
+
+def read_saved(folder: Path) -> VLMContents:
+    """What the config of a saved model says.
+
+    Raises:
+        BackboneError: The folder holds none, or a broken one.
+    """
+    try:
+        saved: VLMContents = make(VLMContents, read_json(folder / CONFIG_FILE))
+    except (ConfigError, PromptError) as error:
+        raise BackboneError(
+            f"{folder} does not hold a model: {CONFIG_FILE} is not what "
+            f"DiffusionVLM.save_pretrained wrote: {error}"
+        ) from error
+    return saved
+
+
 def is_saved(folder: "str | os.PathLike[str]") -> bool:
     """Whether a folder holds a whole model."""
-    return (Path(folder) / CONFIG_FILE).is_file()
+    return is_file(Path(folder) / CONFIG_FILE)
 
 
 def save(vlm: Any, folder: "str | os.PathLike[str]", include_language_model: bool | None) -> None:
@@ -47,6 +115,7 @@ def save(vlm: Any, folder: "str | os.PathLike[str]", include_language_model: boo
     adapted = isinstance(model, PeftModel)
     base = model.get_base_model() if adapted else model
     name = getattr(base, "name_or_path", "") or ""
+    name = lasting_name(name) if name else ""
     changed = any(
         p.requires_grad for path, p in model.named_parameters() if ".lora_" not in path
     ) or getattr(base, "_diffenc_included", False)
@@ -63,17 +132,17 @@ def save(vlm: Any, folder: "str | os.PathLike[str]", include_language_model: boo
             "vlm.language_model = vlm.language_model.merge_and_unload()"
         )
     content = {
-        "encoder": _encoder_told(vlm.encoder),
-        "language_model": None if included else name,
+        "encoder": _encoder_told(vlm.encoder, target),
+        "language_model": None if included else stored_name(name, target),
+        "language_mark": None if included else weights_mark(base),
         "lora": adapted,
         "template": vlm.chat.template,
         "system": vlm.chat.system,
         "prompt_policy": str(vlm.prompt_policy),
         "image_batch_size": vlm.image_batch_size,
     }
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        (target / CONFIG_FILE).unlink(missing_ok=True)
+    begin_folder(target, CONFIG_FILE)
+    with reporting(target):
         vlm.projector.save_pretrained(target / PROJECTOR)
         if not isinstance(vlm.encoder, VisionTokens):
             vlm.encoder.save_pretrained(target / ENCODER)
@@ -83,11 +152,7 @@ def save(vlm: Any, folder: "str | os.PathLike[str]", include_language_model: boo
             vlm.tokenizer.save_pretrained(target / (LANGUAGE_MODEL if included else LORA))
         if adapted:
             model.save_pretrained(target / LORA)
-        partial = target / f"{CONFIG_FILE}.partial"
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        partial.replace(target / CONFIG_FILE)
-    except OSError as error:
-        raise OutputError(f"cannot write {target}: {error}") from error
+    write_json(target / CONFIG_FILE, content)
 
 
 def load(
@@ -104,41 +169,48 @@ def load(
     Raises:
         BackboneError: The folder does not hold a whole model, or a part is missing.
     """
-    source = Path(folder)
-    try:
-        told = json.loads((source / CONFIG_FILE).read_text(encoding="utf-8"))
-        kind, name, adapted = told.pop("encoder"), told.pop("language_model"), told.pop("lora")
-        options = {key: told[key] for key in ("template", "system", "prompt_policy")}
-        options["image_batch_size"] = told["image_batch_size"]
-        described = dict(kind)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BackboneError(
-            f"{source} does not hold what DiffusionVLM.save_pretrained wrote: {error!r}"
-        ) from error
+    source = checked_path("a saved model", folder, error=BackboneError)
+    saved = read_saved(source)
+    name, adapted, mark = saved.language_model, saved.lora, saved.language_mark
+    if name is not None and language_model is None:
+        name = read_name(name, source)
     needed = [PROJECTOR] + [LANGUAGE_MODEL] * (name is None) + [LORA] * adapted
-    needed += [ENCODER] * (described["kind"] != "vision")
-    if missing := [part for part in needed if not (source / part).is_dir()]:
+    needed += [ENCODER] * (saved.encoder_kind != "vision")
+    if missing := [part for part in needed if not is_folder(source / part)]:
         raise BackboneError(f"{source} is not whole: it lacks {', '.join(missing)}")
-    encoder = _load_encoder(source, described, device, dtype, trainable, encoder_options)
+    encoder = _load_encoder(source, dict(saved.encoder), device, dtype, trainable, encoder_options)
     model, tokenizer = load_language_model(
         language_model or name or source / LANGUAGE_MODEL, device=device, dtype=dtype
     )
     if name is None and language_model is None:
         model._diffenc_included = True  # its name is a folder that may go
+    if name is not None and language_model is None and mark and not is_marked(model, mark):
+        raise BackboneError(
+            f"{name!r} is not the language model that {source} was saved with: its weights differ; "
+            "put that one back, or pass language_model="
+        )
     if adapted:
+        weights = open_language_lora(source / LORA)
         model = _with_lora(model, source / LORA, trainable)
+        check_language_lora(model, weights)
     projector = _load_projector(source / PROJECTOR).to(device)
-    return (encoder, model, tokenizer, projector), options
+    options = ("template", "system", "prompt_policy", "image_batch_size")
+    return (encoder, model, tokenizer, projector), {key: getattr(saved, key) for key in options}
 
 
-def _encoder_told(encoder: Any) -> dict[str, Any]:
+def _encoder_told(encoder: Any, folder: Path) -> dict[str, Any]:
     """What finds an encoder again."""
     if isinstance(encoder, FusedEncoder):
         return {"kind": "fused"}
     if isinstance(encoder, DiffusionEncoder):
         return {"kind": "diffusion"}
     if isinstance(encoder, VisionTokens) and encoder.name:
-        return {"kind": "vision", "name": encoder.name, "layer": encoder.layer}
+        return {
+            "kind": "vision",
+            "name": stored_name(encoder.name, folder),
+            "layer": encoder.layer,
+            "mark": weights_mark(encoder),
+        }
     raise ConfigError(
         f"{type(encoder).__name__} has no name to be found by; load it with "
         "VisionTokens.from_pretrained(name)"
@@ -156,9 +228,14 @@ def _load_encoder(
     if told["kind"] == "vision":
         if options:
             raise ConfigError(f"a vision model takes none of {sorted(options)}")
-        return VisionTokens.from_pretrained(
-            told["name"], layer=told["layer"], device=device, dtype=dtype
-        )
+        name = read_name(told["name"], source)
+        vision = VisionTokens.from_pretrained(name, layer=told["layer"], device=device, dtype=dtype)
+        if "mark" in told and not is_marked(vision, told["mark"]):
+            raise BackboneError(
+                f"{name!r} is not the vision model that {source} was saved with: its weights "
+                "differ; put that one back"
+            )
+        return vision
     kind: Any = FusedEncoder if told["kind"] == "fused" else DiffusionEncoder
     return kind.from_pretrained(
         source / ENCODER, device=device, dtype=dtype, trainable=trainable, **options
@@ -169,20 +246,16 @@ def _with_lora(model: Any, folder: Path, trainable: bool) -> Any:
     from peft import PeftModel
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
+        # peft asks transformers by an old name.
+        with torch_defaults(), without_warnings(category=FutureWarning):
             return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     except Exception as error:  # peft raises whatever a broken file makes it raise
         raise BackboneError(
-            f"{folder} holds no LoRA adapter of this language model: "
-            f"{str(error).strip().splitlines()[0]}"
+            f"{folder} holds no LoRA adapter of this language model: {reason(error)}"
         ) from error
 
 
 def _load_projector(folder: Path) -> Any:
-    try:
-        options = json.loads((folder / "projector.json").read_text(encoding="utf-8"))
-        kind: Any = FusedProjector if "how" in options else Projector
-    except (OSError, ValueError, TypeError) as error:
-        raise BackboneError(f"{folder} holds no whole projector: {error!r}") from error
+    options = read_json(folder / "projector.json", error=BackboneError)
+    kind: Any = FusedProjector if "how" in options else Projector
     return kind.from_pretrained(folder)

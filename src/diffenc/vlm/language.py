@@ -1,14 +1,20 @@
 """Causal language models of transformers: loaded by name, and what they can hold."""
 
+import math
 import os
-import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from diffenc.errors import ConfigError
-from diffenc.pretrained import loading, pretrained_source
+from diffenc._inference import lasting
+from diffenc.defaults import torch_defaults
+from diffenc.errors import BackboneError, ConfigError
+from diffenc.pretrained import lasting_name, load_whole, loading, model_folder, pretrained_source
+from diffenc.storage.remote_code import refuse_remote_code
+from diffenc.storage.weights import StoredWeights
+from diffenc.threads import without_warnings
 
 _INSTEAD = (
     "Pass a folder with config.json, safetensors and a tokenizer, or the Hub id of a causal "
@@ -16,6 +22,7 @@ _INSTEAD = (
 )
 
 
+@lasting
 def load_language_model(
     name: "str | os.PathLike[str]",
     *,
@@ -37,13 +44,23 @@ def load_language_model(
 
     label = os.fspath(name)
     with loading("a language model", label, instead=_INSTEAD):
-        source = pretrained_source(label)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            source, **{_dtype_argument(): dtype}
-        )
-    model.name_or_path = label
+        tokenizer = load_tokenizer(name)
+        model = load_whole(transformers.AutoModelForCausalLM, name, dtype=dtype)
+    model.name_or_path = lasting_name(name)
     return model.to(device), tokenizer
+
+
+def load_tokenizer(name: "str | os.PathLike[str]") -> Any:
+    """The tokenizer of a language model; nothing of the model itself is loaded.
+
+    Raises:
+        BackboneError: It asks for code to be run.
+        Exception: The libraries' own, where there is none.
+    """
+    from transformers import AutoTokenizer
+
+    folder = model_folder(name, weights=False)
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def bundled_language_model() -> str:
@@ -100,7 +117,7 @@ def add_language_lora(
 
     if isinstance(language_model, PeftModel):
         raise ConfigError("this language model has a LoRA adapter already; one is enough")
-    if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
+    if rank < 1 or not 0 < alpha < math.inf or not 0 <= dropout < 1:
         raise ConfigError(
             f"LoRA takes rank >= 1, alpha > 0 and dropout in [0, 1), got {rank}, {alpha}, {dropout}"
         )
@@ -111,8 +128,8 @@ def add_language_lora(
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
+    # peft asks transformers by an old name.
+    with torch_defaults(), without_warnings(category=FutureWarning):
         adapted = get_peft_model(language_model, options)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
@@ -120,9 +137,34 @@ def add_language_lora(
     return adapted.train(language_model.training)
 
 
-def _dtype_argument() -> str:
-    """Transformers renamed it in 4.56."""
-    import transformers
+def open_language_lora(folder: Path) -> StoredWeights:
+    """The weights of a language model's LoRA adapter; peft would take pickled ones too.
 
-    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    return "dtype" if version >= (4, 56) else "torch_dtype"
+    Raises:
+        BackboneError: There is no whole `.safetensors` file of them.
+    """
+    refuse_remote_code(folder)
+    return StoredWeights({folder / "adapter_model.safetensors": None}, where=str(folder))
+
+
+def check_language_lora(language_model: Any, weights: StoredWeights) -> None:
+    """Raise unless an adapter that peft has loaded is the one in its files.
+
+    peft lets weights be missing, which are random then, and passes over those without a place.
+
+    Raises:
+        BackboneError: They differ.
+    """
+    from peft import get_peft_model_state_dict
+
+    own = get_peft_model_state_dict(language_model)
+    strange = sorted(own.keys() ^ weights.keys()) or [
+        name
+        for name, value in own.items()
+        if not torch.equal(value.cpu(), weights[name].to(value.dtype))
+    ]
+    if strange:
+        raise BackboneError(
+            f"{weights.where} holds no whole LoRA adapter of this language model: it differs in "
+            f"{len(strange)} weights, such as {strange[0]!r}"
+        )

@@ -10,11 +10,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffenc._inference import lasting
+from diffenc.arguments import whole
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import ConfigError
 from diffenc.images import Images, as_list
 from diffenc.policies import PromptPolicy, parse_policy
 from diffenc.projector.choosing import projector_for
+from diffenc.threads import lock_of
 from diffenc.vlm import files
 from diffenc.vlm.chat import IGNORE_ID, Chat, Template, Turns
 from diffenc.vlm.inputs import PictureInputs, check_encoder
@@ -92,6 +95,8 @@ class DiffusionVLM(PictureInputs):
         self.chat = Chat(tokenizer, template, system=system)
         policy = parse_policy(prompt_policy) if isinstance(prompt_policy, str) else prompt_policy
         self.prompt_policy = policy
+        if image_batch_size is not None:
+            image_batch_size = whole("image_batch_size", image_batch_size, least=1)
         self.image_batch_size = image_batch_size
         width = width_of(language_model)
         if projector is None:
@@ -105,6 +110,7 @@ class DiffusionVLM(PictureInputs):
             )
 
     @classmethod
+    @lasting
     def from_pretrained(
         cls,
         folder: "str | os.PathLike[str]",
@@ -310,12 +316,13 @@ class DiffusionVLM(PictureInputs):
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        was_training = self.training
-        self.eval()
-        try:
-            yield
-        finally:
-            self.train(was_training)
+        with lock_of(self):  # its mode is that of all threads
+            was_training = self.training
+            self.eval()
+            try:
+                yield
+            finally:
+                self.train(was_training)
 
 
 def _loss(logits: Tensor, labels: Tensor, count: Tensor | int | None) -> Tensor:
@@ -325,4 +332,6 @@ def _loss(logits: Tensor, labels: Tensor, count: Tensor | int | None) -> Tensor:
     summed = F.cross_entropy(logits[:, :-1][learnt].float(), wanted[learnt], reduction="sum")
     if count is None:
         return summed / learnt.sum().clamp(min=1)
-    return summed / torch.as_tensor(count, device=summed.device).clamp(min=1)
+    if isinstance(count, Tensor):
+        return summed / count.to(summed.device).clamp(min=1)
+    return summed / max(count, 1)

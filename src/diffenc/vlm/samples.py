@@ -89,4 +89,5 @@ def pad(
     length = max(len(each.input_ids) for each in encoded)
     ids = [each.input_ids + [0] * (length - len(each.input_ids)) for each in encoded]
     mask = [[1] * len(each.input_ids) + [0] * (length - len(each.input_ids)) for each in encoded]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    first, second = (torch.tensor(each, dtype=torch.long, device=device) for each in (ids, mask))
+    return first, second

@@ -8,13 +8,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from diffenc._inference import lasting
 from diffenc.clip_tokens import ClipTokens
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import ConfigError, NonFiniteError, ShapeError
 from diffenc.fusion import FusedEncoder
 from diffenc.images import Images
 from diffenc.maps import middle_grid
-from diffenc.pretrained import lasting_name, loading, pretrained_source
+from diffenc.pretrained import (
+    lasting_name,
+    load_image_processor,
+    load_whole,
+    loading,
+    model_config,
+)
+from diffenc.threads import lock_of
 from diffenc.vision_models import VisionModel, to_pictures
 
 _INSTEAD = "Pass a folder or a Hub id such as openai/clip-vit-large-patch14-336"
@@ -64,6 +72,7 @@ class VisionTokens(VisionModel):
         self.model.eval().requires_grad_(False)
 
     @classmethod
+    @lasting
     def from_pretrained(
         cls,
         name: "str | os.PathLike[str]",
@@ -88,15 +97,17 @@ class VisionTokens(VisionModel):
 
         label = os.fspath(name)
         with loading("a vision model", label, instead=_INSTEAD):
-            source = pretrained_source(label)
-            if transformers.AutoConfig.from_pretrained(source).model_type in _CLIP_LIKE:
-                tokens = ClipTokens.from_pretrained(label, layer=layer, device=device, dtype=dtype)
+            if model_config(name).model_type in _CLIP_LIKE:
+                tokens = ClipTokens.from_pretrained(name, layer=layer, device=device, dtype=dtype)
                 return cls(
-                    tokens.model, tokens.image_processor, layer=layer, name=lasting_name(label)
+                    tokens.model, tokens.image_processor, layer=layer, name=lasting_name(name)
                 )
-            model = transformers.AutoModel.from_pretrained(source)
-            processor = transformers.AutoImageProcessor.from_pretrained(source)
-        return cls(model.to(device, dtype), processor, layer=layer, name=lasting_name(label))
+            # The states of its layers are read, and never what a pooler makes of them.
+            model = load_whole(
+                transformers.AutoModel, name, dtype=dtype, unread=("pooler.", "head.")
+            )
+            processor = load_image_processor(name)
+        return cls(model.to(device), processor, layer=layer, name=lasting_name(name))
 
     @property
     def token_channels(self) -> tuple[int, ...]:
@@ -137,7 +148,7 @@ class VisionTokens(VisionModel):
             return found
         pixel_values = self.image_processor(images=to_pictures(images), return_tensors="pt")
         inputs = pixel_values["pixel_values"].to(self.device, self.dtype)
-        with torch.no_grad():
+        with lock_of(self.model), torch.no_grad():
             states = self.model(inputs, output_hidden_states=True).hidden_states[self.layer]
         wanted = self.side**2
         if states.ndim != 3 or states.shape[1] < wanted:

@@ -87,4 +87,7 @@ class PromptCollator:
         plain = [{k: v for k, v in instance.items() if k != _KEY} for instance in instances]
         batch: dict[str, Any] = self.collator(plain)
         tokens = self.tokenizer(prompts)
+        for row, instance in enumerate(instances):
+            if _KEY not in instance:  # no prompt, which "" is not
+                tokens.mask[row] = 0
         return {**batch, IDS: tokens.ids, MASK: tokens.mask}

@@ -1,12 +1,14 @@
 """Everything that a tower needs to be built without its weights, as transformers keeps it."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from diffenc.adapters.spec import TowerSpec
 from diffenc.backbones import Architecture
+from diffenc.backbones.sources import lasting_source
 from diffenc.errors import ConfigError
 
 INSIDE = "checkpoint"
@@ -56,7 +58,11 @@ class DiffEncConfig(PretrainedConfig):  # type: ignore[misc]  # transformers is 
             architecture = told.architecture.configs
         if default_taps is None:
             default_taps = list(told.architecture.default_taps)
-        self.spec, self.backbone_source = spec, backbone_source
+        if backbone_source not in (None, INSIDE):
+            backbone_source = lasting_source(backbone_source)
+        # Another directory may read it: a folder by its whole path.
+        self.spec = str(told) if Path(told.model).is_absolute() else spec
+        self.backbone_source = backbone_source
         self.architecture = {part: dict(config) for part, config in architecture.items()}
         self.default_taps = list(default_taps)
         tower = self.tower_spec

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from diffenc.adapters.transformers.configuration import DiffEncConfig
 from diffenc.backbones import Backbone, StableDiffusion, StableDiffusionXL
-from diffenc.backbones.folder import make_scheduler
 from diffenc.backbones.memory_format import arrange
+from diffenc.backbones.schedules import make_scheduler
 from diffenc.errors import BackboneError, PromptError
+from diffenc.prompts import tokenize
 from diffenc.truncation import truncate
 
 
@@ -55,7 +56,9 @@ class StoredTokens:
             )
         rows = [self._rows[each] for each in texts]
         as_tensor = options.get("return_tensors") == "pt"
-        return BatchEncoding({"input_ids": torch.tensor(rows) if as_tensor else rows})
+        return BatchEncoding(
+            {"input_ids": torch.tensor(rows, dtype=torch.long, device="cpu") if as_tensor else rows}
+        )
 
 
 def empty_texts(null: str) -> tuple[str, str]:
@@ -68,9 +71,7 @@ def empty_ids(backbone: Any, null: str) -> Int[Tensor, "tokenizers 2 l"]:
     rows = []
     for name in ("tokenizer", "tokenizer_2"):
         if (tokenizer := getattr(backbone, name, None)) is not None:
-            options: dict[str, Any] = {"padding": "max_length", "truncation": True}
-            options |= {"max_length": tokenizer.model_max_length, "return_tensors": "pt"}
-            rows.append(tokenizer(list(empty_texts(null)), **options)["input_ids"])
+            rows.append(tokenize(tokenizer, empty_texts(null))[0])
     return torch.stack(rows)
 
 

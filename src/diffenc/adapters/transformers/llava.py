@@ -111,6 +111,6 @@ class DiffEncLlavaNextForConditionalGeneration(
             zeros_like_features(_tile_counts(self.config, image_sizes), tokens),
             image_sizes,
             vision_feature_select_strategy=self.config.vision_feature_select_strategy,
-            image_newline=torch.zeros(1),
+            image_newline=torch.zeros(1, dtype=torch.float32, device="cpu"),
         )
         return [int(length) for length in lengths]

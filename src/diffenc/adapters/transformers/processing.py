@@ -117,6 +117,8 @@ class _MakesPrompts:
     def from_pretrained(cls, name: "str | os.PathLike[str]", **kwargs: Any) -> Any:
         """As the stock processor; the tower's tokenizer is that of the folder where it has one."""
         parent: Any = super()
+        if not kwargs.get("trust_remote_code"):  # nobody is asked on the terminal
+            kwargs["trust_remote_code"] = False
         made = parent.from_pretrained(name, **kwargs)
         folder = Path(name) / FOLDER
         if folder.is_dir():

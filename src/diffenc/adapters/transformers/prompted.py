@@ -130,7 +130,7 @@ def _image_token(config: Any) -> int:
 
 def zeros_like_features(tiles: Sequence[int], tokens: int) -> list[Tensor]:
     """Features of images without channels to speak of, to count with."""
-    return [torch.zeros(count, tokens, 1) for count in tiles]
+    return [torch.zeros(count, tokens, 1, dtype=torch.float32, device="cpu") for count in tiles]
 
 
 class TakesPrompts:

@@ -2,13 +2,25 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol, TypeVar
 
-from diffenc.errors import ConfigError
+from PIL import Image
+
+from diffenc.errors import ConfigError, ImageError
 from diffenc.evals.answering.base import Answerer, Query, check_answers, check_positive
 from diffenc.evals.answering.records import Key, RecordsFile
-from diffenc.evals.inspection import Progress
+from diffenc.evals.base import Problem, check_unique
+from diffenc.evals.inspection import Progress, summary
+
+
+class _Named(Protocol):
+    @property
+    def id(self) -> str: ...
+
+
+Item = TypeVar("Item", bound=_Named)
 
 
 @dataclass
@@ -21,7 +33,9 @@ class Asker:
         file: Where answers are kept; None keeps them in memory alone.
         batch_size: Most questions in one call of the model.
         progress: Told how many questions of a part are answered.
+        skip_broken: Leave out questions whose pictures cannot be read any more.
         fresh: How many answers were asked for now.
+        broken: By id of the question, why it was left out.
     """
 
     model: Answerer
@@ -29,39 +43,81 @@ class Asker:
     file: RecordsFile | None = None
     batch_size: int = 8
     progress: Progress | None = None
+    skip_broken: bool = False
     fresh: int = 0
+    broken: dict[str, Problem] = field(default_factory=dict)
+    _ids: set[str] = field(default_factory=set)
+
+    def strangers(self) -> tuple[Problem, ...]:
+        """Answers in the file to questions that were not asked here, as one problem each."""
+        if self.file is None:
+            return ()
+        names = self.file.others(self.model.name, self._ids)
+        return tuple(Problem("answers to questions that are not asked", name) for name in names)
 
     def ask(self, queries: Sequence[Query], *, part: str = "") -> dict[str, str]:
-        """The answers by id of the question.
+        """The answers by id of the question, without those in `broken`.
 
         Args:
             queries: All with a prompt for the encoder, or all without.
             part: Of the protocol, such as "pass 2"; answers of different parts stand side by side.
 
         Raises:
-            ConfigError: The file holds answers to other questions by these ids, or some questions
-                have a prompt and others none.
+            ConfigError: The file holds answers to other questions by these ids, two questions have
+                the same, or some have a prompt and others none.
+            ImageError: A picture that could be read before cannot be read any more.
             ShapeError: The model gives something else than one text per question.
             OutputError: The file cannot be written.
         """
+        queries = [query for query in queries if query.id not in self.broken]
         if len({query.prompt is None for query in queries}) > 1:
             raise ConfigError("give all questions of a part a prompt for the encoder, or none")
+        check_unique((query.id for query in queries), "the list of questions")
+        self._ids.update(query.id for query in queries)
         found = {query.id: self._known(query, part) for query in queries}
         waiting = [query for query in queries if found[query.id] is None]
         self._tell(len(queries) - len(waiting), len(queries))
         for start in range(0, len(waiting), self.batch_size):
             batch = waiting[start : start + self.batch_size]
-            images = [[picture.open() for picture in query.pictures] for query in batch]
-            questions = [query.question for query in batch]
-            prompts = [query.prompt for query in batch if query.prompt is not None] or None
-            given = self.model.answer(images, questions, prompts)
-            answers = check_answers(given, len(batch), self.model.name)
-            for query, answer in zip(batch, answers, strict=True):
+            shown = self._opened(batch)
+            answers = self._answers(shown)
+            for (query, _), answer in zip(shown, answers, strict=True):
                 found[query.id] = answer
                 self._keep(query, part, answer)
-            self.fresh += len(batch)
+            self.fresh += len(shown)
             self._tell(len(queries) - len(waiting) + start + len(batch), len(queries))
         return {name: answer for name, answer in found.items() if answer is not None}
+
+    def whole(self, items: Sequence[Item]) -> tuple[Item, ...]:
+        """Items whose questions were not left out.
+
+        Raises:
+            ConfigError: There is none.
+        """
+        kept = tuple(item for item in items if item.id not in self.broken)
+        if not kept:
+            raise ConfigError(f"no question is left: {summary(self.broken.values())}")
+        return kept
+
+    def _opened(self, batch: Sequence[Query]) -> list[tuple[Query, list[Image.Image]]]:
+        shown = []
+        for query in batch:
+            try:
+                shown.append((query, [picture.open() for picture in query.pictures]))
+            except ImageError as error:
+                if not self.skip_broken:
+                    raise
+                detail = str(error).removeprefix("cannot read the image ")
+                self.broken[query.id] = Problem("unreadable pictures", f"id {query.id}", detail)
+        return shown
+
+    def _answers(self, shown: Sequence[tuple[Query, list[Image.Image]]]) -> list[str]:
+        if not shown:
+            return []
+        questions = [query.question for query, _ in shown]
+        prompts = [query.prompt for query, _ in shown if query.prompt is not None] or None
+        given = self.model.answer([images for _, images in shown], questions, prompts)
+        return check_answers(given, len(shown), self.model.name)
 
     def _known(self, query: Query, part: str) -> str | None:
         if self.file is None:
@@ -94,6 +150,7 @@ def opened_asker(
     source: str,
     batch_size: int,
     progress: Progress | None,
+    skip_broken: bool = False,
 ) -> Iterator[Asker]:
     """An `Asker` on a file that is closed in the end, or on none.
 
@@ -103,8 +160,8 @@ def opened_asker(
     """
     check_positive(batch_size=batch_size)
     if results is None:
-        yield Asker(model, digests, None, batch_size, progress)
+        yield Asker(model, digests, None, batch_size, progress, skip_broken)
         return
     with RecordsFile(Path(results), task, source=source) as file:
         file.add_speaker(model.name, model.description)
-        yield Asker(model, digests, file, batch_size, progress)
+        yield Asker(model, digests, file, batch_size, progress, skip_broken)

@@ -39,8 +39,8 @@ class Answerer(Protocol):
         Args:
             images: Per question one picture or several.
             questions: What the language model is asked.
-            prompts: What conditions the vision encoder, one per question, "" for no text; None
-                leaves it to the model. Models without such an input ignore it.
+            prompts: What conditions the vision encoder, one per question; "" is the empty text,
+                None leaves it to the model. Models without such an input ignore it.
         """
         ...
 
@@ -138,7 +138,8 @@ def check_answers(answers: Sequence[str], count: int, name: str) -> list[str]:
     for answer in answers:
         if not isinstance(answer, str):
             raise ShapeError(f"{name} must answer in text, got {type(answer).__name__}")
-    return list(answers)
+    # Half a surrogate pair cannot be kept in a file, and a resumed answer equals a fresh one.
+    return [answer.encode("utf-8", "replace").decode() for answer in answers]
 
 
 def check_positive(**numbers: int) -> None:

@@ -1,6 +1,8 @@
 """A look at every picture of a benchmark before a model answers for hours."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from PIL import Image
@@ -8,7 +10,8 @@ from PIL import Image
 from diffenc.errors import ConfigError, ImageError
 from diffenc.evals.answering.base import Reading
 from diffenc.evals.base import Picture, Problem
-from diffenc.evals.inspection import Progress, summary
+from diffenc.evals.inspection import NAMED, Progress, summary
+from diffenc.pictures.files import read_picture
 
 Item = TypeVar("Item")
 
@@ -76,14 +79,14 @@ def read_pictures(
         try:
             digests[name] = picture.read()[1]
         except ImageError as error:
-            detail = str(error).removeprefix(f"cannot read the picture {name}: ")
+            detail = str(error).removeprefix(f"cannot read the image {name}: ")
             found.append(Problem("unreadable pictures", name, detail))
         if progress is not None:
             progress(done, len(different))
     if found and not skip_broken:
         raise ConfigError(
-            f"{source} has {len(found)} problems: {summary(found)}. Mend them, or go on with the "
-            "items that are whole by --skip-broken (skip_broken=True)"
+            f"{source} has {len(found)} problems: {summary(found, NAMED)}. Mend them, or go on "
+            "with the items that are whole by --skip-broken (skip_broken=True)"
         )
     return Reading(digests, tuple(found))
 
@@ -94,13 +97,18 @@ def left_out(problems: Sequence[Problem]) -> tuple[str, ...]:
 
 
 def picture_of(value: Any, name: str) -> Picture | None:
-    """The picture in a cell of a table: PIL, bytes, `{"bytes": ...}`, or what reads the bytes.
+    """The picture in a cell of a table, None where there is none.
 
-    None where it is none of these.
+    Args:
+        value: PIL image, bytes, `{"bytes": ..., "path": ...}` with one of both, or what reads the
+            bytes.
+        name: Name in messages.
     """
     if isinstance(value, Mapping):
-        value = value.get("bytes")
-    if isinstance(value, bytes):
-        content = value
+        path, value = value.get("path"), value.get("bytes")
+        if value is None and isinstance(path, (str, os.PathLike)):
+            return Picture(name, partial(read_picture, path))
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        content = bytes(value)
         return Picture(name, lambda: content)
     return Picture(name, value) if isinstance(value, Image.Image) or callable(value) else None

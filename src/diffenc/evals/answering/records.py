@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from diffenc.evals.json_lines import JsonLinesFile, Wording
+from diffenc.storage.schema import checked
 
 Key = tuple[str, str, str]
 """Who said it, in which part of the protocol, on which item."""
@@ -41,8 +42,15 @@ class RecordsFile(JsonLinesFile):
         instead_of_name="Take another file or another name, or begin anew with --force",
     )
 
+    parts = str
+
     def __init__(self, path: Path, task: str, *, source: str = "") -> None:
         super().__init__(path, {"task": task}, source=source)
+
+    def check_value(self, value: Any) -> str:
+        """An answer is a text."""
+        answer: str = checked(value, str, "answer")
+        return answer
 
     def add_speaker(self, name: str, description: Mapping[str, Any]) -> None:
         """Note what the answers of a model, or the reviews of a judge, depend on.

@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,10 +15,10 @@ from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import BackboneError, ConfigError
 from diffenc.evals.answering.base import Images, check_positive
 from diffenc.fusion import FusedEncoder
-from diffenc.policies import parse_policy
 from diffenc.saved import CONFIG_FILE as ENCODER_CONFIG
 from diffenc.saved import read_config
-from diffenc.vlm.files import CONFIG_FILE, ENCODER, is_saved
+from diffenc.storage.names import expanded, is_file, is_folder, reason
+from diffenc.vlm.files import CONFIG_FILE, ENCODER, is_saved, read_saved
 from diffenc.vlm.model import DiffusionVLM
 
 _RUN_FOLDER = "model"  # where a training run writes the model, in its own folder
@@ -60,7 +59,7 @@ class SavedVLM:
         description: Mapping[str, Any] | None = None,
     ) -> None:
         check_positive(max_new_tokens=max_new_tokens)
-        self.folder = _found(Path(folder).expanduser())
+        self.folder = _found(expanded(folder))
         self.name = name or _name(self.folder)
         self.guidance_scale: float | None = None
         self._kind, self.prompt_policy = _read(self.folder)
@@ -133,7 +132,7 @@ class SavedVLM:
                 f"the encoder of {self.name} reads no text, so that there is nothing to guide; "
                 "leave the guidance scale out"
             )
-        if self._kind == "diffusion" and (folder / ENCODER_CONFIG).is_file():
+        if self._kind == "diffusion" and is_file(folder / ENCODER_CONFIG):
             _check_conditioning(read_config(folder)[0].conditioning, self.name)
 
 
@@ -151,9 +150,12 @@ class _Weights:
         found = hashlib.sha256()
         for path in sorted(path for path in self.folder.rglob("*") if path.is_file()):
             found.update(f"{path.relative_to(self.folder).as_posix()}\0".encode())
-            with path.open("rb") as file:
-                while chunk := file.read(_CHUNK):
-                    found.update(chunk)
+            try:
+                with path.open("rb") as file:
+                    while chunk := file.read(_CHUNK):
+                        found.update(chunk)
+            except OSError as error:
+                raise BackboneError(f"cannot read {path}: {reason(error)}") from error
         return found.hexdigest()[:16]
 
     def load(self, scale: float | None) -> DiffusionVLM:
@@ -185,7 +187,7 @@ def _found(folder: Path) -> Path:
     for place in (folder, folder / _RUN_FOLDER):
         if is_saved(place):
             return place
-    what = "has no whole model in it" if folder.is_dir() else "does not exist"
+    what = "has no whole model in it" if is_folder(folder) else "does not exist"
     raise BackboneError(
         f"the folder {folder} {what}; pass what DiffusionVLM.save_pretrained or diffenc train "
         f"wrote, which holds {CONFIG_FILE}"
@@ -199,14 +201,8 @@ def _name(folder: Path) -> str:
 
 def _read(folder: Path) -> tuple[str, str]:
     """Kind of encoder and policy of prompts, which are needed before the model is loaded."""
-    try:
-        told = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        parse_policy(str(told["prompt_policy"]))
-        return str(told["encoder"]["kind"]), str(told["prompt_policy"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BackboneError(
-            f"{folder / CONFIG_FILE} is not what DiffusionVLM.save_pretrained wrote: {error!r}"
-        ) from error
+    saved = read_saved(folder)
+    return saved.encoder_kind, saved.prompt_policy
 
 
 def _check_conditioning(conditioning: str | None, name: str) -> None:

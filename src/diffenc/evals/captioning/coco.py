@@ -5,7 +5,6 @@ Source:
     Karpathy and Fei-Fei 2015, arXiv:1412.2306: 5,000 images each for validation and test.
 """
 
-import json
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +15,8 @@ from diffenc.errors import ConfigError
 from diffenc.evals.base import Picture, Problem
 from diffenc.evals.captioning.data import CaptionItem, CaptionSet, check_ids
 from diffenc.evals.files import DatasetFiles
+from diffenc.storage.names import expanded, is_file, is_folder, printable
+from diffenc.storage.reading import DATA_BYTES, read_json
 
 SPLITS = ("train", "restval", "val", "test")
 _KARPATHY_SIZE = 5000
@@ -42,25 +43,25 @@ def load_coco_captions(
     Raises:
         ConfigError: A file is missing or of another form, or an id is not in it.
     """
-    path = Path(annotations).expanduser()
+    path = expanded(annotations)
     content = _read_json(path, ("images", "annotations"))
     problems: list[Problem] = []
     captions: defaultdict[str, list[str]] = defaultdict(list)
     for index, row in enumerate(content["annotations"]):
-        name, text = _field(row, "image_id"), _field(row, "caption")
-        if name is None or not isinstance(text, str) or not text.strip():
+        name, text = _id(row, "image_id"), _text(row, "caption")
+        if name is None or text is None:
             problems.append(Problem("broken annotations", f"annotation {index}"))
         else:
-            captions[str(name)].append(text)
+            captions[name].append(text)
     entries: list[_Entry] = []
     known: set[str] = set()
     for index, row in enumerate(content["images"]):
-        name, file = _field(row, "id"), _field(row, "file_name")
-        if name is None or not isinstance(file, str):
+        name, file = _id(row, "id"), _text(row, "file_name")
+        if name is None or file is None:
             problems.append(Problem("broken images", f"image {index}"))
             continue
-        known.add(str(name))
-        entries.append((str(name), file, captions.get(str(name), [])))
+        known.add(name)
+        entries.append((name, file, captions.get(name, [])))
     for name in captions.keys() - known:
         problems.append(Problem("captions of unknown images", f"image {name}"))
     return _caption_set("coco-captions", path, entries, images, problems, image_ids)
@@ -85,7 +86,7 @@ def load_karpathy(
     Raises:
         ConfigError: A file is missing or of another form, a split or id is not in it.
     """
-    path = Path(dataset).expanduser()
+    path = expanded(dataset)
     content = _read_json(path, ("images",))
     problems: list[Problem] = []
     entries: list[_Entry] = []
@@ -95,15 +96,18 @@ def load_karpathy(
         there.add(str(part))
         if part != split:
             continue
-        name = _field(row, "cocoid", "imgid")
-        file = _field(row, "filename")
-        if name is None or not isinstance(file, str):
+        name, file = _id(row, "cocoid", "imgid"), _text(row, "filename")
+        folder, sentences = _field(row, "filepath"), _field(row, "sentences") or []
+        if name is None or file is None or not isinstance(folder or "", str):
             problems.append(Problem("broken images", f"image {index}"))
             continue
-        folder = _field(row, "filepath")
-        texts = [_field(sentence, "raw") for sentence in _list(_field(row, "sentences"))]
-        found = [text for text in texts if isinstance(text, str) and text.strip()]
-        entries.append((str(name), f"{folder}/{file}" if folder else file, found))
+        texts = (
+            [_text(each, "raw") for each in sentences] if isinstance(sentences, list) else [None]
+        )
+        if None in texts:
+            problems.append(Problem("broken sentences", f"image {name}"))
+        found = [text for text in texts if text is not None]
+        entries.append((name, f"{folder}/{file}" if folder else file, found))
     if not entries and not problems:
         raise ConfigError(f"{path} has no split {split!r}; it has {sorted(there)}")
     made = _caption_set(f"karpathy-{split}", path, entries, images, problems, image_ids)
@@ -127,13 +131,13 @@ def load_coco(data: _Path, *, annotations: _Path | None = None, split: str = "te
     Raises:
         ConfigError: There is no such folder, no annotation file in it, or more than one.
     """
-    folder = Path(data).expanduser()
-    if not folder.exists():
+    folder = expanded(data)
+    if not (is_folder(folder) or is_file(folder)):
         raise ConfigError(
             f"there is no folder {folder} with pictures and captions of COCO, and nothing is "
             "downloaded unasked. 'shapes' needs no download"
         )
-    path = Path(annotations).expanduser() if annotations else _annotations_in(folder)
+    path = expanded(annotations) if annotations else _annotations_in(folder)
     if path.name.lower().startswith("dataset"):
         return load_karpathy(path, folder, split=split)
     return load_coco_captions(path, folder)
@@ -162,7 +166,11 @@ def _caption_set(
     problems: list[Problem],
     image_ids: Sequence[int | str] | None,
 ) -> CaptionSet:
-    found = {entry[0]: entry for entry in entries}
+    found: dict[str, _Entry] = {}
+    for entry in entries:
+        if entry[0] in found:
+            problems.append(Problem("ids that occur twice", f"image {entry[0]}"))
+        found.setdefault(entry[0], entry)
     wanted = None if image_ids is None else [str(each) for each in image_ids]
     if wanted is not None:
         check_ids(wanted, set(found), str(path))
@@ -192,20 +200,18 @@ def _caption_set(
 
 
 def _read_json(path: Path, keys: Sequence[str]) -> Mapping[str, Any]:
-    if not path.is_file():
-        raise ConfigError(f"there is no file {path}; captions of COCO come as one JSON file")
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ConfigError(f"{path} is no JSON: {error}; download it again") from error
-    lists = isinstance(content, dict) and all(isinstance(content.get(k), list) for k in keys)
-    if not lists:
+    if not is_file(path):
+        raise ConfigError(
+            f"there is no file {printable(path)}; captions of COCO come as one JSON file"
+        )
+    content = read_json(path, object, most=DATA_BYTES)
+    if not isinstance(content, dict) or not all(isinstance(content.get(k), list) for k in keys):
         there = sorted(content)[:8] if isinstance(content, dict) else type(content).__name__
         raise ConfigError(
             f"{path} must hold the lists {' and '.join(map(repr, keys))}, it has {there}. "
             "captions_*.json of COCO goes to load_coco_captions, dataset_coco.json to load_karpathy"
         )
-    return dict(content)
+    return content
 
 
 def _field(row: Any, *names: str) -> Any:
@@ -216,5 +222,13 @@ def _field(row: Any, *names: str) -> Any:
     return None
 
 
-def _list(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, list) else ()
+def _id(row: Any, *names: str) -> str | None:
+    """An id as text; None where there is none, or something else than a text or whole number."""
+    value = _field(row, *names)
+    known = isinstance(value, (int, str)) and not isinstance(value, bool) and value != ""
+    return str(value) if known else None
+
+
+def _text(row: Any, name: str) -> str | None:
+    value = _field(row, name)
+    return value if isinstance(value, str) and value.strip() else None

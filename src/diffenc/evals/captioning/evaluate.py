@@ -153,12 +153,15 @@ def evaluate_captions(
         source=data.source,
         batch_size=batch_size,
         progress=progress,
+        skip_broken=skip_broken,
     ) as asker:
         for number in range(1, passes + 1):
             captions = caption_images(asker, items, question, given, part=f"pass {number}")
+            items = asker.whole(items)
             scores = None
             if metrics:
-                scores = score_captions(references, captions, metrics=metrics, tokenizer=tokenizer)
+                shown = {item.id: references[item.id] for item in items}
+                scores = score_captions(shown, captions, metrics=metrics, tokenizer=tokenizer)
             made.append(CaptionPass(number, given or {}, captions, scores))
             given = captions
     return CaptionEvaluation(
@@ -168,7 +171,7 @@ def evaluate_captions(
         items=items,
         question=question,
         passes=tuple(made),
-        problems=reading.problems,
+        problems=(*reading.problems, *asker.broken.values(), *asker.strangers()),
         fresh=asker.fresh,
     )
 

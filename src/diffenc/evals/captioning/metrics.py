@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from diffenc._optional import require
 from diffenc.config import check_choice
-from diffenc.errors import ConfigError
+from diffenc.errors import ConfigError, NonFiniteError
 from diffenc.evals.captioning.tokens import Tokenizer, require_java, require_tokenizer, tokenize
 
 Metric = Literal["rouge-l", "cider", "bleu-4", "spice"]
@@ -144,7 +144,10 @@ def _run(metric: Metric, references: _Words, said: _Words) -> tuple[float, list[
     """The value over all images and per image, 0 to 1 (CIDEr: to 10)."""
     module, name = _MODULES[metric]
     scorer = getattr(require(module, extra="caption"), name)()
-    return _READERS[metric](scorer, dict(references), dict(said))
+    value, images = _READERS[metric](scorer, dict(references), dict(said))
+    if not all(map(math.isfinite, (value, *images))):
+        raise NonFiniteError(f"{metric} gave NaN or infinity")
+    return value, images
 
 
 def _bleu(scorer: Any, references: Any, said: Any) -> tuple[float, list[float]]:

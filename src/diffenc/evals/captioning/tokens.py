@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
@@ -54,7 +55,10 @@ def tokenize(captions: Captions, tokenizer: Tokenizer) -> dict[str, list[str]]:
         ConfigError: The tokenizer cannot run here, or failed.
         MissingExtraError: pycocoevalcap is not installed.
     """
-    plain = {key: [" ".join(text.split()) for text in texts] for key, texts in captions.items()}
+    plain = {
+        key: [unicodedata.normalize("NFC", " ".join(text.split())) for text in texts]
+        for key, texts in captions.items()
+    }
     if tokenizer == "simple":
         return {
             key: [" ".join(_WORD.findall(text.lower())) for text in texts]

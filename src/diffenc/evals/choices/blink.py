@@ -6,18 +6,16 @@ Source:
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
-from diffenc._optional import require
 from diffenc.errors import ConfigError
 from diffenc.evals.answering.pictures import picture_of
 from diffenc.evals.base import Problem
 from diffenc.evals.choices.base import LETTER_INSTRUCTION, ChoiceBenchmark, ChoiceItem
 from diffenc.evals.files import resolve_data
-from diffenc.evals.rows import Column, Row, match_columns, plain_name, rows_of
+from diffenc.evals.rows import Column, Row, plain_name, read_parquet, rows_of
 
 REPOSITORIES = ("BLINK-Benchmark/BLINK",)
 
@@ -43,12 +41,12 @@ PICTURES = ("image_1", "image_2", "image_3", "image_4")
 
 _COLUMNS = (
     Column("idx", also=("id",)),
-    Column("question"),
-    Column("choices"),
+    Column("question", kind="text"),
+    Column("choices", kind="any"),
     Column("answer"),
     Column("prompt", needed=False),
-    Column("image_1"),
-    *(Column(name, needed=False) for name in PICTURES[1:]),
+    Column("image_1", kind="any"),
+    *(Column(name, needed=False, kind="any") for name in PICTURES[1:]),
 )
 _KNOWN = {plain_name(name): name for name in TASKS}
 
@@ -99,7 +97,9 @@ def load_blink(
             place = files.path(name)
             if place is None:
                 raise ConfigError(f"{name} lies inside an archive; unpack it first")
-            rows += [(task, row) for row in _read(place, name)]
+            table = read_parquet([place], _COLUMNS, PICTURES, name)
+            problems += table.problems
+            rows += [(task, row) for row in table.rows]
     return _benchmark(rows, str(files.source), wanted, problems, instruction)
 
 
@@ -117,8 +117,10 @@ def blink_from_rows(
     """
     wanted = _tasks(list(rows))
     by_task = {_KNOWN[plain_name(name)]: list(found) for name, found in rows.items()}
-    found = [(task, row) for task in wanted for row in rows_of(by_task[task], _COLUMNS, task).rows]
-    return _benchmark(found, "rows", wanted, [], instruction)
+    tables = {task: rows_of(by_task[task], _COLUMNS, task) for task in wanted}
+    found = [(task, row) for task in wanted for row in tables[task].rows]
+    problems = [problem for table in tables.values() for problem in table.problems]
+    return _benchmark(found, "rows", wanted, problems, instruction)
 
 
 def _tasks(tasks: Sequence[str] | None) -> list[str]:
@@ -130,48 +132,6 @@ def _tasks(tasks: Sequence[str] | None) -> list[str]:
     if not chosen or len(chosen) < len(tasks):
         raise ConfigError(f"tasks must be one or more, each once, got {list(tasks)}")
     return [name for name in TASKS if name in chosen]
-
-
-def _read(path: Path, where: str) -> list[Row]:
-    """Rows of a file; pictures that are there become functions that read them when called."""
-    parquet = require("pyarrow.parquet", extra="evals")
-    rows: list[Row] = []
-    try:
-        with parquet.ParquetFile(path) as file:
-            picked, _ = match_columns(list(file.schema_arrow.names), _COLUMNS, where)
-            plain = {name: actual for name, actual in picked.items() if name not in PICTURES}
-            for group in range(file.num_row_groups):
-                values = file.read_row_group(group, columns=list(plain.values())).to_pylist()
-                cells = [{n: value[a] for n, a in plain.items()} for value in values]
-                for name in (name for name in PICTURES if name in picked):
-                    column = file.read_row_group(group, columns=[picked[name]])[picked[name]]
-                    for index, valid in enumerate(column.is_valid().to_pylist()):
-                        reader = _reader(str(path), group, picked[name], index)
-                        cells[index][name] = reader if valid else None
-                rows += [Row(f"{where}, row {len(rows) + k}", cell) for k, cell in enumerate(cells)]
-    except ConfigError:
-        raise
-    except Exception as error:  # pyarrow has errors of its own
-        raise ConfigError(f"cannot read {path}: {error}; download it again") from error
-    return rows
-
-
-def _reader(path: str, group: int, column: str, index: int) -> Callable[[], bytes]:
-    def read() -> bytes:
-        value = _column(path, group, column)[index].as_py()
-        content = value.get("bytes") if isinstance(value, dict) else value
-        if not isinstance(content, bytes):
-            raise ValueError("the cell holds no bytes of a picture")
-        return content
-
-    return read
-
-
-@lru_cache(maxsize=len(PICTURES))  # the picture columns of the task that is being read
-def _column(path: str, group: int, column: str) -> Any:
-    parquet = require("pyarrow.parquet", extra="evals")
-    with parquet.ParquetFile(path) as file:
-        return file.read_row_group(group, columns=[column])[column]
 
 
 def _benchmark(
@@ -213,7 +173,7 @@ def _benchmark(
 
 def _item(task: str, row: Row, problems: list[Problem], instruction: str) -> ChoiceItem | None:
     where = row.text("idx") or row.where
-    options = tuple(str(each).strip() for each in _list(row.values.get("choices")))
+    options = _options(row.values.get("choices"))
     letter = row.text("answer").strip("() ").upper()
     answer = "ABCDEFGHIJ".find(letter) if len(letter) == 1 else -1
     pictures = [
@@ -252,5 +212,7 @@ def _prompt(question: str, options: Sequence[str]) -> str:
     return "\n".join([question, "Select from the following choices.", *lines])
 
 
-def _list(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, list | tuple) else ()
+def _options(value: Any) -> tuple[str, ...]:
+    """Texts of a list; () where it is none, or holds something else."""
+    known = isinstance(value, list | tuple) and all(isinstance(each, str) for each in value)
+    return tuple(each.strip() for each in value) if known else ()

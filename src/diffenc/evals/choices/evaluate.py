@@ -87,7 +87,12 @@ class ChoiceEvaluation:
     @property
     def unread(self) -> int:
         """How many answers mean no single option."""
-        return sum(choice.index is None for choice in self.choices.values())
+        return sum(self.choices[item.id].index is None for item in self.items)
+
+    @property
+    def unread_share(self) -> float:
+        """The same as a share of the answers, 0 to 1."""
+        return self.unread / len(self.items) if self.items else 0.0
 
     def by_group(self) -> dict[str, Result]:
         """Accuracy of each pair or task, in the benchmark's order."""
@@ -112,7 +117,10 @@ class ChoiceEvaluation:
         """On data, on how answers were read, and on what was left out."""
         rules = Counter(choice.rule for choice in self.choices.values() if choice.rule)
         read = ", ".join(f"{rule} {count}" for rule, count in rules.most_common())
-        said = f"answers read by {read or 'no rule'}; {self.unread} unread, which count as wrong"
+        said = (
+            f"answers read by {read or 'no rule'}; {self.unread} unread, which count as wrong "
+            f"({100 * self.unread_share:.1f} percent of {len(self.items)})"
+        )
         return (*left_out(self.problems), *self.benchmark.notes, said)
 
     def to_dict(self) -> dict[str, Any]:
@@ -129,6 +137,7 @@ class ChoiceEvaluation:
             "accuracy": self.accuracy,
             "chance": self.chance,
             "unread": self.unread,
+            "unread_share": self.unread_share,
             "groups": {name: result.mean for name, result in self.by_group().items()},
             "answers": {name: asdict(choice) for name, choice in self.choices.items()},
             "notes": list(self.notes),
@@ -167,6 +176,7 @@ def evaluate_choices(
         OutputError: The results file cannot be written.
         ShapeError: The model returns something else than one text per question.
     """
+    keep = _whole_pairs if benchmark.score == "pairs" else tuple
     items, reading = whole_items(
         benchmark.items,
         lambda item: item.pictures,
@@ -174,7 +184,7 @@ def evaluate_choices(
         problems=benchmark.problems,
         skip_broken=skip_broken,
         otherwise="question that can be asked",
-        keep=_whole_pairs if benchmark.score == "pairs" else tuple,
+        keep=keep,
     )
     queries = [
         Query(item.id, item.pictures, item.text, None if prompts is None else prompts(item))
@@ -188,15 +198,17 @@ def evaluate_choices(
         source=benchmark.source,
         batch_size=batch_size,
         progress=progress,
+        skip_broken=skip_broken,
     ) as asker:
         answers = asker.ask(queries)
+        items = tuple(keep(asker.whole(items)))
     return ChoiceEvaluation(
         model=model.name,
         description=dict(model.description),
         benchmark=benchmark,
         items=items,
         choices={item.id: _choice(item, answers[item.id], reader) for item in items},
-        problems=reading.problems,
+        problems=(*reading.problems, *asker.broken.values(), *asker.strangers()),
         fresh=asker.fresh,
     )
 
@@ -228,8 +240,18 @@ def choice_table(evaluations: Sequence[ChoiceEvaluation], *, paper: bool | None 
     rows.append(("chance", *map(percent, chances), percent(questions), percent(first.chance)))
     if first.benchmark.expected is not None if paper is None else paper:
         rows += _paper_rows(published_table("vqa"), name, groups)
-    title = f"{name}, {len(first.items)} questions, percent"
+    title = f"{name}, {len(first.items)} questions, percent{_unread(evaluations)}"
     return Table(title, ("model", *columns), tuple(rows))
+
+
+def _unread(evaluations: Sequence[ChoiceEvaluation]) -> str:
+    """How many answers of each model could not be read and count as wrong, where there are any."""
+    counts = [
+        f"{each.model} {each.unread} ({100 * each.unread_share:.1f} percent)"
+        for each in evaluations
+        if each.unread
+    ]
+    return f"; unread answers: {', '.join(counts)}" if counts else ""
 
 
 def _paper_rows(table: PublishedTable, name: str, groups: Sequence[str]) -> list[tuple[str, ...]]:

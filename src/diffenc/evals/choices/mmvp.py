@@ -15,7 +15,16 @@ from diffenc.evals.answering.pictures import picture_of
 from diffenc.evals.base import Picture, Problem
 from diffenc.evals.choices.base import LETTER_INSTRUCTION, ChoiceBenchmark, ChoiceItem
 from diffenc.evals.files import PICTURE_SUFFIXES, DatasetFiles, resolve_data
-from diffenc.evals.rows import Column, Row, TableRows, plain_name, read_csv, read_parquet, rows_of
+from diffenc.evals.rows import (
+    Column,
+    Row,
+    TableRows,
+    plain_name,
+    read_csv,
+    read_parquet,
+    rows_of,
+    whole_number,
+)
 
 REPOSITORIES = ("MMVP/MMVP", "lmms-lab-eval/MMVP")
 ITEMS = 300
@@ -25,13 +34,14 @@ ERRATA = (99, 100, 279, 280)
 
 _COLUMNS = (
     Column("Index", also=("lndex", "Question ID", "id")),
-    Column("Question"),
-    Column("Options", also=("Choices",)),
+    Column("Question", kind="text"),
+    Column("Options", also=("Choices",), kind="text"),
     Column("Correct Answer", also=("Answer", "Correct_Answer")),
 )
-_PICTURE = (Column("image", also=("Image",)),)
+_PICTURE = (Column("image", also=("Image",), kind="any"),)
 _FOLDERS = ("mmvpimages",)
-_OPTION = re.compile(r"\(([a-zA-Z])\)\s*(.*?)\s*(?=\([a-zA-Z]\)|$)", re.DOTALL)
+_LETTERS = "abcdefghij"
+_ALONE = re.compile(r"(?<!\w)\([a-j]\)", re.IGNORECASE)
 
 
 def load_mmvp(
@@ -109,12 +119,29 @@ def mmvp_from_rows(
 
 
 def split_options(text: str) -> tuple[str, ...]:
-    """``"(a) Open (b) Closed"`` to ``("Open", "Closed")``; () where letters are not in order."""
-    found = _OPTION.findall(text.strip())
-    letters = "".join(letter.lower() for letter, _ in found)
-    in_order = letters == "abcdefghij"[: len(letters)]
-    words = tuple(option.strip(" ,;") for _, option in found)
-    return words if len(words) > 1 and in_order and all(words) else ()
+    """``"(a) Open (b) Closed"`` to ``("Open", "Closed")``; () where letters are not in order.
+
+    Letters count in their order alone, so that "circle(s)" and "f(a)" hold none.
+    """
+    places: list[re.Match[str]] = []
+    for letter in _LETTERS:
+        start = places[-1].end() if places else 0
+        mark = rf"\({letter}\)"
+        place = _search(rf"(?<!\w){mark}", text, start) or _search(mark, text, start)
+        if place is None:
+            break
+        places.append(place)
+    if not places or text[: places[0].start()].strip():
+        return ()
+    ends = [match.start() for match in places[1:]] + [len(text)]
+    words = [text[m.end() : end].strip(" ,;\t\n") for m, end in zip(places, ends, strict=True)]
+    if len(words) < 2 or not all(words) or any(_ALONE.search(option) for option in words):
+        return ()
+    return tuple(words)
+
+
+def _search(pattern: str, text: str, start: int) -> re.Match[str] | None:
+    return re.compile(pattern, re.IGNORECASE).search(text, start)
 
 
 def _benchmark(
@@ -208,13 +235,13 @@ def _partner(number: int) -> int:
 
 
 def _number(text: str) -> int:
-    return int(float(text)) if text.replace(".0", "", 1).isdecimal() else 0
+    return whole_number(text) or 0
 
 
 def _answer(text: str, options: Sequence[str]) -> int | None:
     """``"(b)"`` or ``"b"`` to 1."""
     letter = text.strip().strip("().").lower()
-    index = "abcdefghij".find(letter) if len(letter) == 1 else -1
+    index = _LETTERS.find(letter) if len(letter) == 1 else -1
     return index if 0 <= index < len(options) else None
 
 

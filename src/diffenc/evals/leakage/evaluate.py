@@ -153,11 +153,15 @@ def evaluate_leakage(
         source=data.source,
         batch_size=batch_size,
         progress=progress,
+        skip_broken=skip_broken,
     ) as asker:
         said = [
             caption_images(asker, items, question, prompts, part=f"{part}, seed {seed}")
             for part, prompts in zip(("mismatched", "control"), foreign, strict=True)
         ]
+        items = asker.whole(items)
+    ids = [item.id for item in items]
+    said = [{name: each[name] for name in ids} for each in said]
 
     def scores(
         references: Mapping[str, Sequence[str]], captions: Mapping[str, str]
@@ -166,14 +170,14 @@ def evaluate_leakage(
             return None
         return score_captions(references, captions, metrics=metrics, tokenizer=tokenizer)
 
-    prompt = {name: [text] for name, text in foreign[0].items()}
+    prompt = {name: [foreign[0][name]] for name in ids}
     return LeakageEvaluation(
         model=model.name,
         description=dict(model.description),
         data=data,
         items=items,
         seed=seed,
-        prompts=foreign[0],
+        prompts={name: foreign[0][name] for name in ids},
         captions=said[0],
         readout=prompt_readout(
             (ordered(foreign[0], ids), ordered(foreign[1], ids)),
@@ -183,7 +187,7 @@ def evaluate_leakage(
         against_prompt=scores(prompt, said[0]),
         floor=scores(prompt, said[1]),
         against_image=scores({item.id: item.references for item in items}, said[0]),
-        problems=reading.problems,
+        problems=(*reading.problems, *asker.broken.values(), *asker.strangers()),
         fresh=asker.fresh,
     )
 

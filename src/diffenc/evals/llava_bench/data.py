@@ -4,15 +4,16 @@ Source:
     Liu et al. 2023 (LLaVA), arXiv:2304.08485, section 5.1, and its released evaluation.
 """
 
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from diffenc.errors import ConfigError
 from diffenc.evals.base import Picture, Problem
 from diffenc.evals.files import DatasetFiles, resolve_data
 from diffenc.evals.rows import Column, Row, TableRows, read_jsonl
+from diffenc.storage.reading import decode, parse_json
+from diffenc.storage.schema import checked
 
 REPOSITORIES = ("liuhaotian/llava-bench-in-the-wild",)
 CATEGORIES = ("complex", "conv", "detail")
@@ -21,11 +22,11 @@ ITEMS = 60
 _QUESTIONS = (
     Column("question_id", also=("id",)),
     Column("image"),
-    Column("text", also=("question",)),
+    Column("text", also=("question",), kind="text"),
     Column("category", also=("type",)),
 )
-_CONTEXT = (Column("image"), Column("caption"))
-_ANSWERS = (Column("question_id", also=("id",)), Column("text", also=("answer",)))
+_CONTEXT = (Column("image"), Column("caption", kind="any"))
+_ANSWERS = (Column("question_id", also=("id",)), Column("text", also=("answer",), kind="text"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +100,14 @@ def load_llava_bench(
         )
     ]
     problems = [problem for table in tables for problem in table.problems]
-    contexts = {row.text("image"): _caption(row.values.get("caption")) for row in tables[1].rows}
-    answers = {row.text("question_id"): row.text("text") for row in tables[2].rows}
+    contexts = {
+        name: _caption(row.values.get("caption"))
+        for name, row in _once(tables[1].rows, "image", "contexts that occur twice", problems)
+    }
+    answers = {
+        name: row.text("text")
+        for name, row in _once(tables[2].rows, "question_id", "answers that occur twice", problems)
+    }
     items: dict[str, BenchItem] = {}
     for row in tables[0].rows:
         item = _item(row, files, contexts, answers, problems)
@@ -141,6 +148,20 @@ def _read(files: DatasetFiles, wanted: str, columns: Sequence[Column]) -> TableR
     return read_jsonl(files.reader(name)(), columns, name)
 
 
+def _once(
+    rows: Sequence[Row], column: str, kind: str, problems: list[Problem]
+) -> Iterator[tuple[str, Row]]:
+    """Rows by the value of a column; those that have another one's are problems."""
+    known = set()
+    for row in rows:
+        name = row.text(column)
+        if name in known:
+            problems.append(Problem(kind, name, row.where))
+        else:
+            known.add(name)
+            yield name, row
+
+
 def _item(
     row: Row,
     files: DatasetFiles,
@@ -177,8 +198,10 @@ def _item(
 
 
 def _caption(value: object) -> str:
+    """A caption, or several as lines; "" where it is something else."""
     parts = value if isinstance(value, list) else [value]
-    return "\n".join(str(part).strip() for part in parts if part)
+    known = all(isinstance(part, str) for part in parts)
+    return "\n".join(str(part).strip() for part in parts if part) if known else ""
 
 
 def _rules(files: DatasetFiles, problems: list[Problem]) -> dict[str, tuple[str, str]]:
@@ -186,12 +209,14 @@ def _rules(files: DatasetFiles, problems: list[Problem]) -> dict[str, tuple[str,
     if not names:
         return {}
     try:
-        found = json.loads(files.reader(names[0])())
-        return {
-            category: (str(rule["prompt"]), str(rule["role"]))
-            for category in CATEGORIES
-            if (rule := found.get(f"llava_bench_{category}"))
+        found = parse_json(decode(files.reader(names[0])(), where=names[0]), where=names[0])
+        there = {name: found.get(f"llava_bench_{name}") for name in CATEGORIES}
+        rules = {
+            name: checked(rule, dict[str, str], f"llava_bench_{name}")
+            for name, rule in there.items()
+            if rule is not None
         }
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        return {name: (rule["prompt"], rule["role"]) for name, rule in rules.items()}
+    except (ConfigError, KeyError) as error:
         problems.append(Problem("broken rules", names[0], str(error)))
         return {}

@@ -70,6 +70,11 @@ class BenchEvaluation:
         return not self.failures
 
     @property
+    def unread_share(self) -> float:
+        """Share of the answers whose review failed or holds no two scores, 0 to 1."""
+        return len(self.failures) / len(self.items) if self.items else 0.0
+
+    @property
     def overall(self) -> float | None:
         """100 x mean score of the answers / mean score of the references; None without reviews."""
         return self._ratio(None)
@@ -94,10 +99,11 @@ class BenchEvaluation:
     def notes(self) -> tuple[str, ...]:
         """On data, judge and failures."""
         failed = [f"{name} ({why})" for name, why in list(self.failures.items())[:3]]
+        failed += ["..."] if len(self.failures) > 3 else []
         lacking = (
             f"{len(self.failures)} of {len(self.items)} answers have no review and are in no "
-            f"number: {', '.join(failed)}{', ...' if len(self.failures) > 3 else ''}; the same "
-            "call tries them again",
+            f"number ({100 * self.unread_share:.1f} percent): {', '.join(failed)}; the same call "
+            "tries them again",
         )
         judge = f"judge {self.judge}; numbers of different judges do not compare"
         notes = (*left_out(self.problems), *self.benchmark.notes, judge)
@@ -119,6 +125,8 @@ class BenchEvaluation:
             "answers": dict(self.answers),
             "reviews": {name: asdict(review) for name, review in self.reviews.items()},
             "failures": dict(self.failures),
+            "unread": len(self.failures),
+            "unread_share": self.unread_share,
             "notes": list(self.notes),
         }
 
@@ -186,8 +194,10 @@ def evaluate_llava_bench(
         source=benchmark.source,
         batch_size=batch_size,
         progress=progress,
+        skip_broken=skip_broken,
     ) as asker:
         answers = asker.ask(queries)
+        items = asker.whole(items)
         court = _Court(judge, asker, attempts, wait, sleep)
         for done, item in enumerate(items, start=1):
             court.decide(item, _case(item, answers[item.id], benchmark))
@@ -202,7 +212,7 @@ def evaluate_llava_bench(
         answers=answers,
         reviews=court.reviews,
         failures=court.failures,
-        problems=reading.problems,
+        problems=(*reading.problems, *asker.broken.values(), *asker.strangers()),
         fresh=asker.fresh + court.fresh,
     )
 
@@ -231,7 +241,7 @@ class _Court:
         key = (self._judge.name, f"review of {self._model}", item.id)
         digest = digest_of(case.prompt)
         reply = self._file.get(key, digest) if self._file else None
-        if reply is None:
+        if not isinstance(reply, str) or not _is_read(reply):  # earlier rules read other replies
             reply = self._ask(item, case)
             if reply is None:
                 return
@@ -254,6 +264,14 @@ class _Court:
                 self.failures.pop(item.id, None)
                 return reply
         return None
+
+
+def _is_read(reply: str) -> bool:
+    try:
+        read_scores(reply)
+    except JudgeError:
+        return False
+    return True
 
 
 def bench_table(evaluations: Sequence[BenchEvaluation], *, paper: bool | None = None) -> Table:

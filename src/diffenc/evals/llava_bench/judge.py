@@ -7,10 +7,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from typing import Any, Protocol, runtime_checkable
 
 from diffenc.errors import ConfigError, DiffencError
 from diffenc.evals.leakage.readout import content_words
+from diffenc.storage.names import printable
+from diffenc.storage.reading import CONFIG_BYTES, decode, parse_json
 
 RULE = (
     "Two assistants, {role} 1 and {role} 2, answered the question above about a picture. You "
@@ -23,7 +26,8 @@ RULE = (
 
 SYSTEM = "You compare answers carefully and without bias."
 
-_NUMBER = re.compile(r"\d+(?:\.\d+)?")
+_SCORE = r"([0-9]{1,9}(?:\.[0-9]{1,9})?)"
+_TWO_SCORES = re.compile(rf"{_SCORE}(?:[ \t]*,[ \t]*|[ \t]+){_SCORE}\.?")  # "1. 8" is a list
 _PASSING = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 
 
@@ -192,7 +196,7 @@ class OpenAIJudge:
                     if self.key_variable
                     else f"{self.url} wants a key (401): name the environment variable that has it"
                 ) from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, HTTPException) as error:
             raise ConfigError(f"the judge at {self.url} cannot be reached: {error}") from error
 
     def _headers(self) -> dict[str, str]:
@@ -226,7 +230,9 @@ class OpenAIJudge:
         )
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                reply = json.loads(response.read())["choices"][0]["message"]["content"]
+                content = decode(response.read(CONFIG_BYTES), where=self.url, error=JudgeError)
+            found = parse_json(content, where=f"the reply of {self.url}", error=JudgeError)
+            reply = found["choices"][0]["message"]["content"]
         except urllib.error.HTTPError as error:
             with error:
                 detail = error.read(300).decode("utf-8", "replace")
@@ -236,7 +242,9 @@ class OpenAIJudge:
                 f"{self.url} refuses the judge {self.model!r} ({error.code}): {detail}. Look at "
                 f"url, model and the key in {self.key_variable}"
             ) from error
-        except (OSError, ValueError, LookupError, TypeError) as error:
+        except JudgeError:
+            raise
+        except (OSError, ValueError, LookupError, TypeError, HTTPException) as error:
             raise JudgeError(f"no reply from {self.url}: {error!r}") from error
         if not isinstance(reply, str):
             raise JudgeError(f"{self.url} replied without a text")
@@ -244,13 +252,22 @@ class OpenAIJudge:
 
 
 def read_scores(reply: str) -> tuple[float, float]:
-    """The two scores on the first line that is not empty, of reference and candidate.
+    """The two scores that are all of the first line that is not empty: reference, then candidate.
 
     Raises:
-        JudgeError: It does not hold exactly two numbers from 1 to 10.
+        JudgeError: That line holds anything else than two numbers from 1 to 10, with spaces or a
+            comma between them.
+
+    Source:
+        LLaVA's released evaluation, which takes the first line and scores others -1. It keeps such
+        scores in its means, and those out of range; here the review is asked for again.
     """
-    first = next((line for line in reply.splitlines() if line.strip()), "")
-    found = [float(number) for number in _NUMBER.findall(first)]
-    if len(found) != 2 or not all(1 <= score <= 10 for score in found) or "-" in first:
-        raise JudgeError(f"the reply does not begin with two scores from 1 to 10: {first[:80]!r}")
-    return found[0], found[1]
+    first = next((line.strip() for line in reply.split("\n") if line.strip()), "")
+    match = _TWO_SCORES.fullmatch(first)
+    scores = tuple(map(float, match.groups())) if match else ()
+    if len(scores) != 2 or not all(1 <= score <= 10 for score in scores):
+        raise JudgeError(
+            "the reply does not begin with two scores from 1 to 10, alone on the first line: "
+            f"{printable(first, 80)!r}"
+        )
+    return scores

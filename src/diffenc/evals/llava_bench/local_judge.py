@@ -10,7 +10,9 @@ import torch
 from diffenc.errors import BackboneError
 from diffenc.evals.answering.base import check_positive
 from diffenc.evals.llava_bench.judge import SYSTEM, Case, JudgeError
-from diffenc.pretrained import loading, pretrained_source
+from diffenc.pretrained import loading, model_config
+from diffenc.storage.names import expanded, is_file, is_folder
+from diffenc.tokenizing import token_ids
 from diffenc.vlm.language import context_of, filler_id, load_language_model
 
 _INSTEAD = "Pass the folder or the Hub id of a causal language model"
@@ -46,10 +48,10 @@ class LocalJudge:
     ) -> None:
         check_positive(max_new_tokens=max_new_tokens)
         self.source = os.fspath(name)
-        folder = Path(self.source).expanduser()
-        if folder.is_dir():
+        folder = expanded(self.source)
+        if is_folder(folder):
             self.source = str(folder)
-            if not (folder / "config.json").is_file():
+            if not is_file(folder / "config.json"):
                 raise BackboneError(
                     f"the judge's folder {folder} holds no language model: no config.json in it"
                 )
@@ -74,10 +76,8 @@ class LocalJudge:
         Raises:
             BackboneError: There is none.
         """
-        import transformers
-
         with loading("a judge", self.source, instead=_INSTEAD):
-            transformers.AutoConfig.from_pretrained(pretrained_source(self.source))
+            model_config(self.source)
 
     @torch.no_grad()
     def review(self, case: Case) -> str:
@@ -118,8 +118,9 @@ class LocalJudge:
 def _encode(tokenizer: Any, text: str) -> torch.Tensor:
     """Token ids (1 t); the chat template where there is one."""
     if not getattr(tokenizer, "chat_template", None):
-        return torch.tensor([tokenizer(text).input_ids])
+        return torch.tensor(token_ids(tokenizer, [text]), dtype=torch.long, device="cpu")
     asked = tokenizer.apply_chat_template(
         [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
     )
-    return torch.tensor([tokenizer(asked, add_special_tokens=False).input_ids])
+    ids = token_ids(tokenizer, [asked], special_tokens=False)
+    return torch.tensor(ids, dtype=torch.long, device="cpu")

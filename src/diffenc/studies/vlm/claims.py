@@ -4,6 +4,7 @@ A figure is named by training, measurement and name. Both sides may be sums and 
 figures and numbers: ``"plain/honest/named - cure/honest/named < 5"``.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -107,9 +108,12 @@ def _term(text: str, sign: int, word: str) -> Term:
     if len(parts) == 3 and all(parts):
         return Term(sign, (parts[0], parts[1], parts[2]))
     try:
-        return Term(sign, None, float(word))
+        value = float(word)
     except ValueError:
+        value = math.nan
+    if not math.isfinite(value):  # float() reads "nan", too
         raise ConfigError(
             f"{word!r} in {text!r} is neither a number nor a figure; a figure is written "
             "training/measurement/name"
-        ) from None
+        )
+    return Term(sign, None, value)

@@ -129,6 +129,7 @@ def _leakage(told: Measurement, generate: Generate, seed: int, writer: Writer | 
         "base": 100 * readout.base,
         "named": truth["named"],
         "right": truth["right"],
+        "unread": truth["unread"],
         "cider": _cider({name: [text] for name, text in found.prompts.items()}, found.captions),
     }
     own = [item.references[0] for item in data.items]
@@ -154,7 +155,12 @@ def _answers(told: Measurement, generate: Generate, seed: int, writer: Writer | 
         shown = [[picture] for picture in pictures[part]]
         said += generate(shown, texts, prompts=given[part], max_new_tokens=ANSWER_TOKENS)
     right = [_plain(text) == q.answer for text, q in zip(said, asked, strict=True)]
-    figures: Figures = {"all": _percent(right), "guess": _percent_guessed(asked)}
+    unread = [_plain(text) not in q.choices for text, q in zip(said, asked, strict=True)]
+    figures: Figures = {
+        "all": _percent(right),
+        "guess": _percent_guessed(asked),
+        "unread": _percent(unread),
+    }
     for kind in QUESTION_KINDS:
         own = [is_right for is_right, q in zip(right, asked, strict=True) if q.kind == kind]
         figures[kind] = _percent(own) if own else None
@@ -182,6 +188,7 @@ def _mmvp(told: Measurement, generate: Generate, seed: int, writer: Writer | Non
         "pairs": found.overall,
         "questions": found.accuracy,
         "chance": found.chance,
+        "unread": 100 * found.unread_share,
     }
     examples = tuple(
         {"question": item.text, "said": found.choices[item.id].answer} for item in found.items

@@ -13,13 +13,13 @@ from diffenc.studies.vlm.prompting import parse_prompting
 from diffenc.studies.vlm.trainings import Shared, Training, check_config
 
 FIGURES: Mapping[str, tuple[str, ...]] = {
-    "captions": ("named", "objects", "right", "relations", "cider"),
-    "leakage": ("read", "said", "base", "named", "right", "cider"),
+    "captions": ("named", "objects", "right", "relations", "cider", "unread"),
+    "leakage": ("read", "said", "base", "named", "right", "cider", "unread"),
     "answers": (
         *("all", "color", "shape", "size", "count", "position", "presence", "relation"),
-        "guess",
+        *("guess", "unread"),
     ),
-    "mmvp": ("pairs", "questions", "chance"),
+    "mmvp": ("pairs", "questions", "chance", "unread"),
 }
 """By kind of a measurement; in percent, but "cider"."""
 

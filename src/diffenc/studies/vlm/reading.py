@@ -6,15 +6,14 @@ a list, ``[[finding]]``. What all trainings share stands once, in ``[model]``, `
 """
 
 import os
-import tomllib
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from diffenc.config import check_choice
 from diffenc.errors import ConfigError
+from diffenc.storage.reading import parse_toml, read_text
 from diffenc.studies.vlm.claims import parse_claim
 from diffenc.studies.vlm.findings import Finding
 from diffenc.studies.vlm.plan import Measurement, StudyData, StudyPlan
@@ -59,7 +58,7 @@ def bundled_text(name: str) -> str:
         ConfigError: There is none of that name.
     """
     check_choice("study", name, STUDIES)
-    return (files("diffenc.studies.vlm") / "plans" / f"{name}.toml").read_text(encoding="utf-8")
+    return read_text(str(files("diffenc.studies.vlm") / "plans" / f"{name}.toml"))
 
 
 def read_plan(name: str, path: "str | os.PathLike[str]") -> StudyPlan:
@@ -72,11 +71,7 @@ def read_plan(name: str, path: "str | os.PathLike[str]") -> StudyPlan:
     Raises:
         ConfigError: It cannot be read, or something in it is wrong.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeError) as error:
-        raise ConfigError(f"cannot read {os.fspath(path)}: {error}") from error
-    return parse_plan(name, text, source=os.fspath(path))
+    return parse_plan(name, read_text(path), source=os.fspath(path))
 
 
 def parse_plan(name: str, text: str, *, source: str = "") -> StudyPlan:
@@ -85,10 +80,7 @@ def parse_plan(name: str, text: str, *, source: str = "") -> StudyPlan:
     Raises:
         ConfigError: Something in it is wrong; the place is named.
     """
-    try:
-        told = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{source or name} is no TOML: {error}") from error
+    told = parse_toml(text, where=source or name)
     try:
         return _from_dict(name, told)
     except ConfigError as error:

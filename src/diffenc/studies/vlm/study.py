@@ -11,6 +11,11 @@ import torch
 from PIL import Image
 
 from diffenc.errors import ConfigError
+from diffenc.evals.choices.extraction import READING
+from diffenc.storage.names import is_file
+from diffenc.storage.reading import read_json
+from diffenc.storage.schema import make
+from diffenc.storage.writing import make_folder, write_json
 from diffenc.studies.results import Spread
 from diffenc.studies.vlm.estimate import Work, work_of
 from diffenc.studies.vlm.findings import decide
@@ -157,6 +162,7 @@ class _Run:
                 "measurement": told,
                 "seed": seed,
                 "cider": has_cider(),
+                **({"reading": READING} if measurement.kind == "mmvp" else {}),
             }
         )
         return self.workshop.folder / "measured" / f"{identity}.json"
@@ -178,15 +184,22 @@ def _cell(training: str, measurement: str, found: Sequence[Measured]) -> Cell:
 
 
 def _read(path: Path) -> Measured | None:
-    try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        return Measured(dict(told["figures"]), tuple(told["examples"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    """What was measured before; None where nothing was.
+
+    Raises:
+        ConfigError: The file was changed into something else.
+    """
+    if not is_file(path):
         return None
+    try:
+        found: Measured = make(Measured, read_json(path))
+    except ConfigError as error:
+        raise ConfigError(
+            f"{path} is not what a study measured: {error}. Remove it to measure again"
+        ) from error
+    return found
 
 
 def _write(path: Path, found: Measured) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{os.getpid()}.{path.name}.partial")
-    partial.write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    make_folder(path.parent)
+    write_json(path, asdict(found), indent=1)

@@ -23,21 +23,25 @@ MEANINGS: Mapping[str, str] = {
         "named: of the objects in the pictures, those that captions name by colour and shape; "
         "objects: of the objects that captions name, those that are there; right: captions that "
         "are true from end to end; relations: of the captions that say how two objects lie, those "
-        "that say it right; all in percent. cider: CIDEr times 100 against five true captions, "
+        "that say it right; unread: captions that are none of coloured shapes, and count as wrong; "
+        "all in percent. cider: CIDEr times 100 against five true captions, "
         "with a tokenizer that needs no Java, so that it does not compare with the paper's."
     ),
     "leakage": (
         "read: how much of the foreign prompt is said, 0 to 100, less what is said of it under "
         "another foreign prompt (said less base); named and right: as for captions, of the picture "
-        "itself; cider: against the foreign prompt, as in the paper's table 6."
+        "itself; unread: captions that are none; cider: against the foreign prompt, as in the "
+        "paper's table 6."
     ),
     "answers": (
         "Percent of answers that are right, of all and by what is asked for; kinds of questions "
-        "take turns. guess: what the most frequent answer of each kind would reach."
+        "take turns. guess: what the most frequent answer of each kind would reach; unread: "
+        "percent of answers that are none of those that make sense, which count as wrong."
     ),
     "mmvp": (
         "pairs: percent of pairs with both answers right, the benchmark's own number; questions: "
-        "percent of single answers; chance: pairs by guessing."
+        "percent of single answers; chance: pairs by guessing; unread: percent of answers that "
+        "mean no single option, and count as wrong."
     ),
 }
 

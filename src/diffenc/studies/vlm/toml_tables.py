@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from diffenc.errors import ConfigError, near_matches
+from diffenc.storage import schema
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
@@ -70,7 +71,7 @@ def check_present(values: Mapping[str, Any], needed: Sequence[str], where: str) 
 
 
 def make(kind: Any, values: Mapping[str, Any], where: str, **own: Any) -> Any:
-    """A dataclass of a table; ints, texts and tables are checked by their annotation.
+    """A dataclass of a table, whose values are checked by its annotations.
 
     Args:
         kind: The dataclass.
@@ -81,11 +82,5 @@ def make(kind: Any, values: Mapping[str, Any], where: str, **own: Any) -> Any:
     Raises:
         ConfigError: A key is unknown, or a value is of another type or not allowed.
     """
-    given = [each for each in fields(kind) if each.name not in own]
-    check_keys(values, [each.name for each in given], f"{where}: ")
-    for each in given:
-        value = values.get(each.name)
-        if value is not None and each.type in (int, str) and type(value) is not each.type:
-            wanted = "a whole number" if each.type is int else "a text"
-            raise ConfigError(f"{where}.{each.name} must be {wanted}, got {value!r}")
-    return kind(**own, **values)
+    check_keys(values, [each.name for each in fields(kind) if each.name not in own], f"{where}: ")
+    return schema.make(kind, values, where, own=own)

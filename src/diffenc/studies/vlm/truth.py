@@ -29,7 +29,7 @@ _THING = (
     rf"(?:(?P<color>{'|'.join(COLORS)}) )?(?P<noun>{'|'.join(SHAPES)}|object)(?P<plural>s?)"
 )
 _ONE = re.compile(_THING)
-_OPENING = re.compile(r"(?:an? (?:picture|photo) of|there (?:is|are)|we see) ")
+_OPENING = re.compile(r"^(?:an? (?:picture|photo) of|there (?:is|are)|we see) ")
 _RELATIONS: dict[str, Relation] = {
     "left of": "left of",
     "to the left of": "left of",
@@ -173,13 +173,15 @@ def caption_figures(
         "right": captions that are true from end to end; "objects": of the objects that are named,
         those that are there (a text that is no caption counts 0); "named": of the objects that are
         there, those that are named by colour and shape; "relations": of the captions that say how
-        two objects lie, those that say it right, None where none does.
+        two objects lie, those that say it right, None where none does; "unread": texts that are
+        no caption of coloured shapes, and count as wrong.
     """
-    right, objects, relations = [], [], []
+    right, objects, relations, unread = [], [], [], []
     named = there = 0
     for key, text in captions.items():
         scene, said = scenes[key], read_caption(text)
         there += len(scene.objects)
+        unread.append(said is None)
         right.append(said is not None and said.is_true(scene))
         objects.append(said.found(scene) / len(said.things) if said else 0.0)
         if said is not None:
@@ -191,6 +193,7 @@ def caption_figures(
         "objects": _percent(objects),
         "named": 100 * named / there if there else None,
         "relations": _percent(relations),
+        "unread": _percent(unread),
     }
 
 

@@ -8,8 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,17 @@ from typing import Any
 import torch
 
 from diffenc._version import __version__
-from diffenc.errors import BackboneError, ConfigError, OutputError
+from diffenc.errors import BackboneError, ConfigError
+from diffenc.pretrained import model_config
+from diffenc.storage.reading import DATA_BYTES, read_bytes
+from diffenc.storage.writing import locked, make_folder, remove_folder, reporting, write_json
 from diffenc.studies.vlm.plan import StudyPlan
 from diffenc.studies.vlm.trainings import make_config, merged_model
 from diffenc.train.config import TrainConfig
 from diffenc.train.miniature import write_miniature
 from diffenc.train.stages import MODEL_FOLDER, train
 from diffenc.vlm.files import is_saved
-from diffenc.vlm.language import bundled_language_model, load_language_model
+from diffenc.vlm.language import load_language_model
 from diffenc.vlm.vision import VisionTokens
 
 _WHAT_FILE = "what.json"
@@ -62,10 +64,7 @@ class Workshop:
         self.plan, self.folder, self.device = plan, Path(folder), device
         self.fresh: list[str] = []
         self._prints: dict[str, str] = {}
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"cannot make the folder {self.folder}: {error.strerror}") from error
+        make_folder(self.folder)
 
     def data(self) -> dict[str, Path]:
         """Pictures and conversations, written once.
@@ -75,15 +74,13 @@ class Workshop:
         """
         told = self.plan.data
         target = self.folder / f"shapes-{told.scenes}-{told.seed}-{told.turns}"
-        if not target.is_dir():
-            partial = self.folder / f".{os.getpid()}.{target.name}.partial"
-            write_miniature(partial, scenes=told.scenes, seed=told.seed, turns=told.turns)
-            try:
-                partial.rename(target)
-            except OSError:
-                shutil.rmtree(partial, ignore_errors=True)
-                if not target.is_dir():  # another process was not faster
-                    raise
+        with locked(self.folder, purpose="writing the data", wait=True, name=target.name):
+            if not target.is_dir():
+                partial = self.folder / f".{target.name}.partial"  # of one that was killed
+                remove_folder(partial)
+                write_miniature(partial, scenes=told.scenes, seed=told.seed, turns=told.turns)
+                with reporting(target):
+                    partial.rename(target)
         names = {"align": target / "align.json", "instruct": target / "instruct.json"}
         return {**names, "images": target / "images"}
 
@@ -122,7 +119,7 @@ class Workshop:
         training = self.plan.trainings[name]
         start = self.trained(training.start, seed) if training.start else ""
         folder = self.folder_of(name, seed)
-        with _alone(folder):
+        with locked(make_folder(folder), purpose="training this", wait=True, name=MODEL_FOLDER):
             if not is_saved(folder / MODEL_FOLDER):
                 self._train(name, seed, folder, start, progress)
             for checkpoint in folder.glob("checkpoint-*"):  # of no use beside the model
@@ -139,8 +136,7 @@ class Workshop:
         config = self.config(name, seed, output=folder, start=start)
         train(config, resume=True, device=self.device, progress=tell)
         told = {"study": self.plan.name, "training": name, "seed": seed}
-        text = json.dumps(told, indent=2) + "\n"
-        (folder / _WHAT_FILE).write_text(text, encoding="utf-8")
+        write_json(folder / _WHAT_FILE, told)
         self.fresh.append(f"{name}, seed {seed}")
 
     def is_trained(self, name: str, seed: int) -> bool:
@@ -250,7 +246,7 @@ def fingerprint(name: str) -> str:
     for path in sorted(folder.rglob("*")):
         if path.suffix in (".safetensors", ".json"):
             digest.update(path.relative_to(folder).as_posix().encode())
-            digest.update(path.read_bytes())
+            digest.update(read_bytes(path, most=DATA_BYTES, error=BackboneError))
     return digest.hexdigest()
 
 
@@ -260,36 +256,14 @@ def digest_of(value: Mapping[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Wait until no other process trains this; the system ends the lock of one that was killed."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
-    except OSError as error:
-        raise OutputError(f"cannot write {folder}: {error.strerror}") from error
-    with file:
-        try:
-            import fcntl
-        except ImportError:  # on Windows studies must not share a folder at the same time
-            yield
-            return
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def _require_language_model(name: str) -> None:
     """Find out before anything runs, and without its weights.
 
     Raises:
         BackboneError: There is none of that name.
     """
-    import transformers
-
     try:
-        transformers.AutoConfig.from_pretrained(
-            bundled_language_model() if name == "shapes-lm" else name
-        )
+        model_config(name)
     except (OSError, ValueError):
         load_language_model(name)  # says why
 

@@ -1,0 +1,423 @@
+"""Objects watched for change: what they are, hold and refer to, down to the storage of tensors.
+
+A tree of objects is walked once, slowly, and what was found is compared with what is there at each
+later look, fast. Each state gets a number that is never given again. Nothing here keeps a model
+alive: objects are watched through weak references, whose death says that an identity may come back
+as that of something else.
+"""
+
+import logging
+import threading
+import types
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable
+from enum import Enum
+from functools import partial
+from itertools import count
+from operator import itemgetter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+_numbers = count(1)
+
+_BARE = frozenset(vars(nn.Module()))
+"""Attributes of every module: read by name where they count."""
+
+_PLAIN_TENSORS = (Tensor, nn.Parameter)
+_LEAVES = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    range,
+    type,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+    np.generic,
+    Enum,
+    types.ModuleType,
+)
+_FUNCTIONS = (
+    types.FunctionType,
+    types.MethodType,
+    types.BuiltinFunctionType,
+    types.MethodWrapperType,
+    partial,
+)
+_CALM = (  # compute the same in training mode
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.Embedding,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.Identity,
+    nn.GELU,
+    nn.SiLU,
+    nn.ReLU,
+    nn.ModuleList,
+    nn.ModuleDict,
+    nn.Sequential,
+)
+_LOCK = threading.RLock()
+_WATCHES: dict[int, tuple[weakref.ref[Any], "Watch"]] = {}
+_NUMBERED: dict[int, tuple[weakref.ref[Any], int]] = {}
+_OBJECT = object()
+_HOOKS = itemgetter("_forward_pre_hooks", "_forward_hooks")
+_TREES = itemgetter("_modules", "_parameters", "_buffers")
+_CONTAINERS = (dict, list, tuple, set, frozenset, deque)
+_SMALL = 2**20
+_NOTES = frozenset(
+    {
+        "_class_name",
+        "_diffusers_version",
+        "_name_or_path",
+        "architectures",
+        "dtype",
+        "torch_dtype",
+        "transformers_version",
+    }
+)
+"""What libraries write into the config of a model when they save it, and never read in a pass."""
+
+_RECORDS = "_output_capturing_hooks_installed"
+"""What transformers notes where it first puts in hooks that record states and change none."""
+
+_RECORDERS = "transformers.utils.output_capturing"
+
+_MOST = 100_000
+"""Objects that are watched; whoever leads to more is not cached."""
+
+
+class _Node:
+    """One object: its class, plain settings, and the identities of what else it refers to.
+
+    Attributes:
+        reference: The object.
+    """
+
+    __slots__ = (
+        "_calm",
+        "_containers",
+        "_count",
+        "_hooks",
+        "_identities",
+        "_kind",
+        "_leaves",
+        "_leaves_of",
+        "_noted",
+        "_parts",
+        "_parts_of",
+        "reference",
+    )
+
+    def __init__(self, reference: Callable[[], Any]) -> None:
+        self.reference = reference
+        self._kind: type | None = None
+        self._hooks: tuple[int, ...] = ()
+
+    def holds(self, owner: Any) -> bool:
+        """Whether the object is what it was when it was read: a few microseconds each."""
+        attributes = owner.__dict__
+        if type(owner) is not self._kind:
+            return False
+        notes = len(_NOTES.intersection(attributes)) if self._noted else 0
+        if len(attributes) - notes - (_RECORDS in attributes) != self._count:
+            return False
+        try:
+            if self._leaves_of is not None and self._leaves_of(attributes) != self._leaves:
+                return False
+            if self._parts_of is not None and _ids(self._parts_of(attributes)) != self._parts:
+                return False
+            for name, content in self._containers:
+                if _frozen(attributes[name]) != content:
+                    return False
+        except KeyError:
+            return False
+        if self._identities is None:
+            return True
+        modules, parameters, buffers = _TREES(attributes)
+        if buffers or (modules and parameters):
+            return self._identities == _core_ids(attributes)
+        return self._identities == _ids((modules or parameters).values())
+
+    def read(self, owner: Any, visit: Callable[[object], None]) -> None:
+        """Note what the object is now, and hand on what it refers to."""
+        attributes = dict(owner.__dict__)
+        is_module = isinstance(owner, nn.Module)
+        self._kind, self._noted = type(owner), not is_module and _is_config(attributes)
+        attributes.pop(_RECORDS, None)
+        if self._noted:
+            attributes = {k: v for k, v in attributes.items() if k not in _NOTES}
+        self._count = len(attributes)
+        self._calm = not is_module or _is_calm(owner)
+        self._identities = _core_ids(attributes) if is_module else None
+        if is_module:
+            for tree in ("_modules", "_parameters", "_buffers"):
+                for value in attributes[tree].values():
+                    if value is not None:
+                        visit(value)
+            attributes = {k: v for k, v in attributes.items() if k not in _BARE}
+        leaves = [name for name, value in attributes.items() if _is_leaf(value)]
+        held = [n for n, value in attributes.items() if isinstance(value, _CONTAINERS)]
+        held = [name for name in held if name not in leaves]
+        parts = [name for name in attributes if name not in leaves and name not in held]
+        self._leaves_of = itemgetter(*leaves) if leaves else None
+        self._leaves = self._leaves_of(attributes) if self._leaves_of else None
+        self._parts_of = itemgetter(*parts, *parts[:1]) if parts else None  # a tuple in any case
+        self._parts = _ids(self._parts_of(attributes)) if self._parts_of else None
+        for name in parts:
+            visit(attributes[name])
+        self._containers = [(name, _frozen(attributes[name], visit)) for name in held]
+
+    def is_unpredictable(self, owner: Any) -> bool:
+        """Whether a module may give other results without having changed."""
+        return not self._calm and bool(owner.__dict__["training"])
+
+    def reads_hooks(self, owner: Any) -> bool:
+        """Note the hooks of a module but for those that only read; whether they are others now."""
+        before, after = _HOOKS(owner.__dict__)
+        hooks: tuple[int, ...] = ()
+        if before or after:  # torch counts them all: no two ever have one number
+            every = (*tuple(before.items()), *tuple(after.items()))
+            hooks = tuple(number for number, hook in every if not _only_reads(hook))
+        if hooks == self._hooks:
+            return False
+        self._hooks = hooks
+        return True
+
+    @property
+    def is_module(self) -> bool:
+        """Whether the object is a module."""
+        return self._identities is not None
+
+
+class Watch:
+    """What lies below a root, as it was at the last look.
+
+    Args:
+        root: A module, or another object.
+    """
+
+    def __init__(self, root: object) -> None:
+        self._root = weakref.ref(root)
+        self._guard = threading.Lock()
+        self._start()
+
+    def state(self) -> int | None:
+        """Number of the present state, or None where nothing may be cached."""
+        with self._guard:
+            self._look()
+            changed = None if self._opaque else self._compare_tensors()
+            if changed is None:
+                return None
+            if changed:
+                self._state = next(_numbers)
+            return self._state
+
+    def structure(self) -> int:
+        """Number of the present structure."""
+        with self._guard:
+            self._look()
+            return self._structure
+
+    def _start(self) -> None:
+        # A list of its own for each start: late deaths of what is not watched any more say nothing.
+        self._dead: list[object] = []
+        self._known: set[int] = set()
+        self._nodes: list[_Node] = []
+        self._kept: list[object] = []
+        self._tensors: list[weakref.ref[Tensor]] = []
+        self._storages: list[StorageWeakRef | None] = []
+        self._values: list[object] = []
+        self._classes: dict[type, object] = {}
+        self._opaque = False
+        self._structure = self._state = next(_numbers)
+        self._visit(self._root())
+
+    def _look(self) -> None:
+        """Compare every object with what it was, and take in what changed."""
+        changed = False
+        for _ in range(3):  # objects may die meanwhile, where another thread exchanges some
+            if self._dead:
+                self._start()
+            changed = self._compare_nodes()
+            if not self._dead:
+                break
+        if changed:
+            self._structure = self._state = next(_numbers)
+
+    def _compare_nodes(self) -> bool:
+        changed = self._compare_classes()
+        root = self._root()
+        opaque = isinstance(root, nn.Module) and root.training
+        for node in self._nodes:  # which grow while objects are found
+            owner = node.reference()
+            if owner is None:
+                return True
+            if not node.holds(owner):
+                node.read(owner, self._visit)
+                self._classes.setdefault(type(owner), _code(type(owner)))
+                changed = True
+            if node.is_module:
+                changed = node.reads_hooks(owner) or changed
+                opaque = opaque or node.is_unpredictable(owner)
+        self._opaque = opaque or len(self._nodes) > _MOST
+        return changed
+
+    def _compare_classes(self) -> bool:
+        """Whether the code of a class was exchanged."""
+        before, self._classes = self._classes, {kind: _code(kind) for kind in self._classes}
+        return before != self._classes
+
+    def _visit(self, value: object) -> None:
+        """Watch an object, and later what it leads to."""
+        if id(value) in self._known or len(self._nodes) > _MOST:
+            return
+        self._known.add(id(value))
+        try:
+            reference = weakref.ref(value, self._dead.append)
+        except TypeError:  # kept, so that its identity stays its own
+            self._kept.append(value)
+            return
+        if isinstance(value, Tensor):
+            self._tensors.append(reference)  # type: ignore[arg-type]
+            self._storages.append(_storage(value))
+            self._values.append(None)
+            return
+        self._kept.append(reference)
+        if isinstance(value, types.MethodType):
+            self._visit(value.__self__)
+        elif isinstance(value, partial):
+            _frozen((value.args, value.keywords), self._visit)
+            self._visit(value.func)
+        elif hasattr(value, "__dict__") and not isinstance(value, (*_FUNCTIONS, logging.Logger)):
+            self._nodes.append(_Node(reference))
+
+    def _compare_tensors(self) -> bool | None:
+        """Whether values changed, or None where that cannot be said, or a tensor is trained."""
+        changed, expired = False, torch.UntypedStorage._expired
+        for index, reference in enumerate(self._tensors):
+            tensor, storage = reference(), self._storages[index]
+            if tensor is None or storage is None or type(tensor) not in _PLAIN_TENSORS:
+                return None
+            if tensor.requires_grad:
+                return None
+            try:
+                value = tensor._version, tensor.data_ptr(), tensor.stride(), tensor.dtype
+            except RuntimeError:  # no strides, no storage, or made in inference mode
+                return None
+            # A new storage may begin where the old one did.
+            if value != self._values[index] or expired(storage.cdata):
+                self._values[index], self._storages[index] = value, _storage(tensor)
+                changed = True
+        return changed
+
+
+def watch_of(root: object) -> Watch:
+    """The watch over an object and what it leads to, the same one for each call."""
+    with _LOCK:
+        known = _WATCHES.get(id(root))
+        if known is not None and known[0]() is root:
+            return known[1]
+        identity = id(root)
+        reference = weakref.ref(root, lambda _: _WATCHES.pop(identity, None))
+        watch = Watch(root)
+        _WATCHES[identity] = (reference, watch)
+        return watch
+
+
+def object_key(thing: object) -> int:
+    """A number for one object: no other one ever gets it."""
+    with _LOCK:
+        known = _NUMBERED.get(id(thing))
+        if known is not None and known[0]() is thing:
+            return known[1]
+        identity = id(thing)
+        number = next(_numbers)
+        # The entry goes with the object, before another one can have its identity.
+        reference = weakref.ref(thing, lambda _: _NUMBERED.pop(identity, None))
+        _NUMBERED[identity] = (reference, number)
+        return number
+
+
+def _storage(tensor: Tensor) -> StorageWeakRef | None:
+    try:
+        return StorageWeakRef(tensor.untyped_storage())
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
+def _ids(values: Iterable[object]) -> tuple[int, ...]:
+    return tuple(map(id, values))
+
+
+def _core_ids(attributes: dict[str, Any]) -> tuple[int, ...]:
+    """Identities of submodules, parameters and buffers."""
+    modules, parameters, buffers = _TREES(attributes)
+    return tuple(map(id, (*modules.values(), *parameters.values(), *buffers.values())))
+
+
+def _is_leaf(value: Any) -> bool:
+    """Whether a value says all about itself, and cannot change."""
+    if type(value) in (tuple, torch.Size, frozenset):
+        return all(map(_is_leaf, value))
+    return isinstance(value, _LEAVES)
+
+
+def _frozen(value: Any, visit: Callable[[object], None] | None = None) -> object:
+    """A value that stays: of containers their content, of objects their identity.
+
+    Args:
+        value: Anything.
+        visit: Called with every object whose identity counts.
+    """
+    if isinstance(value, _LEAVES):
+        return value
+    if isinstance(value, np.ndarray) and value.dtype != object and value.nbytes <= _SMALL:
+        return value.shape, value.dtype.str, value.tobytes()
+    if not isinstance(value, _CONTAINERS):
+        if visit is not None:
+            visit(value)
+        return _OBJECT, id(value)
+    if visit is not None and getattr(value, "__dict__", None):
+        visit(value)  # configs of diffusers hold each setting twice, as an entry and an attribute
+    entries = tuple(value.items()) if isinstance(value, dict) else tuple(value)
+    if isinstance(value, dict) and "_class_name" in value:
+        entries = tuple(entry for entry in entries if entry[0] not in _NOTES)
+    if isinstance(value, (set, frozenset)):
+        return type(value), frozenset(_frozen(entry, visit) for entry in entries)
+    return type(value), tuple(_frozen(entry, visit) for entry in entries)
+
+
+def _is_config(attributes: dict[str, Any]) -> bool:
+    return "_class_name" in attributes or "transformers_version" in attributes
+
+
+def _only_reads(hook: Any) -> bool:
+    """Whether a hook is one that reads, and changes nothing."""
+    hook = hook.__func__ if isinstance(hook, types.MethodType) else hook
+    home = str(getattr(hook, "__globals__", {}).get("__name__"))
+    return home == _RECORDERS or home.partition(".")[0] == "diffenc"
+
+
+def _code(kind: type) -> object:
+    return getattr(kind, "forward", None), getattr(kind, "__call__", None)  # noqa: B004
+
+
+def _is_calm(module: nn.Module) -> bool:
+    """Whether a module computes the same in training mode."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p == 0
+    return type(module) in _CALM

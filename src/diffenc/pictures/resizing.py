@@ -1,0 +1,126 @@
+"""Sizes and cut-outs of resized pictures, in whole pixels as torchvision and CLIP count them."""
+
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffenc._typing import Resize
+from diffenc.config import check_choice
+
+Center = Literal["torchvision", "transformers"]
+"""Which of the two middle places a cut-out takes where its margin is odd, see `crop_offset`."""
+
+_LARGE = 4
+
+
+def scaled_size(picture: tuple[int, int], size: tuple[int, int], *, cover: bool) -> tuple[int, int]:
+    """(height, width) of a picture that is scaled to cover `size`, or to lie within it.
+
+    One side is that of `size`; the other is cut off to whole pixels, as torchvision's `Resize` and
+    `CLIPImageProcessor` do: 480 x 640 at 512 is 512 x 682. No side falls below 1.
+
+    Args:
+        picture: (height, width) before.
+        size: (height, width) to cover or to stay within.
+        cover: Cover `size`; otherwise stay within.
+    """
+    (rows, columns), (height, width) = picture, size
+    if (height * columns >= width * rows) == cover:
+        return height, max(1, height * columns // rows)
+    return max(1, width * rows // columns), width
+
+
+def crop_offset(side: int, length: int, center: Center = "torchvision") -> int:
+    """Where the middle `length` of `side` pixels begins.
+
+    torchvision's `CenterCrop` rounds half of the margin, and to the even number where it lies
+    between two; transformers' image processors cut it off. They differ by one pixel where the
+    margin leaves 3 when it is divided by 4.
+    """
+    margin = side - length
+    return margin // 2 if center == "transformers" else round(margin / 2)
+
+
+def fit(
+    image: Float[Tensor, "3 h w"],
+    size: tuple[int, int],
+    resize: Resize,
+    center: Center = "torchvision",
+) -> Float[Tensor, "3 height width"]:
+    """Bring a picture to a size.
+
+    Args:
+        image: Values in [-1, 1].
+        size: (height, width).
+        resize: "squash" ignores the aspect ratio; "crop" covers the size and keeps the middle;
+            "pad" stays within and adds grey, half of it, cut off to whole pixels, above and left.
+        center: See `crop_offset`, for "crop".
+    """
+    check_choice("center", center, get_args(Center))
+    if resize == "squash":
+        return _scale(image, size)
+    picture = (image.shape[1], image.shape[2])
+    height, width = size
+    if resize == "crop":
+        inner = scaled_size(picture, size, cover=True)
+        top, left = (
+            crop_offset(side, length, center) for side, length in zip(inner, size, strict=True)
+        )
+        if inner[0] * inner[1] > _LARGE * max(picture[0] * picture[1], height * width):
+            return _scale_part(image, inner, (top, left), size)
+        return _scale(image, inner)[:, top : top + height, left : left + width]
+    inner = scaled_size(picture, size, cover=False)
+    top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
+    padding = (left, width - inner[1] - left, top, height - inner[0] - top)
+    return F.pad(_scale(image, inner), padding, value=0.0)
+
+
+def _scale(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """All of a picture, by the bicubic filter with antialiasing."""
+    rows, columns = image.shape[1:]
+    if (rows, columns) == size:
+        return image
+    scaled = image[None]
+    # Widths are scaled first, which takes much memory for a high picture that becomes wider.
+    if rows * size[1] > _LARGE * max(rows * columns, size[0] * size[1]):
+        scaled = F.interpolate(scaled, size=(size[0], columns), mode="bicubic", antialias=True)
+    scaled = F.interpolate(scaled, size=size, mode="bicubic", antialias=True)
+    return scaled[0].clamp(-1, 1)
+
+
+def _scale_part(
+    image: Tensor, inner: tuple[int, int], start: tuple[int, int], size: tuple[int, int]
+) -> Tensor:
+    """What `_scale` to `inner` has at `start`, computed from the pixels that it depends on alone.
+
+    For pictures so narrow that all of it would take gigabytes.
+    """
+    top, rows = _filter(image.shape[1], inner[0], start[0], size[0])
+    left, columns = _filter(image.shape[2], inner[1], start[1], size[1])
+    part = image[:, top : top + rows.shape[1], left : left + columns.shape[1]]
+    rows, columns = rows.to(image), columns.to(image)
+    return (rows @ part @ columns.T).clamp(-1, 1)
+
+
+def _filter(side: int, scaled: int, start: int, count: int) -> tuple[int, Tensor]:
+    """First pixel read, and weights (count, pixels read) of the bicubic filter along one axis.
+
+    Source:
+        Keys 1981 with a = -0.5, widened where the picture shrinks, as Pillow and torch have it.
+    """
+    scale = side / scaled
+    width = max(scale, 1.0)
+    centers = (torch.arange(start, start + count, dtype=torch.float64, device="cpu") + 0.5) * scale
+    first = (centers - 2 * width + 0.5).long().clamp(min=0)
+    last = (centers + 2 * width + 0.5).long().clamp(max=side)
+    low, high = int(first.min()), int(last.max())
+    pixels = torch.arange(low, high, dtype=torch.float64, device="cpu")
+    x = ((pixels + 0.5 - centers[:, None]) / width).abs()
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    weights = torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
+    weights *= (pixels >= first[:, None]) & (pixels < last[:, None])
+    return low, weights / weights.sum(dim=1, keepdim=True)

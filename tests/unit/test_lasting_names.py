@@ -1,0 +1,221 @@
+"""What is saved finds its model again: from any directory, after a move, and never another one."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import builders
+from diffenc import CrossAttnScorer, DiffusionEncoder
+from diffenc.adapters.spec import TowerSpec
+from diffenc.backbones import describe, load_backbone
+from diffenc.digests import full_digest, is_marked, weights_mark
+from diffenc.errors import BackboneError
+from diffenc.pretrained import lasting_name, pretrained_source, read_name, stored_name
+from diffenc.scoring.query_bank import QueryBank
+from diffenc.train.token_cache import encoder_digest
+from diffenc.vlm.files import _encoder_told
+from diffenc.vlm.vision import VisionTokens
+from state_builders import picture, stirred, tiny_backbone
+from vlm_builders import save_tiny_vision
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch, tiny_sd_folder):
+    """A directory with a model in it, in which the program runs."""
+    shutil.copytree(tiny_sd_folder, tmp_path / "here" / "models" / "sd")
+    (tmp_path / "there" / "models").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path
+
+
+def put_another_model(folder):
+    """Other weights under the same name."""
+    backbone = load_backbone(folder)
+    backbone.unet = stirred(backbone.unet)
+    backbone.unet.save_pretrained(folder / "unet")
+
+
+@pytest.mark.parametrize("kind", [DiffusionEncoder, CrossAttnScorer])
+@pytest.mark.parametrize("name", ["models/sd", "./models/sd", "../here/models/sd"])
+def test_a_relative_folder_is_found_from_another_directory(models, monkeypatch, kind, name):
+    saved = kind.from_pretrained(name)
+    saved.save_pretrained("saved")
+    shutil.copytree(models / "here" / "models" / "sd", models / "there" / "models" / "sd")
+    put_another_model(models / "there" / "models" / "sd")
+    monkeypatch.chdir(models / "there")
+    again = kind.from_pretrained("../here/saved")
+    assert again.backbone.name == str(models / "here" / "models" / "sd")
+    for one, other in zip(saved.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kind", [DiffusionEncoder, CrossAttnScorer])
+def test_a_model_within_the_saved_folder_moves_with_it(models, monkeypatch, kind):
+    (models / "here" / "saved").mkdir()
+    shutil.move("models/sd", "saved/sd")
+    kind.from_pretrained("saved/sd").save_pretrained("saved")
+    shutil.move("saved", models / "moved")
+    monkeypatch.chdir(models / "there")
+    assert kind.from_pretrained("../moved").backbone.name == str(models / "moved" / "sd")
+
+
+@pytest.mark.parametrize("kind", [DiffusionEncoder, CrossAttnScorer])
+def test_another_model_in_the_same_place_is_refused(models, kind):
+    kind.from_pretrained("models/sd").save_pretrained("saved")
+    put_another_model(models / "here" / "models" / "sd")
+    with pytest.raises(BackboneError, match=r"is not the model that .*saved was saved with"):
+        kind.from_pretrained("saved")
+
+
+def test_half_precision_and_a_cut_model_are_known_again(models):
+    encoder = DiffusionEncoder.from_pretrained("models/sd", taps="mid_block", timestep=20)
+    encoder.save_pretrained("saved")
+    for options in ({"dtype": torch.bfloat16}, {"truncate": True}, {"dtype": torch.float16}):
+        DiffusionEncoder.from_pretrained("saved", **options)
+    other = stirred(encoder.backbone.unet)
+    DiffusionEncoder.from_pretrained("saved", unet=other)  # the caller's own, on purpose
+
+
+def test_a_bank_is_found_from_another_directory_and_knows_its_model(models, monkeypatch):
+    scorer = CrossAttnScorer.from_pretrained(
+        "models/sd", preset="paper", mode="shared-query", timesteps=(300,)
+    )
+    image = torch.rand(1, 3, 64, 64) * 2 - 1
+    bank = scorer.build_index(image, "bank")
+    bank.scores("a red circle")
+    for parameter in scorer.backbone.unet.down_blocks.parameters():
+        parameter.mul_(1.2)
+    with pytest.raises(BackboneError, match="other weights"):
+        bank.scores("a red circle")
+    monkeypatch.chdir(models / "there")
+    again = QueryBank.load(models / "here" / "bank")
+    assert again.backbone.name == str(models / "here" / "models" / "sd")
+
+
+def test_an_alias_wins_over_a_folder_of_its_name(tmp_path, monkeypatch, tiny_sd_folder):
+    for alias in ("shapes", "sdxl"):
+        shutil.copytree(tiny_sd_folder, tmp_path / alias)
+    (tmp_path / "shapes" / "config.json").write_text('{"backbone": "nothing"}')
+    (tmp_path / "shapes" / "scorer_config.json").write_text('{"backbone": "nothing"}')
+    (tmp_path / "shapes-clip").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert DiffusionEncoder.from_pretrained("shapes").backbone.name == "shapes"
+    assert CrossAttnScorer.from_pretrained("shapes").backbone.name == "shapes"
+    assert describe("sdxl").family == "sdxl"
+    for folder in ("./sdxl", tmp_path / "sdxl"):
+        assert describe(folder).family == "sd"
+        assert load_backbone(folder).name == str(tmp_path / "sdxl")
+    assert pretrained_source("shapes-clip") != str(tmp_path / "shapes-clip")
+    assert pretrained_source("./shapes-clip") == str(tmp_path / "shapes-clip")
+    assert TowerSpec.parse("diffenc:sdxl").model == "sdxl"
+
+
+def test_a_hub_id_of_a_saved_config_never_becomes_a_folder(models, monkeypatch):
+    encoder = DiffusionEncoder.from_pretrained("models/sd")
+    encoder.save_pretrained("saved")
+    config = json.loads((models / "here" / "saved" / "config.json").read_text())
+    config["backbone"] = "models/sd"  # as a Hub id, or an earlier version's relative path
+    (models / "here" / "saved" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BackboneError, match=r"here/models/sd may be another model"):
+        DiffusionEncoder.from_pretrained("saved")
+
+
+@pytest.mark.parametrize(
+    ("name", "stored"),
+    [
+        ("sdxl", "sdxl"),
+        ("owner/name", "owner/name"),
+        ("/a/saved/inner/model", "./inner/model"),
+        ("/a/savedmodel", "/a/savedmodel"),
+        ("/a", "/a"),
+    ],
+)
+def test_a_stored_name_is_read_as_it_was(name, stored):
+    assert stored_name(name, "/a/saved") == stored
+    assert read_name(stored, "/a/saved", aliases=("sdxl",)) == name
+
+
+@pytest.mark.parametrize("name", [None, 3, "", ["x"]])
+def test_what_is_no_name_is_refused(name):
+    with pytest.raises(BackboneError, match="names no model"):
+        read_name(name, "/a/saved")
+
+
+def test_the_home_folder_and_dots_are_written_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "sd").mkdir()
+    assert lasting_name("~/sd") == str(tmp_path / "sd")
+    assert lasting_name("~/other/../sd") == str(tmp_path / "sd")
+    assert lasting_name("owner/name") == "owner/name"
+    assert lasting_name("shapes-clip") == "shapes-clip"
+
+
+def test_a_tower_s_text_holds_the_whole_path(models, monkeypatch):
+    spec = TowerSpec.parse("diffenc:./models/sd?t=20")
+    text = str(spec)
+    monkeypatch.chdir(models / "there")
+    assert TowerSpec.parse(text) == spec
+    assert TowerSpec.parse(text).model == str(models / "here" / "models" / "sd")
+
+
+def test_a_vision_model_is_saved_by_its_whole_path_and_known_again(tmp_path, monkeypatch):
+    folder = save_tiny_vision(tmp_path)
+    monkeypatch.chdir(folder.parent)
+    vision = VisionTokens.from_pretrained(folder.name)
+    content = _encoder_told(vision, tmp_path / "elsewhere")
+    assert content["name"] == str(folder)
+    assert is_marked(vision, content["mark"])
+    assert not is_marked(stirred(vision), content["mark"])
+
+
+def test_a_mark_tells_models_apart_and_outlives_rounding():
+    unet = builders.tiny_unet()
+    mark = weights_mark(unet)
+    assert is_marked(unet, json.loads(json.dumps(mark)))
+    for dtype in (torch.float16, torch.bfloat16):
+        assert is_marked(builders.tiny_unet().to(dtype), mark)
+    assert not is_marked(stirred(unet, 0.01), mark)
+    for broken in (None, [], "mark", [float("nan")] * len(mark), mark[:-1], ["1"] * len(mark)):
+        assert not is_marked(unet, broken)
+
+
+def test_the_name_of_cached_tokens_follows_every_value_and_setting():
+    def changed(change):
+        encoder = DiffusionEncoder(tiny_backbone())
+        change(encoder)
+        return encoder_digest(encoder)
+
+    def one_value(encoder):
+        with torch.no_grad():
+            encoder.backbone.unet.mid_block.resnets[0].conv1.weight[1, 2, 0, 1] += 1e-3
+
+    def scaled(encoder):
+        encoder.backbone.vae.register_to_config(scaling_factor=0.3)
+
+    def padded(encoder):
+        encoder.backbone.tokenizer.pad_token = "!"
+
+    def slower(encoder):
+        encoder.backbone.scheduler.alphas_cumprod[7] *= 0.99
+
+    changes = [
+        lambda encoder: None,
+        one_value,
+        scaled,
+        padded,
+        slower,
+        lambda encoder: encoder.backbone.unet.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4),
+        lambda encoder: setattr(encoder.backbone, "uncond_rule", "zeros"),
+        lambda encoder: encoder.bfloat16(),
+    ]
+    digests = [changed(change) for change in changes]
+    assert len(set(digests)) == len(changes)
+    assert (
+        changed(lambda encoder: encoder.extract(picture(), "red", conditioning="cfg")) == digests[0]
+    )
+    encoder = DiffusionEncoder(tiny_backbone())
+    assert encoder_digest(encoder, "bf16") != digests[0]
+    encoder.backbone.name = "elsewhere"
+    assert full_digest(encoder) == full_digest(DiffusionEncoder(tiny_backbone()))
