@@ -18,10 +18,16 @@ _PART_OF_NONE = ("up_blocks.", "conv_norm_out.", "conv_out.")
 _CORE = frozenset(vars(nn.Module()))
 _PASSING = frozenset(
     {
+        "_commit_hash",
+        "_compile_options",
         "_is_hf_initialized",
+        "_matched",
         "_name_or_path",
+        "_waiting",
         "architectures",
+        "compiled",
         "dtype",
+        "given",
         "gradient_checkpointing",
         "lock",
         "name",

@@ -19,6 +19,7 @@ from diffenc.backbones import load_backbone
 from diffenc.backbones.sd import StableDiffusion
 from diffenc.config import EncoderConfig
 from diffenc.errors import BackboneError, ConfigError, NonFiniteError
+from diffenc.features import Features
 from diffenc.lora.options import LoraOptions
 from diffenc.noise import add_noise, shared_noise
 from diffenc.prompts import PromptEmbeds
@@ -309,11 +310,16 @@ def test_embeddings_that_are_no_numbers_are_refused(value):
 
 
 def test_guidance_that_leaves_the_numbers_is_refused():
-    encoder = DiffusionEncoder(tiny_backbone())
-    features = encoder.extract(picture(), TEXT, conditioning="cfg")
-    with pytest.raises(NonFiniteError, match=r"under guidance_scale=1e\+39"):
-        features.select("cfg", guidance_scale=1e39)
-    for wrong in (math.nan, math.inf, "2", True):
+    features = Features(
+        uncond={"mid_block": torch.zeros(1, 2, 3, 3)},
+        cond={"mid_block": torch.full((1, 2, 3, 3), 4.0)},
+        conditioning="cond",
+        guidance_scale=1.0,
+        grid=(3, 3),
+    )
+    with pytest.raises(NonFiniteError, match=r"'mid_block' under guidance_scale=3e\+38"):
+        features.select("cfg", guidance_scale=3e38)
+    for wrong in (math.nan, math.inf, 1e39, "2", True):
         with pytest.raises(ConfigError, match="guidance_scale must be a finite number"):
             features.select("cfg", guidance_scale=wrong)
 
