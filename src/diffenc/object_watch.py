@@ -91,10 +91,8 @@ _NOTES = frozenset(
 )
 """What libraries write into the config of a model when they save it, and never read in a pass."""
 
-_RECORDS = "_output_capturing_hooks_installed"
-"""What transformers notes where it first puts in hooks that record states and change none."""
-
-_RECORDERS = "transformers.utils.output_capturing"
+_INSTALLED = frozenset({"_output_capturing_hooks_installed"})
+"""What transformers notes in a model at its first call, when it puts hooks in that only read."""
 
 _MOST = 100_000
 """Objects that are watched; whoever leads to more is not cached."""
@@ -132,8 +130,8 @@ class _Node:
         attributes = owner.__dict__
         if type(owner) is not self._kind:
             return False
-        notes = len(_NOTES.intersection(attributes)) if self._noted else 0
-        if len(attributes) - notes - (_RECORDS in attributes) != self._count:
+        notes = len(self._noted.intersection(attributes)) if self._noted else 0
+        if len(attributes) - notes != self._count:
             return False
         try:
             if self._leaves_of is not None and self._leaves_of(attributes) != self._leaves:
@@ -156,10 +154,9 @@ class _Node:
         """Note what the object is now, and hand on what it refers to."""
         attributes = dict(owner.__dict__)
         is_module = isinstance(owner, nn.Module)
-        self._kind, self._noted = type(owner), not is_module and _is_config(attributes)
-        attributes.pop(_RECORDS, None)
+        self._kind, self._noted = type(owner), _notes_of(attributes, is_module)
         if self._noted:
-            attributes = {k: v for k, v in attributes.items() if k not in _NOTES}
+            attributes = {k: v for k, v in attributes.items() if k not in self._noted}
         self._count = len(attributes)
         self._calm = not is_module or _is_calm(owner)
         self._identities = _core_ids(attributes) if is_module else None
@@ -401,15 +398,19 @@ def _frozen(value: Any, visit: Callable[[object], None] | None = None) -> object
     return type(value), tuple(_frozen(entry, visit) for entry in entries)
 
 
-def _is_config(attributes: dict[str, Any]) -> bool:
-    return "_class_name" in attributes or "transformers_version" in attributes
+def _notes_of(attributes: dict[str, Any], is_module: bool) -> frozenset[str]:
+    """Attributes that change no result, and come and go."""
+    if is_module:
+        return _INSTALLED if "config" in attributes else frozenset()
+    is_config = "_class_name" in attributes or "transformers_version" in attributes
+    return _NOTES if is_config else frozenset()
 
 
 def _only_reads(hook: Any) -> bool:
-    """Whether a hook is one that reads, and changes nothing."""
+    """Whether a hook is one that reads, and changes nothing: this library's, or transformers'."""
     hook = hook.__func__ if isinstance(hook, types.MethodType) else hook
     home = str(getattr(hook, "__globals__", {}).get("__name__"))
-    return home == _RECORDERS or home.partition(".")[0] == "diffenc"
+    return home.partition(".")[0] == "diffenc" or home == "transformers.utils.output_capturing"
 
 
 def _code(kind: type) -> object:

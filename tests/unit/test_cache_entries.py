@@ -288,6 +288,7 @@ def test_a_changed_clip_gives_the_tokens_of_a_fresh_one(change):
     clip = ClipTokens(tiny_clip(), _Processor())
     before = clip(picture())
     assert torch.equal(clip(picture()), before)
+    assert (clip._cache.hits, clip._cache.misses) == (1, 1)
     change(clip)
     after = clip(picture())
     clip.use_cache = False
@@ -386,3 +387,11 @@ def test_a_config_that_is_exchanged_is_read_by_the_next_call(encoder):
     encoder.config = EncoderConfig(taps=("nowhere",))
     with pytest.raises(TapError):
         encoder.extract(picture())
+
+
+def test_two_text_encoders_are_remembered_from_the_first_call_on(tiny_sdxl_folder):
+    encoder = DiffusionEncoder.from_pretrained(tiny_sdxl_folder, taps="mid_block", size=64)
+    image = torch.zeros(1, 3, 64, 64)
+    encoder.extract(image, "red", conditioning="cfg")
+    encoder.extract(image, "red", conditioning="cfg")
+    assert counts(encoder) == [(1, 1), (2, 2), (1, 1)]
