@@ -12,7 +12,7 @@ from torch import Tensor
 from diffenc._inference import make_plain
 from diffenc.arguments import wholes
 from diffenc.attention import CrossAttnTaps
-from diffenc.backbones.base import Backbone, CompiledTaps
+from diffenc.backbones.base import Backbone, CompiledTaps, States
 from diffenc.errors import ConfigError, NonFiniteError, TapError
 from diffenc.hooks import ForwardTaps, TapOutputs
 from diffenc.lora.adapters import active_lora, is_merged, require_separate
@@ -30,6 +30,7 @@ def read_taps(
     taps: Sequence[str],
     *,
     batch_size: int | None = None,
+    compiled: Callable[..., tuple[Tensor, ...]] | None = None,
 ) -> dict[str, Float[Tensor, "rows _c _h _w"]]:
     """Read features of rows, each with latents, a noise level and a text of its own.
 
@@ -44,6 +45,7 @@ def read_taps(
         prompt_embeds: One row each.
         taps: Module paths.
         batch_size: Most rows per call; None is all.
+        compiled: What `compiled_taps` gives; None looks.
 
     Returns:
         A map per tap, in the order of `taps`.
@@ -60,6 +62,8 @@ def read_taps(
         make_plain(backbone.unet)  # moved in inference mode, weights could not be saved for it
     rows = len(noisy_latents)
     size = min(batch_size or rows, rows)
+    if compiled is None:
+        compiled = compiled_taps(backbone, taps)
     found: list[dict[str, Tensor]] = []
     start = 0
     with torch.set_grad_enabled(grad), backbone.lock:
@@ -74,6 +78,7 @@ def read_taps(
                         timesteps[part],
                         prompt_embeds.select(start, stop),
                         taps,
+                        compiled,
                     )
                 )
             except torch.cuda.OutOfMemoryError:
@@ -121,13 +126,13 @@ def compile_taps(backbone: Backbone, taps: Sequence[str], **options: Any) -> Non
 
 
 def compiled_taps(
-    backbone: Backbone, taps: Sequence[str]
+    backbone: Backbone, taps: Sequence[str], states: States | None = None
 ) -> Callable[..., tuple[Tensor, ...]] | None:
     """The compiled U-Net that returns these taps, of the U-Net as it is now; None: not compiled."""
     known = backbone.compiled.get(tuple(taps))
     if known is None:
         return None
-    if known.structure != structure_key(backbone.unet):
+    if known.structure != (states or backbone.states()).structure:
         compile_taps(backbone, taps, **known.options)
     return backbone.compiled[tuple(taps)].run
 
@@ -138,8 +143,8 @@ def _read(
     timesteps: Tensor,
     prompt_embeds: PromptEmbeds,
     taps: Sequence[str],
+    compiled: Callable[..., tuple[Tensor, ...]] | None,
 ) -> dict[str, Tensor]:
-    compiled = compiled_taps(backbone, taps)
     if compiled is not None:
         maps = call_unet(backbone, noisy_latents, timesteps, prompt_embeds, unet=compiled)
         # A compiled graph may give its outputs' memory to its next call.

@@ -5,6 +5,7 @@ conditional ones are rows of one batch.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -58,22 +59,21 @@ def read_halves(
         NonFiniteError: A map holds NaN or infinity.
     """
     batch = len(posteriors[0])
-    state = None
-    if uncond is not None and keys is not None:
-        state = (states or backbone.states()).features
+    states = states or backbone.states()
+    state = states.features if uncond is not None and keys is not None else None
+    compiled = compiled_taps(backbone, [tap for tap in taps if tap != LATENTS], states)
     found: list[Maps] = []
 
     def read(missing: list[int]) -> list[Entry]:
         texts = [uncond.take(missing)] if uncond is not None and missing else []
         texts += [cond] if cond is not None else []
         shown = [*missing, *range(batch if cond is not None else 0)]
-        found.append(_read_rows(backbone, config, taps, posteriors, shown, texts))
+        found.append(_read_rows(backbone, config, taps, posteriors, shown, texts, compiled))
         return [tuple(found[0][name][row] for name in taps) for row in range(len(missing))]
 
     halves: dict[str, Maps | None] = {"uncond": None, "cond": None}
     if uncond is not None:
         options = (tuple(taps), config.timestep, config.draws, config.noise, config.seed)
-        compiled = compiled_taps(backbone, [tap for tap in taps if tap != LATENTS])
         run = None if compiled is None else object_key(compiled)
         shared = (state, run, *options, config.posterior)
         rows = recall(
@@ -98,6 +98,7 @@ def _read_rows(
     posteriors: Posteriors,
     shown: list[int],
     texts: list[PromptEmbeds],
+    compiled: Any,
 ) -> Maps:
     """Features of rows, mean over draws: (rows c h w), or (rows t c h w) for several steps.
 
@@ -108,6 +109,7 @@ def _read_rows(
         posteriors: Of all pictures.
         shown: Which picture each row shows.
         texts: Their rows, in order.
+        compiled: What `compiled_taps` gives.
     """
     if not shown:
         return {}
@@ -131,6 +133,7 @@ def _read_rows(
             PromptEmbeds.concat(texts * repeats),
             names,
             batch_size=config.batch_size,
+            compiled=compiled,
         )
     if LATENTS in taps:
         found[LATENTS] = torch.cat(clean * len(steps)).to(backbone.device, backbone.dtype)

@@ -47,6 +47,7 @@ _LEAVES = (
     Enum,
     types.ModuleType,
 )
+_PLAIN = frozenset({bool, int, float, str, type(None)})  # the most of them, told apart faster
 _FUNCTIONS = (
     types.FunctionType,
     types.MethodType,
@@ -74,8 +75,7 @@ _LOCK = threading.RLock()
 _WATCHES: dict[int, tuple[weakref.ref[Any], "Watch"]] = {}
 _NUMBERED: dict[int, tuple[weakref.ref[Any], int]] = {}
 _OBJECT = object()
-_HOOKS = itemgetter("_forward_pre_hooks", "_forward_hooks")
-_TREES = itemgetter("_modules", "_parameters", "_buffers")
+_CORE = itemgetter("_modules", "_parameters", "_buffers", "_forward_pre_hooks", "_forward_hooks")
 _CONTAINERS = (dict, list, tuple, set, frozenset, deque)
 _SMALL = 2**20
 _NOTES = frozenset(
@@ -103,10 +103,10 @@ class _Node:
 
     Attributes:
         reference: The object.
+        is_restless: Whether it is a module that may give other results each time while it trains.
     """
 
     __slots__ = (
-        "_calm",
         "_containers",
         "_count",
         "_hooks",
@@ -117,13 +117,16 @@ class _Node:
         "_noted",
         "_parts",
         "_parts_of",
+        "is_restless",
         "reference",
     )
 
     def __init__(self, reference: Callable[[], Any]) -> None:
         self.reference = reference
+        self.is_restless = False
         self._kind: type | None = None
-        self._hooks: tuple[int, ...] = ()
+        self._identities: tuple[int, ...] | None = None
+        self._parts: tuple[int, ...] | None = None
 
     def holds(self, owner: Any) -> bool:
         """Whether the object is what it was when it was read: a few microseconds each."""
@@ -145,10 +148,12 @@ class _Node:
             return False
         if self._identities is None:
             return True
-        modules, parameters, buffers = _TREES(attributes)
+        modules, parameters, buffers, before, after = _CORE(attributes)
+        if (before or after or self._hooks) and _hooks(attributes) != self._hooks:
+            return False
         if buffers or (modules and parameters):
             return self._identities == _core_ids(attributes)
-        return self._identities == _ids((modules or parameters).values())
+        return self._identities == tuple(map(id, (modules or parameters).values()))
 
     def read(self, owner: Any, visit: Callable[[object], None]) -> None:
         """Note what the object is now, and hand on what it refers to."""
@@ -158,8 +163,9 @@ class _Node:
         if self._noted:
             attributes = {k: v for k, v in attributes.items() if k not in self._noted}
         self._count = len(attributes)
-        self._calm = not is_module or _is_calm(owner)
+        self.is_restless = is_module and not _is_calm(owner)
         self._identities = _core_ids(attributes) if is_module else None
+        self._hooks = _hooks(attributes) if is_module else ()
         if is_module:
             for tree in ("_modules", "_parameters", "_buffers"):
                 for value in attributes[tree].values():
@@ -178,26 +184,10 @@ class _Node:
             visit(attributes[name])
         self._containers = [(name, _frozen(attributes[name], visit)) for name in held]
 
-    def is_unpredictable(self, owner: Any) -> bool:
-        """Whether a module may give other results without having changed."""
-        return not self._calm and bool(owner.__dict__["training"])
-
-    def reads_hooks(self, owner: Any) -> bool:
-        """Note the hooks of a module but for those that only read; whether they are others now."""
-        before, after = _HOOKS(owner.__dict__)
-        hooks: tuple[int, ...] = ()
-        if before or after:  # torch counts them all: no two ever have one number
-            every = (*tuple(before.items()), *tuple(after.items()))
-            hooks = tuple(number for number, hook in every if not _only_reads(hook))
-        if hooks == self._hooks:
-            return False
-        self._hooks = hooks
-        return True
-
     @property
-    def is_module(self) -> bool:
-        """Whether the object is a module."""
-        return self._identities is not None
+    def links(self) -> tuple[object, ...]:
+        """Identities of what the object refers to."""
+        return self._identities, self._parts
 
 
 class Watch:
@@ -212,16 +202,16 @@ class Watch:
         self._guard = threading.Lock()
         self._start()
 
-    def state(self) -> int | None:
-        """Number of the present state, or None where nothing may be cached."""
+    def look(self) -> tuple[int, int | None]:
+        """Numbers of the present structure and state; None where nothing may be cached."""
         with self._guard:
             self._look()
-            changed = None if self._opaque else self._compare_tensors()
-            if changed is None:
-                return None
-            if changed:
-                self._state = next(_numbers)
-            return self._state
+            known = not self._opaque and self._compare_tensors()
+            return self._structure, self._state if known else None
+
+    def state(self) -> int | None:
+        """Number of the present state, or None where nothing may be cached."""
+        return self.look()[1]
 
     def structure(self) -> int:
         """Number of the present structure."""
@@ -264,14 +254,19 @@ class Watch:
             if owner is None:
                 return True
             if not node.holds(owner):
-                node.read(owner, self._visit)
-                self._classes.setdefault(type(owner), _code(type(owner)))
+                self._read(node, owner)
                 changed = True
-            if node.is_module:
-                changed = node.reads_hooks(owner) or changed
-                opaque = opaque or node.is_unpredictable(owner)
+            if node.is_restless and owner.__dict__["training"]:
+                opaque = True
         self._opaque = opaque or len(self._nodes) > _MOST
         return changed
+
+    def _read(self, node: _Node, owner: object) -> None:
+        links = node.links
+        node.read(owner, self._visit)
+        self._classes.setdefault(type(owner), _code(type(owner)))
+        if links not in ((None, None), node.links):
+            self._dead.append(node)  # what it referred to before may live on, and counts no more
 
     def _compare_classes(self) -> bool:
         """Whether the code of a class was exchanged."""
@@ -302,24 +297,25 @@ class Watch:
         elif hasattr(value, "__dict__") and not isinstance(value, (*_FUNCTIONS, logging.Logger)):
             self._nodes.append(_Node(reference))
 
-    def _compare_tensors(self) -> bool | None:
-        """Whether values changed, or None where that cannot be said, or a tensor is trained."""
-        changed, expired = False, torch.UntypedStorage._expired
+    def _compare_tensors(self) -> bool:
+        """Look for new values; False where they cannot be told, or a tensor is trained."""
+        expired = torch.UntypedStorage._expired
+        values, storages = self._values, self._storages
         for index, reference in enumerate(self._tensors):
-            tensor, storage = reference(), self._storages[index]
+            tensor, storage = reference(), storages[index]
             if tensor is None or storage is None or type(tensor) not in _PLAIN_TENSORS:
-                return None
+                return False
             if tensor.requires_grad:
-                return None
+                return False
             try:
                 value = tensor._version, tensor.data_ptr(), tensor.stride(), tensor.dtype
             except RuntimeError:  # no strides, no storage, or made in inference mode
-                return None
+                return False
             # A new storage may begin where the old one did.
-            if value != self._values[index] or expired(storage.cdata):
-                self._values[index], self._storages[index] = value, _storage(tensor)
-                changed = True
-        return changed
+            if value != values[index] or expired(storage.cdata):
+                values[index], storages[index] = value, _storage(tensor)
+                self._state = next(_numbers)
+        return True
 
 
 def watch_of(root: object) -> Watch:
@@ -362,8 +358,15 @@ def _ids(values: Iterable[object]) -> tuple[int, ...]:
 
 def _core_ids(attributes: dict[str, Any]) -> tuple[int, ...]:
     """Identities of submodules, parameters and buffers."""
-    modules, parameters, buffers = _TREES(attributes)
+    modules, parameters, buffers, _, _ = _CORE(attributes)
     return tuple(map(id, (*modules.values(), *parameters.values(), *buffers.values())))
+
+
+def _hooks(attributes: dict[str, Any]) -> tuple[int, ...]:
+    """Hooks of a module but for those that only read; torch never counts two by one number."""
+    *_, before, after = _CORE(attributes)
+    every = (*tuple(before.items()), *tuple(after.items()))
+    return tuple(number for number, hook in every if not _only_reads(hook))
 
 
 def _is_leaf(value: Any) -> bool:
@@ -380,7 +383,7 @@ def _frozen(value: Any, visit: Callable[[object], None] | None = None) -> object
         value: Anything.
         visit: Called with every object whose identity counts.
     """
-    if isinstance(value, _LEAVES):
+    if type(value) in _PLAIN or isinstance(value, _LEAVES):
         return value
     if isinstance(value, np.ndarray) and value.dtype != object and value.nbytes <= _SMALL:
         return value.shape, value.dtype.str, value.tobytes()
@@ -395,6 +398,9 @@ def _frozen(value: Any, visit: Callable[[object], None] | None = None) -> object
         entries = tuple(entry for entry in entries if entry[0] not in _NOTES)
     if isinstance(value, (set, frozenset)):
         return type(value), frozenset(_frozen(entry, visit) for entry in entries)
+    if isinstance(value, dict):
+        names = tuple(name for name, _ in entries)
+        return type(value), names, tuple(_frozen(entry, visit) for _, entry in entries)
     return type(value), tuple(_frozen(entry, visit) for entry in entries)
 
 

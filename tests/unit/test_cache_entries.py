@@ -395,3 +395,24 @@ def test_two_text_encoders_are_remembered_from_the_first_call_on(tiny_sdxl_folde
     encoder.extract(image, "red", conditioning="cfg")
     encoder.extract(image, "red", conditioning="cfg")
     assert counts(encoder) == [(1, 1), (2, 2), (1, 1)]
+
+
+def test_a_weight_that_was_written_while_another_one_trained_is_seen_afterwards():
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).eval().requires_grad_(False)
+    before = state_key(module)
+    module[1].requires_grad_(True)
+    with torch.no_grad():
+        module[0].weight.add_(1)
+    assert state_key(module) is None
+    module[1].requires_grad_(False)
+    assert state_key(module) not in (None, before)
+
+
+def test_a_parameter_that_was_taken_out_counts_no_more():
+    module = nn.Linear(2, 2).eval()
+    kept = module.weight
+    assert state_key(module) is None
+    module.weight = nn.Parameter(torch.ones(2, 2), requires_grad=False)
+    module.bias.requires_grad_(False)
+    assert kept.requires_grad
+    assert state_key(module) is not None

@@ -23,6 +23,7 @@ from diffenc.checks import require_finite
 from diffenc.digests import weights_mark
 from diffenc.errors import PromptError, ShapeError, TapError
 from diffenc.model_state import module_key, scheduler_key, tokenizer_key, torch_settings
+from diffenc.object_watch import watch_of
 from diffenc.prompts import PromptEmbeds, count_windows, tokenize, tokenize_windows
 from diffenc.threads import lock_of
 from diffenc.truncation import is_whole
@@ -99,13 +100,22 @@ class States:
         """State of everything."""
         backbone = self._backbone
         others = [
-            module_key(part)
+            self._unet[1] if name == "unet" else module_key(part)
             for name, part in backbone.parts().items()
             if name != "vae" and not name.startswith("text")
         ]
         if None in (self.latents, self.prompts, *others):
             return None
         return self.latents, self.prompts, *others, scheduler_key(backbone.scheduler)
+
+    @property
+    def structure(self) -> int:
+        """Number of the U-Net's modules and settings, see `structure_key`."""
+        return self._unet[0]
+
+    @cached_property
+    def _unet(self) -> tuple[int, int | None]:
+        return watch_of(self._backbone.unet).look()
 
     @cached_property
     def _settings(self) -> Hashable:
