@@ -15,10 +15,11 @@ from diffenc.errors import BackboneError
 from diffenc.pretrained import lasting_name, pretrained_source, read_name, stored_name
 from diffenc.scoring.query_bank import QueryBank
 from diffenc.train.token_cache import encoder_digest
+from diffenc.vlm import DiffusionVLM
 from diffenc.vlm.files import _encoder_told
 from diffenc.vlm.vision import VisionTokens
 from state_builders import picture, stirred, tiny_backbone
-from vlm_builders import save_tiny_vision
+from vlm_builders import save_tiny_lm, save_tiny_vision
 
 
 @pytest.fixture
@@ -165,10 +166,10 @@ def test_a_vision_model_is_saved_by_its_whole_path_and_known_again(tmp_path, mon
     folder = save_tiny_vision(tmp_path)
     monkeypatch.chdir(folder.parent)
     vision = VisionTokens.from_pretrained(folder.name)
-    content = _encoder_told(vision, tmp_path / "elsewhere")
-    assert content["name"] == str(folder)
-    assert is_marked(vision, content["mark"])
-    assert not is_marked(stirred(vision), content["mark"])
+    assert _encoder_told(vision, tmp_path / "elsewhere")["name"] == str(folder)
+    mark = weights_mark(vision)
+    assert is_marked(vision, mark)
+    assert not is_marked(stirred(vision), mark)
 
 
 def test_a_mark_tells_models_apart_and_outlives_rounding():
@@ -226,3 +227,20 @@ def test_the_name_of_cached_tokens_does_not_follow_the_folder(models):
     shutil.copytree("models/sd", "copy")
     digests = {encoder_digest(DiffusionEncoder.from_pretrained(n)) for n in ("models/sd", "copy")}
     assert len(digests) == 1
+
+
+def test_a_multimodal_model_finds_and_knows_both_of_its_models(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    vision = save_tiny_vision(tmp_path / "here" / "eye")
+    language = save_tiny_lm(tmp_path / "here" / "lm")
+    vlm = DiffusionVLM(VisionTokens.from_pretrained(vision.name), "lm")
+    vlm.save_pretrained("saved", include_language_model=False)
+    monkeypatch.chdir(tmp_path / "there")
+    again = DiffusionVLM.from_pretrained("../here/saved")
+    assert again.language_model.name_or_path == str(language)
+    assert again.encoder.name == str(vision)
+    stirred(again.language_model).save_pretrained(language)
+    with pytest.raises(BackboneError, match=r"is not the language model that .*saved was saved"):
+        DiffusionVLM.from_pretrained("../here/saved")

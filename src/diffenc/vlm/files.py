@@ -51,6 +51,7 @@ class VLMContents:
         system: System message; None is the template's own.
         prompt_policy: Policy of the encoder's prompts.
         image_batch_size: Most pictures per call of the encoder; None is all at once.
+        encoder_mark: Numbers by which a vision model is known again.
         language_mark: Numbers by which the language model is known again, where it has a name.
     """
 
@@ -61,13 +62,14 @@ class VLMContents:
     system: str | None
     prompt_policy: str
     image_batch_size: int | None
+    encoder_mark: tuple[float, ...] | None = None
     language_mark: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         kind, keys = self.encoder_kind, ["kind"]
         check_choice("encoder.kind", kind, ("diffusion", "fused", "vision"))
         if kind == "vision":
-            keys += ["name", "layer", "mark"]
+            keys += ["name", "layer"]
             checked(self.encoder.get("name"), str, "encoder.name")
             checked(self.encoder.get("layer"), int, "encoder.layer")
         check_keys(self.encoder, keys, "encoder")
@@ -133,6 +135,9 @@ def save(vlm: Any, folder: "str | os.PathLike[str]", include_language_model: boo
         )
     content = {
         "encoder": _encoder_told(vlm.encoder, target),
+        "encoder_mark": weights_mark(vlm.encoder)
+        if isinstance(vlm.encoder, VisionTokens)
+        else None,
         "language_model": None if included else stored_name(name, target),
         "language_mark": None if included else weights_mark(base),
         "lora": adapted,
@@ -178,7 +183,7 @@ def load(
     needed += [ENCODER] * (saved.encoder_kind != "vision")
     if missing := [part for part in needed if not is_folder(source / part)]:
         raise BackboneError(f"{source} is not whole: it lacks {', '.join(missing)}")
-    encoder = _load_encoder(source, dict(saved.encoder), device, dtype, trainable, encoder_options)
+    encoder = _load_encoder(source, saved, device, dtype, trainable, encoder_options)
     model, tokenizer = load_language_model(
         language_model or name or source / LANGUAGE_MODEL, device=device, dtype=dtype
     )
@@ -209,7 +214,6 @@ def _encoder_told(encoder: Any, folder: Path) -> dict[str, Any]:
             "kind": "vision",
             "name": stored_name(encoder.name, folder),
             "layer": encoder.layer,
-            "mark": weights_mark(encoder),
         }
     raise ConfigError(
         f"{type(encoder).__name__} has no name to be found by; load it with "
@@ -219,24 +223,25 @@ def _encoder_told(encoder: Any, folder: Path) -> dict[str, Any]:
 
 def _load_encoder(
     source: Path,
-    told: dict[str, Any],
+    saved: VLMContents,
     device: str | torch.device,
     dtype: torch.dtype,
     trainable: bool,
     options: dict[str, Any],
 ) -> Any:
-    if told["kind"] == "vision":
+    told = saved.encoder
+    if saved.encoder_kind == "vision":
         if options:
             raise ConfigError(f"a vision model takes none of {sorted(options)}")
         name = read_name(told["name"], source)
         vision = VisionTokens.from_pretrained(name, layer=told["layer"], device=device, dtype=dtype)
-        if "mark" in told and not is_marked(vision, told["mark"]):
+        if saved.encoder_mark and not is_marked(vision, saved.encoder_mark):
             raise BackboneError(
                 f"{name!r} is not the vision model that {source} was saved with: its weights "
                 "differ; put that one back"
             )
         return vision
-    kind: Any = FusedEncoder if told["kind"] == "fused" else DiffusionEncoder
+    kind: Any = FusedEncoder if saved.encoder_kind == "fused" else DiffusionEncoder
     return kind.from_pretrained(
         source / ENCODER, device=device, dtype=dtype, trainable=trainable, **options
     )
