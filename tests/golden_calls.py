@@ -254,7 +254,9 @@ gradient_checkpointing = false
     model = root / "instruct" / "model"
     for name, options in (("captions", ()), ("mmvp", ())):
         answers = root / f"{name}.jsonl"
-        run_cli("evaluate", name, model, "--data", "shapes", "--limit", "8", "-o", answers, *options)
+        run_cli(
+            "evaluate", name, model, "--data", "shapes", "--limit", "8", "-o", answers, *options
+        )
         outputs[f"{name}, answers"] = _text(answers)
     return outputs
 
