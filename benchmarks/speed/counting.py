@@ -1,7 +1,7 @@
 """Work that does not depend on the machine: calls of each part, and their arithmetic."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from diffenc.attention import cross_attention_layers
 from diffenc.backbones import describe
 from diffenc.hooks import AllTapsRead
+from diffenc.threads import for_this_thread
 from diffenc.truncation import truncate
 
 
@@ -54,18 +54,16 @@ def counted(parts: Mapping[str, nn.Module]) -> Iterator[Counts]:
         "vae_pictures": parts["vae"].encoder,
         "texts": parts["text_encoder"],
     }
-    fields = {place: field for field, place in places.items()}
 
-    def add(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if field := fields.get(module):
-            setattr(counts, field, getattr(counts, field) + len(args[0]))
+    def add(field: str, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        setattr(counts, field, getattr(counts, field) + len(args[0]))
 
-    # A hook of all modules: one of a part's own would change the part, and caches would notice.
-    handle = register_module_forward_pre_hook(add)
-    try:
+    with ExitStack() as stack:
+        for field, place in places.items():
+            # A hook of the library's own: any other could change results, and caches would end.
+            hook = for_this_thread(partial(add, field))
+            stack.callback(place.register_forward_pre_hook(hook).remove)  # type: ignore[union-attr]
         yield counts
-    finally:
-        handle.remove()
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,9 @@ from typing import Any
 
 from diffenc.errors import ConfigError, DiffencError
 
+_LARGEST = 3.4e38
+"""In float32, in which numbers meet tensors."""
+
 
 def whole(
     name: str,
@@ -57,7 +60,7 @@ def wholes(
 
 
 def number(name: str, value: Any, *, error: type[DiffencError] = ConfigError) -> float:
-    """A finite number of Python, from one of any library.
+    """A finite number of Python, from one of any library; what float32 cannot hold is none.
 
     Raises:
         DiffencError: `error`: another kind of value, NaN or infinity.
@@ -67,7 +70,7 @@ def number(name: str, value: Any, *, error: type[DiffencError] = ConfigError) ->
         real = float(value) if is_one and not is_truth(value) else math.nan
     except (TypeError, ValueError, OverflowError, RuntimeError):
         real = math.nan
-    if not math.isfinite(real):
+    if not abs(real) <= _LARGEST:
         raise error(f"{name} must be a finite number, got {shown(value)}")
     return real
 

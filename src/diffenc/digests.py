@@ -60,8 +60,8 @@ def weights_mark(module: nn.Module) -> list[float]:
     """Numbers by which a model is known again: of some of its weights, in any floating dtype.
 
     Size and one projection of each, in units in which rounding to half precision moves them by
-    about 0.001, and other weights by more than 0.02. Adapters of diffenc change none of them, nor
-    does cutting off what lies behind a U-Net's last tap.
+    about 0.001, and other weights by more than 0.02. Adapters change none of them, merged or not,
+    nor does cutting off what lies behind a U-Net's last tap.
     """
     known = list(_lasting(module))
     step = max(1, (len(known) - 1) // (_WEIGHTS - 1))
@@ -88,11 +88,19 @@ def is_marked(module: nn.Module, mark: object) -> bool:
 
 
 def _lasting(module: nn.Module) -> Iterator[Tensor]:
-    """Matrices that neither an adapter nor truncation changes, in order."""
+    """Matrices as they are without adapters, those left out that truncation cuts, in order."""
     for path, parameter in module.named_parameters():
         cut = path.startswith(_PART_OF_NONE)
-        if parameter.ndim > 1 and not cut and ".attn2." not in path and ".lora_" not in path:
-            yield parameter
+        if parameter.ndim > 1 and not cut and ".lora_" not in path:
+            yield _without_adapters(module, path, parameter)
+
+
+def _without_adapters(module: nn.Module, path: str, weight: Tensor) -> Tensor:
+    layer, base, _ = path.rpartition(".base_layer.weight")
+    adapted: Any = module.get_submodule(layer) if base else None
+    for name in getattr(adapted, "merged_adapters", ()):
+        weight = weight - adapted.get_delta_weight(name).to(weight)
+    return weight
 
 
 def _add(digest: Any, tensor: Tensor) -> None:

@@ -137,11 +137,6 @@ class Features(Mapping[str, Tensor]):
         uncond, cond = self._half("uncond", conditioning), self._half("cond", conditioning)
         if conditioning == "concat":
             return {name: torch.cat([uncond[name], cond[name]], dim=-3) for name in cond}
-        if abs(scale) > torch.finfo(torch.float32).max:  # torch takes no such weight
-            raise NonFiniteError(
-                f"features under guidance_scale={scale} leave the numbers of float32; take a "
-                "smaller scale"
-            )
         guided = {name: torch.lerp(uncond[name], cond[name], float(scale)) for name in cond}
         for name, features in guided.items():
             require_finite(

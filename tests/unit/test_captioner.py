@@ -340,7 +340,7 @@ def test_what_is_no_clip_is_told(encoder, tmp_path):
     with pytest.raises(BackboneError, match="cannot load a CLIP"):
         plain.add_captioner("nobody/no-clip")
     for options in ({"layers": 0}, {"hidden_size": -1}, {"layers": 1.5}):
-        with pytest.raises(ConfigError, match="must be an int of 1 or more"):
+        with pytest.raises(ConfigError, match="must be an int from 1 to 1048576"):
             plain.add_captioner(tiny_clip(), **options)
     assert plain.captioner is None
     with pytest.raises(ConfigError, match="needs prompts"):

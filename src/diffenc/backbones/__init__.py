@@ -149,7 +149,7 @@ def load_backbone(
         return name if channels_last is None else arrange(name, channels_last)
     place, kind = check_placement(device, dtype), as_dtype(dtype)
     variant = check_variant(variant)
-    name = name if is_pipeline(name) else lasting_source(model_name(name))
+    name = name if is_pipeline(name) else model_name(name)
     architecture = None if architecture is None else lasting_source(architecture)
     told = _described(name, architecture, prediction_type, given)
     if keep_taps is not None:
@@ -321,7 +321,7 @@ def _described(
     """The configs of a model as it is read: with what its files say and what the caller says."""
     if prediction_type is not None:
         check_choice("prediction_type", prediction_type, PREDICTIONS)
-    name = name if is_pipeline(name) else lasting_source(model_name(name))
+    name = name if is_pipeline(name) else model_name(name)
     architecture = None if architecture is None else lasting_source(architecture)
     label = pipeline_name(name) if is_pipeline(name) else printable(name)
     path = None if is_pipeline(name) else single_file(name)
@@ -368,7 +368,7 @@ def _own_configs(
 
 
 def model_name(name: object) -> str:
-    """A model's name as text.
+    """A model's name, which means the same in every directory.
 
     Raises:
         BackboneError: It is neither a text nor a path, or one that no file system takes.
@@ -379,7 +379,8 @@ def model_name(name: object) -> str:
             f"pipeline of diffusers or a Backbone, got {type(name).__name__}. Known aliases are "
             f"{', '.join(SOURCES)}."
         )
-    return os.fspath(checked_path("a model", name, error=BackboneError))
+    checked_path("a model", name, error=BackboneError)
+    return lasting_source(name)
 
 
 def list_taps(name: Any) -> tuple[TapInfo, ...]:

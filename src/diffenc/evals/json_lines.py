@@ -21,6 +21,9 @@ _File = TypeVar("_File", bound="JsonLinesFile")
 
 _NONE = object()
 
+_AGAIN = "again"
+"""Of a line that takes the place of one before it; any other second line is a copy."""
+
 Key = tuple[str, int | str, str]
 """Name of the model, trial or part of the protocol, id of the item."""
 
@@ -121,14 +124,15 @@ class JsonLinesFile:
         return found[1]
 
     def add(self, key: Key, digest: str, value: Any, **more: Any) -> None:
-        """Append a value; `more` is for readers of the file.
+        """Append a value, which takes the place of one by that key; `more` is for readers.
 
         Raises:
             OutputError: It cannot be written.
         """
+        again = {_AGAIN: True} if key in self._values else {}
         self._values[key] = (digest, value)
         line = {"type": self.wording.line, **dict(zip(self.wording.keys, key, strict=True))}
-        self._write({**line, "digest": digest, **more, self.wording.value: value})
+        self._write({**line, **again, "digest": digest, **more, self.wording.value: value})
 
     def others(self, model: str, items: Collection[str]) -> list[str]:
         """Items for which the file holds values of a model, other than these."""
@@ -202,7 +206,7 @@ class JsonLinesFile:
                 check_choice("type", line["type"], [wording.line])
                 kinds = zip(wording.keys, (str, self.parts, str), strict=True)
                 key: Any = tuple(checked(line[name], kind, name) for name, kind in kinds)
-                copy = key in self._values
+                copy = key in self._values and line.get(_AGAIN) is not True
                 value = self.check_value(line[wording.value])
                 self._values[key] = (checked(line["digest"], str, "digest"), value)
         except KeyError as error:

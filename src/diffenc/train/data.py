@@ -422,7 +422,8 @@ def _problem(record: Any, folder: Path, *, look: bool) -> tuple[str, str] | None
     names = _names(record)
     if names is None:
         return "whose image is no name and no list of names", ""
-    if missing := [name for name in names if not is_file(folder / name)]:
+    missing = [name for name in names if look and not is_file(folder / name)]
+    if missing:
         return "with missing images", missing[0]
     try:
         messages = as_messages(record["conversations"])
