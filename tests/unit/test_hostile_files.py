@@ -94,7 +94,7 @@ def configs(folder):
     yield "encoder", encoder / "config.json", lambda p: read_config(p.parent)
     scorer = {"backbone": "shapes", "parts": {}, **ScorerConfig(layers=("a",)).to_dict()}
     path = write(folder / "scorer", "scorer_config.json", scorer)
-    yield "scorer", path, lambda p: ScorerConfig.from_dict(read_scorer(p.parent)[0])
+    yield "scorer", path, lambda p: ScorerConfig.from_dict(read_scorer(p.parent).options)
     saved = {
         "encoder": {"kind": "vision", "name": "x", "layer": -2},
         "language_model": "lm",
@@ -110,7 +110,7 @@ def configs(folder):
     yield "lora note", path, lambda p: read_origin(p.parent)
     vision = {"vision_config": {"image_size": 32, "patch_size": 8, "hidden_size": 16}}
     path = write(folder / "clip", "config.json", vision)
-    yield "companion", path, lambda p: find_companion.__wrapped__(str(p.parent))
+    yield "companion", path, lambda p: find_companion(str(p.parent))
     measured = {"figures": {"a": 1.5, "b": None}, "examples": [{"given": "x", "said": "y"}]}
     yield "measured", write(folder, "m.json", measured), read_measured
 
