@@ -183,9 +183,11 @@ class DiffusionEncoder(TrainableParts):
             parts.update(merge_parts(_resolved(contents.parts, folder), parts, folder))
             truncate = truncate or contents.truncated
             variant = contents.variant if variant is None else variant
+            if variant != contents.variant:  # other weights, as the caller wants them
+                given += contents.mark
         if clip is not None and not (contents and contents.captioner):
             raise ConfigError(
-                f"clip= is for the captioner of a saved encoder, and {name} holds none; call "
+                "clip= is for the captioner of a saved encoder, and this model holds none; call "
                 "add_captioner(clip) afterwards"
             )
         if options.get("taps") is not None:

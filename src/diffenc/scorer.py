@@ -31,6 +31,8 @@ from diffenc.vision_models import to_image, to_pictures
 from diffenc.viz.heatmap import HeatMap
 from diffenc.word_maps import heat_maps, word_maps, words_of
 
+_MOST_TRIALS = 2**20
+
 __all__ = [
     "SCORE_TIMESTEPS",
     "CrossAttnScorer",
@@ -141,7 +143,7 @@ class CrossAttnScorer(ConfiguredScorer):
             PromptError: No text, or something that is none.
             NonFiniteError: NaN or infinity came out of the U-Net.
         """
-        trials = whole("trials", trials, least=1)
+        trials = whole("trials", trials, least=1, most=_MOST_TRIALS)
         screen = None if screen is None else whole("screen", screen)
         check_choice("screen_over", screen_over, get_args(Candidates))
         if screen is not None and self.config.mode == "shared-query":

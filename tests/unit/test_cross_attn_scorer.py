@@ -384,7 +384,7 @@ def test_bad_input(backbone, images, tmp_path):
         scorer(tmp_path / "none.png", TEXTS)
     with pytest.raises(ShapeError, match="as many images as texts, got 3 and 2"):
         scorer.score_pairs(images, TEXTS[:2])
-    with pytest.raises(ConfigError, match="trials must be an int of 1 or more"):
+    with pytest.raises(ConfigError, match="trials must be an int from 1 to"):
         scorer.score(images, TEXTS, trials=0)
     with pytest.raises(ConfigError, match="not those of layers"):
         scorer_of(backbone, "discffusion").layer_scores(images, TEXTS)

@@ -85,7 +85,7 @@ def test_cleandift_s_weights_are_read_where_its_preset_says(tiny_sd21_folder, tm
         latents = pipe.vae.encode(IMAGE[None]).latent_dist.mean * pipe.vae.config.scaling_factor
         states = pipe.encode_prompt("red", "cpu", 1, False)[0]
         pipe.unet(latents, 261, encoder_hidden_states=states)
-    options = {"preset": "cleandift", "size": 64}
+    options = {"preset": "cleandift", "size": 64, "posterior": "mode"}
     encoder = DiffusionEncoder.from_pretrained(
         tiny_sd21_folder, unet=tmp_path / "cleandift.safetensors", **options
     )
@@ -212,7 +212,9 @@ def test_vaes_that_do_not_fit_are_refused(tiny_sd_folder, tmp_path):
         load_backbone(tiny_sd_folder, vae=tiny_taesd(latent_channels=16))
     with pytest.raises(BackboneError, match="whose config lacks"):
         load_backbone(tiny_sd_folder, vae=torch.nn.Conv2d(3, 4, 1))
-    with pytest.raises(BackboneError, match="holds a 'UNet2DConditionModel'; a VAE is one of"):
+    with pytest.raises(
+        BackboneError, match="it is of a UNet2DConditionModel; diffenc reads AutoencoderKL or"
+    ):
         load_backbone(tiny_sd_folder, vae=tiny_sd_folder / "unet")
     with pytest.raises(BackboneError, match="no such folder for vae"):
         load_backbone(tiny_sd_folder, vae=tmp_path / "nowhere")

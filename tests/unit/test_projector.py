@@ -263,7 +263,7 @@ def test_gradients_reach_both_streams(tokens) -> None:
             "how must be one of",
             marks=pytest.mark.wrong_type,
         ),
-        (lambda: FusedProjector((2, 4), 3, how="tokens"), "needs first_tokens"),
+        (lambda: FusedProjector((2, 4), 3, how="tokens"), "first_tokens, which how='tokens' needs"),
         (lambda: FusedProjector((2, 4, 1), 3, how="interleave"), "two streams"),
         (lambda: FusedProjector((2, 4), 3, "mlp", how="interleave"), "mlpNx_gelu"),
         (

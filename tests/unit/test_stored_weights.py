@@ -341,7 +341,7 @@ CHANGES = {
     "prefix": (lambda w, key: {f"model.{k}": v for k, v in w.items()}, "lacks .* and has unknown"),
     "shape": (lambda w, key: {**w, key: w[key][:1]}, "needed is"),
     "flat": (lambda w, key: {**w, key: w[key].flatten()}, "needed is"),
-    "integers": (lambda w, key: {**w, key: w[key].to(torch.int8)}, "whole numbers"),
+    "integers": (lambda w, key: {**w, key: w[key].to(torch.int8)}, "are in I8"),
     "nan": (lambda w, key: {**w, key: w[key] * float("nan")}, "NaN or infinity"),
     "infinity": (lambda w, key: {**w, key: w[key] + float("inf")}, "NaN or infinity"),
     "empty": (lambda w, key: {}, "lacks"),

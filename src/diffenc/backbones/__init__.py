@@ -150,7 +150,7 @@ def load_backbone(
     place, kind = check_placement(device, dtype), as_dtype(dtype)
     variant = check_variant(variant)
     name = name if is_pipeline(name) else model_name(name)
-    architecture = None if architecture is None else lasting_source(architecture)
+    architecture = None if architecture is None else model_name(architecture)
     told = _described(name, architecture, prediction_type, given)
     if keep_taps is not None:
         keep_taps = [tap.name for tap in told.match_taps(keep_taps)]
@@ -322,7 +322,7 @@ def _described(
     if prediction_type is not None:
         check_choice("prediction_type", prediction_type, PREDICTIONS)
     name = name if is_pipeline(name) else model_name(name)
-    architecture = None if architecture is None else lasting_source(architecture)
+    architecture = None if architecture is None else model_name(architecture)
     label = pipeline_name(name) if is_pipeline(name) else printable(name)
     path = None if is_pipeline(name) else single_file(name)
     if path is None and architecture is not None:

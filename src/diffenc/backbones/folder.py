@@ -56,12 +56,13 @@ def read_model_index(folder: Path) -> tuple[str, dict[str, Any]]:
     pipeline = index.get("_class_name") if isinstance(index, dict) else None
     if not isinstance(pipeline, str):
         raise BackboneError(f"{index_file} is broken: it names no pipeline under _class_name")
+    for part in sorted({part for parts in _PARTS.values() for part in parts}):
+        _check_origin(index.get(part), part, folder)
     family = pipeline_family(index, str(folder))
     missing = [part for part in _PARTS[family] if not is_folder(folder / part)]
     if missing:
         raise BackboneError(f"{folder} is incomplete: it lacks {', '.join(missing)}")
     for part in _PARTS[family]:
-        _check_origin(index.get(part), part, folder)
         refuse_remote_code(folder / part)  # before the weights of another part are read
     return family, index
 
@@ -75,7 +76,7 @@ def _check_origin(origin: Any, part: str, folder: Path) -> None:
             f"{folder / 'model_index.json'} is broken: {part} must be a library and a class, got "
             f"{printable(origin, 80)}"
         )
-    if origin[0] not in ("diffusers", "transformers"):
+    if origin[0] not in ("diffusers", "transformers", None):
         raise BackboneError(
             f"{folder} takes its {part} from {printable(origin[0], 80)}, code that diffenc does "
             "not run; it reads models of diffusers and transformers"

@@ -119,7 +119,7 @@ class ConfiguredScorer(nn.Module):
         if variant is not None:
             parts["variant"] = variant
         backbone = load_backbone(name, device=device, dtype=dtype, **parts)
-        if saved is not None:
+        if saved is not None and variant in (None, saved.parts["variant"]):
             check_mark(backbone, saved.mark, folder)
         return cls(backbone, config, use_cache=use_cache, references=references)
 

@@ -234,12 +234,16 @@ def _add_diffusion(found: MetaEncoder, model: ModelConfig, unet_rank: int) -> in
     return grid_tokens(size, told.reduction, [tap.reduction for tap in taps])
 
 
+def _no_pictures(*_: Any, **__: Any) -> Any:
+    raise AssertionError("a plan reads no pictures")
+
+
 def _add_vision(found: MetaEncoder, name: str, *, trained: int | None = None) -> int:
     """Add a vision model, of which what runs before a layer may train; its tokens."""
     vision, flops = _vision_model(name)
     config: Any = vision.config
     if trained is not None:
-        read = ClipTokens(vision, None, layer=trained, frozen=False)
+        read = ClipTokens(vision, _no_pictures, layer=trained, frozen=False)
         found.trained["vision model"] = sum(p.numel() for p in read.parameters() if p.requires_grad)
     found.parameters["vision model"] = count(vision)
     found.flops["vision model"] = flops
