@@ -224,6 +224,7 @@ def test_only_the_same_run_is_gone_on_with(parts, tmp_path):
         pytest.raises(OutputError, match="in use: another program is training in it"),
     ):
         train(begun, resume=True)
+    (tmp_path / "new").mkdir()
     with (
         locked(tmp_path / "new", purpose="training in it"),
         pytest.raises(OutputError, match="in use"),
