@@ -21,17 +21,17 @@ from torch import Tensor
 
 import diffenc
 from diffenc import CrossAttnScorer, DiffusionEncoder, EncoderConfig, Projector
-from diffenc.adapters.tower import DiffusionVisionTower
-from diffenc.backbones import StableDiffusion, list_taps, load_backbone
-from diffenc.backbones.base import Backbone
-from diffenc.backbones.taps import count_parameters
-from diffenc.captioner import ImplicitCaptioner
-from diffenc.clip_tokens import ClipTokens
-from diffenc.defaults import torch_defaults
-from diffenc.noise import shared_noise
+from diffenc.clip.captioner import ImplicitCaptioner
+from diffenc.clip.tokens import ClipTokens
+from diffenc.hosts.tower import DiffusionVisionTower
+from diffenc.inputs.noise import shared_noise
+from diffenc.mllm.language import load_language_model
+from diffenc.models import StableDiffusion, list_taps, load_backbone
+from diffenc.models.base import Backbone
+from diffenc.models.taps import count_parameters
 from diffenc.projector.fused import FusedProjector
+from diffenc.runtime.defaults import torch_defaults
 from diffenc.scoring.denoising import denoising_scores
-from diffenc.vlm.language import load_language_model
 
 TAPS = ("up_blocks.0", "mid_block")
 LONG = "a red circle left of a blue square " * 12
@@ -308,10 +308,10 @@ MODULES = (  # noqa: SIM905
 ).split()
 # Where the defaults themselves are what counts: file, function.
 READ_ON_PURPOSE = {
-    ("defaults.py", "torch_defaults"),  # asks what they are
-    ("adapters/loading.py", "builds_on_meta"),  # asks where a host builds
-    ("adapters/transformers/modeling.py", "__init__"),  # a buffer that follows the host
-    ("adapters/transformers/modeling.py", "_register"),  # another, of whole numbers
+    ("runtime/defaults.py", "torch_defaults"),  # asks what they are
+    ("hosts/loading.py", "builds_on_meta"),  # asks where a host builds
+    ("hosts/transformers/modeling.py", "__init__"),  # a buffer that follows the host
+    ("hosts/transformers/modeling.py", "_register"),  # another, of whole numbers
 }
 
 

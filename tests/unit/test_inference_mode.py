@@ -5,9 +5,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from diffenc import CrossAttnScorer, DiffusionEncoder, Projector
-from diffenc._inference import lasting, make_plain
-from diffenc.backbones import reach
-from diffenc.cache import TensorCache
+from diffenc.memory.cache import TensorCache
+from diffenc.models import reached_layers
+from diffenc.runtime.inference import lasting, make_plain
 
 IMAGE = torch.linspace(-1, 1, 3 * 64 * 72).reshape(3, 64, 72)
 OPTIONS = {"taps": ("mid_block", "up_blocks.1"), "size": (64, 72)}
@@ -45,7 +45,7 @@ def test_a_model_loaded_inside_works_and_trains_outside(loaded_inside, tiny_sd_f
 
 
 def test_an_adapter_and_a_captioner_made_inside_train_outside(tiny_sd_folder):
-    reach._reached.cache_clear()
+    reached_layers._reached.cache_clear()
     encoder = load(tiny_sd_folder)
     with torch.inference_mode():
         encoder.add_lora(rank=2)

@@ -4,9 +4,8 @@ from collections import Counter
 import pytest
 from transformers import CLIPTokenizer
 
-from diffenc.backbones.shapes import shapes_folder
 from diffenc.errors import ConfigError, PromptError
-from diffenc.policies import (
+from diffenc.inputs.policies import (
     Caption,
     Empty,
     PromptDropout,
@@ -17,6 +16,7 @@ from diffenc.policies import (
     parse_policy,
     strip_template,
 )
+from diffenc.models.shapes import shapes_folder
 from diffenc.shapes.questions import conversation
 from diffenc.shapes.scenes import sample_scene
 
@@ -187,7 +187,7 @@ def test_conversations_of_the_miniature_world_fit() -> None:
 
 
 def test_users_import_policies_from_prompts() -> None:
-    from diffenc import policies, prompts
+    from diffenc.inputs import policies, prompts
 
     for name in ("PromptSample", "PromptPolicy", "parse_policy", "draw_prompts", "DrawnPrompts"):
         assert name in prompts.__all__

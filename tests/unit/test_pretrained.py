@@ -18,14 +18,14 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from diffenc import pretrained
-from diffenc.captioner import ClipEmbedder
-from diffenc.clip_tokens import ClipTokens
+from diffenc.clip.captioner import ClipEmbedder
+from diffenc.clip.tokens import ClipTokens
 from diffenc.errors import BackboneError, ConfigError
 from diffenc.evals.clip import ClipMatcher
-from diffenc.pretrained import BUNDLED, lasting_name, load_whole, loading, pretrained_source
-from diffenc.vlm.language import load_language_model
-from diffenc.vlm.vision import VisionTokens
+from diffenc.mllm.language import load_language_model
+from diffenc.mllm.vision import VisionTokens
+from diffenc.storage import pretrained
+from diffenc.storage.pretrained import BUNDLED, lasting_name, load_whole, loading, pretrained_source
 
 
 def test_names_and_paths_are_taken_as_they_are(tmp_path):
@@ -36,7 +36,7 @@ def test_names_and_paths_are_taken_as_they_are(tmp_path):
 @pytest.mark.parametrize("name", BUNDLED)
 def test_a_miniature_is_its_folder_where_it_is_bundled(tmp_path, monkeypatch, name):
     monkeypatch.setattr(pretrained, "files", lambda package: tmp_path / package)
-    folder = tmp_path / "diffenc" / "backbones" / "assets" / name
+    folder = tmp_path / "diffenc" / "models" / "assets" / name
     with pytest.raises(BackboneError, match=f"does not bundle '{name}'"):
         pretrained_source(name)
     folder.mkdir(parents=True)

@@ -14,15 +14,14 @@ CALLS = {
 METHODS = {"read_text", "read_bytes", "write_text", "write_bytes", "splitlines"}
 
 REASONS = {
-    "backbones/": "checkpoints of other people have checks of their own",
-    "pretrained.py": "the first line of another library's message",
+    "models/": "checkpoints of other people have checks of their own",
     "scoring/bank_": "a bank is written part by part",
     "scoring/query_bank.py": "a bank is read part by part",
     "evals/llava_bench/judge.py": "the first line of a reply is no file",
     "cli/app.py": "the lines of a message are no file",
     "cli/signals.py": "a standard stream that is closed is opened anew, on no file",
     "viz/figure.py": "the paragraphs of a caption are no file",
-    "train/miniature.py": "the first line of a docstring is no file",
+    "mllm/training/miniature.py": "the first line of a docstring is no file",
 }
 
 
@@ -59,7 +58,7 @@ def test_the_check_knows_such_calls():
 
 
 def test_messages_on_writing_come_from_storage_alone():
-    own = ("storage/", "backbones/", "scoring/bank_", "train/token_cache.py", "cli/signals.py")
+    own = ("storage/", "models/", "scoring/bank_", "mllm/training/token_cache.py", "cli/signals.py")
     wrong = [
         path.relative_to(SOURCE).as_posix()
         for path in SOURCE.rglob("*.py")

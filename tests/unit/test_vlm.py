@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import BackboneError, ConfigError, PromptError, ShapeError
+from diffenc.mllm import IGNORE_ID, IMAGE_ID, DiffusionVLM, VisionTokens, pad, tokens_per_image
 from diffenc.projector import Projector
-from diffenc.vlm import IGNORE_ID, IMAGE_ID, DiffusionVLM, VisionTokens, pad, tokens_per_image
 from vlm_builders import (
     RecordingEncoder,
     picture,
