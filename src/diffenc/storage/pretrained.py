@@ -233,8 +233,7 @@ def load_whole(
     dtype: torch.dtype = torch.float32,
     unread: Sequence[str] = (),
 ) -> Any:
-    """A model of transformers, all of whose weights are there; see
-    `diffenc.storage.whole_models.load_from`.
+    """Load a model of transformers and check that all of its weights are there.
 
     Args:
         kind: A class of transformers, or one of its `Auto` classes.
