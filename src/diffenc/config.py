@@ -1,14 +1,18 @@
-"""What the public objects are told to do, as frozen dataclasses that check themselves."""
+"""What the encoder is asked to do, as a frozen dataclass that checks itself, and how it reads."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
+
+import torch
 
 from diffenc._typing import Conditioning, LongPrompts, Posterior, Resize, Uncond
 from diffenc.checks.arguments import pair, shown, whole
 from diffenc.checks.fields import conform
 from diffenc.errors import ConfigError, near_matches
 from diffenc.storage.schema import make
+
+_MOST_SHOWN = 4
 
 
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
@@ -137,3 +141,30 @@ class EncoderConfig:
             raise ConfigError(f"unknown options {unknown}; known are {sorted(known)}.{hint}")
         made: EncoderConfig = make(cls, values)
         return made
+
+
+def described(name: str, facts: Mapping[str, object], config: Any = None) -> str:
+    """Few lines for a `__repr__`: a line each fact, and what of a config is not the default.
+
+    Args:
+        name: Class of the object.
+        facts: Names and values; of long tuples the middle is left out.
+        config: A dataclass; its fields beyond the facts are shown where they were changed.
+    """
+    shown = dict(facts)
+    if config is not None:
+        for field in fields(config):
+            value = getattr(config, field.name)
+            if field.name not in facts and value != field.default:
+                shown[field.name] = value
+    lines = [f"  {key}={_shortened(value)}," for key, value in shown.items()]
+    return "\n".join([f"{name}(", *lines, ")"])
+
+
+def _shortened(value: object) -> str:
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, tuple) and len(value) > _MOST_SHOWN:
+        first = ", ".join(map(repr, value[:2]))
+        return f"({first}, ... {value[-1]!r})  # {len(value)}"
+    return repr(value)

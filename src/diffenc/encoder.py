@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffenc._typing import Conditioning, Prediction
 from diffenc.checks.arguments import flag, shown, text
-from diffenc.config import EncoderConfig, check_choice
+from diffenc.config import EncoderConfig, check_choice, described
 from diffenc.denoiser.grids import middle_grid
 from diffenc.denoiser.lora.adapters import is_merged
 from diffenc.errors import ConfigError, OutputError
@@ -95,6 +95,21 @@ class DiffusionEncoder(TrainableParts):
             raise ConfigError(
                 f"original_size is read by SDXL alone; {backbone.name!r} is no SDXL: leave it out"
             )
+
+    def __repr__(self) -> str:
+        facts: dict[str, object] = {
+            "model": self.backbone.name,
+            "taps": tuple(tap.name for tap in self.feature_info),
+            "timestep": self.config.timestep,
+            "conditioning": self.config.conditioning,
+            "device": str(self.device),
+            "dtype": self.dtype,
+        }
+        if self.lora_names:
+            facts["lora"] = self.lora_names
+        if self.captioner is not None:
+            facts["captioner"] = True
+        return described(type(self).__name__, facts, self.config)
 
     @classmethod
     @lasting

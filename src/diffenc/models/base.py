@@ -179,6 +179,10 @@ class Backbone(nn.Module):
             check_components(**{part: getattr(self, part) for part in _CHECKED} | {name: value})
         super().__setattr__(name, value)
 
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{type(self).__name__}({self.name!r}, device={str(self.device)!r}, dtype={dtype})"
+
     def freeze(self) -> "Backbone":
         """Evaluation mode, no gradients to weights; they can be trained later, where asked for."""
         make_plain(self)

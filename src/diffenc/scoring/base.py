@@ -11,6 +11,7 @@ from torch import nn
 
 from diffenc.checks.arguments import flag, shown, text
 from diffenc.checks.arguments import texts as listed
+from diffenc.config import described
 from diffenc.denoiser.attention import match_layers
 from diffenc.denoiser.attention_scores import layer_mix
 from diffenc.errors import ConfigError, OutputError, PromptError
@@ -69,6 +70,17 @@ class ConfiguredScorer(nn.Module):
         self.rows, self.queries = TensorCache(_ROW_BYTES), TensorCache(_QUERY_BYTES)
         if self.config.attention:
             layer_mix(self.config.layer_weights, len(self.layers))  # checks both
+
+    def __repr__(self) -> str:
+        facts: dict[str, object] = {
+            "model": self.backbone.name,
+            "mode": self.config.mode,
+            "timesteps": self.config.timesteps,
+            "layers": self.layers if self.config.attention else (),
+            "device": str(self.backbone.device),
+            "dtype": self.backbone.dtype,
+        }
+        return described(type(self).__name__, facts, self.config)
 
     @classmethod
     @lasting
