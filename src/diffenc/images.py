@@ -54,6 +54,8 @@ def as_list(images: Images) -> list[ImageSource]:
         images = list(images)  # names or pictures, as a table's column has them
     if isinstance(images, (np.ndarray, Tensor)):
         return list(images) if images.ndim == 4 else [images]
+    if isinstance(images, (set, frozenset)):
+        raise ImageError("images must be in an order, got a set; pass a list")
     if not isinstance(images, Iterable):
         raise ImageError(
             "images must be PIL images, paths, arrays, tensors or a list of them, "

@@ -172,6 +172,11 @@ def test_what_is_no_size_is_refused(size):
         to_pixel_values(gradient(8, 8), size=size)
 
 
+def test_a_set_of_images_has_no_order():
+    with pytest.raises(ImageError, match="images must be in an order, got a set"):
+        to_pixel_values({"a.png", "b.png"}, size=8)
+
+
 def test_an_unknown_way_of_resizing_is_refused():
     with pytest.raises(ConfigError, match=r"resize must be one of .*'stretch'"):
         to_pixel_values(gradient(8, 8), size=8, resize="stretch")

@@ -1,7 +1,7 @@
 """What a query bank is made from, written before the first pass, so that it can be gone on with."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ def check_names(names: Sequence[str], count: int) -> list[str]:
     """
     if isinstance(names, str):
         raise ConfigError(f"names must be a list of texts, got the text {printable(names, 80)!r}")
-    if isinstance(names, (Set, Mapping)) or not isinstance(names, Iterable):
+    if isinstance(names, (set, frozenset, Mapping)) or not isinstance(names, Iterable):
         raise ConfigError(
             f"names must be a list of texts, got a value of type {type(names).__name__}"
         )
