@@ -358,6 +358,7 @@ def run(only: str = "") -> Iterator[tuple[str, Outputs]]:
     torch.set_num_threads(2)
     with tempfile.TemporaryDirectory() as folder:
         models = Models(Path(folder))
+        os.chdir(folder)  # commands write beside where they are run
         for name, function in CALLS.items():
             if only in name:
                 yield name, function(models)

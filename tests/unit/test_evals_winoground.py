@@ -2,6 +2,7 @@ import json
 import shutil
 import zipfile
 
+import numpy as np
 import pytest
 
 from diffenc.errors import ConfigError, MissingExtraError
@@ -141,6 +142,25 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
 )
 def test_rows_in_memory(cell):
     check(winoground_from_rows(winoground_rows(cell)))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (None, "rows must be a list of tables, got NoneType"),
+        ({"test": []}, "rows must be a list of tables, got dict with the keys .*test"),
+        ([{1: 2}], "rows has no column 'id'"),
+    ],
+)
+def test_what_is_no_list_of_rows_is_refused(rows, message):
+    with pytest.raises(ConfigError, match=message):
+        winoground_from_rows(rows)
+
+
+def test_an_array_for_a_picture_is_told():
+    rows = winoground_rows(lambda index, k: np.zeros((8, 8, 3), np.uint8))
+    found = winoground_from_rows(rows)
+    assert {problem.kind for problem in found.problems} == {"missing pictures"}
 
 
 def test_names_of_columns_may_vary_and_extra_ones_are_told(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffenc.errors import ImageError, ShapeError
+from diffenc.errors import ConfigError, ImageError, ShapeError
 from diffenc.inputs.images import load_image, to_pixel_values
 
 
@@ -164,6 +164,22 @@ def test_a_file_cut_off_is_refused(tmp_path):
     path.write_bytes(stream.getvalue()[:2000])
     with pytest.raises(ImageError, match="cannot read"):
         load_image(path)
+
+
+@pytest.mark.parametrize("size", [64.0, "64", True, 0, -8, (64,), (64, 64, 64), (64, 8.5)])
+def test_what_is_no_size_is_refused(size):
+    with pytest.raises(ConfigError, match=r"size must be a positive int or \(height, width\), got"):
+        to_pixel_values(gradient(8, 8), size=size)
+
+
+def test_a_set_of_images_has_no_order():
+    with pytest.raises(ImageError, match="images must be in an order, got a set"):
+        to_pixel_values({"a.png", "b.png"}, size=8)
+
+
+def test_an_unknown_way_of_resizing_is_refused():
+    with pytest.raises(ConfigError, match=r"resize must be one of .*'stretch'"):
+        to_pixel_values(gradient(8, 8), size=8, resize="stretch")
 
 
 def test_sizes_are_checked():

@@ -152,6 +152,10 @@ def test_bad_input(backbone, images, tmp_path):
     bank = scorer.build_index(images, tmp_path / "bank")
     with pytest.raises(PromptError, match="got no texts"):
         bank.search([])
+    with pytest.raises(PromptError, match="must be a string or a list of strings, got set"):
+        bank.search({"red", "blue"})
+    with pytest.raises(ConfigError, match="names must be a list of texts, got a value of type set"):
+        scorer.build_index(images, tmp_path / "other", names=set(map(str, range(len(images)))))
     with pytest.raises(ConfigError, match="top must be 1 or more"):
         bank.search("red", top=0)
     with pytest.raises(ShapeError, match="got 1 names for 5 images"):

@@ -129,6 +129,21 @@ class TestContents:
         (bank / "bank.json").write_bytes(text.encode("utf-8", "surrogatepass"))
         refused(bank, backbone, "bank.json")
 
+    @pytest.mark.parametrize(
+        "edit",
+        [
+            {"names": list("baced")},
+            {"skipped": [["f", "it is empty"]]},
+            {"config": {"timesteps": [200, 701]}},
+            {"config": {"reference_texts": ["a circle"]}},
+        ],
+        ids=str,
+    )
+    def test_an_edited_table_of_contents_is_refused(self, bank, backbone, edit):
+        config = {**contents_of(bank)["config"], **edit.get("config", {})}
+        change(bank, **{**edit, "config": config})
+        refused(bank, backbone, "it was changed after it was written")
+
     def test_nan_among_the_norms_is_refused(self, bank, backbone):
         mark = contents_of(bank)["weights"]
         change(bank, weights={**mark, "dtype": "float16", "norms": [float("nan")] * 4})

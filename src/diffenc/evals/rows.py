@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from numbers import Real
@@ -12,7 +12,7 @@ from diffenc._optional import require
 from diffenc.errors import ConfigError, near_matches
 from diffenc.evals.base import Problem
 from diffenc.storage.lines import parse_csv, parse_json_lines
-from diffenc.storage.names import reason
+from diffenc.storage.names import printable, reason
 from diffenc.storage.reading import decode
 
 _KINDS: Mapping[str, tuple[type, ...]] = {"plain": (str, Real), "text": (str,), "any": (object,)}
@@ -143,8 +143,19 @@ def read_jsonl(content: bytes, columns: Sequence[Column], where: str) -> TableRo
     return _table(rows, *_columns_of(rows, columns, where), problems=problems)
 
 
-def rows_of(found: Sequence[Mapping[str, Any]], columns: Sequence[Column], where: str) -> TableRows:
-    """Rows that are in memory already, such as those of the `datasets` library."""
+def rows_of(found: Iterable[Mapping[str, Any]], columns: Sequence[Column], where: str) -> TableRows:
+    """Rows that are in memory already, such as those of the `datasets` library.
+
+    Raises:
+        ConfigError: They are no list of tables, or a column is missing.
+    """
+    if isinstance(found, Mapping):
+        raise ConfigError(
+            f"{where} must be a list of tables, got {type(found).__name__} with the keys "
+            f"{printable([*found], 80)}; pass the rows of one of them"
+        )
+    if not isinstance(found, Iterable):
+        raise ConfigError(f"{where} must be a list of tables, got {type(found).__name__}")
     rows = [(f"{where}, row {number}", value) for number, value in enumerate(found)]
     return _table(rows, *_columns_of(rows, columns, where), problems=[])
 
@@ -246,7 +257,7 @@ def _columns_of(
     for place, row in rows:
         if not isinstance(row, Mapping):
             raise ConfigError(f"{place} must be a table, got {type(row).__name__}")
-    header = list(dict.fromkeys(key for _, row in rows for key in row))
+    header = list(dict.fromkeys(key for _, row in rows for key in row if isinstance(key, str)))
     picked, notes = match_columns(header, columns, where)
     return picked, columns, notes
 

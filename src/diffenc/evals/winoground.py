@@ -89,7 +89,7 @@ def winoground_from_rows(rows: Sequence[Mapping[str, Any]]) -> Benchmark:
     Raises:
         ConfigError: A column is missing.
     """
-    found = rows_of(list(rows), _COLUMNS, "rows")
+    found = rows_of(rows, _COLUMNS, "rows")
     return _benchmark(found.rows, picture_of, "rows", found.problems, found.notes, expected=ITEMS)
 
 
@@ -174,7 +174,7 @@ def _item(row: Row, find: _Find, faults: list[Problem]) -> Item | None:
     for column in _PICTURES:
         value = row.values.get(column)
         where = f"id {row.text('id')}"
-        empty = value is None or value == ""
+        empty = value is None or (isinstance(value, str) and not value)
         picture = None if empty else find(value, f"{column} of {where}")
         if picture is None:
             detail = "no value" if empty else value if isinstance(value, str) else column

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffenc._typing import Resize
+from diffenc.checks.arguments import sides
+from diffenc.config import check_choice
 from diffenc.errors import DiffencError, ImageError, ShapeError
 from diffenc.inputs.pictures.files import FILE_TYPES, FileSource, load_image
 from diffenc.inputs.pictures.resizing import Center, fit
@@ -52,6 +54,8 @@ def as_list(images: Images) -> list[ImageSource]:
         images = list(images)  # names or pictures, as a table's column has them
     if isinstance(images, (np.ndarray, Tensor)):
         return list(images) if images.ndim == 4 else [images]
+    if isinstance(images, (set, frozenset)):
+        raise ImageError("images must be in an order, got a set; pass a list")
     if not isinstance(images, Iterable):
         raise ImageError(
             "images must be PIL images, paths, arrays, tensors or a list of them, "
@@ -117,6 +121,7 @@ def to_pixel_values(
             process.
 
     Raises:
+        ConfigError: A `size` or `resize` that is none.
         ImageError: A picture cannot be read, has no pixels, or values outside its range.
         ShapeError: No picture, pictures of different sizes with "none", or a size that is no
             multiple of `multiple`.
@@ -124,6 +129,7 @@ def to_pixel_values(
     pictures = as_list(images)
     if not pictures:
         raise ShapeError("got no images; pass at least one")
+    check_choice("resize", resize, get_args(Resize))
     if resize != "none":
         size = check_size(size, multiple)
     if resize == "none":
@@ -145,13 +151,14 @@ def check_size(size: int | tuple[int, int] | None, multiple: int) -> tuple[int, 
     """(height, width) of `size`, both multiples of `multiple`.
 
     Raises:
+        ConfigError: It is neither a positive int nor two of them.
         ShapeError: They are not; the message names the nearest sizes that are.
     """
     if size is None:
         raise ShapeError("size is needed unless resize is 'none'")
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = sides("size", size)
     for side in (height, width):
-        if side % multiple or side <= 0:
+        if side % multiple:
             low = max(multiple, side // multiple * multiple)
             raise ShapeError(
                 f"image sides must be multiples of {multiple} for this model, got "

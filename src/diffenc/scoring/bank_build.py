@@ -14,14 +14,13 @@ from diffenc.errors import ConfigError, ImageError, NonFiniteError
 from diffenc.inputs.images import ImageSource, to_pixel_values
 from diffenc.memory.cache import TensorCache, content_key
 from diffenc.models.base import Backbone
-from diffenc.scoring.bank_files import DTYPES, FORMAT, Shapes
+from diffenc.scoring.bank_files import DTYPES, FORMAT, Shapes, json_digest
 from diffenc.scoring.bank_plan import (
     begin,
     check_folder,
     check_names,
     look_at,
     make_folder,
-    plan_digest,
 )
 from diffenc.scoring.bank_weights import model_mark, weights_mark
 from diffenc.scoring.bank_writing import BankWriter
@@ -158,7 +157,7 @@ def write_bank(
     with locked(folder, purpose="building this index"):
         going_on = begin(folder, build.plan, overwrite=overwrite)
         writer = BankWriter(
-            folder, plan_digest(build.plan), build.shapes, dtype, shard_bytes=shard_bytes
+            folder, json_digest(build.plan), build.shapes, dtype, shard_bytes=shard_bytes
         )
         parts, steps = build.parts(), len(config.steps)
         done = writer.resume([len(places) * steps for _, places in parts])

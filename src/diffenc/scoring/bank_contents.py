@@ -13,6 +13,7 @@ from diffenc.scoring.bank_files import (
     PLAN_FILE,
     BankContents,
     Shard,
+    json_digest,
     shard_name,
 )
 from diffenc.scoring.config import ScorerConfig
@@ -56,6 +57,18 @@ def read_contents(folder: Path) -> BankContents:
     return contents
 
 
+def check_unchanged(folder: Path, contents: BankContents) -> None:
+    """Refuse a table of contents that is possible, but not the one that was written.
+
+    Raises:
+        BackboneError: It was edited.
+    """
+    if not contents.unchanged:
+        raise _no_contents(
+            folder / BANK_FILE, "it was changed after it was written; build the bank again"
+        )
+
+
 def _no_contents(path: Path, why: str) -> BackboneError:
     return BackboneError(f"{path} is no table of contents of a query bank: {why}")
 
@@ -65,6 +78,7 @@ def _contents(values: Mapping[str, Any], path: Path) -> BankContents:
         config = ScorerConfig.from_dict(values["config"])
     except (DiffencError, TypeError, ValueError) as error:
         raise _no_contents(path, f"its config is not allowed: {reason(error)}") from error
+    written = {key: value for key, value in values.items() if key != "digest"}
     return BankContents(
         bank=values["bank"],
         backbone=values["backbone"],
@@ -78,6 +92,7 @@ def _contents(values: Mapping[str, Any], path: Path) -> BankContents:
         references=values["references"],
         weights=values["weights"],
         shards=tuple(Shard(**shard) for shard in values["shards"]),
+        unchanged=values["digest"] == json_digest(written),
     )
 
 
@@ -180,5 +195,6 @@ _FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "skipped": (_list_of(_is_skipped), "a list of pairs, name and reason"),
     "references": (_is_count, "a number"),
     "weights": (_is_mark, "dtype, digest and norms"),
+    "digest": (_is_digest, "a digest of 32 hexadecimal digits"),
     "shards": (_list_of(_is_shard, 1), "a list of one or more shards: file, first, rows, digest"),
 }

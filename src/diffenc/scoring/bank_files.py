@@ -66,6 +66,7 @@ class BankContents:
         references: Number of reference pictures, whose rows come last.
         weights: Mark of the weights that a search reads, see `weights_mark`.
         shards: The files, in the order of their rows.
+        unchanged: Whether all of this is what was written.
     """
 
     bank: str
@@ -80,6 +81,7 @@ class BankContents:
     references: int
     weights: Mapping[str, Any]
     shards: tuple[Shard, ...]
+    unchanged: bool
 
 
 class LayerDigest:
@@ -97,6 +99,12 @@ class LayerDigest:
         """What was taken in, as 32 hexadecimal digits."""
         whole = b"".join(digest.digest() for digest in self._each)
         return hashlib.blake2b(whole, digest_size=16).hexdigest()
+
+
+def json_digest(values: Mapping[str, Any]) -> str:
+    """A digest of what JSON holds, as 32 hexadecimal digits; the order of keys does not count."""
+    text = json.dumps(values, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def shard_name(index: int) -> str:

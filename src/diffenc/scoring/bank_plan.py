@@ -1,8 +1,7 @@
 """What a query bank is made from, written before the first pass, so that it can be gone on with."""
 
-import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,10 @@ def check_names(names: Sequence[str], count: int) -> list[str]:
     """
     if isinstance(names, str):
         raise ConfigError(f"names must be a list of texts, got the text {printable(names, 80)!r}")
+    if isinstance(names, (set, frozenset, Mapping)) or not isinstance(names, Iterable):
+        raise ConfigError(
+            f"names must be a list of texts, got a value of type {type(names).__name__}"
+        )
     listed = list(names)
     if len(listed) != count:
         raise ShapeError(f"got {len(listed)} names for {count} images")
@@ -97,12 +100,6 @@ def _broken(broken: Sequence[tuple[str, str]], count: int, *, whole: bool) -> Im
     go_on = ", or leave them out with skip_broken=True (--skip-broken)" if whole else ""
     listed = "; ".join(f"{printable(name)}: {why}" for name, why in broken)
     return ImageError(f"{len(broken)} of {count} images are broken; mend them{go_on}: {listed}")
-
-
-def plan_digest(plan: Mapping[str, Any]) -> str:
-    """The name of a bank: a digest of what it is made from."""
-    text = json.dumps(plan, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def check_folder(folder: Path, *, overwrite: bool) -> None:

@@ -19,6 +19,7 @@ from diffenc.scoring.bank_files import (
     Shard,
     check_shard,
     header_of,
+    json_digest,
     shard_name,
 )
 from diffenc.scoring.bank_plan import clear
@@ -84,6 +85,7 @@ class BankWriter:
         self._flush()
         shards = [asdict(shard) for shard in self._shards]
         whole = {"format": FORMAT, "bank": self.bank, **content, "shards": shards}
+        whole["digest"] = json_digest(whole)
         write_json(self.folder / BANK_FILE, whole, indent=1)
         clear(self.folder, keep=[BANK_FILE, *(shard.file for shard in self._shards)])
 

@@ -1,7 +1,7 @@
 """Queries of many images on disk, to be searched by any text without the images."""
 
 import os
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from diffenc.models.encoder_folder import read_source
 from diffenc.passes.inputs import prompts_of
 from diffenc.runtime.inference import lasting
 from diffenc.scoring.bank_build import layer_shapes
-from diffenc.scoring.bank_contents import read_contents
+from diffenc.scoring.bank_contents import check_unchanged, read_contents
 from diffenc.scoring.bank_files import (
     BankContents,
     LayerDigest,
@@ -111,6 +111,7 @@ class QueryBank:
         model = load_backbone(named, device=device, dtype=dtype)
         bank = cls(root, contents, model)
         bank._check_weights()
+        check_unchanged(root, contents)
         return bank
 
     def _check_weights(self) -> None:
@@ -134,7 +135,8 @@ class QueryBank:
             BackboneError: A file of the bank is broken, or was exchanged.
             NonFiniteError: Scores are no numbers, or the model's type does not hold the queries.
         """
-        several = not isinstance(texts, str) and isinstance(texts, Iterable)
+        unordered = isinstance(texts, (Mapping, Set))  # refused with the rest
+        several = isinstance(texts, Iterable) and not unordered and not isinstance(texts, str)
         together = list(texts) if several else texts
         listed = match_batch(together, len(together) if several else 1)
         if not listed:

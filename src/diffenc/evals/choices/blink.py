@@ -115,8 +115,10 @@ def blink_from_rows(
     Raises:
         ConfigError: A column is missing, a task is unknown, or answers are hidden.
     """
+    if not isinstance(rows, Mapping) or not all(isinstance(name, str) for name in rows):
+        raise ConfigError("rows must be a mapping from the names of tasks to their rows")
     wanted = _tasks(list(rows))
-    by_task = {_KNOWN[plain_name(name)]: list(found) for name, found in rows.items()}
+    by_task = {_KNOWN[plain_name(name)]: found for name, found in rows.items()}
     tables = {task: rows_of(by_task[task], _COLUMNS, task) for task in wanted}
     found = [(task, row) for task in wanted for row in tables[task].rows]
     problems = [problem for table in tables.values() for problem in table.problems]

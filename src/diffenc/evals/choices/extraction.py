@@ -18,7 +18,7 @@ from diffenc.evals.choices.wording import begins_with, by_words, plain_text, wor
 
 Rule = Literal["letter", "brackets", "phrase", "words"]
 
-READING = 2
+READING = 3
 """Number of these rules; it changes when answers are read otherwise."""
 
 _STATED: tuple[Rule, ...] = ("letter", "brackets", "phrase")

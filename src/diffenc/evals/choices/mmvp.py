@@ -114,7 +114,7 @@ def mmvp_from_rows(
     Raises:
         ConfigError: A column is missing.
     """
-    table = rows_of(list(rows), (*_COLUMNS, *_PICTURE), "rows")
+    table = rows_of(rows, (*_COLUMNS, *_PICTURE), "rows")
     return _benchmark(table, {}, "rows", fix_errata, instruction)
 
 

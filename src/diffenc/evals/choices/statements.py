@@ -14,10 +14,12 @@ _ALONE = re.compile(
     re.IGNORECASE,
 )
 
-# Bare letters are capitals; "A" and "I" are words where others follow that give no reason.
+# Bare letters are capitals, or end a sentence; "A" and "I" are words where others follow that give
+# no reason.
 _REASON = r"(?:because|since|as|for|due|based|given|or|and)\b"
 _LETTER = (
-    r"(?:[(\[]\s*([A-Za-z])\s*[)\]]|([B-HJ-Z]|[AI](?!\s+(?!" + _REASON + r")[a-z])))"
+    r"(?:[(\[]\s*([A-Za-z])\s*[)\]]|([B-HJ-Z]|[AI](?!\s+(?!is\b|" + _REASON + r")[a-z])"
+    r"|[a-hj](?=[\"']?(?:[.!](?:\s|$)|\s*(?:\n\n|$)))))"
     r"(?!\w|[.'-]\w)"
 )
 _NOUN = r"(?i:(?:(?:the|my)\s+)?(?:(?:correct|right|best|final)\s+)?"
@@ -31,13 +33,16 @@ _BEFORE = re.compile(
     r"\b(?:answer|choice|option|letter|response|solution|selection|(?:correct|right|best)\s+one)"
     r"\s*(?:'s|is|was|=|(?:would|should|must|will)\s+be)\s*:?\s*"
     r"(?:probably\s+|definitely\s+|clearly\s+|most\s+likely\s+)?"
-    r"|\b(?:answer|choice|final|result|selection|response|conclusion)\s*[:=\u2013\u2014-]+\s*"
+    r"|\b(?:answer|choice|final|result|selection|response|conclusion)[\"']?\s*[:=\u2013\u2014-]+\s*"
     r"|\banswer\s+(?:with\s+)?"
     r"|\b(?:choose|chose|pick|picked|select|selected|opt\s+for|go(?:ing)?\s+(?:with|for)|"
     r"went\s+with|vote\s+for|say|think|believe|guess|suggest)\s*:?\s*"
     r"(?:that\s+)?(?:it(?:'s|\s+is)\s+)?"
     r"|\bit(?:'s|\s+(?:is|must\s+be|should\s+be|has\s+to\s+be))\s+"
     r"|\b(?:probably|definitely|certainly|clearly|therefore|thus|hence|so)\b,?\s+"
+    r"|(?:\bnot|n't)\s+(?:option\s+|choice\s+)?[(\[]?[A-J][)\]]?,?\s+but\s+(?:rather\s+)?(?:it's\s+)?"
+    r"|答案\s*(?:是|为|:)?\s*"
+    r"|\b(?:Antwort|respuesta|réponse|risposta|resposta)(?:\s*:|\s+(?:ist|es|est|è|é)\b)\s*"
     rf"){_NAMED}"
 )
 _AFTER = re.compile(
@@ -56,7 +61,7 @@ _REFUSED = re.compile(
 )
 
 _OPENING = re.compile(rf"[\"']?(?i:(?:option|choice|letter)\s+)?[\"']?{_LETTER}")
-_MARK = re.compile(rf"[\"']?(?:\s*[.:,)\u2013\u2014](?=\s|$)|\s+-\s|\n|$|\s+{_REASON})")
+_MARK = re.compile(rf"[\"']?(?:\s*[.:,)\u2013\u2014](?=\s|$)|\s+-\s|\n|$|\s+{_REASON}|(?<!A)\s+\()")
 _SMALL = re.compile(r"[\"']?([a-z])[).:](?=\s|$)")
 
 

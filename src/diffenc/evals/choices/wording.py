@@ -8,7 +8,8 @@ _TAG = re.compile(r"</?[A-Za-z]+>")
 _WRAPPED = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mathit)\s*\{([^{}]*)\}")
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{([^{}]*)\}")
 _MARKUP = re.compile(r"[*`$]|__+|~~|\\[()\[\]]|^[ \t]*[#>]+", re.MULTILINE)
-_QUOTES = str.maketrans("\u201c\u201d\u2018\u2019", "\"\"''")
+_QUOTES = str.maketrans("\u201c\u201d\u2018\u2019\u00ab\u00bb\u300c\u300d", '""\'\'""""')
+_UNSEEN = re.compile("[\u200b-\u200f\u2060\ufeff]")
 
 # A number keeps its decimals, and a word its hyphens and apostrophes.
 _WORD = re.compile(r"(?:(?<=\d)[.,:/](?=\d)|(?<=[^\W_])['-](?=[^\W_])|[^\W_])+")
@@ -24,7 +25,8 @@ _CLAUSE = re.compile(
 )
 _DENIAL = re.compile(
     r"\b(?:not(?!\s+only\b)|never|neither|nor|none|cannot|without|hardly|unlikely|rather than|"
-    r"instead of|wrong|incorrect|no(?!\s+(?:doubt|question)\b))\b|n't\b",
+    r"(?<!no )(?<!a )(?<!without )doubt|instead of|wrong|incorrect|"
+    r"no(?!\s+(?:doubt|question)\b))\b|n't\b",
     re.IGNORECASE,
 )
 
@@ -49,7 +51,8 @@ _LOOKS = {
 
 def plain_text(answer: str) -> str:
     """An answer without markup: emphasis, tags, LaTeX; wide letters and brackets as ASCII."""
-    text = unicodedata.normalize("NFKC", answer).translate(_QUOTES).replace("\r\n", "\n")
+    text = _UNSEEN.sub("", unicodedata.normalize("NFKC", answer).translate(_QUOTES))
+    text = text.replace("\r\n", "\n")
     text = _TAG.sub("\n", text)
     text = _BOXED.sub(r"\nAnswer: \1\n", _WRAPPED.sub(r"\1", text))
     text = re.sub(r"[^\S\n]+", " ", _MARKUP.sub("", text))
