@@ -356,9 +356,8 @@ def summary(outputs: Outputs) -> dict[str, Any]:
 def run(only: str = "") -> Iterator[tuple[str, Outputs]]:
     """Run the calls whose name holds a text, one after the other."""
     torch.set_num_threads(2)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # commands write there
         models = Models(Path(folder))
-        os.chdir(folder)  # commands write beside where they are run
         for name, function in CALLS.items():
             if only in name:
                 yield name, function(models)
