@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from diffenc._inference import lasting, make_plain
 from diffenc.arguments import shown, whole
 from diffenc.cache import TensorCache, content_key, recall, state_key
-from diffenc.errors import BackboneError, ConfigError, NonFiniteError, ShapeError
+from diffenc.checks import require_finite
+from diffenc.errors import BackboneError, ConfigError, ShapeError
 from diffenc.images import Images
 from diffenc.pretrained import (
     lasting_name,
@@ -228,11 +229,7 @@ class ClipTokens(VisionModel):
                 f"its grid cannot be matched, {wanted} tokens can, or {wanted + 1} with a class "
                 "token"
             )
-        if not torch.isfinite(tokens.detach()).all():
-            raise NonFiniteError(
-                f"layer {self.layer} of CLIP gave NaN or infinity in {self.dtype}; try float32 or "
-                "bfloat16"
-            )
+        require_finite(tokens, f"tokens of layer {self.layer} of CLIP", "try float32 or bfloat16")
         return tokens[:, -wanted:]
 
     def _parameters_read(self) -> Iterator[nn.Parameter]:

@@ -11,7 +11,7 @@ from diffenc._typing import Conditioning
 from diffenc.arguments import number, shown, sides
 from diffenc.checks import require_finite
 from diffenc.config import check_choice
-from diffenc.errors import ConfigError, NonFiniteError, TapError, near_matches
+from diffenc.errors import ConfigError, TapError, near_matches
 from diffenc.maps import to_tokens
 
 Maps: TypeAlias = dict[str, Tensor]

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 _numbers = count(1)
 
@@ -343,6 +344,17 @@ def object_key(thing: object) -> int:
         reference = weakref.ref(thing, lambda _: _NUMBERED.pop(identity, None))
         _NUMBERED[identity] = (reference, number)
         return number
+
+
+def _count_writes(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Let autograd count what an optimizer wrote: fused kernels write without being counted."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if not parameter.is_inference():
+                torch.autograd.graph.increment_version(parameter)
+
+
+register_optimizer_step_post_hook(_count_writes)
 
 
 def _storage(tensor: Tensor) -> StorageWeakRef | None:

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from diffenc._inference import lasting, make_plain
 from diffenc._typing import LongPrompts, Uncond
 from diffenc.backbones.configs import Architecture
-from diffenc.backbones.fitting import check_components, text_width
+from diffenc.backbones.fitting import check_components, check_width, text_width
 from diffenc.backbones.presets import preset_options
 from diffenc.backbones.taps import LATENTS, TapInfo, match_taps, unet_taps
 from diffenc.backbones.variants import check_unet
 from diffenc.cache import TensorCache
 from diffenc.checks import require_finite
-from diffenc.digests import weights_mark
-from diffenc.errors import PromptError, ShapeError, TapError
+from diffenc.digests import scaling_mark, schedule_mark, weights_mark, words_mark
+from diffenc.errors import BackboneError, PromptError, ShapeError, TapError
 from diffenc.model_state import module_key, scheduler_key, tokenizer_key, torch_settings
 from diffenc.object_watch import watch_of
 from diffenc.prompts import PromptEmbeds, count_windows, tokenize, tokenize_windows
@@ -175,6 +175,8 @@ class Backbone(nn.Module):
         self.compiled: dict[tuple[str, ...], CompiledTaps] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if value is None and name.startswith(("text_encoder", "tokenizer")):
+            raise BackboneError(f"{name} must be there, got None; a prompt is encoded with it")
         if name in _CHECKED and "given" in self.__dict__:  # exchanged later on
             check_components(**{part: getattr(self, part) for part in _CHECKED} | {name: value})
         super().__setattr__(name, value)
@@ -295,7 +297,8 @@ class Backbone(nn.Module):
 
     def _check_ids(self, ids: Sequence[Tensor]) -> None:
         """Raise a `PromptError` where a text encoder does not know a token of its tokenizer."""
-        encoders: Any = (part for name, part in self.parts().items() if name.startswith("text"))
+        encoders: Any = [part for name, part in self.parts().items() if name.startswith("text")]
+        check_width(self.unet, encoders)  # which may have been exchanged
         for rows, encoder in zip(ids, encoders, strict=True):
             size = encoder.config.vocab_size
             if rows.numel() and (largest := int(rows.max())) >= size:
@@ -372,8 +375,14 @@ class Backbone(nn.Module):
             )
 
     def mark(self) -> dict[str, list[float]]:
-        """Numbers of each part by which the model is known again, see `weights_mark`."""
-        return {name: weights_mark(part) for name, part in self.parts().items()}
+        """Numbers of each part by which the model is known again, of its weights and settings."""
+        words = {name: part for name, part in vars(self).items() if name.startswith("tokenizer")}
+        return {
+            **{name: weights_mark(part) for name, part in self.parts().items()},
+            "scheduler": schedule_mark(self.scheduler),
+            "vae.config": scaling_mark(self.vae.config),
+            **{name: words_mark(part) for name, part in words.items()},
+        }
 
     def states(self) -> States:
         """Keys of the present state of the parts, for the caches of one call."""

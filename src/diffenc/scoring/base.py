@@ -22,6 +22,7 @@ from diffenc.backbones.sources import lasting_source
 from diffenc.cache import TensorCache
 from diffenc.errors import ConfigError, OutputError, PromptError
 from diffenc.images import Images
+from diffenc.lora.adapters import active_lora
 from diffenc.saved import check_mark
 from diffenc.scoring.calibration import References
 from diffenc.scoring.config import ScorerConfig, scorer_preset
@@ -128,12 +129,19 @@ class ConfiguredScorer(nn.Module):
 
         Raises:
             OutputError: The folder cannot be written.
-            ConfigError: The backbone was given as a pipeline, which no file can name.
+            ConfigError: The backbone was given as a pipeline, which no file can name, or has an
+                adapter in use.
         """
         if PIPELINE in self.backbone.given:
             raise ConfigError(
                 f"{self.backbone.name} was given as an object, which a config cannot name: save "
                 "the pipeline with its own save_pretrained, and load the scorer from that folder"
+            )
+        if (adapter := active_lora(self.backbone.unet)) is not None:
+            raise ConfigError(
+                f"the U-Net has the adapter {adapter!r}, which the folder of a scorer does not "
+                "hold: save the encoder that has it, and make the scorer of the loaded encoder's "
+                "backbone, CrossAttnScorer(encoder.backbone)"
             )
         target = checked_path("a saved scorer", folder, error=OutputError)
         write_scorer(target, self.backbone, self.config, self.references)

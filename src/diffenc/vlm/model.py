@@ -10,10 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffenc._inference import lasting
+from diffenc._inference import lasting, make_plain
 from diffenc.arguments import whole
 from diffenc.encoder import DiffusionEncoder
-from diffenc.errors import ConfigError
+from diffenc.errors import ConfigError, NonFiniteError
 from diffenc.images import Images, as_list
 from diffenc.policies import PromptPolicy, parse_policy
 from diffenc.projector.choosing import projector_for
@@ -103,6 +103,7 @@ class DiffusionVLM(PictureInputs):
             seen: Any = encoder
             projector = projector_for(seen, width)
         self.projector = projector
+        make_plain(self)
         if projector.out_features != width:
             raise ConfigError(
                 f"the projector gives {projector.out_features} channels and the language model "
@@ -271,6 +272,7 @@ class DiffusionVLM(PictureInputs):
             PromptError: Questions, pictures and prompts differ in number, or the policy needs
                 captions.
             ShapeError: More tokens than the context holds.
+            NonFiniteError: The projector or the language model gave NaN.
         """
         asked, shown = samples_of(images, questions)
         turns = [with_marks(each, len(own)) for each, own in zip(asked, shown, strict=True)]
@@ -284,6 +286,7 @@ class DiffusionVLM(PictureInputs):
                 attention_mask=spliced.attention_mask,
                 max_new_tokens=max_new_tokens,
                 do_sample=do_sample,
+                logits_processor=[_require_numbers, *(options.pop("logits_processor", None) or [])],
                 **{"pad_token_id": filler_id(self.tokenizer), **options},
             )
         answers = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
@@ -323,6 +326,16 @@ class DiffusionVLM(PictureInputs):
                 yield
             finally:
                 self.train(was_training)
+
+
+def _require_numbers(_: Tensor, scores: Tensor) -> Tensor:
+    """Scores of the next token as they are; minus infinity rules one out, NaN would choose any."""
+    if bool(scores.isnan().any()):
+        raise NonFiniteError(
+            f"the language model gave NaN in {scores.dtype}; check its weights, or load it in "
+            "bfloat16 or float32"
+        )
+    return scores
 
 
 def _loss(logits: Tensor, labels: Tensor, count: Tensor | int | None) -> Tensor:
