@@ -16,6 +16,7 @@ from diffenc.cache import TensorCache, content_key, recall, state_key
 from diffenc.checks import require_finite
 from diffenc.errors import BackboneError, ConfigError, ShapeError
 from diffenc.images import Images
+from diffenc.object_watch import free_to_swap
 from diffenc.pretrained import (
     lasting_name,
     load_image_processor,
@@ -248,6 +249,7 @@ class ClipTokens(VisionModel):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ClipTokens":
         self.clear_cache()  # another device or dtype
+        free_to_swap([self.model])
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 

@@ -220,6 +220,11 @@ class Watch:
             self._look()
             return self._structure
 
+    def begin_anew(self) -> None:
+        """Look at nothing until the next look."""
+        with self._guard:
+            self._start()
+
     def _start(self) -> None:
         # A list of its own for each start: late deaths of what is not watched any more say nothing.
         self._dead: list[object] = []
@@ -330,6 +335,16 @@ def watch_of(root: object) -> Watch:
         watch = Watch(root)
         _WATCHES[identity] = (reference, watch)
         return watch
+
+
+def free_to_swap(roots: Iterable[object]) -> None:
+    """Let torch swap the tensors of modules, which it refuses while anybody watches them.
+
+    It swaps where a program asks for it, for all modules; see `torch.__future__`.
+    """
+    if torch.__future__.get_swap_module_params_on_conversion():
+        for root in roots:
+            watch_of(root).begin_anew()
 
 
 def object_key(thing: object) -> int:

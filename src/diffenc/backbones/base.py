@@ -23,7 +23,7 @@ from diffenc.checks import require_finite
 from diffenc.digests import scaling_mark, schedule_mark, weights_mark, words_mark
 from diffenc.errors import BackboneError, PromptError, ShapeError, TapError
 from diffenc.model_state import module_key, scheduler_key, tokenizer_key, torch_settings
-from diffenc.object_watch import watch_of
+from diffenc.object_watch import free_to_swap, watch_of
 from diffenc.prompts import PromptEmbeds, count_windows, tokenize, tokenize_windows
 from diffenc.threads import lock_of
 from diffenc.truncation import is_whole
@@ -397,6 +397,7 @@ class Backbone(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> "Backbone":
         with self.lock:
             self.clear_caches()  # another device or dtype
+            free_to_swap(self.parts().values())
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
