@@ -177,11 +177,12 @@ def check_mark(
         weighty = [name for name in others if name in backbone.parts()]
         what = "weights" if weighty else "settings"
         listed = weighty or [name.partition(".")[0] for name in others]
+        passed = f", or pass the part that shall stand in its place ({listed[0]}=...)"
         raise BackboneError(
             f"{backbone.name!r} is not the model that {folder} was saved with: its "
-            f"{' and '.join(listed)} has other {what}. Put that model back, or pass the part that "
-            f"shall stand in its place ({listed[0]}=...); an encoder whose parts were changed by "
-            "hand is saved with include_backbone=True"
+            f"{' and '.join(listed)} has other {what}. Put that model back"
+            f"{passed if listed[0] != 'scheduler' else ''}; an encoder whose parts were changed "
+            "by hand is saved with include_backbone=True"
         )
 
 
