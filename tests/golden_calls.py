@@ -3,9 +3,7 @@
     python tests/golden_calls.py --write before.json    # on the old code
     python tests/golden_calls.py --compare before.json  # on the new: equal to the bit, or named
 
-Digests compare two trees on one machine. The default suite compares summaries with a tolerance
-(`tests/integration/test_golden_calls.py`), which hold on every machine; `--summaries FILE` writes
-them anew where an output changes on purpose.
+Digests compare two trees on one machine; `--summaries FILE` writes figures that hold on every one.
 """
 
 import argparse
@@ -192,9 +190,9 @@ def _word_maps(models: Models) -> Outputs:
     daam = scorer.word_maps(pictures()[0], TEXTS[0], preset="daam")
     named = {"maps": maps, "daam": daam}
     return {
-        f"{kind} {place}": torch.as_tensor(heat.values)
-        for kind, found in named.items()
-        for place, heat in enumerate(found)
+        f"{kind} {word}": torch.as_tensor(heat.array)
+        for kind, maps in named.items()
+        for word, heat in maps.items()
     }
 
 

@@ -396,9 +396,9 @@ def test_bad_input(backbone, images, tmp_path):
         scorer_of(backbone, timestep=5)
     with pytest.raises(ConfigError, match="unknown preset 'dsd'"):
         scorer_of(backbone, "dsd")
-    with pytest.raises(ConfigError, match="must hold one .* or more"):
+    with pytest.raises(ConfigError, match=r"must hold one .* or more"):
         scorer.with_options(timesteps=[])
-    with pytest.raises(ConfigError, match="must hold one .* or more"):
+    with pytest.raises(ConfigError, match=r"must hold one .* or more"):
         scorer.word_maps(images[0], TEXTS[0], timesteps=[])
     with pytest.raises(ConfigError, match=r"call scorer\.calibrate"):
         scorer_of(backbone, calibration="given")(images, TEXTS)

@@ -219,9 +219,12 @@ def test_only_the_same_run_is_gone_on_with(parts, tmp_path):
     path.write_text(json.dumps(records))
     with pytest.raises(ConfigError, match="content of the samples was"):
         train(begun, resume=True)
-    with locked(tmp_path / "run", purpose="training in it"):
-        with pytest.raises(OutputError, match="in use: another program is training in it"):
-            train(begun, resume=True)
+    with (
+        locked(tmp_path / "run", purpose="training in it"),
+        pytest.raises(OutputError, match="in use: another program is training in it"),
+    ):
+        train(begun, resume=True)
+    (tmp_path / "new").mkdir()
     with (
         locked(tmp_path / "new", purpose="training in it"),
         pytest.raises(OutputError, match="in use"),

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from diffenc.attention import cross_attention_layers
 from diffenc.backbones import load_backbone
-from diffenc.errors import ConfigError, PromptError, TapError
+from diffenc.errors import PromptError, TapError
 from diffenc.noise import add_noise, shared_noise
 from diffenc.word_maps import daam_maps, word_maps, words_of
 
@@ -88,7 +88,7 @@ def test_heads_of_a_layer_can_be_chosen(backbone):
 def test_a_head_that_a_layer_lacks_is_an_error(backbone):
     with pytest.raises(TapError, match="has heads 0 to"):
         word_maps(backbone, latents(), TEXT, ["red"], timesteps=[9], heads=[7])
-    with pytest.raises(ConfigError, match="heads must hold one int or more"):
+    with pytest.raises(TapError, match="heads must hold one int or more"):
         word_maps(backbone, latents(), TEXT, ["red"], timesteps=[9], heads=[])
 
 

@@ -215,7 +215,7 @@ class ConfiguredScorer(nn.Module):
             )
             changed = {"calibration": "given", "reference_digest": references.digest}
         if texts is not None:
-            none = not isinstance(texts, str) and not len(texts)
+            none = isinstance(texts, (list, tuple)) and not texts
             changed["reference_texts"] = () if none else listed("texts", texts, error=PromptError)
         with backbone.lock:  # a call reads both
             self.references = references
