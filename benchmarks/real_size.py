@@ -21,8 +21,8 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from diffenc.backbones.configs import known_architecture
-from diffenc.backbones.shapes import shapes_folder
+from diffenc.models.configs import known_architecture
+from diffenc.models.shapes import shapes_folder
 
 GAIN = 0.5
 NARROW = 8

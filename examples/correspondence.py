@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffenc import DiffusionEncoder
-from diffenc.images import to_pixel_values
-from diffenc.latents import encode_latents
+from diffenc.inputs.images import to_pixel_values
+from diffenc.inputs.latents import encode_latents
 from diffenc.shapes import Scene, SceneObject, render, sample_scene
 from diffenc.shapes.scenes import COLORS, SHAPES
 from diffenc.viz import Panel, figure

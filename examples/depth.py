@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffenc import DiffusionEncoder
-from diffenc.images import to_pixel_values
-from diffenc.latents import encode_latents
-from diffenc.maps import to_grid
+from diffenc.denoiser.grids import to_grid
+from diffenc.inputs.images import to_pixel_values
+from diffenc.inputs.latents import encode_latents
 from diffenc.shapes import Scene, masks, render, sample_scene
 from diffenc.shapes.captions import join, noun_phrase
 from diffenc.viz import HeatMap, Panel, figure

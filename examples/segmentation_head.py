@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffenc import DiffusionEncoder
-from diffenc.images import to_pixel_values
-from diffenc.latents import encode_latents
+from diffenc.inputs.images import to_pixel_values
+from diffenc.inputs.latents import encode_latents
 from diffenc.shapes import Scene, masks, render, sample_scenes
 from diffenc.shapes.render import GROUND
 from diffenc.shapes.scenes import SHAPES

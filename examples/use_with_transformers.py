@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlavaConfig, PreTrainedTokenizerFast
 
-from diffenc.adapters.transformers import (
+from diffenc.hosts.transformers import (
     DiffEncConfig,
     DiffEncImageProcessor,
     DiffEncLlavaForConditionalGeneration,

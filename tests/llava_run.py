@@ -19,8 +19,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from diffenc.adapters.llava import register, take_prompts, train_with_prompts
-from diffenc.adapters.prompts import prompt_scope
+from diffenc.hosts.llava import register, take_prompts, train_with_prompts
+from diffenc.hosts.prompts import prompt_scope
 from diffenc.shapes import render, sample_scenes
 
 TOWER = "diffenc:shapes?t=50&rank=4"

@@ -7,7 +7,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 import builders
-from diffenc.backbones.sd import StableDiffusion
+from diffenc.models.sd import StableDiffusion
 
 TAPS = ("mid_block", "up_blocks.0.resnets.1")
 SIZE = 16

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from diffenc.adapters.transformers import DiffEncConfig, DiffEncImageProcessor, DiffEncModel
+from diffenc.hosts.transformers import DiffEncConfig, DiffEncImageProcessor, DiffEncModel
 
 IMAGE_TOKEN = 63
 PINPOINTS = [[128, 64], [64, 128]]

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffenc.train import AdaptConfig, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from diffenc.mllm.training import AdaptConfig, DataConfig, ModelConfig, OptimConfig, TrainConfig
 
 
 @dataclass(frozen=True)

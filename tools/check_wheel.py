@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src"
-ASSETS = "diffenc/backbones/assets/"
+ASSETS = "diffenc/models/assets/"
 ASSETS_LIMIT = 40_000_000  # bytes
 PICKLES = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from diffenc.backbones import Backbone, load_backbone
+from diffenc.models import Backbone, load_backbone
 
 
 class DisagreementError(Exception):

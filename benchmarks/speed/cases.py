@@ -6,8 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffenc.backbones.presets import preset_options
 from diffenc.config import EncoderConfig
+from diffenc.models.presets import preset_options
 
 OVERHEAD_GOAL = 0.05
 """Most time beyond the bare floor, as a share of the floor's."""

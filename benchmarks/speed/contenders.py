@@ -14,10 +14,10 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from diffenc import DiffusionEncoder
-from diffenc.backbones.base import Backbone, Caches
 from diffenc.config import EncoderConfig
-from diffenc.noise import shared_noise
-from diffenc.truncation import truncate
+from diffenc.denoiser.truncation import truncate
+from diffenc.inputs.noise import shared_noise
+from diffenc.models.base import Backbone, Caches
 from speed.cases import Question
 from speed.measuring import weight_bytes
 

@@ -13,11 +13,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from diffenc.attention import cross_attention_layers
-from diffenc.backbones import describe
-from diffenc.hooks import AllTapsRead
-from diffenc.threads import for_this_thread
-from diffenc.truncation import truncate
+from diffenc.denoiser.attention import cross_attention_layers
+from diffenc.denoiser.hooks import AllTapsRead
+from diffenc.denoiser.truncation import truncate
+from diffenc.models import describe
+from diffenc.runtime.threads import for_this_thread
 
 
 @dataclass(slots=True)

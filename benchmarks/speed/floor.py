@@ -7,11 +7,11 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from diffenc.backbones.base import Backbone
 from diffenc.config import EncoderConfig
-from diffenc.hooks import TapOutputs
-from diffenc.noise import shared_noise
-from diffenc.truncation import truncate
+from diffenc.denoiser.hooks import TapOutputs
+from diffenc.denoiser.truncation import truncate
+from diffenc.inputs.noise import shared_noise
+from diffenc.models.base import Backbone
 from speed.cases import Question
 
 Maps = dict[str, Tensor]

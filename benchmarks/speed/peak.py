@@ -9,8 +9,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from diffenc.backbones import describe, load_backbone
 from diffenc.cli.options import quiet_libraries
+from diffenc.models import describe, load_backbone
 from speed.bench import Bench
 from speed.cases import CASES, ask
 from speed.contenders import Contender, Diffenc

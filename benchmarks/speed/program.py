@@ -17,9 +17,9 @@ import torch
 import transformers
 from real_size import build_folder
 
-from diffenc.backbones.device import check_placement
 from diffenc.cli.options import quiet_libraries
 from diffenc.errors import DiffencError
+from diffenc.models.device import check_placement
 from speed.bench import DisagreementError
 from speed.measuring import fast_dtype, matrix_rate
 from speed.tables import MeasuredRow

@@ -14,10 +14,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from diffenc import CrossAttnScorer
-from diffenc.attention import cross_attention_layers, match_layers
-from diffenc.backbones.base import Backbone
-from diffenc.hooks import AllTapsRead
-from diffenc.noise import shared_noise
+from diffenc.denoiser.attention import cross_attention_layers, match_layers
+from diffenc.denoiser.hooks import AllTapsRead
+from diffenc.inputs.noise import shared_noise
+from diffenc.models.base import Backbone
 from diffenc.scoring.config import ScorerConfig
 from speed.contenders import load_pipeline
 from speed.score_cases import Kind, ScoreQuestion

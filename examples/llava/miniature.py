@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaModel
 
-from diffenc.adapters.tower import DiffusionVisionTower
+from diffenc.hosts.tower import DiffusionVisionTower
 from diffenc.projector import Projector
 from diffenc.shapes import questions, render, sample_scenes
 

@@ -7,7 +7,7 @@ environment variable DIFFENC_PROMPTS names another policy than "question", or "n
 import importlib
 import os
 
-from diffenc.adapters.llava import register, train_with_prompts
+from diffenc.hosts.llava import register, train_with_prompts
 
 policy = os.environ.get("DIFFENC_PROMPTS", "question")
 if policy == "none":

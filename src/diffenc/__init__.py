@@ -30,11 +30,11 @@ __all__ = [
 
 # Names are imported when they are first used, so that `diffenc --help` need not wait for torch.
 _HOMES = {
-    "Backbone": "diffenc.backbones.base",
+    "Backbone": "diffenc.models.base",
     "CrossAttnScorer": "diffenc.scorer",
     "DiffencError": "diffenc.errors",
     "DiffusionEncoder": "diffenc.encoder",
-    "DiffusionVLM": "diffenc.vlm.model",
+    "DiffusionVLM": "diffenc.mllm.model",
     "EncoderConfig": "diffenc.config",
     "Features": "diffenc.features",
     "FusedEncoder": "diffenc.fusion",
@@ -43,29 +43,29 @@ _HOMES = {
     "QueryBank": "diffenc.scoring.query_bank",
     "ScorerConfig": "diffenc.scoring.config",
     "Scores": "diffenc.scoring.result",
-    "TapInfo": "diffenc.backbones",
-    "list_backbones": "diffenc.backbones",
-    "list_taps": "diffenc.backbones",
-    "load_backbone": "diffenc.backbones",
+    "TapInfo": "diffenc.models",
+    "list_backbones": "diffenc.models",
+    "list_taps": "diffenc.models",
+    "load_backbone": "diffenc.models",
     "projector_for": "diffenc.projector",
-    "prompt_scope": "diffenc.adapters.prompts",
+    "prompt_scope": "diffenc.hosts.prompts",
 }
 
 if _TYPE_CHECKING:
-    from diffenc.adapters.prompts import prompt_scope
-    from diffenc.backbones import TapInfo, list_backbones, list_taps, load_backbone
-    from diffenc.backbones.base import Backbone
     from diffenc.config import EncoderConfig
     from diffenc.encoder import DiffusionEncoder
     from diffenc.errors import DiffencError
     from diffenc.features import Features
     from diffenc.fusion import FusedEncoder
+    from diffenc.hosts.prompts import prompt_scope
+    from diffenc.mllm.model import DiffusionVLM
+    from diffenc.models import TapInfo, list_backbones, list_taps, load_backbone
+    from diffenc.models.base import Backbone
     from diffenc.projector import FusedProjector, Projector, projector_for
     from diffenc.scorer import CrossAttnScorer
     from diffenc.scoring.config import ScorerConfig
     from diffenc.scoring.query_bank import QueryBank
     from diffenc.scoring.result import Scores
-    from diffenc.vlm.model import DiffusionVLM
 else:  # hidden from type checkers, which would otherwise accept any name
 
     def __getattr__(name: str) -> object:

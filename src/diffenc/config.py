@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from diffenc._typing import Conditioning, LongPrompts, Posterior, Resize, Uncond
-from diffenc.arguments import pair, shown, whole
-from diffenc.checks import conform
+from diffenc.checks.arguments import pair, shown, whole
+from diffenc.checks.fields import conform
 from diffenc.errors import ConfigError, near_matches
 from diffenc.storage.schema import make
 

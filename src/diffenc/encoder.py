@@ -10,29 +10,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffenc._inference import lasting
 from diffenc._typing import Conditioning, Prediction
-from diffenc.arguments import flag, shown, text
-from diffenc.backbones import Architecture, TapInfo, describe, load_backbone, model_name
-from diffenc.backbones.base import Backbone, States
-from diffenc.backbones.device import Device, Dtype
-from diffenc.backbones.pipelines import PIPELINE
-from diffenc.backbones.presets import preset_options
-from diffenc.backbones.sources import lasting_source
-from diffenc.backbones.taps import LATENTS, tap_patterns
-from diffenc.backbones.writing import write_folder
+from diffenc.checks.arguments import flag, shown, text
 from diffenc.config import EncoderConfig, check_choice
+from diffenc.denoiser.grids import middle_grid
+from diffenc.denoiser.lora.adapters import is_merged
 from diffenc.errors import ConfigError, OutputError
 from diffenc.features import Features, check_guidance
-from diffenc.forward import compile_taps
-from diffenc.halves import read_halves
-from diffenc.images import Images, as_list, image_sizes, to_pixel_values
-from diffenc.lora.adapters import is_merged
-from diffenc.maps import middle_grid
-from diffenc.memo import image_keys, posterior_of, prompts_of
-from diffenc.object_watch import object_key
-from diffenc.prompts import PromptEmbeds, match_batch
-from diffenc.saved import (
+from diffenc.inputs.images import Images, as_list, image_sizes, to_pixel_values
+from diffenc.inputs.prompts import PromptEmbeds, match_batch
+from diffenc.memory.object_watch import object_key
+from diffenc.models import Architecture, TapInfo, describe, load_backbone, model_name
+from diffenc.models.base import Backbone, States
+from diffenc.models.device import Device, Dtype
+from diffenc.models.encoder_folder import (
     BACKBONE_FOLDER,
     CAPTIONER_FOLDER,
     LORA_FOLDER,
@@ -44,8 +35,17 @@ from diffenc.saved import (
     read_config,
     write_config,
 )
+from diffenc.models.pipelines import PIPELINE
+from diffenc.models.presets import preset_options
+from diffenc.models.sources import lasting_source
+from diffenc.models.taps import LATENTS, tap_patterns
+from diffenc.models.writing import write_folder
+from diffenc.passes.forward import compile_taps
+from diffenc.passes.halves import read_halves
+from diffenc.passes.inputs import image_keys, posterior_of, prompts_of
+from diffenc.runtime.inference import lasting
 from diffenc.storage.names import checked_path
-from diffenc.trainable.parts import TrainableParts
+from diffenc.tuning.parts import TrainableParts
 
 
 class DiffusionEncoder(TrainableParts):
@@ -137,7 +137,7 @@ class DiffusionEncoder(TrainableParts):
                 float32, and what a pipeline or a `Backbone` has.
             use_cache: See the class.
             preset: Where a published method reads: "gdf", "dift", "cleandift" or "hyperfeatures",
-                see `diffenc.backbones.presets`.
+                see `diffenc.models.presets`.
             truncate: Load and run nothing that lies behind the last tap: the same features from
                 less memory. Such an encoder has no later taps and predicts no noise.
             channels_last: Memory format of convolutions; None takes what was measured to be
@@ -240,7 +240,7 @@ class DiffusionEncoder(TrainableParts):
         when it is read.
 
         Args:
-            folder: See `diffenc.saved` for what lies where.
+            folder: See `diffenc.models.encoder_folder` for what lies where.
             include_backbone: Write the backbone's weights too, in its dtype, as a diffusers folder;
                 the result needs nothing else, but for a captioner's CLIP.
 
@@ -376,7 +376,7 @@ class DiffusionEncoder(TrainableParts):
         """Feature maps per tap.
 
         Args:
-            images: One or several pictures of any kind, see `diffenc.images.to_pixel_values`.
+            images: One or several pictures of any kind, see `diffenc.inputs.images.to_pixel_values`.
             prompts: One text for all images or one for each, or texts encoded before; "" is a text
                 too. None is no prompt: unconditional, or the captioner's tokens alone where there
                 is a captioner.

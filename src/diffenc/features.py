@@ -8,11 +8,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffenc._typing import Conditioning
-from diffenc.arguments import number, shown, sides
-from diffenc.checks import require_finite
+from diffenc.checks.arguments import number, shown, sides
+from diffenc.checks.fields import require_finite
 from diffenc.config import check_choice
+from diffenc.denoiser.grids import to_tokens
 from diffenc.errors import ConfigError, TapError, near_matches
-from diffenc.maps import to_tokens
 
 Maps: TypeAlias = dict[str, Tensor]
 """Per tap (b c h w), or (b t c h w) for several timesteps."""

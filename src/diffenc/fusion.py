@@ -11,32 +11,32 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from diffenc._inference import lasting
-from diffenc.arguments import flag, sides
-from diffenc.backbones import TapInfo
-from diffenc.backbones.base import Backbone
-from diffenc.backbones.device import Device, Dtype
-from diffenc.checks import require_finite
-from diffenc.clip_tokens import ClipTokens, to_maps
+from diffenc.checks.arguments import flag, sides
+from diffenc.checks.fields import require_finite
+from diffenc.clip.tokens import ClipTokens, to_maps
+from diffenc.clip.vision_models import to_image, to_pictures
 from diffenc.config import EncoderConfig, check_choice
-from diffenc.digests import is_marked, weights_mark
+from diffenc.denoiser.grids import to_grid
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import BackboneError, ConfigError, OutputError
-from diffenc.images import Images, as_list, to_pixel_values
-from diffenc.maps import to_grid
-from diffenc.pictures.resizing import fit
-from diffenc.pretrained import (
+from diffenc.inputs.images import Images, as_list, to_pixel_values
+from diffenc.inputs.pictures.resizing import fit
+from diffenc.inputs.prompts import PromptEmbeds
+from diffenc.memory.digests import is_marked, weights_mark
+from diffenc.models import TapInfo
+from diffenc.models.base import Backbone
+from diffenc.models.device import Device, Dtype
+from diffenc.runtime.inference import lasting
+from diffenc.storage.names import checked_path, is_folder, reason
+from diffenc.storage.pretrained import (
     load_image_processor,
     read_name,
     saved_image_processor,
     stored_name,
 )
-from diffenc.prompts import PromptEmbeds
-from diffenc.storage.names import checked_path, is_folder, reason
 from diffenc.storage.reading import read_json
 from diffenc.storage.schema import make
 from diffenc.storage.writing import begin_folder, reporting, write_json
-from diffenc.vision_models import to_image, to_pictures
 
 How = Literal["channel", "tokens", "interleave"]
 View = Literal["same", "own"]
@@ -296,7 +296,7 @@ class FusedEncoder(nn.Module):
         """Tokens of pictures under their prompts.
 
         Args:
-            images: Of any kind, see `diffenc.images.to_pixel_values`.
+            images: Of any kind, see `diffenc.inputs.images.to_pixel_values`.
             prompts: One text for all images or one for each, or texts encoded before; None is
                 unconditional.
 

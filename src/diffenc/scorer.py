@@ -9,13 +9,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffenc.arguments import entries, shown, sides, whole, wholes
-from diffenc.arguments import text as one_text
-from diffenc.arguments import texts as listed
+from diffenc.checks.arguments import entries, shown, sides, whole, wholes
+from diffenc.checks.arguments import text as one_text
+from diffenc.checks.arguments import texts as listed
+from diffenc.clip.vision_models import to_image, to_pictures
 from diffenc.config import check_choice
 from diffenc.errors import ConfigError, OutputError, PromptError, ShapeError
-from diffenc.images import Images, ImageSource, as_list
-from diffenc.memo import image_keys, posterior_of
+from diffenc.inputs.images import Images, ImageSource, as_list
+from diffenc.passes.inputs import image_keys, posterior_of
 from diffenc.scoring.bank_build import SHARD_BYTES, bank_bytes, write_bank
 from diffenc.scoring.base import ConfiguredScorer
 from diffenc.scoring.calibration import reference_pixels
@@ -26,10 +27,9 @@ from diffenc.scoring.query_bank import QueryBank
 from diffenc.scoring.result import Scores, stack_trials
 from diffenc.scoring.screening import Candidates
 from diffenc.scoring.trials import ScoreCall, Trial, picture_values
+from diffenc.scoring.word_maps import heat_maps, word_maps, words_of
 from diffenc.storage.names import checked_path
-from diffenc.vision_models import to_image, to_pictures
 from diffenc.viz.heatmap import HeatMap
-from diffenc.word_maps import heat_maps, word_maps, words_of
 
 _MOST_TRIALS = 2**20
 
@@ -72,7 +72,7 @@ class CrossAttnScorer(ConfiguredScorer):
         """Score every image under every text.
 
         Args:
-            images: One or several pictures of any kind, see `diffenc.images.to_pixel_values`.
+            images: One or several pictures of any kind, see `diffenc.inputs.images.to_pixel_values`.
             texts: One or several.
             seed: Of the noise; None takes the config's.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from diffenc.adapters.spec import TowerSpec
+from diffenc.hosts.spec import TowerSpec
 
 FOLDER = Path(__file__).parents[2] / "examples" / "llava"
 

@@ -7,8 +7,8 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffenc.backbones import describe
-from diffenc.hooks import ForwardTaps
+from diffenc.denoiser.hooks import ForwardTaps
+from diffenc.models import describe
 
 
 def teraflops(call: Callable[[], object]) -> float:

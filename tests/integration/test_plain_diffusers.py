@@ -7,7 +7,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from diffenc import DiffusionEncoder
-from diffenc.noise import shared_noise
+from diffenc.inputs.noise import shared_noise
 
 TAPS = {
     "tiny_sd_folder": ("up_blocks.1", "up_blocks.2.resnets.0", "up_blocks.3.attentions.1"),

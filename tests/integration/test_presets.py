@@ -7,10 +7,10 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from diffenc import DiffusionEncoder, list_taps
-from diffenc.backbones import match_taps
-from diffenc.backbones.presets import preset_options
 from diffenc.errors import ConfigError
-from diffenc.noise import shared_noise
+from diffenc.inputs.noise import shared_noise
+from diffenc.models import match_taps
+from diffenc.models.presets import preset_options
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file
 
 from diffenc import CrossAttnScorer, DiffusionEncoder
-from diffenc.backbones import load_backbone
-from diffenc.noise import shared_noise
+from diffenc.inputs.noise import shared_noise
+from diffenc.models import load_backbone
 from diffenc.scoring.config import discffusion_timesteps, itm_timesteps, scorer_preset
-from diffenc.word_maps import daam_maps
+from diffenc.scoring.word_maps import daam_maps
 from peer_models import OTHER, PROMPT, picture, save_peer_model
 
 PEERS = Path(__file__).parents[1] / "golden" / "peers"

@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from diffenc import CrossAttnScorer
-from diffenc.noise import shared_noise
+from diffenc.inputs.noise import shared_noise
 
 TEXTS = ["a red circle", "a blue square left of a circle"]
 SIX_OF_SD = {

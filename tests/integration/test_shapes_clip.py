@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from diffenc.evals.clip import ClipMatcher
-from diffenc.pretrained import pretrained_source
 from diffenc.shapes import captions, render, sample_scenes
 from diffenc.shapes.pairs import winoground_items
+from diffenc.storage.pretrained import pretrained_source
 from shapes_oracle import is_true
 
 

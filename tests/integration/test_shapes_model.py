@@ -9,9 +9,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from diffenc import DiffusionEncoder, load_backbone
-from diffenc.backbones.shapes import shapes_folder
-from diffenc.images import to_pixel_values
-from diffenc.latents import encode_latents
+from diffenc.inputs.images import to_pixel_values
+from diffenc.inputs.latents import encode_latents
+from diffenc.models.shapes import shapes_folder
 from diffenc.scorer import denoising_scores, word_maps
 from diffenc.shapes import (
     Scene,

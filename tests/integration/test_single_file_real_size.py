@@ -9,8 +9,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import ldm_layout as ldm
 from diffenc import load_backbone
-from diffenc.backbones import describe
-from diffenc.backbones.shapes import shapes_folder
+from diffenc.models import describe
+from diffenc.models.shapes import shapes_folder
 
 pytestmark = pytest.mark.slow
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from diffenc.backbones import describe
-from diffenc.backbones.presets import preset_options
-from diffenc.backbones.taps import count_parameters
+from diffenc.models import describe
+from diffenc.models.presets import preset_options
+from diffenc.models.taps import count_parameters
 
 STATED = [
     ("sd1.5", "gdf", 847.7, 23),

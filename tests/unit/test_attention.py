@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import builders
-from diffenc.attention import CrossAttnTaps, cross_attention_layers, word_token_positions
+from diffenc.denoiser.attention import CrossAttnTaps, cross_attention_layers, word_token_positions
 from diffenc.errors import PromptError, ShapeError, TapError
 
 LAYER = "up_blocks.0.attentions.1.transformer_blocks.0.attn2"

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import builders
-from diffenc.attention import cross_attention_layers, cross_attentions, match_layers
-from diffenc.attention_scores import (
+from diffenc.denoiser.attention import cross_attention_layers, cross_attentions, match_layers
+from diffenc.denoiser.attention_scores import (
     Pooling,
     crossed_scores,
     layer_mix,
@@ -93,7 +93,7 @@ def test_a_layers_products_are_cut_into_parts_without_effect(monkeypatch):
     query, key = tensors(5, 6, 8), tensors(5, 7, 8, seed=1)
     whole = pooled_scores(query, key, Pooling(), heads=HEADS, scale=SCALE)
     crossed = crossed_scores(query, key, Pooling(), heads=HEADS, scale=SCALE)
-    monkeypatch.setattr("diffenc.attention_scores._CHUNK", {"cpu": 200, "other": 200})
+    monkeypatch.setattr("diffenc.denoiser.attention_scores._CHUNK", {"cpu": 200, "other": 200})
     parts = pooled_scores(query, key, Pooling(), heads=HEADS, scale=SCALE)
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-6)
     parts = crossed_scores(query, key, Pooling(), heads=HEADS, scale=SCALE)

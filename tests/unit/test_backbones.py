@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from diffenc import DiffusionEncoder
-from diffenc.backbones import describe, list_backbones, list_taps, load_backbone, match_taps
-from diffenc.backbones.taps import TapInfo
+from diffenc.denoiser.hooks import ForwardTaps
 from diffenc.errors import BackboneError, TapError
-from diffenc.hooks import ForwardTaps
+from diffenc.models import describe, list_backbones, list_taps, load_backbone, match_taps
+from diffenc.models.taps import TapInfo
 
 FOLDERS = ["tiny_sd_folder", "tiny_sd21_base_folder", "tiny_sd21_folder", "tiny_sdxl_folder"]
 

@@ -7,9 +7,9 @@ from PIL import Image
 from torch.nn import functional as F
 
 from diffenc import DiffusionEncoder, EncoderConfig, load_backbone
-from diffenc.backbones import device as devices
 from diffenc.errors import ConfigError, ImageError, PromptError, ShapeError
-from diffenc.prompts import PromptEmbeds
+from diffenc.inputs.prompts import PromptEmbeds
+from diffenc.models import device as devices
 from marks import wrong_type
 
 TAPS = ("mid_block",)

@@ -23,8 +23,8 @@ from diffenc.evals.captioning.data import CaptionItem, CaptionSet
 from diffenc.evals.choices import evaluate_choices
 from diffenc.evals.choices.base import ChoiceBenchmark, ChoiceItem
 from diffenc.evals.evaluate import evaluate
-from diffenc.train import train, write_miniature
-from diffenc.train.data import BROKEN, collate
+from diffenc.mllm.training import train, write_miniature
+from diffenc.mllm.training.data import BROKEN, collate
 from evals_data import RandomMatcher
 from train_builders import Parts, config
 from vlm_builders import save_tiny_lm, save_tiny_vision
@@ -281,7 +281,7 @@ def test_a_picture_that_breaks_while_it_trains_is_skipped_and_counted(
 
     options = {"cache": cache, "epochs": 3, "batch_size": 2, "device_batch_size": 1}
     told = config(parts, tmp_path / "run", skip_broken=True, **options)
-    with caplog.at_level(logging.WARNING, logger="diffenc.train.trainer"):
+    with caplog.at_level(logging.WARNING, logger="diffenc.mllm.training.trainer"):
         result = train(told, progress=at_step(1, action))
     (skipped,) = result.skipped
     assert str(file) in skipped
@@ -320,9 +320,9 @@ def test_a_run_goes_on_with_the_samples_that_it_began_with(parts, tmp_path):
 
 @TRAINING
 def test_a_blank_sample_has_the_shape_of_the_others_and_teaches_nothing(parts, tmp_path):
-    from diffenc.policies import parse_policy
-    from diffenc.train.data import ConversationDataset, read_samples
-    from diffenc.vlm.chat import IGNORE_ID, Chat
+    from diffenc.inputs.policies import parse_policy
+    from diffenc.mllm.chat import IGNORE_ID, Chat
+    from diffenc.mllm.training.data import ConversationDataset, read_samples
     from vlm_builders import tiny_lm_tokenizer
 
     samples, _ = read_samples(parts.data["instruct"], parts.data["images"])

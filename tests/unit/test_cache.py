@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffenc.cache import TensorCache, content_key, state_key
+from diffenc.memory.cache import TensorCache, content_key, state_key
 
 
 def entry(size: int) -> tuple[torch.Tensor]:

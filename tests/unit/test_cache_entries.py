@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection
 
 from diffenc import CrossAttnScorer, DiffusionEncoder
-from diffenc.cache import TensorCache, recall
-from diffenc.clip_tokens import ClipTokens
+from diffenc.clip.tokens import ClipTokens
 from diffenc.config import EncoderConfig
 from diffenc.errors import BackboneError, ConfigError, TapError
-from diffenc.model_state import state_key, structure_key
+from diffenc.memory.cache import TensorCache, recall
+from diffenc.memory.model_state import state_key, structure_key
 from state_builders import SIZE, TAPS, TEXT, picture, stirred, tiny_backbone
 
 

@@ -20,10 +20,10 @@ from transformers import (
 )
 
 from diffenc import DiffusionEncoder, EncoderConfig, Projector
-from diffenc.backbones import StableDiffusion
-from diffenc.captioner import ClipEmbedder, ImplicitCaptioner
+from diffenc.clip.captioner import ClipEmbedder, ImplicitCaptioner
 from diffenc.errors import BackboneError, ConfigError
-from diffenc.images import to_pixel_values
+from diffenc.inputs.images import to_pixel_values
+from diffenc.models import StableDiffusion
 
 VISION = {
     "hidden_size": 16,

@@ -12,19 +12,25 @@ from safetensors.torch import load_file, save_file
 
 import builders
 from diffenc import CrossAttnScorer, DiffusionEncoder
-from diffenc.adapters.spec import TowerSpec
-from diffenc.arguments import number as real
-from diffenc.arguments import pair, whole
-from diffenc.backbones import load_backbone
-from diffenc.backbones.sd import StableDiffusion
+from diffenc.checks.arguments import number as real
+from diffenc.checks.arguments import pair, whole
 from diffenc.config import EncoderConfig
+from diffenc.denoiser.lora.options import LoraOptions
 from diffenc.errors import BackboneError, ConfigError, NonFiniteError
 from diffenc.features import Features
-from diffenc.lora.options import LoraOptions
-from diffenc.noise import add_noise, shared_noise
-from diffenc.prompts import PromptEmbeds
+from diffenc.hosts.spec import TowerSpec
+from diffenc.inputs.noise import add_noise, shared_noise
+from diffenc.inputs.prompts import PromptEmbeds
+from diffenc.mllm.training.config import (
+    AdaptConfig,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
+from diffenc.models import load_backbone
+from diffenc.models.sd import StableDiffusion
 from diffenc.scoring.config import ScorerConfig
-from diffenc.train.config import AdaptConfig, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from marks import wrong_type
 from state_builders import TEXT, picture, tiny_backbone
 

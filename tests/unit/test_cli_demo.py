@@ -2,9 +2,9 @@ import numpy as np
 from PIL import Image
 from typer.testing import CliRunner
 
-from diffenc.attention import word_token_positions
 from diffenc.cli.demo import PROMPTS, WORDS, WRONG_PROMPT, bundled_picture
 from diffenc.cli.main import app
+from diffenc.denoiser.attention import word_token_positions
 
 
 def run(*arguments):

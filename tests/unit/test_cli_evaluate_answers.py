@@ -22,7 +22,7 @@ from diffenc.encoder import DiffusionEncoder
 from diffenc.evals.captioning import shapes_captions
 from diffenc.evals.choices import shapes_mmvp
 from diffenc.evals.choices.base import LETTER_INSTRUCTION
-from diffenc.vlm import DiffusionVLM, VisionTokens
+from diffenc.mllm import DiffusionVLM, VisionTokens
 from evals_data import read_lines
 from vlm_builders import save_tiny_lm, save_tiny_vision
 

@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 from diffenc import list_backbones, list_taps, load_backbone
 from diffenc.cli.main import app
-from diffenc.truncation import truncate
+from diffenc.denoiser.truncation import truncate
 
 
 def run(*arguments):

@@ -4,8 +4,8 @@ import pytest
 from typer.testing import CliRunner
 
 from diffenc.cli.main import app
-from diffenc.train import read_log, write_miniature
-from diffenc.vlm import DiffusionVLM
+from diffenc.mllm import DiffusionVLM
+from diffenc.mllm.training import read_log, write_miniature
 from train_builders import Parts, config
 from vlm_builders import picture, save_tiny_lm, save_tiny_vision
 

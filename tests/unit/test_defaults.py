@@ -21,17 +21,17 @@ from torch import Tensor
 
 import diffenc
 from diffenc import CrossAttnScorer, DiffusionEncoder, EncoderConfig, Projector
-from diffenc.adapters.tower import DiffusionVisionTower
-from diffenc.backbones import StableDiffusion, list_taps, load_backbone
-from diffenc.backbones.base import Backbone
-from diffenc.backbones.taps import count_parameters
-from diffenc.captioner import ImplicitCaptioner
-from diffenc.clip_tokens import ClipTokens
-from diffenc.defaults import torch_defaults
-from diffenc.noise import shared_noise
+from diffenc.clip.captioner import ImplicitCaptioner
+from diffenc.clip.tokens import ClipTokens
+from diffenc.hosts.tower import DiffusionVisionTower
+from diffenc.inputs.noise import shared_noise
+from diffenc.mllm.language import load_language_model
+from diffenc.models import StableDiffusion, list_taps, load_backbone
+from diffenc.models.base import Backbone
+from diffenc.models.taps import count_parameters
 from diffenc.projector.fused import FusedProjector
+from diffenc.runtime.defaults import torch_defaults
 from diffenc.scoring.denoising import denoising_scores
-from diffenc.vlm.language import load_language_model
 
 TAPS = ("up_blocks.0", "mid_block")
 LONG = "a red circle left of a blue square " * 12

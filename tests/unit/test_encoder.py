@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from diffenc import DiffusionEncoder, EncoderConfig
+from diffenc.denoiser.hooks import ForwardTaps
 from diffenc.errors import (
     BackboneError,
     ConfigError,
@@ -20,10 +21,9 @@ from diffenc.errors import (
     ShapeError,
     TapError,
 )
-from diffenc.forward import predict_noise
-from diffenc.hooks import ForwardTaps
-from diffenc.images import to_pixel_values
-from diffenc.noise import add_noise, shared_noise
+from diffenc.inputs.images import to_pixel_values
+from diffenc.inputs.noise import add_noise, shared_noise
+from diffenc.passes.forward import predict_noise
 
 TAPS = ("up_blocks.1", "mid_block", "up_blocks.2.attentions.0.transformer_blocks.0.attn2.to_q")
 

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from tests import builders
 
 from diffenc import CrossAttnScorer, DiffusionEncoder, EncoderConfig
-from diffenc.backbones import StableDiffusion
+from diffenc.denoiser.lora import lora_disabled
 from diffenc.errors import BackboneError, ConfigError
-from diffenc.lora import lora_disabled
+from diffenc.models import StableDiffusion
 
 TAPS = ("up_blocks.1",)
 WEIGHTS = "pytorch_lora_weights.safetensors"

@@ -11,7 +11,7 @@ from diffenc.errors import BackboneError, ConfigError
 from diffenc.evals.answering.saved import SavedVLM
 from diffenc.evals.llava_bench import Case, Judge, JudgeError, LocalJudge
 from diffenc.evals.llava_bench.judge import SYSTEM
-from diffenc.vlm import DiffusionVLM, VisionTokens
+from diffenc.mllm import DiffusionVLM, VisionTokens
 from vlm_builders import picture, save_tiny_lm, save_tiny_vision, tiny_lm_tokenizer
 
 CASE = Case("a hill", "What is it?", "a hill", "a green hill", "Compare them.")

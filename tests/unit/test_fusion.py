@@ -23,7 +23,7 @@ from transformers import (
 
 import builders
 from diffenc import DiffusionEncoder, FusedEncoder, FusedProjector, Projector, projector_for
-from diffenc.clip_tokens import ClipTokens
+from diffenc.clip.tokens import ClipTokens
 from diffenc.errors import BackboneError, ConfigError, NonFiniteError, OutputError, ShapeError
 
 SIZES = {

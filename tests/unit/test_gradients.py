@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from diffenc import DiffusionEncoder, load_backbone
-from diffenc.forward import read_taps
-from diffenc.prompts import PromptEmbeds
+from diffenc.inputs.prompts import PromptEmbeds
+from diffenc.passes.forward import read_taps
 
 TAPS = ("mid_block", "up_blocks.1.attentions.1.transformer_blocks.0.attn2.to_q", "up_blocks.1")
 KINDS = ["tiny_sd_folder", "tiny_sdxl_folder"]

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from diffenc.denoiser.hooks import ForwardTaps
 from diffenc.errors import TapError
-from diffenc.hooks import ForwardTaps
 
 TAPS = [
     ("conv_in", 4, 1),

@@ -22,7 +22,7 @@ from diffenc import (
     load_backbone,
     projector_for,
 )
-from diffenc.backbones import match_taps
+from diffenc.models import match_taps
 
 IMAGE = Image.new("RGB", (64, 64), "red")
 VALUES = [

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from answers_data import coco, karpathy, llava_bench, mmvp, shade
-from diffenc.adapters.companions import find_companion
-from diffenc.captioner import ImplicitCaptioner
+from diffenc.clip.captioner import ImplicitCaptioner
 from diffenc.config import EncoderConfig
+from diffenc.denoiser.lora import read_origin
 from diffenc.errors import DiffencError
 from diffenc.evals.answering.records import RecordsFile
 from diffenc.evals.captioning import load_coco_captions, load_karpathy
@@ -24,18 +24,18 @@ from diffenc.evals.mmvp_vlm import load_mmvp_vlm
 from diffenc.evals.results_file import ResultsFile
 from diffenc.evals.rows import Column, read_parquet
 from diffenc.evals.winoground import load_winoground
-from diffenc.lora import read_origin
+from diffenc.hosts.fused_encoders import find_companion
+from diffenc.mllm.model_folder import read_saved
+from diffenc.mllm.training import read_log
+from diffenc.mllm.training.config import TrainConfig
+from diffenc.mllm.training.data import read_samples
+from diffenc.models.encoder_folder import Contents, read_config, write_config
 from diffenc.projector import FusedProjector, Projector
-from diffenc.saved import Contents, read_config, write_config
 from diffenc.scoring.config import ScorerConfig
 from diffenc.scoring.saved import read_scorer
 from diffenc.studies.vlm.measure import Measured
 from diffenc.studies.vlm.reading import bundled_text, read_plan
 from diffenc.studies.vlm.study import _read as read_measured
-from diffenc.train import read_log
-from diffenc.train.config import TrainConfig
-from diffenc.train.data import read_samples
-from diffenc.vlm.files import read_saved
 from evals_data import RandomMatcher, mmvp_vlm, winoground_jsonl, write_csv
 from hostile import Reader, changed
 

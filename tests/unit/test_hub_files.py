@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffenc.backbones import list_taps, load_backbone, resolve_folder
 from diffenc.errors import BackboneError
-from diffenc.pretrained import pretrained_source
-from diffenc.vlm.language import load_language_model
+from diffenc.mllm.language import load_language_model
+from diffenc.models import list_taps, load_backbone, resolve_folder
+from diffenc.storage.pretrained import pretrained_source
 
 STEM = "diffusion_pytorch_model"
 NAME = "owner/model"
@@ -194,7 +194,7 @@ def test_without_network_the_cache_is_read(hub, sdxl):
 
 
 def test_a_mirror_is_taken_where_the_first_repository_is_gone(hub, sdxl, monkeypatch):
-    from diffenc.backbones import sources
+    from diffenc.models import sources
 
     alias = sources.BackboneSource("tiny", ("gone/model", NAME), "")
     monkeypatch.setitem(sources.SOURCES, "tiny", alias)

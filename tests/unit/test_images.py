@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from diffenc.errors import ImageError, ShapeError
-from diffenc.images import load_image, to_pixel_values
+from diffenc.inputs.images import load_image, to_pixel_values
 
 
 def gradient(height: int, width: int) -> np.ndarray:

@@ -5,9 +5,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from diffenc import CrossAttnScorer, DiffusionEncoder, Projector
-from diffenc._inference import lasting, make_plain
-from diffenc.backbones import reach
-from diffenc.cache import TensorCache
+from diffenc.memory.cache import TensorCache
+from diffenc.models import reach
+from diffenc.runtime.inference import lasting, make_plain
 
 IMAGE = torch.linspace(-1, 1, 3 * 64 * 72).reshape(3, 64, 72)
 OPTIONS = {"taps": ("mid_block", "up_blocks.1"), "size": (64, 72)}

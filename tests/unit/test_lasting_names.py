@@ -9,16 +9,16 @@ from diffusers import DDPMScheduler
 
 import builders
 from diffenc import CrossAttnScorer, DiffusionEncoder, FusedEncoder
-from diffenc.adapters.spec import TowerSpec
-from diffenc.backbones import describe, load_backbone
-from diffenc.digests import full_digest, is_marked, weights_mark
 from diffenc.errors import BackboneError, ConfigError
-from diffenc.pretrained import lasting_name, pretrained_source, read_name, stored_name
+from diffenc.hosts.spec import TowerSpec
+from diffenc.memory.digests import full_digest, is_marked, weights_mark
+from diffenc.mllm import DiffusionVLM
+from diffenc.mllm.model_folder import _encoder_told
+from diffenc.mllm.training.token_cache import encoder_digest
+from diffenc.mllm.vision import VisionTokens
+from diffenc.models import describe, load_backbone
 from diffenc.scoring.query_bank import QueryBank
-from diffenc.train.token_cache import encoder_digest
-from diffenc.vlm import DiffusionVLM
-from diffenc.vlm.files import _encoder_told
-from diffenc.vlm.vision import VisionTokens
+from diffenc.storage.pretrained import lasting_name, pretrained_source, read_name, stored_name
 from state_builders import picture, stirred, tiny_backbone
 from vlm_builders import save_tiny_lm, save_tiny_vision
 

@@ -1,6 +1,6 @@
 import torch
 
-from diffenc.latents import encode_latents
+from diffenc.inputs.latents import encode_latents
 
 
 def test_the_mode_is_scaled_and_repeatable(tiny_vae):

@@ -5,7 +5,7 @@ import torch
 
 from diffenc import DiffusionEncoder, load_backbone
 from diffenc.errors import ConfigError
-from diffenc.prompts import PromptEmbeds, count_windows, tokenize_windows
+from diffenc.inputs.prompts import PromptEmbeds, count_windows, tokenize_windows
 
 SIZE = (64, 64)
 LONG = "a red circle left of a blue square " * 25

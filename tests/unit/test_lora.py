@@ -8,9 +8,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tests.builders import tiny_unet
 
-from diffenc.attention import cross_attention_layers
-from diffenc.errors import BackboneError, ConfigError, OutputError
-from diffenc.lora import (
+from diffenc.denoiser.attention import cross_attention_layers
+from diffenc.denoiser.lora import (
     LoraOptions,
     add_lora,
     keep_precise,
@@ -23,6 +22,7 @@ from diffenc.lora import (
     set_lora,
     unmerge_lora,
 )
+from diffenc.errors import BackboneError, ConfigError, OutputError
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import torch
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 
 from diffenc import DiffusionEncoder, load_backbone
-from diffenc.backbones.reach import reached_layers
+from diffenc.denoiser.lora import lora_parameters, save_lora
 from diffenc.errors import BackboneError
-from diffenc.lora import lora_parameters, save_lora
+from diffenc.models.reached_layers import reached_layers
 
 IMAGE = torch.linspace(-1, 1, 3 * 64 * 72).reshape(3, 64, 72)
 TAPS = ("mid_block", "up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_q")

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffenc.maps import middle_grid, to_grid, to_tokens
+from diffenc.denoiser.grids import middle_grid, to_grid, to_tokens
 
 
 def test_coarser_grids_are_means_of_cells():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffenc import DiffusionEncoder, load_backbone
-from diffenc.backbones.memory_format import DEFAULT, arrange
+from diffenc.models.memory_format import DEFAULT, arrange
 
 OPTIONS = {"taps": ("mid_block", "up_blocks.1"), "size": (64, 96), "use_cache": False}
 

@@ -3,7 +3,7 @@ import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler
 
 from diffenc.errors import ConfigError
-from diffenc.noise import add_noise, shared_noise
+from diffenc.inputs.noise import add_noise, shared_noise
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 

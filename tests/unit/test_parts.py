@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 import builders
 import ldm_layout as ldm
 from diffenc import DiffusionEncoder, EncoderConfig, list_taps, load_backbone
-from diffenc.backbones import StableDiffusion, StableDiffusionXL
-from diffenc.backbones.weights import unet_state
 from diffenc.errors import BackboneError, ConfigError
-from diffenc.noise import shared_noise
+from diffenc.inputs.noise import shared_noise
+from diffenc.models import StableDiffusion, StableDiffusionXL
+from diffenc.models.weights import unet_state
 
 TAPS = ("mid_block", "up_blocks.1")
 IMAGE = torch.linspace(-1, 1, 3 * 64 * 64).reshape(3, 64, 64)

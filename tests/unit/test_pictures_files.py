@@ -14,7 +14,7 @@ from PIL import Image
 
 from diffenc.errors import DiffencError, ImageError
 from diffenc.evals.answering.pictures import picture_of
-from diffenc.images import (
+from diffenc.inputs.images import (
     as_list,
     broken_images,
     describe_broken,
@@ -22,7 +22,7 @@ from diffenc.images import (
     load_image,
     to_pixel_values,
 )
-from diffenc.pictures.files import read_picture
+from diffenc.inputs.pictures.files import read_picture
 from marks import wrong_type
 
 EXTREMES = (b"\xff\xff\xff\x7f", b"\0\0\0\0", b"\x7f\xff\xff\xff")

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from diffenc.errors import ConfigError, ImageError
-from diffenc.images import to_pixel_values
-from diffenc.pictures.resizing import crop_offset, fit, scaled_size
+from diffenc.inputs.images import to_pixel_values
+from diffenc.inputs.pictures.resizing import crop_offset, fit, scaled_size
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "torchvision_geometry.json"
 SIZES = [(480, 640), (427, 640), (640, 427), (33, 97), (7, 5), (512, 512)]

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from diffenc.errors import ImageError, RangeWarning
-from diffenc.images import to_pixel_values
-from diffenc.pictures import values as subject
+from diffenc.inputs.images import to_pixel_values
+from diffenc.inputs.pictures import values as subject
 from marks import wrong_type
 
 OPTIONS = {"size": None, "resize": "none", "multiple": 1}
@@ -70,7 +70,7 @@ def test_other_pictures_are_not_warned_of(images):
 def test_it_is_once_in_a_process_whatever_the_filters_say():
     code = """
         import torch
-        from diffenc.images import to_pixel_values
+        from diffenc.inputs.images import to_pixel_values
         for _ in range(3):
             to_pixel_values(torch.rand(3, 8, 8), size=8)
     """
@@ -86,7 +86,7 @@ def test_it_is_once_in_a_process_whatever_the_filters_say():
 
 def test_steps_inside_do_not_warn_of_their_own_values():
     bright = np.random.default_rng(0).integers(140, 250, (20, 40, 3), dtype=np.uint8)
-    from diffenc.vision_models import to_image, to_pictures
+    from diffenc.clip.vision_models import to_image, to_pictures
 
     assert not warned_of(bright, to_image(read(bright)[0]), to_pictures(bright))
 

@@ -4,9 +4,8 @@ from collections import Counter
 import pytest
 from transformers import CLIPTokenizer
 
-from diffenc.backbones.shapes import shapes_folder
 from diffenc.errors import ConfigError, PromptError
-from diffenc.policies import (
+from diffenc.inputs.policies import (
     Caption,
     Empty,
     PromptDropout,
@@ -17,6 +16,7 @@ from diffenc.policies import (
     parse_policy,
     strip_template,
 )
+from diffenc.models.shapes import shapes_folder
 from diffenc.shapes.questions import conversation
 from diffenc.shapes.scenes import sample_scene
 

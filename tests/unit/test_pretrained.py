@@ -19,13 +19,13 @@ from transformers import (
 from transformers.utils import logging
 
 from diffenc import pretrained
-from diffenc.captioner import ClipEmbedder
-from diffenc.clip_tokens import ClipTokens
+from diffenc.clip.captioner import ClipEmbedder
+from diffenc.clip.tokens import ClipTokens
 from diffenc.errors import BackboneError, ConfigError
 from diffenc.evals.clip import ClipMatcher
-from diffenc.pretrained import BUNDLED, lasting_name, load_whole, loading, pretrained_source
-from diffenc.vlm.language import load_language_model
-from diffenc.vlm.vision import VisionTokens
+from diffenc.mllm.language import load_language_model
+from diffenc.mllm.vision import VisionTokens
+from diffenc.storage.pretrained import BUNDLED, lasting_name, load_whole, loading, pretrained_source
 
 
 def test_names_and_paths_are_taken_as_they_are(tmp_path):

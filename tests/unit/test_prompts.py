@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffenc.errors import PromptError, ShapeError
-from diffenc.prompts import PromptEmbeds, match_batch, tokenize
+from diffenc.inputs.prompts import PromptEmbeds, match_batch, tokenize
 
 
 def embeds(rows: int) -> PromptEmbeds:

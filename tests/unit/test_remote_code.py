@@ -10,17 +10,17 @@ import torch
 from safetensors.torch import save_file
 
 from diffenc import DiffusionEncoder, load_backbone
-from diffenc.backbones import list_taps
-from diffenc.backbones.parts import load_tokenizer
-from diffenc.captioner import ClipEmbedder
-from diffenc.clip_tokens import ClipTokens
+from diffenc.clip.captioner import ClipEmbedder
+from diffenc.clip.tokens import ClipTokens
 from diffenc.errors import BackboneError, DiffencError
 from diffenc.evals.clip import ClipMatcher
 from diffenc.evals.llava_bench.local_judge import LocalJudge
-from diffenc.pretrained import load_image_processor, model_config, pretrained_source
-from diffenc.train.meta import meta_language_model
-from diffenc.vlm.language import load_language_model
-from diffenc.vlm.vision import VisionTokens
+from diffenc.mllm.language import load_language_model
+from diffenc.mllm.training.meta import meta_language_model
+from diffenc.mllm.vision import VisionTokens
+from diffenc.models import list_taps
+from diffenc.models.parts import load_tokenizer
+from diffenc.storage.pretrained import load_image_processor, model_config, pretrained_source
 
 CODE = "open({mark!r}, 'w').write('ran')\nclass Own:\n    pass\nConfig = Model = Tokenizer = Own\n"
 REFUSED = "asks for Python code of its own to be run.*which diffenc never does"

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from diffenc import DiffusionEncoder, load_backbone
-from diffenc.backbones.schedules import make_scheduler
 from diffenc.errors import BackboneError, ConfigError
-from diffenc.noise import add_noise, to_noise
+from diffenc.inputs.noise import add_noise, to_noise
+from diffenc.models.schedules import make_scheduler
 
 PLAIN = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 # Every class of diffusers with betas that can be made without further libraries.

@@ -3,11 +3,11 @@ import torch
 from diffusers import DDPMScheduler
 from jaxtyping import TypeCheckError
 
-from diffenc.attention import cross_attention_layers
-from diffenc.backbones import load_backbone
+from diffenc.denoiser.attention import cross_attention_layers
 from diffenc.errors import ConfigError, PromptError
-from diffenc.forward import predict_noise, read_attention
-from diffenc.noise import add_noise, shared_noise
+from diffenc.inputs.noise import add_noise, shared_noise
+from diffenc.models import load_backbone
+from diffenc.passes.forward import predict_noise, read_attention
 from diffenc.scorer import denoising_scores, word_maps
 
 TEXTS = ["a red circle", "a blue square left of a circle", ""]

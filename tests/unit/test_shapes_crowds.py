@@ -13,8 +13,8 @@ from crowd_texts import crowd_text, false_caption, holds
 from grounding import spoken_of
 from transformers import CLIPTokenizer
 
-from diffenc.backbones.shapes import shapes_folder
 from diffenc.errors import ConfigError
+from diffenc.models.shapes import shapes_folder
 from diffenc.shapes import (
     Scene,
     captions,

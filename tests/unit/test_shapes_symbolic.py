@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from diffenc.mllm.language import load_language_model
 from diffenc.shapes.scenes import Scene, SceneObject
-from diffenc.vlm.language import load_language_model
 from shapes_tools import shapes_tools
 
 NAMES = ("documents", "patches", "symbolic", "training", "train_lm")

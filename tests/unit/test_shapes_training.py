@@ -16,7 +16,7 @@ from train_clip import different_captions
 from train_vae import UNITS, build, correlations, pictures, whiten
 from transformers import CLIPTokenizer
 
-from diffenc.backbones.shapes import shapes_folder
+from diffenc.models.shapes import shapes_folder
 from diffenc.shapes.scenes import Scene, SceneObject
 from shapes_oracle import is_true
 

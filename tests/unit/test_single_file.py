@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 
 import ldm_layout as ldm
 from diffenc import DiffusionEncoder, list_taps, load_backbone
-from diffenc.backbones import describe
-from diffenc.backbones.parts import fitting_tokenizer, load_tokenizer
 from diffenc.errors import BackboneError, ConfigError
-from diffenc.prompts import tokenize
+from diffenc.inputs.prompts import tokenize
+from diffenc.models import describe
+from diffenc.models.parts import fitting_tokenizer, load_tokenizer
 
 KINDS = ["tiny_sd_folder", "tiny_sd21_base_folder", "tiny_sd21_folder", "tiny_sdxl_folder"]
 SIZE = (64, 64)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import builders
 from diffenc import CrossAttnScorer, DiffusionEncoder
-from diffenc.adapters.prompts import embed_tokens, tokenize_prompts
-from diffenc.backbones.sd import StableDiffusion
+from diffenc.hosts.prompts import embed_tokens, tokenize_prompts
+from diffenc.models.sd import StableDiffusion
 from state_builders import SIZE, TEXT, picture, stirred, tiny_backbone
 
 

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import save_file
 
 from diffenc import DiffusionEncoder, load_backbone
-from diffenc.backbones import describe
-from diffenc.backbones.schedules import make_scheduler
-from diffenc.backbones.statements import Statements
 from diffenc.errors import BackboneError, ConfigError
+from diffenc.models import describe
+from diffenc.models.schedules import make_scheduler
+from diffenc.models.statements import Statements
 
 PREFIX = "model.diffusion_model."
 EMPTY = torch.zeros(0)

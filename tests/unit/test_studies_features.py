@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from diffenc.backbones import load_backbone
 from diffenc.config import EncoderConfig
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import ConfigError, NonFiniteError, ShapeError, TapError
+from diffenc.models import load_backbone
 from diffenc.shapes import captions, questions
 from diffenc.shapes.render import masks, render
 from diffenc.studies.chart import CellTable, cell_chart

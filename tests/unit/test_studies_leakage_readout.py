@@ -4,10 +4,10 @@ import math
 import pytest
 import torch
 
-from diffenc.backbones import load_backbone
 from diffenc.config import EncoderConfig
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import ConfigError, TapError
+from diffenc.models import load_backbone
 from diffenc.shapes.captions import noun_phrase
 from diffenc.shapes.render import render
 from diffenc.shapes.scenes import COLORS, SHAPES

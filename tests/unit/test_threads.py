@@ -23,16 +23,16 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from diffenc import CrossAttnScorer, DiffusionEncoder, EncoderConfig
-from diffenc.attention import CrossAttnTaps, cross_attentions, word_token_positions
-from diffenc.attention_scores import read_queries
-from diffenc.backbones import StableDiffusion, load_backbone
-from diffenc.hooks import ForwardTaps
-from diffenc.latents import encode_posterior
-from diffenc.lora.adapters import lora_disabled
-from diffenc.pretrained import load_whole, pretrained_source
-from diffenc.prompts import tokenize
-from diffenc.threads import lock_of, without_warnings
-from diffenc.truncation import truncate
+from diffenc.denoiser.attention import CrossAttnTaps, cross_attentions, word_token_positions
+from diffenc.denoiser.attention_scores import read_queries
+from diffenc.denoiser.hooks import ForwardTaps
+from diffenc.denoiser.lora.adapters import lora_disabled
+from diffenc.denoiser.truncation import truncate
+from diffenc.inputs.latents import encode_posterior
+from diffenc.inputs.prompts import tokenize
+from diffenc.models import StableDiffusion, load_backbone
+from diffenc.runtime.threads import lock_of, without_warnings
+from diffenc.storage.pretrained import load_whole, pretrained_source
 
 TAPS = ("up_blocks.0", "mid_block")
 

@@ -8,12 +8,12 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from tests import builders
 
-from diffenc.adapters.prompts import tokenize_prompts
-from diffenc.backbones import StableDiffusion
 from diffenc.errors import BackboneError, PromptError
-from diffenc.policies import Caption, PromptSample, draw_prompts
-from diffenc.prompts import count_windows, tokenize, tokenize_windows
-from diffenc.tokenizing import fit_rows, ids_with_places, token_ids
+from diffenc.hosts.prompts import tokenize_prompts
+from diffenc.inputs.policies import Caption, PromptSample, draw_prompts
+from diffenc.inputs.prompts import count_windows, tokenize, tokenize_windows
+from diffenc.inputs.tokenizing import fit_rows, ids_with_places, token_ids
+from diffenc.models import StableDiffusion
 
 PROMPTS = (
     "",

@@ -3,13 +3,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.builders import tiny_unet
 
-from diffenc.adapters.adapter import ADAPTER_FILE, Adapter, adapted_layers, load_state
-from diffenc.adapters.checkpoints import adapter_weights, find_adapter
-from diffenc.adapters.spec import TowerSpec
-from diffenc.adapters.tower import DiffusionVisionTower
-from diffenc.attention import cross_attention_layers
+from diffenc.denoiser.attention import cross_attention_layers
+from diffenc.denoiser.lora import lora_parameters
 from diffenc.errors import BackboneError, ConfigError, OutputError
-from diffenc.lora import lora_parameters
+from diffenc.hosts.adapter import ADAPTER_FILE, Adapter, adapted_layers, load_state
+from diffenc.hosts.checkpoints import adapter_weights, find_adapter
+from diffenc.hosts.spec import TowerSpec
+from diffenc.hosts.tower import DiffusionVisionTower
 
 ADAPTED = "diffenc:shapes?rank=2"
 

@@ -21,11 +21,11 @@ from transformers import (
 )
 from transformers.image_processing_utils import BaseImageProcessor
 
-from diffenc.adapters import loading
-from diffenc.adapters.prompts import prompt_scope
-from diffenc.adapters.tower import DiffusionVisionTower
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import ConfigError, ImageError, PromptError, ShapeError
+from diffenc.hosts import loading
+from diffenc.hosts.prompts import prompt_scope
+from diffenc.hosts.tower import DiffusionVisionTower
 from diffenc.shapes import render, sample_scenes
 from marks import wrong_type
 
@@ -46,7 +46,7 @@ def load_once() -> Iterator[None]:
         return copy.deepcopy(loaded[key])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("diffenc.adapters.tower.load_encoder", load)
+        patch.setattr("diffenc.hosts.tower.load_encoder", load)
         yield
 
 
@@ -92,7 +92,7 @@ def no_loading(monkeypatch) -> Iterator[None]:
     def load(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("something was loaded")
 
-    monkeypatch.setattr("diffenc.adapters.tower.load_encoder", load)
+    monkeypatch.setattr("diffenc.hosts.tower.load_encoder", load)
     return
 
 
@@ -401,7 +401,7 @@ def test_a_device_without_float16_computes_in_float32(monkeypatch) -> None:
         if dtype == torch.float16:
             raise ConfigError("no")
 
-    monkeypatch.setattr("diffenc.adapters.hidden.check_placement", refuse)
+    monkeypatch.setattr("diffenc.hosts.hidden.check_placement", refuse)
     tower = DiffusionVisionTower(NAME)
     tower.half()
     assert tower.dtype == torch.float32

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from diffenc.adapters import prismatic, tinyllava
-from diffenc.adapters.prompts import PromptTokenizer, prompt_scope
-from diffenc.adapters.tower import DiffusionVisionTower
 from diffenc.errors import BackboneError, ConfigError, PromptError, ShapeError
+from diffenc.hosts import prismatic, tinyllava
+from diffenc.hosts.prompts import PromptTokenizer, prompt_scope
+from diffenc.hosts.tower import DiffusionVisionTower
 from diffenc.shapes import render, sample_scenes
 
 NAME = "diffenc:shapes?t=50&rank=2"

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from diffenc.adapters.image_processor import TowerImageProcessor
 from diffenc.errors import ConfigError, ImageError
-from diffenc.images import to_pixel_values
+from diffenc.hosts.image_processor import TowerImageProcessor
+from diffenc.inputs.images import to_pixel_values
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from diffenc.adapters.llava import (
+from diffenc.errors import ConfigError, PromptError
+from diffenc.hosts.llava import (
     AdapterCallback,
     PromptCollator,
     PromptDataset,
@@ -19,10 +20,9 @@ from diffenc.adapters.llava import (
     take_prompts,
     train_with_prompts,
 )
-from diffenc.adapters.llava.register import restore_adapters
-from diffenc.adapters.prompts import PromptTokenizer, prompt_scope
-from diffenc.adapters.tower import DiffusionVisionTower
-from diffenc.errors import ConfigError, PromptError
+from diffenc.hosts.llava.register import restore_adapters
+from diffenc.hosts.prompts import PromptTokenizer, prompt_scope
+from diffenc.hosts.tower import DiffusionVisionTower
 from diffenc.shapes import render, sample_scenes
 from toy_llava import (
     LlavaMetaForCausalLM,

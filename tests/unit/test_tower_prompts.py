@@ -4,7 +4,8 @@ import threading
 import pytest
 import torch
 
-from diffenc.adapters.prompts import (
+from diffenc.errors import BackboneError, PromptError
+from diffenc.hosts.prompts import (
     PromptTokenizer,
     PromptTokens,
     current_scope,
@@ -12,8 +13,7 @@ from diffenc.adapters.prompts import (
     prompt_scope,
     resolve_prompts,
 )
-from diffenc.backbones import load_backbone
-from diffenc.errors import BackboneError, PromptError
+from diffenc.models import load_backbone
 
 TEXTS = ["a red circle", "", "what color is the star?"]
 

@@ -4,10 +4,10 @@ import re
 import pytest
 import torch
 
-from diffenc.adapters.spec import TowerSpec, long_tap, short_tap
 from diffenc.config import EncoderConfig
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import ConfigError, DiffencError, TapError
+from diffenc.hosts.spec import TowerSpec, long_tap, short_tap
 
 # Hosts look for these in a tower's name, and split it at these marks.
 OTHER_TOWERS = ["clip", "sig", "eva", "mae", "sam", "moco", "maws", "midas", "dinov2", "openai"]

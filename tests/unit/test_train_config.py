@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from diffenc.errors import ConfigError
-from diffenc.train import AdaptConfig, DataConfig, ModelConfig, OptimConfig, TrainConfig
-from diffenc.train.config import to_toml
+from diffenc.mllm.training import AdaptConfig, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from diffenc.mllm.training.config import to_toml
 
 DATA = {"annotations": "a.json", "images": "images"}
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "train").glob("*.toml"))

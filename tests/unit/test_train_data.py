@@ -4,9 +4,9 @@ import pytest
 from PIL import Image
 
 from diffenc.errors import ConfigError, ImageError
-from diffenc.policies import parse_policy
-from diffenc.shapes import sample_scenes
-from diffenc.train.data import (
+from diffenc.inputs.policies import parse_policy
+from diffenc.mllm import IMAGE_ID, Chat
+from diffenc.mllm.training.data import (
     ConversationDataset,
     EpochSampler,
     ImageFile,
@@ -14,8 +14,8 @@ from diffenc.train.data import (
     read_samples,
     require_usable,
 )
-from diffenc.train.miniature import write_miniature
-from diffenc.vlm import IMAGE_ID, Chat
+from diffenc.mllm.training.miniature import write_miniature
+from diffenc.shapes import sample_scenes
 from vlm_builders import tiny_lm_tokenizer
 
 

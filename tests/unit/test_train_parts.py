@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 
 from diffenc.errors import ConfigError
 from diffenc.fusion import FusedEncoder
+from diffenc.mllm import DiffusionVLM
+from diffenc.mllm.training import train, write_miniature
+from diffenc.mllm.training.build import build_vlm
+from diffenc.mllm.training.plan import make_plan
 from diffenc.projector import FusedProjector
-from diffenc.train import train, write_miniature
-from diffenc.train.build import build_vlm
-from diffenc.train.plan import make_plan
-from diffenc.vlm import DiffusionVLM
 from train_builders import Parts, config
 from vlm_builders import picture, save_tiny_clip, save_tiny_lm, save_tiny_vision
 

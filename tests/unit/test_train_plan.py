@@ -7,10 +7,10 @@ from transformers import AutoModelForCausalLM
 
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import BackboneError, ConfigError
-from diffenc.train import write_miniature
-from diffenc.train.meta import count, meta_encoder, meta_language_model
-from diffenc.train.plan import make_plan
-from diffenc.vlm import DiffusionVLM, VisionTokens, tokens_per_image
+from diffenc.mllm import DiffusionVLM, VisionTokens, tokens_per_image
+from diffenc.mllm.training import write_miniature
+from diffenc.mllm.training.meta import count, meta_encoder, meta_language_model
+from diffenc.mllm.training.plan import make_plan
 from train_builders import Parts, config
 from vlm_builders import save_tiny_lm, save_tiny_vision
 
@@ -107,7 +107,7 @@ def test_known_models_have_their_published_sizes_without_a_download():
 
 @pytest.mark.slow
 def test_a_real_encoder_is_counted_as_its_table_says():
-    from diffenc.train import ModelConfig
+    from diffenc.mllm.training import ModelConfig
 
     model = ModelConfig(
         encoder="sdxl",

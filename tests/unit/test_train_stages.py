@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffenc.errors import BackboneError, ConfigError, OutputError
+from diffenc.mllm import DiffusionVLM
+from diffenc.mllm.training import read_log, train, write_miniature
 from diffenc.storage.writing import locked
-from diffenc.train import read_log, train, write_miniature
-from diffenc.vlm import DiffusionVLM
 from train_builders import Parts, config
 from vlm_builders import picture, save_tiny_lm, save_tiny_vision
 

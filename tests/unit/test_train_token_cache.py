@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from diffenc.errors import OutputError
-from diffenc.train.token_cache import TokenCache, encoder_digest, entry_name
-from diffenc.vlm import VisionTokens
+from diffenc.mllm import VisionTokens
+from diffenc.mllm.training.token_cache import TokenCache, encoder_digest, entry_name
 from vlm_builders import save_tiny_vision, seeded_noise
 
 

@@ -15,13 +15,13 @@ from transformers import (
 )
 
 import tiny_llava
-from diffenc.adapters.prompts import PromptTokenizer, prompt_scope
-from diffenc.adapters.transformers import (
+from diffenc.errors import BackboneError, ConfigError, PromptError
+from diffenc.hosts.prompts import PromptTokenizer, prompt_scope
+from diffenc.hosts.transformers import (
     DiffEncLlavaForConditionalGeneration,
     DiffEncLlavaNextForConditionalGeneration,
     DiffEncLlavaProcessor,
 )
-from diffenc.errors import BackboneError, ConfigError, PromptError
 from tiny_llava import inner, tower_of
 
 CLASSES = [

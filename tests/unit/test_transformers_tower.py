@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 import tiny_llava
 from diffenc import DiffusionEncoder
-from diffenc.adapters.prompts import prompt_scope
-from diffenc.adapters.transformers import DiffEncConfig, DiffEncImageProcessor, DiffEncModel
 from diffenc.errors import BackboneError, ConfigError, ImageError, PromptError, ShapeError
+from diffenc.hosts.prompts import prompt_scope
+from diffenc.hosts.transformers import DiffEncConfig, DiffEncImageProcessor, DiffEncModel
 
 QUESTIONS = ["what color is the circle?", "how many squares are there?"]
 
@@ -195,8 +195,8 @@ def test_a_backbone_may_be_put_inside_later(tmp_path, monkeypatch):
     def nowhere(*_args, **_options):
         raise AssertionError("nothing may be loaded from elsewhere")
 
-    monkeypatch.setattr("diffenc.adapters.transformers.modeling.load_encoder", nowhere)
-    monkeypatch.setattr("diffenc.adapters.tower.load_encoder", nowhere)
+    monkeypatch.setattr("diffenc.hosts.transformers.modeling.load_encoder", nowhere)
+    monkeypatch.setattr("diffenc.hosts.tower.load_encoder", nowhere)
     again = DiffEncModel.from_pretrained(tmp_path)
     torch.testing.assert_close(features(again, pixel_values), expected, rtol=1e-4, atol=1e-4)
     again.load_state_dict(model.state_dict())  # with LoRA in place on both sides

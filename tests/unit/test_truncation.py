@@ -2,9 +2,9 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from diffenc.backbones import load_backbone
-from diffenc.hooks import ForwardTaps
-from diffenc.truncation import truncate
+from diffenc.denoiser.hooks import ForwardTaps
+from diffenc.denoiser.truncation import truncate
+from diffenc.models import load_backbone
 
 FOLDERS = ["tiny_sd_folder", "tiny_sd21_folder", "tiny_sdxl_folder"]
 TAPS = [

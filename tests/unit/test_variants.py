@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from diffenc import DiffusionEncoder, load_backbone
-from diffenc.backbones import describe
 from diffenc.errors import BackboneError
-from diffenc.latents import encode_posterior
+from diffenc.inputs.latents import encode_posterior
+from diffenc.models import describe
 
 
 def changed(folder, target, part, **values):

@@ -15,8 +15,8 @@ from diffenc.errors import (
     PromptError,
     ShapeError,
 )
+from diffenc.mllm import IGNORE_ID, IMAGE_ID, DiffusionVLM, VisionTokens, pad, tokens_per_image
 from diffenc.projector import Projector
-from diffenc.vlm import IGNORE_ID, IMAGE_ID, DiffusionVLM, VisionTokens, pad, tokens_per_image
 from vlm_builders import (
     RecordingEncoder,
     picture,

@@ -2,7 +2,7 @@ import pytest
 from transformers import PreTrainedTokenizer
 
 from diffenc.errors import ConfigError, PromptError
-from diffenc.vlm import IGNORE_ID, IMAGE_ID, Chat
+from diffenc.mllm import IGNORE_ID, IMAGE_ID, Chat
 from vlm_builders import TEMPLATE, tiny_lm_tokenizer
 
 TURNS = [

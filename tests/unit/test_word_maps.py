@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from diffenc.attention import cross_attention_layers
-from diffenc.backbones import load_backbone
+from diffenc.denoiser.attention import cross_attention_layers
 from diffenc.errors import PromptError, TapError
-from diffenc.noise import add_noise, shared_noise
-from diffenc.word_maps import daam_maps, word_maps, words_of
+from diffenc.inputs.noise import add_noise, shared_noise
+from diffenc.models import load_backbone
+from diffenc.scoring.word_maps import daam_maps, word_maps, words_of
 
 TEXT = "a red zebra left of a circle"
 ZEBRA = [3, 4, 5, 6, 7]  # spelt

@@ -4,7 +4,7 @@ import pytest
 from tests import builders
 
 from diffenc.errors import PromptError
-from diffenc.words import shared_positions, word_token_positions, words_of
+from diffenc.inputs.words import shared_positions, word_token_positions, words_of
 
 
 @pytest.fixture(scope="module")

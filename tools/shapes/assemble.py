@@ -63,7 +63,7 @@ def write_json(path: Path, content: object) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", type=Path, default=Path("runs/shapes"))
-    parser.add_argument("--target", type=Path, default=Path("src/diffenc/backbones/assets/shapes"))
+    parser.add_argument("--target", type=Path, default=Path("src/diffenc/models/assets/shapes"))
     options = parser.parse_args()
     for part in WEIGHTS:
         copy_weights(options.source, options.target, part)

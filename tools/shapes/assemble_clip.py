@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--source", type=Path, default=Path("runs/shapes-clip"))
     parser.add_argument("--tokenizer", type=Path, default=Path("runs/shapes/tokenizer"))
     parser.add_argument(
-        "--target", type=Path, default=Path("src/diffenc/backbones/assets/shapes-clip")
+        "--target", type=Path, default=Path("src/diffenc/models/assets/shapes-clip")
     )
     options = parser.parse_args()
     options.target.mkdir(parents=True, exist_ok=True)

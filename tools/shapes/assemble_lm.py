@@ -26,9 +26,7 @@ def save_half(source: Path, target: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", type=Path, default=Path("runs/shapes-lm/model"))
-    parser.add_argument(
-        "--target", type=Path, default=Path("src/diffenc/backbones/assets/shapes-lm")
-    )
+    parser.add_argument("--target", type=Path, default=Path("src/diffenc/models/assets/shapes-lm"))
     options = parser.parse_args()
     options.target.mkdir(parents=True, exist_ok=True)
     save_half(options.source / WEIGHTS, options.target / WEIGHTS)

@@ -16,9 +16,9 @@ from measure import pixel_values, plain_caption, two_object_scenes
 from PIL import Image
 from training import HELD_OUT_SEED
 
-from diffenc.backbones import load_backbone
-from diffenc.backbones.shapes import shapes_folder
-from diffenc.latents import encode_latents
+from diffenc.inputs.latents import encode_latents
+from diffenc.models import load_backbone
+from diffenc.models.shapes import shapes_folder
 from diffenc.scorer import word_maps
 from diffenc.shapes.captions import caption
 from diffenc.shapes.render import render

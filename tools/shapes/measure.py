@@ -21,14 +21,14 @@ from PIL import Image
 from torch import Tensor
 from training import HELD_OUT_SEED, VALIDATION_SEED
 
-from diffenc.attention import cross_attention_layers, word_token_positions
-from diffenc.backbones import load_backbone
-from diffenc.backbones.base import Backbone
-from diffenc.backbones.shapes import shapes_folder
-from diffenc.forward import read_attention
-from diffenc.images import to_pixel_values
-from diffenc.latents import encode_latents
-from diffenc.noise import add_noise, shared_noise
+from diffenc.denoiser.attention import cross_attention_layers, word_token_positions
+from diffenc.inputs.images import to_pixel_values
+from diffenc.inputs.latents import encode_latents
+from diffenc.inputs.noise import add_noise, shared_noise
+from diffenc.models import load_backbone
+from diffenc.models.base import Backbone
+from diffenc.models.shapes import shapes_folder
+from diffenc.passes.forward import read_attention
 from diffenc.scorer import denoising_scores
 from diffenc.shapes.captions import RELATION_PHRASES, noun_phrase
 from diffenc.shapes.pairs import WINOGROUND_KINDS, winoground_items

@@ -38,9 +38,7 @@ def true_of_64(model: CLIPModel, tokenizer: CLIPTokenizer) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--model", type=Path, default=Path("src/diffenc/backbones/assets/shapes-clip")
-    )
+    parser.add_argument("--model", type=Path, default=Path("src/diffenc/models/assets/shapes-clip"))
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

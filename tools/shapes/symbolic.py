@@ -16,9 +16,9 @@ from patches import on_patches
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from diffenc.mllm.chat import IGNORE_ID, IMAGE_ID, Chat, Turns
 from diffenc.shapes.questions import conversation
 from diffenc.shapes.scenes import COLORS, SHAPES, SIZES, Scene, sample_scene
-from diffenc.vlm.chat import IGNORE_ID, IMAGE_ID, Chat, Turns
 
 MISSING = 0.15
 """Share of an object's words that are not there."""

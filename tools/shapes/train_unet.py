@@ -28,7 +28,7 @@ from train_clip import pixels
 from training import VALIDATION_SEED, Run
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from diffenc.attention import CrossAttnTaps
+from diffenc.denoiser.attention import CrossAttnTaps
 from diffenc.shapes.crowds import COUNTS, sample_crowd
 from diffenc.shapes.pairs import WINOGROUND_KINDS, WinogroundKind, winoground_items
 from diffenc.shapes.render import masks

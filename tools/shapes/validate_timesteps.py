@@ -15,10 +15,10 @@ from measure import pixel_values
 from torch import Tensor
 from training import VALIDATION_SEED
 
-from diffenc.backbones import load_backbone
-from diffenc.backbones.base import Backbone
-from diffenc.backbones.shapes import shapes_folder
-from diffenc.latents import encode_latents
+from diffenc.inputs.latents import encode_latents
+from diffenc.models import load_backbone
+from diffenc.models.base import Backbone
+from diffenc.models.shapes import shapes_folder
 from diffenc.scorer import denoising_scores
 from diffenc.shapes.pairs import WINOGROUND_KINDS, WinogroundKind, winoground_items
 

@@ -138,8 +138,8 @@ def _scores_and_maps(
     """Score of each prompt and the wrong one, and a map (words h w) of the first prompt."""
     import torch
 
-    from diffenc.images import to_pixel_values
-    from diffenc.latents import encode_latents
+    from diffenc.inputs.images import to_pixel_values
+    from diffenc.inputs.latents import encode_latents
     from diffenc.scorer import SCORE_TIMESTEPS, denoising_scores, word_maps
 
     backbone, texts = encoder.backbone, [*PROMPTS, WRONG_PROMPT]

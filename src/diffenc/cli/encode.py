@@ -233,7 +233,7 @@ def _check_inputs(
         raise ConfigError(f"conditioning {conditioning!r} needs --prompt; got none")
     if guidance_scale is not None and conditioning != "cfg":
         raise ConfigError("--guidance-scale is read by --conditioning cfg alone; pass that too")
-    from diffenc.prompts import match_batch
+    from diffenc.inputs.prompts import match_batch
 
     if prompts:
         match_batch(prompts, len(images))
@@ -283,7 +283,7 @@ def _passes(
 
 def _opened(files: PictureFiles, places: "Sequence[int]") -> "dict[int, Image]":
     """Pictures by their places, without those that broke since they were checked."""
-    from diffenc.images import load_image
+    from diffenc.inputs.images import load_image
 
     pictures = {}
     for place in places:

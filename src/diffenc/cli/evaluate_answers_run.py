@@ -88,7 +88,7 @@ class Asked:
         device, dtype = to_device(self.device), to_dtype(self.dtype)
         quiet_libraries()
         from diffenc.evals.answering.saved import SavedVLM
-        from diffenc.policies import parse_policy
+        from diffenc.inputs.policies import parse_policy
 
         model = SavedVLM(
             self.model,
@@ -114,7 +114,7 @@ class Asked:
         Raises:
             ConfigError: The policy needs what the items do not have.
         """
-        from diffenc.policies import PromptSample, parse_policy
+        from diffenc.inputs.policies import PromptSample, parse_policy
 
         policy = parse_policy(model.description["prompts"])
         try:

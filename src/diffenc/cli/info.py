@@ -13,7 +13,7 @@ from diffenc.cli.tables import print_table, readable_bytes
 from diffenc.errors import BackboneError
 
 if TYPE_CHECKING:
-    from diffenc.backbones import BackboneSource, TapInfo
+    from diffenc.models import BackboneSource, TapInfo
 
 _MAIN_TAPS = re.compile(r"conv_in|(mid_block|(down|up)_blocks\.\d+)(\.attentions\.\d+)?")
 
@@ -73,7 +73,7 @@ def info(
 
 
 def _list_models(as_json: bool) -> None:
-    from diffenc.backbones import list_backbones
+    from diffenc.models import list_backbones
 
     sources = list_backbones()
     if as_json:
@@ -93,7 +93,7 @@ def _here(source: "BackboneSource") -> Path | None:
     """The folder of a model that needs no download."""
     from huggingface_hub import try_to_load_from_cache
 
-    from diffenc.backbones.shapes import shapes_folder
+    from diffenc.models.shapes import shapes_folder
     from diffenc.storage.weights import DIFFUSERS, weight_bytes
 
     if not source.hub_ids:
@@ -112,10 +112,10 @@ def describe(model: str) -> dict[str, Any]:
     Raises:
         BackboneError: The model is unknown, not to be had, incomplete or broken.
     """
-    from diffenc.backbones import describe as read
-    from diffenc.backbones import list_backbones, resolve_folder
-    from diffenc.backbones.sources import single_file
-    from diffenc.backbones.taps import count_parameters
+    from diffenc.models import describe as read
+    from diffenc.models import list_backbones, resolve_folder
+    from diffenc.models.sources import single_file
+    from diffenc.models.taps import count_parameters
 
     told = read(model)
     aliases = {source.alias: source for source in list_backbones()}
@@ -146,7 +146,7 @@ def _component(name: str, config: dict[str, Any], folder: Path | None) -> Compon
     """Count a part's parameters without memory for them."""
     import torch
 
-    from diffenc.backbones.stored import stem_of
+    from diffenc.models.stored import stem_of
     from diffenc.storage.weights import weight_bytes
 
     try:

@@ -61,7 +61,7 @@ def maps(
     Each word has a range of colours of its own, which the figure states: compare places, not words.
     """
     check_output(output, suffixes=_SUFFIXES, force=force)
-    from diffenc.images import load_image
+    from diffenc.inputs.images import load_image
 
     picture = load_image(image)
     scorer = load_scorer(

@@ -95,7 +95,7 @@ def to_device(name: str) -> "torch.device":
 
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    from diffenc.backbones.device import check_placement
+    from diffenc.models.device import check_placement
 
     return check_placement(name, torch.float32)
 

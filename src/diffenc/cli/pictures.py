@@ -47,7 +47,7 @@ class PictureFiles:
         Raises:
             ImageError: Some are broken and shall not be skipped, or none is left.
         """
-        from diffenc.images import broken_images
+        from diffenc.inputs.images import broken_images
 
         kept = self.kept
         if not kept:
@@ -78,7 +78,7 @@ class PictureFiles:
         Raises:
             ImageError: Some are broken and shall not be skipped, or none is left.
         """
-        from diffenc.images import describe_broken
+        from diffenc.inputs.images import describe_broken
 
         if not self.broken or (self.skip_broken and self.kept):
             return
@@ -88,7 +88,7 @@ class PictureFiles:
 
     def report(self) -> None:
         """Say on standard error what was left out."""
-        from diffenc.images import describe_broken
+        from diffenc.inputs.images import describe_broken
 
         if self.broken:
             told = describe_broken(self._faults(), len(self.paths))

@@ -14,8 +14,8 @@ from diffenc.cli.tables import print_table
 from diffenc.errors import ConfigError
 
 if TYPE_CHECKING:
-    from diffenc.train.plan import Plan
-    from diffenc.train.stages import Progress
+    from diffenc.mllm.training.plan import Plan
+    from diffenc.mllm.training.stages import Progress
 
 _EXAMPLES = 5
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -48,19 +48,19 @@ def train(
     """
     if not plan and (processes is not None or tflops is not None):
         raise ConfigError("--processes and --tflops are for --plan")
-    from diffenc.train.config import TrainConfig
+    from diffenc.mllm.training.config import TrainConfig
 
     told = TrainConfig.read(config)
     quiet_libraries()
     if plan:
-        from diffenc.train.plan import make_plan
+        from diffenc.mllm.training.plan import make_plan
 
         with progress_bar("looking at pictures", unit="pictures") as looking:
             found = make_plan(told, processes=processes, tflops=tflops, looking=looking)
         _print_plan(found)
         return
-    from diffenc.train.stages import is_first_process
-    from diffenc.train.stages import train as run_stage
+    from diffenc.mllm.training.stages import is_first_process
+    from diffenc.mllm.training.stages import train as run_stage
 
     # Each process of several has a device of its own, which the stage finds.
     chosen = None if device == "auto" else to_device(device)
@@ -89,7 +89,7 @@ def shapes_data(
     _debug: Debug = False,
 ) -> None:
     """Write coloured shapes in LLaVA's format: align.json, instruct.json and images/."""
-    from diffenc.train.miniature import write_miniature
+    from diffenc.mllm.training.miniature import write_miniature
 
     paths = write_miniature(folder, scenes=scenes, seed=seed, turns=turns)
     typer.echo(f"wrote {', '.join(map(str, paths.values()))}")

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffenc.errors import ConfigError, ImageError
-from diffenc.images import load_image
+from diffenc.inputs.images import load_image
 from diffenc.storage.names import reason
 
 BenchmarkName = Literal["winoground", "mmvp-vlm"]

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from diffenc.errors import BackboneError
 from diffenc.evals.matchers import short_name, weights_digest
-from diffenc.pretrained import load_whole, loading, model_config, model_folder
-from diffenc.prompts import tokenize
-from diffenc.tokenizing import fit_rows, token_ids
+from diffenc.inputs.prompts import tokenize
+from diffenc.inputs.tokenizing import fit_rows, token_ids
+from diffenc.storage.pretrained import load_whole, loading, model_config, model_folder
 
 _INSTEAD = (
     "Pass a folder with config.json, model.safetensors, tokenizer and preprocessor_config.json, or "

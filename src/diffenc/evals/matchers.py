@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffenc.errors import ConfigError
-from diffenc.prompts import tokenize
+from diffenc.inputs.prompts import tokenize
 from diffenc.scorer import CrossAttnScorer
 from diffenc.scoring.inputs import cuts_known
 from diffenc.storage.names import is_folder

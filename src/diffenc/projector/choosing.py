@@ -2,7 +2,7 @@
 
 from typing import Any, Protocol, runtime_checkable
 
-from diffenc.arguments import shown
+from diffenc.checks.arguments import shown
 from diffenc.errors import ConfigError
 from diffenc.projector.fused import FusedProjector
 from diffenc.projector.plain import Projector

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from diffenc.arguments import shown, whole
+from diffenc.checks.arguments import shown, whole
 from diffenc.config import check_choice
 from diffenc.errors import ConfigError, ShapeError
 from diffenc.projector.plain import Projector, check_tokens

@@ -11,11 +11,11 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from diffenc._inference import lasting
-from diffenc.arguments import shown, sides, text, whole, wholes
+from diffenc.checks.arguments import shown, sides, text, whole, wholes
+from diffenc.denoiser.grids import to_grid
 from diffenc.errors import ConfigError, ShapeError
-from diffenc.maps import to_grid
 from diffenc.projector.saved import SavedProjector, load_weights
+from diffenc.runtime.inference import lasting
 from diffenc.storage.tensors import read_pickled, read_tensors
 from diffenc.storage.writing import writing
 

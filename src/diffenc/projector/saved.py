@@ -7,8 +7,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from diffenc._inference import lasting
 from diffenc.errors import ConfigError, OutputError, ShapeError
+from diffenc.runtime.inference import lasting
 from diffenc.storage.names import checked_path, reason
 from diffenc.storage.reading import read_json
 from diffenc.storage.schema import check_present, make

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffenc.attention import match_layers
-from diffenc.backbones.base import Backbone
-from diffenc.cache import TensorCache, content_key
+from diffenc.denoiser.attention import match_layers
 from diffenc.errors import ConfigError, ImageError, NonFiniteError
-from diffenc.images import ImageSource, to_pixel_values
+from diffenc.inputs.images import ImageSource, to_pixel_values
+from diffenc.memory.cache import TensorCache, content_key
+from diffenc.models.base import Backbone
 from diffenc.scoring.bank_files import DTYPES, FORMAT, Shapes
 from diffenc.scoring.bank_plan import (
     begin,

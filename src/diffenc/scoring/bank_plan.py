@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from diffenc.cache import content_key
 from diffenc.errors import ConfigError, ImageError, OutputError, ShapeError
-from diffenc.images import ImageSource
+from diffenc.inputs.images import ImageSource
+from diffenc.memory.cache import content_key
 from diffenc.scoring.bank_files import BANK_FILE, PLAN_FILE, shard_files, shard_name
 from diffenc.storage.names import SURROGATE, is_file, printable, reason
 from diffenc.storage.reading import read_json

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffenc.backbones.base import Backbone
-from diffenc.cache import content_key
+from diffenc.memory.cache import content_key
+from diffenc.models.base import Backbone
 
 _SAMPLES = 4096  # values of a tensor that count; training and merging change all of them
 

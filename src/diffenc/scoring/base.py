@@ -9,21 +9,21 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from diffenc._inference import lasting
-from diffenc.arguments import flag, shown, text
-from diffenc.arguments import texts as listed
-from diffenc.attention import match_layers
-from diffenc.attention_scores import layer_mix
-from diffenc.backbones import load_backbone, model_name
-from diffenc.backbones.base import Backbone
-from diffenc.backbones.device import Device, Dtype
-from diffenc.backbones.pipelines import PIPELINE
-from diffenc.backbones.sources import lasting_source
-from diffenc.cache import TensorCache
+from diffenc.checks.arguments import flag, shown, text
+from diffenc.checks.arguments import texts as listed
+from diffenc.denoiser.attention import match_layers
+from diffenc.denoiser.attention_scores import layer_mix
+from diffenc.denoiser.lora.adapters import active_lora
 from diffenc.errors import ConfigError, OutputError, PromptError
-from diffenc.images import Images
-from diffenc.lora.adapters import active_lora
-from diffenc.saved import check_mark
+from diffenc.inputs.images import Images
+from diffenc.memory.cache import TensorCache
+from diffenc.models import load_backbone, model_name
+from diffenc.models.base import Backbone
+from diffenc.models.device import Device, Dtype
+from diffenc.models.encoder_folder import check_mark
+from diffenc.models.pipelines import PIPELINE
+from diffenc.models.sources import lasting_source
+from diffenc.runtime.inference import lasting
 from diffenc.scoring.calibration import References
 from diffenc.scoring.config import ScorerConfig, scorer_preset
 from diffenc.scoring.saved import is_saved_scorer, read_scorer, write_scorer

@@ -7,9 +7,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffenc.cache import content_key
 from diffenc.errors import ConfigError, ShapeError
-from diffenc.images import Images, to_pixel_values
+from diffenc.inputs.images import Images, to_pixel_values
+from diffenc.memory.cache import content_key
 from diffenc.scoring.config import ScorerConfig
 
 

@@ -4,8 +4,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from diffenc._typing import LongPrompts, Posterior, Resize, Uncond
-from diffenc.arguments import whole
-from diffenc.checks import conform
+from diffenc.checks.arguments import whole
+from diffenc.checks.fields import conform
 from diffenc.config import check_choice, check_pair
 from diffenc.errors import ConfigError, near_matches
 from diffenc.storage.schema import make

@@ -7,12 +7,12 @@ from einops import reduce
 from jaxtyping import Float
 from torch import Tensor
 
-from diffenc.backbones.base import Backbone
-from diffenc.checks import require_finite
+from diffenc.checks.fields import require_finite
 from diffenc.errors import ConfigError
-from diffenc.forward import predict_noise
-from diffenc.noise import add_noise, shared_noise
-from diffenc.prompts import match_batch
+from diffenc.inputs.noise import add_noise, shared_noise
+from diffenc.inputs.prompts import match_batch
+from diffenc.models.base import Backbone
+from diffenc.passes.forward import predict_noise
 from diffenc.scoring.config import SCORE_TIMESTEPS
 
 

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from diffenc.attention import cross_attentions, match_layers
-from diffenc.cache import Entry, TensorCache, recall
-from diffenc.prompts import PromptEmbeds
+from diffenc.denoiser.attention import cross_attentions, match_layers
+from diffenc.inputs.prompts import PromptEmbeds
+from diffenc.memory.cache import Entry, TensorCache, recall
 from diffenc.scoring.inputs import ScoreInputs, check_finite, in_batches, pooling_of
 from diffenc.scoring.passes import read_statistics
 

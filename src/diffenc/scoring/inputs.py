@@ -11,15 +11,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from diffenc.attention_scores import Pooling
-from diffenc.backbones.base import Backbone, States
+from diffenc.denoiser.attention_scores import Pooling
 from diffenc.errors import NonFiniteError, PromptError
-from diffenc.latents import draw_latents
-from diffenc.memo import image_keys, posterior_of, prompts_of
-from diffenc.noise import add_noise, shared_noise
-from diffenc.prompts import PromptEmbeds
+from diffenc.inputs.latents import draw_latents
+from diffenc.inputs.noise import add_noise, shared_noise
+from diffenc.inputs.prompts import PromptEmbeds
+from diffenc.inputs.tokenizing import limit_of, prompt_ids, require_right
+from diffenc.models.base import Backbone, States
+from diffenc.passes.inputs import image_keys, posterior_of, prompts_of
 from diffenc.scoring.config import ScorerConfig, TokenMask
-from diffenc.tokenizing import limit_of, prompt_ids, require_right
 
 _Row = TypeVar("_Row")
 _Result = TypeVar("_Result")

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from diffenc.cache import TensorCache
+from diffenc.memory.cache import TensorCache
 from diffenc.scoring.exact import exact_scores
 from diffenc.scoring.inputs import ScoreInputs
 from diffenc.scoring.shared_query import shared_query_scores

@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from diffenc.attention_scores import Pooling, read_queries, read_scores
-from diffenc.backbones.base import Backbone
-from diffenc.forward import call_unet, check_whole
-from diffenc.noise import to_noise
-from diffenc.prompts import PromptEmbeds
+from diffenc.denoiser.attention_scores import Pooling, read_queries, read_scores
+from diffenc.inputs.noise import to_noise
+from diffenc.inputs.prompts import PromptEmbeds
+from diffenc.models.base import Backbone
+from diffenc.passes.forward import call_unet, check_whole
 
 
 def read_statistics(
@@ -43,7 +43,7 @@ def read_statistics(
 
     Raises:
         TapError: A layer did not run.
-        ConfigError: A U-Net that predicts no noise, see `diffenc.forward.predict_noise`.
+        ConfigError: A U-Net that predicts no noise, see `diffenc.passes.forward.predict_noise`.
     """
     if predict:
         check_whole(backbone)

@@ -9,17 +9,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffenc._inference import lasting
-from diffenc.arguments import whole
-from diffenc.attention_scores import layer_mix
-from diffenc.backbones import load_backbone
-from diffenc.backbones.base import Backbone
-from diffenc.backbones.device import Device, Dtype
-from diffenc.cache import state_key
+from diffenc.checks.arguments import whole
+from diffenc.denoiser.attention_scores import layer_mix
 from diffenc.errors import BackboneError, ConfigError, DiffencError, NonFiniteError, PromptError
-from diffenc.memo import prompts_of
-from diffenc.prompts import match_batch
-from diffenc.saved import read_source
+from diffenc.inputs.prompts import match_batch
+from diffenc.memory.cache import state_key
+from diffenc.models import load_backbone
+from diffenc.models.base import Backbone
+from diffenc.models.device import Device, Dtype
+from diffenc.models.encoder_folder import read_source
+from diffenc.passes.inputs import prompts_of
+from diffenc.runtime.inference import lasting
 from diffenc.scoring.bank_build import layer_shapes
 from diffenc.scoring.bank_contents import read_contents
 from diffenc.scoring.bank_files import (

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffenc.backbones.base import Backbone
-from diffenc.backbones.sources import SOURCES
 from diffenc.errors import BackboneError, ConfigError, DiffencError
-from diffenc.pretrained import stored_name
-from diffenc.saved import merge_parts, read_parts, read_source, stored_parts
+from diffenc.models.base import Backbone
+from diffenc.models.encoder_folder import merge_parts, read_parts, read_source, stored_parts
+from diffenc.models.sources import SOURCES
 from diffenc.scoring.calibration import References
 from diffenc.scoring.config import ScorerConfig
 from diffenc.storage.names import is_file, printable
+from diffenc.storage.pretrained import stored_name
 from diffenc.storage.reading import read_json
 from diffenc.storage.schema import checked
 from diffenc.storage.tensors import read_tensors, write_tensors

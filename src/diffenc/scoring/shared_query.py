@@ -7,12 +7,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from diffenc.attention import cross_attentions, match_layers
-from diffenc.attention_scores import Pooling, crossed_scores
-from diffenc.backbones.base import Backbone
-from diffenc.cache import Entry, TensorCache, recall
-from diffenc.memo import prompts_of
-from diffenc.prompts import PromptEmbeds
+from diffenc.denoiser.attention import cross_attentions, match_layers
+from diffenc.denoiser.attention_scores import Pooling, crossed_scores
+from diffenc.inputs.prompts import PromptEmbeds
+from diffenc.memory.cache import Entry, TensorCache, recall
+from diffenc.models.base import Backbone
+from diffenc.passes.inputs import prompts_of
 from diffenc.scoring.inputs import (
     ScoreInputs,
     check_finite,

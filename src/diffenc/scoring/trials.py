@@ -7,11 +7,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from diffenc.arguments import entries
-from diffenc.attention_scores import layer_mix
+from diffenc.checks.arguments import entries
+from diffenc.denoiser.attention_scores import layer_mix
 from diffenc.errors import PromptError
-from diffenc.images import Images, to_pixel_values
-from diffenc.prompts import match_batch
+from diffenc.inputs.images import Images, to_pixel_values
+from diffenc.inputs.prompts import match_batch
 from diffenc.scoring.base import ConfiguredScorer
 from diffenc.scoring.calibration import reference_pixels
 from diffenc.scoring.inputs import encode_inputs, warn_truncated

@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffenc.backbones import TapInfo, describe, match_taps
-from diffenc.backbones.base import Backbone
 from diffenc.config import EncoderConfig, check_choice
 from diffenc.encoder import DiffusionEncoder
+from diffenc.models import TapInfo, describe, match_taps
+from diffenc.models.base import Backbone
 from diffenc.studies.focus import read_focus
 from diffenc.studies.readouts import fit_readout
 from diffenc.studies.results import (

@@ -14,12 +14,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffenc.attention import cross_attention_layers, word_token_positions
+from diffenc.denoiser.attention import cross_attention_layers, word_token_positions
 from diffenc.encoder import DiffusionEncoder
-from diffenc.forward import read_attention
-from diffenc.images import to_pixel_values
-from diffenc.memo import image_keys, posterior_of, prompts_of
-from diffenc.noise import add_noise, shared_noise
+from diffenc.inputs.images import to_pixel_values
+from diffenc.inputs.noise import add_noise, shared_noise
+from diffenc.passes.forward import read_attention
+from diffenc.passes.inputs import image_keys, posterior_of, prompts_of
 from diffenc.shapes.render import masks, render
 from diffenc.shapes.scenes import SceneObject
 from diffenc.studies.results import Focus, Measure, Spread

@@ -15,11 +15,11 @@ from einops import reduce
 from jaxtyping import Float
 from torch import Tensor
 
-from diffenc.backbones import load_backbone
-from diffenc.backbones.base import Backbone
 from diffenc.config import EncoderConfig
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import ConfigError
+from diffenc.models import load_backbone
+from diffenc.models.base import Backbone
 from diffenc.shapes.captions import noun_phrase
 from diffenc.shapes.render import render
 from diffenc.shapes.scenes import COLORS, SHAPES, Color, Shape

@@ -5,10 +5,10 @@ from statistics import mean
 
 import torch
 
-from diffenc.backbones.base import Backbone
-from diffenc.clip_tokens import ClipTokens
+from diffenc.clip.tokens import ClipTokens
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import BackboneError
+from diffenc.models.base import Backbone
 from diffenc.studies.parts_reader import Questions
 from diffenc.studies.parts_results import ASKED, NormRow, Part, PartRow, PartStudy
 from diffenc.studies.parts_run import Found, PartRun

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from diffenc.arguments import whole
+from diffenc.checks.arguments import whole
 from diffenc.errors import ConfigError
 
 Progress: TypeAlias = Callable[[int, int], object]

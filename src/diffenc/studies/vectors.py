@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffenc.backbones.base import Backbone
 from diffenc.encoder import DiffusionEncoder
-from diffenc.images import to_pixel_values
-from diffenc.memo import image_keys, posterior_of
+from diffenc.inputs.images import to_pixel_values
+from diffenc.models.base import Backbone
+from diffenc.passes.inputs import image_keys, posterior_of
 from diffenc.shapes.render import masks, render
 from diffenc.studies.results import Conditioning
 from diffenc.studies.trials import PROPERTIES, Property, Trial

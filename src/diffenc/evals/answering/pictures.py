@@ -11,7 +11,7 @@ from diffenc.errors import ConfigError, ImageError
 from diffenc.evals.answering.base import Reading
 from diffenc.evals.base import Picture, Problem
 from diffenc.evals.inspection import NAMED, Progress, summary
-from diffenc.pictures.files import read_picture
+from diffenc.inputs.pictures.files import read_picture
 
 Item = TypeVar("Item")
 

@@ -15,11 +15,11 @@ from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import BackboneError, ConfigError
 from diffenc.evals.answering.base import Images, check_positive
 from diffenc.fusion import FusedEncoder
-from diffenc.saved import CONFIG_FILE as ENCODER_CONFIG
-from diffenc.saved import read_config
+from diffenc.mllm.model import DiffusionVLM
+from diffenc.mllm.model_folder import CONFIG_FILE, ENCODER, is_saved, read_saved
+from diffenc.models.encoder_folder import CONFIG_FILE as ENCODER_CONFIG
+from diffenc.models.encoder_folder import read_config
 from diffenc.storage.names import expanded, is_file, is_folder, reason
-from diffenc.vlm.files import CONFIG_FILE, ENCODER, is_saved, read_saved
-from diffenc.vlm.model import DiffusionVLM
 
 _RUN_FOLDER = "model"  # where a training run writes the model, in its own folder
 _CHUNK = 2**22

@@ -10,10 +10,10 @@ import torch
 from diffenc.errors import BackboneError
 from diffenc.evals.answering.base import check_positive
 from diffenc.evals.llava_bench.judge import SYSTEM, Case, JudgeError
-from diffenc.pretrained import loading, model_config
+from diffenc.inputs.tokenizing import token_ids
+from diffenc.mllm.language import context_of, filler_id, load_language_model
 from diffenc.storage.names import expanded, is_file, is_folder
-from diffenc.tokenizing import token_ids
-from diffenc.vlm.language import context_of, filler_id, load_language_model
+from diffenc.storage.pretrained import loading, model_config
 
 _INSTEAD = "Pass the folder or the Hub id of a causal language model"
 

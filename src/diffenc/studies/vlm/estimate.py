@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
+from diffenc.mllm.training.build import build_vlm
+from diffenc.mllm.training.config import TrainConfig
+from diffenc.mllm.training.data import collate
+from diffenc.mllm.training.stages import check_data, make_dataset
 from diffenc.studies.vlm.measure import CAPTION_TOKENS
 from diffenc.studies.vlm.plan import Measurement, StudyPlan
 from diffenc.studies.vlm.trainings import Training, check_config
 from diffenc.studies.vlm.workshop import Workshop
-from diffenc.train.build import build_vlm
-from diffenc.train.config import TrainConfig
-from diffenc.train.data import collate
-from diffenc.train.stages import check_data, make_dataset
 
 _BACKWARD = 3.0
 """Of a trained encoder, against its forward pass alone."""

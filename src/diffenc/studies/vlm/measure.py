@@ -16,6 +16,7 @@ from diffenc.evals.captioning.miniature import shapes_captions
 from diffenc.evals.choices.evaluate import evaluate_choices
 from diffenc.evals.choices.miniature import shapes_mmvp
 from diffenc.evals.leakage.evaluate import evaluate_leakage
+from diffenc.mllm.training.miniature import REQUEST
 from diffenc.shapes.captions import captions
 from diffenc.shapes.questions import QUESTION_KINDS, Question, questions
 from diffenc.shapes.render import render
@@ -23,7 +24,6 @@ from diffenc.shapes.scenes import Scene, sample_scenes
 from diffenc.studies.vlm.plan import Measurement
 from diffenc.studies.vlm.prompting import parse_prompting
 from diffenc.studies.vlm.truth import caption_figures
-from diffenc.train.miniature import REQUEST
 
 HELD_OUT: Mapping[str, int] = {
     "captions": 971_000,

@@ -12,6 +12,7 @@ from PIL import Image
 
 from diffenc.errors import ConfigError
 from diffenc.evals.choices.extraction import READING
+from diffenc.mllm.model import DiffusionVLM
 from diffenc.storage.names import is_file
 from diffenc.storage.reading import read_json
 from diffenc.storage.schema import make
@@ -24,7 +25,6 @@ from diffenc.studies.vlm.plan import Measurement, StudyPlan
 from diffenc.studies.vlm.results import Cell, VlmStudy, find_figure
 from diffenc.studies.vlm.trainings import Training
 from diffenc.studies.vlm.workshop import Workshop, digest_of
-from diffenc.vlm.model import DiffusionVLM
 
 Progress = Callable[[float, float, str], None]
 """Told work done, work in all, and what is being done."""

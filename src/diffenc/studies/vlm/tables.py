@@ -4,13 +4,13 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from diffenc.mllm.training.config import TrainConfig
 from diffenc.studies import markdown as markdown_text
 from diffenc.studies.results import Spread
 from diffenc.studies.vlm.plan import FIGURES, Measurement, StudyPlan
 from diffenc.studies.vlm.prompting import parse_prompting
 from diffenc.studies.vlm.results import VlmStudy
 from diffenc.studies.vlm.trainings import check_config
-from diffenc.train.config import TrainConfig
 
 KINDS: Mapping[str, str] = {
     "captions": "Captions of held-out pictures",

@@ -1,4 +1,4 @@
-"""A training of a study, and the configuration of `diffenc.train` that it stands for."""
+"""A training of a study, and the configuration of `diffenc.mllm.training` that it stands for."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -7,8 +7,8 @@ from typing import Any, get_args
 
 from diffenc.config import check_choice
 from diffenc.errors import ConfigError
+from diffenc.mllm.training.config import Stage, TrainConfig
 from diffenc.studies.vlm.toml_tables import check_present, make, table
-from diffenc.train.config import Stage, TrainConfig
 
 _NAMED_CLIP = "shapes-clip"
 _ANY = "any"
@@ -16,7 +16,7 @@ _ANY = "any"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shared:
-    """What trainings have in common, as tables of `diffenc.train`.
+    """What trainings have in common, as tables of `diffenc.mllm.training`.
 
     Attributes:
         model: Of trainings that do not start from another one.
@@ -50,7 +50,7 @@ class Training:
         data: "align" learns captions, "instruct" conversations; "" is that of the stage.
         label: In tables.
         start: Name of the training it starts from; "" begins with the parts of ``[model]``.
-        prompts: The encoder's prompt, see `diffenc.policies.parse_policy`.
+        prompts: The encoder's prompt, see `diffenc.inputs.policies.parse_policy`.
         model: Keys of ``[model]`` that differ.
         options: Of the encoder, where they differ: ``conditioning``, ``guidance_scale``.
         optim: Keys of the stage's table that differ.
@@ -123,7 +123,7 @@ def make_config(
     cache_dir: "str | Path" = "",
     options: Mapping[str, Any] | None = None,
 ) -> TrainConfig:
-    """What `diffenc.train` is told to do.
+    """What `diffenc.mllm.training` is told to do.
 
     Args:
         trainings: Of the plan.

@@ -17,17 +17,17 @@ import torch
 
 from diffenc._version import __version__
 from diffenc.errors import BackboneError, ConfigError
-from diffenc.pretrained import model_config
+from diffenc.mllm.language import load_language_model
+from diffenc.mllm.model_folder import is_saved
+from diffenc.mllm.training.config import TrainConfig
+from diffenc.mllm.training.miniature import write_miniature
+from diffenc.mllm.training.stages import MODEL_FOLDER, train
+from diffenc.mllm.vision import VisionTokens
+from diffenc.storage.pretrained import model_config
 from diffenc.storage.reading import DATA_BYTES, read_bytes
 from diffenc.storage.writing import locked, make_folder, remove_folder, reporting, write_json
 from diffenc.studies.vlm.plan import StudyPlan
 from diffenc.studies.vlm.trainings import make_config, merged_model
-from diffenc.train.config import TrainConfig
-from diffenc.train.miniature import write_miniature
-from diffenc.train.stages import MODEL_FOLDER, train
-from diffenc.vlm.files import is_saved
-from diffenc.vlm.language import load_language_model
-from diffenc.vlm.vision import VisionTokens
 
 _WHAT_FILE = "what.json"
 _TOKENS = "tokens"
@@ -159,7 +159,7 @@ class Workshop:
     def config(
         self, name: str, seed: int, *, output: "str | Path" = "any", start: "str | Path" = ""
     ) -> TrainConfig:
-        """What `diffenc.train` is told; the data are written.
+        """What `diffenc.mllm.training` is told; the data are written.
 
         Args:
             name: Of the training.
@@ -238,7 +238,7 @@ class Workshop:
 
 def fingerprint(name: str) -> str:
     """Of a model: digest of its files where it is a folder or bundled, and else its name."""
-    bundled = Path(str(files("diffenc.backbones") / "assets" / name))
+    bundled = Path(str(files("diffenc.models") / "assets" / name))
     folder = next((path for path in (Path(name), bundled) if path.is_dir()), None)
     if folder is None:
         return name

@@ -1,0 +1,1 @@
+"""Checks of what is passed to public calls."""

@@ -1,0 +1,59 @@
+"""What vision models of transformers have in common here, and the pictures that they take."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor, nn
+
+from diffenc.inputs.images import Images, ImageSource, as_list, to_pixel_values
+
+
+class VisionModel(nn.Module):
+    """Base of what gives the tokens of a square of patches.
+
+    Attributes:
+        model: Of transformers, or a `VisionModel` itself.
+        image_processor: The model's own.
+        layer: Index into the hidden states.
+        name: Where the model was loaded from; None for an object.
+        hidden_size: Channels of a token.
+        side: Of the square of patches.
+    """
+
+    model: Any
+    image_processor: Any
+    layer: int
+    name: str | None
+    hidden_size: int
+    side: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model."""
+        dtype: torch.dtype = next(self.model.parameters()).dtype
+        return dtype
+
+
+def to_pictures(images: Images) -> list[Image.Image]:
+    """Upright RGB pictures of 8 bits at their own size, from pictures of any kind."""
+    return [_picture(source) for source in as_list(images)]
+
+
+def _picture(source: ImageSource) -> Image.Image:
+    return to_image(to_pixel_values([source], size=None, resize="none", multiple=1)[0])
+
+
+def to_image(pixel_values: Float[Tensor, "3 h w"]) -> Image.Image:
+    """Values in [-1, 1] as a picture of 8 bits."""
+    levels = ((pixel_values.detach().cpu() + 1) * 127.5).round().clamp(0, 255).byte()
+    return Image.fromarray(np.ascontiguousarray(rearrange(levels.numpy(), "c h w -> h w c")))

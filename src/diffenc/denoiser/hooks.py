@@ -1,0 +1,154 @@
+"""Context managers that read a module while it runs, and leave it as they found it."""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from typing import Any
+
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from diffenc.denoiser.truncation import shallow_copy
+from diffenc.errors import TapError, near_matches
+from diffenc.runtime.threads import for_this_thread
+
+
+class AllTapsRead(BaseException):
+    """Raised inside a forward pass when nothing that follows can change a tap.
+
+    A BaseException, so that no `except Exception` on the way swallows it.
+    """
+
+
+class ForwardTaps:
+    """Feature maps of named submodules while the `with` block is open.
+
+    Outputs over tokens (b n c), such as those of transformer blocks and projections, come back as
+    maps: their height and width are read off the `Transformer2DModel` around them. With
+    `early_exit` the pass ends, exactly and at any size, once every tap has been read; `run` hides
+    the exception that does it. What other threads pass through the module meanwhile is left alone,
+    unless `any_thread` says that calls of all threads are read.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        names: Sequence[str],
+        *,
+        early_exit: bool = False,
+        any_thread: bool = False,
+    ) -> None:
+        known = dict(module.named_modules())
+        if missing := [name for name in names if name not in known]:
+            raise TapError(
+                f"{type(module).__name__} has no module named {missing[0]!r}."
+                f"{near_matches(missing[0], known)} Its top level is "
+                f"{[name for name, _ in module.named_children()]}; "
+                "diffenc.list_taps(backbone) gives every valid name."
+            )
+        self._targets = {name: known[name] for name in names}
+        self._carriers = {name: _carrier(known, name) for name in names}
+        self._early_exit, self._any_thread = early_exit, any_thread
+        self._grids: dict[nn.Module, tuple[int, int]] = {}
+        self._outputs: dict[str, Tensor] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "ForwardTaps":
+        self._outputs.clear()
+        bound = (lambda hook: hook) if self._any_thread else for_this_thread
+        with ExitStack() as stack:  # a failure half-way removes what is already registered
+            note_grid = bound(self._note_grid)
+            for carrier in {c for c in self._carriers.values() if c is not None}:
+                handle = carrier.register_forward_pre_hook(note_grid, with_kwargs=True)
+                stack.callback(handle.remove)
+            for name, target in self._targets.items():
+                stack.callback(target.register_forward_hook(bound(self._reader(name))).remove)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stack.close()
+        self._grids.clear()
+
+    def __getitem__(self, name: str) -> Float[Tensor, "b c h w"]:
+        if name not in self._outputs:
+            raise TapError(
+                f"nothing was read at {name!r}: the U-Net does not call it now. Fused projections "
+                "(unet.unfuse_qkv_projections() separates them) and attention processors of other "
+                "libraries pass projections by (unet.set_default_attn_processor() brings the "
+                "usual ones back); else read another tap"
+            )
+        return self._outputs[name]
+
+    def run(self, call: Callable[[], Any]) -> dict[str, Float[Tensor, "b c h w"]]:
+        """Call, until done or until all taps are read, and return them in the order asked for.
+
+        Raises:
+            TapError: A module did not run.
+        """
+        with suppress(AllTapsRead):
+            call()
+        return {name: self[name] for name in self._targets}
+
+    def _note_grid(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        self._grids[module] = (hidden_states.shape[-2], hidden_states.shape[-1])
+
+    def _reader(self, name: str) -> Callable[..., None]:
+        carrier = self._carriers[name]
+
+        def read(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+            # Down blocks return (hidden, residuals), transformers a 1-tuple, the rest a tensor.
+            features: Tensor = output[0] if isinstance(output, tuple) else output
+            if features.ndim == 3 and carrier is not None:
+                h, w = self._grids[carrier]
+                features = rearrange(features, "b (h w) c -> b c h w", h=h, w=w)
+            self._outputs[name] = features
+            if self._early_exit and len(self._outputs) == len(self._targets):
+                raise AllTapsRead
+
+        return read
+
+
+class TapOutputs(nn.Module):
+    """A U-Net that returns its taps: what `torch.compile` needs, which ignores later hooks.
+
+    The hooks sit on copies of the modules that lead to the taps, so the U-Net itself has none.
+
+    Args:
+        unet: A `UNet2DConditionModel`, best one that ends after the last tap.
+        names: Module paths.
+
+    Raises:
+        TapError: The U-Net has no such module.
+    """
+
+    def __init__(self, unet: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.unet = shallow_copy(unet)
+        self.names = tuple(names)
+        copied = {"": self.unet}
+        for name in names:
+            parts = name.split(".")
+            for depth in range(1, len(parts) + 1):
+                path = ".".join(parts[:depth])
+                if path not in copied:
+                    parent = copied[".".join(parts[: depth - 1])]
+                    copied[path] = shallow_copy(parent.get_submodule(parts[depth - 1]))
+                    parent._modules[parts[depth - 1]] = copied[path]
+        self._taps = ForwardTaps(self.unet, names, any_thread=True)
+        self._taps.__enter__()
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Float[Tensor, "b _c _h _w"], ...]:
+        """Call the U-Net with these arguments; a map per tap, in the order of `names`."""
+        self.unet(*args, **kwargs)
+        return tuple(self._taps[name] for name in self.names)
+
+
+def _carrier(known: dict[str, nn.Module], name: str) -> nn.Module | None:
+    """The transformer that flattens the map around `name`; None outside of one."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        if type(known[name]).__name__ == "Transformer2DModel":
+            return known[name]
+    return None

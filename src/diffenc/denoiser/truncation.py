@@ -1,0 +1,98 @@
+"""A U-Net that ends after the last place that is read.
+
+The cut keeps diffusers' own forward pass: the up blocks behind the last tap are replaced by one
+that has no parameters and hands its input on, and the output layers by the identity. Since that
+block still says how many residuals it takes, sizes that divide unevenly come out as in the whole.
+"""
+
+import copy
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from diffenc.runtime.threads import share_lock
+
+_UP_BLOCK = re.compile(r"up_blocks\.(\d+)(?:\.(resnets|attentions)\.(\d+))?")
+
+
+class Passthrough(nn.Module):
+    """Stands for the up blocks that are not run.
+
+    Attributes:
+        resnets: Placeholders; their number is how many residuals the U-Net sets aside.
+    """
+
+    def __init__(self, residuals: int) -> None:
+        super().__init__()
+        self.resnets = [None] * residuals
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
+        """Its input."""
+        return hidden_states
+
+
+def truncate(unet: nn.Module, taps: Sequence[str]) -> nn.Module:
+    """A U-Net that shares its modules with `unet` and runs nothing behind the last tap's layer.
+
+    Whole blocks behind it go, and so do the layers behind it in its own block. Down blocks and the
+    middle always stay: they come first.
+
+    Args:
+        unet: A `UNet2DConditionModel`; it is left as it is.
+        taps: Module paths that must still be there.
+    """
+    last_block, last_layer = _last(taps)
+    blocks = list(unet.up_blocks)  # type: ignore[arg-type]
+    kept = blocks[: last_block + 1]
+    if kept and last_layer is not None:
+        kept[-1] = _shortened(kept[-1], last_layer + 1)
+    if len(kept) < len(blocks):
+        kept.append(Passthrough(len(blocks[len(kept)].resnets)))
+    short = shallow_copy(unet)
+    short.up_blocks = nn.ModuleList(kept)
+    short.conv_norm_out = None
+    short.conv_out = nn.Identity()
+    share_lock(short, unet)
+    whole: nn.Module = short
+    return whole
+
+
+def is_whole(module: nn.Module) -> bool:
+    """Whether a module gives what it gives in the U-Net that it was taken from."""
+    return not (isinstance(module, Passthrough) or getattr(module, "is_shortened", False))
+
+
+def _last(taps: Sequence[str]) -> tuple[int, int | None]:
+    """Index of the last up block that is needed (-1: none) and of its last layer (None: all)."""
+    order = []
+    for tap in taps:
+        if match := _UP_BLOCK.match(tap):
+            block, layer = int(match[1]), match[3]
+            order.append((block, float("inf") if layer is None else int(layer)))
+    if not order:
+        return -1, None
+    block, layer = max(order)
+    return block, None if layer == float("inf") else int(layer)
+
+
+def _shortened(block: nn.Module, layers: int) -> nn.Module:
+    short = shallow_copy(block)
+    short.resnets = nn.ModuleList(list(block.resnets)[:layers])  # type: ignore[arg-type]
+    if hasattr(block, "attentions"):
+        short.attentions = nn.ModuleList(list(block.attentions)[:layers])  # type: ignore[arg-type]
+    short.upsamplers = None
+    short.is_shortened = True
+    kept: nn.Module = short
+    return kept
+
+
+def shallow_copy(module: nn.Module) -> Any:
+    """A copy that shares submodules and weights, with lists of submodules and hooks of its own."""
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    for name, value in vars(module).items():
+        if "hooks" in name and isinstance(value, dict):
+            setattr(twin, name, type(value)(value))
+    return twin

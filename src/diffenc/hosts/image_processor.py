@@ -1,0 +1,71 @@
+"""Pictures to `pixel_values`, in the forms in which hosts ask their image processor."""
+
+from typing import Any
+
+import numpy as np
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
+
+from diffenc._typing import Resize
+from diffenc.errors import ConfigError
+from diffenc.inputs.images import to_pixel_values
+
+_HALF = [0.5, 0.5, 0.5]
+
+
+class TowerImageProcessor(BaseImageProcessor):  # type: ignore[misc]  # untyped
+    """RGB squares in [-1, 1] of one size.
+
+    It stands where hosts expect CLIP's: they call it, or `preprocess`, and read `size`,
+    `crop_size`, `image_mean` and `image_std`. It holds no tensors, so it may be copied and pickled.
+
+    Args:
+        size: Side in pixels, or a mapping that holds it under "shortest_edge" or "height".
+        resize: See `EncoderConfig.resize`; "none" is not for towers.
+        ignored: What hosts save beside.
+
+    Raises:
+        ConfigError: There is no such size.
+    """
+
+    model_input_names = ["pixel_values"]  # noqa: RUF012  # transformers' own way
+
+    def __init__(self, size: Any = 512, resize: Resize = "squash", **ignored: Any) -> None:
+        super().__init__()
+        side = size
+        if not isinstance(size, int):
+            told = dict(size)
+            side = told.get("shortest_edge") or told.get("height")
+        if not isinstance(side, int) or side < 1 or resize == "none":
+            raise ConfigError(
+                f"size must be a side in pixels and resize 'squash', 'crop' or 'pad', got {size!r} "
+                f"and {resize!r}"
+            )
+        self.size = {"shortest_edge": side, "height": side, "width": side}
+        self.crop_size = {"height": side, "width": side}
+        self.image_mean, self.image_std = list(_HALF), list(_HALF)
+        self.resize = resize
+
+    def __call__(self, images: Any, return_tensors: Any = None, **ignored: Any) -> BatchFeature:
+        """As `preprocess`."""
+        return self.preprocess(images, return_tensors=return_tensors)
+
+    def preprocess(self, images: Any, return_tensors: Any = None, **ignored: Any) -> BatchFeature:
+        """Bring pictures to the tower's size.
+
+        Args:
+            images: One or several, see `diffenc.inputs.images.to_pixel_values`.
+            return_tensors: "pt" gives one tensor, "np" one array, None a list of arrays.
+            ignored: What hosts tell CLIP's processor, such as `do_center_crop`: the tower takes
+                one size.
+
+        Returns:
+            Under "pixel_values" (n, 3, size, size).
+        """
+        side = self.crop_size["height"]
+        values = to_pixel_values(images, size=side, resize=self.resize, multiple=1)
+        if getattr(return_tensors, "value", return_tensors) == "pt":
+            return BatchFeature({"pixel_values": values})
+        array: np.ndarray = values.cpu().numpy()
+        as_is = getattr(return_tensors, "value", return_tensors) == "np"
+        return BatchFeature({"pixel_values": array if as_is else list(array)})

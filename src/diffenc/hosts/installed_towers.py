@@ -1,0 +1,32 @@
+"""Towers in a host's model, and their names in its config."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from diffenc.hosts.tower import DiffusionVisionTower
+
+
+def spec_of(cfg: Any) -> str | None:
+    """The name of the tower in a host's config or arguments, or None."""
+    for field in ("mm_vision_tower", "vision_tower"):
+        name = getattr(cfg, field, None)
+        if isinstance(name, str):
+            return name
+    return None
+
+
+def towers_of(model: nn.Module) -> Iterator[DiffusionVisionTower]:
+    """Every tower of a host's model, those that it keeps in lists included."""
+    seen: set[int] = set()
+    for module in model.modules():
+        held = [module, *(item for value in vars(module).values() for item in _listed(value))]
+        for candidate in held:
+            if isinstance(candidate, DiffusionVisionTower) and id(candidate) not in seen:
+                seen.add(id(candidate))
+                yield candidate
+
+
+def _listed(value: object) -> Sequence[object]:
+    return value if isinstance(value, (list, tuple)) else ()

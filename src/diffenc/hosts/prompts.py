@@ -1,0 +1,268 @@
+"""Prompts as tensors, and how they reach a tower through code that knows nothing of them.
+
+Hosts repeat, scatter and move tensors, and lose or misalign texts. A tower therefore takes
+`PromptTokens`, and finds those of the call around it in a scope. What was passed wins over the
+scope, and that over the null prompt.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from diffenc._typing import Uncond
+from diffenc.errors import PromptError
+from diffenc.inputs.prompts import PromptEmbeds, match_batch
+from diffenc.inputs.tokenizing import fit_rows, prompt_ids
+from diffenc.memory.cache import Entry, content_key, recall
+from diffenc.models import describe, resolve_folder
+from diffenc.models.base import Backbone
+from diffenc.models.parts import load_tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTokens:
+    """Tokenized prompts, one row each.
+
+    Attributes:
+        ids: Of the model's (first) tokenizer, padded to its limit; int64.
+        mask: 1 for a prompt's own tokens, with its start and end, 0 for padding; int64. A row of
+            zeros is no prompt at all.
+
+    Raises:
+        PromptError: They are no two whole-number tensors (n l) of one shape.
+    """
+
+    ids: Int[Tensor, "n l"]
+    mask: Int[Tensor, "n l"]
+
+    def __post_init__(self) -> None:
+        tensors = isinstance(self.ids, Tensor) and isinstance(self.mask, Tensor)
+        if not tensors or self.ids.ndim != 2 or self.ids.shape != self.mask.shape:
+            shapes = [tuple(getattr(part, "shape", ())) for part in (self.ids, self.mask)]
+            raise PromptError(f"ids and mask must be tensors (prompts, length), got {shapes}")
+        for name in ("ids", "mask"):
+            value = getattr(self, name)
+            if value.is_floating_point() or value.is_complex():
+                raise PromptError(f"{name} must hold whole numbers, got {value.dtype}")
+            object.__setattr__(self, name, value.long())
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def to(self, device: "torch.device | str") -> "PromptTokens":
+        """On another device."""
+        return PromptTokens(self.ids.to(device), self.mask.to(device))
+
+    def take(self, rows: Sequence[int]) -> "PromptTokens":
+        """Some rows, in the order given."""
+        return PromptTokens(self.ids[list(rows)], self.mask[list(rows)])
+
+    def split(self, counts: Sequence[int]) -> list["PromptTokens"]:
+        """Neighbouring rows in groups."""
+        starts = [sum(counts[:group]) for group in range(len(counts))]
+        return [
+            self.take(range(start, start + count))
+            for start, count in zip(starts, counts, strict=True)
+        ]
+
+    def rows(self, images: int) -> "PromptTokens":
+        """The same prompts for so many images: one row is repeated, as many rows are kept.
+
+        Raises:
+            PromptError: Any other number of rows.
+        """
+        if len(self) == images:
+            return self
+        if len(self) != 1:
+            raise PromptError(
+                f"pass one prompt for all images or one for each: {len(self)} prompts, {images} "
+                "images. Where a host shows several images or tiles per sample, each needs a row."
+            )
+        return self.take([0] * images)
+
+    def is_null(self) -> list[bool]:
+        """Per row whether it has no words: start and end alone."""
+        empty: list[bool] = (self.mask.sum(dim=1) <= 2).tolist()
+        return empty
+
+    def is_absent(self) -> list[bool]:
+        """Per row whether it stands for no prompt, which is not the empty text."""
+        nothing: list[bool] = (self.mask.sum(dim=1) == 0).tolist()
+        return nothing
+
+    def is_unconditional(self, rule: Uncond) -> list[bool]:
+        """Per row whether it reads the unconditional embedding; by "empty" so does "" itself."""
+        return self.is_null() if rule == "empty" else self.is_absent()
+
+    @staticmethod
+    def concat(parts: "Sequence[PromptTokens]") -> "PromptTokens":
+        """Rows of several, in order."""
+        device = parts[0].ids.device
+        return PromptTokens(
+            torch.cat([part.ids.to(device) for part in parts]),
+            torch.cat([part.mask.to(device) for part in parts]),
+        )
+
+
+Prompts: TypeAlias = PromptTokens | str | Sequence[str]
+
+
+class PromptTokenizer:
+    """Texts to `PromptTokens`, without the model's weights; it may go to other processes.
+
+    Args:
+        model: Alias, Hub id or folder.
+    """
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        self._tokenizer: Any = None
+
+    def __call__(self, prompts: Prompts) -> PromptTokens:
+        """Tokenize; what a prompt has beyond the model's limit is cut.
+
+        Raises:
+            PromptError: Something is no text.
+            BackboneError: The model's tokenizer cannot be had.
+        """
+        if isinstance(prompts, PromptTokens):
+            return prompts
+        return tokenize_prompts(self.tokenizer, prompts)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's own."""
+        if self._tokenizer is None:
+            tokenizer = load_tokenizer(resolve_folder(self.model, weights=False))
+            told = describe(self.model).configs["text_encoder"]
+            limit = told.get("max_position_embeddings", 77)
+            tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
+            self._tokenizer = tokenizer
+        return self._tokenizer
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self.model, "_tokenizer": None}
+
+
+def tokenize_prompts(tokenizer: Any, prompts: str | Sequence[str]) -> PromptTokens:
+    """Tokenize texts with a model's tokenizer, cut and padded to its limit."""
+    count = 1 if isinstance(prompts, str) else len(prompts)
+    texts = match_batch(prompts, count)
+    return PromptTokens(*fit_rows(tokenizer, prompt_ids(tokenizer, texts)))
+
+
+def embed_tokens(
+    backbone: Backbone,
+    tokens: PromptTokens,
+    *,
+    size: tuple[int, int],
+    uncond: Uncond | None = None,
+    use_cache: bool = True,
+) -> PromptEmbeds:
+    """Encode tokenized prompts, equal rows once.
+
+    The empty text is encoded as any other. A row that is absent gets the unconditional embedding,
+    which is another on SDXL.
+
+    Args:
+        backbone: Whose text encoders are called.
+        tokens: One row or more.
+        size: (height, width) of the pictures, in pixels.
+        uncond: Rule of the unconditional embedding; None is the model's own.
+        use_cache: Look up and keep.
+    """
+    state = backbone.states().prompts if use_cache else None
+    on_cpu, rule = tokens.to("cpu"), uncond or backbone.uncond_rule
+    absent = on_cpu.is_unconditional(rule)
+    keys: list[tuple[object, ...]] = [
+        (state, "", size, uncond) if null else (state, content_key(ids), content_key(mask), size)
+        for ids, mask, null in zip(on_cpu.ids, on_cpu.mask, absent, strict=True)
+    ]
+    distinct = {key: row for row, key in reversed(list(enumerate(keys)))}
+    rows = list(distinct.values())
+
+    def embed(missing: list[int]) -> list[Entry]:
+        known = {}
+        if worded := [rows[index] for index in missing if not absent[rows[index]]]:
+            part = on_cpu.take(worded)
+            fresh = backbone.embed_ids(part.ids, part.mask, size=size)
+            known = {row: fresh.select(at, at + 1) for at, row in enumerate(worded)}
+        if len(worded) < len(missing):
+            null = backbone.embed_uncond(uncond, size=size)
+            known |= {rows[index]: null for index in missing if absent[rows[index]]}
+        return [known[rows[index]].pack() for index in missing]
+
+    entries = recall(None if state is None else backbone.caches.prompts, list(distinct), embed)
+    known = dict(zip(distinct, map(PromptEmbeds.unpack, entries), strict=True))
+    return PromptEmbeds.concat([known[key] for key in keys])
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """Prompts of the calls inside a `prompt_scope`.
+
+    Attributes:
+        prompts: Tokens or texts.
+        per: What they are for, see `prompt_scope`.
+    """
+
+    prompts: Prompts
+    per: Literal["sample", "image"]
+
+
+_SCOPE: ContextVar[Scope | None] = ContextVar("diffenc_prompts", default=None)
+
+
+@contextmanager
+def prompt_scope(
+    prompts: Prompts | None, *, per: Literal["sample", "image"] = "sample"
+) -> Iterator[None]:
+    """Give prompts to the towers that run inside the block, through code that passes none.
+
+    Other threads do not see it, nor does what is computed again in the backward pass. Open it
+    around the call of the model in the same thread, or let the model's class open it
+    (`diffenc.hosts.llava.take_prompts`).
+
+    Args:
+        prompts: One for all or one each; None hides an outer scope.
+        per: "sample" has one prompt for each sample of the batch, which hosts that know their
+            samples expand to images and tiles; "image" has one for each image that the tower is
+            shown.
+    """
+    token = _SCOPE.set(None if prompts is None else Scope(prompts, per))
+    try:
+        yield
+    finally:
+        _SCOPE.reset(token)
+
+
+def current_scope() -> Scope | None:
+    """Of the block that this call runs in, or None."""
+    return _SCOPE.get()
+
+
+def resolve_prompts(
+    explicit: Prompts | None, images: int, tokenizer: PromptTokenizer
+) -> PromptTokens | None:
+    """Prompts of a call of a tower: those passed, else the scope's, else None (the null prompt).
+
+    Args:
+        explicit: What was passed.
+        images: How many images the tower is shown, tiles counted one by one.
+        tokenizer: For texts.
+
+    Returns:
+        A row per image.
+
+    Raises:
+        PromptError: They are neither one nor as many as the images.
+    """
+    scope = current_scope()
+    found = explicit if explicit is not None else scope.prompts if scope is not None else None
+    return None if found is None else tokenizer(found).rows(images)

@@ -1,0 +1,368 @@
+"""A vision tower in one string, such as ``diffenc:sdxl?t=50&taps=up0a0b7&rank=16``.
+
+Hosts keep one free text about their tower, `config.mm_vision_tower`; everything that a tower is
+told fits into it. The text that `str(spec)` gives holds no dot, comma or semicolon, at which some
+hosts split, and no name of another tower.
+"""
+
+import math
+import re
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, get_args
+from urllib.parse import quote, unquote
+
+import torch
+
+from diffenc._typing import Conditioning, Uncond
+from diffenc.checks.arguments import whole
+from diffenc.checks.fields import conform
+from diffenc.config import EncoderConfig, check_choice
+from diffenc.denoiser.grids import middle_grid
+from diffenc.errors import ConfigError, near_matches
+from diffenc.fusion import How
+from diffenc.hosts.fused_encoders import Companion, find_companion
+from diffenc.models import Architecture, TapInfo, describe
+from diffenc.models.sources import SOURCES, lasting_source
+
+PREFIX = "diffenc:"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_ALIASES = {alias.replace(".", ""): alias for alias in SOURCES}
+_STAGES = {"up": "up_blocks", "down": "down_blocks", "mid": "mid_block"}
+_LAYERS = {"a": "attentions", "r": "resnets", "b": "transformer_blocks"}
+_SHORT_TAP = re.compile(r"(up|down|mid)(\d*)((?:[arb]\d+)*)((?:-\w+)*)")
+_SAFE = "/-_~+"
+
+# Key in the text: attribute. Other people's words for the same come after.
+_KEYS = {
+    "taps": "taps",
+    "t": "timestep",
+    "size": "size",
+    "grid": "grid",
+    "cond": "conditioning",
+    "scale": "guidance_scale",
+    "draws": "draws",
+    "batch": "batch_size",
+    "noise": "noise",
+    "seed": "seed",
+    "uncond": "uncond",
+    "rank": "rank",
+    "alpha": "alpha",
+    "fuse": "fuse",
+    "how": "how",
+    "null": "null",
+    "prompted": "prompted",
+    "cut": "cut",
+    "dtype": "dtype",
+}
+_SYNONYMS = {"lora": "rank", "clip": "fuse", "timestep": "t", "guidance": "scale", "tap": "taps"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerSpec:
+    """What a tower is told, checked before any weight is read.
+
+    Attributes:
+        model: Alias, Hub id or diffusers folder, as for `DiffusionEncoder.from_pretrained`.
+        taps: Module paths of the U-Net; None takes the model's own set.
+        timestep: Scheduler step.
+        size: Side of the square that the tower takes, in pixels; None is the model's own.
+        grid: Side of the square of tokens; None is that of the middle tap.
+        conditioning: As in `EncoderConfig`; None is "cond" for prompts and "uncond" without.
+        guidance_scale: For "cfg".
+        draws: As in `EncoderConfig`.
+        batch_size: As in `EncoderConfig`.
+        noise: As in `EncoderConfig`.
+        seed: As in `EncoderConfig`.
+        uncond: As in `EncoderConfig`.
+        rank: Of the trainable adapter; None has none.
+        alpha: Its scale times its rank; None is the rank.
+        fuse: A CLIP or SigLIP whose tokens are joined: an alias such as "vitl336", or a folder.
+        how: How they are joined, see `FusedEncoder`.
+        null: Prompt of images that come without one; "" is unconditional.
+        prompted: Whether the adapter was trained with prompts, so that one without is told of.
+        cut: Load nothing that lies behind the last tap.
+        dtype: "fp32", "bf16" or "fp16": that of the frozen model, whatever the host casts it to;
+            None follows the host.
+    """
+
+    model: str
+    taps: tuple[str, ...] | None = None
+    timestep: int = 50
+    size: int | None = None
+    grid: int | None = None
+    conditioning: Conditioning | None = None
+    guidance_scale: float = 1.5
+    draws: int = 1
+    batch_size: int | None = None
+    noise: str | None = "shared"
+    seed: int = 0
+    uncond: Uncond | None = None
+    rank: int | None = None
+    alpha: float | None = None
+    fuse: str | None = None
+    how: How = "channel"
+    null: str = ""
+    prompted: bool = False
+    cut: bool = True
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        conform(self)
+        if not self.model or self.model != self.model.strip():
+            raise ConfigError(f"model must be an alias, a Hub id or a folder, got {self.model!r}")
+        # A host keeps the text, and may read it in another directory.
+        object.__setattr__(self, "model", lasting_source(self.model))
+        if self.rank is not None:
+            whole("rank", self.rank, least=1)
+        if self.alpha is not None and (self.rank is None or not 0 < self.alpha < math.inf):
+            raise ConfigError(f"alpha must be above 0 and needs a rank, got {self.alpha!r}")
+        if self.seed < 0:
+            raise ConfigError(f"seed must be 0 or more, got {self.seed}")
+        if self.dtype is not None:
+            check_choice("dtype", self.dtype, list(DTYPES))
+        check_choice("how", self.how, get_args(How))
+        if self.fuse is not None:
+            object.__setattr__(self, "fuse", find_companion(self.fuse).spelling)
+        self.encoder_config()
+
+    def encoder_config(self) -> EncoderConfig:
+        """The options of `DiffusionEncoder` that this tower reads with."""
+        return EncoderConfig(
+            taps=self.taps,
+            timestep=self.timestep,
+            size=self.size,
+            grid=self.grid,
+            conditioning=self.conditioning,
+            guidance_scale=self.guidance_scale,
+            draws=self.draws,
+            batch_size=self.batch_size,
+            noise=self.noise,  # type: ignore[arg-type]  # the config checks it
+            seed=self.seed,
+            uncond=self.uncond,
+        )
+
+    @classmethod
+    def is_spec(cls, name: object) -> bool:
+        """Whether a name is meant for diffenc, well formed or not."""
+        return isinstance(name, str) and name.startswith(PREFIX)
+
+    @classmethod
+    def parse(cls, text: str) -> "TowerSpec":
+        """Read ``diffenc:<model>?<key>=<value>&...``.
+
+        Args:
+            text: Keys may come in any order; a tap is a module path or its short form, "up1" for
+                `up_blocks.1`, "up1a0b7" for `up_blocks.1.attentions.0.transformer_blocks.7`;
+                several taps are joined by "+"; anything may be percent-encoded.
+
+        Raises:
+            ConfigError: It does not parse; the message points at the part that does not.
+        """
+        if not cls.is_spec(text):
+            raise ConfigError(
+                f"a tower is named {PREFIX}<model>[?<key>=<value>&...], such as "
+                f"'{PREFIX}sdxl?t=50&rank=16', got {text!r}"
+            )
+        name, mark, options = text.removeprefix(PREFIX).partition("?")
+        if not name:
+            raise _at(text, len(PREFIX), 1, f"a model must follow; known are {sorted(_ALIASES)}")
+        model = unquote(name)
+        values: dict[str, Any] = {"model": _ALIASES.get(model, model)}
+        start = len(PREFIX) + len(name) + len(mark)
+        for part in options.split("&") if mark else ():
+            _read_part(text, start, part, values)
+            start += len(part) + 1
+        try:
+            return cls(**values)
+        except ConfigError as error:
+            raise ConfigError(f"{error} (in {text!r})") from error
+
+    def __str__(self) -> str:
+        """The text that `parse` reads back to an equal spec; what is as usual is left out."""
+        dotless = {alias: short for short, alias in _ALIASES.items()}
+        parts = []
+        usual = {field.name: field.default for field in fields(self)}
+        for key, attribute in _KEYS.items():
+            value = getattr(self, attribute)
+            if value != usual[attribute]:
+                parts.append(f"{key}={_write(attribute, value)}")
+        model = _quoted(dotless.get(self.model, self.model))
+        return f"{PREFIX}{model}" + (f"?{'&'.join(parts)}" if parts else "")
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """What the model's configs tell; for aliases this reads nothing from elsewhere."""
+        return describe(self.model)
+
+    @cached_property
+    def tap_infos(self) -> tuple[TapInfo, ...]:
+        """Name, channels and reduction of each tap."""
+        told = self.architecture
+        return told.match_taps(self.taps or told.default_taps)
+
+    @property
+    def companion(self) -> Companion | None:
+        """The second encoder, if one is fused in."""
+        return None if self.fuse is None else find_companion(self.fuse)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square images that the tower takes, in pixels."""
+        return self.size or self.architecture.default_size
+
+    @property
+    def grid_side(self) -> int:
+        """Side of the square of tokens that come from the U-Net."""
+        if self.grid is not None:
+            return self.grid
+        if self.companion is not None and self.how != "tokens":
+            return self.companion.side
+        sides = [self._side(tap) for tap in self.tap_infos]
+        return middle_grid([(side, side) for side in sides])[0]
+
+    @property
+    def num_patches_per_side(self) -> int:
+        """Side of the square that all tokens form.
+
+        Raises:
+            ConfigError: Tokens of two encoders in one row form no square.
+        """
+        if self.companion is not None and self.how != "channel":
+            raise ConfigError(
+                f"how={self.how} puts the tokens of two encoders in one row, which is no square; "
+                "use how=channel where the host cuts pictures into tiles"
+            )
+        return self.grid_side
+
+    @property
+    def num_patches(self) -> int:
+        """Tokens of an image."""
+        cells = self.grid_side**2
+        if self.companion is None or self.how == "channel":
+            return cells
+        return cells + (self.grid or self.companion.side) ** 2
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels per token and side, rounded down."""
+        return max(1, self.image_size // self.grid_side)
+
+    @property
+    def token_channels(self) -> tuple[int, ...]:
+        """Channels of a token that come from each tap and half, see `DiffusionEncoder`."""
+        halves = 2 if self.conditioning == "concat" else 1
+        return tuple(tap.channels for tap in self.tap_infos for _ in range(halves))
+
+    @property
+    def hidden_size(self) -> int:
+        """Channels of a token."""
+        companion = self.companion
+        return sum(self.token_channels) + (0 if companion is None else companion.hidden_size)
+
+    def _side(self, tap: TapInfo) -> int:
+        vae = self.architecture.reduction
+        side, halvings = self.image_size // vae, (tap.reduction // vae).bit_length() - 1
+        for _ in range(halvings):
+            side = (side + 1) // 2  # a strided convolution rounds up
+        return side
+
+
+def _read_part(text: str, start: int, part: str, values: dict[str, Any]) -> None:
+    """Add what ``key=value`` says to `values`."""
+    key, equals, written = part.partition("=")
+    wanted = _SYNONYMS.get(key, key)
+    if not equals or wanted not in _KEYS:
+        hint = near_matches(key, [*_KEYS, *_SYNONYMS])
+        raise _at(text, start, len(part), f"expected key=value with one of {list(_KEYS)}.{hint}")
+    attribute = _KEYS[wanted]
+    if attribute in values:
+        raise _at(text, start, len(part), f"{wanted!r} is said twice")
+    try:
+        values[attribute] = _read(attribute, written)
+    except ValueError as error:
+        raise _at(text, start, len(part), str(error)) from error
+
+
+def _at(text: str, start: int, length: int, problem: str) -> ConfigError:
+    """An error with a line that points at the part."""
+    marks = " " * start + "^" * max(1, length)
+    return ConfigError(f"cannot read this tower: {problem}\n  {text}\n  {marks}")
+
+
+def _read(attribute: str, written: str) -> Any:
+    value = unquote(written)
+    if attribute in ("timestep", "seed", "size", "grid", "draws", "batch_size", "rank"):
+        least = 0 if attribute in ("timestep", "seed") else 1
+        if not (value.isascii() and value.isdecimal()) or int(value) < least:
+            raise ValueError(f"a whole number of {least} or more is needed, got {value!r}")
+        return int(value)
+    if attribute in ("guidance_scale", "alpha"):
+        try:
+            return float(value)
+        except ValueError:
+            raise ValueError(f"a number is needed, got {value!r}") from None
+    if attribute in ("prompted", "cut"):
+        if value not in ("0", "1"):
+            raise ValueError(f"0 or 1 is needed, got {value!r}")
+        return value == "1"
+    if attribute == "taps":
+        return tuple(long_tap(tap) for tap in value.split("+"))
+    if attribute == "noise":
+        return None if value == "none" else value
+    choices = {"conditioning": get_args(Conditioning), "uncond": get_args(Uncond)}
+    choices |= {"how": get_args(How), "dtype": tuple(DTYPES)}
+    if attribute in choices:
+        check_choice(attribute, value, choices[attribute])
+    if attribute == "null" and not value:
+        raise ValueError("a text is needed; without this part the null prompt is empty")
+    if attribute == "fuse":
+        find_companion(value)
+    return value
+
+
+def _write(attribute: str, value: Any) -> str:
+    if attribute == "taps":
+        return "+".join(_quoted(short_tap(tap)) for tap in value)
+    if isinstance(value, bool):
+        return str(int(value))
+    if isinstance(value, float):
+        value = f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    return _quoted("none" if value is None else str(value))
+
+
+def _quoted(value: str) -> str:
+    return quote(value, safe=_SAFE.replace("+", "")).replace(".", "%2E")
+
+
+def long_tap(name: str) -> str:
+    """The module path that a short tap stands for; a path stays as it is.
+
+    Raises:
+        ConfigError: It is empty.
+    """
+    if not name:
+        raise ConfigError("a tap is missing; taps are joined by one +")
+    match = _SHORT_TAP.fullmatch(name)
+    if match is None or (match[1] == "mid") != (match[2] == ""):
+        return name
+    parts = [_STAGES[match[1]], *([match[2]] if match[2] else [])]
+    for letter, index in re.findall(r"([arb])(\d+)", match[3]):
+        parts += [_LAYERS[letter], index]
+    return ".".join([*parts, *match[4].split("-")[1:]])
+
+
+def short_tap(path: str) -> str:
+    """The short form of a module path, without dots; what has none stays as it is."""
+    stages = {path: word for word, path in _STAGES.items()}
+    layers = {path: letter for letter, path in _LAYERS.items()}
+    parts = path.split(".")
+    if parts[0] not in stages:
+        return path
+    text, rest = stages[parts[0]], parts[1:]
+    if text != "mid" and rest:
+        text, rest = text + rest[0], rest[1:]
+    while len(rest) > 1 and rest[0] in layers and rest[1].isdecimal():
+        text, rest = text + layers[rest[0]] + rest[1], rest[2:]
+    short = "-".join([text, *rest])
+    return short if long_tap(short) == path else path

@@ -1,0 +1,102 @@
+"""Everything that a tower needs to be built without its weights, as transformers keeps it."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from diffenc.errors import ConfigError
+from diffenc.hosts.spec import TowerSpec
+from diffenc.models import Architecture
+from diffenc.models.sources import lasting_source
+
+INSIDE = "checkpoint"
+"""A backbone source: the weights are part of the checkpoint."""
+
+
+class DiffEncConfig(PretrainedConfig):  # type: ignore[misc]  # transformers is seen as Any
+    """Config of a `DiffEncModel`; it stands as `vision_config` in `LlavaConfig` and others.
+
+    Sizes follow from the spec. The configs of the model's parts are kept beside it, so that
+    `AutoModel.from_config` reads nothing from elsewhere, whatever the spec names.
+
+    Args:
+        spec: What the tower reads, such as ``"diffenc:sdxl?t=50&rank=16"``; see
+            `diffenc.hosts.spec.TowerSpec`.
+        backbone_source: None refers to the spec's model, another name, Hub id or folder to that;
+            "checkpoint" has the weights saved and loaded with the model.
+        architecture: Configs of the parts, by part; None looks them up.
+        default_taps: What the model reads where the spec names no taps; None looks them up.
+        kwargs: Of `PretrainedConfig`. Sizes among them are checked against the spec.
+
+    Attributes:
+        hidden_size: Channels of a token.
+        image_size: Side of the square images, in pixels.
+        patch_size: Pixels per token and side.
+        num_patches: Tokens of an image.
+        num_hidden_layers: Length of `hidden_states`, less one; every entry is the same.
+
+    Raises:
+        ConfigError: The spec does not parse, its tokens cannot be had here, or a size is not that
+            of the spec.
+        BackboneError: The spec names a model whose configs cannot be had.
+    """
+
+    model_type = "diffenc"
+
+    def __init__(
+        self,
+        spec: str = "diffenc:shapes",
+        backbone_source: str | None = None,
+        architecture: dict[str, dict[str, Any]] | None = None,
+        default_taps: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        told = TowerSpec.parse(spec)
+        if architecture is None:
+            architecture = told.architecture.configs
+        if default_taps is None:
+            default_taps = list(told.architecture.default_taps)
+        if backbone_source not in (None, INSIDE):
+            backbone_source = lasting_source(backbone_source)
+        # Another directory may read it: a folder by its whole path.
+        self.spec = str(told) if Path(told.model).is_absolute() else spec
+        self.backbone_source = backbone_source
+        self.architecture = {part: dict(config) for part, config in architecture.items()}
+        self.default_taps = list(default_taps)
+        tower = self.tower_spec
+        if tower.fuse is not None and backbone_source == INSIDE:
+            raise ConfigError(
+                f"{spec!r} joins a second encoder, which no checkpoint of this tower holds; leave "
+                "backbone_source out, which refers to both"
+            )
+        sizes = {
+            "hidden_size": tower.hidden_size,
+            "image_size": tower.image_size,
+            "patch_size": tower.patch_size,
+            "num_patches": tower.num_patches,
+            "num_channels": 3,
+        }
+        for name, value in sizes.items():
+            if kwargs.pop(name, value) != value:
+                raise ConfigError(f"{name} of {spec!r} is {value}; change the spec, not the size")
+            setattr(self, name, value)
+        # As many as CLIP has, so that the layers that recipes name exist.
+        self.num_hidden_layers = int(kwargs.pop("num_hidden_layers", 24))
+        super().__init__(**kwargs)
+
+    @property
+    def tower_spec(self) -> TowerSpec:
+        """The spec, with the configs kept here in place of those that its model has now."""
+        spec = TowerSpec.parse(self.spec)
+        if self.backbone_source not in (None, INSIDE):
+            spec = replace(spec, model=self.backbone_source)
+        told = Architecture(self.architecture, tuple(self.default_taps))
+        spec.__dict__["architecture"] = told  # a cached property: nothing is looked up
+        return spec
+
+    @property
+    def inside(self) -> bool:
+        """Whether the weights of the backbone are part of the checkpoint."""
+        return bool(self.backbone_source == INSIDE)

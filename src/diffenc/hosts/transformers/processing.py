@@ -1,0 +1,167 @@
+"""Processors that make prompts for the tower beside what the language model reads."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import LlavaNextProcessor, LlavaProcessor
+
+from diffenc.errors import PromptError
+from diffenc.hosts.prompts import PromptTokenizer, tokenize_prompts
+from diffenc.hosts.transformers.prompted import PROMPT_ARGUMENTS
+from diffenc.models.parts import load_tokenizer
+
+FOLDER = "prompt_tokenizer"
+"""Of the tower's tokenizer, in the folder of a saved processor."""
+
+
+class _MakesPrompts:
+    """Mixin before a processor that takes `images` and `text`.
+
+    transformers reads the names of `__init__` to save a processor and to make it again: they stand
+    here one by one.
+    """
+
+    image_token: str
+    prompt_model: str
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        patch_size: int | None = None,
+        vision_feature_select_strategy: str | None = "full",
+        chat_template: Any = None,
+        image_token: str = "<image>",
+        num_additional_image_tokens: int = 0,
+        prompt_model: str = "shapes",
+        **kwargs: Any,
+    ) -> None:
+        parent: Any = super()
+        self.prompt_model = prompt_model
+        self._prompts = PromptTokenizer(prompt_model)
+        self._own: Any = None
+        parent.__init__(
+            image_processor,
+            tokenizer,
+            patch_size=patch_size,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            chat_template=chat_template,
+            image_token=image_token,
+            num_additional_image_tokens=num_additional_image_tokens,
+            **kwargs,
+        )
+
+    @property
+    def prompt_tokens(self) -> Any:
+        """The tokenizer of the tower's text encoder."""
+        return self._prompts.tokenizer if self._own is None else self._own
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: Any = None,
+        *args: Any,
+        prompts: str | Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the stock processor, with prompts for the tower.
+
+        Args:
+            images: Of all samples, in order.
+            text: Of all samples, with an image token for each image.
+            args: As the stock processor's.
+            prompts: One for all samples or one for each, or one for each image; None leaves the
+                tower its null prompt. Those of samples without images are left out.
+            kwargs: As the stock processor's.
+
+        Returns:
+            What the stock processor makes, with `prompt_input_ids` and `prompt_attention_mask`,
+            one row for each image, if there are prompts and images.
+
+        Raises:
+            PromptError: The number of prompts fits neither samples nor images.
+        """
+        parent: Any = super()
+        counts = self._count(text, images)
+        rows = None if prompts is None else _per_image(prompts, counts)
+        inputs = parent.__call__(images, text, *args, **kwargs)
+        if rows:
+            tokens = tokenize_prompts(self.prompt_tokens, rows)
+            inputs.update(dict(zip(PROMPT_ARGUMENTS, (tokens.ids, tokens.mask), strict=True)))
+        return inputs
+
+    def _count(self, text: Any, images: Any) -> list[int]:
+        """Images of each sample."""
+        if text is None:
+            flat = images if isinstance(images, (list, tuple)) else [images]
+            return [1] * len(flat)
+        texts = [text] if isinstance(text, str) else list(text)
+        return [each.count(self.image_token) for each in texts]
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of what the processor makes."""
+        parent: Any = super()
+        return [*parent.model_input_names, *PROMPT_ARGUMENTS]
+
+    def save_pretrained(self, save_directory: "str | os.PathLike[str]", **kwargs: Any) -> Any:
+        """As the stock processor, with the tower's tokenizer in a folder of its own."""
+        parent: Any = super()
+        saved = parent.save_pretrained(save_directory, **kwargs)
+        self.prompt_tokens.save_pretrained(str(Path(save_directory) / FOLDER))
+        return saved
+
+    @classmethod
+    def from_pretrained(cls, name: "str | os.PathLike[str]", **kwargs: Any) -> Any:
+        """As the stock processor; the tower's tokenizer is that of the folder where it has one."""
+        parent: Any = super()
+        if not kwargs.get("trust_remote_code"):  # nobody is asked on the terminal
+            kwargs["trust_remote_code"] = False
+        made = parent.from_pretrained(name, **kwargs)
+        folder = Path(name) / FOLDER
+        if folder.is_dir():
+            made._own = load_tokenizer(folder)
+        return made
+
+
+def _per_image(prompts: str | Sequence[str], counts: Sequence[int]) -> list[str]:
+    """One prompt for each image, of one for all, for each sample, or for each image."""
+    images = sum(counts)
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if isinstance(prompts, str):
+        texts *= len(counts)
+    if len(texts) == len(counts):
+        return [text for text, count in zip(texts, counts, strict=True) for _ in range(count)]
+    if len(texts) == images:
+        return texts
+    raise PromptError(
+        f"pass one prompt, one for each of {len(counts)} texts, or one for each of {images} "
+        f"images: got {len(texts)}"
+    )
+
+
+class DiffEncLlavaProcessor(_MakesPrompts, LlavaProcessor):  # type: ignore[misc]
+    """`LlavaProcessor` that makes `prompt_input_ids` and `prompt_attention_mask` of `prompts`.
+
+    Args:
+        image_processor: A `DiffEncImageProcessor`.
+        tokenizer: Of the language model.
+        patch_size: `DiffEncConfig.patch_size`.
+        vision_feature_select_strategy: "full": there is no class token to take away.
+        chat_template: As `LlavaProcessor`.
+        image_token: As `LlavaProcessor`.
+        num_additional_image_tokens: As `LlavaProcessor`; 0 for one encoder.
+        prompt_model: The model of the spec, whose tokenizer reads the prompts.
+        kwargs: As `LlavaProcessor`.
+    """
+
+
+class DiffEncLlavaNextProcessor(_MakesPrompts, LlavaNextProcessor):  # type: ignore[misc]
+    """`LlavaNextProcessor` that makes prompts, as `DiffEncLlavaProcessor` does.
+
+    Args:
+        image_processor: A `LlavaNextImageProcessor` with the tower's sizes, mean and deviation; the
+            other arguments are those of `DiffEncLlavaProcessor`.
+    """

@@ -1,0 +1,1 @@
+"""What goes into a model: pictures, prompts, latents, noise."""

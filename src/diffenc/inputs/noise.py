@@ -1,0 +1,125 @@
+"""Noise that every image, prompt and half of a comparison shares, and the noising itself."""
+
+import hashlib
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from diffenc.checks.arguments import whole
+from diffenc.errors import ConfigError
+
+
+def shared_noise(
+    shape: tuple[int, int, int], *, seed: int, timestep: int, draw: int = 0
+) -> Float[Tensor, "c h w"]:
+    """Standard normal noise that depends on its arguments alone.
+
+    Drawn on the CPU in float32, so that all devices agree; the global generator is not touched.
+    """
+    # Numbers that are equal draw the same noise, and what is no whole number draws none.
+    seed, timestep, draw = whole("seed", seed), whole("timestep", timestep), whole("draw", draw)
+    digest = hashlib.sha256(f"diffenc noise {seed} {timestep} {draw}".encode()).digest()
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+
+
+def noise_levels(scheduler: Any) -> Float[Tensor, " steps"]:
+    """`alphas_cumprod` of a scheduler on the CPU: how much of a picture each step leaves.
+
+    Raises:
+        ConfigError: They do not fall from at most 1 to at least 0, or are no numbers.
+    """
+    levels = torch.as_tensor(scheduler.alphas_cumprod, dtype=torch.float64, device="cpu").detach()
+    values = levels.double().numpy()
+    falls = values.ndim == 1 and len(values) > 1 and bool((values[1:] <= values[:-1]).all())
+    if not falls or not 1 >= values[0] > values[-1] >= 0:
+        raise ConfigError(
+            f"the noise levels of {type(scheduler).__name__} must fall from 1 at most to 0 at "
+            f"least, and alphas_cumprod {_described(values)}; check beta_start, beta_end and "
+            "beta_schedule of its config"
+        )
+    return levels
+
+
+def _described(values: Any) -> str:
+    if values.ndim != 1 or len(values) < 2:
+        return f"has the shape {values.shape}"
+    if not np.isfinite(values).all():
+        return "holds NaN or infinity"
+    return f"goes from {values[0]:.4g} to {values[-1]:.4g}, between {values.min():.4g} and " + (
+        f"{values.max():.4g}"
+    )
+
+
+def add_noise(
+    scheduler: Any,
+    latents: Float[Tensor, "b c h w"],
+    noise: Float[Tensor, "c h w"] | Float[Tensor, "b c h w"],
+    timestep: int,
+) -> Float[Tensor, "b c h w"]:
+    """Bring latents to the noise level of a scheduler step: sqrt(a) x + sqrt(1 - a) noise.
+
+    Args:
+        scheduler: Anything with diffusers' `alphas_cumprod`.
+        latents: Scaled as the U-Net expects.
+        noise: One tensor for all, or one per row.
+        timestep: Scheduler step, 0 to the schedule's length - 1.
+
+    Raises:
+        ConfigError: The timestep lies outside the schedule.
+
+    Source:
+        Ho et al. 2020 (DDPM), arXiv:2006.11239, equation 4.
+    """
+    schedule, timestep = noise_levels(scheduler), whole("timestep", timestep)
+    if not 0 <= timestep < len(schedule):
+        raise ConfigError(
+            f"timestep must be in [0, {len(schedule)}) for this model's schedule, got {timestep}"
+        )
+    signal = float(schedule[timestep])
+    return math.sqrt(signal) * latents + math.sqrt(1 - signal) * noise.to(latents)
+
+
+def to_noise(
+    scheduler: Any,
+    prediction_type: str,
+    output: Float[Tensor, "rows c h w"],
+    noisy_latents: Float[Tensor, "rows c h w"],
+    timesteps: Int[Tensor, " rows"],
+) -> Float[Tensor, "rows c h w"]:
+    """The noise in latents, from what a U-Net predicts of them.
+
+    Args:
+        scheduler: Anything with diffusers' `alphas_cumprod`.
+        prediction_type: "epsilon", "v_prediction" or "sample".
+        output: Of the U-Net; the result has its dtype.
+        noisy_latents: Its input.
+        timesteps: Scheduler steps.
+
+    Raises:
+        ConfigError: Another type of prediction.
+
+    Source:
+        Salimans and Ho 2022 (v-prediction), arXiv:2202.00512, appendix D.
+    """
+    noisy = noisy_latents.to(output)
+    signal = noise_levels(scheduler).double()[timesteps.cpu()]
+    signal = rearrange(signal, "rows -> rows 1 1 1")
+    of_image: Tensor = signal.sqrt().to(output)
+    of_noise: Tensor = (1 - signal).sqrt().to(output)
+    match prediction_type:
+        case "epsilon":
+            return output
+        case "v_prediction":
+            return of_image * output + of_noise * noisy
+        case "sample":
+            return (noisy - of_image * output) / of_noise
+    raise ConfigError(
+        f"cannot derive noise from a model that predicts {prediction_type!r}; it must be "
+        "'epsilon', 'v_prediction' or 'sample'"
+    )

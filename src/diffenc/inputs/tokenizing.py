@@ -1,0 +1,221 @@
+"""Texts to token ids, without the settings that live in a tokenizer.
+
+A fast tokenizer keeps padding and truncation in itself, and each call of transformers changes them
+for all threads. Ids are therefore read, whole and without padding, by a private copy of which
+nobody changes a setting; padding, cuts and windows are made of them here.
+"""
+
+import threading
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from diffenc.errors import BackboneError, PromptError
+from diffenc.runtime.threads import lock_of
+
+_NO_LIMIT = 10**6
+
+
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """A tokenizer's private copy.
+
+    Attributes:
+        source: The tokenizer's own backend.
+        mark: What the copy depends on.
+        backend: The copy.
+    """
+
+    source: Any
+    mark: Hashable
+    backend: Any
+
+
+_COPIES: "WeakKeyDictionary[Any, _Copy]" = WeakKeyDictionary()
+_GUARD = threading.Lock()
+
+
+def token_ids(
+    tokenizer: Any, texts: Sequence[str], *, special_tokens: bool = True
+) -> list[list[int]]:
+    """Ids of texts: all of them, whatever their number, and no padding.
+
+    Args:
+        tokenizer: Of transformers, a fast or a slow one. Its settings neither count nor change.
+        texts: Any number.
+        special_tokens: Whether start and end tokens stand around them.
+    """
+    if not texts:
+        return []
+    if backend := _backend(tokenizer):
+        encodings = backend.encode_batch(list(texts), add_special_tokens=special_tokens)
+        return [encoding.ids for encoding in encodings]
+    with lock_of(tokenizer):
+        rows: list[list[int]] = tokenizer(
+            list(texts), add_special_tokens=special_tokens, truncation=False, verbose=False
+        ).input_ids
+    return rows
+
+
+def ids_with_places(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids of a text without start and end tokens, and where in it each stands.
+
+    Args:
+        tokenizer: A fast one of transformers.
+        text: The text.
+    """
+    (encoding,) = _backend(tokenizer).encode_batch([text], add_special_tokens=False)
+    return encoding.ids, encoding.offsets
+
+
+def prompt_ids(
+    tokenizer: Any, texts: Sequence[str], *, special_tokens: bool = True
+) -> list[list[int]]:
+    """As `token_ids`, for a text encoder.
+
+    Of a textual inversion with several vectors ("<cat-toy>", "<cat-toy>_1", ...) a prompt names the
+    first, and all stand in its place, as in the pipelines of diffusers.
+    """
+    rows = token_ids(tokenizer, texts, special_tokens=special_tokens)
+    vectors = _vectors(added_tokens(tokenizer))
+    if not vectors:
+        return rows
+    return [[token for group in _expanded(row, vectors) for token in group] for row in rows]
+
+
+def prompt_places(tokenizer: Any, ids: Sequence[int]) -> list[int]:
+    """Where each id of `token_ids`, and the end of them, stands in `prompt_ids`."""
+    places = [0]
+    for group in _expanded(ids, _vectors(added_tokens(tokenizer))):
+        places.append(places[-1] + len(group))
+    return places
+
+
+def added_tokens(tokenizer: Any) -> dict[str, int]:
+    """Texts that were added to a tokenizer's vocabulary, and their ids."""
+    read = getattr(tokenizer, "get_added_vocab", None)
+    return {} if read is None else dict(read())
+
+
+def fit_rows(
+    tokenizer: Any, rows: Sequence[Sequence[int]], *, to_longest: bool = False
+) -> tuple[Int[Tensor, "b l"], Int[Tensor, "b l"]]:
+    """Whole rows of ids, cut and padded as the tokenizer itself would do.
+
+    Args:
+        tokenizer: Its limit, padding token and sides count.
+        rows: Of `token_ids`, with start and end tokens.
+        to_longest: Pad to the longest row and not to the tokenizer's limit.
+
+    Returns:
+        The ids, and 1 where they are a text's own, 0 where they are padding.
+
+    Raises:
+        BackboneError: The tokenizer has no limit, or no padding token and a row needs one.
+    """
+    limit = limit_of(tokenizer)
+    cut = [_cut(tokenizer, list(row), limit) for row in rows]
+    length = max(map(len, cut), default=0) if to_longest else limit
+    if any(len(row) < length for row in cut) and tokenizer.pad_token_id is None:
+        raise BackboneError(
+            f"{type(tokenizer).__name__} has no padding token, and a text encoder reads {length} "
+            "tokens of each text; set tokenizer.pad_token to the one that the model learnt with"
+        )
+    left = getattr(tokenizer, "padding_side", "right") == "left"
+    ids, mask = [], []
+    for row in cut:
+        filler = [tokenizer.pad_token_id] * (length - len(row))
+        own, none = [1] * len(row), [0] * len(filler)
+        ids.append(filler + row if left else row + filler)
+        mask.append(none + own if left else own + none)
+    shape = (len(cut), length)
+    values = (torch.tensor(each, dtype=torch.long, device="cpu") for each in (ids, mask))
+    first, second = (each.reshape(shape) for each in values)
+    return first, second
+
+
+def limit_of(tokenizer: Any) -> int:
+    """How many tokens of a text a tokenizer keeps, start and end token with them.
+
+    Raises:
+        BackboneError: It says none.
+    """
+    limit: int = tokenizer.model_max_length
+    if limit > _NO_LIMIT:
+        raise BackboneError(
+            f"{type(tokenizer).__name__} has no limit (model_max_length is {limit:.0e}); set "
+            "tokenizer.model_max_length to what the text encoder reads, 77 for CLIP"
+        )
+    return limit
+
+
+def require_right(tokenizer: Any) -> None:
+    """Raise a `PromptError` where a tokenizer cuts or pads on the left, which moves every token."""
+    sides = [getattr(tokenizer, f"{name}_side", "right") for name in ("padding", "truncation")]
+    if "left" in sides:
+        raise PromptError(
+            f"this tokenizer pads on the {sides[0]} and cuts on the {sides[1]}: places of tokens "
+            "are known where both are 'right'; set its padding_side and truncation_side"
+        )
+
+
+def _cut(tokenizer: Any, row: list[int], limit: int) -> list[int]:
+    if len(row) <= limit:
+        return row
+    if getattr(tokenizer, "truncation_side", "right") == "left":
+        return row[:1] + row[len(row) - limit + 1 :]
+    return row[: limit - 1] + row[-1:]
+
+
+def _backend(tokenizer: Any) -> Any:
+    """The private copy of a fast tokenizer's backend; None for a slow one."""
+    source = getattr(tokenizer, "backend_tokenizer", None)
+    if source is None:
+        return None
+    mark = _mark(tokenizer, source)
+    with _GUARD:
+        known = _COPIES.get(tokenizer)
+        if known is None or known.source is not source or known.mark != mark:
+            backend = type(source).from_str(source.to_str())
+            backend.no_padding()
+            backend.no_truncation()
+            backend.encode_special_tokens = getattr(tokenizer, "split_special_tokens", False)
+            known = _COPIES[tokenizer] = _Copy(source, mark, backend)
+        return known.backend
+
+
+def _mark(tokenizer: Any, backend: Any) -> Hashable:
+    """Changes with everything in a backend that transformers lets a user change."""
+    added = (
+        (index, str(token), token.normalized, token.special, token.lstrip, token.rstrip)
+        for index, token in backend.get_added_tokens_decoder().items()
+    )
+    steps = (str(backend.normalizer), str(backend.pre_tokenizer), str(backend.post_processor))
+    return tuple(added), steps, getattr(tokenizer, "split_special_tokens", False)
+
+
+def _vectors(added: Mapping[str, int]) -> dict[int, list[int]]:
+    """Per first vector of a textual inversion the ids of the others."""
+    found = {}
+    for name, index in added.items():
+        others: list[int] = []
+        while (other := added.get(f"{name}_{len(others) + 1}")) is not None:
+            others.append(other)
+        if others:
+            found[index] = others
+    return found
+
+
+def _expanded(row: Sequence[int], vectors: Mapping[int, list[int]]) -> list[list[int]]:
+    """What stands for each id: itself, and behind a first vector the others."""
+    groups = []
+    for index, token in enumerate(row):
+        others = vectors.get(token, [])
+        written_out = list(row[index + 1 : index + 2]) == others[:1]
+        groups.append([token] if written_out else [token, *others])
+    return groups

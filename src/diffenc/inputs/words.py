@@ -1,0 +1,169 @@
+"""Words of a text, and where a text encoder sees them."""
+
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from diffenc.errors import PromptError, near_matches
+from diffenc.inputs.tokenizing import (
+    added_tokens,
+    limit_of,
+    prompt_places,
+    require_right,
+    token_ids,
+)
+
+
+def words_of(text: str, tokenizer: Any = None) -> list[str]:
+    """Distinct words of a text, in order, without punctuation.
+
+    Args:
+        text: The text.
+        tokenizer: A tokenizer whose added tokens ("<cat-toy>") are words too; None is none.
+
+    Raises:
+        PromptError: There is none.
+    """
+    words: dict[str, None] = {}
+    for index, part in enumerate(_split_added(text, tokenizer)):
+        if index % 2:
+            words[part] = None
+            continue
+        # Combining marks belong to words, and no regular expression of Python's says so.
+        shadow = "".join("a" if _in_word(letter) else letter for letter in part)
+        for match in re.finditer(r"\w+(?:['\u2019]\w+)*", shadow):
+            words[part[match.start() : match.end()]] = None
+    if not words:
+        raise PromptError(f"the text {text!r} has no words to map")
+    return list(words)
+
+
+def word_token_positions(
+    tokenizer: Any, text: str, word: str, *, occurrence: int | None = None
+) -> tuple[int, ...]:
+    """Where the text encoder sees a word: positions of all its pieces, the start token being 0.
+
+    A word ends where letters and digits end and where the tokenizer begins a new piece: "2" is no
+    word of "12". A text of CLIP's without spaces, as in Chinese, is one word.
+
+    Args:
+        tokenizer: CLIP's, or one like it, with textual inversions or without.
+        text: The prompt.
+        word: A word of it, or several in a row; upper and lower case are one.
+        occurrence: Which one counts if it stands there several times, from 0; None takes all.
+
+    Raises:
+        PromptError: The text has no such word, or not so many times, or it was cut off.
+    """
+    require_right(tokenizer)
+    spans = _token_spans(tokenizer, text, word)
+    if not spans:
+        others = [each.lower() for each in _words_or_none(text, tokenizer)]
+        near = near_matches(word.lower(), [each for each in others if each != word.lower()])
+        raise PromptError(f"{word!r} is no word of {text!r}.{near}")
+    if occurrence is not None:
+        if not 0 <= occurrence < len(spans):
+            raise PromptError(
+                f"{word!r} stands {len(spans)} times in {text!r}; occurrence counts from 0, got "
+                f"{occurrence}"
+            )
+        spans = [spans[occurrence]]
+    limit = limit_of(tokenizer)
+    kept = [span for span in spans if span[1] < limit]  # the last place is the end token's
+    if not kept:
+        raise PromptError(
+            f"{word!r} was cut off: it is token {spans[0][0]} of {text!r}, and the text encoder "
+            f"reads {limit}; move it to the front or shorten the text"
+        )
+    return tuple(position for start, stop in kept for position in range(start, stop))
+
+
+def shared_positions(tokenizers: Sequence[Any], text: str, word: str) -> tuple[int, ...]:
+    """As `word_token_positions`, for text encoders whose states stand side by side.
+
+    Raises:
+        PromptError: As there, or the tokenizers split the text differently.
+    """
+    first, *others = [word_token_positions(each, text, word) for each in tokenizers]
+    if any(other != first for other in others):
+        raise PromptError(
+            f"{word!r} stands at other places for each text encoder of this model ({first} and "
+            f"{others[0]}); add textual inversions to all of its tokenizers"
+        )
+    return first
+
+
+def _token_spans(tokenizer: Any, text: str, word: str) -> list[tuple[int, int]]:
+    """First token of each occurrence, and the one after its last."""
+    text, word = (unicodedata.normalize("NFC", each) for each in (text, word))
+    places = list(_places(text, word))
+    edges = [text[:edge] for place in places for edge in place]
+    # What stands before an edge has tokens of its own where a piece ends there.
+    whole, *parts = token_ids(tokenizer, [text, *edges])
+    places_seen = prompt_places(tokenizer, whole)
+    counts = [len(part) - 1 for part in parts]  # without the end token
+    whole_pieces = [
+        part[:count] == whole[:count] for part, count in zip(parts, counts, strict=True)
+    ]
+    return [
+        (places_seen[counts[index]], places_seen[counts[index + 1]])
+        for index in range(0, len(counts), 2)
+        if whole_pieces[index] and whole_pieces[index + 1] and counts[index] < counts[index + 1]
+    ]
+
+
+def _places(text: str, word: str) -> Iterator[tuple[int, int]]:
+    """Where a word stands among the letters of a text, one place behind the other."""
+    pattern = _pattern(word)
+    behind = 0
+    for match in re.finditer(f"(?=({pattern}))", text, re.IGNORECASE) if pattern else ():
+        start, stop = match.span(1)
+        if start >= behind and not _glued(text, start) and not _glued(text, stop):
+            behind = stop
+            yield start, stop
+
+
+def _pattern(word: str) -> str:
+    """A regular expression for a word, or several, with any space between, or none at marks."""
+    shadow = "".join("a" if _in_word(letter) else letter for letter in word)
+    pattern, was_word = "", False
+    for match in re.finditer(r"a+|[^a\s]+", shadow):
+        is_word = shadow[match.start()] == "a"
+        if pattern:
+            pattern += r"\s+" if was_word and is_word else r"\s*"
+        pattern += re.escape(word[match.start() : match.end()])
+        was_word = is_word
+    return pattern
+
+
+def _glued(text: str, edge: int) -> bool:
+    """Whether a word goes on over an edge, where the tokenizer may see two pieces.
+
+    Between letters the tokenizer decides: some split Chinese ones.
+    """
+    around = text[max(0, edge - 1) : edge + 1]
+    if not 0 < edge < len(text) or not all(map(_in_word, around)):
+        return False
+    return not around.isalpha()
+
+
+def _in_word(letter: str) -> bool:
+    return letter.isalnum() or unicodedata.category(letter)[0] == "M"
+
+
+def _split_added(text: str, tokenizer: Any) -> list[str]:
+    """Parts of a text between added tokens, at even places, and these, at odd ones."""
+    known = [] if tokenizer is None else list(added_tokens(tokenizer))
+    special = set(getattr(tokenizer, "all_special_tokens", ()))
+    names = sorted((name for name in known if name not in special), key=len, reverse=True)
+    if not names:
+        return [text]
+    return re.split(f"({'|'.join(map(re.escape, names))})", text, flags=re.IGNORECASE)
+
+
+def _words_or_none(text: str, tokenizer: Any) -> list[str]:
+    try:
+        return words_of(text, tokenizer)
+    except PromptError:
+        return []

@@ -1,0 +1,168 @@
+"""From pictures and token ids to what a language model reads."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from diffenc.checks.fields import require_finite
+from diffenc.errors import ConfigError, PromptError, ShapeError
+from diffenc.inputs.images import ImageSource
+from diffenc.mllm.chat import IMAGE_ID, IMAGE_MARK
+from diffenc.mllm.language import context_of
+from diffenc.mllm.samples import Pictures, pictures_of
+from diffenc.mllm.splice import Spliced, splice
+from diffenc.mllm.vision import tokens_per_image
+
+
+class PictureInputs(nn.Module):
+    """Base of `DiffusionVLM`: encodes and projects pictures, and puts them among the words.
+
+    Attributes:
+        encoder: Of pictures.
+        projector: From the encoder's tokens to the language model's width.
+        language_model: Whose embedding of words is used.
+        image_batch_size: Most pictures per call of the encoder; None is all at once.
+    """
+
+    encoder: Any
+    projector: Any
+    language_model: Any
+    image_batch_size: int | None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the language model is."""
+        device: torch.device = self.language_model.get_input_embeddings().weight.device
+        return device
+
+    @property
+    def tokens_per_image(self) -> int | None:
+        """Tokens that a picture takes of the context; None where that varies."""
+        grid = getattr(self.projector, "grid", None)
+        return grid[0] * grid[1] if grid is not None else tokens_per_image(self.encoder)
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that the language model holds; None where its config does not say."""
+        return context_of(self.language_model)
+
+    def encode_images(
+        self,
+        images: Sequence[ImageSource],
+        prompts: Sequence[str] | None = None,
+    ) -> Float[Tensor, "b n c"]:
+        """The encoder's tokens of pictures, before the projector.
+
+        Args:
+            images: One or more.
+            prompts: One for each; None is unconditional.
+        """
+        step = self.image_batch_size or len(images)
+        found = []
+        for first in range(0, len(images), step):
+            part = list(images[first : first + step])
+            texts = None if prompts is None else list(prompts[first : first + step])
+            found.append(self.encoder(part, texts))
+        return torch.cat(found)
+
+    def _embed(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        images: Sequence[Pictures] | None,
+        prompts: Sequence[str] | None,
+        *,
+        labels: Tensor | None = None,
+        image_tokens: Sequence[Tensor] | None = None,
+        side: Any = "right",
+        more: int = 0,
+    ) -> Spliced:
+        shown = [pictures_of(entry) for entry in images or [None] * len(input_ids)]
+        if len(shown) != len(input_ids):
+            raise ShapeError(f"images for {len(shown)} samples, and {len(input_ids)} texts")
+        if prompts is not None and len(prompts) != len(input_ids):
+            raise PromptError(f"{len(prompts)} prompts for {len(input_ids)} samples")
+        _check_places(input_ids, attention_mask, shown, image_tokens)
+        each = self.tokens_per_image
+        if each is not None:
+            self._check_length(input_ids, attention_mask, each, more)
+        flat = [picture for entry in shown for picture in entry]
+        tokens: list[Tensor] = list(image_tokens or [])
+        if image_tokens is None and flat:
+            texts = None
+            if prompts is not None:
+                texts = [text for text, e in zip(prompts, shown, strict=True) for _ in e]
+            tokens = list(self.encode_images(flat, texts))
+        pictures = self._project(tokens)
+        for values in pictures:
+            require_finite(values, "tokens of the projector", "check its weights, and its dtype")
+        embedding = self.language_model.get_input_embeddings()
+        spliced = splice(embedding, input_ids, attention_mask, pictures, labels=labels, side=side)
+        context, length = self.context, spliced.inputs_embeds.shape[1]
+        if context is not None and length + more > context:
+            raise _too_long(length, more, context)
+        return spliced
+
+    def _project(self, tokens: Sequence[Tensor]) -> list[Tensor]:
+        if not tokens:
+            return []
+        if len({len(each) for each in tokens}) == 1:
+            return list(self.projector(torch.stack([t.to(self.device) for t in tokens])))
+        return [self.projector(each[None].to(self.device))[0] for each in tokens]
+
+    def _check_length(self, ids: Tensor, mask: Tensor | None, each: int, more: int) -> None:
+        """Raise before anything runs where a sample is longer than the context."""
+        if self.context is None:
+            return
+        keep = torch.ones_like(ids) if mask is None else mask
+        pictures = ((ids == IMAGE_ID) & keep.bool()).sum(1)
+        longest = int((keep.sum(1) + pictures * (each - 1)).max())
+        if longest + more > self.context:
+            raise _too_long(longest, more, self.context, int(pictures.max()), each)
+
+
+def _check_places(
+    ids: Tensor,
+    mask: Tensor | None,
+    shown: Sequence[Sequence[ImageSource]],
+    image_tokens: Sequence[Tensor] | None,
+) -> None:
+    keep = torch.ones_like(ids) if mask is None else mask
+    places = ((ids == IMAGE_ID) & keep.bool()).sum(1).tolist()
+    if image_tokens is not None:
+        if len(image_tokens) != sum(places):
+            raise ShapeError(f"tokens of {len(image_tokens)} pictures for {sum(places)} places")
+        return
+    for index, (count, pictures) in enumerate(zip(places, shown, strict=True)):
+        if count != len(pictures):
+            raise ShapeError(
+                f"sample {index} has {count} places for pictures ({IMAGE_MARK}) and "
+                f"{len(pictures)} pictures"
+            )
+
+
+def _too_long(length: int, more: int, context: int, pictures: int = 0, each: int = 0) -> ShapeError:
+    told = f", {pictures} x {each} of them of pictures" if pictures else ""
+    asked = f" and {more} new ones" if more else ""
+    return ShapeError(
+        f"the longest sample has {length} tokens{told}{asked}; the language model holds "
+        f"{context}. Use a coarser grid (grid= of the encoder), fewer pictures, a shorter text or "
+        "fewer new tokens"
+    )
+
+
+def check_encoder(encoder: nn.Module) -> None:
+    """Raise a `ConfigError` unless it gives the tokens of pictures, at one timestep."""
+    if not hasattr(encoder, "hidden_size") or not hasattr(encoder, "token_channels"):
+        raise ConfigError(
+            f"{type(encoder).__name__} is no encoder of pictures; pass a DiffusionEncoder, a "
+            "FusedEncoder, or VisionTokens around a vision model of transformers"
+        )
+    timestep = getattr(getattr(encoder, "config", None), "timestep", 0)
+    if isinstance(timestep, tuple) and len(timestep) > 1:
+        raise ConfigError(
+            f"a language model reads one timestep, and this encoder gives {timestep}; pass one"
+        )

@@ -1,0 +1,175 @@
+"""The model that a config describes, with what its stage trains unfrozen."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffenc.encoder import DiffusionEncoder
+from diffenc.errors import BackboneError, ConfigError
+from diffenc.fusion import FusedEncoder
+from diffenc.mllm.language import load_language_model, width_of
+from diffenc.mllm.model import DiffusionVLM
+from diffenc.mllm.model_folder import is_saved
+from diffenc.mllm.training.config import ModelConfig, TrainConfig
+from diffenc.mllm.vision import VisionTokens
+from diffenc.projector.choosing import projector_for
+from diffenc.storage.pretrained import lasting_name
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def build_vlm(config: TrainConfig, *, device: str | torch.device = "cpu") -> DiffusionVLM:
+    """The model at the beginning of a stage.
+
+    What is made anew (projector, captioner, LoRA) is seeded by `config.seed`; the global generator
+    is left as it was.
+
+    Args:
+        config: Of the run.
+        device: Where it goes.
+
+    Raises:
+        BackboneError: A model is missing.
+        ConfigError: The earlier stage's model is another one than the config says.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        vlm = _begun(config, device)
+        _unfreeze(vlm, config)
+    return vlm
+
+
+def _begun(config: TrainConfig, device: str | torch.device) -> DiffusionVLM:
+    model, dtype = config.model, DTYPES[config.optimizing.precision]
+    if model.start:
+        return _started(config, device)
+    encoder = load_encoder(model, device=device, dtype=dtype)
+    frozen = config.adapting.language_model != "full"
+    language_model, tokenizer = load_language_model(
+        model.language_model, device=device, dtype=dtype if frozen else torch.float32
+    )
+    projector = projector_for(
+        encoder, width_of(language_model), model.projector, norm=model.projector_norm
+    )
+    return DiffusionVLM(
+        encoder,
+        language_model,
+        tokenizer,
+        projector=projector.to(device),
+        template=model.template,  # type: ignore[arg-type]  # checked by the config
+        prompt_policy=config.data.prompts,
+        image_batch_size=model.image_batch_size,
+    )
+
+
+def _started(config: TrainConfig, device: str | torch.device) -> DiffusionVLM:
+    """The model of an earlier stage, with this stage's template and policy."""
+    model, start = config.model, Path(config.model.start)
+    if not is_saved(start):
+        raise BackboneError(
+            f"{start} holds no trained model (no vlm.json); run the earlier stage first, or leave "
+            "model.start out"
+        )
+    options = dict(model.options) if model.kind == "diffusion" else {}
+    full = config.adapting.language_model == "full"
+    vlm = DiffusionVLM.from_pretrained(
+        start,
+        device=device,
+        dtype=DTYPES[config.optimizing.precision],
+        trainable=True,
+        **options,
+    )
+    if full:
+        vlm.language_model.float()
+    found = _kind_of(vlm.encoder)
+    if found != model.kind:
+        raise ConfigError(
+            f"{start} was trained with an encoder of the kind {found!r}, and model.kind is "
+            f"{model.kind!r}; make them agree"
+        )
+    default = ModelConfig()
+    named = getattr(vlm.language_model, "name_or_path", "")
+    told = lasting_name(model.language_model)
+    if told not in (default.language_model, named) and named:
+        raise ConfigError(
+            f"{start} was trained with the language model {named!r}, and model.language_model is "
+            f"{model.language_model!r}; leave that out, or begin with the earlier stage"
+        )
+    if vlm.projector.kind != model.projector:
+        raise ConfigError(
+            f"{start} has a projector of the kind {vlm.projector.kind!r}, and model.projector is "
+            f"{model.projector!r}; make them agree"
+        )
+    return DiffusionVLM(
+        vlm.encoder,
+        vlm.language_model,
+        vlm.tokenizer,
+        projector=vlm.projector,
+        template=model.template,  # type: ignore[arg-type]  # checked by the config
+        system=vlm.chat.system,
+        prompt_policy=config.data.prompts,
+        image_batch_size=model.image_batch_size,
+    )
+
+
+def load_encoder(model: ModelConfig, *, device: str | torch.device, dtype: torch.dtype) -> Any:
+    """The encoder that a config names, frozen.
+
+    Raises:
+        BackboneError: There is no such model.
+    """
+    if model.kind == "vision":
+        return VisionTokens.from_pretrained(
+            model.encoder, layer=model.layer, device=device, dtype=dtype
+        )
+    options: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in model.options.items()
+    }
+    encoder = DiffusionEncoder.from_pretrained(
+        model.encoder, device=device, dtype=dtype, truncate=True, **options
+    )
+    if model.kind == "diffusion":
+        return encoder
+    return FusedEncoder(model.clip, encoder, model.how, layer=model.layer)
+
+
+def _unfreeze(vlm: DiffusionVLM, config: TrainConfig) -> None:
+    """Freeze everything but what the stage trains."""
+    adapt = config.adapting
+    diffusion: Any = getattr(vlm.encoder, "diffusion", vlm.encoder)
+    vlm.requires_grad_(False)
+    vlm.projector.requires_grad_(True)
+    if isinstance(vlm.encoder, FusedEncoder):
+        clip = vlm.encoder.clip
+        clip.freeze(config.model.freeze_clip)  # also one that an earlier stage trained
+        if not clip.frozen:
+            clip.float()  # whole: what trains is in float32, and what runs behind it reads that
+    if config.model.captioner and diffusion.captioner is None:
+        diffusion.add_captioner(config.model.captioner)
+    if getattr(diffusion, "captioner", None) is not None:
+        diffusion.captioner.requires_grad_(bool(config.model.captioner))
+    if adapt.unet_rank:
+        if diffusion.active_lora is None:
+            diffusion.add_lora(
+                rank=adapt.unet_rank, alpha=adapt.unet_alpha, dropout=adapt.unet_dropout
+            )
+        else:
+            diffusion.set_lora(diffusion.active_lora, trainable=True)
+    if adapt.language_model == "full":
+        vlm.language_model.requires_grad_(True)
+    elif adapt.language_model == "lora":
+        if not hasattr(vlm.language_model, "peft_config"):
+            vlm.add_language_lora(rank=adapt.rank, alpha=adapt.alpha, dropout=adapt.dropout)
+        for path, parameter in vlm.language_model.named_parameters():
+            parameter.requires_grad_(".lora_" in path)
+    for _, parameter in vlm.named_trainable_parameters():
+        parameter.data = parameter.data.float()
+
+
+def _kind_of(encoder: nn.Module) -> str:
+    if isinstance(encoder, FusedEncoder):
+        return "fused"
+    return "vision" if isinstance(encoder, VisionTokens) else "diffusion"

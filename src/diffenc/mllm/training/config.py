@@ -1,0 +1,424 @@
+"""What a training run does, as frozen dataclasses that are read from and written to TOML."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, get_args
+
+from diffenc.checks.arguments import whole
+from diffenc.checks.fields import conform
+from diffenc.config import EncoderConfig, check_choice
+from diffenc.errors import ConfigError
+from diffenc.inputs.policies import parse_policy
+from diffenc.models.sources import lasting_source
+from diffenc.storage.pretrained import absolute, lasting_name
+from diffenc.storage.reading import read_toml
+from diffenc.storage.schema import make
+from diffenc.storage.writing import write_text
+
+Stage = Literal["align", "instruct"]
+EncoderKind = Literal["diffusion", "fused", "vision"]
+LanguageTraining = Literal["none", "lora", "full"]
+Precision = Literal["fp32", "bf16", "fp16"]
+CacheMode = Literal["auto", "on", "off"]
+
+
+def _check_range(name: str, value: float, below: float = math.inf) -> None:
+    """Raise unless `value` is from 0 to below a number; NaN is not."""
+    if not 0 <= value < below:
+        most = "" if below == math.inf else f" and below {below}"
+        raise ConfigError(f"{name} must be finite, 0 or more{most}, got {value}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Which parts the model has.
+
+    Attributes:
+        start: Folder that an earlier stage wrote; the parts come from there, and what else is said
+            here about them must agree. "" makes the model of the parts named below.
+        encoder: Name of the diffusion model, or of the vision model of a baseline.
+        kind: "diffusion", "fused" (with `clip`), or "vision", a baseline.
+        options: Attributes of `EncoderConfig`, such as `timestep` or `guidance_scale`.
+        clip: Of a fused encoder.
+        freeze_clip: Of a fused encoder: whether its CLIP stays as it is; false trains it in this
+            stage.
+        how: Of a fused encoder: "channel", "tokens" or "interleave".
+        layer: Which hidden state of CLIP or of a baseline.
+        language_model: Name of the causal language model.
+        projector: Kind of the projector.
+        projector_norm: A layer norm per tap before the projector; LLaVA has none.
+        template: "plain", "chat", "v1" or "auto"; see `diffenc.mllm.chat.Chat`. None is LLaVA's for
+            the stage: "plain" to align, "auto" to instruct.
+        captioner: CLIP of the implicit captioner, which trains too; "" is none.
+        image_batch_size: Most pictures per call of the encoder; None is all at once.
+    """
+
+    start: str = ""
+    encoder: str = "sdxl"
+    kind: EncoderKind = "diffusion"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    clip: str = ""
+    freeze_clip: bool = True
+    how: Literal["channel", "tokens", "interleave"] = "channel"
+    layer: int = -2
+    language_model: str = "lmsys/vicuna-7b-v1.5"
+    projector: str = "mlp2x_gelu"
+    projector_norm: bool = True
+    template: str | None = None
+    captioner: str = ""
+    image_batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        conform(self, "model.")
+        if self.image_batch_size is not None:
+            whole("model.image_batch_size", self.image_batch_size, least=1)
+        check_choice("model.kind", self.kind, get_args(EncoderKind))
+        check_choice("model.how", self.how, ("channel", "tokens", "interleave"))
+        if self.template is not None:
+            check_choice("model.template", self.template, ("auto", "chat", "v1", "plain"))
+        if self.kind == "fused" and not (self.clip or self.start):
+            raise ConfigError('model.kind = "fused" needs model.clip, the name of a CLIP or SigLIP')
+        if self.kind == "vision" and (self.options or self.captioner):
+            raise ConfigError('model.kind = "vision" takes no options and no captioner')
+        if self.kind != "fused" and not self.freeze_clip:
+            raise ConfigError('model.freeze_clip = false is for model.kind = "fused"')
+        if self.kind != "vision":
+            self.encoder_config()
+
+    def encoder_config(self) -> EncoderConfig:
+        """The options, checked."""
+        return EncoderConfig.from_dict({**EncoderConfig().to_dict(), **self.options})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """What is learnt from.
+
+    Attributes:
+        annotations: JSON or JSON-lines file with conversations in LLaVA's format.
+        images: Folder that picture names in it are relative to.
+        prompts: Policy of the encoder's prompt, see `diffenc.inputs.policies.parse_policy`.
+        skip_broken: Train without samples that cannot be used, instead of refusing to start. One
+            whose picture breaks later is shown blank and teaches nothing.
+        check_images: Decode every picture before training begins; without it a picture that is
+            there and cannot be decoded is noticed when its turn comes.
+        limit: Use the first samples alone; None is all.
+        max_length: Tokens of a sample, pictures included; what is longer is cut at its end.
+        workers: Processes that read pictures.
+        cache: Keep the tokens of a frozen encoder on disk: "auto" does where every epoch has the
+            same prompts and there are several; "on" and "off".
+        cache_gb: Bound of that; what does not fit is computed again.
+        cache_dir: Folder of the cache; "" is `cache` in the run's folder. Runs may share one.
+    """
+
+    annotations: str
+    images: str
+    prompts: str = "question"
+    skip_broken: bool = False
+    check_images: bool = True
+    limit: int | None = None
+    max_length: int = 2048
+    workers: int = 0
+    cache: CacheMode = "auto"
+    cache_gb: float = 50.0
+    cache_dir: str = ""
+
+    def __post_init__(self) -> None:
+        conform(self, "data.")
+        check_choice("data.cache", self.cache, get_args(CacheMode))
+        parse_policy(self.prompts)
+        for name in ("limit", "max_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"data.{name} must be 1 or more, got {value}")
+        _check_range("data.workers", self.workers)
+        _check_range("data.cache_gb", self.cache_gb)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimConfig:
+    """How it is learnt. The defaults of a stage are in `LLAVA`.
+
+    Attributes:
+        learning_rate: Of the projector and whatever else trains.
+        batch_size: Samples per step, over all processes and accumulated batches.
+        device_batch_size: Samples that one process takes at a time.
+        epochs: Passes over the data.
+        warmup: Share of the steps in which the learning rate rises.
+        schedule: Name of a schedule of transformers.
+        weight_decay: Of AdamW.
+        max_grad_norm: Gradients are clipped to it; 0 clips nothing.
+        precision: "bf16" and "fp16" keep frozen weights so and compute in it; trained weights stay
+            in float32.
+        gradient_checkpointing: Less memory for a third more time.
+    """
+
+    learning_rate: float
+    batch_size: int
+    device_batch_size: int
+    epochs: int = 1
+    warmup: float = 0.03
+    schedule: str = "cosine"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    precision: Precision = "bf16"
+    gradient_checkpointing: bool = True
+
+    def __post_init__(self) -> None:
+        conform(self, "optim.")
+        check_choice("optim.precision", self.precision, get_args(Precision))
+        for name in ("batch_size", "device_batch_size", "epochs"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"optim.{name} must be 1 or more, got {getattr(self, name)}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ConfigError(f"optim.learning_rate must be above 0, got {self.learning_rate}")
+        _check_range("optim.weight_decay", self.weight_decay)
+        _check_range("optim.max_grad_norm", self.max_grad_norm)
+        if not 0 <= self.warmup < 1:
+            raise ConfigError(f"optim.warmup is a share, 0 to below 1, got {self.warmup}")
+        for name in ("weight_decay", "max_grad_norm"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"optim.{name} must be 0 or more, got {getattr(self, name)}")
+        if self.batch_size % self.device_batch_size:
+            raise ConfigError(
+                f"optim.batch_size={self.batch_size} is no multiple of "
+                f"optim.device_batch_size={self.device_batch_size}"
+            )
+
+    def accumulation(self, processes: int) -> int:
+        """Batches that each process takes per step.
+
+        Raises:
+            ConfigError: The batch cannot be shared out evenly.
+        """
+        share = self.device_batch_size * processes
+        if self.batch_size % share:
+            raise ConfigError(
+                f"optim.batch_size={self.batch_size} cannot be shared by {processes} processes "
+                f"with optim.device_batch_size={self.device_batch_size}; it must be a multiple of "
+                f"{share}"
+            )
+        return self.batch_size // share
+
+
+LLAVA: dict[Stage, OptimConfig] = {
+    "align": OptimConfig(learning_rate=1e-3, batch_size=256, device_batch_size=32),
+    "instruct": OptimConfig(learning_rate=2e-5, batch_size=128, device_batch_size=16),
+}
+"""LLaVA-1.5's, from its published scripts: Liu et al. 2023, arXiv:2310.03744."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdaptConfig:
+    """What trains beside the projector in the second stage.
+
+    Attributes:
+        language_model: "full", "lora", or "none".
+        rank: Of the language model's LoRA; LLaVA-1.5's, as the next two.
+        alpha: Its scale.
+        dropout: Its dropout.
+        unet_rank: Of a LoRA on the U-Net's cross-attention; 0 is none.
+        unet_alpha: Its scale; None is the rank.
+        unet_dropout: Its dropout.
+    """
+
+    language_model: LanguageTraining = "none"
+    rank: int = 128
+    alpha: float = 256.0
+    dropout: float = 0.05
+    unet_rank: int = 0
+    unet_alpha: float | None = None
+    unet_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        conform(self, "adapt.")
+        check_choice("adapt.language_model", self.language_model, get_args(LanguageTraining))
+        for name in ("alpha", "unet_alpha"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"adapt.{name} must be above 0, got {value}")
+        for name in ("dropout", "unet_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"adapt.{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.rank < 1 or self.unet_rank < 0:
+            raise ConfigError("adapt.rank must be 1 or more, and adapt.unet_rank 0 or more")
+        for name in ("alpha", "dropout", "unet_alpha", "unet_dropout"):
+            if getattr(self, name) is not None:
+                below = 1 if "dropout" in name else math.inf
+                _check_range(f"adapt.{name}", getattr(self, name), below)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """One run of one stage.
+
+    Attributes:
+        stage: "align" trains the projector, and the implicit captioner where there is one;
+            "instruct" also what `adapt` says.
+        output: Folder of the run.
+        seed: Of the order, of prompts, and of what is initialised.
+        model: The model.
+        data: The data.
+        optim: How it is learnt; None is `LLAVA`'s for the stage.
+        adapt: What else trains; None is nothing to align, the whole language model to instruct.
+        save_steps: Steps between checkpoints; 0 writes none.
+        keep: Newest checkpoints that are kept.
+        log_steps: Steps between lines of the log.
+
+    Example:
+        >>> TrainConfig.read("align.toml").optim.learning_rate
+        0.001
+    """
+
+    stage: Stage
+    output: str
+    data: DataConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig | None = None
+    adapt: AdaptConfig | None = None
+    seed: int = 0
+    save_steps: int = 500
+    keep: int = 2
+    log_steps: int = 10
+
+    def __post_init__(self) -> None:
+        conform(self)
+        check_choice("stage", self.stage, get_args(Stage))
+        if self.optim is None:
+            object.__setattr__(self, "optim", LLAVA[self.stage])
+        if self.adapt is None:
+            training: LanguageTraining = "full" if self.stage == "instruct" else "none"
+            object.__setattr__(self, "adapt", AdaptConfig(language_model=training))
+        if self.model.template is None:
+            template = "plain" if self.stage == "align" else "auto"
+            object.__setattr__(self, "model", replace(self.model, template=template))
+        adapt = self.adapting
+        if self.stage == "align" and (adapt.language_model != "none" or adapt.unet_rank):
+            raise ConfigError('stage = "align" trains no language model and no LoRA; see [adapt]')
+        if adapt.unet_rank and self.model.kind == "vision":
+            raise ConfigError("adapt.unet_rank is for a diffusion model, and model.kind is vision")
+        _check_range("seed", self.seed, 2**32)
+        if self.save_steps < 0 or self.keep < 1 or self.log_steps < 1:
+            raise ConfigError("save_steps must be 0 or more, keep and log_steps 1 or more")
+
+    @property
+    def optimizing(self) -> OptimConfig:
+        """`optim`, which is never None."""
+        assert self.optim is not None
+        return self.optim
+
+    @property
+    def adapting(self) -> AdaptConfig:
+        """`adapt`, which is never None."""
+        assert self.adapt is not None
+        return self.adapt
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "TrainConfig":
+        """Of nested values, as TOML gives them.
+
+        Raises:
+            ConfigError: A key is unknown or missing, or a value is not allowed.
+        """
+        told = dict(values)
+        stage = told.get("stage")
+        check_choice("stage", stage, get_args(Stage))
+        assert stage in LLAVA
+        tables: dict[str, Any] = {}
+        for name, kind in (("model", ModelConfig), ("data", DataConfig), ("adapt", AdaptConfig)):
+            if name in told:
+                given = _table(told.pop(name), name)
+                if name == "adapt" and stage == "instruct":
+                    given = {"language_model": "full", **given}
+                tables[name] = make(kind, given, name)
+        if "optim" in told:
+            given = _table(told.pop("optim"), "optim")
+            tables["optim"] = make(OptimConfig, {**asdict(LLAVA[stage]), **given}, "optim")
+        config: TrainConfig = make(cls, told, own=tables)
+        return config
+
+    @classmethod
+    def read(cls, path: "str | os.PathLike[str]") -> "TrainConfig":
+        """Of a TOML file. Paths in it are relative to the current folder.
+
+        Raises:
+            ConfigError: It cannot be read, or see `from_dict`.
+        """
+        return cls.from_dict(read_toml(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested values, without those that are None."""
+        return _plain(asdict(self))
+
+    def lasting(self) -> "TrainConfig":
+        """The same with absolute paths, which mean the same in every directory."""
+        model, data = self.model, self.data
+        source = lasting_name if model.kind == "vision" else lasting_source
+        names: dict[str, Any] = {
+            key: lasting_name(value)
+            for key in ("clip", "language_model", "captioner")
+            if (value := getattr(model, key))
+        }
+        files: dict[str, Any] = {
+            key: absolute(value)
+            for key in ("annotations", "images", "cache_dir")
+            if (value := getattr(data, key))
+        }
+        start = absolute(model.start) if model.start else ""
+        return replace(
+            self,
+            output=absolute(self.output),
+            model=replace(model, start=start, encoder=source(model.encoder), **names),
+            data=replace(data, **files),
+        )
+
+    def write(self, path: "str | os.PathLike[str]") -> None:
+        """As TOML, from which `read` makes an equal config.
+
+        Raises:
+            OutputError: The file cannot be written.
+        """
+        write_text(path, to_toml(self.to_dict()))
+
+
+def to_toml(values: Mapping[str, Any]) -> str:
+    """Nested values of text, numbers, truth and lists as TOML."""
+    lines: list[str] = []
+
+    def add(table: Mapping[str, Any], path: str) -> None:
+        for key, value in table.items():
+            if not isinstance(value, Mapping):
+                lines.append(f"{key} = {_written(value)}")
+        for key, value in table.items():
+            if isinstance(value, Mapping):
+                lines.extend(["", f"[{path}{key}]"])
+                add(value, f"{path}{key}.")
+
+    add(values, "")
+    return "\n".join(lines) + "\n"
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_written, value))}]"
+    if isinstance(value, str):
+        # JSON's escapes are TOML's, but for the delete character.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return json.dumps(value) if isinstance(value, bool) else repr(value)
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _plain(dict(value)) if isinstance(value, Mapping) else value
+        for key, value in values.items()
+        if value is not None
+    }
+
+
+def _table(value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{name} must be a table: write [{name}] and its keys below")
+    return dict(value)

@@ -1,0 +1,292 @@
+"""The parts of a model at real size without their weights: parameters, tokens, arithmetic."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffenc.clip.captioner import ImplicitCaptioner
+from diffenc.clip.tokens import ClipTokens
+from diffenc.denoiser.truncation import truncate
+from diffenc.errors import BackboneError
+from diffenc.mllm.training.config import ModelConfig
+from diffenc.mllm.vision import grid_tokens
+from diffenc.models import describe
+from diffenc.models.reached_layers import reached_projections
+from diffenc.models.taps import meta_inputs
+from diffenc.storage.names import reason
+from diffenc.storage.pretrained import model_config
+
+_LLAMA_7B = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+}
+_LLAMA_13B = {
+    **_LLAMA_7B,
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+}
+_LANGUAGE_MODELS = {"lmsys/vicuna-7b-v1.5": _LLAMA_7B, "lmsys/vicuna-13b-v1.5": _LLAMA_13B}
+_VIT_L = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+_VISION_MODELS = {
+    "openai/clip-vit-large-patch14-336": _VIT_L,
+    "openai/clip-vit-large-patch14": {**_VIT_L, "image_size": 224},
+}
+
+
+@dataclass(slots=True)
+class MetaEncoder:
+    """An encoder of pictures.
+
+    Attributes:
+        parameters: Of its frozen parts, by name.
+        trained: Of what is added to it, by name.
+        flops: Of one picture under one prompt, by part.
+        tokens: Of a picture.
+        hidden_size: Channels of a token.
+        groups: Channels that a norm before the projector sees together.
+        pixels: Of a picture as the first part sees it.
+    """
+
+    parameters: dict[str, int] = field(default_factory=dict)
+    trained: dict[str, int] = field(default_factory=dict)
+    flops: dict[str, float] = field(default_factory=dict)
+    tokens: int = 0
+    hidden_size: int = 0
+    groups: tuple[int, ...] = ()
+    pixels: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MetaLanguageModel:
+    """A causal language model.
+
+    Attributes:
+        parameters: All of them.
+        computing: Those that each token is multiplied by: not the embeddings, once the output.
+        width: Channels of a token.
+        layers: How many.
+        vocabulary: Entries.
+        context: Tokens that it holds; None where the config does not say.
+        lora: Parameters of a LoRA per rank: inputs and outputs of its linear layers.
+    """
+
+    parameters: int
+    computing: int
+    width: int
+    layers: int
+    vocabulary: int
+    context: int | None
+    lora: int
+
+
+def meta_language_model(name: str) -> MetaLanguageModel:
+    """Built on the meta device of its config, or of a bundled one of the known models.
+
+    Raises:
+        BackboneError: Its config cannot be had.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = _config(name, _LANGUAGE_MODELS, "language model")
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings()
+    inner = [
+        module for module in model.modules() if isinstance(module, nn.Linear) and module is not head
+    ]
+    total = count(model)
+    tied = head is not None and head.weight is embedding
+    return MetaLanguageModel(
+        parameters=total,
+        computing=total if tied else total - embedding.numel(),
+        width=embedding.shape[1],
+        layers=config.num_hidden_layers,
+        vocabulary=embedding.shape[0],
+        context=getattr(config, "max_position_embeddings", None),
+        lora=sum(module.in_features + module.out_features for module in inner),
+    )
+
+
+def meta_encoder(model: ModelConfig, *, unet_rank: int = 0) -> MetaEncoder:
+    """Built on the meta device of its configs; the arithmetic is counted operation by operation.
+
+    Args:
+        model: Which encoder.
+        unet_rank: Of a LoRA on its cross-attention.
+
+    Raises:
+        BackboneError: A config cannot be had.
+    """
+    found = MetaEncoder()
+    if model.kind == "vision":
+        found.tokens = _add_vision(found, model.encoder)
+        return found
+    own = _add_diffusion(found, model, unet_rank)
+    if model.kind == "diffusion":
+        found.tokens = own
+        return found
+    clip = _add_vision(found, model.clip, trained=None if model.freeze_clip else model.layer)
+    grid = model.encoder_config().grid
+    cells = clip if grid is None else _cells(grid)
+    if model.how == "channel":
+        found.tokens = cells
+    elif model.how == "interleave":
+        found.tokens = 2 * cells
+    else:
+        found.tokens = cells + own
+    return found
+
+
+def count(module: nn.Module) -> int:
+    """Parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def counted_flops(call: Callable[[], Any]) -> float:
+    """Floating-point operations of a call on the meta device."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        call()
+    return float(counter.get_total_flops())
+
+
+def _add_diffusion(found: MetaEncoder, model: ModelConfig, unet_rank: int) -> int:
+    """Add a diffusion model's parts; its tokens."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    options = model.encoder_config()
+    told = describe(model.encoder)
+    taps = told.match_taps(options.taps or told.default_taps)
+    size = options.size or told.default_size
+    height, width = (size, size) if isinstance(size, int) else size
+    with torch.device("meta"):
+        unet: Any = UNet2DConditionModel.from_config(dict(told.configs["unet"])).float()
+        vae: Any = AutoencoderKL.from_config(dict(told.configs["vae"])).float()
+        texts: dict[str, Any] = {}
+        for name in ("text_encoder", "text_encoder_2"):
+            if name in told.configs:
+                kind = CLIPTextModelWithProjection if name.endswith("_2") else CLIPTextModel
+                texts[name] = kind(CLIPTextConfig.from_dict(dict(told.configs[name])))
+    short: Any = truncate(unet, [tap.name for tap in taps])
+    side = max(height, width) // told.reduction
+    inputs = meta_inputs(unet.config, side)
+    length = texts["text_encoder"].config.max_position_embeddings
+    states = inputs["encoder_hidden_states"]
+    inputs["encoder_hidden_states"] = states.new_empty(1, length, states.shape[2])
+    steps = options.timestep if isinstance(options.timestep, tuple) else (options.timestep,)
+    halves = 2 if options.conditioning in ("cfg", "concat") else 1
+    rows = halves * len(steps) * options.draws
+    picture = torch.empty(1, 3, height, width, dtype=torch.float32, device="meta")
+    found.flops["unet"] = rows * counted_flops(lambda: short(**inputs))
+    found.flops["vae"] = counted_flops(lambda: vae.encoder(picture))
+    found.parameters |= {"unet": count(short), "vae": count(vae)}
+    for name, text in texts.items():
+        found.parameters[name] = count(text)
+        embedded = text.get_input_embeddings().weight.numel()
+        found.flops[name] = 2.0 * (count(text) - embedded) * length
+    doubled = 2 if options.conditioning == "concat" else 1
+    channels = tuple(tap.channels for tap in taps for _ in range(doubled))
+    found.groups = (*found.groups, *channels)
+    found.hidden_size += sum(channels)
+    found.pixels = height * width
+    if unet_rank:
+        reached = reached_projections(dict(unet.config), [tap.name for tap in taps])
+        layers = [unet.get_submodule(path) for path in reached]
+        sizes = sum(layer.in_features + layer.out_features for layer in layers)
+        found.trained["unet LoRA"] = unet_rank * sizes
+    if model.captioner:
+        vision = _vision_model(model.captioner)
+        found.parameters["captioner's CLIP"] = count(vision[0])
+        found.flops["captioner's CLIP"] = vision[1]
+        pooled = texts["text_encoder_2"].config.projection_dim if len(texts) > 1 else None
+        captioner = ImplicitCaptioner(
+            getattr(vision[0].config, "projection_dim", 768),
+            states.shape[2],
+            length=length,
+            pooled_width=pooled,
+            device="meta",
+        )
+        found.trained["captioner"] = count(captioner)
+    if options.grid is not None:
+        return _cells(options.grid)
+    return grid_tokens(size, told.reduction, [tap.reduction for tap in taps])
+
+
+def _no_pictures(*_: Any, **__: Any) -> Any:
+    raise AssertionError("a plan reads no pictures")
+
+
+def _add_vision(found: MetaEncoder, name: str, *, trained: int | None = None) -> int:
+    """Add a vision model, of which what runs before a layer may train; its tokens."""
+    vision, flops = _vision_model(name)
+    config: Any = vision.config
+    if trained is not None:
+        read = ClipTokens(vision, _no_pictures, layer=trained, frozen=False)
+        found.trained["vision model"] = sum(p.numel() for p in read.parameters() if p.requires_grad)
+    found.parameters["vision model"] = count(vision)
+    found.flops["vision model"] = flops
+    found.groups = (config.hidden_size, *found.groups)
+    found.hidden_size += config.hidden_size
+    found.pixels = max(found.pixels, config.image_size**2)
+    return int((config.image_size // config.patch_size) ** 2)
+
+
+def _vision_model(name: str) -> tuple[Any, float]:
+    from transformers import AutoModel, CLIPVisionModel
+
+    config = _config(name, _VISION_MODELS, "vision model")
+    config = getattr(config, "vision_config", config)
+    is_clip = config.model_type in ("clip_vision_model", "clip")
+    with torch.device("meta"):
+        model: Any = (
+            CLIPVisionModel(config)
+            if is_clip
+            else AutoModel.from_config(config, trust_remote_code=False)
+        )
+        model = model.float()
+    sides = (config.image_size, config.image_size)
+    picture = torch.empty(1, 3, *sides, dtype=torch.float32, device="meta")
+    return model, counted_flops(lambda: model(picture))
+
+
+def _config(name: str, known: dict[str, dict[str, Any]], what: str) -> Any:
+    """A model's config: its own, or where that is not at hand a bundled one."""
+    from transformers import AutoConfig
+
+    try:
+        return model_config(name)
+    except Exception as error:  # missing, offline, broken: each in words of its own
+        if name in known:
+            return AutoConfig.for_model(**known[name])
+        raise BackboneError(
+            f"the config of the {what} {name!r} cannot be had: "
+            f"{reason(error)}. Pass a folder with config.json; without one "
+            f"these are known: {', '.join(known)}"
+        ) from error
+
+
+def _cells(grid: int | tuple[int, int]) -> int:
+    height, width = (grid, grid) if isinstance(grid, int) else grid
+    return height * width

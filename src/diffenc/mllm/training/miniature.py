@@ -1,0 +1,82 @@
+"""Data of the miniature world in LLaVA's format: JSON files and a folder of pictures.
+
+python -m diffenc.mllm.training.miniature shapes-llava --scenes 2000
+"""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from diffenc.errors import ConfigError
+from diffenc.shapes import captions, conversation, render, sample_scenes
+from diffenc.storage.writing import make_folder, reporting, write_json
+
+REQUEST = "describe the picture."
+_CAPTIONS = 5
+
+
+def write_miniature(
+    folder: "str | os.PathLike[str]",
+    *,
+    scenes: int = 2000,
+    seed: int = 0,
+    turns: int = 3,
+    size: int = 64,
+) -> dict[str, Path]:
+    """Write pictures, captions for the first stage and conversations for the second.
+
+    Every sample has five captions beside its conversation, from which prompt policies draw.
+
+    Args:
+        folder: Gets ``align.json``, ``instruct.json`` and ``images/``.
+        scenes: How many.
+        seed: Of the scenes; other seeds, other scenes.
+        turns: Questions of a conversation, at most.
+        size: Side of the pictures, in pixels.
+
+    Returns:
+        Paths under "align", "instruct" and "images".
+
+    Raises:
+        ConfigError: There would be no scene.
+        OutputError: The folder cannot be written.
+    """
+    if scenes < 1:
+        raise ConfigError(f"scenes must be 1 or more, got {scenes}")
+    target = Path(folder)
+    paths = {"align": target / "align.json", "instruct": target / "instruct.json"}
+    paths["images"] = target / "images"
+    records: dict[str, list[dict[str, Any]]] = {"align": [], "instruct": []}
+    make_folder(paths["images"])
+    with reporting(target):
+        for index, scene in enumerate(sample_scenes(scenes, seed=seed)):
+            name = f"{index:06}.png"
+            render(scene, size).save(paths["images"] / name)
+            told = captions(scene, _CAPTIONS, seed=index)
+            shared = {"id": f"{seed}-{index:06}", "image": name, "captions": told}
+            asked = [
+                {"from": "human", "value": f"<image>\n{REQUEST}"},
+                {"from": "gpt", "value": told[0]},
+            ]
+            talk = conversation(scene, turns=turns, seed=index)
+            records["align"].append({**shared, "conversations": asked})
+            records["instruct"].append({**shared, "conversations": talk})
+    for name, content in records.items():
+        write_json(paths[name], content, indent=1)
+    return paths
+
+
+def main() -> None:
+    """The program."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--scenes", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--size", type=int, default=64)
+    write_miniature(**vars(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""Vision models of transformers as baselines, and how many tokens an encoder gives a picture."""
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from diffenc.checks.fields import require_finite
+from diffenc.clip.tokens import ClipTokens
+from diffenc.clip.vision_models import VisionModel, to_pictures
+from diffenc.denoiser.grids import middle_grid
+from diffenc.encoder import DiffusionEncoder
+from diffenc.errors import ConfigError, ShapeError
+from diffenc.fusion import FusedEncoder
+from diffenc.inputs.images import Images
+from diffenc.runtime.inference import lasting
+from diffenc.runtime.threads import lock_of
+from diffenc.storage.pretrained import (
+    lasting_name,
+    load_image_processor,
+    load_whole,
+    loading,
+    model_config,
+)
+
+_INSTEAD = "Pass a folder or a Hub id such as openai/clip-vit-large-patch14-336"
+_CLIP_LIKE = ("clip", "clip_vision_model", "siglip", "siglip_vision_model")
+
+
+class VisionTokens(VisionModel):
+    """Patch tokens of any vision model of transformers that reads no text; prompts have no effect.
+
+    CLIP and SigLIP run through `ClipTokens`; DINOv2 and other vision transformers give the tokens
+    of their patches, without those that stand before them (class, registers).
+
+    Args:
+        model: A model whose output has `hidden_states`.
+        image_processor: Its own.
+        layer: Index into the hidden states; -2 is LLaVA's for CLIP.
+        name: Where it was loaded from; None for an object.
+
+    Raises:
+        ConfigError: Patches or pictures are not square, or there is no such layer.
+    """
+
+    def __init__(
+        self, model: nn.Module, image_processor: Any, *, layer: int = -2, name: str | None = None
+    ) -> None:
+        super().__init__()
+        config: Any = getattr(model, "config", None)
+        kind = getattr(config, "model_type", type(model).__name__)
+        self.image_processor, self.layer, self.name = image_processor, layer, name
+        self.model = model
+        if kind in _CLIP_LIKE:
+            self.model = ClipTokens(model, image_processor, layer=layer, name=name)
+            self.hidden_size = self.model.hidden_size
+            self.side = self.model.side
+            return
+        patch = getattr(config, "patch_size", None)
+        width, depth = getattr(config, "hidden_size", None), getattr(config, "num_hidden_layers", 0)
+        if not isinstance(patch, int) or not isinstance(width, int):
+            raise ConfigError(
+                f"{kind!r} has no square patches (patch_size={patch!r}, hidden_size={width!r}); "
+                "baselines are vision transformers such as CLIP, SigLIP and DINOv2"
+            )
+        if not -depth - 1 <= layer <= depth:
+            raise ConfigError(f"layer must be {-depth - 1} to {depth}, got {layer}")
+        self.hidden_size = width
+        self.side = _processed_side(image_processor) // patch
+        self.model.eval().requires_grad_(False)
+
+    @classmethod
+    @lasting
+    def from_pretrained(
+        cls,
+        name: "str | os.PathLike[str]",
+        *,
+        image_processor: Any = None,
+        layer: int = -2,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> "VisionTokens":
+        """Load a vision model and its image processor.
+
+        Args:
+            name: A folder or a Hub id, such as ``"facebook/dinov2-large"``; "shapes-clip" is the
+                bundled miniature.
+            image_processor: Instead of the model's own.
+            layer: See the class.
+            device: Where it runs.
+            dtype: Of the weights.
+
+        Raises:
+            BackboneError: There is no such model.
+        """
+        import transformers
+
+        label = os.fspath(name)
+        with loading("a vision model", label, instead=_INSTEAD):
+            if model_config(name).model_type in _CLIP_LIKE:
+                tokens = ClipTokens.from_pretrained(
+                    name, image_processor=image_processor, layer=layer, device=device, dtype=dtype
+                )
+                return cls(
+                    tokens.model, tokens.image_processor, layer=layer, name=lasting_name(name)
+                )
+            # The states of its layers are read, and never what a pooler makes of them.
+            model = load_whole(
+                transformers.AutoModel, name, dtype=dtype, unread=("pooler.", "head.")
+            )
+            if image_processor is None:
+                image_processor = load_image_processor(name)
+        return cls(model.to(device), image_processor, layer=layer, name=lasting_name(name))
+
+    @property
+    def token_channels(self) -> tuple[int, ...]:
+        """Channels of a token."""
+        return (self.hidden_size,)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a picture."""
+        return self.side**2
+
+    def named_trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters that require a gradient, with their names in `state_dict`."""
+        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+    def train(self, mode: bool = True) -> "VisionTokens":
+        """Training mode; the frozen model stays in evaluation mode."""
+        super().train(mode)
+        self.model.eval()
+        return self
+
+    def forward(
+        self, images: Images, prompts: str | Sequence[str] | None = None
+    ) -> Float[Tensor, "b n c"]:
+        """Tokens of pictures, row by row.
+
+        Args:
+            images: Of any kind, see `diffenc.inputs.images.to_pixel_values`.
+            prompts: Not read.
+
+        Raises:
+            ImageError: A picture cannot be read.
+            ShapeError: Another number of tokens than the pictures have patches.
+            NonFiniteError: NaN or infinity in the tokens.
+        """
+        if isinstance(self.model, ClipTokens):
+            found: Tensor = self.model(images)
+            return found
+        pixel_values = self.image_processor(images=to_pictures(images), return_tensors="pt")
+        inputs = pixel_values["pixel_values"].to(self.device, self.dtype)
+        with lock_of(self.model), torch.no_grad():
+            states = self.model(inputs, output_hidden_states=True).hidden_states[self.layer]
+        wanted = self.side**2
+        if states.ndim != 3 or states.shape[1] < wanted:
+            raise ShapeError(
+                f"{self.name or type(self.model).__name__} gives {tuple(states.shape)} for "
+                f"{self.side} x {self.side} patches; its tokens cannot be told apart"
+            )
+        require_finite(states, f"states of layer {self.layer}", "try float32 or bfloat16")
+        tokens: Tensor = states[:, -wanted:]
+        return tokens
+
+
+def tokens_per_image(encoder: nn.Module) -> int | None:
+    """How many tokens an encoder gives a picture, before it sees one; None where that varies.
+
+    Args:
+        encoder: A `DiffusionEncoder`, `FusedEncoder` or `VisionTokens`.
+    """
+    if isinstance(encoder, FusedEncoder):
+        own = None if encoder.grid is None else encoder.grid[0] * encoder.grid[1]
+        if encoder.how == "channel":
+            return own
+        second = own if own is not None else tokens_per_image(encoder.diffusion)
+        return None if second is None else encoder.clip_tokens + second
+    if not isinstance(encoder, DiffusionEncoder):
+        found: int | None = getattr(encoder, "num_tokens", None)
+        return found
+    config, backbone = encoder.config, encoder.backbone
+    if config.grid is not None:
+        height, width = (config.grid,) * 2 if isinstance(config.grid, int) else config.grid
+        return height * width
+    if config.resize == "none":
+        return None
+    size = config.size or backbone.default_size
+    return grid_tokens(size, backbone.reduction, [tap.reduction for tap in encoder.feature_info])
+
+
+def grid_tokens(size: int | tuple[int, int], vae: int, reductions: Sequence[int]) -> int:
+    """Cells of the middle one of several taps' grids.
+
+    Args:
+        size: Of the pictures in pixels.
+        vae: How many pixels a latent is wide.
+        reductions: How many pixels a cell of each tap is wide.
+    """
+    sides = (size, size) if isinstance(size, int) else size
+    multiple = [-(-side // vae) for side in sides]
+    grids = []
+    for reduction in reductions:
+        height, width = multiple
+        for _ in range((reduction // vae).bit_length() - 1):
+            height, width = (height + 1) // 2, (width + 1) // 2  # strided convolutions round up
+        grids.append((height, width))
+    grid = middle_grid(grids)
+    return grid[0] * grid[1]
+
+
+def _processed_side(image_processor: Any) -> int:
+    """Side of the square that an image processor makes."""
+    told = getattr(image_processor, "crop_size", None)
+    if not getattr(image_processor, "do_center_crop", told is not None) or not told:
+        told = getattr(image_processor, "size", None)
+    values = dict(told) if told is not None and not isinstance(told, int) else {"height": told}
+    sides = {value for value in values.values() if value is not None}
+    if len(sides) != 1 or "shortest_edge" in values:
+        raise ConfigError(
+            f"the image processor makes no squares of a known size (it says {values}); pass one "
+            "with crop_size or with size of equal height and width"
+        )
+    return int(sides.pop())

@@ -1,0 +1,399 @@
+"""Models by name: aliases, Hub ids, local folders, single files; and by their parts."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffenc._typing import Prediction
+from diffenc.config import check_choice
+from diffenc.denoiser.truncation import truncate
+from diffenc.errors import BackboneError, ConfigError, near_matches
+from diffenc.models.base import Backbone
+from diffenc.models.configs import Architecture, known_architecture
+from diffenc.models.device import Device, Dtype, as_dtype, check_placement
+from diffenc.models.folder import (
+    assemble,
+    load_folder,
+    read_architecture,
+)
+from diffenc.models.memory_format import arrange
+from diffenc.models.parts import GivenParts, cast_part, fitting_tokenizer, load_tokenizer
+from diffenc.models.pipelines import (
+    PIPELINE,
+    is_pipeline,
+    pipeline_architecture,
+    pipeline_name,
+    pipeline_parts,
+)
+from diffenc.models.schedules import PREDICTIONS, make_scheduler
+from diffenc.models.sd import StableDiffusion
+from diffenc.models.sdxl import StableDiffusionXL
+from diffenc.models.shapes import SHAPES_TAPS
+from diffenc.models.single_file import SingleFile
+from diffenc.models.sources import (
+    SOURCES,
+    BackboneSource,
+    cached_folder,
+    lasting_source,
+    resolve_folder,
+    single_file,
+)
+from diffenc.models.taps import TapInfo, match_taps
+from diffenc.models.variants import check_configs
+from diffenc.runtime.defaults import torch_defaults
+from diffenc.runtime.inference import lasting
+from diffenc.storage.names import checked_path, is_folder, printable
+from diffenc.storage.weights import check_variant
+
+__all__ = [
+    "Architecture",
+    "Backbone",
+    "BackboneSource",
+    "StableDiffusion",
+    "StableDiffusionXL",
+    "TapInfo",
+    "describe",
+    "list_backbones",
+    "list_taps",
+    "load_backbone",
+    "match_taps",
+    "model_name",
+    "resolve_folder",
+]
+
+
+def list_backbones() -> tuple[BackboneSource, ...]:
+    """Every alias with what it leads to."""
+    return tuple(SOURCES.values())
+
+
+@torch_defaults()
+@lasting
+def load_backbone(
+    name: Any,
+    *,
+    dtype: Dtype = None,
+    device: Device = None,
+    keep_taps: Sequence[str] | None = None,
+    architecture: "str | os.PathLike[str] | None" = None,
+    prediction_type: Prediction | None = None,
+    channels_last: bool | None = None,
+    variant: str | None = None,
+    unet: Any = None,
+    vae: Any = None,
+    text_encoder: Any = None,
+    text_encoder_2: Any = None,
+    tokenizer: Any = None,
+    tokenizer_2: Any = None,
+) -> Backbone:
+    """Load a model.
+
+    Args:
+        name: An alias of `list_backbones`, a Hub id ("owner/name"), a diffusers folder, a
+            `.safetensors` checkpoint in the original layout, a `StableDiffusionPipeline` or
+            `StableDiffusionXLPipeline` (or their img2img), whose parts are used as they are:
+            frozen and put into evaluation mode, not copied; or a `Backbone`, which is returned.
+        dtype: Floating point type of the U-Net and the text encoders: float32, bfloat16 or
+            float16, or its name. None is float32, and what a pipeline or a `Backbone` has.
+        device: Device of the parts. None is the CPU, and where a pipeline or a `Backbone` is.
+        keep_taps: Readable places of the U-Net, see `list_taps`; what lies behind the last of them
+            is neither loaded nor run. None loads everything.
+        architecture: For a single file: the alias or the diffusers folder whose configs describe
+            it, where the file does not show that itself.
+        prediction_type: What the U-Net predicts: "epsilon", "v_prediction" or "sample". None takes
+            what the file or the folder says; another value wins over both.
+        channels_last: Memory format of convolutions; None takes what was measured to be fastest,
+            see `diffenc.models.memory_format`, and leaves a pipeline and a `Backbone` as is.
+        variant: Word in the names of a folder's weight files, such as "fp16" or "non_ema"; a part
+            without such files is read from those that it has. "" names the files without a word.
+            None takes these, and those in half precision ("fp16") where there are no others, or
+            where `dtype` is float16: that is all the precision it holds. bfloat16 has a wider range
+            than float16 and is made of the full files where there are any.
+        unet: Instead of the model's own: a `UNet2DConditionModel`, a state dict or a
+            `.safetensors` file (CleanDIFT's, for one), with any prefix.
+        vae: Instead of the model's own: an `AutoencoderKL` or `AutoencoderTiny` (TAESD), its
+            folder, or a `.safetensors` file that fits the model's.
+        text_encoder: Instead of the model's own: a `CLIPTextModel` or its folder.
+        text_encoder_2: SDXL's second; a `CLIPTextModelWithProjection` or its folder.
+        tokenizer: Instead of the model's own: a `CLIPTokenizer` or its folder. A single file needs
+            it unless the Hub's cache has one of an alias.
+        tokenizer_2: SDXL's second; a single file takes `tokenizer` for both.
+
+    Raises:
+        BackboneError: Unknown, not to be had, incomplete or broken; a part does not fit; or a
+            model of another kind.
+        ConfigError: The device or its support of `dtype` is missing, options contradict, or the
+            model contradicts itself.
+        TapError: One of `keep_taps` names nothing.
+    """
+    given = GivenParts(
+        unet=unet,
+        vae=vae,
+        text_encoder=text_encoder,
+        text_encoder_2=text_encoder_2,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+    )
+    if isinstance(name, Backbone):
+        options = (keep_taps, architecture, prediction_type, variant)
+        if given.references() or any(option is not None for option in options):
+            raise ConfigError(
+                "a Backbone has its parts and is not truncated; pass the name that it is loaded "
+                "by, or build another one of your parts"
+            )
+        _check_place(name, device, dtype)
+        return name if channels_last is None else arrange(name, channels_last)
+    place, kind = check_placement(device, dtype), as_dtype(dtype)
+    variant = check_variant(variant)
+    name = name if is_pipeline(name) else model_name(name)
+    architecture = None if architecture is None else model_name(architecture)
+    told = _described(name, architecture, prediction_type, given)
+    if keep_taps is not None:
+        keep_taps = [tap.name for tap in told.match_taps(keep_taps)]
+    second = [part for part in given.references() if part.endswith("_2")]
+    if second and told.family != "sdxl":
+        raise ConfigError(f"{second[0]} is SDXL's; this model has one text encoder: leave it out")
+    if is_pipeline(name):
+        if given.references():
+            raise ConfigError(
+                f"a pipeline has its parts; put {', '.join(given.references())} into the pipeline"
+            )
+        if variant is not None:
+            raise ConfigError("variant= is for a folder of files; a pipeline has its weights")
+        backbone = _of_pipeline(name, told, keep_taps, place if device else None, dtype and kind)
+        return backbone if channels_last is None else arrange(backbone, channels_last)
+    path = single_file(name)
+    if path is not None and variant is not None:
+        raise ConfigError(f"variant= is for a folder of several files; {path} is one file")
+    if path is not None:
+        backbone = _load_single_file(
+            path, architecture, prediction_type, told, given, kind, place, keep_taps
+        )
+    else:
+        backbone = load_folder(
+            resolve_folder(name, dtype=kind, variant=variant, without=given.references()),
+            name=name,
+            dtype=kind,
+            device=place,
+            own_taps=_own_taps(name),
+            keep_taps=keep_taps,
+            given=given,
+            variant=variant,
+        )
+        backbone.scheduler = make_scheduler(told.configs["scheduler"])
+    backbone.given, backbone.variant = given.references(), variant
+    if architecture is not None:
+        backbone.given["architecture"] = architecture
+    if prediction_type is not None:
+        backbone.given["prediction_type"] = prediction_type
+    return arrange(backbone, channels_last)
+
+
+def _check_place(backbone: Backbone, device: Device, dtype: Dtype) -> None:
+    """Raise a `ConfigError` where a `Backbone` is to be somewhere else than it is."""
+    if dtype is not None and as_dtype(dtype) != backbone.dtype:
+        raise ConfigError(
+            f"{backbone.name!r} is in {backbone.dtype}, and dtype={dtype} was passed beside it; a "
+            "Backbone stays as it is: call backbone.to(dtype) first, or leave dtype out"
+        )
+    if device is not None:
+        place, own = check_placement(device, None), backbone.device
+        if place.type != own.type or (place.index is not None and place.index != own.index):
+            raise ConfigError(
+                f"{backbone.name!r} is on {own}, and device={str(device)!r} was passed beside it; "
+                "a Backbone stays where it is: call backbone.to(device) first, or leave device out"
+            )
+
+
+def _of_pipeline(
+    pipeline: Any,
+    told: Architecture,
+    keep_taps: Sequence[str] | None,
+    device: torch.device | None,
+    dtype: Any,
+) -> Backbone:
+    parts = pipeline_parts(pipeline)
+    parts["scheduler"] = make_scheduler(told.configs["scheduler"])
+    modules = {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
+    for name, module in modules.items():
+        parts[name] = module if dtype is None else cast_part(module, dtype)
+    if keep_taps is not None:
+        parts["unet"] = truncate(parts["unet"], keep_taps)
+    place = parts["unet"].device if device is None else device
+    backbone = assemble(pipeline_name(pipeline), told, parts, place)
+    backbone.given = {PIPELINE: None}
+    return backbone
+
+
+def _load_single_file(
+    path: Path,
+    architecture: "str | os.PathLike[str] | None",
+    prediction_type: str | None,
+    told: Architecture,
+    given: GivenParts,
+    dtype: torch.dtype,
+    device: torch.device,
+    keep_taps: Sequence[str] | None,
+) -> Backbone:
+    opened = SingleFile(path)
+    alias = opened.known_alias(prediction_type) if architecture is None else os.fspath(architecture)
+    parts: dict[str, Any] = {"scheduler": make_scheduler(told.configs["scheduler"])}
+    for part in (part for part in told.configs if part != "scheduler"):
+        loaded = given.load(part, told, dtype=dtype, keep_taps=keep_taps)
+        if loaded is None:
+            overflows = part == "vae" and told.configs[part].get("force_upcast", False)
+            kept = torch.float32 if overflows and dtype == torch.float16 else dtype
+            loaded = opened.part(part, told, dtype=kept, keep_taps=keep_taps)
+        parts[part] = loaded
+    for part in ("tokenizer", "tokenizer_2")[: 2 if told.family == "sdxl" else 1]:
+        loaded = _tokenizer_of_file(path, part, alias, given, told)
+        encoder = parts[part.replace("tokenizer", "text_encoder")]
+        parts[part] = fitting_tokenizer(loaded, encoder, _PAD_TOKENS.get((alias, part)))
+    return assemble(str(path), told, parts, device)
+
+
+# What the published tokenizers pad with; those of other models that share the words may differ.
+_PAD_TOKENS = {
+    ("sd1.5", "tokenizer"): "<|endoftext|>",
+    ("sd2.1-base", "tokenizer"): "!",
+    ("sd2.1", "tokenizer"): "!",
+    ("sdxl", "tokenizer"): "<|endoftext|>",
+    ("sdxl", "tokenizer_2"): "!",
+}
+
+
+def _tokenizer_of_file(
+    path: Path, part: str, alias: str, given: GivenParts, told: Architecture
+) -> Any:
+    """The given one, that of the folder with the configs, or one that the Hub's cache has."""
+    for source in (getattr(given, part), given.tokenizer):
+        if source is not None:
+            is_path = isinstance(source, (str, os.PathLike))
+            return load_tokenizer(source, part) if is_path else source
+    if alias not in SOURCES:
+        return load_tokenizer(Path(alias), part)
+    # The words of all Stable Diffusions are the same: those of CLIP.
+    for known in dict.fromkeys((alias, *SOURCES)):
+        if folder := cached_folder(known, "tokenizer/vocab.json"):
+            return load_tokenizer(folder)
+    raise BackboneError(
+        f"{path} holds no tokenizer, and the Hub's cache has none of {alias!r}. Pass tokenizer= "
+        "with a folder that holds vocab.json and merges.txt, such as tokenizer/ of any Stable "
+        "Diffusion in diffusers' layout or 'openai/clip-vit-large-patch14'."
+    )
+
+
+def describe(
+    name: Any,
+    *,
+    architecture: "str | os.PathLike[str] | None" = None,
+    prediction_type: Prediction | None = None,
+    unet: Any = None,
+    vae: Any = None,
+) -> Architecture:
+    """What a model's configs tell, without its weights; for aliases without network too.
+
+    Args:
+        name: As for `load_backbone`.
+        architecture: As for `load_backbone`.
+        prediction_type: As for `load_backbone`.
+        unet: As for `load_backbone`; a module's config counts.
+        vae: As for `load_backbone`.
+
+    Raises:
+        BackboneError: See `load_backbone`.
+        ConfigError: See `load_backbone`.
+    """
+    return _described(name, architecture, prediction_type, GivenParts(unet=unet, vae=vae))
+
+
+@lasting
+def _described(
+    name: Any,
+    architecture: "str | os.PathLike[str] | None",
+    prediction_type: str | None,
+    given: GivenParts,
+) -> Architecture:
+    """The configs of a model as it is read: with what its files say and what the caller says."""
+    if prediction_type is not None:
+        check_choice("prediction_type", prediction_type, PREDICTIONS)
+    name = name if is_pipeline(name) else model_name(name)
+    architecture = None if architecture is None else model_name(architecture)
+    label = pipeline_name(name) if is_pipeline(name) else printable(name)
+    path = None if is_pipeline(name) else single_file(name)
+    if path is None and architecture is not None:
+        raise ConfigError(f"architecture= is for a single file; {label!r} has configs of its own")
+    told = _own_configs(name, path, architecture, prediction_type)
+    check_configs(told.configs, label)
+    told = given.described(told)
+    check_configs(told.configs, label)
+    scheduler = told.configs["scheduler"]
+    if prediction_type is not None:
+        scheduler = {**scheduler, "prediction_type": prediction_type}
+    elif (stated := given.statements()) is not None:
+        scheduler = stated.scheduler(scheduler, prediction_type=None, chosen=True)
+    make_scheduler(scheduler, where=f"the scheduler of {label}")
+    return replace(told, configs={**told.configs, "scheduler": scheduler})
+
+
+def _own_configs(
+    name: Any,
+    path: Path | None,
+    architecture: "str | os.PathLike[str] | None",
+    prediction_type: str | None,
+) -> Architecture:
+    if is_pipeline(name):
+        return pipeline_architecture(name)
+    opened = None if path is None else SingleFile(path)
+    if opened is not None:
+        chosen = architecture is not None
+        name = architecture if chosen else opened.known_alias(prediction_type)
+        model_name(name)
+    told = known_architecture(os.fspath(name))
+    if told is None and opened is not None and not is_folder(name):
+        shown = printable(os.fspath(name))
+        raise BackboneError(
+            f"unknown architecture {shown!r}.{near_matches(shown, SOURCES)} "
+            "Pass 'sd1.5', 'sd2.1-base', 'sd2.1', 'sdxl', or a diffusers folder."
+        )
+    if told is None:
+        told = read_architecture(resolve_folder(name, weights=False), own_taps=_own_taps(name))
+    if opened is None:
+        return told
+    return opened.described(told, prediction_type=prediction_type, chosen=architecture is not None)
+
+
+def model_name(name: object) -> str:
+    """A model's name, which means the same in every directory.
+
+    Raises:
+        BackboneError: It is neither a text nor a path, or one that no file system takes.
+    """
+    if not isinstance(name, (str, os.PathLike)):
+        raise BackboneError(
+            "a model is given by an alias, a Hub id, a diffusers folder, a .safetensors file, a "
+            f"pipeline of diffusers or a Backbone, got {type(name).__name__}. Known aliases are "
+            f"{', '.join(SOURCES)}."
+        )
+    checked_path("a model", name, error=BackboneError)
+    return lasting_source(name)
+
+
+def list_taps(name: Any) -> tuple[TapInfo, ...]:
+    """Every readable place of a model's U-Net, without its weights.
+
+    Args:
+        name: As for `load_backbone`.
+
+    Raises:
+        BackboneError: See `load_backbone`.
+    """
+    return name.taps() if isinstance(name, Backbone) else describe(name).taps()
+
+
+def _own_taps(name: "str | os.PathLike[str]") -> tuple[str, ...] | None:
+    return SHAPES_TAPS if not is_pipeline(name) and os.fspath(name) == "shapes" else None

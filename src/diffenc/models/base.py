@@ -1,0 +1,409 @@
+"""What the encoder and the scorer need of a model: components, text embeddings, taps."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from diffenc._typing import LongPrompts, Uncond
+from diffenc.checks.fields import require_finite
+from diffenc.denoiser.truncation import is_whole
+from diffenc.errors import BackboneError, PromptError, ShapeError, TapError
+from diffenc.inputs.prompts import PromptEmbeds, count_windows, tokenize, tokenize_windows
+from diffenc.memory.cache import TensorCache
+from diffenc.memory.digests import scaling_mark, schedule_mark, weights_mark, words_mark
+from diffenc.memory.model_state import module_key, scheduler_key, tokenizer_key, torch_settings
+from diffenc.memory.object_watch import free_to_swap, watch_of
+from diffenc.models.configs import Architecture
+from diffenc.models.part_checks import check_components, check_width, text_width
+from diffenc.models.presets import preset_options
+from diffenc.models.taps import LATENTS, TapInfo, match_taps, unet_taps
+from diffenc.models.variants import check_unet
+from diffenc.runtime.inference import lasting, make_plain
+from diffenc.runtime.threads import lock_of
+
+
+def grad_where_trained(module: nn.Module) -> AbstractContextManager[Any]:
+    """A graph where one is wanted and a parameter of the module requires a gradient, else none."""
+    trained = any(parameter.requires_grad for parameter in module.parameters())
+    return torch.set_grad_enabled(torch.is_grad_enabled() and trained)
+
+
+@dataclass(frozen=True, slots=True)
+class Caches:
+    """What a backbone remembers, each bounded in bytes.
+
+    Attributes:
+        latents: Per picture: 64 KB for 512 pixels.
+        prompts: Per text: 0.3 MB for SD 2.1 in float32.
+        features: Unconditional maps per picture, noise and set of taps, on the U-Net's device.
+    """
+
+    latents: TensorCache = field(default_factory=lambda: TensorCache(64 * 2**20))
+    prompts: TensorCache = field(default_factory=lambda: TensorCache(64 * 2**20))
+    features: TensorCache = field(default_factory=lambda: TensorCache(256 * 2**20))
+
+
+@dataclass(slots=True)
+class CompiledTaps:
+    """A U-Net compiled up to its last tap.
+
+    Attributes:
+        run: The compiled function, which returns the taps.
+        options: Options of `torch.compile`.
+        structure: State of the U-Net's modules and settings that it was made of.
+    """
+
+    run: Callable[..., tuple[Tensor, ...]]
+    options: dict[str, Any]
+    structure: int
+
+
+class States:
+    """What results of a backbone depend on beside their input, looked at once for each call.
+
+    A key is None where nothing may be cached. What is computed while another thread writes weights
+    belongs to the state before, which nobody asks for again.
+
+    Args:
+        backbone: Model.
+    """
+
+    def __init__(self, backbone: "Backbone") -> None:
+        self._backbone = backbone
+
+    @cached_property
+    def latents(self) -> Hashable | None:
+        """State of what encodes pictures."""
+        vae = module_key(self._backbone.vae)
+        return None if vae is None else (self._settings, vae)
+
+    @cached_property
+    def prompts(self) -> Hashable | None:
+        """State of what encodes texts."""
+        backbone = self._backbone
+        parts = backbone.parts().items()
+        texts = [module_key(part) for name, part in parts if name.startswith("text")]
+        words = [tokenizer_key(each) for each in backbone.tokenizers]
+        if None in texts or None in words:
+            return None
+        return self._settings, backbone.uncond_rule, *texts, *words
+
+    @cached_property
+    def features(self) -> Hashable | None:
+        """State of everything."""
+        backbone = self._backbone
+        others = [
+            self._unet[1] if name == "unet" else module_key(part)
+            for name, part in backbone.parts().items()
+            if name != "vae" and not name.startswith("text")
+        ]
+        if None in (self.latents, self.prompts, *others):
+            return None
+        return self.latents, self.prompts, *others, scheduler_key(backbone.scheduler)
+
+    @property
+    def structure(self) -> int:
+        """Number of the U-Net's modules and settings, see `structure_key`."""
+        return self._unet[0]
+
+    @cached_property
+    def _unet(self) -> tuple[int, int | None]:
+        return watch_of(self._backbone.unet).look()
+
+    @cached_property
+    def _settings(self) -> Hashable:
+        return torch_settings()
+
+
+_CHECKED = ("unet", "vae", "scheduler")
+
+
+class Backbone(nn.Module):
+    """A diffusion model taken apart: VAE, text encoders, U-Net, schedule.
+
+    All parts are frozen and in evaluation mode. `StableDiffusion` and `StableDiffusionXL` take any
+    objects with the interfaces of diffusers' and transformers' classes.
+
+    Attributes:
+        name: Alias, Hub id, or absolute path of the folder or file it was loaded from.
+        unet: Denoising U-Net (`UNet2DConditionModel`).
+        vae: Autoencoder.
+        scheduler: Holder of `alphas_cumprod` and of the prediction type.
+        default_size: Side of the square that images are brought to, in pixels.
+        default_taps: What the encoder reads when nothing else is asked for.
+        given: Parts that are not the named model's own: their paths, None for objects.
+        variant: Variant of the weight files that was requested, see `load_backbone`.
+        caches: Latents, prompts and unconditional features that were computed before.
+        compiled: Compiled U-Net for each tuple of taps.
+        lock: Held while a call reads the model or changes it, so that threads may share it. It is
+            the U-Net's: backbones on one U-Net take turns.
+    """
+
+    family: str
+    uncond_rule: Uncond = "empty"
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        unet: Any,
+        vae: Any,
+        scheduler: Any,
+        default_size: int | None = None,
+        default_taps: tuple[str, ...] | None = None,
+    ) -> None:
+        super().__init__()
+        check_components(unet, vae, scheduler)
+        check_unet(unet.config, name, pooled=self.family == "sdxl")
+        self.name = name
+        self.unet, self.vae, self.scheduler = unet, vae, scheduler
+        self.given: dict[str, str | None] = {}
+        self.variant: str | None = None
+        told = Architecture({"unet": dict(unet.config), "vae": dict(vae.config)})
+        self.default_size = told.default_size if default_size is None else default_size
+        if default_taps is None:
+            default_taps = preset_options("gdf", self.family)["taps"]
+        self.default_taps = default_taps
+        self.caches = Caches()
+        self.compiled: dict[tuple[str, ...], CompiledTaps] = {}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if value is None and name.startswith(("text_encoder", "tokenizer")):
+            raise BackboneError(f"{name} must be there, got None; a prompt is encoded with it")
+        if name in _CHECKED and "given" in self.__dict__:  # exchanged later on
+            check_components(**{part: getattr(self, part) for part in _CHECKED} | {name: value})
+        super().__setattr__(name, value)
+
+    def freeze(self) -> "Backbone":
+        """Evaluation mode, no gradients to weights; they can be trained later, where asked for."""
+        make_plain(self)
+        self.eval()
+        self.requires_grad_(False)
+        return self
+
+    @property
+    def lock(self) -> AbstractContextManager[bool]:
+        """See the class."""
+        return lock_of(self.unet)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the U-Net is."""
+        device: torch.device = next(self.unet.parameters()).device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The U-Net's; the VAE may stay in float32."""
+        dtype: torch.dtype = next(self.unet.parameters()).dtype
+        return dtype
+
+    @property
+    def reduction(self) -> int:
+        """Image pixels per latent cell."""
+        levels: int = len(self.vae.config.block_out_channels)
+        return int(2 ** (levels - 1))
+
+    @property
+    def prediction_type(self) -> str:
+        """What the U-Net predicts: "epsilon", "v_prediction" or "sample"."""
+        kind: str = self.scheduler.config.prediction_type
+        return kind
+
+    def taps(self) -> tuple[TapInfo, ...]:
+        """Every readable place of the U-Net."""
+        modules = self.unet.named_modules()
+        known = {LATENTS, *(name for name, module in modules if is_whole(module))}
+        every = unet_taps(dict(self.unet.config), self.reduction)
+        return tuple(tap for tap in every if tap.name in known)
+
+    def match_taps(self, patterns: Sequence[str]) -> tuple[TapInfo, ...]:
+        """The places that module paths or globs name, see `diffenc.match_taps`.
+
+        Raises:
+            TapError: A pattern names nothing, or something behind the point where this U-Net was
+                truncated.
+        """
+        if self.truncated:
+            self._check_reach(patterns)
+        return match_taps(patterns, self.taps())
+
+    def _check_reach(self, patterns: Sequence[str]) -> None:
+        left = self.taps()
+        for pattern in patterns:
+            every = match_taps([pattern], unet_taps(dict(self.unet.config), self.reduction))
+            if gone := [tap.name for tap in every if tap not in left]:
+                raise TapError(
+                    f"{gone[0]!r} lies behind {left[-1].name!r}, after which the U-Net of "
+                    f"{self.name!r} was truncated when it was loaded; load the model with this tap "
+                    "among those it is truncated for, or without truncate"
+                )
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the U-Net ends after the last tap it was loaded for, and predicts no noise."""
+        return not hasattr(self.unet.conv_out, "weight")
+
+    def embed(
+        self, texts: Sequence[str], *, size: tuple[int, int], long_prompts: LongPrompts = "truncate"
+    ) -> PromptEmbeds:
+        """Encode texts, one row each.
+
+        Args:
+            texts: Prompts.
+            size: (height, width) of the pictures they go with, in pixels; SDXL reads it.
+            long_prompts: What exceeds the encoder's limit is cut and counted ("truncate"), or
+                encoded in windows that stand side by side ("chunk"); SDXL's pooled text is the
+                first window's.
+        """
+        if long_prompts == "chunk":
+            windows = [count_windows(each, texts) for each in self.tokenizers]
+            counts = tuple(map(max, zip(*windows, strict=True)))
+            ids = [tokenize_windows(each, texts, counts) for each in self.tokenizers]
+            self._check_ids(ids)
+            return self._embeds(ids, counts, (0,) * len(texts), size)
+        encoded = [tokenize(each, texts) for each in self.tokenizers]
+        cuts = tuple(map(max, zip(*(cut for _, cut in encoded), strict=True)))
+        self._check_ids([ids for ids, _ in encoded])
+        return self._embeds([ids for ids, _ in encoded], (1,) * len(texts), cuts, size)
+
+    def embed_ids(
+        self,
+        input_ids: Int[Tensor, "b l"],
+        attention_mask: Int[Tensor, "b l"],
+        *,
+        size: tuple[int, int],
+    ) -> PromptEmbeds:
+        """Encode texts that were tokenized before, one row each; see `embed`.
+
+        Args:
+            input_ids: Of the (first) tokenizer, padded to its limit.
+            attention_mask: 1 for a text's own tokens, 0 for padding.
+            size: As for `embed`.
+        """
+        # All tokenizers have the same words and pad with different ones.
+        padding = attention_mask.to(input_ids.device) == 0
+        others = [input_ids.masked_fill(padding, each.pad_token_id) for each in self.tokenizers[1:]]
+        ones = (1,) * len(input_ids)
+        self._check_ids([input_ids, *others])
+        return self._embeds([input_ids, *others], ones, (0,) * len(input_ids), size)
+
+    def _check_ids(self, ids: Sequence[Tensor]) -> None:
+        """Raise a `PromptError` where a text encoder does not know a token of its tokenizer."""
+        encoders: Any = [part for name, part in self.parts().items() if name.startswith("text")]
+        check_width(self.unet, encoders)  # which may have been exchanged
+        for rows, encoder in zip(ids, encoders, strict=True):
+            size = encoder.config.vocab_size
+            if rows.numel() and (largest := int(rows.max())) >= size:
+                raise PromptError(
+                    f"a prompt holds token {largest} and a text encoder of {self.name!r} knows "
+                    f"{size}: tokens were added to the tokenizer alone. Add them to each text "
+                    "encoder (resize_token_embeddings), as load_textual_inversion does"
+                )
+
+    @property
+    @abstractmethod
+    def tokenizers(self) -> tuple[Any, ...]:
+        """One for each text encoder; they differ in padding alone."""
+
+    @abstractmethod
+    def _embeds(
+        self,
+        ids: Sequence[Tensor],
+        counts: Sequence[int],
+        truncated: tuple[int, ...],
+        size: tuple[int, int],
+    ) -> PromptEmbeds:
+        """Encode windows of token ids.
+
+        Args:
+            ids: (windows, l) for each tokenizer.
+            counts: Windows of each text; they become one row.
+            truncated: How many tokens of each text were cut.
+            size: As for `embed`.
+        """
+
+    def embed_uncond(self, rule: Uncond | None, *, size: tuple[int, int]) -> PromptEmbeds:
+        """The unconditional embedding, one row.
+
+        Args:
+            rule: "empty" encodes the empty text; "zeros" is what SDXL's own pipeline uses; None is
+                the model's own rule.
+            size: As for `embed`.
+        """
+        embeds = self.embed([""], size=size)
+        if (rule or self.uncond_rule) == "empty":
+            return embeds
+        pooled = embeds.pooled_prompt_embeds
+        return PromptEmbeds(
+            torch.zeros_like(embeds.prompt_embeds),
+            None if pooled is None else torch.zeros_like(pooled),
+            embeds.time_ids,
+            embeds.truncated,
+        )
+
+    def check_embeds(self, embeds: PromptEmbeds) -> None:
+        """Raise unless embeddings made elsewhere are what the U-Net reads.
+
+        Raises:
+            ShapeError: They have other widths, or lack something.
+            NonFiniteError: NaN or infinity in them.
+        """
+        for name in ("prompt_embeds", "pooled_prompt_embeds", "time_ids"):
+            values = getattr(embeds, name)
+            if values is not None:
+                require_finite(values, f"{name} that were passed", "encode the texts again")
+        width = embeds.prompt_embeds.shape[-1]
+        wanted = text_width(self.unet)
+        if width != wanted:
+            raise ShapeError(
+                f"prompt embeddings have width {width}, the U-Net of {self.name!r} reads {wanted}; "
+                "encode the texts with this backbone's `embed`"
+            )
+        pooled = self.unet.config.addition_embed_type == "text_time"
+        if pooled and (embeds.pooled_prompt_embeds is None or embeds.time_ids is None):
+            raise ShapeError(
+                f"{self.name!r} needs pooled_prompt_embeds and time_ids beside the states; encode "
+                "the texts with this backbone's `embed`"
+            )
+
+    def mark(self) -> dict[str, list[float]]:
+        """Numbers of each part by which the model is known again, of its weights and settings."""
+        words = {name: part for name, part in vars(self).items() if name.startswith("tokenizer")}
+        return {
+            **{name: weights_mark(part) for name, part in self.parts().items()},
+            "scheduler": schedule_mark(self.scheduler),
+            "vae.config": scaling_mark(self.vae.config),
+            **{name: words_mark(part) for name, part in words.items()},
+        }
+
+    def states(self) -> States:
+        """Keys of the present state of the parts, for the caches of one call."""
+        return States(self)
+
+    def clear_caches(self) -> None:
+        """Forget everything; needed after weights were written through `.data`."""
+        for cache in (self.caches.latents, self.caches.prompts, self.caches.features):
+            cache.clear()
+
+    @lasting
+    def _apply(self, fn: Any, recurse: bool = True) -> "Backbone":
+        with self.lock:
+            self.clear_caches()  # another device or dtype
+            free_to_swap(self.parts().values())
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Named components that hold weights."""
+        return dict(self.named_children())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "compiled": {}}  # compiled code is neither copied nor pickled

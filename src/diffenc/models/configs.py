@@ -1,0 +1,174 @@
+"""Architectures of the known models, as their own config files state them.
+
+They let taps, shapes and parameter counts be told before any weight is loaded, and real-size models
+be built for benchmarks without a download.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from diffenc.models.presets import preset_options
+from diffenc.models.taps import TapInfo, match_taps, unet_taps
+
+_SCHEDULE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+}
+_CLIP_L = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "hidden_act": "quick_gelu",
+    "projection_dim": 768,
+    "vocab_size": 49408,
+    "max_position_embeddings": 77,
+}
+_OPENCLIP_H = {
+    **_CLIP_L,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 23,  # of 24: SD 2 reads the states before the last layer
+    "num_attention_heads": 16,
+    "hidden_act": "gelu",
+    "projection_dim": 512,
+}
+_OPENCLIP_BIG_G = {
+    **_CLIP_L,
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "hidden_act": "gelu",
+    "projection_dim": 1280,
+}
+
+
+def _vae(sample_size: int, scaling_factor: float, *, force_upcast: bool) -> dict[str, Any]:
+    return {
+        "block_out_channels": [128, 256, 512, 512],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "layers_per_block": 2,
+        "latent_channels": 4,
+        "norm_num_groups": 32,
+        "sample_size": sample_size,
+        "scaling_factor": scaling_factor,
+        "force_upcast": force_upcast,
+    }
+
+
+def _sd_unet(sample_size: int, cross_attention_dim: int, **options: Any) -> dict[str, Any]:
+    return {
+        "sample_size": sample_size,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": [320, 640, 1280, 1280],
+        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+        "layers_per_block": 2,
+        "norm_num_groups": 32,
+        "cross_attention_dim": cross_attention_dim,
+        **options,
+    }
+
+
+_SD2_HEADS = {"attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True}
+
+_ARCHITECTURES: dict[str, dict[str, dict[str, Any]]] = {
+    "sd1.5": {
+        "unet": _sd_unet(64, 768, attention_head_dim=8),
+        "vae": _vae(512, 0.18215, force_upcast=False),
+        "text_encoder": _CLIP_L,
+        "scheduler": {**_SCHEDULE, "prediction_type": "epsilon"},
+    },
+    "sd2.1-base": {
+        "unet": _sd_unet(64, 1024, **_SD2_HEADS),
+        "vae": _vae(512, 0.18215, force_upcast=False),
+        "text_encoder": _OPENCLIP_H,
+        "scheduler": {**_SCHEDULE, "prediction_type": "epsilon"},
+    },
+    "sd2.1": {
+        "unet": _sd_unet(96, 1024, upcast_attention=True, **_SD2_HEADS),
+        "vae": _vae(768, 0.18215, force_upcast=False),
+        "text_encoder": _OPENCLIP_H,
+        "scheduler": {**_SCHEDULE, "prediction_type": "v_prediction"},
+    },
+    "sdxl": {
+        "unet": {
+            "sample_size": 128,
+            "in_channels": 4,
+            "out_channels": 4,
+            "block_out_channels": [320, 640, 1280],
+            "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
+            "up_block_types": ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"],
+            "layers_per_block": 2,
+            "transformer_layers_per_block": [1, 2, 10],
+            "norm_num_groups": 32,
+            "cross_attention_dim": 2048,
+            "attention_head_dim": [5, 10, 20],
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+        "vae": _vae(1024, 0.13025, force_upcast=True),
+        "text_encoder": _CLIP_L,
+        "text_encoder_2": _OPENCLIP_BIG_G,
+        "scheduler": {**_SCHEDULE, "prediction_type": "epsilon"},
+    },
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """What a model's configs tell, without its weights.
+
+    Attributes:
+        configs: Per part (unet, vae, text_encoder ..., scheduler), as JSON holds them.
+        own_taps: What the encoder reads by default; None is the family's `gdf` set.
+    """
+
+    configs: dict[str, dict[str, Any]]
+    own_taps: tuple[str, ...] | None = None
+
+    @property
+    def family(self) -> str:
+        """What it is shaped like: "sd" or "sdxl"."""
+        return "sdxl" if "text_encoder_2" in self.configs else "sd"
+
+    @property
+    def reduction(self) -> int:
+        """Image pixels per latent cell."""
+        return int(2 ** (len(self.configs["vae"]["block_out_channels"]) - 1))
+
+    @property
+    def default_size(self) -> int:
+        """Side of the square that images are brought to: 512 pixels, or less for a small U-Net."""
+        side = self.configs["unet"].get("sample_size") or 64
+        return min(512, (min(side) if isinstance(side, list) else int(side)) * self.reduction)
+
+    @property
+    def default_taps(self) -> tuple[str, ...]:
+        """Module paths of the U-Net."""
+        if self.own_taps is not None:
+            return self.own_taps
+        taps: tuple[str, ...] = preset_options("gdf", self.family)["taps"]
+        return taps
+
+    def taps(self) -> tuple[TapInfo, ...]:
+        """Every readable place of the U-Net."""
+        return unet_taps(self.configs["unet"], self.reduction)
+
+    def match_taps(self, patterns: Sequence[str]) -> tuple[TapInfo, ...]:
+        """The places that module paths or globs name, see `diffenc.match_taps`."""
+        return match_taps(patterns, self.taps())
+
+
+def known_architecture(alias: str) -> Architecture | None:
+    """Of an alias whose weights lie on the Hub; None for any other name."""
+    configs = _ARCHITECTURES.get(alias)
+    return None if configs is None else Architecture(configs)

@@ -1,0 +1,239 @@
+"""Reading a diffusers folder: which model it is, its parts, and clear errors where it is broken."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffenc.errors import BackboneError
+from diffenc.models.base import Backbone
+from diffenc.models.config_checks import check_config
+from diffenc.models.configs import Architecture
+from diffenc.models.parts import GivenParts, fitting_tokenizer, load_tokenizer
+from diffenc.models.schedules import make_scheduler
+from diffenc.models.stored import load_stored, read_plain, stem_of
+from diffenc.models.variants import pipeline_family
+from diffenc.storage.names import is_file, is_folder, printable
+from diffenc.storage.reading import read_json
+from diffenc.storage.remote_code import refuse_remote_code
+from diffenc.storage.weights import HALF, list_folder, variants
+
+_PARTS = {
+    "sd": ("unet", "vae", "scheduler", "text_encoder", "tokenizer"),
+    "sdxl": (
+        "unet",
+        "vae",
+        "scheduler",
+        "text_encoder",
+        "tokenizer",
+        "text_encoder_2",
+        "tokenizer_2",
+    ),
+}
+
+
+def read_model_index(folder: Path) -> tuple[str, dict[str, Any]]:
+    """Family ("sd" or "sdxl") and content of a folder's `model_index.json`.
+
+    Raises:
+        BackboneError: No folder, no or a broken index, or a pipeline that diffenc cannot read.
+    """
+    index_file = folder / "model_index.json"
+    if not is_folder(folder):
+        raise BackboneError(f"no such model folder: {folder}")
+    if not is_file(index_file):
+        raise BackboneError(
+            f"{folder} is no diffusers folder: it has no model_index.json. Pass the folder that "
+            "holds unet/, vae/, text_encoder/, tokenizer/ and scheduler/."
+        )
+    try:
+        index = read_json(index_file, object, error=BackboneError, finite=False)
+    except BackboneError as error:
+        raise BackboneError(f"{index_file} is broken: {error}") from error
+    refuse_remote_code(folder)
+    pipeline = index.get("_class_name") if isinstance(index, dict) else None
+    if not isinstance(pipeline, str):
+        raise BackboneError(f"{index_file} is broken: it names no pipeline under _class_name")
+    for part in sorted({part for parts in _PARTS.values() for part in parts}):
+        _check_origin(index.get(part), part, folder)
+    family = pipeline_family(index, str(folder))
+    missing = [part for part in _PARTS[family] if not is_folder(folder / part)]
+    if missing:
+        raise BackboneError(f"{folder} is incomplete: it lacks {', '.join(missing)}")
+    for part in _PARTS[family]:
+        refuse_remote_code(folder / part)  # before the weights of another part are read
+    return family, index
+
+
+def _check_origin(origin: Any, part: str, folder: Path) -> None:
+    """Raise where an index names a class for a part that is of neither library."""
+    if origin is None:
+        return
+    if not isinstance(origin, list) or len(origin) != 2:
+        raise BackboneError(
+            f"{folder / 'model_index.json'} is broken: {part} must be a library and a class, got "
+            f"{printable(origin, 80)}"
+        )
+    if origin[0] not in ("diffusers", "transformers", None):
+        raise BackboneError(
+            f"{folder} takes its {part} from {printable(origin[0], 80)}, code that diffenc does "
+            "not run; it reads models of diffusers and transformers"
+        )
+
+
+def read_config(folder: Path, part: str) -> dict[str, Any]:
+    """A part's JSON config.
+
+    Raises:
+        BackboneError: It is missing or broken, or no config of such a part.
+    """
+    name = "scheduler_config.json" if part == "scheduler" else "config.json"
+    return check_config(read_plain(folder / part / name), part, folder)
+
+
+def read_architecture(folder: Path, *, own_taps: tuple[str, ...] | None = None) -> Architecture:
+    """What a folder's configs tell; no weights are needed.
+
+    Raises:
+        BackboneError: The folder is missing, incomplete or broken.
+    """
+    family, _ = read_model_index(folder)
+    names = [part for part in _PARTS[family] if not part.startswith("tokenizer")]
+    return Architecture({name: read_config(folder, name) for name in names}, own_taps)
+
+
+def load_folder(
+    folder: Path,
+    *,
+    name: str,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    own_taps: tuple[str, ...] | None = None,
+    keep_taps: Sequence[str] | None = None,
+    given: GivenParts | None = None,
+    variant: str | None = None,
+) -> Backbone:
+    """Load every part of a diffusers folder that is not given.
+
+    Args:
+        folder: Holds `model_index.json`.
+        name: What the backbone is called in messages and configs.
+        dtype: Of U-Net and text encoders; the VAE stays in float32 where half precision overflows.
+        device: Where the parts go.
+        own_taps: See `Architecture`.
+        keep_taps: Module paths of the U-Net; what lies behind the last of them is not loaded. None
+            loads everything.
+        given: Parts in place of the folder's.
+        variant: Word in the names of the weight files, such as "fp16"; parts without such files
+            are read from those that they have. "" names the files without one; None takes these,
+            and those in half precision where they are all there is or float16 is asked for.
+
+    Raises:
+        BackboneError: The folder is missing, incomplete or broken, or names another kind of model.
+    """
+    given = given or GivenParts()
+    family, index = read_model_index(folder)
+    told = given.described(read_architecture(folder, own_taps=own_taps))
+    named = part_variants(folder, weighty_parts(folder), variant)
+    parts, halves = {}, []
+    for part in _PARTS[family]:
+        loaded = given.load(part, told, dtype=dtype, keep_taps=keep_taps)
+        if loaded is None and part in named:
+            loaded, taken = load_stored(
+                folder / part, part, dtype, variant=named[part], keep_taps=keep_taps
+            )
+            halves += [part] * (taken == HALF != named[part] and dtype == torch.float32)
+        elif loaded is None:
+            loaded = _load_part(folder, part)
+        parts[part] = loaded
+    if halves:
+        warnings.warn(
+            f"{name} has its {', '.join(halves)} in half precision alone: its weights are rounded "
+            "to float16, whatever they are computed in",
+            stacklevel=2,
+        )
+    if family == "sdxl":
+        parts["force_zeros"] = bool(index.get("force_zeros_for_empty_prompt", True))
+    return assemble(name, told, parts, device)
+
+
+def assemble(
+    name: str, told: Architecture, parts: dict[str, Any], device: str | torch.device
+) -> Backbone:
+    """A backbone of loaded parts, on a device.
+
+    Raises:
+        BackboneError: Parts do not fit each other.
+    """
+    for part in ("tokenizer", "tokenizer_2"):
+        if part in parts:
+            encoder = parts[part.replace("tokenizer", "text_encoder")]
+            parts[part] = fitting_tokenizer(parts[part], encoder)
+    for part, module in parts.items():
+        if isinstance(module, torch.nn.Module):
+            parts[part] = module.to(device)
+    if told.family == "sdxl":
+        from diffenc.models.sdxl import StableDiffusionXL
+
+        return StableDiffusionXL(name=name, default_taps=told.default_taps, **parts)
+    from diffenc.models.sd import StableDiffusion
+
+    return StableDiffusion(name=name, default_taps=told.default_taps, **parts)
+
+
+def weighty_parts(folder: Path) -> list[str]:
+    """Parts of a folder that have weights: not its tokenizers and scheduler.
+
+    Raises:
+        BackboneError: See `read_model_index`.
+    """
+    family, _ = read_model_index(folder)
+    return [part for part in _PARTS[family] if not part.startswith(("tokenizer", "scheduler"))]
+
+
+def part_variants(
+    folder: Path,
+    parts: Sequence[str],
+    variant: str | None,
+    listing: Sequence[str] | None = None,
+) -> dict[str, str | None]:
+    """The variant to read of each part: the requested one where it has that, else None.
+
+    Args:
+        folder: The model's.
+        parts: Names of its parts with weights.
+        variant: The requested one; None requests none.
+        listing: Paths of all files relative to the folder; None looks there.
+
+    Raises:
+        BackboneError: A variant is requested that no part has.
+    """
+    if not variant:
+        return dict.fromkeys(parts, variant)
+    known = {part: variants(_names_in(folder, part, listing), stem_of(part)) for part in parts}
+    if not any(variant in words for words in known.values()):
+        every = sorted({word for words in known.values() for word in words})
+        raise BackboneError(
+            f"{folder} has no weights of the variant {variant!r}; it has variant="
+            f"{' or '.join(map(repr, every)) or 'none at all'}"
+        )
+    return {part: variant if variant in words else None for part, words in known.items()}
+
+
+def _names_in(folder: Path, part: str, listing: Sequence[str] | None) -> list[str]:
+    if listing is None:
+        return list_folder(folder / part)
+    return [name.removeprefix(f"{part}/") for name in listing if name.startswith(f"{part}/")]
+
+
+def _load_part(folder: Path, part: str) -> Any:
+    try:
+        if part == "scheduler":
+            return make_scheduler(read_config(folder, part), where=str(folder / part))
+        return load_tokenizer(folder / part)
+    except BackboneError:
+        raise
+    except Exception as error:  # the libraries raise anything from OSError to SafetensorError
+        raise BackboneError(f"cannot load {folder / part}: {error}") from error

@@ -1,0 +1,112 @@
+"""Whether the parts of a model belong together."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffenc.errors import BackboneError, ConfigError
+from diffenc.inputs.noise import noise_levels
+from diffenc.models.schedules import check_schedule
+from diffenc.models.variants import check_channels, check_vae
+
+STORED = {
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+}
+"""Types of numbers that weights may have, and what safetensors files call them."""
+
+
+def check_components(unet: Any, vae: Any, scheduler: Any) -> None:
+    """Raise a `BackboneError` that says which two of these do not fit each other, and why."""
+    for name, part, needed in (
+        ("unet", unet, ("in_channels", "cross_attention_dim")),
+        ("vae", vae, ("latent_channels", "block_out_channels", "scaling_factor")),
+    ):
+        config = getattr(part, "config", None)
+        if lacking := [key for key in needed if not hasattr(config, key)]:
+            raise BackboneError(
+                f"{name} is a {type(part).__name__} whose config lacks {lacking}; pass a model of "
+                "diffusers"
+            )
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise BackboneError(
+            f"scheduler is a {type(scheduler).__name__} without alphas_cumprod; pass one of "
+            "diffusers' that counts steps of noise, such as DDPMScheduler"
+        )
+    check_schedule(scheduler)
+    try:
+        noise_levels(scheduler)
+    except ConfigError as error:
+        raise BackboneError(str(error)) from None
+    check_weights(unet, "the U-Net")
+    check_weights(vae, "the VAE")
+    check_vae(vae.config, "this model")
+    check_channels(unet.config, vae.config, "this model")
+
+
+def check_weights(module: Any, what: str) -> None:
+    """Raise a `BackboneError` where weights are stored in a kind that must not be cast silently."""
+    if isinstance(module, nn.Module):
+        kinds = {
+            name: STORED.get(each.dtype, str(each.dtype))
+            for name, each in module.named_parameters()
+        }
+        check_kinds(kinds, what)
+
+
+def check_kinds(kinds: Mapping[str, str], what: str) -> None:
+    """Raise a `BackboneError` where weights are quantised, whole numbers or truth values.
+
+    Args:
+        kinds: Type of the numbers of each weight, as safetensors files name it.
+        what: Name of the weights, for messages.
+    """
+    known = STORED.values()
+    if wrong := [name for name, kind in kinds.items() if kind not in known]:
+        raise BackboneError(_quantised(wrong, kinds[wrong[0]], what))
+
+
+def _quantised(names: Sequence[str], kind: str, what: str) -> str:
+    return (
+        f"{len(names)} weights of {what} are in {kind}, {names[0]!r} among them; diffenc reads "
+        "float32, float64, bfloat16 and float16, and would lose the scales of quantised weights. "
+        "Pass the model before it was quantised, or dequantise it first"
+    )
+
+
+def text_width(unet: Any) -> int:
+    """Channels of the text states that a U-Net reads."""
+    width = unet.config.cross_attention_dim
+    return int(width if isinstance(width, int) else width[0])
+
+
+def check_width(unet: Any, encoders: Sequence[Any]) -> None:
+    """Raise a `BackboneError` unless text encoders give states of the width that a U-Net reads."""
+    width = sum(encoder.config.hidden_size for encoder in encoders)
+    wanted = text_width(unet)
+    if width != wanted:
+        raise BackboneError(
+            f"the text encoders give states of width {width} and the U-Net takes {wanted}; they "
+            "belong to different models"
+        )
+
+
+def check_text(unet: Any, *towers: tuple[Any, Any]) -> None:
+    """Raise a `BackboneError` unless tokenizers, text encoders and the U-Net fit each other.
+
+    Args:
+        unet: Reads the states of all encoders side by side.
+        towers: Tokenizer and text encoder, for each.
+    """
+    check_width(unet, [encoder for _, encoder in towers])
+    for tokenizer, encoder in towers:
+        check_weights(encoder, "the text encoder")
+        if len(tokenizer) > encoder.config.vocab_size:
+            raise BackboneError(
+                f"the tokenizer knows {len(tokenizer)} tokens and the text encoder "
+                f"{encoder.config.vocab_size}; they belong to different models"
+            )

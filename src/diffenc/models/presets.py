@@ -1,0 +1,83 @@
+"""Where published methods read, and at which noise level.
+
+A preset gives the options of `EncoderConfig` that the released code of a method comes down to;
+whatever the caller passes beside it wins. Sources stand with each. Where released code samples the
+VAE's posterior, the preset does too, by seeded noise that all pictures share in place of the global
+generator's.
+
+Where a preset still differs from its release stands in "Taps and timesteps" of the documentation.
+"""
+
+from typing import Any
+
+from diffenc.checks.arguments import shown
+from diffenc.errors import ConfigError, near_matches
+
+_GDF_SD = (
+    "up_blocks.1.attentions.1.transformer_blocks.0.attn2.to_q",
+    "up_blocks.1.resnets.2",
+    "up_blocks.2.attentions.1.transformer_blocks.0.attn2.to_q",
+    "up_blocks.3.attentions.0.transformer_blocks.0.attn1.to_k",
+)
+_GDF_SDXL = (
+    "up_blocks.0.attentions.0.transformer_blocks.7",
+    "up_blocks.0.attentions.0.transformer_blocks.5",
+    "up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_q",
+    "up_blocks.1.attentions.0.transformer_blocks.0",
+)
+
+_HYPERFEATURES = {
+    "taps": ("up_blocks.*.resnets.*.conv2",),
+    "timestep": 50,
+    "posterior": "sample",
+}
+
+_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    # Meng et al. 2024, arXiv:2410.03558: the "practical" sets, at timestep 50. SD 2.1 has no set of
+    # its own there; it shares SD 1.5's topology and takes that one. No prompt is the empty text, on
+    # SDXL too.
+    "gdf": {
+        "sd": {"taps": _GDF_SD, "timestep": 50, "posterior": "sample"},
+        "sdxl": {"taps": _GDF_SDXL, "timestep": 50, "posterior": "sample", "uncond": "empty"},
+    },
+    # Tang et al. 2023 (DIFT), arXiv:2306.03881: semantic correspondence; the second up block after
+    # its upsampler, mean over 8 draws of posterior and noise.
+    "dift": {
+        "sd": {"taps": ("up_blocks.1",), "timestep": 261, "draws": 8, "posterior": "sample"},
+    },
+    # Stracke et al. 2024 (CleanDIFT), arXiv:2412.03439: clean latents under its own U-Net weights,
+    # read at "us6". The timestep is what its learnt scalar starts from.
+    "cleandift": {
+        "sd": {"taps": ("up_blocks.1",), "timestep": 261, "noise": None, "posterior": "sample"},
+    },
+    # Luo et al. 2023 (Diffusion Hyperfeatures), arXiv:2305.14334: the branch of every decoder
+    # resnet before it is added. Its multi-step inversion is not part of the preset.
+    "hyperfeatures": {
+        "sd": _HYPERFEATURES,
+        "sdxl": _HYPERFEATURES,
+    },
+}
+
+
+def preset_options(name: str, family: str) -> dict[str, Any]:
+    """Options of `EncoderConfig` for a published method.
+
+    Args:
+        name: "gdf", "dift", "cleandift" or "hyperfeatures".
+        family: Of the backbone, "sd" or "sdxl".
+
+    Raises:
+        ConfigError: No such preset, or not for this family.
+    """
+    if name not in _PRESETS:
+        raise ConfigError(
+            f"unknown preset {shown(name)}.{near_matches(name, _PRESETS)} Known are "
+            f"{sorted(_PRESETS)}."
+        )
+    families = _PRESETS[name]
+    if family not in families:
+        raise ConfigError(
+            f"preset {name!r} is defined for {sorted(families)}, and this model is {family!r}; "
+            "pass taps and timestep instead"
+        )
+    return dict(families[family])

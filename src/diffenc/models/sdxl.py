@@ -1,0 +1,104 @@
+"""Stable Diffusion XL, base."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffenc.inputs.prompts import PromptEmbeds, join_windows
+from diffenc.models.base import Backbone, grad_where_trained
+from diffenc.models.part_checks import check_text
+from diffenc.runtime.threads import lock_of
+
+
+class StableDiffusionXL(Backbone):
+    """Two text encoders, pooled text and sizes: always passed, as the model was trained.
+
+    The sizes tell the processed picture's, uncropped, as the pipeline's own defaults do.
+
+    Args:
+        name: What it is called in messages and saved configs.
+        unet: A `UNet2DConditionModel` that reads pooled text and sizes.
+        vae: An `AutoencoderKL` or `AutoencoderTiny`.
+        scheduler: Anything of diffusers' with `alphas_cumprod`.
+        text_encoder: A `CLIPTextModel`.
+        tokenizer: Its `CLIPTokenizer`.
+        text_encoder_2: A `CLIPTextModelWithProjection`.
+        tokenizer_2: Its `CLIPTokenizer`.
+        default_size: See `Backbone`; None follows from the U-Net's config.
+        default_taps: See `Backbone`; None is the `gdf` set.
+        force_zeros: The unconditional embedding is zeros, and not the empty text's.
+
+    Raises:
+        BackboneError: Parts do not fit each other.
+    """
+
+    family = "sdxl"
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        unet: Any,
+        vae: Any,
+        scheduler: Any,
+        text_encoder: Any,
+        tokenizer: Any,
+        text_encoder_2: Any,
+        tokenizer_2: Any,
+        default_size: int | None = None,
+        default_taps: tuple[str, ...] | None = None,
+        force_zeros: bool = True,
+    ) -> None:
+        super().__init__(
+            name=name,
+            unet=unet,
+            vae=vae,
+            scheduler=scheduler,
+            default_size=default_size,
+            default_taps=default_taps,
+        )
+        check_text(unet, (tokenizer, text_encoder), (tokenizer_2, text_encoder_2))
+        self.text_encoder, self.tokenizer = text_encoder, tokenizer
+        self.text_encoder_2, self.tokenizer_2 = text_encoder_2, tokenizer_2
+        self.uncond_rule = "zeros" if force_zeros else "empty"
+        self.freeze()
+
+    @property
+    def tokenizers(self) -> tuple[Any, ...]:
+        """The first encoder's and the second's."""
+        return self.tokenizer, self.tokenizer_2
+
+    def _embeds(
+        self,
+        ids: Sequence[Tensor],
+        counts: Sequence[int],
+        truncated: tuple[int, ...],
+        size: tuple[int, int],
+    ) -> PromptEmbeds:
+        # The pipeline conditions on the states before the last layer of both encoders, and on the
+        # projected end token of the second; of several windows, the first one's.
+        outputs = [
+            self._encode(encoder, rows)
+            for encoder, rows in zip((self.text_encoder, self.text_encoder_2), ids, strict=True)
+        ]
+        states = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        rows, lengths = join_windows(states, counts)
+        firsts = [sum(counts[:text]) for text in range(len(counts))]
+        height, width = size
+        sizes = [[height, width, 0, 0, height, width]]
+        time_ids = torch.tensor(sizes, dtype=states.dtype, device=states.device)
+        return PromptEmbeds(
+            rows,
+            outputs[1][0][firsts],
+            time_ids.expand(len(counts), 6),
+            truncated,
+            lengths,
+        )
+
+    @staticmethod
+    def _encode(text_encoder: Any, ids: Tensor) -> Any:
+        device = next(text_encoder.parameters()).device
+        with lock_of(text_encoder), grad_where_trained(text_encoder):
+            return text_encoder(ids.to(device), output_hidden_states=True)

@@ -1,0 +1,136 @@
+"""Parts of a diffusers folder: their weights, from whichever files hold them, checked by config."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffenc.errors import BackboneError
+from diffenc.models.config_checks import check_config
+from diffenc.models.weights import State, fit_diffusers, fit_text_encoder, load_into, load_unet
+from diffenc.storage.reading import read_json
+from diffenc.storage.remote_code import refuse_remote_code
+from diffenc.storage.weights import DIFFUSERS, TRANSFORMERS, open_weights
+
+
+def part_dtype(part: str, config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
+    """Type of a part's weights: of a VAE that overflows in float16, float32 in its place."""
+    overflows = part == "vae" and bool(config.get("force_upcast", False))
+    return torch.float32 if overflows and dtype == torch.float16 else dtype
+
+
+def stem_of(part: str) -> str:
+    """What the weight files of a part are called."""
+    return TRANSFORMERS if part.startswith("text_encoder") else DIFFUSERS
+
+
+def read_plain(path: Path) -> dict[str, Any]:
+    """Content of a config file, which may hold infinities: the schedulers of diffusers write them.
+
+    Raises:
+        BackboneError: It is missing, broken, or holds no object.
+    """
+    try:
+        config: dict[str, Any] = read_json(path, error=BackboneError, finite=False)
+    except BackboneError as error:
+        why = str(error).removeprefix(f"cannot read {path}: ").removeprefix(f"{path} ")
+        raise BackboneError(f"cannot read {path}: {why}") from error
+    return config
+
+
+def read_vae_config(folder: Path) -> dict[str, Any]:
+    """The config of a VAE's own folder.
+
+    Raises:
+        BackboneError: It is missing, broken, or of another kind of model.
+    """
+    try:
+        config = read_plain(folder / "config.json")
+    except BackboneError as error:
+        raise BackboneError(f"cannot read the VAE's config in {folder}: {error}") from error
+    if "_class_name" not in config:
+        raise BackboneError(f"{folder} holds no VAE: its config.json has no _class_name")
+    return check_config(config, "vae", folder)
+
+
+def load_stored(
+    folder: Path,
+    part: str,
+    dtype: torch.dtype,
+    *,
+    variant: str | None = None,
+    keep_taps: Sequence[str] | None = None,
+) -> tuple[Any, str]:
+    """A U-Net, VAE or text encoder from its own folder, and the variant that was read.
+
+    Args:
+        folder: The part's.
+        part: "unet", "vae", "text_encoder" or "text_encoder_2".
+        dtype: Type of the weights; a VAE that overflows in float16 is put in float32.
+        variant: See `diffenc.storage.weights.choose_weights`.
+        keep_taps: See `load_unet`.
+
+    Raises:
+        BackboneError: The folder is missing or broken, its weights do not fit its config, or it
+            asks for code to be run.
+    """
+    refuse_remote_code(folder)
+    whole = folder.parent if folder.name == part else folder
+    config = check_config(read_plain(folder / "config.json"), part, whole)
+    dtype = part_dtype(part, config, dtype)
+    half = dtype == torch.float16
+    state, taken = open_weights(folder, stem_of(part), variant=variant, half=half)
+    what = str(folder)
+    if part == "unet":
+        return load_unet(config, state, what=what, dtype=dtype, keep_taps=keep_taps), taken
+    if part == "vae":
+        return load_vae(config, state, what=what, dtype=dtype), taken
+    return load_text_encoder(config, state, part, what=what, dtype=dtype), taken
+
+
+def load_vae(config: dict[str, Any], state: State, *, what: str, dtype: torch.dtype) -> Any:
+    """A VAE with these weights.
+
+    Args:
+        config: Config of an `AutoencoderKL` or `AutoencoderTiny`.
+        state: Weights under diffusers' names.
+        what: Source of the weights, for messages.
+        dtype: Type of the weights.
+
+    Raises:
+        BackboneError: A weight is missing, unknown, or of another shape.
+    """
+    import diffusers
+
+    kind: Any = getattr(diffusers, config.get("_class_name", "AutoencoderKL"))
+    return load_into(
+        lambda: kind.from_config(config), state, what=what, dtype=dtype, fit=fit_diffusers
+    )
+
+
+def load_text_encoder(
+    config: dict[str, Any], state: State, name: str, *, what: str, dtype: torch.dtype
+) -> Any:
+    """A text encoder with these weights; the second of SDXL has a projection.
+
+    Args:
+        config: Config of a `CLIPTextModel`.
+        state: Weights under transformers' names, of any version.
+        name: "text_encoder" or "text_encoder_2".
+        what: Source of the weights, for messages.
+        dtype: Type of the weights.
+
+    Raises:
+        BackboneError: A weight is missing, unknown, or of another shape.
+    """
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    kind: Any = CLIPTextModelWithProjection if name == "text_encoder_2" else CLIPTextModel
+    return load_into(
+        lambda: kind(CLIPTextConfig.from_dict(dict(config))),
+        state,
+        what=what,
+        dtype=dtype,
+        fit=fit_text_encoder,
+    )

@@ -1,0 +1,180 @@
+"""Which places of a U-Net can be read, with channels and reduction, from its config alone."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache
+from inspect import signature
+from json import dumps, loads
+from typing import Any
+
+import torch
+
+from diffenc.checks.arguments import entries
+from diffenc.denoiser.hooks import ForwardTaps
+from diffenc.denoiser.truncation import truncate
+from diffenc.errors import BackboneError, ConfigError, TapError, near_matches
+from diffenc.runtime.inference import lasting
+from diffenc.storage.names import printable, reason
+
+_TRANSFORMER = (
+    r"attentions\.\d+(\.transformer_blocks\.\d+(\.attn1\.to_[qkv]|\.attn2\.to_q|\.ff(\.net\.0)?)?)?"
+)
+_BLOCK = rf"(\.resnets\.\d+(\.conv2)?|\.{_TRANSFORMER}|\.(up|down)samplers\.0)?"
+_READABLE = re.compile(rf"conv_in|(down_blocks\.\d+|up_blocks\.\d+|mid_block){_BLOCK}")
+
+LATENTS = "latents"
+"""Reads the VAE's latents, scaled and without noise; no module of the U-Net has this name."""
+
+
+@dataclass(frozen=True, slots=True)
+class TapInfo:
+    """A place in the U-Net, or before it.
+
+    Attributes:
+        name: Module path, whose output is what is read; or "latents", the VAE's.
+        channels: Of the feature map.
+        reduction: Image pixels per feature cell (nominal: for sides that divide evenly).
+    """
+
+    name: str
+    channels: int
+    reduction: int
+
+
+def unet_taps(config: dict[str, Any], vae_reduction: int) -> tuple[TapInfo, ...]:
+    """Every readable place of a U-Net with this config, in module order.
+
+    Shapes come from a pass on the meta device: no weights, no memory.
+
+    Args:
+        config: A `UNet2DConditionModel` config as JSON holds it.
+        vae_reduction: Image pixels per latent cell.
+    """
+    from diffusers import UNet2DConditionModel
+
+    # With defaults filled in, a config file and a loaded model's config are one key of the cache.
+    arguments = signature(UNet2DConditionModel.__init__).parameters
+    whole = {name: config.get(name, arguments[name].default) for name in list(arguments)[1:]}
+    try:
+        return _unet_taps(dumps(whole, sort_keys=True), vae_reduction)
+    except Exception as error:  # of any kind, by the value that is wrong
+        raise BackboneError(
+            f"no U-Net can be built by this config: {reason(error)}; pass one of a "
+            "UNet2DConditionModel"
+        ) from error
+
+
+@cache
+@lasting
+def _unet_taps(config: str, vae_reduction: int) -> tuple[TapInfo, ...]:
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(loads(config)).float().eval()
+    names = [name for name, _ in unet.named_modules() if _READABLE.fullmatch(name)]
+    side = 64
+    with torch.no_grad(), ForwardTaps(unet, names) as taps:
+        maps = taps.run(lambda: unet(**meta_inputs(unet.config, side)))
+    latents = TapInfo(LATENTS, unet.config.in_channels, vae_reduction)
+    return latents, *(
+        TapInfo(name, features.shape[1], vae_reduction * side // features.shape[2])
+        for name, features in maps.items()
+    )
+
+
+def count_parameters(config: dict[str, Any], taps: Sequence[str] | None = None) -> int:
+    """Parameters of a U-Net with this config: of all of it, or of what is needed for some taps.
+
+    Args:
+        config: A `UNet2DConditionModel` config as JSON holds it.
+        taps: Module paths; None counts everything. What lies behind the last of them is what
+            `truncate=True` neither loads nor runs.
+    """
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+    kept = unet if taps is None else truncate(unet, taps)
+    return sum(parameter.numel() for parameter in kept.parameters())
+
+
+def meta_inputs(config: Any, side: int) -> dict[str, Any]:
+    """Arguments of a float32 U-Net's forward pass without values, for latents of this side."""
+    width = config.cross_attention_dim
+    width = width if isinstance(width, int) else width[0]
+    place: dict[str, Any] = {"dtype": torch.float32, "device": "meta"}
+    inputs: dict[str, Any] = {
+        "sample": torch.empty(1, config.in_channels, side, side, **place),
+        "timestep": torch.empty((), dtype=torch.long, device="meta"),
+        "encoder_hidden_states": torch.empty(1, 4, width, **place),
+    }
+    if config.addition_embed_type == "text_time":
+        time = 6 * config.addition_time_embed_dim
+        pooled = config.projection_class_embeddings_input_dim - time
+        inputs["added_cond_kwargs"] = {
+            "text_embeds": torch.empty(1, pooled, **place),
+            "time_ids": torch.empty(1, 6, **place),
+        }
+    return inputs
+
+
+def tap_patterns(taps: object) -> tuple[str, ...]:
+    """Module paths or globs as a tuple, from one of them or from several in an order.
+
+    Raises:
+        ConfigError: There is none, something that is no text, or a set, whose order is not the
+            same in the next run.
+    """
+    if isinstance(taps, str):
+        return (taps,)
+    if isinstance(taps, (bytes, Set, Mapping)) or not isinstance(taps, Iterable):
+        raise ConfigError(
+            "taps must be module paths in the order in which their features are returned, as a "
+            f"list or a tuple, got {type(taps).__name__}"
+        )
+    patterns = tuple(entries(taps))
+    if other := [tap for tap in patterns if not isinstance(tap, str)]:
+        raise ConfigError(
+            f"taps must be module paths, as text, got {printable(repr(other[0]))}; "
+            "diffenc.list_taps(backbone) gives every valid name"
+        )
+    if not patterns:
+        raise ConfigError(
+            "taps must be a tuple of module paths with at least one entry, got none; leave taps "
+            "out for those of the model"
+        )
+    return patterns
+
+
+def match_taps(patterns: Sequence[str], known: Sequence[TapInfo]) -> tuple[TapInfo, ...]:
+    """The places that module paths or globs name, in the order given, each once.
+
+    In a glob, `*` stays within one part of the path: "up_blocks.*" are the blocks themselves.
+
+    Args:
+        patterns: Module paths or globs, one or several.
+        known: Readable places, see `diffenc.list_taps`.
+
+    Raises:
+        TapError: A pattern names nothing; the message offers near matches.
+        ConfigError: There is no pattern, or something that is none.
+    """
+    found: dict[str, TapInfo] = {}
+    for pattern in tap_patterns(patterns):
+        parts = pattern.split(".")
+        matches = [
+            tap
+            for tap in known
+            if len(tap.name.split(".")) == len(parts)
+            and all(map(fnmatchcase, tap.name.split("."), parts))
+        ]
+        if not matches:
+            hint = near_matches(pattern[:200], [tap.name for tap in known])
+            raise TapError(
+                f"no tap matches {printable(pattern)!r}.{hint} "
+                "diffenc.list_taps(backbone) gives every valid name; * stands for one part of it."
+            )
+        found.update((tap.name, tap) for tap in matches)
+    return tuple(found.values())

@@ -1,0 +1,311 @@
+"""The only place that calls the U-Net."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from diffenc.checks.arguments import wholes
+from diffenc.denoiser.attention import CrossAttnTaps
+from diffenc.denoiser.hooks import ForwardTaps, TapOutputs
+from diffenc.denoiser.lora.adapters import active_lora, is_merged, require_separate
+from diffenc.denoiser.truncation import truncate
+from diffenc.errors import ConfigError, NonFiniteError, TapError
+from diffenc.inputs.noise import to_noise
+from diffenc.inputs.prompts import PromptEmbeds
+from diffenc.memory.model_state import structure_key
+from diffenc.models.base import Backbone, CompiledTaps, States
+from diffenc.runtime.inference import make_plain
+
+
+def read_taps(
+    backbone: Backbone,
+    noisy_latents: Float[Tensor, "rows c h w"],
+    timesteps: Int[Tensor, " rows"],
+    prompt_embeds: PromptEmbeds,
+    taps: Sequence[str],
+    *,
+    batch_size: int | None = None,
+    compiled: Callable[..., tuple[Tensor, ...]] | None = None,
+) -> dict[str, Float[Tensor, "rows _c _h _w"]]:
+    """Read features of rows, each with latents, a noise level and a text of its own.
+
+    One call of the U-Net for all rows, or several of at most `batch_size`; each ends after the last
+    tap. On CUDA a call that runs out of memory is repeated in halves, with one warning. A graph is
+    built only where something inside, or the latents, or the text, requires a gradient.
+
+    Args:
+        backbone: Whose U-Net is called, in its dtype and on its device.
+        noisy_latents: Each at the noise level of its timestep.
+        timesteps: Scheduler steps.
+        prompt_embeds: One row each.
+        taps: Module paths.
+        batch_size: Most rows per call; None is all.
+        compiled: What `compiled_taps` gives; None looks.
+
+    Returns:
+        A map per tap, in the order of `taps`.
+
+    Raises:
+        NonFiniteError: A map holds NaN or infinity.
+    """
+    grad = torch.is_grad_enabled() and (
+        noisy_latents.requires_grad
+        or prompt_embeds.requires_grad
+        or any(parameter.requires_grad for parameter in backbone.unet.parameters())
+    )
+    if grad:
+        make_plain(backbone.unet)  # moved in inference mode, weights could not be saved for it
+    rows = len(noisy_latents)
+    size = min(batch_size or rows, rows)
+    if compiled is None:
+        compiled = compiled_taps(backbone, taps)
+    found: list[dict[str, Tensor]] = []
+    start = 0
+    with torch.set_grad_enabled(grad), backbone.lock:
+        while start < rows:
+            stop = min(start + size, rows)
+            try:
+                part = slice(start, stop)
+                found.append(
+                    _read(
+                        backbone,
+                        noisy_latents[part],
+                        timesteps[part],
+                        prompt_embeds.select(start, stop),
+                        taps,
+                        compiled,
+                    )
+                )
+            except torch.cuda.OutOfMemoryError:
+                if size == 1:
+                    raise
+                size = (size + 1) // 2
+                torch.cuda.empty_cache()
+                continue
+            start = stop
+    if size < min(batch_size or rows, rows):
+        warnings.warn(
+            f"{rows} rows did not fit on {backbone.device}; calls of the U-Net were cut down to "
+            f"{size}. Pass batch_size={size} to begin there.",
+            stacklevel=2,
+        )
+    maps = found[0] if len(found) == 1 else {t: torch.cat([m[t] for m in found]) for t in taps}
+    # A U-Net in channels_last gives such maps, which callers could not reshape as they expect.
+    maps = {name: features.contiguous() for name, features in maps.items()}
+    for name, features in maps.items():
+        if not torch.isfinite(features).all():
+            raise NonFiniteError(
+                f"features at {name!r} hold NaN or infinity in {features.dtype}; load the model "
+                "with dtype=torch.bfloat16 or torch.float32, and check its weights if that is so "
+                "already"
+            )
+    return maps
+
+
+def compile_taps(backbone: Backbone, taps: Sequence[str], **options: Any) -> None:
+    """Compile the U-Net up to the last of these taps; `read_taps` then uses it for them.
+
+    The first call of each shape compiles, and takes minutes for a real model. Weights may change;
+    after modules or settings of the U-Net were exchanged, `read_taps` compiles again.
+
+    Args:
+        backbone: Whose U-Net is compiled; it is left as it is.
+        taps: Module paths.
+        options: Of `torch.compile`.
+    """
+    with backbone.lock:
+        structure = structure_key(backbone.unet)
+        outputs = TapOutputs(truncate(backbone.unet, taps), taps)
+        run = torch.compile(outputs, **options)
+        backbone.compiled[tuple(taps)] = CompiledTaps(run, options, structure)
+
+
+def compiled_taps(
+    backbone: Backbone, taps: Sequence[str], states: States | None = None
+) -> Callable[..., tuple[Tensor, ...]] | None:
+    """The compiled U-Net that returns these taps, of the U-Net as it is now; None: not compiled."""
+    known = backbone.compiled.get(tuple(taps))
+    if known is None:
+        return None
+    if known.structure != (states or backbone.states()).structure:
+        compile_taps(backbone, taps, **known.options)
+    return backbone.compiled[tuple(taps)].run
+
+
+def _read(
+    backbone: Backbone,
+    noisy_latents: Tensor,
+    timesteps: Tensor,
+    prompt_embeds: PromptEmbeds,
+    taps: Sequence[str],
+    compiled: Callable[..., tuple[Tensor, ...]] | None,
+) -> dict[str, Tensor]:
+    if compiled is not None:
+        maps = call_unet(backbone, noisy_latents, timesteps, prompt_embeds, unet=compiled)
+        # A compiled graph may give its outputs' memory to its next call.
+        return {name: tap.clone() for name, tap in zip(taps, maps, strict=True)}
+    with ForwardTaps(backbone.unet, taps, early_exit=True) as reader:
+        return reader.run(partial(call_unet, backbone, noisy_latents, timesteps, prompt_embeds))
+
+
+def predict_noise(
+    backbone: Backbone,
+    noisy_latents: Float[Tensor, "b c h w"],
+    timestep: int,
+    prompt_embeds: PromptEmbeds,
+) -> Float[Tensor, "b c h w"]:
+    """The noise that the U-Net sees in latents under a text, in float32, without guidance.
+
+    Args:
+        backbone: Whose U-Net is called; one that predicts v or the clean latents is converted.
+        noisy_latents: At the noise level of `timestep`.
+        timestep: Scheduler step.
+        prompt_embeds: One row for all latents, or one per latent.
+
+    Raises:
+        ConfigError: The model predicts something else, or its U-Net was truncated.
+    """
+    check_whole(backbone)
+    with backbone.lock:
+        output = call_unet(backbone, noisy_latents, timestep, prompt_embeds)[0].float()
+    steps = torch.full((len(output),), timestep, dtype=torch.long, device="cpu")
+    return to_noise(backbone.scheduler, backbone.prediction_type, output, noisy_latents, steps)
+
+
+def check_whole(backbone: Backbone) -> None:
+    """Raise a `ConfigError` where the U-Net was truncated and predicts nothing."""
+    if backbone.truncated:
+        raise ConfigError(
+            f"the U-Net of {backbone.name!r} was truncated after its last tap and predicts no "
+            "noise; load the model without truncate"
+        )
+
+
+def read_attention(
+    backbone: Backbone,
+    noisy_latents: Float[Tensor, "b c h w"],
+    timestep: int,
+    prompt_embeds: PromptEmbeds,
+    positions: Sequence[int],
+    layers: Sequence[str] | None = None,
+) -> dict[str, Float[Tensor, "b tokens _h _w"]]:
+    """Read how much each cell attends to some tokens of a text, with one call of the U-Net.
+
+    Args:
+        backbone: Whose U-Net is called, in its dtype and on its device.
+        noisy_latents: At the noise level of `timestep`.
+        timestep: Scheduler step.
+        prompt_embeds: One row for all latents, or one per latent.
+        positions: Of the tokens, see `diffenc.denoiser.attention.word_token_positions`.
+        layers: See `diffenc.denoiser.attention.CrossAttnTaps`.
+
+    Returns:
+        Per layer a probability per cell and token, mean over heads, in float32.
+
+    Raises:
+        TapError: No cross-attention by that name.
+        ShapeError: A position that the text does not have.
+    """
+    with (
+        backbone.lock,
+        torch.no_grad(),
+        CrossAttnTaps(backbone.unet, layers, tokens=positions) as reader,
+    ):
+        call_unet(backbone, noisy_latents, timestep, prompt_embeds)
+        return reader.maps()
+
+
+def read_head_attention(
+    backbone: Backbone,
+    noisy_latents: Float[Tensor, "b c h w"],
+    timestep: int,
+    prompt_embeds: PromptEmbeds,
+    positions: Sequence[int],
+    layers: Sequence[str],
+    heads: Sequence[int] | None = None,
+) -> dict[str, Float[Tensor, "b tokens _heads _h _w"]]:
+    """As `read_attention`, with the heads apart.
+
+    Args:
+        backbone: Whose U-Net is called, in its dtype and on its device.
+        noisy_latents: At the noise level of `timestep`.
+        timestep: Scheduler step.
+        prompt_embeds: One row for all latents, or one per latent.
+        positions: Of the tokens, see `diffenc.denoiser.attention.word_token_positions`.
+        layers: See `diffenc.denoiser.attention.CrossAttnTaps`.
+        heads: Indices of the heads that are returned; None is all.
+
+    Raises:
+        TapError: No cross-attention by that name, or it has no such head.
+        ShapeError: A position that the text does not have.
+    """
+    reader = CrossAttnTaps(backbone.unet, layers, tokens=positions, merge_heads=False)
+    with backbone.lock, torch.no_grad(), reader:
+        call_unet(backbone, noisy_latents, timestep, prompt_embeds)
+        maps = reader.maps()
+    if heads is None:
+        return maps
+    heads = wholes("heads", heads, error=TapError)
+    for name, of_layer in maps.items():
+        count = of_layer.shape[2]
+        if not heads or not all(0 <= head < count for head in heads):
+            raise TapError(
+                f"{name} has heads 0 to {count - 1}, and {list(heads)} were asked for; name layers "
+                "that have them"
+            )
+    return {name: of_layer[:, :, list(heads)] for name, of_layer in maps.items()}
+
+
+def _steps(timestep: int | Tensor, device: torch.device) -> Tensor:
+    if isinstance(timestep, Tensor):
+        return timestep.to(device)
+    return torch.tensor(timestep, dtype=torch.long, device=device)
+
+
+def call_unet(
+    backbone: Backbone,
+    noisy_latents: Tensor,
+    timestep: int | Tensor,
+    prompt_embeds: PromptEmbeds,
+    *,
+    unet: Callable[..., tuple[Tensor, ...]] | None = None,
+) -> tuple[Tensor, ...]:
+    """Call the U-Net in its dtype and on its device.
+
+    Args:
+        backbone: Whose U-Net is called.
+        noisy_latents: Rows.
+        timestep: One for all rows, or one each.
+        prompt_embeds: One row for all, or one each.
+        unet: Called in its place: the same, compiled.
+    """
+    _check_unet(backbone)
+    device, dtype = backbone.device, backbone.dtype
+    called = backbone.unet if unet is None else unet
+    output: tuple[Tensor, ...] = called(
+        noisy_latents.to(device, dtype),
+        _steps(timestep, device),
+        return_dict=False,
+        **prompt_embeds.rows(len(noisy_latents)).to(device, dtype).unet_kwargs(),
+    )
+    return output
+
+
+def _check_unet(backbone: Backbone) -> None:
+    """Raise a `ConfigError` where something was done to the U-Net that calls would pass by."""
+    unet = backbone.unet
+    kind = unet.config.get("encoder_hid_dim_type", None)
+    if kind is not None:
+        raise ConfigError(
+            f"the U-Net of {backbone.name!r} has an adapter that reads pictures "
+            f"(encoder_hid_dim_type={kind!r}), which it is not given here; call "
+            "unload_ip_adapter() of the pipeline first"
+        )
+    fused = getattr(unet, "original_attn_processors", None) is not None
+    if fused and active_lora(unet) is not None and not is_merged(unet):
+        require_separate(unet)

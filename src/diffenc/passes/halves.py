@@ -1,0 +1,158 @@
+"""The unconditional and the conditional half of features, from one fused call of the U-Net.
+
+Unconditional features of a picture are looked up first; what is missing of them and all
+conditional ones are rows of one batch.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from diffenc.checks.fields import require_finite
+from diffenc.config import EncoderConfig
+from diffenc.features import Maps
+from diffenc.inputs.latents import draw_latents
+from diffenc.inputs.noise import add_noise, shared_noise
+from diffenc.inputs.prompts import PromptEmbeds
+from diffenc.memory.cache import Entry, recall
+from diffenc.memory.object_watch import object_key
+from diffenc.models.base import Backbone, States
+from diffenc.models.taps import LATENTS
+from diffenc.passes.forward import compiled_taps, read_taps
+
+Posteriors = tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]
+
+
+def read_halves(
+    backbone: Backbone,
+    config: EncoderConfig,
+    taps: Sequence[str],
+    posteriors: Posteriors,
+    *,
+    keys: Sequence[tuple[object, ...]] | None,
+    states: States | None = None,
+    uncond: PromptEmbeds | None,
+    cond: PromptEmbeds | None,
+) -> dict[str, Maps | None]:
+    """Features of pictures without and with their texts.
+
+    Args:
+        backbone: Whose U-Net is called, where something has to be computed.
+        config: Timesteps, draws, noise and seed.
+        taps: Module paths, or "latents".
+        posteriors: Mode and deviation of the latents of each picture.
+        keys: Per picture what its unconditional features depend on beside weights and config; None
+            looks nothing up and keeps nothing.
+        states: Keys of the model's state for this call; None looks now.
+        uncond: Unconditional embeddings, a row per picture; None leaves that half out.
+        cond: Texts, a row per picture; None leaves that half out.
+
+    Returns:
+        Under "uncond" and "cond" a map per tap, or None: (b c h w), or (b t c h w) where the config
+        has several timesteps. No two share memory.
+
+    Raises:
+        NonFiniteError: A map holds NaN or infinity.
+    """
+    batch = len(posteriors[0])
+    states = states or backbone.states()
+    state = states.features if uncond is not None and keys is not None else None
+    compiled = compiled_taps(backbone, [tap for tap in taps if tap != LATENTS], states)
+    found: list[Maps] = []
+
+    def read(missing: list[int]) -> list[Entry]:
+        texts = [uncond.take(missing)] if uncond is not None and missing else []
+        texts += [cond] if cond is not None else []
+        shown = [*missing, *range(batch if cond is not None else 0)]
+        found.append(_read_rows(backbone, config, taps, posteriors, shown, texts, compiled))
+        return [tuple(found[0][name][row] for name in taps) for row in range(len(missing))]
+
+    halves: dict[str, Maps | None] = {"uncond": None, "cond": None}
+    if uncond is not None:
+        options = (tuple(taps), config.timestep, config.draws, config.noise, config.seed)
+        run = None if compiled is None else object_key(compiled)
+        shared = (state, run, *options, config.posterior)
+        rows = recall(
+            None if state is None else backbone.caches.features,
+            [(*shared, config.uncond, *key) for key in keys or [()] * batch],
+            read,
+        )
+        halves["uncond"] = {
+            name: torch.stack([row[tap] for row in rows]) for tap, name in enumerate(taps)
+        }
+    if cond is not None:
+        if not found:  # nothing was missing
+            read([])
+        halves["cond"] = {name: found[0][name][-batch:].clone() for name in taps}
+    return halves
+
+
+def _read_rows(
+    backbone: Backbone,
+    config: EncoderConfig,
+    taps: Sequence[str],
+    posteriors: Posteriors,
+    shown: list[int],
+    texts: list[PromptEmbeds],
+    compiled: Any,
+) -> Maps:
+    """Features of rows, mean over draws: (rows c h w), or (rows t c h w) for several steps.
+
+    Args:
+        backbone: See `read_halves`, as the next two.
+        config: Timesteps, draws, noise and seed.
+        taps: Names.
+        posteriors: Of all pictures.
+        shown: Which picture each row shows.
+        texts: Their rows, in order.
+        compiled: What `compiled_taps` gives.
+    """
+    if not shown:
+        return {}
+    steps, draws, rows = config.timesteps, config.draws, len(shown)
+    clean = [
+        draw_latents(*posteriors, config.posterior, seed=config.seed, draw=d)[shown]
+        for d in range(draws)
+    ]
+    repeats = len(steps) * draws
+    found: Maps = {}
+    if names := [tap for tap in taps if tap != LATENTS]:
+        noisy_latents = [
+            _noised(backbone, config, clean[draw], step, draw)
+            for step in steps
+            for draw in range(draws)
+        ]
+        found = read_taps(
+            backbone,
+            torch.cat(noisy_latents),
+            torch.tensor(steps, dtype=torch.long, device="cpu").repeat_interleave(draws * rows),
+            PromptEmbeds.concat(texts * repeats),
+            names,
+            batch_size=config.batch_size,
+            compiled=compiled,
+        )
+    if LATENTS in taps:
+        found[LATENTS] = torch.cat(clean * len(steps)).to(backbone.device, backbone.dtype)
+        require_finite(found[LATENTS], "latents", "load the model with dtype=torch.float32")
+    one = isinstance(config.timestep, int)
+    if repeats == 1 and one:
+        return {name: found[name] for name in taps}
+    split = "(t d b) c h w -> b t d c h w"
+    means = {
+        name: rearrange(found[name], split, t=len(steps), d=draws).mean(dim=2) for name in taps
+    }
+    return {name: mean[:, 0] for name, mean in means.items()} if one else means
+
+
+def _noised(
+    backbone: Backbone, config: EncoderConfig, latents: Tensor, timestep: int, draw: int
+) -> Tensor:
+    if config.noise is None:
+        return latents
+    _, c, h, w = latents.shape
+    noise = shared_noise((c, h, w), seed=config.seed, timestep=timestep, draw=draw)
+    return add_noise(backbone.scheduler, latents, noise, timestep)

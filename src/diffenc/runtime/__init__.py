@@ -1,0 +1,1 @@
+"""The process that the library runs in: threads, torch's defaults, inference mode."""

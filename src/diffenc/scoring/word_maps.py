@@ -1,0 +1,236 @@
+"""Where in an image a word of a text is seen."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from einops import rearrange, reduce
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffenc.checks.fields import require_finite
+from diffenc.config import check_choice
+from diffenc.denoiser.attention import match_layers
+from diffenc.denoiser.grids import to_grid
+from diffenc.errors import ConfigError, PromptError
+from diffenc.inputs.noise import add_noise, shared_noise
+from diffenc.inputs.words import shared_positions, words_of
+from diffenc.models.base import Backbone
+from diffenc.passes.forward import read_head_attention
+from diffenc.scoring.config import SCORE_TIMESTEPS
+from diffenc.viz.heatmap import HeatMap
+
+__all__ = ["daam_maps", "heat_maps", "word_maps", "words_of"]
+
+_DAAM_CELLS = {512: 64, 768: 96, 1024: 64}
+"""Cells on a side, by the pixels that a model was made for."""
+
+_DAAM_SCALES = (0, 1, 2, 4, 16, 32, 64)
+"""How many times finer than a layer's map the grid may be; DAAM takes 8 for the middle block."""
+
+
+def word_maps(
+    backbone: Backbone,
+    latents: Float[Tensor, "images c h w"],
+    text: str,
+    words: Sequence[str],
+    *,
+    timesteps: Sequence[int] = SCORE_TIMESTEPS,
+    layers: str | Sequence[str] | None = None,
+    heads: Sequence[int] | None = None,
+    seed: int = 0,
+) -> Float[Tensor, "images words gh gw"]:
+    """Where each word of a text is seen: the share of a cell's cross-attention that it gets.
+
+    The pieces of a word are added up. Layers are brought to the finest grid among them; the result
+    is the mean over heads, layers and timesteps.
+
+    Args:
+        backbone: The model.
+        latents: Of the images, without noise.
+        text: The prompt.
+        words: Words of it.
+        timesteps: Noise levels, scheduler steps.
+        layers: See `diffenc.denoiser.attention.match_layers`; None takes all.
+        heads: Indices of the heads that count; None takes all.
+        seed: Of the noise.
+
+    Returns:
+        float32 shares in [0, 1].
+
+    Raises:
+        PromptError: The text has no such word, or it was cut off.
+        ConfigError: No timestep, or one outside the schedule.
+        TapError: No cross-attention by that name, or a layer without such a head.
+    """
+    spans = [shared_positions(backbone.tokenizers, text, word) for word in words]
+    sums: list[Tensor] = []
+    with backbone.lock:
+        for maps in _per_timestep(backbone, latents, text, spans, timesteps, layers, heads, seed):
+            merged = [reduce(m, "b tokens heads h w -> b tokens h w", "mean") for m in maps]
+            finest = max(((m.shape[2], m.shape[3]) for m in merged), key=math.prod)
+            sums.append(torch.stack([to_grid(m, finest) for m in merged]).mean(dim=0))
+    return _of_words(torch.stack(sums).mean(dim=0), spans, "sum")
+
+
+def daam_maps(
+    backbone: Backbone,
+    latents: Float[Tensor, "images c h w"],
+    text: str,
+    words: Sequence[str],
+    *,
+    timesteps: Sequence[int] = SCORE_TIMESTEPS,
+    layers: str | Sequence[str] | None = None,
+    heads: Sequence[int] | None = None,
+    seed: int = 0,
+    grid: tuple[int, int] | None = None,
+) -> Float[Tensor, "images words gh gw"]:
+    """Word maps as DAAM's released code makes them.
+
+    The probabilities of each layer and head are summed over timesteps, brought to one grid by
+    bicubic interpolation and cut off below 0; then the mean over layers and heads, and the mean
+    over the pieces of a word. DAAM follows a picture as it is generated; here the noisy latents are
+    those of a picture that is there.
+
+    Args:
+        backbone: The model.
+        latents: Of the images, without noise.
+        text: The prompt.
+        words: Words of it.
+        timesteps: Noise levels, scheduler steps.
+        layers: See `diffenc.denoiser.attention.match_layers`; None takes DAAM's: all but the middle
+            block's, and of a square picture in another size than the model's own those alone
+            whose maps its code knows the scale of.
+        heads: Indices of the heads that count; None takes all.
+        seed: Of the noise.
+        grid: (height, width) of the maps; None is DAAM's, see `daam_grid`.
+
+    Returns:
+        float32, 0 or above.
+
+    Raises:
+        PromptError: The text has no such word, or it was cut off.
+        ConfigError: No timestep, or one outside the schedule; a picture of whose layers DAAM reads
+            none.
+        TapError: No cross-attention by that name, or a layer without such a head.
+
+    Source:
+        Tang et al. 2022 (DAAM), arXiv:2210.04885, section 2.2, and its released code.
+    """
+    size = (latents.shape[2], latents.shape[3])
+    names = layers
+    if layers is None:
+        names = [name for name in match_layers(backbone.unet) if not name.startswith("mid_block")]
+    spans = [shared_positions(backbone.tokenizers, text, word) for word in words]
+    with backbone.lock:
+        steps = _per_timestep(backbone, latents, text, spans, timesteps, names, heads, seed)
+        sums = next(steps)
+        for maps in steps:
+            sums = [total + of_layer for total, of_layer in zip(sums, maps, strict=True)]
+    if layers is None and size[0] == size[1] and _daam_cells(backbone) is not None:
+        cells = math.prod(daam_grid(backbone, size))
+        sums = [s for s in sums if math.isqrt(cells // math.prod(s.shape[3:])) in _DAAM_SCALES]
+        if not sums:
+            raise ConfigError(
+                f"DAAM knows the scale of no layer for latents of {size}; pass layers, or a "
+                "picture in the size that the model was made for"
+            )
+    target = daam_grid(backbone, size) if grid is None else grid
+    resized = [_clamped(of_layer, target) for of_layer in sums]
+    return _of_words(torch.cat(resized, dim=2).mean(dim=2).cpu(), spans, "mean")
+
+
+def daam_grid(backbone: Backbone, size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of DAAM's maps.
+
+    Its code has 64 x 64 cells for models made for 512 or 1024 pixels, whatever the picture's size,
+    and 96 x 96 for those made for 768. Beyond it, a picture that is not square has as many on its
+    shorter side, and any other model, such as the bundled one, has the grid of its latents.
+
+    Args:
+        backbone: The model.
+        size: (height, width) of the latents.
+    """
+    cells, shorter = _daam_cells(backbone), min(size)
+    return size if cells is None else (cells * size[0] // shorter, cells * size[1] // shorter)
+
+
+def _daam_cells(backbone: Backbone) -> int | None:
+    side = dict(backbone.unet.config).get("sample_size")
+    return _DAAM_CELLS.get(side * backbone.reduction) if isinstance(side, int) else None
+
+
+def _clamped(
+    maps: Float[Tensor, "b tokens heads _h _w"], grid: tuple[int, int]
+) -> Float[Tensor, "b tokens heads gh gw"]:
+    flat = rearrange(maps, "b tokens heads h w -> b (tokens heads) h w")
+    grown = F.interpolate(flat, size=grid, mode="bicubic").clamp(min=0)
+    return rearrange(grown, "b (tokens heads) h w -> b tokens heads h w", tokens=maps.shape[1])
+
+
+def heat_maps(
+    backbone: Backbone,
+    latents: Float[Tensor, "1 c h w"],
+    text: str,
+    words: Sequence[str],
+    *,
+    preset: str | None,
+    picture: Image.Image,
+    **options: Any,  # of word_maps and daam_maps
+) -> dict[str, HeatMap]:
+    """Maps of words over the picture that they are of.
+
+    Raises:
+        ConfigError: An unknown preset.
+        PromptError: No word, or one that the text does not have.
+    """
+    if preset is not None:
+        check_choice("preset of word maps", preset, ("daam",))
+    if not words:
+        raise PromptError("got no words; pass at least one, or None for all of the text")
+    draw = daam_maps if preset == "daam" else word_maps
+    maps = draw(backbone, latents, text, words, **options)
+    return {
+        word: HeatMap(values, label=word, picture=picture)
+        for word, values in zip(words, maps[0], strict=True)
+    }
+
+
+def _per_timestep(
+    backbone: Backbone,
+    latents: Tensor,
+    text: str,
+    spans: Sequence[tuple[int, ...]],
+    timesteps: Sequence[int],
+    layers: str | Sequence[str] | None,
+    heads: Sequence[int] | None,
+    seed: int,
+) -> Iterator[list[Float[Tensor, "images tokens _heads _h _w"]]]:
+    """Per timestep the maps of each layer, for the tokens of all words in a row."""
+    if not timesteps:
+        raise ConfigError("timesteps must hold one scheduler step or more, got none")
+    c, h, w = latents.shape[1:]
+    embeds = backbone.embed([text], size=(h * backbone.reduction, w * backbone.reduction))
+    positions = [position for span in spans for position in span]
+    names = match_layers(backbone.unet, layers)
+    for timestep in timesteps:
+        noise = shared_noise((c, h, w), seed=seed, timestep=timestep)
+        noisy = add_noise(backbone.scheduler, latents, noise, timestep)
+        maps = read_head_attention(backbone, noisy, timestep, embeds, positions, names, heads)
+        for name, values in maps.items():
+            require_finite(
+                values,
+                f"attention maps of {name!r} with a U-Net in {backbone.dtype}",
+                "load the model with dtype=torch.bfloat16 or torch.float32",
+            )
+        yield list(maps.values())
+
+
+def _of_words(
+    per_token: Float[Tensor, "images tokens h w"], spans: Sequence[tuple[int, ...]], merge: str
+) -> Float[Tensor, "images words h w"]:
+    per_word = per_token.split([len(span) for span in spans], dim=1)
+    return torch.stack([reduce(pieces, "b t h w -> b h w", merge) for pieces in per_word], dim=1)

@@ -1,0 +1,93 @@
+"""All that is trained inside an encoder, on one base class: LoRA and the implicit captioner."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffenc.denoiser.lora.adapters import is_merged, lora_parameters
+from diffenc.runtime.inference import lasting
+from diffenc.tuning.captioner import CaptionerPart
+from diffenc.tuning.lora import LoraPart
+from diffenc.tuning.summary import parameter_table
+
+
+class TrainableParts(LoraPart, CaptionerPart):
+    """Base of `DiffusionEncoder`: adds, switches, saves and lists what trains.
+
+    Everything else in the encoder stays frozen. The parts that train are in float32 when they are
+    made, and casting the encoder to float16 leaves them there: in float16 they do not survive
+    training.
+
+    Attributes:
+        backbone: The frozen model; LoRA lives in its U-Net.
+        captioner: The implicit captioner, or None.
+        clip: Frozen CLIP that the captioner listens to, or None.
+        use_cache: See `DiffusionEncoder`.
+    """
+
+    def clear_cache(self) -> None:
+        """Forget latents, prompts and features; needed after writes through `.data`."""
+        super().clear_cache()
+        self._image_embeds.clear()
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters that require a gradient, for an optimizer."""
+        return (parameter for _, parameter in self.named_trainable_parameters())
+
+    def named_trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters that require a gradient, with their names in `state_dict`."""
+        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+    def summary(self) -> str:
+        """A table to print: parts, adapters, their parameters, how many train, and dtypes."""
+        unet = self.backbone.unet
+        adapters: dict[str, list[nn.Parameter]] = {}
+        for name in self.lora_names:
+            state = "merged" if is_merged(unet) else "active"
+            note = f" ({state})" if name == self.active_lora else ""
+            adapters[f"LoRA {name!r}{note}"] = list(lora_parameters(unet, name).values())
+        of_lora = {parameter for found in adapters.values() for parameter in found}
+        parts: dict[str, nn.Module | None] = {
+            **self.backbone.parts(),
+            "captioner": self.captioner,
+            "clip": self.clip,
+        }
+        plain = {
+            name: [p for p in part.parameters() if p not in of_lora]
+            for name, part in parts.items()
+            if part is not None
+        }
+        return parameter_table({**plain, **adapters, "all": list(self.parameters())})
+
+    def train(self, mode: bool = True) -> "TrainableParts":
+        """Training mode for what has something to train.
+
+        Frozen parts stay in evaluation mode, so that what they compute is remembered.
+        """
+        super().train(mode)
+        for part in (*self.backbone.parts().values(), self.clip):
+            if part is not None and not any(p.requires_grad for p in part.parameters()):
+                part.eval()
+        return self
+
+    def _precise(self) -> dict[str, nn.Parameter]:
+        """Parameters that are never in float16."""
+        found = dict(self.captioner.named_parameters()) if self.captioner is not None else {}
+        for name in self.lora_names:
+            found |= lora_parameters(self.backbone.unet, name)
+        return found
+
+    @lasting
+    def _apply(self, fn: Any, recurse: bool = True) -> "TrainableParts":
+        with self.backbone.lock:
+            before = {path: parameter.data for path, parameter in self._precise().items()}
+            self._image_embeds.clear()
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            for path, parameter in self._precise().items():
+                if parameter.dtype == torch.float16:
+                    gradient, parameter.grad = parameter.grad, None
+                    parameter.data = before[path].to(parameter.device, torch.float32)
+                    parameter.grad = None if gradient is None else gradient.to(parameter.data)
+        return self
