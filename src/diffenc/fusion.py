@@ -28,7 +28,12 @@ from diffenc.models.base import Backbone
 from diffenc.models.device import Device, Dtype
 from diffenc.runtime.inference import lasting
 from diffenc.storage.names import checked_path, is_folder, reason
-from diffenc.storage.pretrained import load_image_processor, read_name, stored_name
+from diffenc.storage.pretrained import (
+    load_image_processor,
+    read_name,
+    saved_image_processor,
+    stored_name,
+)
 from diffenc.storage.reading import read_json
 from diffenc.storage.schema import make
 from diffenc.storage.writing import begin_folder, reporting, write_json
@@ -37,11 +42,15 @@ How = Literal["channel", "tokens", "interleave"]
 View = Literal["same", "own"]
 
 _CONFIG_FILE, _CLIP, _DIFFUSION = "fusion.json", "clip", "diffusion"
+_PROCESSOR = "image_processor"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Saved:
-    """What the config of a saved encoder says; a CLIP without a name lies beside it."""
+    """What the config of a saved encoder says; a CLIP without a name lies beside it.
+
+    So does the image processor of one with a name, which may have been another than the model's.
+    """
 
     clip: str | None
     how: How
@@ -170,6 +179,8 @@ class FusedEncoder(nn.Module):
         diffusion = DiffusionEncoder.from_pretrained(
             source / _DIFFUSION, device=device, dtype=dtype, **options
         )
+        if name is not None:
+            settings["image_processor"] = saved_image_processor(source / _PROCESSOR)
         fused = cls(name or source / _CLIP, diffusion, **settings)
         if name is None:
             fused.clip.name = None  # it has no other place than this folder
@@ -208,9 +219,11 @@ class FusedEncoder(nn.Module):
             clip_mark=None if name is None else tuple(weights_mark(self.clip)),
         )
         self.diffusion.save_pretrained(target / _DIFFUSION, include_backbone=include_backbone)
-        if name is None:
-            with reporting(target):
+        with reporting(target):
+            if name is None:
                 self.clip.save_pretrained(target / _CLIP)
+            else:
+                self.clip.image_processor.save_pretrained(target / _PROCESSOR)
         write_json(target / _CONFIG_FILE, asdict(saved))
 
     @property

@@ -13,7 +13,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithP
 from diffenc import CrossAttnScorer, DiffusionEncoder
 from diffenc.clip.tokens import ClipTokens
 from diffenc.config import EncoderConfig
-from diffenc.errors import TapError
+from diffenc.errors import BackboneError, ConfigError, TapError
 from diffenc.memory.cache import TensorCache, recall
 from diffenc.memory.model_state import state_key, structure_key
 from state_builders import SIZE, TAPS, TEXT, picture, stirred, tiny_backbone
@@ -416,3 +416,30 @@ def test_a_parameter_that_was_taken_out_counts_no_more():
     module.bias.requires_grad_(False)
     assert kept.requires_grad
     assert state_key(module) is not None
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_what_an_optimizer_wrote_is_seen_whatever_kernel_it_has(encoder, fused):
+    unet = encoder.backbone.unet
+    before = guided(encoder)
+    unet.requires_grad_(True)
+    encoder.extract(picture(), TEXT)[TAPS[0]].square().sum().backward()
+    torch.optim.AdamW(unet.parameters(), lr=0.1, fused=fused).step()
+    unet.requires_grad_(False)
+    after = guided(encoder)
+    assert not close(after, before)
+    encoder.clear_cache()
+    assert close(guided(encoder), after)
+
+
+def test_a_model_without_values_and_parts_that_do_not_fit_are_refused(encoder):
+    for part in ("text_encoder", "tokenizer"):
+        with pytest.raises(BackboneError, match=f"{part} must be there, got None"):
+            setattr(encoder.backbone, part, None)
+    config = copy.deepcopy(encoder.backbone.text_encoder.config)
+    config.hidden_size = 2 * config.hidden_size
+    encoder.backbone.text_encoder = type(encoder.backbone.text_encoder)(config).eval()
+    with pytest.raises(BackboneError, match="states of width 16 and the U-Net takes 8"):
+        guided(encoder)
+    with pytest.raises(ConfigError, match="the model is on the meta device"):
+        guided(encoder.to("meta"))

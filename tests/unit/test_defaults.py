@@ -405,3 +405,15 @@ def test_the_check_sees_what_it_looks_for(code, right):
         for _, name, call in constructors(ast.parse(text))
     ]
     assert found == [right, right]
+
+
+def test_weights_may_be_swapped_where_a_program_asks_torch_for_it(tiny_sd_folder):
+    encoder = DiffusionEncoder.from_pretrained(tiny_sd_folder)
+    shown = torch.zeros(1, 3, 64, 64, device="cpu")
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        encoder.extract(shown, "red", conditioning="cfg")
+        encoder.to(torch.bfloat16)
+        assert encoder.extract(shown, "red", conditioning="cfg").tokens().dtype == torch.bfloat16
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)

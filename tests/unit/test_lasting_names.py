@@ -5,10 +5,11 @@ import shutil
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 
 import builders
-from diffenc import CrossAttnScorer, DiffusionEncoder
-from diffenc.errors import BackboneError
+from diffenc import CrossAttnScorer, DiffusionEncoder, FusedEncoder
+from diffenc.errors import BackboneError, ConfigError
 from diffenc.hosts.spec import TowerSpec
 from diffenc.memory.digests import full_digest, is_marked, weights_mark
 from diffenc.mllm import DiffusionVLM
@@ -244,3 +245,76 @@ def test_a_multimodal_model_finds_and_knows_both_of_its_models(tmp_path, monkeyp
     stirred(again.language_model).save_pretrained(language)
     with pytest.raises(BackboneError, match=r"is not the language model that .*saved was saved"):
         DiffusionVLM.from_pretrained("../here/saved")
+
+
+def other_schedule(backbone):
+    backbone.scheduler = DDPMScheduler(beta_end=0.05)
+
+
+def other_target(backbone):
+    backbone.scheduler.register_to_config(prediction_type="v_prediction")
+
+
+def other_scale(backbone):
+    backbone.vae.register_to_config(scaling_factor=0.5)
+
+
+def other_padding(backbone):
+    backbone.tokenizer.pad_token = "!"
+
+
+def other_limit(backbone):
+    backbone.tokenizer.model_max_length = 20
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (other_schedule, "its scheduler has other settings"),
+        (other_target, "its scheduler has other settings"),
+        (other_scale, "its vae has other settings"),
+        (other_padding, "its tokenizer has other settings"),
+        (other_limit, "its tokenizer has other settings"),
+    ],
+)
+def test_settings_that_no_name_leads_to_are_not_lost_in_silence(
+    tiny_sd_folder, tmp_path, change, said
+):
+    encoder = DiffusionEncoder.from_pretrained(tiny_sd_folder)
+    change(encoder.backbone)
+    CrossAttnScorer(encoder.backbone).save_pretrained(tmp_path / "scorer")
+    encoder.save_pretrained(tmp_path / "encoder")
+    for kind, name in ((CrossAttnScorer, "scorer"), (DiffusionEncoder, "encoder")):
+        with pytest.raises(BackboneError, match=said):
+            kind.from_pretrained(tmp_path / name)
+    encoder.save_pretrained(tmp_path / "whole", include_backbone=True)
+    DiffusionEncoder.from_pretrained(tmp_path / "whole")
+
+
+def test_a_scorer_with_an_adapter_is_not_saved_without_it(tiny_sd_folder, tmp_path):
+    encoder = DiffusionEncoder.from_pretrained(tiny_sd_folder)
+    encoder.add_lora(rank=2)
+    scorer = CrossAttnScorer(encoder.backbone)
+    with pytest.raises(ConfigError, match="adapter 'default', which the folder of a scorer does"):
+        scorer.save_pretrained(tmp_path / "scorer")
+    encoder.set_lora(None)
+    scorer.save_pretrained(tmp_path / "scorer")
+
+
+@pytest.mark.parametrize("kind", ["fused", "vision"])
+def test_an_image_processor_that_was_changed_is_saved(tmp_path, kind):
+    seen = (
+        FusedEncoder("shapes-clip", "shapes")
+        if kind == "fused"
+        else VisionTokens.from_pretrained("shapes-clip")
+    )
+    processor = seen.clip.image_processor if kind == "fused" else seen.image_processor
+    processor.image_mean = [0.1, 0.2, 0.3]
+    shown = picture(1)
+    if kind == "fused":
+        seen.save_pretrained(tmp_path / "saved")
+        again = FusedEncoder.from_pretrained(tmp_path / "saved")
+    else:
+        DiffusionVLM(seen, "shapes-lm").save_pretrained(tmp_path / "saved")
+        again = DiffusionVLM.from_pretrained(tmp_path / "saved").encoder
+    assert torch.equal(seen(shown, "a red circle"), again(shown, "a red circle"))

@@ -1,3 +1,4 @@
+import copy
 import json
 
 import numpy as np
@@ -5,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffenc import CrossAttnScorer, QueryBank, load_backbone
+from diffenc import CrossAttnScorer, DiffusionEncoder, QueryBank, load_backbone
 from diffenc.errors import (
     BackboneError,
     ConfigError,
@@ -115,6 +116,28 @@ def test_other_weights_are_refused_and_other_dtypes_are_not(
     other.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.weight.mul_(1.01)
     with pytest.raises(BackboneError, match="built with other weights"):
         QueryBank.load(tmp_path, backbone=other)
+
+
+def test_text_encoders_that_were_exchanged_and_adapters_left_out_are_refused(
+    tiny_sd_folder, images, tmp_path
+):
+    encoder = DiffusionEncoder.from_pretrained(tiny_sd_folder)
+    bank = scorer_of(encoder.backbone).build_index(images, tmp_path / "plain")
+    bank.scores(TEXTS)
+    other = copy.deepcopy(encoder.backbone.text_encoder)
+    other.get_input_embeddings().weight.mul_(1.1)
+    plain, encoder.backbone.text_encoder = encoder.backbone.text_encoder, other
+    with pytest.raises(BackboneError, match="built with other weights"):
+        bank.scores(TEXTS)
+    encoder.backbone.text_encoder = plain
+    bank.scores(TEXTS)
+    encoder.add_lora(rank=2)
+    for name, parameter in encoder.backbone.unet.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.ones_(parameter)
+    scorer_of(encoder.backbone).build_index(images, tmp_path / "adapted").scores(TEXTS)
+    with pytest.raises(BackboneError, match="built with other weights"):
+        QueryBank.load(tmp_path / "adapted")
 
 
 def test_folders_that_hold_something_are_left_alone(backbone, images, tmp_path):

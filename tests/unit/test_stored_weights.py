@@ -212,6 +212,16 @@ def test_half_precision_of_other_weights_is_not_taken_in_silence(folder):
     assert not torch.equal(half["conv_in.weight"], full["conv_in.weight"])
 
 
+def test_one_other_weight_among_all_is_enough_to_ask(folder):
+    halved(folder, "unet", full=True)
+    state = weights_of(folder, "unet")
+    names = sorted(state)
+    for name in (names[1], names[-2]):
+        write_weights(folder, "unet", {**state, name: state[name] * 3 + 1})
+        with pytest.raises(BackboneError, match="other weights in half"):
+            load_backbone(folder, dtype=torch.float16)
+
+
 def test_a_variant_is_read_where_a_part_has_it_and_found_again(folder, tmp_path):
     ema = other(weights_of(folder, "unet"))
     write_weights(folder, "unet", ema, f"{STEM}.non_ema.safetensors")

@@ -8,7 +8,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from diffenc.encoder import DiffusionEncoder
-from diffenc.errors import BackboneError, ConfigError, PromptError, ShapeError
+from diffenc.errors import (
+    BackboneError,
+    ConfigError,
+    NonFiniteError,
+    PromptError,
+    ShapeError,
+)
 from diffenc.mllm import IGNORE_ID, IMAGE_ID, DiffusionVLM, VisionTokens, pad, tokens_per_image
 from diffenc.projector import Projector
 from vlm_builders import (
@@ -338,3 +344,30 @@ def test_an_adapter_that_is_not_whole_is_refused(lm_folder, vision_folder, tmp_p
     torch.save(weights, folder / "lora" / "adapter_model.bin")
     with pytest.raises(BackboneError, match=r"cannot load .*adapter_model\.safetensors"):
         DiffusionVLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("part", ["projector", "language_model"])
+def test_answers_are_not_made_of_nan(part):
+    vlm = make()
+    with torch.no_grad():
+        list(getattr(vlm, part).parameters())[-1].fill_(math.nan)
+    with pytest.raises(NonFiniteError, match="NaN"):
+        vlm.generate(picture(1), "what?", **SHORT)
+
+
+def test_an_adapter_of_the_language_model_made_in_inference_mode_trains_outside():
+    with torch.inference_mode():
+        vlm = make()
+        vlm.add_language_lora(rank=2)
+    tensors = [*vlm.parameters(), *vlm.buffers()]
+    assert not any(tensor.is_inference() for tensor in tensors)
+
+
+def test_another_tokenizer_than_the_one_that_was_saved_is_refused(
+    lm_folder, vision_folder, tmp_path
+):
+    vlm = DiffusionVLM(VisionTokens.from_pretrained(vision_folder), lm_folder)
+    vlm.tokenizer.add_tokens(["circle"])
+    vlm.save_pretrained(tmp_path / "saved", include_language_model=False)
+    with pytest.raises(BackboneError, match="has not the tokenizer"):
+        DiffusionVLM.from_pretrained(tmp_path / "saved")

@@ -51,6 +51,8 @@ def require_finite(
         remedy: What to do.
         error: Class of the exception.
     """
+    if values.is_meta:
+        raise ConfigError(f"{what} have no values: the model is on the meta device; load it on one")
     if not bool(values.detach().isfinite().all()):
         raise error(f"{what} hold NaN or infinity in {values.dtype}; {remedy}")
 

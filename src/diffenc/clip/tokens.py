@@ -11,10 +11,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffenc.checks.arguments import shown, whole
+from diffenc.checks.fields import require_finite
 from diffenc.clip.vision_models import VisionModel, to_pictures
-from diffenc.errors import BackboneError, ConfigError, NonFiniteError, ShapeError
+from diffenc.errors import BackboneError, ConfigError, ShapeError
 from diffenc.inputs.images import Images
 from diffenc.memory.cache import TensorCache, content_key, recall, state_key
+from diffenc.memory.object_watch import free_to_swap
 from diffenc.runtime.inference import lasting, make_plain
 from diffenc.runtime.threads import lock_of
 from diffenc.storage.names import checked_path
@@ -228,11 +230,7 @@ class ClipTokens(VisionModel):
                 f"its grid cannot be matched, {wanted} tokens can, or {wanted + 1} with a class "
                 "token"
             )
-        if not torch.isfinite(tokens.detach()).all():
-            raise NonFiniteError(
-                f"layer {self.layer} of CLIP gave NaN or infinity in {self.dtype}; try float32 or "
-                "bfloat16"
-            )
+        require_finite(tokens, f"tokens of layer {self.layer} of CLIP", "try float32 or bfloat16")
         return tokens[:, -wanted:]
 
     def _parameters_read(self) -> Iterator[nn.Parameter]:
@@ -251,6 +249,7 @@ class ClipTokens(VisionModel):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ClipTokens":
         self.clear_cache()  # another device or dtype
+        free_to_swap([self.model])
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 

@@ -2,18 +2,24 @@
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from diffenc.inputs.tokenizing import prompt_ids
+
 Mark = Mapping[str, list[float]]
-"""Per part of a model a few numbers of its weights."""
+"""Per part of a model a few numbers of its weights, or of its settings."""
 
 _OTHER = 0.02
 _SAMPLE = 4096
 _WEIGHTS = 6
+_LEVELS = 16
+_FINE = 1000.0
+_SCALING = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+_PROBE = "a photo of the thumbnail, 12 left"
 _PART_OF_NONE = ("up_blocks.", "conv_norm_out.", "conv_out.")
 _CORE = frozenset(vars(nn.Module()))
 _PASSING = frozenset(
@@ -78,13 +84,48 @@ def weights_mark(module: nn.Module) -> list[float]:
 
 def is_marked(module: nn.Module, mark: object) -> bool:
     """Whether a model is the one that a mark was made of."""
-    own = weights_mark(module)
+    return is_alike(weights_mark(module), mark)
+
+
+def is_alike(own: Sequence[float], mark: object) -> bool:
+    """Whether two marks are of the same thing."""
     if not isinstance(mark, (list, tuple)) or len(mark) != len(own):
         return False
     return all(
         isinstance(value, (int, float)) and abs(value - now) <= _OTHER
         for value, now in zip(mark, own, strict=True)
     )
+
+
+def schedule_mark(scheduler: Any) -> list[float]:
+    """Numbers of a noise schedule: its length, some of its levels, and what is predicted."""
+    levels = torch.as_tensor(scheduler.alphas_cumprod, dtype=torch.float64, device="cpu").tolist()
+    kind = str(getattr(scheduler.config, "prediction_type", None))
+    step = max(1, len(levels) // _LEVELS)
+    some = [round(_FINE * level, 6) for level in (*levels[::step], levels[-1])]
+    return [float(len(levels)), _number(kind), *some]
+
+
+def scaling_mark(config: Mapping[str, Any]) -> list[float]:
+    """Numbers by which a VAE's latents are scaled."""
+    values: list[float] = []
+    for name in _SCALING:
+        value = config.get(name)
+        numbers = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+        values += [float(len(numbers)), *(round(_FINE * float(each), 6) for each in numbers)]
+    return values
+
+
+def words_mark(tokenizer: Any) -> list[float]:
+    """Numbers of what a tokenizer makes of a text: limit, padding, turns, and ids of one."""
+    pad = tokenizer.pad_token_id
+    template = _number(str(getattr(tokenizer, "chat_template", None)))
+    known = (len(tokenizer), tokenizer.model_max_length, -1 if pad is None else pad, template)
+    return [float(number) for number in (*known, *prompt_ids(tokenizer, [_PROBE])[0])]
+
+
+def _number(word: str) -> float:
+    return float(int.from_bytes(hashlib.blake2b(word.encode(), digest_size=4).digest(), "big"))
 
 
 def _lasting(module: nn.Module) -> Iterator[Tensor]:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 _numbers = count(1)
 
@@ -219,6 +220,11 @@ class Watch:
             self._look()
             return self._structure
 
+    def begin_anew(self) -> None:
+        """Look at nothing until the next look."""
+        with self._guard:
+            self._start()
+
     def _start(self) -> None:
         # A list of its own for each start: late deaths of what is not watched any more say nothing.
         self._dead: list[object] = []
@@ -331,6 +337,16 @@ def watch_of(root: object) -> Watch:
         return watch
 
 
+def free_to_swap(roots: Iterable[object]) -> None:
+    """Let torch swap the tensors of modules, which it refuses while anybody watches them.
+
+    It swaps where a program asks for it, for all modules; see `torch.__future__`.
+    """
+    if torch.__future__.get_swap_module_params_on_conversion():
+        for root in roots:
+            watch_of(root).begin_anew()
+
+
 def object_key(thing: object) -> int:
     """A number for one object: no other one ever gets it."""
     with _LOCK:
@@ -343,6 +359,17 @@ def object_key(thing: object) -> int:
         reference = weakref.ref(thing, lambda _: _NUMBERED.pop(identity, None))
         _NUMBERED[identity] = (reference, number)
         return number
+
+
+def _count_writes(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Let autograd count what an optimizer wrote: fused kernels write without being counted."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if not parameter.is_inference():
+                torch.autograd.graph.increment_version(parameter)
+
+
+register_optimizer_step_post_hook(_count_writes)
 
 
 def _storage(tensor: Tensor) -> StorageWeakRef | None:

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from diffenc.checks.fields import require_finite
 from diffenc.errors import ConfigError, PromptError, ShapeError
 from diffenc.inputs.images import ImageSource
 from diffenc.mllm.chat import IMAGE_ID, IMAGE_MARK
@@ -96,6 +97,8 @@ class PictureInputs(nn.Module):
                 texts = [text for text, e in zip(prompts, shown, strict=True) for _ in e]
             tokens = list(self.encode_images(flat, texts))
         pictures = self._project(tokens)
+        for values in pictures:
+            require_finite(values, "tokens of the projector", "check its weights, and its dtype")
         embedding = self.language_model.get_input_embeddings()
         spliced = splice(embedding, input_ids, attention_mask, pictures, labels=labels, side=side)
         context, length = self.context, spliced.inputs_embeds.shape[1]

@@ -111,6 +111,7 @@ def width_of(language_model: Any) -> int:
     return width
 
 
+@lasting
 def add_language_lora(
     language_model: nn.Module, *, rank: int, alpha: float, dropout: float = 0.0
 ) -> Any:

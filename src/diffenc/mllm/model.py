@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from diffenc.checks.arguments import whole
 from diffenc.encoder import DiffusionEncoder
-from diffenc.errors import ConfigError
+from diffenc.errors import ConfigError, NonFiniteError
 from diffenc.inputs.images import Images, as_list
 from diffenc.inputs.policies import PromptPolicy, parse_policy
 from diffenc.mllm import model_folder
@@ -26,7 +26,7 @@ from diffenc.mllm.language import (
 )
 from diffenc.mllm.samples import Pictures, pad, prompts_of, samples_of, with_marks
 from diffenc.projector.choosing import projector_for
-from diffenc.runtime.inference import lasting
+from diffenc.runtime.inference import lasting, make_plain
 from diffenc.runtime.threads import lock_of
 
 CAPTION_REQUEST = "Provide a one-sentence caption for the provided image."
@@ -104,6 +104,7 @@ class DiffusionVLM(PictureInputs):
             seen: Any = encoder
             projector = projector_for(seen, width)
         self.projector = projector
+        make_plain(self)
         if projector.out_features != width:
             raise ConfigError(
                 f"the projector gives {projector.out_features} channels and the language model "
@@ -272,6 +273,7 @@ class DiffusionVLM(PictureInputs):
             PromptError: Questions, pictures and prompts differ in number, or the policy needs
                 captions.
             ShapeError: More tokens than the context holds.
+            NonFiniteError: The projector or the language model gave NaN.
         """
         asked, shown = samples_of(images, questions)
         turns = [with_marks(each, len(own)) for each, own in zip(asked, shown, strict=True)]
@@ -285,6 +287,7 @@ class DiffusionVLM(PictureInputs):
                 attention_mask=spliced.attention_mask,
                 max_new_tokens=max_new_tokens,
                 do_sample=do_sample,
+                logits_processor=[_require_numbers, *(options.pop("logits_processor", None) or [])],
                 **{"pad_token_id": filler_id(self.tokenizer), **options},
             )
         answers = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
@@ -324,6 +327,16 @@ class DiffusionVLM(PictureInputs):
                 yield
             finally:
                 self.train(was_training)
+
+
+def _require_numbers(_: Tensor, scores: Tensor) -> Tensor:
+    """Scores of the next token as they are; minus infinity rules one out, NaN would choose any."""
+    if bool(scores.isnan().any()):
+        raise NonFiniteError(
+            f"the language model gave NaN in {scores.dtype}; check its weights, or load it in "
+            "bfloat16 or float32"
+        )
+    return scores
 
 
 def _loss(logits: Tensor, labels: Tensor, count: Tensor | int | None) -> Tensor:

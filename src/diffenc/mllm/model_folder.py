@@ -2,7 +2,8 @@
 
     vlm.json          options, which kind of encoder, and what else lies here
     projector/        see `diffenc.projector`
-    encoder/          of a diffusion or fused encoder: its own folder, without the backbone
+    encoder/          of a diffusion or fused encoder: its own folder, without the backbone;
+                      of a vision model: its image processor
     language_model/   weights, config and tokenizer, where they were trained or asked for
     lora/             a LoRA adapter of the language model, in peft's layout
 
@@ -22,7 +23,7 @@ from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import BackboneError, ConfigError, PromptError
 from diffenc.fusion import FusedEncoder
 from diffenc.inputs.policies import parse_policy
-from diffenc.memory.digests import is_marked, weights_mark
+from diffenc.memory.digests import is_alike, is_marked, weights_mark, words_mark
 from diffenc.mllm.language import check_language_lora, load_language_model, open_language_lora
 from diffenc.mllm.vision import VisionTokens
 from diffenc.projector.fused import FusedProjector
@@ -30,7 +31,12 @@ from diffenc.projector.plain import Projector
 from diffenc.runtime.defaults import torch_defaults
 from diffenc.runtime.threads import without_warnings
 from diffenc.storage.names import checked_path, is_file, is_folder, reason
-from diffenc.storage.pretrained import lasting_name, read_name, stored_name
+from diffenc.storage.pretrained import (
+    lasting_name,
+    read_name,
+    saved_image_processor,
+    stored_name,
+)
 from diffenc.storage.reading import read_json
 from diffenc.storage.schema import check_keys, checked, make
 from diffenc.storage.writing import begin_folder, reporting, write_json
@@ -53,6 +59,7 @@ class VLMContents:
         image_batch_size: Most pictures per call of the encoder; None is all at once.
         encoder_mark: Numbers by which a vision model is known again.
         language_mark: Numbers by which the language model is known again, where it has a name.
+        words_mark: The same of its tokenizer, where that does not lie in the folder.
     """
 
     encoder: Mapping[str, Any]
@@ -64,6 +71,7 @@ class VLMContents:
     image_batch_size: int | None
     encoder_mark: tuple[float, ...] | None = None
     language_mark: tuple[float, ...] | None = None
+    words_mark: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         kind, keys = self.encoder_kind, ["kind"]
@@ -140,6 +148,7 @@ def save(vlm: Any, folder: "str | os.PathLike[str]", include_language_model: boo
         else None,
         "language_model": None if included else stored_name(name, target),
         "language_mark": None if included else weights_mark(base),
+        "words_mark": None if included or adapted else words_mark(vlm.tokenizer),
         "lora": adapted,
         "template": vlm.chat.template,
         "system": vlm.chat.system,
@@ -151,6 +160,8 @@ def save(vlm: Any, folder: "str | os.PathLike[str]", include_language_model: boo
         vlm.projector.save_pretrained(target / PROJECTOR)
         if not isinstance(vlm.encoder, VisionTokens):
             vlm.encoder.save_pretrained(target / ENCODER)
+        else:
+            vlm.encoder.image_processor.save_pretrained(target / ENCODER)
         if included:
             model.save_pretrained(target / LANGUAGE_MODEL)
         if included or adapted:
@@ -194,6 +205,12 @@ def load(
             f"{name!r} is not the language model that {source} was saved with: its weights differ; "
             "put that one back, or pass language_model="
         )
+    named = saved.words_mark is not None and language_model is None
+    if named and not is_alike(words_mark(tokenizer), saved.words_mark):
+        raise BackboneError(
+            f"{name!r} has not the tokenizer that {source} was saved with; put that one back, or "
+            "save the model again with include_language_model=True"
+        )
     if adapted:
         weights = open_language_lora(source / LORA)
         model = _with_lora(model, source / LORA, trainable)
@@ -234,7 +251,10 @@ def _load_encoder(
         if options:
             raise ConfigError(f"a vision model takes none of {sorted(options)}")
         name = read_name(told["name"], source)
-        vision = VisionTokens.from_pretrained(name, layer=told["layer"], device=device, dtype=dtype)
+        processor = saved_image_processor(source / ENCODER)
+        vision = VisionTokens.from_pretrained(
+            name, image_processor=processor, layer=told["layer"], device=device, dtype=dtype
+        )
         if saved.encoder_mark and not is_marked(vision, saved.encoder_mark):
             raise BackboneError(
                 f"{name!r} is not the vision model that {source} was saved with: its weights "

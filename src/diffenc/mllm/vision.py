@@ -8,11 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from diffenc.checks.fields import require_finite
 from diffenc.clip.tokens import ClipTokens
 from diffenc.clip.vision_models import VisionModel, to_pictures
 from diffenc.denoiser.grids import middle_grid
 from diffenc.encoder import DiffusionEncoder
-from diffenc.errors import ConfigError, NonFiniteError, ShapeError
+from diffenc.errors import ConfigError, ShapeError
 from diffenc.fusion import FusedEncoder
 from diffenc.inputs.images import Images
 from diffenc.runtime.inference import lasting
@@ -77,6 +78,7 @@ class VisionTokens(VisionModel):
         cls,
         name: "str | os.PathLike[str]",
         *,
+        image_processor: Any = None,
         layer: int = -2,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -86,6 +88,7 @@ class VisionTokens(VisionModel):
         Args:
             name: A folder or a Hub id, such as ``"facebook/dinov2-large"``; "shapes-clip" is the
                 bundled miniature.
+            image_processor: Instead of the model's own.
             layer: See the class.
             device: Where it runs.
             dtype: Of the weights.
@@ -98,7 +101,9 @@ class VisionTokens(VisionModel):
         label = os.fspath(name)
         with loading("a vision model", label, instead=_INSTEAD):
             if model_config(name).model_type in _CLIP_LIKE:
-                tokens = ClipTokens.from_pretrained(name, layer=layer, device=device, dtype=dtype)
+                tokens = ClipTokens.from_pretrained(
+                    name, image_processor=image_processor, layer=layer, device=device, dtype=dtype
+                )
                 return cls(
                     tokens.model, tokens.image_processor, layer=layer, name=lasting_name(name)
                 )
@@ -106,8 +111,9 @@ class VisionTokens(VisionModel):
             model = load_whole(
                 transformers.AutoModel, name, dtype=dtype, unread=("pooler.", "head.")
             )
-            processor = load_image_processor(name)
-        return cls(model.to(device), processor, layer=layer, name=lasting_name(name))
+            if image_processor is None:
+                image_processor = load_image_processor(name)
+        return cls(model.to(device), image_processor, layer=layer, name=lasting_name(name))
 
     @property
     def token_channels(self) -> tuple[int, ...]:
@@ -156,8 +162,7 @@ class VisionTokens(VisionModel):
                 f"{self.name or type(self.model).__name__} gives {tuple(states.shape)} for "
                 f"{self.side} x {self.side} patches; its tokens cannot be told apart"
             )
-        if not torch.isfinite(states).all():
-            raise NonFiniteError(f"layer {self.layer} gave NaN or infinity in {self.dtype}")
+        require_finite(states, f"states of layer {self.layer}", "try float32 or bfloat16")
         tokens: Tensor = states[:, -wanted:]
         return tokens
 

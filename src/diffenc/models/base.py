@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from diffenc._typing import LongPrompts, Uncond
 from diffenc.checks.fields import require_finite
 from diffenc.denoiser.truncation import is_whole
-from diffenc.errors import PromptError, ShapeError, TapError
+from diffenc.errors import BackboneError, PromptError, ShapeError, TapError
 from diffenc.inputs.prompts import PromptEmbeds, count_windows, tokenize, tokenize_windows
 from diffenc.memory.cache import TensorCache
-from diffenc.memory.digests import weights_mark
+from diffenc.memory.digests import scaling_mark, schedule_mark, weights_mark, words_mark
 from diffenc.memory.model_state import module_key, scheduler_key, tokenizer_key, torch_settings
-from diffenc.memory.object_watch import watch_of
+from diffenc.memory.object_watch import free_to_swap, watch_of
 from diffenc.models.configs import Architecture
-from diffenc.models.part_checks import check_components, text_width
+from diffenc.models.part_checks import check_components, check_width, text_width
 from diffenc.models.presets import preset_options
 from diffenc.models.taps import LATENTS, TapInfo, match_taps, unet_taps
 from diffenc.models.variants import check_unet
@@ -175,6 +175,8 @@ class Backbone(nn.Module):
         self.compiled: dict[tuple[str, ...], CompiledTaps] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if value is None and name.startswith(("text_encoder", "tokenizer")):
+            raise BackboneError(f"{name} must be there, got None; a prompt is encoded with it")
         if name in _CHECKED and "given" in self.__dict__:  # exchanged later on
             check_components(**{part: getattr(self, part) for part in _CHECKED} | {name: value})
         super().__setattr__(name, value)
@@ -299,7 +301,8 @@ class Backbone(nn.Module):
 
     def _check_ids(self, ids: Sequence[Tensor]) -> None:
         """Raise a `PromptError` where a text encoder does not know a token of its tokenizer."""
-        encoders: Any = (part for name, part in self.parts().items() if name.startswith("text"))
+        encoders: Any = [part for name, part in self.parts().items() if name.startswith("text")]
+        check_width(self.unet, encoders)  # which may have been exchanged
         for rows, encoder in zip(ids, encoders, strict=True):
             size = encoder.config.vocab_size
             if rows.numel() and (largest := int(rows.max())) >= size:
@@ -376,8 +379,14 @@ class Backbone(nn.Module):
             )
 
     def mark(self) -> dict[str, list[float]]:
-        """Numbers of each part by which the model is known again, see `weights_mark`."""
-        return {name: weights_mark(part) for name, part in self.parts().items()}
+        """Numbers of each part by which the model is known again, of its weights and settings."""
+        words = {name: part for name, part in vars(self).items() if name.startswith("tokenizer")}
+        return {
+            **{name: weights_mark(part) for name, part in self.parts().items()},
+            "scheduler": schedule_mark(self.scheduler),
+            "vae.config": scaling_mark(self.vae.config),
+            **{name: words_mark(part) for name, part in words.items()},
+        }
 
     def states(self) -> States:
         """Keys of the present state of the parts, for the caches of one call."""
@@ -392,6 +401,7 @@ class Backbone(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> "Backbone":
         with self.lock:
             self.clear_caches()  # another device or dtype
+            free_to_swap(self.parts().values())
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 

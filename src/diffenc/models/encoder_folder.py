@@ -16,7 +16,7 @@ from typing import Any
 
 from diffenc.config import EncoderConfig
 from diffenc.errors import BackboneError, ConfigError
-from diffenc.memory.digests import is_marked
+from diffenc.memory.digests import is_alike
 from diffenc.models.base import Backbone
 from diffenc.models.sources import SOURCES
 from diffenc.storage.names import inside, is_file, is_folder
@@ -165,17 +165,24 @@ def check_mark(
         folder: Folder it was saved to.
         given: Parts that the caller put in their place.
     """
-    parts = backbone.parts()
+    own = backbone.mark()
+    if {"unet", "prediction_type", "architecture"} & {*given}:
+        given = {*given, "scheduler"}  # they say what is predicted
     others = [
         name
         for name, numbers in mark.items()
-        if name in parts and name not in given and not is_marked(parts[name], numbers)
+        if name in own and name.partition(".")[0] not in given and not is_alike(own[name], numbers)
     ]
     if others:
+        weighty = [name for name in others if name in backbone.parts()]
+        what = "weights" if weighty else "settings"
+        listed = weighty or [name.partition(".")[0] for name in others]
+        passed = f", or pass the part that shall stand in its place ({listed[0]}=...)"
         raise BackboneError(
             f"{backbone.name!r} is not the model that {folder} was saved with: its "
-            f"{' and '.join(others)} has other weights. Put that model back, or pass the part "
-            f"that shall stand in its place ({others[0]}=...)"
+            f"{' and '.join(listed)} has other {what}. Put that model back"
+            f"{passed if listed[0] != 'scheduler' else ''}; an encoder whose parts were changed "
+            "by hand is saved with include_backbone=True"
         )
 
 

@@ -84,6 +84,17 @@ def text_width(unet: Any) -> int:
     return int(width if isinstance(width, int) else width[0])
 
 
+def check_width(unet: Any, encoders: Sequence[Any]) -> None:
+    """Raise a `BackboneError` unless text encoders give states of the width that a U-Net reads."""
+    width = sum(encoder.config.hidden_size for encoder in encoders)
+    wanted = text_width(unet)
+    if width != wanted:
+        raise BackboneError(
+            f"the text encoders give states of width {width} and the U-Net takes {wanted}; they "
+            "belong to different models"
+        )
+
+
 def check_text(unet: Any, *towers: tuple[Any, Any]) -> None:
     """Raise a `BackboneError` unless tokenizers, text encoders and the U-Net fit each other.
 
@@ -91,13 +102,7 @@ def check_text(unet: Any, *towers: tuple[Any, Any]) -> None:
         unet: Reads the states of all encoders side by side.
         towers: Tokenizer and text encoder, for each.
     """
-    width = sum(encoder.config.hidden_size for _, encoder in towers)
-    wanted = text_width(unet)
-    if width != wanted:
-        raise BackboneError(
-            f"the text encoders give states of width {width} and the U-Net takes {wanted}; they "
-            "belong to different models"
-        )
+    check_width(unet, [encoder for _, encoder in towers])
     for tokenizer, encoder in towers:
         check_weights(encoder, "the text encoder")
         if len(tokenizer) > encoder.config.vocab_size:

@@ -21,7 +21,7 @@ def weights_mark(backbone: Backbone, attentions: Mapping[str, Any]) -> dict[str,
         "dtype" of the projections, a "digest" of all, and "norms": of each layer's projection, then
         of each text encoder.
     """
-    weights = [attn.to_k.weight.detach() for attn in attentions.values()]
+    weights = [_in_use(attn.to_k).detach() for attn in attentions.values()]
     texts = [part for name, part in backbone.parts().items() if name.startswith("text")]
     keys = [content_key(weight.float()) for weight in weights]
     digests = [key.hex() for key in keys] + [_digest(part) for part in texts]
@@ -48,6 +48,17 @@ def model_mark(backbone: Backbone) -> dict[str, str]:
     marks = {name: _digest(part) for name, part in backbone.parts().items()}
     schedule: Tensor = backbone.scheduler.alphas_cumprod
     return {**marks, "schedule": content_key(schedule.detach().float()).hex()}
+
+
+def _in_use(projection: Any) -> Tensor:
+    """A projection's weight with the adapters that run beside it."""
+    weight: Tensor = projection.weight
+    if not hasattr(projection, "lora_A") or projection.disable_adapters or projection.merged:
+        return weight
+    for name in projection.active_adapters:
+        if name in projection.lora_A:
+            weight = weight + projection.get_delta_weight(name).to(weight)
+    return weight
 
 
 def _digest(module: nn.Module) -> str:

@@ -14,6 +14,7 @@ from diffenc.checks.arguments import texts as listed
 from diffenc.config import described
 from diffenc.denoiser.attention import match_layers
 from diffenc.denoiser.attention_scores import layer_mix
+from diffenc.denoiser.lora.adapters import active_lora
 from diffenc.errors import ConfigError, OutputError, PromptError
 from diffenc.inputs.images import Images
 from diffenc.memory.cache import TensorCache
@@ -140,12 +141,19 @@ class ConfiguredScorer(nn.Module):
 
         Raises:
             OutputError: The folder cannot be written.
-            ConfigError: The backbone was given as a pipeline, which no file can name.
+            ConfigError: The backbone was given as a pipeline, which no file can name, or has an
+                adapter in use.
         """
         if PIPELINE in self.backbone.given:
             raise ConfigError(
                 f"{self.backbone.name} was given as an object, which a config cannot name: save "
                 "the pipeline with its own save_pretrained, and load the scorer from that folder"
+            )
+        if (adapter := active_lora(self.backbone.unet)) is not None:
+            raise ConfigError(
+                f"the U-Net has the adapter {adapter!r}, which the folder of a scorer does not "
+                "hold: save the encoder that has it, and make the scorer of the loaded encoder's "
+                "backbone, CrossAttnScorer(encoder.backbone)"
             )
         target = checked_path("a saved scorer", folder, error=OutputError)
         write_scorer(target, self.backbone, self.config, self.references)

@@ -32,6 +32,7 @@ from diffenc.scoring.bank_files import (
     unreadable,
 )
 from diffenc.scoring.bank_weights import same_weights, weights_mark
+from diffenc.scoring.config import ScorerConfig
 from diffenc.scoring.inputs import check_finite, pooling_of, token_mask
 from diffenc.scoring.shared_query import chosen_attentions, score_queries
 from diffenc.storage.names import checked_path
@@ -76,7 +77,6 @@ class QueryBank:
 
     def __init__(self, folder: Path, contents: BankContents, backbone: Backbone) -> None:
         self.folder, self.backbone = folder, backbone
-        self.config, self.names, self.skipped = contents.config, contents.names, contents.skipped
         self._contents = contents
         self._checked: Hashable | None = None
 
@@ -114,9 +114,25 @@ class QueryBank:
         check_unchanged(root, contents)
         return bank
 
+    @property
+    def config(self) -> ScorerConfig:
+        """See the class."""
+        return self._contents.config
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """See the class."""
+        return self._contents.names
+
+    @property
+    def skipped(self) -> tuple[tuple[str, str], ...]:
+        """See the class."""
+        return self._contents.skipped
+
     def _check_weights(self) -> None:
         """Raise a `BackboneError` unless the model is, still, the one that built the bank."""
-        state = state_key(self.backbone.unet)
+        unet, texts = state_key(self.backbone.unet), self.backbone.states().prompts
+        state = None if unet is None or texts is None else (unet, texts)
         if state is None or state != self._checked:
             _check_model(self.folder, self._contents, self.backbone)
             self._checked = state

@@ -207,6 +207,23 @@ def load_image_processor(name: "str | os.PathLike[str]") -> Any:
     )
 
 
+def saved_image_processor(folder: Path) -> Any:
+    """An image processor that lies alone in a folder, or None where there is no such folder.
+
+    Raises:
+        BackboneError: The folder holds something else.
+    """
+    from transformers import AutoImageProcessor
+
+    if not is_folder(folder):
+        return None
+    with loading("an image processor", str(folder), instead="Save the model that had it again"):
+        refuse_remote_code(folder)
+        return AutoImageProcessor.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+
+
 @contextmanager
 def loading(what: str, label: str, *, instead: str) -> Iterator[None]:
     """Whatever goes wrong inside becomes a `BackboneError`; errors of this library stay.
