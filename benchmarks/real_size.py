@@ -17,10 +17,10 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import DDPMScheduler
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from diffenc.models.building import build_part
 from diffenc.models.configs import known_architecture
 from diffenc.models.shapes import shapes_folder
 
@@ -61,18 +61,12 @@ def build_folder(
     if (folder / "model_index.json").exists():
         return folder
     configs = {part: _narrowed(part, c) if narrow else c for part, c in known.configs.items()}
-    builders: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
-        "unet": UNet2DConditionModel.from_config,
-        "vae": AutoencoderKL.from_config,
-        "text_encoder": lambda config: CLIPTextModel(CLIPTextConfig(**config)),
-        "text_encoder_2": lambda config: CLIPTextModelWithProjection(CLIPTextConfig(**config)),
-    }
     for part, config in configs.items():
         if part == "scheduler":
             schedule = DDPMScheduler(**config, clip_sample=False, steps_offset=1)
             schedule.save_pretrained(folder / part)
             continue
-        model: Any = _seeded(partial(builders[part], config), dtype)
+        model: Any = _seeded(partial(build_part, part, config), dtype)
         model.save_pretrained(folder / part)
     tokenizers = ["tokenizer", "tokenizer_2"] if known.family == "sdxl" else ["tokenizer"]
     for name in tokenizers:

@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from diffenc.denoiser.attention import cross_attention_layers
 from diffenc.denoiser.hooks import AllTapsRead
 from diffenc.denoiser.truncation import truncate
 from diffenc.models import describe
+from diffenc.models.building import build_on_meta
 from diffenc.runtime.threads import for_this_thread
 
 
@@ -135,17 +134,10 @@ class _Meta:
 
     def __init__(self, folder: str | Path, size: int) -> None:
         told = describe(folder)
-        side, configs = size // told.reduction, told.configs
-        self.texts: list[Any] = []
+        side = size // told.reduction
+        parts = build_on_meta(told)
+        self.unet, self.vae, *self.texts = parts.values()
         with torch.device("meta"):
-            self.unet = UNet2DConditionModel.from_config(configs["unet"]).eval()
-            self.vae = AutoencoderKL.from_config(configs["vae"]).eval()
-            for part, kind in (
-                ("text_encoder", CLIPTextModel),
-                ("text_encoder_2", CLIPTextModelWithProjection),
-            ):
-                if part in configs:
-                    self.texts.append(kind(CLIPTextConfig(**configs[part])).eval())
             width = sum(text.config.hidden_size for text in self.texts)
             pooled = self.texts[-1].config.projection_dim
             self.added = {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, 6)}

@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-import torch
-
 from diffenc._typing import Conditioning, LongPrompts, Posterior, Resize, Uncond
 from diffenc.checks.arguments import pair, shown, whole
 from diffenc.checks.fields import conform
@@ -162,9 +160,7 @@ def described(name: str, facts: Mapping[str, object], config: Any = None) -> str
 
 
 def _shortened(value: object) -> str:
-    if isinstance(value, torch.dtype):
-        return str(value).removeprefix("torch.")
     if isinstance(value, tuple) and len(value) > _MOST_SHOWN:
         first = ", ".join(map(repr, value[:2]))
         return f"({first}, ... {value[-1]!r})  # {len(value)}"
-    return repr(value)
+    return repr(value).removeprefix("torch.")

@@ -85,13 +85,13 @@ class DiffusionEncoder(TrainableParts):
         self.use_cache = flag("use_cache", use_cache)
         self._matched: tuple[object, tuple[TapInfo, ...]] = (None, ())
         _ = self._taps  # checks them
-        length = len(backbone.scheduler.alphas_cumprod)
+        length = len(backbone.noise_levels)
         if max(self.config.timesteps) >= length:
             raise ConfigError(
                 f"timestep must be in [0, {length}) for the schedule of {backbone.name!r}, got "
                 f"{max(self.config.timesteps)}"
             )
-        if self.config.original_size is not None and backbone.family != "sdxl":
+        if self.config.original_size is not None and not backbone.reads_sizes:
             raise ConfigError(
                 f"original_size is read by SDXL alone; {backbone.name!r} is no SDXL: leave it out"
             )
@@ -294,7 +294,7 @@ class DiffusionEncoder(TrainableParts):
             truncated=include_backbone and backbone.truncated,
             lora=self.lora_names,
             active_lora=self.active_lora,
-            merged=is_merged(backbone.unet),
+            merged=is_merged(backbone.denoiser),
             captioner=self.captioner is not None,
             mark=backbone.mark(),
         )
@@ -304,7 +304,7 @@ class DiffusionEncoder(TrainableParts):
     def _taps(self) -> tuple[TapInfo, ...]:  # type: ignore[override]  # an attribute to the parts
         """What is read from the U-Net that is there now, by the config of now."""
         patterns = self.config.taps or self.backbone.default_taps
-        now = (patterns, object_key(self.backbone.unet))
+        now = (patterns, object_key(self.backbone.denoiser))
         if self._matched[0] != now:
             self._matched = (now, self.backbone.match_taps(patterns))
         return self._matched[1]

@@ -146,12 +146,13 @@ def _component(name: str, config: dict[str, Any], folder: Path | None) -> Compon
     """Count a part's parameters without memory for them."""
     import torch
 
+    from diffenc.models.building import build_part
     from diffenc.models.stored import stem_of
     from diffenc.storage.weights import weight_bytes
 
     try:
         with torch.device("meta"):
-            module = _build(name, config)
+            module = build_part(name, config)
     except Exception as error:  # a broken config fails in any way
         raise BackboneError(f"cannot build {name} of {folder} from its config: {error}") from error
     return Component(
@@ -161,18 +162,6 @@ def _component(name: str, config: dict[str, Any], folder: Path | None) -> Compon
         bytes_on_disk=0 if folder is None else weight_bytes(folder / name, stem_of(name)),
         overflows=name == "vae" and bool(config.get("force_upcast", False)),
     )
-
-
-def _build(name: str, config: dict[str, Any]) -> Any:
-    if name in ("unet", "vae"):
-        from diffusers import AutoencoderKL, UNet2DConditionModel
-
-        model = UNet2DConditionModel if name == "unet" else AutoencoderKL
-        return model.from_config({k: v for k, v in config.items() if not k.startswith("_")})
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    encoder = CLIPTextModelWithProjection if name == "text_encoder_2" else CLIPTextModel
-    return encoder(CLIPTextConfig(**config))
 
 
 def _component_values(part: Component) -> dict[str, Any]:

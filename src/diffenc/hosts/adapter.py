@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from diffenc.denoiser.attention import cross_attention_layers
-from diffenc.denoiser.hooks import ForwardTaps
 from diffenc.denoiser.lora.adapters import add_lora
 from diffenc.denoiser.lora.options import PROJECTIONS, LoraOptions
-from diffenc.denoiser.truncation import truncate
 from diffenc.errors import BackboneError, ConfigError
 from diffenc.hosts.hidden import Conversion, adapt_dtype
 from diffenc.hosts.spec import TowerSpec
-from diffenc.models.taps import LATENTS, meta_inputs
+from diffenc.models.building import build_part
+from diffenc.models.reached_layers import reached_projections
 from diffenc.storage.reading import parse_json
 from diffenc.storage.tensors import misfits, read_metadata, read_tensors, write_tensors
 from diffenc.storage.writing import make_folder
@@ -58,33 +56,12 @@ def adapted_layers(unet_config: Mapping[str, Any], taps: Sequence[str]) -> tuple
         unet_config: Of a `UNet2DConditionModel`.
         taps: Module paths, or "latents".
     """
-    return _adapted_layers(json.dumps(dict(unet_config), sort_keys=True, default=str), tuple(taps))
-
-
-@cache
-def _adapted_layers(unet_config: str, taps: tuple[str, ...]) -> tuple[AdaptedLayer, ...]:
-    from diffusers import UNet2DConditionModel
-
-    read = [tap for tap in taps if tap != LATENTS]
-    if not read:
-        return ()
-    # Shapes alone, on the meta device: which weights the taps depend on is read off their graph.
-    with torch.device("meta"), torch.enable_grad():
-        config = parse_json(unet_config, where="the config of the U-Net", finite=False)
-        whole = UNet2DConditionModel.from_config(config).float().eval()
-        unet = truncate(whole, read)
-        with ForwardTaps(unet, read) as reader:
-            maps = reader.run(lambda: unet(**meta_inputs(whole.config, 64)))
-        modules = dict(unet.named_modules())
-        paths = [f"{each}.{part}" for each in cross_attention_layers(unet) for part in PROJECTIONS]
-        total = torch.stack([features.sum() for features in maps.values()]).sum()
-        weights = [modules[path].weight for path in paths]
-        gradients: Any = torch.autograd.grad(total, weights, allow_unused=True)
-    return tuple(
-        AdaptedLayer(path, modules[path].in_features, modules[path].out_features)
-        for path, gradient in zip(paths, gradients, strict=True)
-        if gradient is not None
-    )
+    with torch.device("meta"):
+        unet = build_part("unet", unet_config)
+    paths = [f"{each}.{part}" for each in cross_attention_layers(unet) for part in PROJECTIONS]
+    reached = reached_projections(dict(unet_config), taps)
+    layers = [(path, unet.get_submodule(path)) for path in paths if path in reached]
+    return tuple(AdaptedLayer(path, each.in_features, each.out_features) for path, each in layers)
 
 
 class Adapter(nn.Module):

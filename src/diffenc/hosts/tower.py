@@ -201,7 +201,7 @@ class DiffusionVisionTower(nn.Module):
             if device_map is not None:
                 self.adapter.to(hidden.device)
             self.adapter.requires_grad_(True)
-            self.adapter.inject(encoder.backbone.unet)
+            self.adapter.inject(encoder.backbone.denoiser)
         hidden.put(encoder)
         self._tokenizer = PromptTokenizer(self.spec.model)
 
@@ -397,7 +397,7 @@ class DiffusionVisionTower(nn.Module):
                 "torch.nn.DataParallel splits the adapter from the model that runs it; start one "
                 "process per GPU (torchrun), or show one GPU only (CUDA_VISIBLE_DEVICES=0)"
             )
-        unet: Any = self.encoder.backbone.unet
+        unet: Any = self.encoder.backbone.denoiser
         if self.adapter is not None:
             self.adapter.keep_precise()
             if self.adapter.link(unet):

@@ -188,8 +188,8 @@ class DiffusionVLM(PictureInputs):
         else:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
         backbone = getattr(self.encoder, "backbone", None)
-        if backbone is not None and any(p.requires_grad for p in backbone.unet.parameters()):
-            backbone.unet.enable_gradient_checkpointing()
+        if backbone is not None and any(p.requires_grad for p in backbone.denoiser.parameters()):
+            backbone.denoiser.enable_gradient_checkpointing()
 
     def forward(
         self,

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from diffenc._typing import LongPrompts, Uncond
@@ -21,7 +21,12 @@ from diffenc.memory.digests import scaling_mark, schedule_mark, weights_mark, wo
 from diffenc.memory.model_state import module_key, scheduler_key, tokenizer_key, torch_settings
 from diffenc.memory.object_watch import free_to_swap, watch_of
 from diffenc.models.configs import Architecture
-from diffenc.models.part_checks import check_components, check_width, text_width
+from diffenc.models.part_checks import (
+    check_adapters,
+    check_components,
+    check_width,
+    text_width,
+)
 from diffenc.models.presets import preset_options
 from diffenc.models.taps import LATENTS, TapInfo, match_taps, unet_taps
 from diffenc.models.variants import check_unet
@@ -141,6 +146,7 @@ class Backbone(nn.Module):
         given: Parts that are not the named model's own: their paths, None for objects.
         variant: Variant of the weight files that was requested, see `load_backbone`.
         caches: Latents, prompts and unconditional features that were computed before.
+        reads_sizes: Whether prompts tell the denoiser the size of their picture.
         compiled: Compiled U-Net for each tuple of taps.
         lock: Held while a call reads the model or changes it, so that threads may share it. It is
             the U-Net's: backbones on one U-Net take turns.
@@ -148,6 +154,7 @@ class Backbone(nn.Module):
 
     family: str
     uncond_rule: Uncond = "empty"
+    reads_sizes: bool = False
 
     def __init__(
         self,
@@ -196,6 +203,53 @@ class Backbone(nn.Module):
     def lock(self) -> AbstractContextManager[bool]:
         """See the class."""
         return lock_of(self.unet)
+
+    @property
+    def denoiser(self) -> Any:
+        """The module that is run, read and adapted: the U-Net."""
+        return self.unet
+
+    @property
+    def noise_levels(self) -> Float[Tensor, " steps"]:
+        """How much of a picture each step of the schedule leaves: diffusers' `alphas_cumprod`."""
+        levels: Tensor = self.scheduler.alphas_cumprod
+        return levels
+
+    @property
+    def trained_size(self) -> int | None:
+        """Side of the pictures that the denoiser was made for, in pixels; None: it does not say."""
+        side = dict(self.unet.config).get("sample_size")
+        return side * self.reduction if isinstance(side, int) else None
+
+    def denoise(
+        self,
+        noisy_latents: Tensor,
+        timesteps: int | Tensor,
+        prompt_embeds: PromptEmbeds,
+        *,
+        run: Callable[..., tuple[Tensor, ...]] | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Call the denoiser in its dtype and on its device.
+
+        Args:
+            noisy_latents: Rows.
+            timesteps: Scheduler step of all rows, or one each.
+            prompt_embeds: One row for all, or one each.
+            run: Called in the denoiser's place: the same, compiled.
+
+        Raises:
+            ConfigError: Something was done to the denoiser that calls would pass by.
+        """
+        check_adapters(self.unet, self.name)
+        device, dtype = self.device, self.dtype
+        called = self.denoiser if run is None else run
+        output: tuple[Tensor, ...] = called(
+            noisy_latents.to(device, dtype),
+            torch.as_tensor(timesteps, dtype=torch.long, device=device),
+            return_dict=False,
+            **prompt_embeds.rows(len(noisy_latents)).to(device, dtype).unet_kwargs(),
+        )
+        return output
 
     @property
     def device(self) -> torch.device:

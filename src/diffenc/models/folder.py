@@ -11,6 +11,7 @@ from diffenc.errors import BackboneError
 from diffenc.models.base import Backbone
 from diffenc.models.config_checks import check_config
 from diffenc.models.configs import Architecture
+from diffenc.models.families import make_backbone
 from diffenc.models.parts import GivenParts, fitting_tokenizer, load_tokenizer
 from diffenc.models.schedules import make_scheduler
 from diffenc.models.stored import load_stored, read_plain, stem_of
@@ -174,13 +175,7 @@ def assemble(
     for part, module in parts.items():
         if isinstance(module, torch.nn.Module):
             parts[part] = module.to(device)
-    if told.family == "sdxl":
-        from diffenc.models.sdxl import StableDiffusionXL
-
-        return StableDiffusionXL(name=name, default_taps=told.default_taps, **parts)
-    from diffenc.models.sd import StableDiffusion
-
-    return StableDiffusion(name=name, default_taps=told.default_taps, **parts)
+    return make_backbone(name, told, parts)
 
 
 def weighty_parts(folder: Path) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffenc.denoiser.lora.adapters import active_lora, is_merged, require_separate
 from diffenc.errors import BackboneError, ConfigError
 from diffenc.inputs.noise import noise_levels
 from diffenc.models.schedules import check_schedule
@@ -110,3 +111,22 @@ def check_text(unet: Any, *towers: tuple[Any, Any]) -> None:
                 f"the tokenizer knows {len(tokenizer)} tokens and the text encoder "
                 f"{encoder.config.vocab_size}; they belong to different models"
             )
+
+
+def check_adapters(unet: Any, name: str) -> None:
+    """Raise a `ConfigError` where something was done to a U-Net that calls would pass by.
+
+    Args:
+        unet: The U-Net.
+        name: Name of the model, for messages.
+    """
+    kind = unet.config.get("encoder_hid_dim_type", None)
+    if kind is not None:
+        raise ConfigError(
+            f"the U-Net of {name!r} has an adapter that reads pictures "
+            f"(encoder_hid_dim_type={kind!r}), which it is not given here; call "
+            "unload_ip_adapter() of the pipeline first"
+        )
+    fused = getattr(unet, "original_attn_processors", None) is not None
+    if fused and active_lora(unet) is not None and not is_merged(unet):
+        require_separate(unet)

@@ -35,6 +35,7 @@ class StableDiffusionXL(Backbone):
     """
 
     family = "sdxl"
+    reads_sizes = True
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 
 from diffenc.errors import BackboneError, ConfigError
+from diffenc.models.building import build_part
 from diffenc.models.configs import Architecture
 from diffenc.models.statements import Statements
 from diffenc.models.variants import INPUTS
@@ -196,22 +197,17 @@ class SingleFile:
             )
 
     def _vae(self, config: dict[str, Any], what: str, dtype: torch.dtype) -> Any:
-        from diffusers import AutoencoderKL
         from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
         state = self.state(_VAE)
         if not state:
             raise BackboneError(self._lacks("a VAE", _VAE, "vae"))
         converted = convert_ldm_vae_checkpoint(state, config)
-        return load_into(
-            lambda: AutoencoderKL.from_config(config), converted, what=what, dtype=dtype
-        )
+        return load_into(lambda: build_part("vae", config), converted, what=what, dtype=dtype)
 
     def _text_encoder(
         self, name: str, config: dict[str, Any], what: str, dtype: torch.dtype
     ) -> Any:
-        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
         prefixes = [
             layout[name]
             for layout in _TEXT_ENCODERS.values()
@@ -222,15 +218,12 @@ class SingleFile:
                 repr(layout[name]) for layout in _TEXT_ENCODERS.values() if name in layout
             )
             raise BackboneError(self._lacks("a text encoder", wanted, name))
-        model: Any = CLIPTextModelWithProjection if name == "text_encoder_2" else CLIPTextModel
-
-        def build() -> Any:
-            return model(CLIPTextConfig(**config))
-
         state = _rename_text(self.state(prefixes[0]), prefixes[0], config)
         with torch.device("meta"):
-            wanted_names = build().state_dict().keys()
-        return load_into(build, _fit_names(state, wanted_names), what=what, dtype=dtype)
+            names = build_part(name, config).state_dict().keys()
+        return load_into(
+            lambda: build_part(name, config), _fit_names(state, names), what=what, dtype=dtype
+        )
 
     def _lacks(self, part: str, prefix: str, argument: str) -> str:
         return (

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from diffenc.errors import BackboneError
+from diffenc.models.building import build_part
 from diffenc.models.config_checks import check_config
 from diffenc.models.weights import State, fit_diffusers, fit_text_encoder, load_into, load_unet
 from diffenc.storage.reading import read_json
@@ -101,11 +102,8 @@ def load_vae(config: dict[str, Any], state: State, *, what: str, dtype: torch.dt
     Raises:
         BackboneError: A weight is missing, unknown, or of another shape.
     """
-    import diffusers
-
-    kind: Any = getattr(diffusers, config.get("_class_name", "AutoencoderKL"))
     return load_into(
-        lambda: kind.from_config(config), state, what=what, dtype=dtype, fit=fit_diffusers
+        lambda: build_part("vae", config), state, what=what, dtype=dtype, fit=fit_diffusers
     )
 
 
@@ -124,11 +122,8 @@ def load_text_encoder(
     Raises:
         BackboneError: A weight is missing, unknown, or of another shape.
     """
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    kind: Any = CLIPTextModelWithProjection if name == "text_encoder_2" else CLIPTextModel
     return load_into(
-        lambda: kind(CLIPTextConfig.from_dict(dict(config))),
+        lambda: build_part(name, config),
         state,
         what=what,
         dtype=dtype,

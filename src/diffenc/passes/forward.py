@@ -12,7 +12,6 @@ from torch import Tensor
 from diffenc.checks.arguments import wholes
 from diffenc.denoiser.attention import CrossAttnTaps
 from diffenc.denoiser.hooks import ForwardTaps, TapOutputs
-from diffenc.denoiser.lora.adapters import active_lora, is_merged, require_separate
 from diffenc.denoiser.truncation import truncate
 from diffenc.errors import ConfigError, NonFiniteError, TapError
 from diffenc.inputs.noise import to_noise
@@ -56,10 +55,10 @@ def read_taps(
     grad = torch.is_grad_enabled() and (
         noisy_latents.requires_grad
         or prompt_embeds.requires_grad
-        or any(parameter.requires_grad for parameter in backbone.unet.parameters())
+        or any(parameter.requires_grad for parameter in backbone.denoiser.parameters())
     )
     if grad:
-        make_plain(backbone.unet)  # moved in inference mode, weights could not be saved for it
+        make_plain(backbone.denoiser)  # moved in inference mode, weights could not be saved for it
     rows = len(noisy_latents)
     size = min(batch_size or rows, rows)
     if compiled is None:
@@ -119,8 +118,8 @@ def compile_taps(backbone: Backbone, taps: Sequence[str], **options: Any) -> Non
         options: Of `torch.compile`.
     """
     with backbone.lock:
-        structure = structure_key(backbone.unet)
-        outputs = TapOutputs(truncate(backbone.unet, taps), taps)
+        structure = structure_key(backbone.denoiser)
+        outputs = TapOutputs(truncate(backbone.denoiser, taps), taps)
         run = torch.compile(outputs, **options)
         backbone.compiled[tuple(taps)] = CompiledTaps(run, options, structure)
 
@@ -146,11 +145,11 @@ def _read(
     compiled: Callable[..., tuple[Tensor, ...]] | None,
 ) -> dict[str, Tensor]:
     if compiled is not None:
-        maps = call_unet(backbone, noisy_latents, timesteps, prompt_embeds, unet=compiled)
+        maps = backbone.denoise(noisy_latents, timesteps, prompt_embeds, run=compiled)
         # A compiled graph may give its outputs' memory to its next call.
         return {name: tap.clone() for name, tap in zip(taps, maps, strict=True)}
-    with ForwardTaps(backbone.unet, taps, early_exit=True) as reader:
-        return reader.run(partial(call_unet, backbone, noisy_latents, timesteps, prompt_embeds))
+    with ForwardTaps(backbone.denoiser, taps, early_exit=True) as reader:
+        return reader.run(partial(backbone.denoise, noisy_latents, timesteps, prompt_embeds))
 
 
 def predict_noise(
@@ -172,7 +171,7 @@ def predict_noise(
     """
     check_whole(backbone)
     with backbone.lock:
-        output = call_unet(backbone, noisy_latents, timestep, prompt_embeds)[0].float()
+        output = backbone.denoise(noisy_latents, timestep, prompt_embeds)[0].float()
     steps = torch.full((len(output),), timestep, dtype=torch.long, device="cpu")
     return to_noise(backbone.scheduler, backbone.prediction_type, output, noisy_latents, steps)
 
@@ -214,9 +213,9 @@ def read_attention(
     with (
         backbone.lock,
         torch.no_grad(),
-        CrossAttnTaps(backbone.unet, layers, tokens=positions) as reader,
+        CrossAttnTaps(backbone.denoiser, layers, tokens=positions) as reader,
     ):
-        call_unet(backbone, noisy_latents, timestep, prompt_embeds)
+        backbone.denoise(noisy_latents, timestep, prompt_embeds)
         return reader.maps()
 
 
@@ -244,9 +243,9 @@ def read_head_attention(
         TapError: No cross-attention by that name, or it has no such head.
         ShapeError: A position that the text does not have.
     """
-    reader = CrossAttnTaps(backbone.unet, layers, tokens=positions, merge_heads=False)
+    reader = CrossAttnTaps(backbone.denoiser, layers, tokens=positions, merge_heads=False)
     with backbone.lock, torch.no_grad(), reader:
-        call_unet(backbone, noisy_latents, timestep, prompt_embeds)
+        backbone.denoise(noisy_latents, timestep, prompt_embeds)
         maps = reader.maps()
     if heads is None:
         return maps
@@ -259,53 +258,3 @@ def read_head_attention(
                 "that have them"
             )
     return {name: of_layer[:, :, list(heads)] for name, of_layer in maps.items()}
-
-
-def _steps(timestep: int | Tensor, device: torch.device) -> Tensor:
-    if isinstance(timestep, Tensor):
-        return timestep.to(device)
-    return torch.tensor(timestep, dtype=torch.long, device=device)
-
-
-def call_unet(
-    backbone: Backbone,
-    noisy_latents: Tensor,
-    timestep: int | Tensor,
-    prompt_embeds: PromptEmbeds,
-    *,
-    unet: Callable[..., tuple[Tensor, ...]] | None = None,
-) -> tuple[Tensor, ...]:
-    """Call the U-Net in its dtype and on its device.
-
-    Args:
-        backbone: Whose U-Net is called.
-        noisy_latents: Rows.
-        timestep: One for all rows, or one each.
-        prompt_embeds: One row for all, or one each.
-        unet: Called in its place: the same, compiled.
-    """
-    _check_unet(backbone)
-    device, dtype = backbone.device, backbone.dtype
-    called = backbone.unet if unet is None else unet
-    output: tuple[Tensor, ...] = called(
-        noisy_latents.to(device, dtype),
-        _steps(timestep, device),
-        return_dict=False,
-        **prompt_embeds.rows(len(noisy_latents)).to(device, dtype).unet_kwargs(),
-    )
-    return output
-
-
-def _check_unet(backbone: Backbone) -> None:
-    """Raise a `ConfigError` where something was done to the U-Net that calls would pass by."""
-    unet = backbone.unet
-    kind = unet.config.get("encoder_hid_dim_type", None)
-    if kind is not None:
-        raise ConfigError(
-            f"the U-Net of {backbone.name!r} has an adapter that reads pictures "
-            f"(encoder_hid_dim_type={kind!r}), which it is not given here; call "
-            "unload_ip_adapter() of the pipeline first"
-        )
-    fused = getattr(unet, "original_attn_processors", None) is not None
-    if fused and active_lora(unet) is not None and not is_merged(unet):
-        require_separate(unet)

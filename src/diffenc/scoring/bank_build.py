@@ -60,7 +60,7 @@ def bank_bytes(backbone: Backbone, config: ScorerConfig, images: int, size: tupl
         images: Number of images, reference pictures included.
         size: (height, width) in pixels.
     """
-    layers = match_layers(backbone.unet, config.layers)
+    layers = match_layers(backbone.denoiser, config.layers)
     values = sum(cells * channels for cells, channels in layer_shapes(backbone, layers, size))
     return 2 * values * images * len(config.steps)
 

@@ -46,8 +46,8 @@ def same_weights(built: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
 def model_mark(backbone: Backbone) -> dict[str, str]:
     """A digest of every part that queries depend on, adapters and noise schedule included."""
     marks = {name: _digest(part) for name, part in backbone.parts().items()}
-    schedule: Tensor = backbone.scheduler.alphas_cumprod
-    return {**marks, "schedule": content_key(schedule.detach().float()).hex()}
+    levels = backbone.noise_levels.detach().float()
+    return {**marks, "schedule": content_key(levels).hex()}
 
 
 def _in_use(projection: Any) -> Tensor:

@@ -149,7 +149,7 @@ class ConfiguredScorer(nn.Module):
                 f"{self.backbone.name} was given as an object, which a config cannot name: save "
                 "the pipeline with its own save_pretrained, and load the scorer from that folder"
             )
-        if (adapter := active_lora(self.backbone.unet)) is not None:
+        if (adapter := active_lora(self.backbone.denoiser)) is not None:
             raise ConfigError(
                 f"the U-Net has the adapter {adapter!r}, which the folder of a scorer does not "
                 "hold: save the encoder that has it, and make the scorer of the loaded encoder's "
@@ -179,7 +179,7 @@ class ConfiguredScorer(nn.Module):
         """Cross-attentions that are scored by, in the order in which they run."""
         if not self.config.attention:
             return ()
-        return match_layers(self.backbone.unet, self.config.layers)
+        return match_layers(self.backbone.denoiser, self.config.layers)
 
     @property
     def device(self) -> torch.device:

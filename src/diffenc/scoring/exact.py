@@ -79,7 +79,7 @@ def _statistics(
 ) -> Float[Tensor, "pictures texts steps statistics"]:
     """Per row the attention score of each layer and the sum of squared errors; NaN: not needed."""
     config = inputs.config
-    unet = inputs.backbone.unet
+    unet = inputs.backbone.denoiser
     names = match_layers(unet, config.layers) if config.attention else ()
     table = _unknown(*needed.shape, len(steps), len(names) + 1)
     rows: list[_Row] = [
@@ -129,7 +129,7 @@ def _passes(
 ) -> Iterator[tuple[Sequence[_Row], Float[Tensor, "rows statistics"]]]:
     """Run the U-Net on rows, `batch_size` at a time."""
     config, backbone = inputs.config, inputs.backbone
-    known = cross_attentions(backbone.unet)
+    known = cross_attentions(backbone.denoiser)
     attentions = {name: known[name] for name in names}
     predicts = config.error_term is not None
 

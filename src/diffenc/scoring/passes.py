@@ -12,7 +12,7 @@ from diffenc.denoiser.attention_scores import Pooling, read_queries, read_scores
 from diffenc.inputs.noise import to_noise
 from diffenc.inputs.prompts import PromptEmbeds
 from diffenc.models.base import Backbone
-from diffenc.passes.forward import call_unet, check_whole
+from diffenc.passes.forward import check_whole
 
 
 def read_statistics(
@@ -50,7 +50,7 @@ def read_statistics(
     output: list[Tensor] = []
 
     def call() -> None:
-        output[:] = call_unet(backbone, noisy_latents, timesteps, prompt_embeds)
+        output[:] = backbone.denoise(noisy_latents, timesteps, prompt_embeds)
 
     scores = None
     with backbone.lock, torch.no_grad():
@@ -89,6 +89,6 @@ def read_late_queries(
     Raises:
         TapError: A layer did not run.
     """
-    call = partial(call_unet, backbone, noisy_latents, timesteps, prompt_embeds)
+    call = partial(backbone.denoise, noisy_latents, timesteps, prompt_embeds)
     with backbone.lock, torch.no_grad():
         return read_queries(attentions, call)

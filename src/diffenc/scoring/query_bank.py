@@ -131,7 +131,7 @@ class QueryBank:
 
     def _check_weights(self) -> None:
         """Raise a `BackboneError` unless the model is, still, the one that built the bank."""
-        unet, texts = state_key(self.backbone.unet), self.backbone.states().prompts
+        unet, texts = state_key(self.backbone.denoiser), self.backbone.states().prompts
         state = None if unet is None or texts is None else (unet, texts)
         if state is None or state != self._checked:
             _check_model(self.folder, self._contents, self.backbone)

@@ -92,8 +92,8 @@ def shared_query_scores(
 
 def chosen_attentions(backbone: Backbone, layers: str | Sequence[str]) -> dict[str, Any]:
     """Cross-attentions of a config's `layers`, by name, in the order in which they run."""
-    known = cross_attentions(backbone.unet)
-    return {name: known[name] for name in match_layers(backbone.unet, layers)}
+    known = cross_attentions(backbone.denoiser)
+    return {name: known[name] for name in match_layers(backbone.denoiser, layers)}
 
 
 def late_queries(

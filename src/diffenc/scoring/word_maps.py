@@ -123,7 +123,9 @@ def daam_maps(
     size = (latents.shape[2], latents.shape[3])
     names = layers
     if layers is None:
-        names = [name for name in match_layers(backbone.unet) if not name.startswith("mid_block")]
+        names = [
+            name for name in match_layers(backbone.denoiser) if not name.startswith("mid_block")
+        ]
     spans = [shared_positions(backbone.tokenizers, text, word) for word in words]
     with backbone.lock:
         steps = _per_timestep(backbone, latents, text, spans, timesteps, names, heads, seed)
@@ -159,8 +161,7 @@ def daam_grid(backbone: Backbone, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _daam_cells(backbone: Backbone) -> int | None:
-    side = dict(backbone.unet.config).get("sample_size")
-    return _DAAM_CELLS.get(side * backbone.reduction) if isinstance(side, int) else None
+    return _DAAM_CELLS.get(backbone.trained_size or 0)
 
 
 def _clamped(
@@ -215,7 +216,7 @@ def _per_timestep(
     c, h, w = latents.shape[1:]
     embeds = backbone.embed([text], size=(h * backbone.reduction, w * backbone.reduction))
     positions = [position for span in spans for position in span]
-    names = match_layers(backbone.unet, layers)
+    names = match_layers(backbone.denoiser, layers)
     for timestep in timesteps:
         noise = shared_noise((c, h, w), seed=seed, timestep=timestep)
         noisy = add_noise(backbone.scheduler, latents, noise, timestep)

@@ -137,7 +137,7 @@ def _actions(
         relative = lengths / uncond[tap].float().norm(dim=2).cpu().mean()
         for index, timestep in enumerate(encoder.config.timesteps):
             yield ("change", tap, timestep), relative[:, index]
-    layers = cross_attention_layers(encoder.backbone.unet)
+    layers = cross_attention_layers(encoder.backbone.denoiser)
     around = {
         tap: [name for name in layers if _within(name, tap) or _within(tap, name)]
         for tap in features

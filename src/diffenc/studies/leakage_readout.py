@@ -242,7 +242,7 @@ def study_leakage_readout(
             "scenes": scenes,
             "seeds": seeds,
             "size": size or backbone.default_size,
-            "dtype": str(next(backbone.unet.parameters()).dtype).removeprefix("torch."),
+            "dtype": str(next(backbone.denoiser.parameters()).dtype).removeprefix("torch."),
         },
     )
 

@@ -83,7 +83,7 @@ class LoraPart(nn.Module):
         """
         projections = texts("projections", projections)
         options = LoraOptions(rank=rank, alpha=alpha, dropout=dropout, projections=projections)
-        unet = self.backbone.unet
+        unet = self.backbone.denoiser
         with torch_defaults(), self.backbone.lock:
             left = self._lora_in_use()
             add_lora(unet, cross_attention_layers(unet), options, name=name, only=self._reached())
@@ -93,12 +93,12 @@ class LoraPart(nn.Module):
     @property
     def lora_names(self) -> tuple[str, ...]:
         """Names of the adapters, in the order in which they came."""
-        return tuple(lora_names(self.backbone.unet))
+        return tuple(lora_names(self.backbone.denoiser))
 
     @property
     def active_lora(self) -> str | None:
         """Name of the adapter in use."""
-        return active_lora(self.backbone.unet)
+        return active_lora(self.backbone.denoiser)
 
     @lasting
     def set_lora(self, name: str | None, *, trainable: bool | None = None) -> None:
@@ -113,7 +113,7 @@ class LoraPart(nn.Module):
         Raises:
             ConfigError: There is no such adapter.
         """
-        unet = self.backbone.unet
+        unet = self.backbone.denoiser
         if name is not None:
             require_lora(unet, name)
         with self.backbone.lock:
@@ -141,7 +141,7 @@ class LoraPart(nn.Module):
                     f"{self.lora_names}"
                 )
             self._set_aside(self._lora_in_use())
-            merge_lora(self.backbone.unet)
+            merge_lora(self.backbone.denoiser)
             self._still_compiled()
             self.clear_cache()
 
@@ -149,7 +149,7 @@ class LoraPart(nn.Module):
     def unmerge_lora(self) -> None:
         """Put the weights back as they were; the adapter stays active and trains if it did."""
         with self.backbone.lock:
-            if is_merged(self.backbone.unet):
+            if is_merged(self.backbone.denoiser):
                 self.set_lora(self.active_lora)
 
     def save_lora(self, folder: "str | os.PathLike[str]", *, name: str | None = None) -> None:
@@ -168,7 +168,7 @@ class LoraPart(nn.Module):
         if name is None:
             raise ConfigError(f"no adapter is active; pass name=, one of {self.lora_names}")
         origin = {"backbone": self.backbone.name, "taps": [tap.name for tap in self._taps]}
-        save_lora(self.backbone.unet, folder, name=name, origin=origin)
+        save_lora(self.backbone.denoiser, folder, name=name, origin=origin)
 
     @lasting
     def load_lora(
@@ -204,7 +204,7 @@ class LoraPart(nn.Module):
                 f"and this encoder reads {own}. Load the encoder with those, or pass "
                 "other_taps=True."
             )
-        unet = self.backbone.unet
+        unet = self.backbone.denoiser
         with torch_defaults(), self.backbone.lock:
             left = self._lora_in_use()
             load_lora(unet, folder, name=name, trainable=trainable, only=self._reached())
@@ -212,15 +212,15 @@ class LoraPart(nn.Module):
             self._exchanged()
 
     def _reached(self) -> frozenset[str]:
-        unet = self.backbone.unet
+        unet = self.backbone.denoiser
         return reached_layers(dict(unet.config), [tap.name for tap in self._taps])
 
     def _lora_in_use(self) -> tuple[str, bool] | None:
         """Name of the active adapter and whether it trains; None where nothing is to be noted."""
         name = self.active_lora
-        if name is None or is_merged(self.backbone.unet):
+        if name is None or is_merged(self.backbone.denoiser):
             return None
-        parameters = lora_parameters(self.backbone.unet, name).values()
+        parameters = lora_parameters(self.backbone.denoiser, name).values()
         return name, any(parameter.requires_grad for parameter in parameters)
 
     def _set_aside(self, left: tuple[str, bool] | None) -> None:
@@ -230,7 +230,7 @@ class LoraPart(nn.Module):
             self._train_lora(left[0], False)
 
     def _train_lora(self, name: str, trains: bool) -> None:
-        for parameter in lora_parameters(self.backbone.unet, name).values():
+        for parameter in lora_parameters(self.backbone.denoiser, name).values():
             parameter.requires_grad_(trains)
 
     def _compiled_unets(self) -> Iterator[nn.Module]:
@@ -243,7 +243,7 @@ class LoraPart(nn.Module):
     def _still_compiled(self) -> None:
         """What changed in the U-Net has changed in its compiled copies too."""
         for compiled in self.backbone.compiled.values():
-            compiled.structure = structure_key(self.backbone.unet)
+            compiled.structure = structure_key(self.backbone.denoiser)
 
     def _exchanged(self) -> None:
         """Modules of the U-Net were replaced: what was compiled of it no longer holds."""

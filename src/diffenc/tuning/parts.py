@@ -42,7 +42,7 @@ class TrainableParts(LoraPart, CaptionerPart):
 
     def summary(self) -> str:
         """A table to print: parts, adapters, their parameters, how many train, and dtypes."""
-        unet = self.backbone.unet
+        unet = self.backbone.denoiser
         adapters: dict[str, list[nn.Parameter]] = {}
         for name in self.lora_names:
             state = "merged" if is_merged(unet) else "active"
@@ -76,7 +76,7 @@ class TrainableParts(LoraPart, CaptionerPart):
         """Parameters that are never in float16."""
         found = dict(self.captioner.named_parameters()) if self.captioner is not None else {}
         for name in self.lora_names:
-            found |= lora_parameters(self.backbone.unet, name)
+            found |= lora_parameters(self.backbone.denoiser, name)
         return found
 
     @lasting

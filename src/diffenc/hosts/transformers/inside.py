@@ -16,7 +16,9 @@ from diffenc.denoiser.truncation import truncate
 from diffenc.errors import BackboneError, PromptError
 from diffenc.hosts.transformers.configuration import DiffEncConfig
 from diffenc.inputs.prompts import tokenize
-from diffenc.models import Backbone, StableDiffusion, StableDiffusionXL
+from diffenc.models import Backbone
+from diffenc.models.building import build_part
+from diffenc.models.families import make_backbone
 from diffenc.models.memory_format import arrange
 from diffenc.models.schedules import make_scheduler
 
@@ -94,25 +96,17 @@ def build_backbone(config: DiffEncConfig) -> Backbone:
 
     It may be built on the meta device, where hosts build; the schedule has its values even there.
     """
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
     spec, told = config.tower_spec, config.tower_spec.architecture
     parts: dict[str, Any] = {}
     for name, values in told.configs.items():
-        if name == "unet":
-            unet: nn.Module = UNet2DConditionModel.from_config(dict(values))
-            taps = [tap.name for tap in spec.tap_infos]
-            parts[name] = truncate(unet, taps) if spec.cut else unet
-        elif name == "vae":
-            parts[name] = AutoencoderKL.from_config(dict(values))
-        elif name == "scheduler":
+        if name == "scheduler":
             with torch.device("cpu"):
                 parts[name] = make_scheduler(values)
-        else:
-            second = name == "text_encoder_2"
-            model = CLIPTextModelWithProjection if second else CLIPTextModel
-            parts[name] = model(CLIPTextConfig.from_dict(dict(values)))
+            continue
+        parts[name] = build_part(name, values)
+        if name == "unet" and spec.cut:
+            parts[name] = truncate(parts[name], [tap.name for tap in spec.tap_infos])
+        if name.startswith("text_encoder"):
             tokenizer = name.replace("text_encoder", "tokenizer")
             length = parts[name].config.max_position_embeddings
             nothing = torch.zeros(2, length, dtype=torch.long, device="cpu")
@@ -122,8 +116,7 @@ def build_backbone(config: DiffEncConfig) -> Backbone:
         for module in parts[part].modules():
             module._is_hf_initialized = True
     # Nothing is moved: hosts have weights on the meta device, and buffers there or not.
-    family = StableDiffusionXL if told.family == "sdxl" else StableDiffusion
-    backbone = family(name=spec.model, default_taps=told.default_taps, **parts)
+    backbone = make_backbone(spec.model, told, parts)
     return backbone if backbone.device.type == "meta" else arrange(backbone)
 
 

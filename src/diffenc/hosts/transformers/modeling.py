@@ -218,7 +218,7 @@ class DiffEncModel(PreTrainedModel):  # type: ignore[misc]  # transformers is se
         store_tokens(self.backbone, self.tower.spec.null, self.backbone_empty_ids)
         encoder = DiffusionEncoder(self.backbone, self.tower.spec.encoder_config())
         if self.tower.adapter is not None:
-            self.tower.adapter.inject(self.backbone.unet)
+            self.tower.adapter.inject(self.backbone.denoiser)
         self.tower._hidden.put(encoder)
 
     def _follow(self) -> None:

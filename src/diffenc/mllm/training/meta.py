@@ -15,6 +15,7 @@ from diffenc.errors import BackboneError
 from diffenc.mllm.training.config import ModelConfig
 from diffenc.mllm.vision import grid_tokens
 from diffenc.models import describe
+from diffenc.models.building import build_on_meta
 from diffenc.models.reached_layers import reached_projections
 from diffenc.models.taps import meta_inputs
 from diffenc.storage.names import reason
@@ -173,22 +174,14 @@ def counted_flops(call: Callable[[], Any]) -> float:
 
 def _add_diffusion(found: MetaEncoder, model: ModelConfig, unet_rank: int) -> int:
     """Add a diffusion model's parts; its tokens."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
     options = model.encoder_config()
     told = describe(model.encoder)
     taps = told.match_taps(options.taps or told.default_taps)
     size = options.size or told.default_size
     height, width = (size, size) if isinstance(size, int) else size
-    with torch.device("meta"):
-        unet: Any = UNet2DConditionModel.from_config(dict(told.configs["unet"])).float()
-        vae: Any = AutoencoderKL.from_config(dict(told.configs["vae"])).float()
-        texts: dict[str, Any] = {}
-        for name in ("text_encoder", "text_encoder_2"):
-            if name in told.configs:
-                kind = CLIPTextModelWithProjection if name.endswith("_2") else CLIPTextModel
-                texts[name] = kind(CLIPTextConfig.from_dict(dict(told.configs[name])))
+    parts = build_on_meta(told)
+    unet, vae = parts["unet"], parts["vae"]
+    texts = {name: part for name, part in parts.items() if name.startswith("text_encoder")}
     short: Any = truncate(unet, [tap.name for tap in taps])
     side = max(height, width) // told.reduction
     inputs = meta_inputs(unet.config, side)
@@ -220,7 +213,8 @@ def _add_diffusion(found: MetaEncoder, model: ModelConfig, unet_rank: int) -> in
         vision = _vision_model(model.captioner)
         found.parameters["captioner's CLIP"] = count(vision[0])
         found.flops["captioner's CLIP"] = vision[1]
-        pooled = texts["text_encoder_2"].config.projection_dim if len(texts) > 1 else None
+        *_, last = texts.values()
+        pooled = last.config.projection_dim if len(texts) > 1 else None
         captioner = ImplicitCaptioner(
             getattr(vision[0].config, "projection_dim", 768),
             states.shape[2],

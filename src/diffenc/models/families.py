@@ -1,0 +1,26 @@
+"""The families of models: a class each, found by what an architecture is shaped like."""
+
+from typing import Any
+
+from diffenc.models.base import Backbone
+from diffenc.models.configs import Architecture
+from diffenc.models.sd import StableDiffusion
+from diffenc.models.sdxl import StableDiffusionXL
+
+FAMILIES: dict[str, type[Backbone]] = {
+    kind.family: kind for kind in (StableDiffusion, StableDiffusionXL)
+}
+
+
+def make_backbone(name: str, architecture: Architecture, parts: dict[str, Any]) -> Backbone:
+    """A model of the family that its configs say.
+
+    Args:
+        name: What it is called in messages and saved configs.
+        architecture: What its configs tell.
+        parts: Arguments of the family's class: components, and its own options.
+
+    Raises:
+        BackboneError: Parts do not fit each other.
+    """
+    return FAMILIES[architecture.family](name=name, default_taps=architecture.default_taps, **parts)
