@@ -151,8 +151,8 @@ class DiffusionEncoder(TrainableParts):
                 bfloat16 or float16; the VAE stays in float32 where float16 overflows. None is
                 float32, and what a pipeline or a `Backbone` has.
             use_cache: See the class.
-            preset: Where a published method reads: "gdf", "dift", "cleandift" or "hyperfeatures",
-                see `diffenc.models.presets`.
+            preset: Where a published method reads: "gdf", "mustafar", "dift", "cleandift" or
+                "hyperfeatures", see `diffenc.models.presets`.
             truncate: Load and run nothing that lies behind the last tap: the same features from
                 less memory. Such an encoder has no later taps and predicts no noise.
             channels_last: Memory format of convolutions; None takes what was measured to be

@@ -24,6 +24,7 @@ from diffenc.fusion import How
 from diffenc.hosts.fused_encoders import Companion, find_companion
 from diffenc.models import Architecture, TapInfo, describe
 from diffenc.models.sources import SOURCES, lasting_source
+from diffenc.models.tap_names import is_literature_name
 
 PREFIX = "diffenc:"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -343,7 +344,7 @@ def long_tap(name: str) -> str:
     """
     if not name:
         raise ConfigError("a tap is missing; taps are joined by one +")
-    match = _SHORT_TAP.fullmatch(name)
+    match = None if is_literature_name(name) else _SHORT_TAP.fullmatch(name)
     if match is None or (match[1] == "mid") != (match[2] == ""):
         return name
     parts = [_STAGES[match[1]], *([match[2]] if match[2] else [])]

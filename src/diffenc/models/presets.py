@@ -32,6 +32,8 @@ _HYPERFEATURES = {
     "posterior": "sample",
 }
 
+_MUSTAFAR = ("up_blocks.1.attentions.1.transformer_blocks.0.attn2.to_q",)
+
 _PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # Meng et al. 2024, arXiv:2410.03558: the "practical" sets, at timestep 50. SD 2.1 has no set of
     # its own there; it shares SD 1.5's topology and takes that one. No prompt is the empty text, on
@@ -39,6 +41,11 @@ _PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "gdf": {
         "sd": {"taps": _GDF_SD, "timestep": 50, "posterior": "sample"},
         "sdxl": {"taps": _GDF_SDXL, "timestep": 50, "posterior": "sample", "uncond": "empty"},
+    },
+    # arXiv:2507.07106, later version, table 1: U-L1-R1-B0-Cross-Q of SD 2.1, the best of its six
+    # layers and five timesteps. Whether the posterior is sampled is not stated: its mode is taken.
+    "mustafar": {
+        "sd": {"taps": _MUSTAFAR, "timestep": 50},
     },
     # Tang et al. 2023 (DIFT), arXiv:2306.03881: semantic correspondence; the second up block after
     # its upsampler, mean over 8 draws of posterior and noise.
@@ -59,11 +66,17 @@ _PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+_NOTES = {
+    "mustafar": "the paper's later version reads SD 2.1 alone, and its draft reads SDXL at the taps "
+    "of preset 'gdf'",
+}
+
+
 def preset_options(name: str, family: str) -> dict[str, Any]:
     """Options of `EncoderConfig` for a published method.
 
     Args:
-        name: "gdf", "dift", "cleandift" or "hyperfeatures".
+        name: "gdf", "mustafar", "dift", "cleandift" or "hyperfeatures".
         family: Of the backbone, "sd" or "sdxl".
 
     Raises:
@@ -76,8 +89,9 @@ def preset_options(name: str, family: str) -> dict[str, Any]:
         )
     families = _PRESETS[name]
     if family not in families:
+        note = _NOTES.get(name, "pass taps and timestep instead")
         raise ConfigError(
             f"preset {name!r} is defined for {sorted(families)}, and this model is {family!r}; "
-            "pass taps and timestep instead"
+            f"{note}"
         )
     return dict(families[family])

@@ -15,6 +15,7 @@ from diffenc.checks.arguments import entries
 from diffenc.denoiser.hooks import ForwardTaps
 from diffenc.denoiser.truncation import truncate
 from diffenc.errors import BackboneError, ConfigError, TapError, near_matches
+from diffenc.models.tap_names import gdf_name, is_literature_name, spelled_out
 from diffenc.runtime.inference import lasting
 from diffenc.storage.names import printable, reason
 
@@ -151,10 +152,11 @@ def tap_patterns(taps: object) -> tuple[str, ...]:
 def match_taps(patterns: Sequence[str], known: Sequence[TapInfo]) -> tuple[TapInfo, ...]:
     """The places that module paths or globs name, in the order given, each once.
 
-    In a glob, `*` stays within one part of the path: "up_blocks.*" are the blocks themselves.
+    In a glob, `*` stays within one part of the path: "up_blocks.*" are the blocks themselves. Names
+    of GDF and of the paper are taken too, see `diffenc.models.tap_names`.
 
     Args:
-        patterns: Module paths or globs, one or several.
+        patterns: Module paths, globs or names, one or several.
         known: Readable places, see `diffenc.list_taps`.
 
     Raises:
@@ -163,18 +165,42 @@ def match_taps(patterns: Sequence[str], known: Sequence[TapInfo]) -> tuple[TapIn
     """
     found: dict[str, TapInfo] = {}
     for pattern in tap_patterns(patterns):
-        parts = pattern.split(".")
-        matches = [
-            tap
-            for tap in known
-            if len(tap.name.split(".")) == len(parts)
-            and all(map(fnmatchcase, tap.name.split("."), parts))
-        ]
-        if not matches:
-            hint = near_matches(pattern[:200], [tap.name for tap in known])
-            raise TapError(
-                f"no tap matches {printable(pattern)!r}.{hint} "
-                "diffenc.list_taps(backbone) gives every valid name; * stands for one part of it."
-            )
+        matches = (
+            _named(pattern, known) if is_literature_name(pattern) else _globbed(pattern, known)
+        )
         found.update((tap.name, tap) for tap in matches)
     return tuple(found.values())
+
+
+def _globbed(pattern: str, known: Sequence[TapInfo]) -> list[TapInfo]:
+    parts = pattern.split(".")
+    matches = [
+        tap
+        for tap in known
+        if len(tap.name.split(".")) == len(parts)
+        and all(map(fnmatchcase, tap.name.split("."), parts))
+    ]
+    if not matches:
+        hint = near_matches(pattern[:200], [tap.name for tap in known])
+        raise TapError(
+            f"no tap matches {printable(pattern)!r}.{hint} "
+            "diffenc.list_taps(backbone) gives every valid name; * stands for one part of it."
+        )
+    return matches
+
+
+def _named(name: str, known: Sequence[TapInfo]) -> list[TapInfo]:
+    names = {gdf_name(tap.name): tap for tap in known}
+    wanted = spelled_out(name)
+    if wanted in names:
+        return [names[wanted]]
+    if wanted.endswith(("-cross-k", "-cross-v", "-map")):
+        raise TapError(
+            f"{printable(name)!r} has no map of the picture: keys and values of cross-attention "
+            "are of the text, and attention itself is read by scorer.word_maps"
+        )
+    near = near_matches(wanted[:200], [each for each in names if each])
+    raise TapError(
+        f"no tap of this model is called {printable(name)!r}.{near} diffenc.list_taps(backbone) "
+        "gives every module path"
+    )
