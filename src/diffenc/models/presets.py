@@ -67,8 +67,10 @@ _PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 _NOTES = {
-    "mustafar": "the paper's later version reads SD 2.1 alone, and its draft reads SDXL at the taps "
-    "of preset 'gdf'",
+    "mustafar": (
+        "the paper's later version reads SD 2.1 alone, and its draft reads SDXL at the taps of "
+        "preset 'gdf'"
+    ),
 }
 
 
