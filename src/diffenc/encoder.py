@@ -78,10 +78,8 @@ class DiffusionEncoder(TrainableParts):
                 f"an encoder is made of a Backbone, got {shown(backbone)}; "
                 "DiffusionEncoder.from_pretrained takes names, folders and pipelines"
             )
-        if not isinstance(config, EncoderConfig | None):
-            raise ConfigError(f"config must be an EncoderConfig, got {shown(config)}")
         self.backbone = backbone
-        self.config = config or EncoderConfig()
+        self.config = config if config is not None else EncoderConfig()
         self.use_cache = flag("use_cache", use_cache)
         self._matched: tuple[object, tuple[TapInfo, ...]] = (None, ())
         _ = self._taps  # checks them
@@ -95,6 +93,14 @@ class DiffusionEncoder(TrainableParts):
             raise ConfigError(
                 f"original_size is read by SDXL alone; {backbone.name!r} is no SDXL: leave it out"
             )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "config" and not isinstance(value, EncoderConfig):
+            raise ConfigError(
+                f"config must be an EncoderConfig, got {shown(value)}; "
+                "dataclasses.replace(config, timestep=10) changes one option of it"
+            )
+        super().__setattr__(name, value)
 
     def __repr__(self) -> str:
         facts: dict[str, object] = {

@@ -1,8 +1,12 @@
 """What an encoder and a scorer print of themselves: a few lines that say what they do."""
 
+from dataclasses import replace
+
+import pytest
 import torch
 
 from diffenc.encoder import DiffusionEncoder
+from diffenc.errors import ConfigError
 from diffenc.models import load_backbone
 from diffenc.scorer import CrossAttnScorer
 
@@ -43,3 +47,13 @@ def test_a_model_is_one_line(tiny_sdxl_folder):
     backbone = load_backbone(tiny_sdxl_folder)
     expected = f"StableDiffusionXL({str(tiny_sdxl_folder)!r}, device='cpu', dtype=float32)"
     assert repr(backbone) == expected
+
+
+def test_a_config_that_is_none_is_refused_when_it_is_set(tiny_sd_folder):
+    encoder = DiffusionEncoder.from_pretrained(tiny_sd_folder)
+    scorer = CrossAttnScorer(encoder.backbone)
+    for each in (encoder, scorer):
+        with pytest.raises(ConfigError, match=r"dataclasses\.replace"):
+            each.config = {"timestep": 10}
+        each.config = replace(each.config, draws=2)
+        assert each.config.draws == 2

@@ -62,15 +62,21 @@ class ConfiguredScorer(nn.Module):
                 f"a scorer is made of a Backbone, got {shown(backbone)}; "
                 "CrossAttnScorer.from_pretrained takes names, folders and pipelines"
             )
-        if not isinstance(config, ScorerConfig | None):
-            raise ConfigError(f"config must be a ScorerConfig, got {shown(config)}")
         self.backbone = backbone
-        self.config = config or ScorerConfig()
+        self.config = config if config is not None else ScorerConfig()
         self.use_cache = flag("use_cache", use_cache)
         self.references = references
         self.rows, self.queries = TensorCache(_ROW_BYTES), TensorCache(_QUERY_BYTES)
         if self.config.attention:
             layer_mix(self.config.layer_weights, len(self.layers))  # checks both
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "config" and not isinstance(value, ScorerConfig):
+            raise ConfigError(
+                f"config must be a ScorerConfig, got {shown(value)}; "
+                "dataclasses.replace(config, draws=2) changes one option of it"
+            )
+        super().__setattr__(name, value)
 
     def __repr__(self) -> str:
         facts: dict[str, object] = {
