@@ -393,9 +393,9 @@ class FusedEncoder(nn.Module):
             ConfigError: The two models are on different devices.
             PromptError: "question_gated" got texts that were encoded before.
         """
-        clip, diffusion = self.streams(images, prompts)
         if self.mixer is not None:
-            return self._mixed(self.mixer, clip, diffusion, prompts)
+            return self._mixed(self.mixer, images, prompts)
+        clip, diffusion = self.streams(images, prompts)
         if self.how == "channel":
             return torch.cat([clip, diffusion], dim=-1)
         left, right = self.stream_channels
@@ -433,11 +433,19 @@ class FusedEncoder(nn.Module):
     def _mixed(
         self,
         mixer: Mixer,
-        clip: Tensor,
-        diffusion: Tensor,
+        images: Images,
         prompts: str | Sequence[str] | PromptEmbeds | None,
     ) -> Float[Tensor, "b _n _c"]:
-        asked = self._asked(prompts, len(clip)) if mixer.text_width is not None else None
+        asks = mixer.text_width is not None
+        if asks and isinstance(prompts, PromptEmbeds):
+            raise PromptError(
+                "how='question_gated' reads texts, and these were encoded before, which does not "
+                "tell their tokens from padding; pass the texts themselves"
+            )
+        if isinstance(prompts, Iterator):
+            prompts = list(prompts)  # it is read twice
+        clip, diffusion = self.streams(images, prompts)
+        asked = self._asked(prompts, len(clip)) if asks else None
         if diffusion.ndim > clip.ndim:  # those of all timesteps are attended to
             diffusion = rearrange(diffusion, "b t n c -> b (t n) c")
         tokens: Tensor = mixer(clip, diffusion, asked)
@@ -448,14 +456,9 @@ class FusedEncoder(nn.Module):
         self, prompts: str | Sequence[str] | PromptEmbeds | None, batch: int
     ) -> Float[Tensor, "b d"]:
         """The state of each prompt; of "" where the diffusion encoder reads none."""
-        if isinstance(prompts, PromptEmbeds):
-            raise PromptError(
-                "how='question_gated' reads texts, and these were encoded before, which does not "
-                "tell their tokens from padding; pass the texts themselves"
-            )
         config = self.config
         unread = prompts is None or config.conditioning == "uncond"
-        texts = [""] if prompts is None or unread else match_batch(prompts, batch)
+        texts = [""] if unread else match_batch(prompts, batch)  # type: ignore[arg-type]
         distinct = list(dict.fromkeys(texts))
         size = config.size or self.backbone.default_size
         with self.backbone.lock:
