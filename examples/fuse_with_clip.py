@@ -1,7 +1,8 @@
 # %% [markdown]
 # # Fuse CLIP and diffusion features
 # Tokens of both models in the three ways without weights, and a projector for each. The CLIP is
-# the bundled miniature; for photographs take "openai/clip-vit-large-patch14-336" with "sd2.1-base" or "sdxl".
+# the bundled miniature; for photographs take "openai/clip-vit-large-patch14-336" with "sd2.1-base"
+# or "sdxl".
 
 # %%
 from diffenc import DiffusionEncoder, FusedEncoder, projector_for
