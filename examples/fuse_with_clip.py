@@ -1,7 +1,8 @@
 # %% [markdown]
 # # Fuse CLIP and diffusion features
-# Tokens of both models in the three ways, and a projector for each. The CLIP is the bundled
-# miniature; for photographs take "openai/clip-vit-large-patch14-336" with "sd2.1-base" or "sdxl".
+# Tokens of both models in the three ways without weights, and a projector for each. The CLIP is
+# the bundled miniature; for photographs take "openai/clip-vit-large-patch14-336" with "sd2.1-base"
+# or "sdxl".
 
 # %%
 from diffenc import DiffusionEncoder, FusedEncoder, projector_for
@@ -33,3 +34,13 @@ asked, unasked = encoder(images, questions), encoder(images)
 width = encoder.clip.hidden_size
 print("CLIP's channels change by     ", float((asked - unasked)[..., :width].abs().max()))
 print("the diffusion channels change by", float((asked - unasked)[..., width:].abs().mean()))
+
+# %% [markdown]
+# Other ways mix the two into one stream by weights that train. Cross-attention begins from the
+# tokens that ask, which are CLIP's unless `MixingConfig(asks="diffusion")` turns it round.
+
+# %%
+encoder = FusedEncoder("shapes-clip", diffusion, "cross_attention")
+change = float((encoder(images, questions) - encoder.clip_stream(images)).abs().max())
+print("before training it changes CLIP's tokens by", change)
+print(sum(p.numel() for p in encoder.trainable_parameters()), "weights train")

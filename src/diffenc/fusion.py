@@ -1,4 +1,4 @@
-"""CLIP and diffusion features in one encoder: side by side in channels, in sequence or in space."""
+"""CLIP and diffusion features in one encoder: side by side, or mixed by weights that train."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -11,21 +11,26 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from diffenc.checks.arguments import flag, sides
+from diffenc._typing import How
+from diffenc.checks.arguments import flag, shown, sides
 from diffenc.checks.fields import require_finite
 from diffenc.clip.tokens import ClipTokens, to_maps
 from diffenc.clip.vision_models import to_image, to_pictures
 from diffenc.config import EncoderConfig, check_choice
 from diffenc.denoiser.grids import to_grid
 from diffenc.encoder import DiffusionEncoder
-from diffenc.errors import BackboneError, ConfigError, OutputError
+from diffenc.errors import BackboneError, ConfigError, OutputError, PromptError
 from diffenc.inputs.images import Images, as_list, to_pixel_values
 from diffenc.inputs.pictures.resizing import fit
-from diffenc.inputs.prompts import PromptEmbeds
+from diffenc.inputs.prompts import PromptEmbeds, match_batch
 from diffenc.memory.digests import is_marked, weights_mark
+from diffenc.mixing.base import Mixer
+from diffenc.mixing.choosing import load_mixer, make_mixer
+from diffenc.mixing.config import MIXED, MixingConfig
 from diffenc.models import TapInfo
 from diffenc.models.base import Backbone
 from diffenc.models.device import Device, Dtype
+from diffenc.passes.questions import mean_states
 from diffenc.runtime.inference import lasting
 from diffenc.storage.names import checked_path, is_folder, reason
 from diffenc.storage.pretrained import (
@@ -37,12 +42,14 @@ from diffenc.storage.pretrained import (
 from diffenc.storage.reading import read_json
 from diffenc.storage.schema import make
 from diffenc.storage.writing import begin_folder, reporting, write_json
+from diffenc.tuning.summary import parameter_table
 
-How = Literal["channel", "tokens", "interleave"]
+__all__ = ["FusedEncoder", "How", "View"]
+
 View = Literal["same", "own"]
 
 _CONFIG_FILE, _CLIP, _DIFFUSION = "fusion.json", "clip", "diffusion"
-_PROCESSOR = "image_processor"
+_PROCESSOR, _MIXER = "image_processor", "mixer"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +77,10 @@ class FusedEncoder(nn.Module):
     is zero in the channels of the other, so that a plain projector, too, has a first layer of its
     own for each; `diffenc.projector.projector_for` makes the projector that fits.
 
+    The other ways mix the two into one stream with weights of their own, the `mixer`, which trains
+    like a projector. A sum has CLIP's width; cross-attention has the tokens and the width of the
+    stream that asks.
+
     Args:
         clip: A `CLIPVisionModel`, `CLIPModel`, `SiglipVisionModel` or `SiglipModel` of
             transformers, a `ClipTokens`, or a name: a folder, a Hub id, or "shapes-clip".
@@ -77,23 +88,31 @@ class FusedEncoder(nn.Module):
             `DiffusionEncoder.from_pretrained` takes.
         how: "channel" concatenates the channels of each cell, "tokens" sets CLIP's tokens before
             the others, "interleave" sets a cell's two tokens side by side: CLIP's first, cell by
-            cell (MMVP's mixture of features).
+            cell (MMVP's mixture of features). "cross_attention": one stream's tokens attend to the
+            other's, and training begins from the first alone. "add", "weighted" (by one number) and
+            "gated" (CLIP, and the other through a gate per channel that begins at zero) are sums;
+            "token_gated" weighs the two per token and channel by a gate that reads both, and
+            "question_gated" by one that reads the prompt too.
         image_processor: Of a CLIP that is given as an object; None looks where the object was
             loaded from. A name brings its own.
         layer: Which of CLIP's hidden states; -2 is the penultimate.
         grid: Side, or (height, width), to which both are resampled: means where it is coarser,
-            bilinear where finer. None is CLIP's own for "channel" and "interleave"; with "tokens"
-            each keeps its own.
+            bilinear where finer. None is CLIP's own; with "tokens" and "cross_attention" each keeps
+            its own.
         view: "same" shows CLIP the part of a picture that the diffusion encoder sees, so that cells
             correspond; "own" leaves that to the image processor, which cuts CLIP's pictures to a
             square. Square pictures go to the image processor as they are.
         freeze_clip: Whether CLIP stays as it is. Otherwise what lies before `layer` requires a
             gradient.
+        mixing: Options of a way with weights, or a mixer that has them; None is `MixingConfig()`.
+
+    Attributes:
+        mixer: What mixes the streams; None with "channel", "tokens" and "interleave".
 
     Raises:
         ConfigError: An option is not allowed, the CLIP is of another kind or its grid cannot be
             matched, the two are on different devices, or the diffusion encoder reads several
-            timesteps.
+            timesteps, which only cross-attention takes in which CLIP asks.
         BackboneError: There is no model of that name.
 
     Example:
@@ -102,8 +121,11 @@ class FusedEncoder(nn.Module):
         torch.Size([1, 576, 3264])
 
     Source:
-        Fusion of CLIP with conditional diffusion features: arXiv:2507.07106, which does not say
-        how. Interleaving: Tong et al. 2024, "Eyes Wide Shut?" (MMVP), arXiv:2401.06209, section 5.
+        Fusion of CLIP with conditional diffusion features: arXiv:2507.07106, whose draft does not
+        say how; table 2 of its later version has concatenation (along which axis is not stated) and
+        cross-attention. Interleaving: Tong et al. 2024, "Eyes Wide Shut?" (MMVP), arXiv:2401.06209,
+        section 5. The sums and gates by names of VEGA-3D, arXiv:2603.19235, whose
+        "instruction_token_gated" is "question_gated" here.
     """
 
     @lasting
@@ -118,6 +140,7 @@ class FusedEncoder(nn.Module):
         grid: int | tuple[int, int] | None = None,
         view: View = "same",
         freeze_clip: bool = True,
+        mixing: MixingConfig | Mixer | None = None,
     ) -> None:
         super().__init__()
         check_choice("how", how, get_args(How))
@@ -127,17 +150,51 @@ class FusedEncoder(nn.Module):
             grid = sides("grid", grid)
         if not isinstance(diffusion, DiffusionEncoder):
             diffusion = DiffusionEncoder.from_pretrained(diffusion)
-        if not isinstance(diffusion.config.timestep, int):
+        if not isinstance(mixing, MixingConfig | Mixer | None):
+            raise ConfigError(f"mixing must be a MixingConfig, got {shown(mixing)}")
+        options = mixing.config if isinstance(mixing, Mixer) else mixing or MixingConfig()
+        options.check_read(how)
+        asked = how == "cross_attention" and options.asks == "clip"
+        if not isinstance(diffusion.config.timestep, int) and not asked:
             raise ConfigError(
-                f"fusion takes one timestep, got {diffusion.config.timestep}; several would have "
-                "to be fused each by itself"
+                f"fusion takes one timestep, got {diffusion.config.timestep}; several can be "
+                "attended to: how='cross_attention' in which CLIP asks"
             )
         self.clip = _as_clip(clip, diffusion, image_processor, layer, frozen=freeze_clip)
         self.diffusion = diffusion
         self.how, self.view = how, view
         pair = (grid, grid) if isinstance(grid, int) else grid
-        self.grid: tuple[int, int] | None = pair or (None if how == "tokens" else self.clip.grid)
+        apart = how in ("tokens", "cross_attention")
+        self.grid: tuple[int, int] | None = pair or (None if apart else self.clip.grid)
+        self.mixer = self._made(mixing, options)
         self._check_devices()
+
+    mixer: Mixer | None
+
+    def _made(self, mixing: MixingConfig | Mixer | None, options: MixingConfig) -> Mixer | None:
+        """The mixer of this way, on the device of both models."""
+        if self.how not in MIXED:
+            if isinstance(mixing, Mixer):
+                raise ConfigError(f"how={self.how!r} has no weights, and mixing is a mixer")
+            return None
+        sizes: dict[str, Any] = {
+            "clip_channels": (self.clip.hidden_size,),
+            "diffusion_channels": self.diffusion.token_channels,
+            "text_width": None,
+        }
+        if self.how == "question_gated":
+            with torch.no_grad():
+                empty = self.backbone.embed([""], size=(8, 8))
+            sizes["text_width"] = empty.prompt_embeds.shape[2]
+        if not isinstance(mixing, Mixer):
+            how: Any = self.how
+            return make_mixer(how, **sizes, config=options, device=self.clip.device)
+        if (mixing.how, mixing.sizes) != (self.how, sizes):
+            raise ConfigError(
+                f"the mixer is of another encoder: it is for {mixing.how!r} and {mixing.sizes}, "
+                f"and here it is {self.how!r} and {sizes}"
+            )
+        return mixing.to(self.clip.device)
 
     @classmethod
     @lasting
@@ -147,6 +204,7 @@ class FusedEncoder(nn.Module):
         *,
         device: Device = None,
         dtype: Dtype = None,
+        trainable: bool = False,
         **options: Any,  # of DiffusionEncoder.from_pretrained, which checks their names
     ) -> "FusedEncoder":
         """Inverse of `save_pretrained`.
@@ -154,7 +212,9 @@ class FusedEncoder(nn.Module):
         Args:
             folder: What `save_pretrained` wrote.
             device: Device that both run on; None is the CPU.
-            dtype: Floating point type of both, or its name; None is float32.
+            dtype: Floating point type of both, or its name; None is float32. The mixer is in
+                float32.
+            trainable: Whether the mixer goes on training, and what `DiffusionEncoder` means by it.
             options: Of `DiffusionEncoder.from_pretrained`.
 
         Raises:
@@ -172,16 +232,24 @@ class FusedEncoder(nn.Module):
         del settings["clip"], settings["clip_mark"]
         if missing := [
             part
-            for part in ([_DIFFUSION] if name else [_DIFFUSION, _CLIP])
+            for part in [_DIFFUSION, *[_CLIP] * (name is None), *[_MIXER] * (saved.how in MIXED)]
             if not is_folder(source / part)
         ]:
             raise BackboneError(f"{source} is not whole: the folder {missing[0]!r} is missing")
+        mixer = load_mixer(source / _MIXER) if saved.how in MIXED else None
         diffusion = DiffusionEncoder.from_pretrained(
-            source / _DIFFUSION, device=device, dtype=dtype, **options
+            source / _DIFFUSION, device=device, dtype=dtype, trainable=trainable, **options
         )
         if name is not None:
             settings["image_processor"] = saved_image_processor(source / _PROCESSOR)
-        fused = cls(name or source / _CLIP, diffusion, **settings)
+        try:
+            fused = cls(name or source / _CLIP, diffusion, mixing=mixer, **settings)
+        except ConfigError as error:
+            if mixer is None:
+                raise
+            raise BackboneError(f"the parts of {source} do not go together: {error}") from error
+        if mixer is not None:
+            mixer.requires_grad_(trainable)
         if name is None:
             fused.clip.name = None  # it has no other place than this folder
         elif saved.clip_mark is not None and not is_marked(fused.clip, saved.clip_mark):
@@ -194,7 +262,7 @@ class FusedEncoder(nn.Module):
     def save_pretrained(
         self, folder: "str | os.PathLike[str]", *, include_backbone: bool = False
     ) -> None:
-        """Write the options, the diffusion encoder's folder, and CLIP.
+        """Write the options, the diffusion encoder's folder, the mixer's, and CLIP.
 
         A frozen CLIP that was given by its name is saved by that; any other with its weights.
 
@@ -219,6 +287,8 @@ class FusedEncoder(nn.Module):
             clip_mark=None if name is None else tuple(weights_mark(self.clip)),
         )
         self.diffusion.save_pretrained(target / _DIFFUSION, include_backbone=include_backbone)
+        if self.mixer is not None:
+            self.mixer.save_pretrained(target / _MIXER)
         with reporting(target):
             if name is None:
                 self.clip.save_pretrained(target / _CLIP)
@@ -238,14 +308,14 @@ class FusedEncoder(nn.Module):
 
     @property
     def feature_info(self) -> tuple[TapInfo, ...]:
-        """Where the channels of a token come from: "clip", then the taps."""
+        """What is read, in the order of the channels where they stand apart: "clip", the taps."""
         reduction = self.clip.image_size // self.clip.side
         return (TapInfo("clip", self.clip.hidden_size, reduction), *self.diffusion.feature_info)
 
     @property
     def hidden_size(self) -> int:
-        """Channels of a token: CLIP's and the diffusion encoder's."""
-        return sum(self.stream_channels)
+        """Channels of a token: CLIP's and the diffusion encoder's, or the mixer's."""
+        return sum(self.token_channels)
 
     @property
     def stream_channels(self) -> tuple[int, int]:
@@ -254,7 +324,12 @@ class FusedEncoder(nn.Module):
 
     @property
     def token_channels(self) -> tuple[int, ...]:
-        """Channels of a token that come from CLIP, then from each tap and half; see `Projector`."""
+        """Channels of a token that come from CLIP, then from each tap and half; see `Projector`.
+
+        Of a mixed token, the groups that the asking stream has, or all as one.
+        """
+        if self.mixer is not None:
+            return self.mixer.channels
         return (self.clip.hidden_size, *self.diffusion.token_channels)
 
     @property
@@ -272,6 +347,14 @@ class FusedEncoder(nn.Module):
     def dtype(self) -> torch.dtype:
         """Of the tokens: the diffusion encoder's."""
         return self.diffusion.dtype
+
+    def summary(self) -> str:
+        """A table to print: parts, their parameters, how many train, and dtypes."""
+        parts: dict[str, list[nn.Parameter]] = {"CLIP that is fused": list(self.clip.parameters())}
+        if self.mixer is not None:
+            parts[f"mixer ({self.how})"] = list(self.mixer.parameters())
+        groups = self.diffusion.parameter_groups()
+        return parameter_table({**parts, **groups, "all": list(self.parameters())})
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters that require a gradient, for an optimizer."""
@@ -302,12 +385,16 @@ class FusedEncoder(nn.Module):
 
         Returns:
             In the dtype and on the device of the diffusion encoder: one token per cell of `grid`
-            for "channel", two for "interleave", and CLIP's before the others for "tokens".
+            for "channel" and the sums, two for "interleave", CLIP's before the others for "tokens",
+            and the asking stream's for "cross_attention".
 
         Raises:
             DiffencError: As `DiffusionEncoder.extract` and `ClipTokens`.
             ConfigError: The two models are on different devices.
+            PromptError: "question_gated" got texts that were encoded before.
         """
+        if self.mixer is not None:
+            return self._mixed(self.mixer, images, prompts)
         clip, diffusion = self.streams(images, prompts)
         if self.how == "channel":
             return torch.cat([clip, diffusion], dim=-1)
@@ -323,8 +410,11 @@ class FusedEncoder(nn.Module):
 
     def streams(
         self, images: Images, prompts: str | Sequence[str] | PromptEmbeds | None = None
-    ) -> tuple[Float[Tensor, "b _n _c"], Float[Tensor, "b _m _d"]]:
-        """CLIP's tokens and the diffusion encoder's, on one grid where `grid` is set."""
+    ) -> tuple[Float[Tensor, "b _n _c"], Float[Tensor, "b *_t _m _d"]]:
+        """CLIP's tokens and the diffusion encoder's, on one grid where `grid` is set.
+
+        The latter have an axis of timesteps where the diffusion encoder reads several.
+        """
         images = as_list(images)  # both read them: an iterator, or a stream, is read once
         clip = self.clip_stream(images)
         return clip, self.diffusion.extract(images, prompts).tokens(self.grid)
@@ -339,6 +429,48 @@ class FusedEncoder(nn.Module):
             clip = rearrange(maps, "b c h w -> b (h w) c")
         require_finite(clip, "tokens of CLIP", "load both models in bfloat16 or float32")
         return clip
+
+    def _mixed(
+        self,
+        mixer: Mixer,
+        images: Images,
+        prompts: str | Sequence[str] | PromptEmbeds | None,
+    ) -> Float[Tensor, "b _n _c"]:
+        asks = mixer.text_width is not None
+        if asks and isinstance(prompts, PromptEmbeds):
+            raise PromptError(
+                "how='question_gated' reads texts, and these were encoded before, which does not "
+                "tell their tokens from padding; pass the texts themselves"
+            )
+        if isinstance(prompts, Iterator):
+            prompts = list(prompts)  # it is read twice
+        clip, diffusion = self.streams(images, prompts)
+        asked = self._asked(prompts, len(clip)) if asks else None
+        if diffusion.ndim > clip.ndim:  # those of all timesteps are attended to
+            diffusion = rearrange(diffusion, "b t n c -> b (t n) c")
+        tokens: Tensor = mixer(clip, diffusion, asked)
+        require_finite(tokens, "mixed tokens", "load both models in bfloat16 or float32")
+        return tokens
+
+    def _asked(
+        self, prompts: str | Sequence[str] | PromptEmbeds | None, batch: int
+    ) -> Float[Tensor, "b d"]:
+        """The state of each prompt; of "" where the diffusion encoder reads none."""
+        config = self.config
+        unread = prompts is None or config.conditioning == "uncond"
+        texts = [""] if unread else match_batch(prompts, batch)  # type: ignore[arg-type]
+        distinct = list(dict.fromkeys(texts))
+        size = config.size or self.backbone.default_size
+        with self.backbone.lock:
+            states = mean_states(
+                self.backbone,
+                distinct,
+                size=(size, size) if isinstance(size, int) else size,
+                long_prompts=config.long_prompts,
+                use_cache=self.diffusion.use_cache,
+            )
+        rows = [distinct.index(text) for text in texts]
+        return states[rows].expand(batch, -1)
 
     def _shown(self, picture: Image.Image) -> Image.Image:
         """What CLIP's image processor gets."""
@@ -363,6 +495,11 @@ class FusedEncoder(nn.Module):
             raise ConfigError(
                 f"CLIP is on {self.clip.device} and the diffusion encoder on "
                 f"{self.diffusion.device}; move both with `.to(device)`"
+            )
+        if self.mixer is not None and next(self.mixer.parameters()).device != self.clip.device:
+            raise ConfigError(
+                f"CLIP and the diffusion encoder are on {self.clip.device}, and the mixer is not; "
+                "move the whole fused encoder with `.to(device)`"
             )
 
 

@@ -14,13 +14,12 @@ from urllib.parse import quote, unquote
 
 import torch
 
-from diffenc._typing import Conditioning, Uncond
+from diffenc._typing import Conditioning, How, Placed, Uncond
 from diffenc.checks.arguments import whole
 from diffenc.checks.fields import conform
 from diffenc.config import EncoderConfig, check_choice
 from diffenc.denoiser.grids import middle_grid
 from diffenc.errors import ConfigError, near_matches
-from diffenc.fusion import How
 from diffenc.hosts.fused_encoders import Companion, find_companion
 from diffenc.models import Architecture, TapInfo, describe
 from diffenc.models.sources import SOURCES, lasting_source
@@ -79,7 +78,7 @@ class TowerSpec:
         rank: Of the trainable adapter; None has none.
         alpha: Its scale times its rank; None is the rank.
         fuse: A CLIP or SigLIP whose tokens are joined: an alias such as "vitl336", or a folder.
-        how: How they are joined, see `FusedEncoder`.
+        how: How they are joined, see `FusedEncoder`; a way with weights of its own is refused.
         null: Prompt of images that come without one; "" is unconditional.
         prompted: Whether the adapter was trained with prompts, so that one without is told of.
         cut: Load nothing that lies behind the last tap.
@@ -123,6 +122,12 @@ class TowerSpec:
         if self.dtype is not None:
             check_choice("dtype", self.dtype, list(DTYPES))
         check_choice("how", self.how, get_args(How))
+        if self.how not in get_args(Placed):
+            raise ConfigError(
+                f"how={self.how} has weights of its own, for which no host has a place; in a tower "
+                f"take one of {', '.join(get_args(Placed))}, or train a FusedEncoder in a "
+                "DiffusionVLM (diffenc train)"
+            )
         if self.fuse is not None:
             object.__setattr__(self, "fuse", find_companion(self.fuse).spelling)
         self.encoder_config()

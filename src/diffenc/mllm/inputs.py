@@ -161,6 +161,8 @@ def check_encoder(encoder: nn.Module) -> None:
             f"{type(encoder).__name__} is no encoder of pictures; pass a DiffusionEncoder, a "
             "FusedEncoder, or VisionTokens around a vision model of transformers"
         )
+    if getattr(encoder, "mixer", None) is not None:
+        return  # it has one stream, whatever it reads
     timestep = getattr(getattr(encoder, "config", None), "timestep", 0)
     if isinstance(timestep, tuple) and len(timestep) > 1:
         raise ConfigError(

@@ -175,9 +175,14 @@ def tokens_per_image(encoder: nn.Module) -> int | None:
     """
     if isinstance(encoder, FusedEncoder):
         own = None if encoder.grid is None else encoder.grid[0] * encoder.grid[1]
-        if encoder.how == "channel":
+        diffusion = encoder.diffusion
+        if encoder.how == "cross_attention":
+            assert encoder.mixer is not None
+            asks = encoder.mixer.config.asks
+            return encoder.clip_tokens if asks == "clip" else own or tokens_per_image(diffusion)
+        if encoder.how not in ("tokens", "interleave"):
             return own
-        second = own if own is not None else tokens_per_image(encoder.diffusion)
+        second = own if own is not None else tokens_per_image(diffusion)
         return None if second is None else encoder.clip_tokens + second
     if not isinstance(encoder, DiffusionEncoder):
         found: int | None = getattr(encoder, "num_tokens", None)

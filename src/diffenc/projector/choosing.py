@@ -46,7 +46,7 @@ def projector_for(
     if norm is None:
         norm = len(encoder.token_channels) > 1
     groups = encoder.token_channels if norm else ()
-    if how == "channel":
+    if how not in ("tokens", "interleave"):  # one kind of token
         return Projector(encoder.hidden_size, out_features, kind, norm_channels=groups)
     fused: Any = encoder
     return FusedProjector(

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import nn
 
 from diffenc.denoiser.lora.adapters import is_merged, lora_parameters
 from diffenc.runtime.inference import lasting
+from diffenc.runtime.precision import restore_precise
 from diffenc.tuning.captioner import CaptionerPart
 from diffenc.tuning.lora import LoraPart
 from diffenc.tuning.summary import parameter_table
@@ -42,6 +42,10 @@ class TrainableParts(LoraPart, CaptionerPart):
 
     def summary(self) -> str:
         """A table to print: parts, adapters, their parameters, how many train, and dtypes."""
+        return parameter_table({**self.parameter_groups(), "all": list(self.parameters())})
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters of each part and adapter, by its name."""
         unet = self.backbone.denoiser
         adapters: dict[str, list[nn.Parameter]] = {}
         for name in self.lora_names:
@@ -59,7 +63,7 @@ class TrainableParts(LoraPart, CaptionerPart):
             for name, part in parts.items()
             if part is not None
         }
-        return parameter_table({**plain, **adapters, "all": list(self.parameters())})
+        return {**plain, **adapters}
 
     def train(self, mode: bool = True) -> "TrainableParts":
         """Training mode for what has something to train.
@@ -85,9 +89,5 @@ class TrainableParts(LoraPart, CaptionerPart):
             before = {path: parameter.data for path, parameter in self._precise().items()}
             self._image_embeds.clear()
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-            for path, parameter in self._precise().items():
-                if parameter.dtype == torch.float16:
-                    gradient, parameter.grad = parameter.grad, None
-                    parameter.data = before[path].to(parameter.device, torch.float32)
-                    parameter.grad = None if gradient is None else gradient.to(parameter.data)
+            restore_precise(self._precise(), before)
         return self

@@ -1,5 +1,6 @@
 """The model that a config describes, with what its stage trains unfrozen."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def _begun(config: TrainConfig, device: str | torch.device) -> DiffusionVLM:
     model, dtype = config.model, DTYPES[config.optimizing.precision]
     if model.start:
         return _started(config, device)
-    encoder = load_encoder(model, device=device, dtype=dtype)
+    encoder = load_encoder(model, device=device, dtype=dtype, seed=config.seed)
     frozen = config.adapting.language_model != "full"
     language_model, tokenizer = load_language_model(
         model.language_model, device=device, dtype=dtype if frozen else torch.float32
@@ -89,6 +90,8 @@ def _started(config: TrainConfig, device: str | torch.device) -> DiffusionVLM:
             f"{start} was trained with an encoder of the kind {found!r}, and model.kind is "
             f"{model.kind!r}; make them agree"
         )
+    if isinstance(vlm.encoder, FusedEncoder):
+        _check_how(vlm.encoder, model)
     default = ModelConfig()
     named = getattr(vlm.language_model, "name_or_path", "")
     told = lasting_name(model.language_model)
@@ -114,8 +117,26 @@ def _started(config: TrainConfig, device: str | torch.device) -> DiffusionVLM:
     )
 
 
-def load_encoder(model: ModelConfig, *, device: str | torch.device, dtype: torch.dtype) -> Any:
-    """The encoder that a config names, frozen.
+def _check_how(encoder: FusedEncoder, model: ModelConfig) -> None:
+    """Raise a `ConfigError` where a config says another way of fusing than was trained."""
+    if model.how not in (ModelConfig().how, encoder.how):
+        raise ConfigError(
+            f"{model.start} was trained with how = {encoder.how!r}, and model.how is "
+            f"{model.how!r}; leave that out, or begin with the earlier stage"
+        )
+    has = {} if encoder.mixer is None else asdict(encoder.mixer.config)
+    for name, value in model.mixing.items():
+        if has.get(name) != value:
+            raise ConfigError(
+                f"{model.start} was trained with mixing.{name} = {has.get(name)!r}, and "
+                f"model.mixing.{name} is {value!r}; leave that out, or begin with the earlier stage"
+            )
+
+
+def load_encoder(
+    model: ModelConfig, *, device: str | torch.device, dtype: torch.dtype, seed: int = 0
+) -> Any:
+    """The encoder that a config names, frozen but for a mixer, which `seed` begins.
 
     Raises:
         BackboneError: There is no such model.
@@ -133,7 +154,8 @@ def load_encoder(model: ModelConfig, *, device: str | torch.device, dtype: torch
     )
     if model.kind == "diffusion":
         return encoder
-    return FusedEncoder(model.clip, encoder, model.how, layer=model.layer)
+    mixing = model.mixing_config(seed)
+    return FusedEncoder(model.clip, encoder, model.how, layer=model.layer, mixing=mixing)
 
 
 def _unfreeze(vlm: DiffusionVLM, config: TrainConfig) -> None:
@@ -147,6 +169,8 @@ def _unfreeze(vlm: DiffusionVLM, config: TrainConfig) -> None:
         clip.freeze(config.model.freeze_clip)  # also one that an earlier stage trained
         if not clip.frozen:
             clip.float()  # whole: what trains is in float32, and what runs behind it reads that
+        if vlm.encoder.mixer is not None:
+            vlm.encoder.mixer.requires_grad_(True)
     if config.model.captioner and diffusion.captioner is None:
         diffusion.add_captioner(config.model.captioner)
     if getattr(diffusion, "captioner", None) is not None:

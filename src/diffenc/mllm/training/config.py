@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
+from diffenc._typing import How
 from diffenc.checks.arguments import whole
 from diffenc.checks.fields import conform
 from diffenc.config import EncoderConfig, check_choice
 from diffenc.errors import ConfigError
 from diffenc.inputs.policies import parse_policy
+from diffenc.mixing.config import MIXED, MixingConfig
 from diffenc.models.sources import lasting_source
 from diffenc.storage.pretrained import absolute, lasting_name
 from diffenc.storage.reading import read_toml
@@ -45,7 +47,10 @@ class ModelConfig:
         clip: Of a fused encoder.
         freeze_clip: Of a fused encoder: whether its CLIP stays as it is; false trains it in this
             stage.
-        how: Of a fused encoder: "channel", "tokens" or "interleave".
+        how: Of a fused encoder: how the two are joined, see `FusedEncoder`. One with weights trains
+            them in both stages.
+        mixing: Attributes of `MixingConfig`, such as `asks` or `heads`, of a way with weights. Its
+            seed is the run's, where it says none.
         layer: Which hidden state of CLIP or of a baseline.
         language_model: Name of the causal language model.
         projector: Kind of the projector.
@@ -62,7 +67,8 @@ class ModelConfig:
     options: Mapping[str, Any] = field(default_factory=dict)
     clip: str = ""
     freeze_clip: bool = True
-    how: Literal["channel", "tokens", "interleave"] = "channel"
+    how: How = "channel"
+    mixing: Mapping[str, Any] = field(default_factory=dict)
     layer: int = -2
     language_model: str = "lmsys/vicuna-7b-v1.5"
     projector: str = "mlp2x_gelu"
@@ -76,7 +82,7 @@ class ModelConfig:
         if self.image_batch_size is not None:
             whole("model.image_batch_size", self.image_batch_size, least=1)
         check_choice("model.kind", self.kind, get_args(EncoderKind))
-        check_choice("model.how", self.how, ("channel", "tokens", "interleave"))
+        check_choice("model.how", self.how, get_args(How))
         if self.template is not None:
             check_choice("model.template", self.template, ("auto", "chat", "v1", "plain"))
         if self.kind == "fused" and not (self.clip or self.start):
@@ -85,12 +91,25 @@ class ModelConfig:
             raise ConfigError('model.kind = "vision" takes no options and no captioner')
         if self.kind != "fused" and not self.freeze_clip:
             raise ConfigError('model.freeze_clip = false is for model.kind = "fused"')
+        if self.kind != "fused" and (self.mixing or self.how in MIXED):
+            raise ConfigError(
+                f'model.how = "{self.how}" and model.mixing are for model.kind = "fused"'
+            )
+        self.mixing_config()
         if self.kind != "vision":
             self.encoder_config()
 
     def encoder_config(self) -> EncoderConfig:
         """The options, checked."""
         return EncoderConfig.from_dict({**EncoderConfig().to_dict(), **self.options})
+
+    def mixing_config(self, seed: int = 0) -> MixingConfig | None:
+        """What `mixing` says, checked; None where nothing is mixed."""
+        if self.how not in MIXED and not self.mixing:
+            return None
+        made: MixingConfig = make(MixingConfig, {"seed": seed, **self.mixing}, "model.mixing")
+        made.check_read(self.how)
+        return made
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

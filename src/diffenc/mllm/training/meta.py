@@ -12,6 +12,8 @@ from diffenc.clip.captioner import ImplicitCaptioner
 from diffenc.clip.tokens import ClipTokens
 from diffenc.denoiser.truncation import truncate
 from diffenc.errors import BackboneError
+from diffenc.mixing.choosing import make_mixer
+from diffenc.mixing.config import MIXED
 from diffenc.mllm.training.config import ModelConfig
 from diffenc.mllm.vision import grid_tokens
 from diffenc.models import describe
@@ -67,6 +69,7 @@ class MetaEncoder:
         hidden_size: Channels of a token.
         groups: Channels that a norm before the projector sees together.
         pixels: Of a picture as the first part sees it.
+        text_width: Channels of a text state.
     """
 
     parameters: dict[str, int] = field(default_factory=dict)
@@ -76,6 +79,7 @@ class MetaEncoder:
     hidden_size: int = 0
     groups: tuple[int, ...] = ()
     pixels: int = 0
+    text_width: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,14 +153,10 @@ def meta_encoder(model: ModelConfig, *, unet_rank: int = 0) -> MetaEncoder:
         found.tokens = own
         return found
     clip = _add_vision(found, model.clip, trained=None if model.freeze_clip else model.layer)
-    grid = model.encoder_config().grid
-    cells = clip if grid is None else _cells(grid)
-    if model.how == "channel":
-        found.tokens = cells
-    elif model.how == "interleave":
-        found.tokens = 2 * cells
+    if model.how in MIXED:
+        _add_mixer(found, model, clip, own)
     else:
-        found.tokens = cells + own
+        found.tokens = {"channel": clip, "interleave": 2 * clip}.get(model.how, clip + own)
     return found
 
 
@@ -203,7 +203,7 @@ def _add_diffusion(found: MetaEncoder, model: ModelConfig, unet_rank: int) -> in
     channels = tuple(tap.channels for tap in taps for _ in range(doubled))
     found.groups = (*found.groups, *channels)
     found.hidden_size += sum(channels)
-    found.pixels = height * width
+    found.pixels, found.text_width = height * width, states.shape[2]
     if unet_rank:
         reached = reached_projections(dict(unet.config), [tap.name for tap in taps])
         layers = [unet.get_submodule(path) for path in reached]
@@ -226,6 +226,22 @@ def _add_diffusion(found: MetaEncoder, model: ModelConfig, unet_rank: int) -> in
     if options.grid is not None:
         return _cells(options.grid)
     return grid_tokens(size, told.reduction, [tap.reduction for tap in taps])
+
+
+def _add_mixer(found: MetaEncoder, model: ModelConfig, clip: int, own: int) -> None:
+    """Add the weights that mix two streams, of so many tokens where each keeps its own grid."""
+    (first, *rest), how = found.groups, model.how
+    options: Any = {"config": model.mixing_config(), "text_width": found.text_width}
+    mixer = make_mixer(how, (first,), rest, device="meta", **options)  # type: ignore[arg-type]
+    tokens = own * len(model.encoder_config().timesteps) if how == "cross_attention" else clip
+    place: dict[str, Any] = {"device": "meta", "dtype": torch.float32}
+    streams = torch.empty(1, clip, first, **place), torch.empty(1, tokens, sum(rest), **place)
+    asked = torch.empty(1, found.text_width, **place) if mixer.text_width else None
+    found.flops["mixer"] = counted_flops(lambda: mixer(*streams, asked))
+    found.trained["mixer"] = count(mixer)
+    found.groups, found.hidden_size = mixer.channels, mixer.width
+    asks = mixer.config.asks if how == "cross_attention" else "clip"
+    found.tokens = clip if asks == "clip" else own
 
 
 def _no_pictures(*_: Any, **__: Any) -> Any:

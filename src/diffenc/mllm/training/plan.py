@@ -220,10 +220,10 @@ def _flops(
     found = {name: flops * pictures for name, flops in encoder.flops.items()}
     if uses_cache(config) and not encoder.trained:
         found = {name: flops / config.optimizing.epochs for name, flops in found.items()}
-    if encoder.trained.keys() - {"vision model"} and "unet" in found:
+    if encoder.trained.keys() - {"vision model", "mixer"} and "unet" in found:
         found["unet"] *= 1 + through
-    if "vision model" in encoder.trained:
-        found["vision model"] *= 3  # the gradients of what came in and of the weights
+    for part in encoder.trained.keys() & {"vision model", "mixer"}:
+        found[part] *= 3  # the gradients of what came in and of the weights
     forward = 2.0 * language.computing * tokens
     attention = 4.0 * language.layers * language.width * tokens**2
     full = config.adapting.language_model == "full"

@@ -270,7 +270,8 @@ def make_cache(config: TrainConfig, vlm: DiffusionVLM) -> TokenCache | None:
         if config.data.cache == "on":
             raise ConfigError(
                 'data.cache = "on" keeps the tokens of a frozen encoder, and this one trains '
-                '(captioner, freeze_clip = false or adapt.unet_rank); use "auto" or "off"'
+                "(captioner, freeze_clip = false, a way of fusing with weights, or "
+                'adapt.unet_rank); use "auto" or "off"'
             )
         return None
     folder = config.data.cache_dir or str(Path(config.output) / "cache")

@@ -1,0 +1,51 @@
+"""One state per prompt, for what reads a question outside of the U-Net."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diffenc._typing import LongPrompts
+from diffenc.inputs.tokenizing import fit_rows, limit_of, prompt_ids
+from diffenc.models.base import Backbone
+from diffenc.passes.inputs import prompts_of
+
+
+def mean_states(
+    backbone: Backbone,
+    texts: Sequence[str],
+    *,
+    size: tuple[int, int],
+    long_prompts: LongPrompts = "truncate",
+    use_cache: bool = True,
+) -> Float[Tensor, "b d"]:
+    """Mean state of each text's own tokens, start and end with them, as the U-Net reads them.
+
+    Args:
+        backbone: Whose text encoders are called.
+        texts: Prompts; "" has its start and its end alone.
+        size: (height, width) of the pictures, in pixels.
+        long_prompts: See `Backbone.embed`.
+        use_cache: Look up and keep.
+    """
+    found = []
+    for text in texts:  # each by itself: in windows their numbers of states differ
+        embeds = prompts_of(
+            backbone, [text], size=size, uncond=None, long_prompts=long_prompts, use_cache=use_cache
+        )
+        states = embeds.prompt_embeds[0]
+        own = _own(backbone, text, len(states), long_prompts).to(states.device)
+        found.append(states[own].mean(dim=0))
+    return torch.stack(found)
+
+
+def _own(backbone: Backbone, text: str, states: int, long_prompts: LongPrompts) -> Tensor:
+    """Which states are of a text's own tokens, and which of padding."""
+    tokenizer = backbone.tokenizers[0]  # all tokenizers have the same words
+    if long_prompts == "truncate":
+        return fit_rows(tokenizer, prompt_ids(tokenizer, [text]))[1][0].bool()
+    # Windows are full but for the last one, which is padded as a short prompt is.
+    windows = states // limit_of(tokenizer)
+    count = len(prompt_ids(tokenizer, [text], special_tokens=False)[0]) + 2 * windows
+    return torch.arange(states, dtype=torch.long, device="cpu") < count
