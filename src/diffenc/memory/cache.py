@@ -3,7 +3,7 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ _Key = TypeVar("_Key", bound=Hashable, contravariant=True)
 _Value = TypeVar("_Value")
 
 
+@runtime_checkable
 class Store(Protocol[_Key, _Value]):
     """What `recall` looks into: a `TensorCache`, or a folder of files."""
 
