@@ -15,6 +15,7 @@ from diffenc.cli.files import check_output
 from diffenc.cli.options import quiet_libraries, to_device, to_dtype
 from diffenc.cli.progress import progress_bar
 from diffenc.errors import ConfigError, OutputError, PromptError
+from diffenc.storage.names import exists
 from diffenc.storage.writing import locked, reporting
 
 if TYPE_CHECKING:
@@ -136,10 +137,10 @@ class Asked:
         """
         file, old = self.file, self.file.with_name(f".{self.file.name}.old")
         alone = partial(locked, file.parent, name=file.name, purpose="writing answers to it")
-        if self.force and file.exists():
+        if self.force and exists(file):
             with alone(), reporting(file):
                 file.replace(old)
-        new = not file.exists()
+        new = not exists(file)
         try:
             with progress_bar(*parts, unit="answers") as progress:
                 yield file, progress
@@ -154,7 +155,7 @@ class Asked:
             with suppress(OutputError), alone(), reporting(file):  # else it is another program's
                 if new and not _has_answers(file):
                     file.unlink(missing_ok=True)
-                    if self.force and old.exists():
+                    if self.force and exists(old):
                         old.replace(file)
                 elif self.force:
                     old.unlink(missing_ok=True)
@@ -196,7 +197,7 @@ def refuse(owner: str, **given: object) -> None:
 
 
 def _has_answers(file: Path) -> bool:
-    if not file.exists():
+    if not exists(file):
         return False
     with file.open("rb") as lines:
         return any(line.startswith(_ANSWER) for line in lines)

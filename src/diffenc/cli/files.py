@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from diffenc.errors import OutputError
+from diffenc.storage.names import exists, is_file, is_folder
 from diffenc.storage.writing import reporting, require_writable, writing
 
 
@@ -22,11 +23,11 @@ def check_output(path: Path, *, suffixes: Sequence[str], force: bool) -> None:
     if path.suffix.lower() not in suffixes:
         raise OutputError(f"the name of the output must end in {' or '.join(suffixes)}: {path}")
     with reporting(path):
-        if path.exists() and not path.is_file():
+        if exists(path) and not is_file(path):
             raise OutputError(f"the output is no regular file: {path}")
-        if path.exists() and not force:
+        if exists(path) and not force:
             raise OutputError(f"the output exists already: {path} (--force replaces it)")
-        if not path.parent.is_dir():
+        if not is_folder(path.parent):
             raise OutputError(f"the folder of the output does not exist: {path.parent}")
     require_writable(path)
 

@@ -11,6 +11,7 @@ import typer
 from diffenc.cli.options import Debug, quiet_libraries
 from diffenc.cli.tables import print_table, readable_bytes
 from diffenc.errors import BackboneError
+from diffenc.storage.names import is_folder
 
 if TYPE_CHECKING:
     from diffenc.models import BackboneSource, TapInfo
@@ -97,7 +98,7 @@ def _here(source: "BackboneSource") -> Path | None:
     from diffenc.storage.weights import DIFFUSERS, weight_bytes
 
     if not source.hub_ids:
-        return shapes_folder() if shapes_folder().is_dir() else None
+        return shapes_folder() if is_folder(shapes_folder()) else None
     for hub_id in source.hub_ids:
         index = try_to_load_from_cache(hub_id, "model_index.json")
         folder = Path(index).parent if isinstance(index, str) else None

@@ -19,7 +19,7 @@ from diffenc.errors import BackboneError, ConfigError
 from diffenc.memory.digests import is_alike
 from diffenc.models.base import Backbone
 from diffenc.models.sources import SOURCES
-from diffenc.storage.names import inside, is_file, is_folder
+from diffenc.storage.names import exists, expanded, inside, is_file, is_folder
 from diffenc.storage.pretrained import read_name, stored_name
 from diffenc.storage.reading import read_json
 from diffenc.storage.schema import make
@@ -66,12 +66,12 @@ def is_saved(name: "str | os.PathLike[str]") -> bool:
     """
     if isinstance(name, str) and name in SOURCES:  # no folder, whatever lies beside
         return False
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if is_file(folder / CONFIG_FILE):
         return True
-    if is_folder(folder) and not (folder / "model_index.json").exists():
+    if is_folder(folder) and not exists(folder / "model_index.json"):
         own = (BACKBONE_FOLDER, LORA_FOLDER, CAPTIONER_FOLDER, f"{BACKBONE_FOLDER}.partial")
-        if left := [part for part in own if (folder / part).is_dir()]:
+        if left := [part for part in own if is_folder(folder / part)]:
             raise BackboneError(
                 f"{folder} holds {', '.join(left)} and no {CONFIG_FILE}: saving an encoder was "
                 "interrupted. Save it again."

@@ -17,7 +17,7 @@ from diffenc.models.folder import part_variants, read_config, weighty_parts
 from diffenc.models.shapes import shapes_folder
 from diffenc.models.stored import part_dtype, stem_of
 from diffenc.storage.hub import hub_folder
-from diffenc.storage.names import is_file, is_folder
+from diffenc.storage.names import expanded, is_file, is_folder
 from diffenc.storage.pretrained import lasting_name
 from diffenc.storage.weights import choose_weights, shard_names
 
@@ -84,7 +84,7 @@ def single_file(name: "str | os.PathLike[str]") -> Path | None:
     Raises:
         BackboneError: The file is missing, or of a format that can run code.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.suffix not in _SINGLE_FILES or is_folder(path):
         return None
     if not is_file(path):
@@ -124,7 +124,7 @@ def resolve_folder(
     if label in SOURCES:
         hub_ids = SOURCES[label].hub_ids
         return _fetch(label, hub_ids, weights, dtype, variant, without)
-    folder = Path(label).expanduser()
+    folder = expanded(label)
     if is_folder(folder):
         return folder
     looks_like_path = isinstance(name, os.PathLike) or label.startswith((".", "/", "~", "\\"))

@@ -11,7 +11,7 @@ from diffenc.errors import ConfigError, ImageError, OutputError, ShapeError
 from diffenc.inputs.images import ImageSource
 from diffenc.memory.cache import content_key
 from diffenc.scoring.bank_files import BANK_FILE, PLAN_FILE, shard_files, shard_name
-from diffenc.storage.names import SURROGATE, is_file, printable, reason
+from diffenc.storage.names import SURROGATE, exists, is_file, is_folder, printable, reason
 from diffenc.storage.reading import read_json
 from diffenc.storage.writing import write_json
 
@@ -109,9 +109,9 @@ def check_folder(folder: Path, *, overwrite: bool) -> None:
         OutputError: It holds a complete bank that is not to be overwritten, or something else.
     """
     try:
-        if not folder.exists():
+        if not exists(folder):
             return
-        entries = None if not folder.is_dir() else [path.name for path in folder.iterdir()]
+        entries = None if not is_folder(folder) else [path.name for path in folder.iterdir()]
     except (OSError, ValueError) as error:
         raise OutputError(f"cannot write {printable(folder)}: {reason(error)}") from error
     if entries is None:

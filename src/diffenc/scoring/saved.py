@@ -11,7 +11,7 @@ from diffenc.models.encoder_folder import merge_parts, read_parts, read_source, 
 from diffenc.models.sources import SOURCES
 from diffenc.scoring.calibration import References
 from diffenc.scoring.config import ScorerConfig
-from diffenc.storage.names import is_file, printable
+from diffenc.storage.names import expanded, is_file, printable
 from diffenc.storage.pretrained import stored_name
 from diffenc.storage.reading import read_json
 from diffenc.storage.schema import checked
@@ -26,7 +26,7 @@ def is_saved_scorer(name: "str | os.PathLike[str]") -> bool:
     """Whether a folder of that name holds a scorer."""
     if isinstance(name, str) and name in SOURCES:  # no folder, whatever lies beside
         return False
-    return is_file(Path(name).expanduser() / CONFIG_FILE)
+    return is_file(expanded(name) / CONFIG_FILE)
 
 
 def write_scorer(

@@ -30,6 +30,14 @@ def is_folder(path: StrPath) -> bool:
         return False
 
 
+def exists(path: StrPath) -> bool:
+    """Whether something of that name can be seen; False for names that nothing can have."""
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):
+        return False
+
+
 def expanded(path: StrPath) -> Path:
     """A path with "~" as the home folder; as it is where there is no such user."""
     try:

@@ -19,7 +19,7 @@ import torch
 from diffenc.errors import BackboneError, DiffencError
 from diffenc.runtime.defaults import torch_defaults
 from diffenc.storage.hub import cached_conversion, converted_revision, hub_folder
-from diffenc.storage.names import is_file, is_folder
+from diffenc.storage.names import exists, expanded, is_file, is_folder
 from diffenc.storage.reading import read_json
 from diffenc.storage.remote_code import refuse_remote_code
 from diffenc.storage.weights import TRANSFORMERS, choose_weights, list_folder, shard_names
@@ -42,7 +42,7 @@ def pretrained_source(name: "str | os.PathLike[str]") -> str:
     if label not in BUNDLED:
         return label
     folder = Path(str(files("diffenc") / "models" / "assets" / label))
-    if not (folder / "config.json").is_file():
+    if not is_file(folder / "config.json"):
         raise BackboneError(f"this version of diffenc does not bundle {label!r}")
     return str(folder)
 
@@ -57,14 +57,14 @@ def lasting_name(name: "str | os.PathLike[str]", *, aliases: Collection[str] = B
     label = os.fspath(name)
     if isinstance(name, str) and name in aliases:
         return label
-    path = Path(label).expanduser()
+    path = expanded(label)
     meant = not isinstance(name, str) or label.startswith((".", "/", "~", "\\"))
     return absolute(path) if meant or is_folder(path) or is_file(path) else label
 
 
 def absolute(path: "str | os.PathLike[str]") -> str:
     """A path from the root on, without `~` and `..`; links stay: targets have other names."""
-    return os.path.normpath(Path(path).expanduser().absolute())
+    return os.path.normpath(expanded(path).absolute())
 
 
 def stored_name(name: str, folder: "str | os.PathLike[str]") -> str:
@@ -93,9 +93,9 @@ def read_name(
         return name
     if name.startswith("./"):
         path = absolute(Path(folder) / name)
-        if Path(path).exists() or not Path(name).exists():
+        if exists(path) or not exists(name):
             return path
-    if Path(name).expanduser().exists():
+    if exists(expanded(name)):
         raise BackboneError(
             f"{os.fspath(folder)} was saved with the model {name!r}: a Hub id, or a path of the "
             f"directory in which it was saved. {absolute(name)} may be another model. If it "

@@ -11,6 +11,7 @@ from diffenc._optional import require
 from diffenc.config import check_choice
 from diffenc.errors import ConfigError, NonFiniteError
 from diffenc.evals.captioning.tokens import Tokenizer, require_java, require_tokenizer, tokenize
+from diffenc.storage.names import is_file
 
 Metric = Literal["rouge-l", "cider", "bleu-4", "spice"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
@@ -70,7 +71,7 @@ def require_metrics(metrics: Sequence[Metric], tokenizer: Tokenizer) -> None:
     if "spice" in metrics:
         require_java("SPICE", "or leave it out of metrics")
         folder = Path(str(require(_MODULES["spice"][0], extra="caption").__file__)).parent
-        if not (folder / "lib" / _SPICE_PARSER).is_file():
+        if not is_file(folder / "lib" / _SPICE_PARSER):
             raise ConfigError(
                 f"SPICE needs {_SPICE_PARSER} in {folder / 'lib'}, and nothing is downloaded "
                 "unasked: run 'python -m pycocoevalcap.spice.get_stanford_models', or leave SPICE "

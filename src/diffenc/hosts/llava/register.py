@@ -3,7 +3,6 @@
 import functools
 import importlib
 import warnings
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +13,7 @@ from diffenc.hosts.installed_towers import spec_of, towers_of
 from diffenc.hosts.llava.patches import Patches
 from diffenc.hosts.spec import TowerSpec
 from diffenc.hosts.tower import DiffusionVisionTower
+from diffenc.storage.names import exists
 
 
 class Registration:
@@ -135,7 +135,7 @@ def restore_adapters(model: nn.Module, sources: "list[str | None]") -> None:
     Raises:
         ConfigError: The adapter belongs to another spec.
     """
-    folders = [source for source in sources if source is not None and Path(source).exists()]
+    folders = [source for source in sources if source is not None and exists(source)]
     for tower in towers_of(model):
         if tower.adapter is None or any(tower.load_adapter(folder) for folder in folders):
             continue

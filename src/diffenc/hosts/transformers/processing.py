@@ -11,6 +11,7 @@ from diffenc.errors import PromptError
 from diffenc.hosts.prompts import PromptTokenizer, tokenize_prompts
 from diffenc.hosts.transformers.prompted import PROMPT_ARGUMENTS
 from diffenc.models.parts import load_tokenizer
+from diffenc.storage.names import is_folder
 
 FOLDER = "prompt_tokenizer"
 """Of the tower's tokenizer, in the folder of a saved processor."""
@@ -121,7 +122,7 @@ class _MakesPrompts:
             kwargs["trust_remote_code"] = False
         made = parent.from_pretrained(name, **kwargs)
         folder = Path(name) / FOLDER
-        if folder.is_dir():
+        if is_folder(folder):
             made._own = load_tokenizer(folder)
         return made
 

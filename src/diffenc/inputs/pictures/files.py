@@ -12,7 +12,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from diffenc.errors import ImageError
-from diffenc.storage.names import is_file, is_folder, printable, reason
+from diffenc.storage.names import exists, expanded, is_file, is_folder, printable, reason
 
 PICTURE_BYTES = 2**31
 """Largest file that is read as a picture, in bytes, where it has to be read as a whole."""
@@ -110,8 +110,7 @@ def find_file(source: "str | os.PathLike[str]") -> Path:
     if is_file(path):
         return path
     if text.startswith("~"):
-        with suppress(RuntimeError):  # there is no home
-            path = path.expanduser()
+        path = expanded(path)
         if is_file(path):
             return path
     shown = printable(path)
@@ -122,9 +121,8 @@ def find_file(source: "str | os.PathLike[str]") -> Path:
         )
     if is_folder(path):
         raise _NameError(f"no such image file: {shown} is a folder")
-    with suppress(OSError, ValueError):
-        if path.exists():
-            raise _NameError(f"no such image file: {shown} is no regular file")
+    if exists(path):
+        raise _NameError(f"no such image file: {shown} is no regular file")
     raise _NameError(f"no such image file: {shown}")
 
 

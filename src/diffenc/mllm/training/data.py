@@ -23,7 +23,7 @@ from diffenc.inputs.policies import PromptPolicy, PromptSample
 from diffenc.mllm.chat import IGNORE_ID, IMAGE_MARK, Chat, ChatTokens, as_messages
 from diffenc.mllm.samples import pad
 from diffenc.storage.lines import parse_json_lines
-from diffenc.storage.names import is_file
+from diffenc.storage.names import expanded, is_file
 from diffenc.storage.reading import DATA_BYTES, parse_json, read_text
 
 BROKEN = "broken"
@@ -115,7 +115,7 @@ def read_samples(
     Raises:
         ConfigError: The file cannot be read or is of another form.
     """
-    folder = Path(images).expanduser()
+    folder = expanded(images)
     report = DataReport()
     samples: list[TrainSample] = []
     keys: Counter[str] = Counter()

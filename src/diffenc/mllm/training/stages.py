@@ -33,7 +33,7 @@ from diffenc.mllm.training.data import (
 )
 from diffenc.mllm.training.log import LOG_FILE
 from diffenc.mllm.training.token_cache import TokenCache, is_frozen
-from diffenc.storage.names import is_file, is_folder
+from diffenc.storage.names import expanded, is_file, is_folder
 from diffenc.storage.reading import read_json
 from diffenc.storage.writing import locked, make_folder, write_json
 
@@ -289,7 +289,7 @@ def run_identity(config: TrainConfig, samples: Sequence[TrainSample]) -> dict[st
             flat.update({f"{key}.{inner}": each for inner, each in value.items()})
         else:
             flat[key] = value
-    content = samples_digest(samples, Path(config.data.images).expanduser())
+    content = samples_digest(samples, expanded(config.data.images))
     identity = {**flat, "samples": len(samples), "content of the samples": content}
     if not config.data.skip_broken:  # a picture that is gone since then is left out
         identity["sizes of the pictures"] = sizes_digest(samples)

@@ -23,6 +23,7 @@ from diffenc.mllm.training.config import TrainConfig
 from diffenc.mllm.training.miniature import write_miniature
 from diffenc.mllm.training.stages import MODEL_FOLDER, train
 from diffenc.mllm.vision import VisionTokens
+from diffenc.storage.names import is_folder
 from diffenc.storage.pretrained import model_config
 from diffenc.storage.reading import DATA_BYTES, read_bytes
 from diffenc.storage.writing import locked, make_folder, remove_folder, reporting, write_json
@@ -75,7 +76,7 @@ class Workshop:
         told = self.plan.data
         target = self.folder / f"shapes-{told.scenes}-{told.seed}-{told.turns}"
         with locked(self.folder, purpose="writing the data", wait=True, name=target.name):
-            if not target.is_dir():
+            if not is_folder(target):
                 partial = self.folder / f".{target.name}.partial"  # of one that was killed
                 remove_folder(partial)
                 write_miniature(partial, scenes=told.scenes, seed=told.seed, turns=told.turns)
@@ -239,7 +240,7 @@ class Workshop:
 def fingerprint(name: str) -> str:
     """Of a model: digest of its files where it is a folder or bundled, and else its name."""
     bundled = Path(str(files("diffenc.models") / "assets" / name))
-    folder = next((path for path in (Path(name), bundled) if path.is_dir()), None)
+    folder = next((path for path in (Path(name), bundled) if is_folder(path)), None)
     if folder is None:
         return name
     digest = hashlib.blake2b(digest_size=12)
