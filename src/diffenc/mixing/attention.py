@@ -69,7 +69,7 @@ class _Block(nn.Module):
         super().__init__()
         width = sum(groups)
         self.heads, self.residual = heads, residual
-        place: dict[str, Any] = {"dtype": torch.float32}
+        place: dict[str, Any] = {"dtype": torch.float32, "device": "meta"}
         self.norm, self.mlp_norm = GroupNorms(groups), GroupNorms(groups)
         self.query = nn.Linear(width, width, **place)
         self.key, self.value = (nn.Linear(others, width, **place) for _ in range(2))

@@ -31,7 +31,9 @@ class GroupNorms(nn.Module):
     def __init__(self, groups: Sequence[int]) -> None:
         super().__init__()
         self.groups = tuple(groups)
-        self.norms = nn.ModuleList(nn.LayerNorm(width, dtype=torch.float32) for width in groups)
+        self.norms = nn.ModuleList(
+            nn.LayerNorm(width, dtype=torch.float32, device="meta") for width in groups
+        )
 
     def forward(self, tokens: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
         """Each group normed by itself."""
@@ -42,6 +44,7 @@ class GroupNorms(nn.Module):
 class Mixer(nn.Module):
     """Base of what makes one stream of tokens of two.
 
+    It is built on the meta device, without memory; `make_mixer` and `load_mixer` give it weights.
     Weights are float32 when they are made, and stay so when the encoder is cast to float16. Tokens
     of another dtype are mixed in that of the weights, and given back in their own.
 

@@ -69,8 +69,7 @@ def make_mixer(
     config = config or MixingConfig()
     config.check_read(how)
     width = text_width if how == "question_gated" else None
-    with torch.device("meta"):
-        mixer = _KINDS[how](clip_channels, diffusion_channels, text_width=width, config=config)
+    mixer = _KINDS[how](clip_channels, diffusion_channels, text_width=width, config=config)
     if torch.device(device).type == "meta":
         return mixer
     mixer.to_empty(device="cpu")

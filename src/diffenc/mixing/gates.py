@@ -60,7 +60,7 @@ class Weighted(_BothAligned):
 
     def __init__(self, *streams: Any, **options: Any) -> None:
         super().__init__(*streams, **options)
-        self.weight = nn.Parameter(torch.zeros((), dtype=torch.float32))
+        self.weight = nn.Parameter(torch.zeros((), dtype=torch.float32, device="meta"))
 
     def _begin(self) -> None:
         self.weight.zero_()
@@ -81,7 +81,8 @@ class Gated(_Sum):
 
     def __init__(self, *streams: Any, **options: Any) -> None:
         super().__init__(*streams, **options)
-        self.gate = nn.Parameter(torch.zeros(self.channels[0], dtype=torch.float32))
+        zeros = torch.zeros(self.channels[0], dtype=torch.float32, device="meta")
+        self.gate = nn.Parameter(zeros)
 
     def _begin(self) -> None:
         self.gate.zero_()
@@ -142,4 +143,4 @@ class QuestionGated(_GateOfBoth):
 
 
 def _linear(in_features: int, out_features: int) -> nn.Linear:
-    return nn.Linear(in_features, out_features, dtype=torch.float32)
+    return nn.Linear(in_features, out_features, dtype=torch.float32, device="meta")
