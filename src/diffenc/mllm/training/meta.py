@@ -234,7 +234,7 @@ def _add_mixer(found: MetaEncoder, model: ModelConfig, clip: int, own: int) -> N
     options: Any = {"config": model.mixing_config(), "text_width": found.text_width}
     mixer = make_mixer(how, (first,), rest, device="meta", **options)  # type: ignore[arg-type]
     tokens = own * len(model.encoder_config().timesteps) if how == "cross_attention" else clip
-    place: dict[str, Any] = {"device": "meta", "dtype": torch.float32}
+    place: dict[str, Any] = {"dtype": torch.float32, "device": "meta"}
     streams = torch.empty(1, clip, first, **place), torch.empty(1, tokens, sum(rest), **place)
     asked = torch.empty(1, found.text_width, **place) if mixer.text_width else None
     found.flops["mixer"] = counted_flops(lambda: mixer(*streams, asked))
