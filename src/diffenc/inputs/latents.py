@@ -21,9 +21,9 @@ def encode_posterior(
     to float32 first, once and for good.
 
     Args:
-        vae: An `AutoencoderKL`, or another autoencoder with the same `encode` and `config`; the
-            deviation of a deterministic one (TAESD) is 0.
-        pixel_values: RGB in [-1, 1].
+        vae: An `AutoencoderKL`, or another autoencoder with the same `encode` and `config`; a
+            deterministic one (TAESD) gives a standard deviation of 0.
+        pixel_values: Pictures in RGB, with values in [-1, 1].
 
     Returns:
         Both in float32, on the VAE's device.

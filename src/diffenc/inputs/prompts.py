@@ -1,4 +1,4 @@
-"""Texts to what the U-Net reads: states per token, and for SDXL a pooled state and sizes."""
+"""Convert texts to inputs of the U-Net: token states, and for SDXL a pooled state and sizes."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence, Set
@@ -48,8 +48,8 @@ class PromptEmbeds:
         pooled_prompt_embeds: Pooled text (b p); SDXL only.
         time_ids: Original size, crop corner and target size (b 6); SDXL only.
         truncated: Number of tokens that did not fit, per row.
-        lengths: How many of the states are a row's own, where rows differ in that; the rest is
-            padding that the U-Net is told to ignore. None: all.
+        lengths: Number of states that belong to each row's own text, if rows differ in that; the
+            rest is padding that the U-Net is told to ignore. None means that all states count.
     """
 
     prompt_embeds: Float[Tensor, "b l d"]
@@ -259,9 +259,9 @@ def tokenize_windows(
     text encoder sees each window by itself.
 
     Args:
-        tokenizer: Its special tokens and limit count.
-        texts: Prompts.
-        counts: Windows of each text, `count_windows` or more; what is left over stays empty.
+        tokenizer: Tokenizer that gives the ids, the special tokens and the limit.
+        texts: Prompts of any length.
+        counts: Number of windows of each text, `count_windows` or more; surplus windows stay empty.
     """
     room = limit_of(tokenizer) - 2
     first, last = tokenizer.bos_token_id, tokenizer.eos_token_id

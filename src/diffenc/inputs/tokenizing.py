@@ -26,9 +26,10 @@ class _Copy:
     """A tokenizer's private copy.
 
     Attributes:
-        source: The tokenizer's own backend.
-        mark: What the copy depends on.
-        backend: The copy.
+        source: The tokenizer's own backend, of which the copy was made.
+        mark: Settings of the tokenizer when the copy was made; the copy is made anew if they
+            change.
+        backend: The copied backend, without padding and truncation.
     """
 
     source: Any
@@ -43,12 +44,13 @@ _GUARD = threading.Lock()
 def token_ids(
     tokenizer: Any, texts: Sequence[str], *, special_tokens: bool = True
 ) -> list[list[int]]:
-    """Ids of texts: all of them, whatever their number, and no padding.
+    """Ids of texts, neither cut nor padded.
 
     Args:
-        tokenizer: Of transformers, a fast or a slow one. Its settings neither count nor change.
-        texts: Any number.
-        special_tokens: Whether start and end tokens stand around them.
+        tokenizer: Tokenizer of transformers, fast or slow. Its padding and truncation settings are
+            neither used nor changed.
+        texts: Texts, any number of them.
+        special_tokens: Whether start and end tokens are added around each text.
     """
     if not texts:
         return []
@@ -66,8 +68,8 @@ def ids_with_places(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[in
     """Ids of a text without start and end tokens, and where in it each stands.
 
     Args:
-        tokenizer: A fast one of transformers.
-        text: The text.
+        tokenizer: Fast tokenizer of transformers.
+        text: The text to tokenize.
     """
     (encoding,) = _backend(tokenizer).encode_batch([text], add_special_tokens=False)
     return encoding.ids, encoding.offsets
@@ -108,9 +110,10 @@ def fit_rows(
     """Whole rows of ids, cut and padded as the tokenizer itself would do.
 
     Args:
-        tokenizer: Its limit, padding token and sides count.
-        rows: Of `token_ids`, with start and end tokens.
-        to_longest: Pad to the longest row and not to the tokenizer's limit.
+        tokenizer: Tokenizer that gives the limit, the padding token, and the sides that are cut and
+            padded.
+        rows: Token ids of each text from `token_ids`, with start and end tokens.
+        to_longest: Whether rows are padded to the longest row instead of the tokenizer's limit.
 
     Returns:
         The ids, and 1 where they are a text's own, 0 where they are padding.

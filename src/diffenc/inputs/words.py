@@ -19,8 +19,9 @@ def words_of(text: str, tokenizer: Any = None) -> list[str]:
     """Distinct words of a text, in order, without punctuation.
 
     Args:
-        text: The text.
-        tokenizer: A tokenizer whose added tokens ("<cat-toy>") are words too; None is none.
+        text: The text to split into words.
+        tokenizer: Tokenizer whose added tokens ("<cat-toy>") count as words too; None knows no
+            added tokens.
 
     Raises:
         PromptError: There is none.
@@ -48,10 +49,11 @@ def word_token_positions(
     word of "12". A text of CLIP's without spaces, as in Chinese, is one word.
 
     Args:
-        tokenizer: CLIP's, or one like it, with textual inversions or without.
-        text: The prompt.
-        word: A word of it, or several in a row; upper and lower case are one.
-        occurrence: Which one counts if it stands there several times, from 0; None takes all.
+        tokenizer: Tokenizer of CLIP, or one like it, with or without textual inversions.
+        text: The prompt that holds the word.
+        word: A word of the prompt, or several in a row; upper and lower case are equal.
+        occurrence: Index of the occurrence to take if the word occurs several times, from 0; None
+            takes all occurrences.
 
     Raises:
         PromptError: The text has no such word, or not so many times, or it was cut off.

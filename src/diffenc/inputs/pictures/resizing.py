@@ -23,9 +23,9 @@ def scaled_size(picture: tuple[int, int], size: tuple[int, int], *, cover: bool)
     `CLIPImageProcessor` do: 480 x 640 at 512 is 512 x 682. No side falls below 1.
 
     Args:
-        picture: (height, width) before.
-        size: (height, width) to cover or to stay within.
-        cover: Cover `size`; otherwise stay within.
+        picture: Size of the picture before scaling, as (height, width) in pixels.
+        size: Size to cover or to stay within, as (height, width) in pixels.
+        cover: Whether the scaled picture covers `size`; otherwise it stays within it.
     """
     (rows, columns), (height, width) = picture, size
     if (height * columns >= width * rows) == cover:
@@ -53,11 +53,12 @@ def fit(
     """Bring a picture to a size.
 
     Args:
-        image: Values in [-1, 1].
-        size: (height, width).
-        resize: "squash" ignores the aspect ratio; "crop" covers the size and keeps the middle;
-            "pad" stays within and adds grey, half of it, cut off to whole pixels, above and left.
-        center: See `crop_offset`, for "crop".
+        image: Picture with values in [-1, 1].
+        size: Size of the result, as (height, width) in pixels.
+        resize: How the picture is brought to the size: "squash" ignores the aspect ratio; "crop"
+            covers the size and keeps the middle; "pad" stays within and adds grey, half of it,
+            rounded down to whole pixels, above and left.
+        center: Rounding of odd margins for "crop", see `crop_offset`.
     """
     check_choice("center", center, get_args(Center))
     if resize == "squash":
