@@ -103,7 +103,8 @@ class _Node:
     """One object: its class, plain settings, and the identities of what else it refers to.
 
     Attributes:
-        reference: The object.
+        reference: Function, such as a weak reference, that returns the object, or None once it is
+            gone.
         is_restless: Whether it is a module that may give other results each time while it trains.
     """
 
@@ -195,7 +196,7 @@ class Watch:
     """What lies below a root, as it was at the last look.
 
     Args:
-        root: A module, or another object.
+        root: Module, or another object, that is watched together with everything it refers to.
     """
 
     def __init__(self, root: object) -> None:
