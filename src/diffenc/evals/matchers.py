@@ -75,10 +75,11 @@ def scorer_matchers(
     """One matcher per name of a preset, over one backbone.
 
     Args:
-        scorer: Whose backbone and reference images are shared.
-        specs: "paper", "calibrated", ... or, for one pass per image, "calibrated+shared-query".
-        options: Of `ScorerConfig`, over every preset.
-        by_timestep: See `ScorerMatcher`.
+        scorer: Scorer whose backbone and reference images are shared.
+        specs: Names of presets, "paper", "calibrated", ... or, for one pass per image,
+            "calibrated+shared-query".
+        options: Fields of `ScorerConfig` that replace those of every preset.
+        by_timestep: Whether scores are given for each timestep, see `ScorerMatcher`.
 
     Raises:
         ConfigError: An unknown preset, or one that does not go with the options.

@@ -23,7 +23,7 @@ def correct(scores: Float[Tensor, "..."]) -> dict[Metric, Bool[Tensor, "*trials 
     """Which items are right; a tie is wrong.
 
     Args:
-        scores: (..., items, 2 pictures, 2 captions), higher is better; caption k belongs to
+        scores: Scores (..., items, 2 pictures, 2 captions), higher is better; caption k belongs to
             picture k.
 
     Returns:
@@ -61,8 +61,8 @@ class Result:
     """A percentage over several trials.
 
     Attributes:
-        trials: One number each, 0 to 100.
-        items: How many items are behind each.
+        trials: Percentage of each trial, 0 to 100.
+        items: Number of items that each percentage is made from.
     """
 
     trials: tuple[float, ...]
@@ -70,7 +70,7 @@ class Result:
 
     @property
     def mean(self) -> float:
-        """Over trials."""
+        """Mean over trials."""
         return sum(self.trials) / len(self.trials)
 
     @property

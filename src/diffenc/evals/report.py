@@ -20,12 +20,12 @@ _OFFICIAL: Mapping[str, Metric | None] = {"mmvp-vlm": "image", "winoground": Non
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Cells as text.
+    """Table whose cells are text.
 
     Attributes:
-        title: What it holds.
-        columns: Heads; the first is that of the models.
-        rows: One entry per column.
+        title: Description of the content.
+        columns: Headings of the columns; the first is that of the models.
+        rows: Rows of the table, each with one text per column.
     """
 
     title: str
@@ -54,8 +54,8 @@ def tables(evaluation: Evaluation, *, paper: bool | None = None) -> list[Table]:
     """All tables of an evaluation: overall, then split by labels, one per score.
 
     Args:
-        evaluation: What was scored.
-        paper: Put the paper's rows beside it; None does so unless the items are miniatures.
+        evaluation: Evaluation to report.
+        paper: Whether the paper's rows are added; None adds them unless the items are miniatures.
     """
     real = evaluation.benchmark.expected is not None
     with_paper = real if paper is None else paper

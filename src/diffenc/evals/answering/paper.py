@@ -13,8 +13,8 @@ class PublishedRow:
     """A row as published.
 
     Attributes:
-        labels: Model and settings, one per label of the table; "" where the paper has none.
-        values: In the order of the columns; None where the paper has none.
+        labels: Model and settings of the row, one per label of the table; "" if the paper has none.
+        values: Numbers of the row in the order of the columns; None if the paper has none.
         doubtful: Columns whose value cannot be right, see the table's notes.
     """
 
@@ -28,11 +28,11 @@ class PublishedTable:
     """A table as published.
 
     Attributes:
-        title: Number and subject.
-        labels: Heads of the labels.
-        columns: Heads of the values.
-        rows: In the paper's order.
-        notes: Errata, and what is not stated.
+        title: Number and subject of the table.
+        labels: Headings of the columns that hold labels.
+        columns: Headings of the columns that hold values.
+        rows: Rows in the paper's order.
+        notes: Errata, and facts that the paper does not state.
     """
 
     title: str

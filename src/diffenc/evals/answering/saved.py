@@ -1,4 +1,4 @@
-"""A saved `DiffusionVLM` as a model that answers: told from its folder, loaded when it is asked."""
+"""A saved `DiffusionVLM` as a model that answers questions; it is loaded at the first question."""
 
 import copy
 import hashlib
@@ -33,15 +33,16 @@ class SavedVLM:
     it is never loaded.
 
     Args:
-        folder: The model's own, or that of the run which holds it as `model`.
-        name: In tables and files; None takes the folder's.
-        max_new_tokens: Of an answer.
-        device: Where it runs.
-        dtype: Of what is frozen.
-        description: What answers depend on besides, such as the policy of prompts.
+        folder: Folder of the model, or the folder of the training run that holds it as `model`.
+        name: Name of the model in tables and files; None takes the name of the folder.
+        max_new_tokens: Largest number of tokens in an answer, 1 or more.
+        device: Device that the model runs on.
+        dtype: Floating point type of the frozen parts of the model.
+        description: Further facts that the answers depend on, such as the policy of prompts; None
+            adds nothing.
 
     Attributes:
-        prompt_policy: That it was trained with.
+        prompt_policy: Prompt policy that the model was trained with.
 
     Raises:
         BackboneError: The folder holds no such model.
@@ -146,7 +147,7 @@ class _Weights:
 
     @cached_property
     def digest(self) -> str:
-        """Of names and contents of all files."""
+        """Return a digest of the names and contents of all files."""
         found = hashlib.sha256()
         for path in sorted(path for path in self.folder.rglob("*") if path.is_file()):
             found.update(f"{path.relative_to(self.folder).as_posix()}\0".encode())

@@ -41,10 +41,11 @@ class CaptionScores:
     """How captions agree with references.
 
     Attributes:
-        values: Per metric over all images, times 100.
-        images: Per metric and image, times 100; BLEU-4 over all images is no mean of these.
-        tokenizer: What made words of texts.
-        empty: How many captions have no word.
+        values: Value of each metric over all images, times 100.
+        images: Value of each metric for each image, by image id, times 100; BLEU-4 over all images
+            is no mean of these.
+        tokenizer: Tokenizer that split the texts into words.
+        empty: Number of captions without a single word.
     """
 
     values: Mapping[Metric, float]

@@ -19,7 +19,7 @@ from diffenc.evals.metrics import Result
 from diffenc.evals.report import Table, percent
 
 Reader = Callable[[str, Sequence[str]], tuple[int, Rule] | None]
-"""From an answer and its options to the index that is meant; see `extract_choice`."""
+"""Function from an answer and its options to the option's index; see `extract_choice`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +27,10 @@ class Choice:
     """An answer, and how it was read.
 
     Attributes:
-        answer: What the model said.
-        index: Of the option that is meant; None where that cannot be read.
-        rule: That found it.
-        right: Whether it is the right one; unread answers are wrong.
+        answer: Text that the model answered.
+        index: Index of the option that the answer means; None if the answer cannot be read.
+        rule: Rule that found the option; None if the answer cannot be read.
+        right: Whether the option is the right one; unread answers are wrong.
     """
 
     answer: str
@@ -44,13 +44,14 @@ class ChoiceEvaluation:
     """Answers of a model to a benchmark.
 
     Attributes:
-        model: Its name.
-        description: What its answers depend on.
-        benchmark: What was asked.
-        items: Those that could be asked.
-        choices: Per id of an item.
-        problems: Why other items were left out.
-        fresh: How many questions were asked now; the others were answered already.
+        model: Name of the model, as it appears in the report.
+        description: Everything that the answers depend on, as JSON values.
+        benchmark: Benchmark whose questions were asked.
+        items: Items that could be asked.
+        choices: Answer of the model to each item and how it was read, by id of the item.
+        problems: Reasons why other items were left out.
+        fresh: Number of questions that were asked in this run; the others were answered in the
+            results file.
     """
 
     model: str
@@ -161,15 +162,17 @@ def evaluate_choices(
     is in it is asked again. Answers are read anew on each call, so `reader` may change.
 
     Args:
-        benchmark: Questions.
-        model: Who answers.
-        prompts: Makes the encoder's prompt of an item, `lambda item: item.question` for the
-            paper's; None leaves it to the model.
-        reader: From an answer to the option that is meant.
-        results: A JSON lines file; None keeps nothing.
-        batch_size: Most questions in one call of the model.
-        skip_broken: Leave out items with broken pictures, and with them their pairs.
-        progress: Told how many questions are answered, and of how many.
+        benchmark: Benchmark whose questions are asked.
+        model: Model that answers the questions.
+        prompts: Function that makes the encoder's prompt of an item, `lambda item: item.question`
+            for the paper's; None leaves the choice to the model.
+        reader: Function that finds the option that an answer means.
+        results: JSON lines file that keeps the answers; None keeps nothing.
+        batch_size: Largest number of questions in one call of the model.
+        skip_broken: Whether items with broken pictures, and with them their pairs, are left out,
+            instead of raising an error.
+        progress: Function that is called with the number of answered questions and the number of
+            all questions; None reports nothing.
 
     Raises:
         ConfigError: Broken items, none that is whole, or a results file of something else.
@@ -219,11 +222,11 @@ def _whole_pairs(items: Sequence[ChoiceItem]) -> list[ChoiceItem]:
 
 
 def choice_table(evaluations: Sequence[ChoiceEvaluation], *, paper: bool | None = None) -> Table:
-    """Models down; tasks or single questions, then the benchmark's own number, across.
+    """Make a table of models: accuracy of tasks and single questions, and the overall result.
 
     Args:
-        evaluations: Of the same benchmark.
-        paper: Put the paper's rows beside it; None does so unless the items are miniatures.
+        evaluations: Evaluations of the same benchmark.
+        paper: Whether the paper's rows are added; None adds them unless the items are miniatures.
     """
     first = evaluations[0]
     name, tasks = first.benchmark.name, first.benchmark.score == "tasks"

@@ -54,8 +54,8 @@ def extract_choice(answer: str | None, options: Sequence[str]) -> tuple[int, Rul
        Numbers up to twelve may be in letters or digits.
 
     Args:
-        answer: What a model said; None counts as silence.
-        options: Their words, in the order of the letters.
+        answer: Text that a model answered; None counts as silence.
+        options: Words of the options, in the order of the letters.
 
     Returns:
         None where no rule finds exactly one option, as for "A or B": the answer is wrong, and

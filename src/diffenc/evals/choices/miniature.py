@@ -32,9 +32,10 @@ def shapes_mmvp(
     """Pairs of near-same pictures with one question each, whose right answers differ.
 
     Args:
-        per_pattern: Pairs for each of color, count, position, relation, shape and size.
-        seed: Of the scenes; choose settings on another one than you report.
-        instruction: Follows question and options, on a line of its own.
+        per_pattern: Number of pairs for each of color, count, position, relation, shape and size.
+        seed: Seed of the scenes; choose settings on another seed than the one you report.
+        instruction: Text that follows the question and its options, on a line of its own; "" adds
+            nothing.
 
     Raises:
         ConfigError: Fewer than one pair.
@@ -70,9 +71,10 @@ def shapes_blink(
     "Visual_Similarity" shows three, and asks which of the last two shows the objects of the first.
 
     Args:
-        per_task: Questions per task.
-        seed: Of the scenes; choose settings on another one than you report.
-        instruction: Follows question and options, on a line of its own.
+        per_task: Number of questions per task.
+        seed: Seed of the scenes; choose settings on another seed than the one you report.
+        instruction: Text that follows the question and its options, on a line of its own; "" adds
+            nothing.
 
     Raises:
         ConfigError: Fewer than one question per task.

@@ -18,8 +18,8 @@ def shapes_llava_bench(scenes: int = 20, *, seed: int = BENCH_SEED) -> LlavaBenc
     relation of two objects, or whether something is there. Compare answers with `WordJudge`.
 
     Args:
-        scenes: Pictures.
-        seed: Of the scenes; choose settings on another one than you report.
+        scenes: Number of pictures, each with three questions.
+        seed: Seed of the scenes; choose settings on another seed than the one you report.
 
     Raises:
         ConfigError: Fewer than one picture.
