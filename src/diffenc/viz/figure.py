@@ -47,10 +47,10 @@ def figure(
     """Set panels in rows.
 
     Args:
-        rows: From top to bottom; None leaves a place empty.
-        title: Over everything.
-        note: Under everything, in small letters.
-        side: Of a panel's image, in pixels; letters grow with it.
+        rows: Rows of panels from top to bottom; None leaves a place empty.
+        title: Text over all panels; "" leaves it out.
+        note: Text under all panels, in small letters; "" leaves it out.
+        side: Side of a panel's image in pixels, 64 or more; letters grow with it.
 
     Raises:
         ConfigError: No panel, or a side below 64.

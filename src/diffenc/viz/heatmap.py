@@ -100,12 +100,12 @@ class HeatMap:
         """Draw the map.
 
         Args:
-            size: Of the picture, a side or (height, width); None is the size of `overlay`, or one
-                pixel per cell.
-            overlay: Lies under the colours, in grey so that it does not tint them, brought to the
-                same size; True takes `picture`.
-            alpha: Weight of the colours over it, 0 to 1.
-            resample: "bicubic" smooths the values, "nearest" shows the cells.
+            size: Size of the picture in pixels, as one side or (height, width); None is the size of
+                `overlay`, or one pixel per cell.
+            overlay: Picture under the colours, shown in grey so that it does not tint them, and
+                resized to the same size; True takes `picture`.
+            alpha: Weight of the colours over the overlay, 0 to 1.
+            resample: Way of resizing: "bicubic" smooths the values, "nearest" shows the cells.
 
         Raises:
             ConfigError: `alpha` or `size` is out of range, or there is no picture to take.
