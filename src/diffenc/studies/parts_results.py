@@ -39,7 +39,7 @@ COMPARISONS: tuple[tuple[Part, Part], ...] = (
     ("lora", "lora-empty"),
     ("captioner", "uncond"),
 )
-"""A part, and what it is held against."""
+"""Pairs of a part and the part that it is compared with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +47,10 @@ class PartRow:
     """How well answers are read from the tokens of one part.
 
     Attributes:
-        part: Which tokens.
-        reader: "told" knows the question, as a language model does; "blind" knows only which
-            property is asked for, so that which object is meant must stand in the tokens.
-        accuracy: Per property, on scenes that the reader was not fitted to.
+        part: Name of the part whose tokens are read.
+        reader: Kind of reader: "told" knows the question, as a language model does; "blind" knows
+            only which property is asked for, so the tokens must say which object is meant.
+        accuracy: Accuracy for each property, 0 to 1, on scenes that the reader was not fitted to.
     """
 
     part: Part
@@ -59,7 +59,7 @@ class PartRow:
 
     @property
     def mean(self) -> Spread:
-        """Over properties, per seed."""
+        """Mean over properties, per seed."""
         seeds = zip(*(spread.values for spread in self.accuracy.values()), strict=True)
         return Spread(tuple(mean(values) for values in seeds))
 
@@ -69,9 +69,9 @@ class NormRow:
     """How well a projector with and without a layer norm per tap serves a probe of cells.
 
     Attributes:
-        scales: Factor on each tap's features before the projector.
-        norm: Whether the projector has the norms.
-        accuracy: Share of held-out cells whose object is named rightly.
+        scales: Factor that each tap's features are multiplied by before the projector.
+        norm: Whether the projector has a layer norm per tap.
+        accuracy: Share of held-out cells whose object is named rightly, 0 to 1.
     """
 
     scales: tuple[float, ...]
@@ -85,14 +85,15 @@ class PartStudy:
 
     Attributes:
         model: Name of the backbone.
-        clip: Name of the CLIP; None where none was used.
-        taps: That the encoder reads.
-        rows: Accuracy per part and reader.
-        norms: Of the projector.
+        clip: Name of the CLIP model; None if none was used.
+        taps: Places in the U-Net that the encoder reads.
+        rows: Accuracy of each part and reader.
+        norms: Accuracy with and without layer norms in the projector.
         rms: Root mean square of each tap's features, mean over seeds.
-        chance: Per property the share of the most frequent answer among the test questions.
-        missing: Parts that were not studied, and why.
-        settings: What was run.
+        chance: Share of the most frequent answer among the test questions, for each property, 0 to
+            1.
+        missing: Reason why a part was not studied, by name of the part.
+        settings: Settings of the run, such as numbers of scenes, seeds and epochs.
     """
 
     model: str

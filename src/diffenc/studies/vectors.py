@@ -58,10 +58,11 @@ def gather(
     would learn which noise lies where and tell positions from it, the better the more noise.
 
     Args:
-        encoder: Its taps, timesteps (a tuple), seed and batch size are used.
-        trials: Scenes and what is asked about them.
-        conditionings: Under which texts.
-        done: Called with the number of trials after each batch.
+        encoder: Encoder that reads the features, at its taps, timesteps (a tuple), seed and batch
+            size.
+        trials: Scenes, with the object of each that is asked about.
+        conditionings: Kinds of text to read under.
+        done: Function that is called after each batch with its number of trials.
     """
     parts: dict[Place, list[Tensor]] = {}
     config = encoder.config

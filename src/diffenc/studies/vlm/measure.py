@@ -50,8 +50,8 @@ class Measured:
     """Figures of one model with one seed.
 
     Attributes:
-        figures: By name; None where nothing could be counted.
-        examples: What the encoder was given, and what was said.
+        figures: Value of each figure, by name; None where nothing could be counted.
+        examples: Examples of prompts of the encoder and of answers.
     """
 
     figures: Figures
@@ -68,10 +68,12 @@ def measure(
     """Measure a model.
 
     Args:
-        measurement: What, and under which prompts.
-        generate: Of the model.
-        seed: Of the scenes, and of what is drawn.
-        writer: Who captions pictures for the prompts, where the measurement asks for that.
+        measurement: Measurement to make, with its kind and prompts.
+        generate: Function `generate` of the model, see `DiffusionVLM.generate`.
+        seed: Seed of the scenes and of everything that is drawn, 0 or more; it is added to the
+            first held-out seed of the kind.
+        writer: Function that captions pictures for the prompts, if the measurement asks for that;
+            None is for other measurements.
     """
     run = _KINDS[measurement.kind]
     return run(measurement, generate, HELD_OUT[measurement.kind] + seed, writer)

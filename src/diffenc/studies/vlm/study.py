@@ -27,7 +27,7 @@ from diffenc.studies.vlm.trainings import Training
 from diffenc.studies.vlm.workshop import Workshop, digest_of
 
 Progress = Callable[[float, float, str], None]
-"""Told work done, work in all, and what is being done."""
+"""Function that is called with the work done, all work, and a text on what is being done."""
 
 
 def study_vlm(
@@ -43,10 +43,11 @@ def study_vlm(
     on, within a training too, and studies that need the same training share it.
 
     Args:
-        plan: What is trained, measured and claimed.
-        work: Folder of what is kept.
-        device: Where models run; None is CUDA where there is one, and else the CPU.
-        progress: Told of everything that is done.
+        plan: Plan of the trainings, measurements and claims.
+        work: Folder that keeps trained models and results.
+        device: Device that the models run on; None is CUDA if there is one, otherwise the CPU.
+        progress: Function that is called with the work that is done and all work, both in estimated
+            seconds, and a text that says what is being done; None reports nothing.
 
     Raises:
         BackboneError: A language model or an encoder is missing. Trainings that need a CLIP which

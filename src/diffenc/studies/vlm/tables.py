@@ -48,13 +48,13 @@ MEANINGS: Mapping[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Lines:
-    """A table as text.
+    """A table whose cells are text.
 
     Attributes:
-        title: Over it.
-        columns: Heads.
-        rows: One entry per column.
-        note: Under it.
+        title: Title above the table.
+        columns: Headings of the columns.
+        rows: Rows of the table, each with one text per column.
+        note: Note under the table.
     """
 
     title: str

@@ -71,14 +71,14 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """What a caption says.
+    """Content of a caption.
 
     Attributes:
-        things: Objects, one entry each: "two red circles" are two.
-        exact: Things that a number word counts, with how many there are in all.
-        relation: How the first thing lies to the second.
-        place: Where the only thing is.
-        background: Its colour.
+        things: Objects that the caption names, one entry each: "two red circles" are two.
+        exact: Things that a number word counts, each with the number of all such things.
+        relation: Relation of the first thing to the second; None if the caption states none.
+        place: Place of the only thing in the picture; None if the caption states none.
+        background: Colour of the background; None if the caption states none.
     """
 
     things: tuple[Thing, ...]
@@ -166,8 +166,8 @@ def caption_figures(
     """How true captions are, in percent.
 
     Args:
-        captions: By id of the picture.
-        scenes: What is in each of these pictures.
+        captions: Caption of each picture, by id.
+        scenes: Scene that each of these pictures shows, by id.
 
     Returns:
         "right": captions that are true from end to end; "objects": of the objects that are named,

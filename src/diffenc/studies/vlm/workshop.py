@@ -37,16 +37,16 @@ _FREE = ("output", "save_steps", "keep", "log_steps")
 _FREE_DATA = ("annotations", "images", "cache", "cache_dir", "cache_gb", "workers")
 
 Step = Callable[[int, int], None]
-"""Told steps done and steps in all."""
+"""Function that is called with the number of steps that are done and the number of all steps."""
 
 
 class Workshop:
     """The work folder of a study.
 
     Args:
-        plan: What is trained.
-        folder: Is made where it is missing; studies may share it.
-        device: Where models run; None is CUDA where there is one, and else the CPU.
+        plan: Plan that names the trainings.
+        folder: Folder of the work, which is created if it is missing; several studies may share it.
+        device: Device that the models run on; None is CUDA if there is one, otherwise the CPU.
 
     Attributes:
         fresh: Trainings that were done, or finished, by this object.
@@ -86,7 +86,7 @@ class Workshop:
         return {**names, "images": target / "images"}
 
     def identity(self, name: str, seed: int) -> str:
-        """Of a training with a seed: equal for equal results, wherever files lie."""
+        """Digest of a training with a seed: equal for equal results, wherever files lie."""
         told = self.plan.data
         config = self._bare_config(name, seed)
         plain = {key: value for key, value in config.to_dict().items() if key not in _FREE}
@@ -108,9 +108,10 @@ class Workshop:
         """Folder of the trained model, which `DiffusionVLM.from_pretrained` reads.
 
         Args:
-            name: Of the training; those it starts from are done first.
-            seed: Which repetition.
-            progress: Told of steps.
+            name: Name of the training; those it starts from are done first.
+            seed: Seed, the number of the repetition from 0.
+            progress: Function that is called with the number of steps that are done and the number
+                of all steps; None reports nothing.
 
         Raises:
             BackboneError: A part is missing.
@@ -163,10 +164,10 @@ class Workshop:
         """What `diffenc.mllm.training` is told; the data are written.
 
         Args:
-            name: Of the training.
-            seed: Which repetition.
+            name: Name of the training.
+            seed: Seed, the number of the repetition from 0.
             output: Folder of the run.
-            start: Folder of the model it starts from.
+            start: Folder of the model that the training starts from; "" if it starts from none.
         """
         return self._make(name, seed, self.data(), output=output, start=start)
 
