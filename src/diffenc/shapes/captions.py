@@ -71,8 +71,8 @@ def caption(scene: Scene, rng: random.Random) -> str:
     """Draw one caption of the scene.
 
     Args:
-        scene: What is to be described.
-        rng: Source of the choice among paraphrases.
+        scene: Scene to be described.
+        rng: Random generator that chooses among paraphrases.
 
     Returns:
         Lower-case words without a full stop, at most 30 tokens of the bundled tokenizer.

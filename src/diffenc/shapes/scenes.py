@@ -53,13 +53,14 @@ class SceneObject:
     """One coloured shape.
 
     Attributes:
-        shape: What it is.
-        color: Its fill colour.
-        size: "small" or "large", the word for `radius`.
-        x: Centre, fraction of the width from the left.
-        y: Centre, fraction of the height from the top.
-        radius: Half its extent, fraction of the side: how far a star's points and a triangle's top
-            lie from the centre. Circles reach 0.9 of it, squares' corners 1.13, triangles' 1.24.
+        shape: Name of the object's shape.
+        color: Fill colour of the object.
+        size: Size of the object, "small" or "large": the word for `radius`.
+        x: Position of the centre, as a fraction of the picture's width from the left.
+        y: Position of the centre, as a fraction of the picture's height from the top.
+        radius: Half of the object's extent, as a fraction of the picture's side: the distance of a
+            star's points and a triangle's top from the centre. Circles reach 0.9 of it, squares'
+            corners 1.13, triangles' 1.24.
 
     Raises:
         ConfigError: An unknown word, or a radius that is not above 0.
@@ -155,13 +156,15 @@ def sample_scene(
     """Draw a scene; whatever is not given is drawn.
 
     Args:
-        rng: Source of every choice: equal state, equal scene.
+        rng: Random generator of every choice; equal state gives the equal scene.
         count: Number of objects, 1 to 3; None takes the length of `kinds`, or draws 1, 2 or 3 with
             weights 3, 5, 2.
-        kinds: Colour and shape per object. Drawn kinds repeat in a quarter of the scenes with more
-            than one object, so that there is something to count; otherwise they differ.
-        sizes: Size per object.
-        relation: How object 0 lies to object 1; needs two objects or more.
+        kinds: Colour and shape of each object; None draws them. Drawn kinds repeat in a quarter of
+            the scenes with more than one object, so that there is something to count; otherwise
+            they differ.
+        sizes: Size of each object; None draws them.
+        relation: Relation of object 0 to object 1, which needs two objects or more; None asks for
+            no relation.
         overlap: Share of the smaller radius by which two objects may reach into each other;
             0 keeps them apart, but for corners, which touch in one scene of a hundred.
 
