@@ -31,8 +31,8 @@ class PromptSample:
 
     Attributes:
         key: Name of the sample in its dataset, such as its id; it seeds all random choices.
-        conversation: Turns of the conversation in the form of LLaVA: ``{"from": "human" | "gpt",
-            "value": ...}``.
+        conversation: Turns of the conversation in the form of LLaVA's data,
+            ``{"from": "human" | "gpt", "value": ...}``.
         captions: Texts about the image, true ones or those of another model.
     """
 

@@ -193,7 +193,7 @@ class _Node:
 
 
 class Watch:
-    """What lies below a root, as it was at the last look.
+    """Record of a root and everything below it, as they were at the last look.
 
     Args:
         root: Module, or another object, that is watched together with everything it refers to.
@@ -405,11 +405,11 @@ def _is_leaf(value: Any) -> bool:
 
 
 def _frozen(value: Any, visit: Callable[[object], None] | None = None) -> object:
-    """A value that stays: of containers their content, of objects their identity.
+    """An unchanging form of a value: the content of containers, the identity of objects.
 
     Args:
-        value: Anything.
-        visit: Called with every object whose identity counts.
+        value: Value of any type.
+        visit: Function that is called with every object whose identity counts.
     """
     if type(value) in _PLAIN or isinstance(value, _LEAVES):
         return value
