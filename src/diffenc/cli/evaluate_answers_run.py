@@ -1,4 +1,4 @@
-"""What the commands that ask a model questions have in common: model, prompts, file, report."""
+"""Common parts of the commands that ask a model questions: model, prompts, file, report."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence

@@ -64,7 +64,7 @@ def load_matchers(
 
 
 def _changed(config: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """What the command line set, as the loaded config has it, to be set over every preset."""
+    """Options that the command line set, as the loaded config has them, for every preset."""
     return {name: getattr(config, name) for name, value in options.items() if value is not None}
 
 

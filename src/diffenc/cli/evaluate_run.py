@@ -1,4 +1,4 @@
-"""What the commands of `diffenc evaluate` have in common: data, models, progress, files."""
+"""Common parts of the commands of `diffenc evaluate`: data, models, progress, files."""
 
 import json
 from collections.abc import Sequence
@@ -166,7 +166,7 @@ def _score(
     scores: Path,
     skip_broken: bool,
 ) -> "Evaluation":
-    """Look at everything, then score what is not in the file yet, with progress bars.
+    """Check all pictures, then score what is not in the file yet, with progress bars.
 
     Raises:
         ConfigError: Broken data, or a file of another run.
