@@ -43,7 +43,7 @@ class Matcher(Protocol):
         ...
 
     def truncated(self, texts: Sequence[str]) -> Sequence[int]:
-        """How many tokens of each text are not read."""
+        """Number of tokens of each text that exceed the model's limit and are not read."""
         ...
 
 
@@ -149,7 +149,7 @@ class Benchmark:
     notes: tuple[str, ...] = ()
 
     def texts(self, item: Item) -> list[str]:
-        """What is scored for an item's captions."""
+        """Texts that are scored for an item's captions."""
         return [self.template.replace("{}", caption) for caption in item.captions]
 
 

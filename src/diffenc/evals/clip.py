@@ -97,5 +97,5 @@ class ClipMatcher:
         return scores
 
     def truncated(self, texts: Sequence[str]) -> Sequence[int]:
-        """How many tokens of each text are not read."""
+        """Number of tokens of each text that exceed the model's limit and are not read."""
         return tokenize(self.tokenizer, texts)[1]

@@ -153,7 +153,7 @@ def evaluate(
 
 
 class _Run:
-    """What one call of `evaluate` has done so far."""
+    """Progress and results of one call of `evaluate`."""
 
     def __init__(
         self,

@@ -57,11 +57,11 @@ class DatasetFiles:
         return sorted(self._readers)
 
     def reader(self, name: str) -> Callable[[], bytes]:
-        """What reads a file when it is called, or raises a `ConfigError`."""
+        """Function that reads a file when it is called, or raises a `ConfigError`."""
         return self._readers[name]
 
     def path(self, name: str) -> Path | None:
-        """Where a file lies, None inside an archive."""
+        """Path of a file, None inside an archive."""
         path = self.source / name
         return path if is_file(path) else None
 
@@ -79,8 +79,8 @@ class DatasetFiles:
     def picture(self, value: str) -> str | None:
         """The picture that a table means by a path or a stem, with or without a suffix.
 
-        Of several with that stem the one that shares most of the end of its path with the value
-        wins, then a lossless one.
+        Among several with that stem, the one that shares most of the end of its path with the value
+        is taken, then a lossless one.
         """
         path = PurePosixPath(value.strip().replace("\\", "/"))
         known = path.suffix.lower() in PICTURE_SUFFIXES

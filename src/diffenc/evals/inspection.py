@@ -12,7 +12,7 @@ Progress = Callable[[int, int], None]
 
 _EXAMPLES = 3
 NAMED = 20
-"""How many problems of a kind an error names, where work stops for them."""
+"""Number of problems of a kind that an error names if work stops for them."""
 
 
 @dataclass(frozen=True, slots=True)

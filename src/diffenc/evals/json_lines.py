@@ -22,7 +22,7 @@ _File = TypeVar("_File", bound="JsonLinesFile")
 _NONE = object()
 
 _AGAIN = "again"
-"""Of a line that takes the place of one before it; any other second line is a copy."""
+"""Key of a line that replaces an earlier one; any other second line is a copy."""
 
 Key = tuple[str, int | str, str]
 """Name of the model, trial or part of the protocol, id of the item."""
@@ -233,7 +233,7 @@ class JsonLinesFile:
 
 
 def differences(one: Any, other: Any, path: str = "") -> list[str]:
-    """Where two JSON values differ: ``"config.timesteps is [189], was [189, 389]"``."""
+    """List the differences of two JSON values: ``"config.timesteps is [189], was [189, 389]"``."""
     if isinstance(one, dict) and isinstance(other, dict):
         return [
             line

@@ -54,7 +54,7 @@ class ScorerMatcher:
             return self.scorer.score(list(images), list(texts), seed=seed).by_timestep[0]
 
     def truncated(self, texts: Sequence[str]) -> Sequence[int]:
-        """How many tokens of each text no text encoder reads."""
+        """Largest number of tokens of each text that one of the text encoders does not read."""
         backbone = self.scorer.backbone
         tokenizers = [
             getattr(backbone, name)

@@ -20,7 +20,7 @@ CHANCE: Mapping[Metric, float] = {"text": 25.0, "image": 25.0, "group": 100 / 6}
 
 
 def correct(scores: Float[Tensor, "..."]) -> dict[Metric, Bool[Tensor, "*trials items"]]:
-    """Which items are right; a tie is wrong.
+    """Decide which items are right; a tie is wrong.
 
     Args:
         scores: Scores (..., items, 2 pictures, 2 captions), higher is better; caption k belongs to
@@ -50,7 +50,7 @@ def correct(scores: Float[Tensor, "..."]) -> dict[Metric, Bool[Tensor, "*trials 
 
 
 def tied(scores: Float[Tensor, "*trials items 2 2"]) -> Bool[Tensor, " items"]:
-    """Which items have two equal scores that are compared, in any trial."""
+    """Find items with two equal scores that are compared, in any trial."""
     s = scores.flatten(0, -4) if scores.ndim > 3 else scores[None]
     equal = (s[..., :, 0] == s[..., :, 1]).any(dim=-1) | (s[..., 0, :] == s[..., 1, :]).any(dim=-1)
     return equal.any(dim=0)

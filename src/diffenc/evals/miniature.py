@@ -5,7 +5,7 @@ from diffenc.evals.base import Benchmark, BenchmarkName, Item, Picture
 from diffenc.shapes import ContrastPair, mmvp_pairs, render, winoground_items
 
 SHAPES_SEED = 960_000
-"""Of the bundled benchmarks; no bundled model was trained on seeds from 900,000 up."""
+"""Seed of the bundled benchmarks; no bundled model was trained on seeds from 900,000 up."""
 
 REFERENCE_SEED = 970_000
 

@@ -49,7 +49,7 @@ class PaperTable:
 
 
 def paper_source() -> str:
-    """Where the tables come from."""
+    """Source of the tables."""
     return str(read_tables(_PACKAGE)["source"])
 
 

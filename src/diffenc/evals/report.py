@@ -33,7 +33,7 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
     def to_markdown(self) -> str:
-        """With numbers set to the right."""
+        """Convert to Markdown, with numbers aligned to the right."""
         lines = [self.columns, ("---", *["---:"] * (len(self.columns) - 1)), *self.rows]
         body = "\n".join(
             f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines
@@ -41,7 +41,7 @@ class Table:
         return f"**{self.title}**\n\n{body}\n"
 
     def transposed(self, head: str) -> "Table":
-        """Models across; `head` stands over what was across."""
+        """Swap rows and columns; `head` is the heading of the new first column."""
         names = tuple(row[0] for row in self.rows)
         rows = tuple(
             (column, *(row[index] for row in self.rows))
@@ -63,7 +63,7 @@ def tables(evaluation: Evaluation, *, paper: bool | None = None) -> list[Table]:
 
 
 def tag_tables(evaluation: Evaluation) -> list[Table]:
-    """Per further kind of label: labels down, per model text / image / group."""
+    """One table per further kind of label: labels down, text / image / group score per model."""
     made = []
     for kind in evaluation.label_kinds():
         if kind == evaluation.benchmark.label_kind:

@@ -1,4 +1,4 @@
-"""Rows of a dataset's table, whatever its columns are called in this copy of it."""
+"""Rows of a dataset's table, read under any of the names that its columns have."""
 
 import math
 import re
@@ -80,7 +80,7 @@ def plain_name(name: str) -> str:
 def match_columns(
     header: Sequence[str], columns: Sequence[Column], where: str
 ) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Which column of a table is which, and what is to be said about the others.
+    """Find the columns of a table by name, and make notes on renamed and unused ones.
 
     Raises:
         ConfigError: One that is needed is missing; the message lists what is there.

@@ -34,7 +34,7 @@ class Answerer(Protocol):
     def answer(
         self, images: Images, questions: Sequence[str], prompts: Sequence[str] | None = None
     ) -> Sequence[str]:
-        """One text per question.
+        """Answer each question with one text.
 
         Args:
             images: One or several pictures for each question.
@@ -76,7 +76,7 @@ class FunctionAnswerer:
     def answer(
         self, images: Images, questions: Sequence[str], prompts: Sequence[str] | None = None
     ) -> Sequence[str]:
-        """What the function returns."""
+        """Return the answers of the function."""
         more = {} if prompts is None else {"prompts": list(prompts)}
         return self.function(
             [list(each) for each in images], list(questions), **more, **self.options
@@ -128,7 +128,7 @@ def digest_of(value: Any) -> str:
 
 
 def check_answers(answers: Sequence[str], count: int, name: str) -> list[str]:
-    """One text per question.
+    """Check that there is one text per question.
 
     Raises:
         ShapeError: Another number, or something that is no text.

@@ -42,7 +42,7 @@ class PublishedTable:
     notes: tuple[str, ...]
 
     def to_table(self) -> Table:
-        """As text; "–" where there is no value."""
+        """Convert all cells to text; "–" where there is no value."""
         rows = tuple((*row.labels, *map(cell, row.values)) for row in self.rows)
         return Table(self.title, (*self.labels, *self.columns), rows)
 
@@ -57,7 +57,7 @@ class PublishedTable:
 
 
 def cell(value: float | None) -> str:
-    """As the paper prints it, or "–"."""
+    """A number as the paper prints it, or "–" for None."""
     return "–" if value is None else f"{value:g}"
 
 
@@ -67,7 +67,7 @@ def published_tables() -> tuple[str, ...]:
 
 
 def published_source() -> str:
-    """Where the tables come from."""
+    """Source of the tables."""
     return str(read_tables(_PACKAGE)["source"])
 
 

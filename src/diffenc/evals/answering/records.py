@@ -8,7 +8,7 @@ from diffenc.evals.json_lines import JsonLinesFile, Wording
 from diffenc.storage.schema import checked
 
 Key = tuple[str, str, str]
-"""Who said it, in which part of the protocol, on which item."""
+"""Name of the model or judge, part of the protocol, id of the item."""
 
 
 class RecordsFile(JsonLinesFile):

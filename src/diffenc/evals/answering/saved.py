@@ -79,7 +79,7 @@ class SavedVLM:
 
     @property
     def description(self) -> Mapping[str, Any]:
-        """Content of the folder, precision and options; models that it names are told by name."""
+        """Content of the folder, precision and options; models that it refers to count by name."""
         guided = {} if self.guidance_scale is None else {"guidance_scale": self.guidance_scale}
         return {
             "weights": self._weights.digest,
@@ -90,7 +90,7 @@ class SavedVLM:
         }
 
     def guided(self, scale: float) -> "SavedVLM":
-        """The same model, whose features are f_u + s (f_c - f_u); weights are loaded once.
+        """The same model with guided features f_u + s (f_c - f_u); weights are loaded once.
 
         Raises:
             ConfigError: Its encoder has no such features.
@@ -101,7 +101,7 @@ class SavedVLM:
         return made
 
     def described(self, **more: Any) -> "SavedVLM":
-        """The same model, with more that its answers depend on; weights are loaded once."""
+        """The same model with a longer description; weights are loaded once."""
         made = copy.copy(self)
         made._more = {**self._more, **more}
         return made
@@ -113,7 +113,7 @@ class SavedVLM:
     def answer(
         self, images: Images, questions: Sequence[str], prompts: Sequence[str] | None = None
     ) -> list[str]:
-        """One text per question, each of the likeliest tokens.
+        """Answer each question with one text, made of the likeliest tokens.
 
         Raises:
             DiffencError: The model cannot be loaded, or a question is longer than its context.
@@ -178,7 +178,7 @@ class _Weights:
         return self._vlm
 
     def release(self) -> None:
-        """Forget it."""
+        """Free the memory of the model."""
         self._vlm = self._config = None
         if torch.device(self.device).type == "cuda":
             torch.cuda.empty_cache()

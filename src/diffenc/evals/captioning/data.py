@@ -46,7 +46,7 @@ class CaptionSet:
     def select(
         self, image_ids: Sequence[int | str] | None = None, *, limit: int | None = None
     ) -> "CaptionSet":
-        """Some of its images, in the order of the dataset.
+        """Select some of the images, in the order of the dataset.
 
         Args:
             image_ids: Ids of the images to keep; None keeps all.

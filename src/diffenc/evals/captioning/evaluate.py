@@ -79,7 +79,7 @@ class CaptionEvaluation:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """On data, words and what was left out."""
+        """Remarks on data, words and items that were left out."""
         scored = self.passes[-1].scores
         words = (f"words by the tokenizer {scored.tokenizer!r}",) if scored else ()
         empty = [f"pass {p.number}: {p.scores.empty}" for p in self.passes if p.scores]
@@ -208,7 +208,7 @@ def caption_images(
     *,
     part: str,
 ) -> dict[str, str]:
-    """One caption per item, by id, without spaces around it.
+    """Ask for one caption per item; returns them by id, without spaces around.
 
     Raises:
         ConfigError: The file holds captions made from something else.

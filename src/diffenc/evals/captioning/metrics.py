@@ -38,7 +38,7 @@ _Words = Mapping[str, Sequence[str]]
 
 @dataclass(frozen=True, slots=True)
 class CaptionScores:
-    """How captions agree with references.
+    """Agreement of captions with reference captions.
 
     Attributes:
         values: Value of each metric over all images, times 100.

@@ -7,7 +7,7 @@ from diffenc.evals.captioning.data import CaptionItem, CaptionSet
 from diffenc.shapes import captions, render, sample_scenes
 
 CAPTIONS_SEED = 961_000
-"""Of the bundled set; no bundled model was trained on seeds from 900,000 up."""
+"""Seed of the bundled set; no bundled model was trained on seeds from 900,000 up."""
 
 
 def shapes_captions(

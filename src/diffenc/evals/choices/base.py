@@ -1,4 +1,4 @@
-"""What a benchmark of questions with options is made of."""
+"""Items of a benchmark of questions with options."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -72,12 +72,12 @@ class ChoiceEvaluation:
 
     @property
     def accuracy(self) -> float:
-        """Percent of single questions."""
+        """Percentage of single questions that are answered rightly."""
         return _mean([100.0 * self.choices[item.id].right for item in self.items])
 
     @property
     def chance(self) -> float:
-        """What independent guesses reach on the average."""
+        """Overall result that independent guesses reach on average, in percent."""
         groups: dict[str, list[float]] = {}
         for item in self.items:
             groups.setdefault(item.group, []).append(1 / len(item.options))
@@ -87,12 +87,12 @@ class ChoiceEvaluation:
 
     @property
     def unread(self) -> int:
-        """How many answers mean no single option."""
+        """Number of answers that mean no single option."""
         return sum(self.choices[item.id].index is None for item in self.items)
 
     @property
     def unread_share(self) -> float:
-        """The same as a share of the answers, 0 to 1."""
+        """Share of the answers that mean no single option, 0 to 1."""
         return self.unread / len(self.items) if self.items else 0.0
 
     def by_group(self) -> dict[str, Result]:
@@ -115,7 +115,7 @@ class ChoiceEvaluation:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """On data, on how answers were read, and on what was left out."""
+        """Remarks on data, on how answers were read, and on items that were left out."""
         rules = Counter(choice.rule for choice in self.choices.values() if choice.rule)
         read = ", ".join(f"{rule} {count}" for rule, count in rules.most_common())
         said = (
@@ -248,7 +248,7 @@ def choice_table(evaluations: Sequence[ChoiceEvaluation], *, paper: bool | None 
 
 
 def _unread(evaluations: Sequence[ChoiceEvaluation]) -> str:
-    """How many answers of each model could not be read and count as wrong, where there are any."""
+    """Number of answers of each model that could not be read and count as wrong, if any."""
     counts = [
         f"{each.model} {each.unread} ({100 * each.unread_share:.1f} percent)"
         for each in evaluations

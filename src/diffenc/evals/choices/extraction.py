@@ -105,7 +105,7 @@ def _between_spaces(answer: str, letters: str) -> str | None:
 def _agreed(
     stated: Sequence[Statement], text: str, options: Sequence[str]
 ) -> tuple[int, Rule] | None:
-    """What all statements say, if it is one option and no other option's words follow."""
+    """Option that all statements name, if it is one and no other option's words follow."""
     letters = frozenset[str]().union(*(each.letters for each in stated))
     index = LETTERS.find(next(iter(letters))) if len(letters) == 1 else -1
     if not 0 <= index < len(options):

@@ -20,7 +20,7 @@ from diffenc.shapes import (
 )
 
 CHOICES_SEED = 962_000
-"""Of the bundled sets; no bundled model was trained on seeds from 900,000 up."""
+"""Seed of the bundled sets; no bundled model was trained on seeds from 900,000 up."""
 
 _TRIES = 500
 _LETTERS = "abcd"
@@ -146,7 +146,7 @@ def _change(rng: random.Random) -> _Asked:
 
 
 def _similarity(rng: random.Random) -> _Asked:
-    """One picture has the objects of the first elsewhere, the other has other objects."""
+    """One picture shows the first one's objects elsewhere, the other shows other objects."""
     first = sample_scene(rng)
     kinds = [thing.kind for thing in first.objects]
     moved = sample_scene(rng, kinds=kinds, sizes=[thing.size for thing in first.objects])

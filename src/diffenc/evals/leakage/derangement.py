@@ -102,7 +102,7 @@ def _exchange(donors: list[int], fits: Callable[[int, int], bool]) -> None:
 def _chain(
     first: int, count: int, owners: Mapping[int, int], fits: Callable[[int, int], bool]
 ) -> list[tuple[int, int]] | None:
-    """Which places take which donors, so that `first` has one and nobody loses theirs."""
+    """Find a chain of exchanges that gives `first` a donor and leaves nobody without one."""
     taken_by: dict[int, int] = {}  # donor to the place that asks for it
     wants: dict[int, int] = {}  # place to the donor that it gives up
     asking = deque([first])

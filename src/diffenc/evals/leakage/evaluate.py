@@ -31,7 +31,7 @@ from diffenc.evals.report import Table
 
 @dataclass(frozen=True)
 class LeakageEvaluation:
-    """What a model says of images under captions of others.
+    """Captions of a model for images, under captions of other images as prompts.
 
     Attributes:
         model: Name of the model, as it appears in the report.
@@ -68,7 +68,7 @@ class LeakageEvaluation:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """On data and what was left out."""
+        """Remarks on data and images that were left out."""
         skipped = self.readout.skipped
         bare = (f"{skipped} images whose prompts hold no foreign word",) if skipped else ()
         return (*left_out(self.problems), *self.data.notes, *bare)

@@ -19,7 +19,7 @@ FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 
 @dataclass(frozen=True, slots=True)
 class PromptReadout:
-    """How much of foreign prompts is said, from -1 to 1.
+    """Measure of how much of foreign prompts is said, from -1 to 1.
 
     Attributes:
         value: Difference of `said` and `base`: 1 if every foreign word is said under its prompt and

@@ -152,7 +152,7 @@ def _read(files: DatasetFiles, wanted: str, columns: Sequence[Column]) -> TableR
 def _once(
     rows: Sequence[Row], column: str, kind: str, problems: list[Problem]
 ) -> Iterator[tuple[str, Row]]:
-    """Rows by the value of a column; those that have another one's are problems."""
+    """Rows by the value of a column; rows that repeat a value are problems."""
     known = set()
     for row in rows:
         name = row.text(column)

@@ -23,7 +23,7 @@ _LONGEST = 60.0  # seconds between two attempts
 
 @dataclass(frozen=True, slots=True)
 class Review:
-    """What a judge said of an answer.
+    """Review of an answer by a judge.
 
     Attributes:
         reference: Score of the reference answer, 1 to 10.
@@ -38,7 +38,7 @@ class Review:
 
 @dataclass(frozen=True)
 class BenchEvaluation:
-    """Answers of a model, and what a judge said of them.
+    """Answers of a model and their reviews by a judge.
 
     Attributes:
         model: Name of the model, as it appears in the report.
@@ -81,7 +81,7 @@ class BenchEvaluation:
         return self._ratio(None)
 
     def by_category(self) -> dict[str, float | None]:
-        """The same per category."""
+        """Overall result per category; None for a category without reviews."""
         there = dict.fromkeys(item.category for item in self.items)
         order = [name for name in CATEGORIES if name in there]
         return {name: self._ratio(name) for name in (*order, *(n for n in there if n not in order))}
@@ -98,7 +98,7 @@ class BenchEvaluation:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """On data, judge and failures."""
+        """Remarks on data, judge and failures."""
         failed = [f"{name} ({why})" for name, why in list(self.failures.items())[:3]]
         failed += ["..."] if len(self.failures) > 3 else []
         lacking = (
@@ -221,7 +221,7 @@ def evaluate_llava_bench(
 
 
 class _Court:
-    """Reviews of one model's answers by one judge."""
+    """Reviews of one model's answers by one judge, from the file or asked for."""
 
     def __init__(
         self,

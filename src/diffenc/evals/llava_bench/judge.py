@@ -57,7 +57,7 @@ class Case:
 
     @property
     def prompt(self) -> str:
-        """All of it as one text, in the order and with the marks of the released evaluation."""
+        """The case as one text, in the order and with the marks of the released evaluation."""
         one, two = f"{self.role} 1", f"{self.role} 2"
         return (
             f"[Context]\n{self.context}\n\n[Question]\n{self.question}\n\n"
@@ -106,7 +106,7 @@ class FunctionJudge:
     description: Mapping[str, Any] = field(default_factory=dict)
 
     def review(self, case: Case) -> str:
-        """What the function replies."""
+        """Return the reply of the function."""
         try:
             return self.function(case.prompt)
         except OSError as error:

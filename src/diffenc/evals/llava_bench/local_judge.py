@@ -68,7 +68,7 @@ class LocalJudge:
 
     @property
     def description(self) -> Mapping[str, Any]:
-        """Model and precision; it is told by its name."""
+        """Precision and name of the model; other weights by that name are not noticed."""
         dtype = str(self._dtype).removeprefix("torch.")
         return {"judge": self.source, "dtype": dtype, "max_new_tokens": self._length}
 
