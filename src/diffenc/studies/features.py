@@ -33,7 +33,7 @@ from diffenc.studies.trials import CLASSES, PROPERTIES, Property, Trial, sample_
 from diffenc.studies.vectors import Place, gather
 
 TIMESTEPS = (10, 50, 261, 500, 800)
-"""Of the study: from nearly clean to nearly noise; GDF reads at 50, DIFT at 261."""
+"""Default timesteps, from nearly clean to nearly noise; GDF reads at 50, DIFT at 261."""
 
 _BLOCKS = ("conv_in", "down_blocks.*", "mid_block", "up_blocks.*")
 _STAGES = ("conv_in", "down_blocks", "mid_block", "up_blocks")

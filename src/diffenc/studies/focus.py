@@ -130,7 +130,7 @@ def _masks(
 def _actions(
     encoder: DiffusionEncoder, images: Sequence[Image.Image], named: Sequence[SceneObject]
 ) -> Iterator[tuple[_Place, Float[Tensor, "b h w"]]]:
-    """What a text does in each cell, per measure, tap and timestep."""
+    """Effect of a text in each cell, per measure, tap and timestep."""
     texts = [phrase(thing) for thing in named]
     features = encoder.extract(images, texts, conditioning="cfg")
     uncond, cond = features.select("uncond"), features.select("cond")

@@ -43,7 +43,7 @@ Part = Literal["uncond", "cond", "cfg", "difference"]
 """f_u, f_c, f_u + s (f_c - f_u), and f_c - f_u."""
 
 SCALES = (1.5, 4.5, 7.0)
-"""Of the paper's table 5."""
+"""Guidance scales of the paper's table 5."""
 
 _Place = tuple[Word, Part, float | None, str, int]
 _NOISES = 1_000_000  # seeds of noise per seed of the study
@@ -51,7 +51,7 @@ _NOISES = 1_000_000  # seeds of noise per seed of the study
 
 @dataclass(frozen=True, slots=True)
 class PromptReading:
-    """How well a word of the prompt is read from one place.
+    """Accuracy of reading a word of the prompt from one place.
 
     Attributes:
         word: Word that is read: "color" or "shape".
@@ -72,7 +72,7 @@ class PromptReading:
 
 @dataclass(frozen=True, slots=True)
 class Loudness:
-    """How large the text-dependent part is.
+    """Size of the text-dependent part of the features.
 
     Attributes:
         tap: Place in the U-Net, as a module path.
@@ -87,7 +87,7 @@ class Loudness:
 
 @dataclass(frozen=True, slots=True)
 class LeakageReadout:
-    """Everything that was found.
+    """Results of the study.
 
     Attributes:
         model: Name of the backbone.
@@ -251,7 +251,7 @@ def study_leakage_readout(
 
 
 def sample_prompts(count: int, *, seed: int) -> list[tuple[Color, Shape]]:
-    """What each prompt names, independent of every scene and of each other."""
+    """Colour and shape that each prompt names, independent of all scenes and of each other."""
     rng = random.Random(f"leakage prompts/{seed}")
     return [(rng.choice(COLORS), rng.choice(SHAPES)) for _ in range(count)]
 

@@ -1,4 +1,4 @@
-"""What the study of the parts finds, as plain values."""
+"""Results of the study of the parts, as plain values."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -25,7 +25,7 @@ Reader = Literal["told", "blind"]
 READERS: tuple[Reader, ...] = get_args(Reader)
 
 ASKED: tuple[Property, ...] = ("color", "shape", "position")
-"""What the questions ask for."""
+"""Properties that the questions ask for."""
 
 COMPARISONS: tuple[tuple[Part, Part], ...] = (
     ("cond", "uncond"),
@@ -44,7 +44,7 @@ COMPARISONS: tuple[tuple[Part, Part], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class PartRow:
-    """How well answers are read from the tokens of one part.
+    """Accuracy of reading answers from the tokens of one part.
 
     Attributes:
         part: Name of the part whose tokens are read.
@@ -66,7 +66,7 @@ class PartRow:
 
 @dataclass(frozen=True, slots=True)
 class NormRow:
-    """How well a projector with and without a layer norm per tap serves a probe of cells.
+    """Accuracy of a probe of cells behind a projector with or without a layer norm per tap.
 
     Attributes:
         scales: Factor that each tap's features are multiplied by before the projector.
@@ -81,7 +81,7 @@ class NormRow:
 
 @dataclass(frozen=True, slots=True)
 class PartStudy:
-    """Everything the study found.
+    """Results of the study.
 
     Attributes:
         model: Name of the backbone.
@@ -107,14 +107,14 @@ class PartStudy:
     settings: dict[str, Any]
 
     def find(self, part: Part, reader: Reader) -> PartRow | None:
-        """One row; None where the part was not studied."""
+        """Row of a part and reader; None if the part was not studied."""
         for row in self.rows:
             if (row.part, row.reader) == (part, reader):
                 return row
         return None
 
     def gain(self, part: Part, base: Part, reader: Reader) -> Spread | None:
-        """Mean accuracy of a part less that of another, per seed."""
+        """Mean accuracy of a part minus that of another, per seed."""
         over, under = self.find(part, reader), self.find(base, reader)
         if over is None or under is None:
             return None
@@ -122,7 +122,7 @@ class PartStudy:
         return Spread(tuple(first - second for first, second in pairs))
 
     def lora_by_text(self, reader: Reader) -> Spread | None:
-        """What LoRA gains with the question less what it gains with the empty prompt, per seed."""
+        """Gain of LoRA with the question minus its gain with the empty prompt, per seed."""
         asked, empty = self.gain("lora", "cond", reader), self.gain("lora-empty", "uncond", reader)
         if asked is None or empty is None:
             return None
@@ -131,7 +131,7 @@ class PartStudy:
 
     @property
     def parts(self) -> Sequence[Part]:
-        """Which parts were studied."""
+        """Parts that were studied."""
         found = {row.part for row in self.rows}
         return [part for part in PARTS if part in found]
 

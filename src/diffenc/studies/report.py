@@ -100,7 +100,7 @@ def best_rows(study: FeatureStudy) -> list[list[str]]:
 
 
 def best_columns(study: FeatureStudy) -> list[str]:
-    """Heads of `best_rows`."""
+    """Headings of `best_rows`."""
     columns = ["property", "chance", "pixels", "latents"]
     for conditioning in study.conditionings:
         columns.append(f"best with {TEXTS[conditioning]}")

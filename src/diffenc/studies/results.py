@@ -1,4 +1,4 @@
-"""What the study of features finds, as plain values."""
+"""Results of the study of features, as plain values."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -36,18 +36,18 @@ class Spread:
 
     @property
     def mean(self) -> float:
-        """Over seeds."""
+        """Mean over seeds."""
         return mean(self.values)
 
     @property
     def deviation(self) -> float | None:
-        """Sample standard deviation over seeds; None of a single one."""
+        """Sample standard deviation over seeds; None for a single seed."""
         return stdev(self.values) if len(self.values) > 1 else None
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """How well a property is read from one place.
+    """Accuracy of reading a property from one place.
 
     Attributes:
         property: Name of the property that is read.
@@ -91,7 +91,7 @@ class Focus:
 
 @dataclass(frozen=True, slots=True)
 class FeatureStudy:
-    """Everything the study found.
+    """Results of the study.
 
     Attributes:
         model: Name of the backbone.
@@ -122,7 +122,7 @@ class FeatureStudy:
         return None
 
     def select(self, wanted: Property, conditioning: Conditioning | None) -> Iterator[Reading]:
-        """All places, for a property under a text."""
+        """Readings of a property under a text, at all places."""
         for reading in self.readings:
             if (reading.property, reading.conditioning) == (wanted, conditioning):
                 yield reading
@@ -133,7 +133,7 @@ class FeatureStudy:
         return max(found, key=lambda reading: reading.accuracy.mean) if found else None
 
     def gain(self, wanted: Property, conditioning: Conditioning) -> Spread | None:
-        """Accuracy under a text less that without, mean over taps and timesteps, per seed."""
+        """Accuracy under a text minus that without, mean over taps and timesteps, per seed."""
         differences: list[Sequence[float]] = []
         for reading in self.select(wanted, conditioning):
             base = self.find(wanted, "uncond", reading.tap, reading.timestep)
@@ -153,13 +153,13 @@ class FeatureStudy:
 
     @property
     def conditionings(self) -> tuple[Conditioning, ...]:
-        """Which texts were studied."""
+        """Kinds of text that were studied."""
         found = {reading.conditioning for reading in self.readings}
         return tuple(name for name in CONDITIONINGS if name in found)
 
     @property
     def properties(self) -> tuple[Property, ...]:
-        """Which properties were studied."""
+        """Properties that were studied."""
         found = {reading.property for reading in self.readings}
         return tuple(name for name in PROPERTIES if name in found)
 

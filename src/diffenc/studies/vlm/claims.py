@@ -53,7 +53,7 @@ class Claim:
         return tuple(dict.fromkeys(term.key for term in self.terms if term.key is not None))
 
     def excess(self, figure: Callable[[Key], Spread | None]) -> Spread | None:
-        """By how much it is so, per seed; None where a figure is missing."""
+        """Excess of the side claimed larger, per seed; None if a figure is missing."""
         known = {key: figure(key) for key in self.keys}
         spreads = [spread for spread in known.values() if spread is not None]
         if len(spreads) < len(known):

@@ -1,4 +1,4 @@
-"""What a study will take, before it begins."""
+"""Estimate of the time that a study will take."""
 
 import math
 import time
@@ -18,7 +18,7 @@ from diffenc.studies.vlm.trainings import Training, check_config
 from diffenc.studies.vlm.workshop import Workshop
 
 _BACKWARD = 3.0
-"""Of a trained encoder, against its forward pass alone."""
+"""Cost of a pass through a trained encoder, relative to its forward pass alone."""
 
 
 @dataclass(frozen=True, slots=True)

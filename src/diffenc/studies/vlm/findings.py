@@ -22,9 +22,9 @@ deviation: then a finding is **undecided**. Comparisons are not corrected for th
 twenty that mean nothing, one may seem to hold."""
 
 _LIMITS = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833)
-"""Of Student's distribution, one-sided 5 %, for 1 to 9 degrees of freedom."""
+"""Limits of Student's distribution, one-sided 5 %, for 1 to 9 degrees of freedom."""
 _NEAR_LIMIT = 3.0
-"""Points of 100."""
+"""Distance from an end of the scale, in points of 100, that counts as near."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ def decide_claim(claim: Claim, figure: Callable[[Key], Spread | None]) -> Decisi
 
 
 def limit_of(excess: Spread) -> float | None:
-    """What the mean of a difference must exceed, from its deviation over seeds."""
+    """Limit that the mean of a difference must exceed, from its deviation over seeds."""
     if excess.deviation is None:
         return None
     count = len(excess.values)

@@ -42,7 +42,7 @@ Generate = Callable[..., list[str]]
 """`DiffusionVLM.generate`."""
 
 Writer = Callable[[Sequence[Image.Image]], list[str]]
-"""Gives a caption per picture."""
+"""Function that returns a caption per picture."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +207,7 @@ _KINDS: Mapping[str, Callable[[Measurement, Generate, int, Writer | None], Measu
 
 
 def write_captions(generate: Generate, pictures: Sequence[Image.Image]) -> list[str]:
-    """What a model says of pictures without a prompt for its encoder."""
+    """Captions of pictures by a model, with the empty prompt for its encoder."""
     said: list[str] = []
     for first in range(0, len(pictures), _BATCH):
         part = [[picture] for picture in pictures[first : first + _BATCH]]
@@ -244,7 +244,7 @@ def _one_question(scene: Scene, index: int, seed: int) -> Question:
 
 
 def _percent_guessed(asked: Sequence[Question]) -> float:
-    """What the most frequent answer of each kind would reach."""
+    """Percentage of right answers if the most frequent one of each kind is always given."""
     by_kind: dict[str, Counter[str]] = {}
     for question in asked:
         by_kind.setdefault(question.kind, Counter())[question.answer] += 1

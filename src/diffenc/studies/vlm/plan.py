@@ -1,4 +1,4 @@
-"""What a study trains, measures and claims, checked as a whole before anything runs."""
+"""Plan of a study: trainings, measurements and claims, checked before anything runs."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -50,7 +50,7 @@ class StudyData:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """What is measured of trained models.
+    """Measurement of trained models.
 
     Attributes:
         name: Name of the measurement in the plan.
@@ -150,7 +150,7 @@ class StudyPlan:
         _check(self)
 
     def pairs(self) -> list[tuple[Training, Measurement]]:
-        """What is measured of what, by training."""
+        """Pairs of a training and a measurement of it, by training."""
         return [
             (training, measurement)
             for training in self.trainings.values()
@@ -193,7 +193,7 @@ class StudyPlan:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Plain values, as JSON holds them."""
         return asdict(self)
 
     def quick(self) -> "StudyPlan":
@@ -209,7 +209,7 @@ class StudyPlan:
 
 
 def _check(plan: StudyPlan) -> None:
-    """What no table shows alone: names that must exist, and configs that must hold."""
+    """Check across tables that all names exist and all configs are valid."""
     if not plan.trainings or not plan.measurements:
         raise ConfigError("a study needs one training and one measurement or more")
     for name in plan.paper:

@@ -1,4 +1,4 @@
-"""What conditions the encoder when a model is measured."""
+"""Prompts of the encoder when a model is measured."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""What a study found, as plain values."""
+"""Results of a study, as plain values."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -12,7 +12,7 @@ from diffenc.studies.vlm.plan import StudyPlan
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """What was measured of one training.
+    """Results of one measurement of one training.
 
     Attributes:
         training: Name of the training.
@@ -52,7 +52,7 @@ class VlmStudy:
         return find_figure(self.cells, key)
 
     def cell(self, training: str, measurement: str) -> Cell | None:
-        """What was measured of a training; None where nothing was."""
+        """Results of a measurement of a training; None if there are none."""
         return find_cell(self.cells, training, measurement)
 
     def to_dict(self) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class VlmStudy:
 
 
 def find_cell(cells: tuple[Cell, ...], training: str, measurement: str) -> Cell | None:
-    """What was measured of a training; None where nothing was."""
+    """Results of a measurement of a training; None if there are none."""
     for cell in cells:
         if (cell.training, cell.measurement) == (training, measurement):
             return cell

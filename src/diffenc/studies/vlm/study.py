@@ -74,7 +74,7 @@ def study_vlm(
 
 
 class _Run:
-    """What is being done, with one model at a time in memory."""
+    """Work of a study, with one model at a time in memory."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class _Run:
         self._loaded: tuple[Any, DiffusionVLM] | None = None
 
     def possible(self) -> list[tuple[Training, Measurement]]:
-        """What can be measured: pairs for which nothing is missing."""
+        """Pairs of a training and a measurement for which nothing is missing."""
         return [
             (training, measurement)
             for training, measurement in self.plan.pairs()
@@ -185,7 +185,7 @@ def _cell(training: str, measurement: str, found: Sequence[Measured]) -> Cell:
 
 
 def _read(path: Path) -> Measured | None:
-    """What was measured before; None where nothing was.
+    """Read figures that were measured before; None if there are none.
 
     Raises:
         ConfigError: The file was changed into something else.

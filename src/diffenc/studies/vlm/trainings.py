@@ -31,11 +31,11 @@ class Shared:
     adapt: Mapping[str, Any] = field(default_factory=dict)
 
     def with_clip(self, name: str) -> "Shared":
-        """With another CLIP for the bundled one."""
+        """The same with another CLIP model instead of the bundled one."""
         return replace(self, model=_with_clip(self.model, name))
 
     def quick(self) -> "Shared":
-        """One pass over the pictures."""
+        """The same settings with one pass over the pictures."""
         align, instruct = ({**each, "epochs": 1} for each in (self.align, self.instruct))
         return replace(self, align=align, instruct=instruct)
 
@@ -76,11 +76,11 @@ class Training:
 
     @property
     def learns_from(self) -> str:
-        """Which of the two files it learns from."""
+        """Name of the file that it learns from: "align" or "instruct"."""
         return self.data or self.stage
 
     def with_clip(self, name: str) -> "Training":
-        """With another CLIP for the bundled one."""
+        """The same with another CLIP model instead of the bundled one."""
         return replace(self, model=_with_clip(self.model, name))
 
 

@@ -142,11 +142,11 @@ class Workshop:
         self.fresh.append(f"{name}, seed {seed}")
 
     def is_trained(self, name: str, seed: int) -> bool:
-        """Whether a training is there."""
+        """Whether a training is done."""
         return is_saved(self.folder_of(name, seed) / MODEL_FOLDER)
 
     def count_trained(self) -> int:
-        """How many trainings are there, seeds counted."""
+        """Number of trainings that are done, each seed counted."""
         return sum(
             self.is_trained(name, seed)
             for name in self.plan.trainings
@@ -161,7 +161,7 @@ class Workshop:
     def config(
         self, name: str, seed: int, *, output: "str | Path" = "any", start: "str | Path" = ""
     ) -> TrainConfig:
-        """What `diffenc.mllm.training` is told; the data are written.
+        """Configuration of a training for `diffenc.mllm.training`; writes the data.
 
         Args:
             name: Name of the training.
@@ -208,7 +208,7 @@ class Workshop:
         return sorted({part for part in named if part})
 
     def _bare_config(self, name: str, seed: int) -> TrainConfig:
-        """Without its files, which are not written for it."""
+        """Configuration without its data files, which are not written for it."""
         return self._make(name, seed, dict.fromkeys(("align", "instruct", "images"), "any"))
 
     def _make(
@@ -239,7 +239,7 @@ class Workshop:
 
 
 def fingerprint(name: str) -> str:
-    """Of a model: digest of its files where it is a folder or bundled, and else its name."""
+    """Digest of a model's files if it is a folder or bundled, otherwise its name."""
     bundled = Path(str(files("diffenc.models") / "assets" / name))
     folder = next((path for path in (Path(name), bundled) if is_folder(path)), None)
     if folder is None:
@@ -253,7 +253,7 @@ def fingerprint(name: str) -> str:
 
 
 def digest_of(value: Mapping[str, Any]) -> str:
-    """Of anything that JSON holds."""
+    """Digest of any value that JSON can hold."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
