@@ -56,7 +56,7 @@ def questions(scene: Scene, *, seed: int = 0) -> list[Question]:
 
 
 def sample_question(scene: Scene, rng: random.Random) -> Question:
-    """One question, every kind that this scene allows equally likely.
+    """Draw one question; all kinds that this scene allows are equally likely.
 
     Raises:
         ConfigError: The scene has no object, or more than nine.

@@ -85,12 +85,12 @@ class SceneObject:
 
     @property
     def kind(self) -> tuple[Color, Shape]:
-        """What a caption calls it: colour and shape."""
+        """Colour and shape, as a caption names the object."""
         return self.color, self.shape
 
     @property
     def place(self) -> Place | None:
-        """Where it is in one word, or None where no single word is right (a corner)."""
+        """Place in the picture in one word, or None if no single word is right (a corner)."""
         dx, dy = self.x - 0.5, self.y - 0.5
         if math.hypot(dx, dy) < 0.1:
             return "middle"
@@ -116,7 +116,7 @@ class Scene:
         _check_word("background", self.background, BACKGROUNDS)
 
     def relation(self, first: int, second: int) -> Relation | None:
-        """How object `first` lies to object `second`, or None where no single word is right."""
+        """Relation of object `first` to object `second`, or None if no single word is right."""
         a, b = self.objects[first], self.objects[second]
         dx, dy = a.x - b.x, a.y - b.y
         if not _dominates(dx, dy):
