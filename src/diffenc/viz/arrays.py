@@ -1,4 +1,4 @@
-"""What all pictures share: numbers out of tensors, and sizes."""
+"""Common steps of all pictures: arrays from tensors, and sizes."""
 
 from typing import Any, Literal
 

@@ -81,7 +81,7 @@ class HeatMap:
         return f"HeatMap({label}{height} x {width} cells, {self.low:.3g} to {self.high:.3g})"
 
     def _repr_png_(self) -> bytes:
-        """What a notebook shows: the map over its picture, the longer side 256 pixels."""
+        """Picture for notebooks: the map over its picture, the longer side 256 pixels."""
         width, height = self.picture.size if self.picture else self._values.shape[::-1]
         factor = _NOTEBOOK_SIDE / max(height, width)
         size = (max(1, round(height * factor)), max(1, round(width * factor)))
