@@ -67,7 +67,7 @@ def inside(folder: StrPath, name: str, *, error: type[DiffencError] = ConfigErro
 
 
 def reason(error: BaseException) -> str:
-    """What an exception says, in one line, without the path that messages name themselves."""
+    """Text of an exception in one line, without the path, which messages name themselves."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     lines = str(error).strip().splitlines()

@@ -30,7 +30,7 @@ BUNDLED = ("shapes-clip", "shapes-lm")
 
 
 def pretrained_source(name: "str | os.PathLike[str]") -> str:
-    """What `from_pretrained` of transformers takes: a bundled miniature's folder, or the name.
+    """Argument for `from_pretrained` of transformers: a bundled miniature's folder, or the name.
 
     Args:
         name: Path of a folder, a Hub id, or one of `BUNDLED`.
@@ -70,7 +70,7 @@ def absolute(path: "str | os.PathLike[str]") -> str:
 def stored_name(name: str, folder: "str | os.PathLike[str]") -> str:
     """A lasting name as a file in a folder keeps it.
 
-    What lies within the folder is told from there, as "./...": both may be moved together.
+    A path within the folder is stored relative to it, as "./...": both may be moved together.
     """
     root = absolute(folder)
     if not Path(name).is_absolute() or not Path(name).is_relative_to(root):

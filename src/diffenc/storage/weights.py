@@ -19,7 +19,7 @@ from diffenc.storage.names import StrPath, inside, is_file, is_folder, printable
 from diffenc.storage.reading import read_json
 
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"
-"""What the files of a library's models are called."""
+"""Names of the files of a library's models."""
 
 HALF = "fp16"
 """The variant in half precision."""
@@ -198,7 +198,7 @@ class StoredWeights(Mapping[str, Tensor]):
         return dtype
 
     def renamed(self, names: Mapping[str, str]) -> "StoredWeights":
-        """Some of the weights under other names.
+        """Get some of the weights under other names.
 
         Args:
             names: Present name of each weight, by its new name.

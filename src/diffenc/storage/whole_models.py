@@ -86,7 +86,7 @@ def dtype_argument() -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what transformers logs in this thread; its verbosity is the whole process's."""
+    """Hide the log of transformers in this thread; its verbosity is that of the whole process."""
     from transformers.utils import logging as library
 
     library.get_logger()  # sets up the handlers, if nothing did yet

@@ -18,7 +18,7 @@ from diffenc.storage.names import StrPath, is_folder, printable, reason
 
 @contextmanager
 def reporting(path: StrPath) -> Iterator[None]:
-    """Turn whatever goes wrong while something is written into an `OutputError`.
+    """Turn all errors of writing into an `OutputError`.
 
     Raises:
         OutputError: Something goes wrong that is no error of diffenc.
@@ -162,7 +162,7 @@ def locked(folder: StrPath, *, purpose: str, wait: bool = False, name: str = "")
 
 
 def _held(file: Path, timeout: float) -> Any:
-    """A lock on a file that is still there: whoever held it before removes it at the end."""
+    """Lock a file that still exists: a former holder of the lock removes the file at its end."""
     from filelock import FileLock
 
     while True:
