@@ -1,4 +1,4 @@
-"""What threads share: a lock per object, and hooks that act for one thread alone."""
+"""Tools for threads: a lock per object, and hooks that act for one thread alone."""
 
 import os
 import threading
@@ -65,7 +65,7 @@ def without_warnings(message: str = "", category: type[Warning] = Warning) -> It
 
 
 def _forget_locks() -> None:
-    """In a forked process: who held a lock there is not here."""
+    """Make new locks in a forked process, where the threads that held the old ones are gone."""
     global _GUARD, _FILTERS
     _GUARD, _FILTERS = threading.Lock(), threading.Lock()
     _LOCKS.clear()
