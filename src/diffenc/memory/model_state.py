@@ -126,7 +126,7 @@ def scheduler_key(scheduler: Any) -> Hashable:
 
 
 def tokenizer_key(tokenizer: Any) -> Hashable | None:
-    """What decides which ids a tokenizer gives a text: settings, special and added tokens, steps.
+    """A key of all that decides a tokenizer's ids: settings, special and added tokens, steps.
 
     Returns:
         None if the tokenizer splits words at random (dropout of merges).
