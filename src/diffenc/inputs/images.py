@@ -42,7 +42,7 @@ _AT_ONCE = 64
 
 
 def as_list(images: Images) -> list[ImageSource]:
-    """One picture, a batch as array or tensor, or a sequence of pictures, as a list of pictures.
+    """Convert a picture, a batch (array or tensor) or a sequence of pictures to a list of pictures.
 
     Raises:
         ShapeError: There is no picture at all.

@@ -53,7 +53,7 @@ def encode_posterior(
 
 
 def _scaling(config: Any, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:
-    """What is subtracted from latents, and what they are multiplied by then.
+    """Shift that is subtracted from latents, and factor that they are then multiplied by.
 
     A VAE with means and deviations per channel (Playground 2.5's) is read as diffusers' SDXL
     pipelines read it.

@@ -41,7 +41,7 @@ class PromptSample:
     captions: Sequence[str] = ()
 
     def questions(self) -> list[str]:
-        """What the human says, turn by turn, without image marks and templates.
+        """Texts of the human's turns, in order, without image marks and templates.
 
         Raises:
             PromptError: A turn is not of that form, or no turn is the human's, or none has words.
@@ -77,7 +77,7 @@ class PromptPolicy(ABC):
         """One prompt; every choice is taken from `rng`."""
 
     def __call__(self, sample: PromptSample, *, seed: int = 0, epoch: int = 0) -> str:
-        """The sample's prompt in an epoch: equal arguments, equal prompt.
+        """Make the sample's prompt in an epoch; equal arguments give the equal prompt.
 
         Raises:
             PromptError: The sample lacks what the policy needs.
@@ -91,7 +91,7 @@ class PromptPolicy(ABC):
 
 
 class PromptChange(ABC):
-    """Changes a prompt, whatever it was made of."""
+    """Changes a prompt of any origin."""
 
     @abstractmethod
     def change(self, prompt: str, rng: random.Random) -> str:

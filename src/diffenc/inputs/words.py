@@ -43,7 +43,7 @@ def words_of(text: str, tokenizer: Any = None) -> list[str]:
 def word_token_positions(
     tokenizer: Any, text: str, word: str, *, occurrence: int | None = None
 ) -> tuple[int, ...]:
-    """Where the text encoder sees a word: positions of all its pieces, the start token being 0.
+    """Positions of all pieces of a word in the text encoder's input; the start token is 0.
 
     A word ends where letters and digits end and where the tokenizer begins a new piece: "2" is no
     word of "12". A text of CLIP's without spaces, as in Chinese, is one word.
@@ -82,7 +82,7 @@ def word_token_positions(
 
 
 def shared_positions(tokenizers: Sequence[Any], text: str, word: str) -> tuple[int, ...]:
-    """As `word_token_positions`, for text encoders whose states stand side by side.
+    """Do the same as `word_token_positions` for text encoders whose states stand side by side.
 
     Raises:
         PromptError: As there, or the tokenizers split the text differently.
@@ -116,7 +116,7 @@ def _token_spans(tokenizer: Any, text: str, word: str) -> list[tuple[int, int]]:
 
 
 def _places(text: str, word: str) -> Iterator[tuple[int, int]]:
-    """Where a word stands among the letters of a text, one place behind the other."""
+    """Start and end of each occurrence of a word among the letters of a text, in order."""
     pattern = _pattern(word)
     behind = 0
     for match in re.finditer(f"(?=({pattern}))", text, re.IGNORECASE) if pattern else ():

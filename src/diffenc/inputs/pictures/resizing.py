@@ -34,7 +34,7 @@ def scaled_size(picture: tuple[int, int], size: tuple[int, int], *, cover: bool)
 
 
 def crop_offset(side: int, length: int, center: Center = "torchvision") -> int:
-    """Where the middle `length` of `side` pixels begins.
+    """Position at which the middle `length` of `side` pixels begins.
 
     torchvision's `CenterCrop` rounds half of the margin, and to the even number where it lies
     between two; transformers' image processors cut it off. They differ by one pixel where the
@@ -80,7 +80,7 @@ def fit(
 
 
 def _scale(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """All of a picture, by the bicubic filter with antialiasing."""
+    """Resize a whole picture by the bicubic filter with antialiasing."""
     rows, columns = image.shape[1:]
     if (rows, columns) == size:
         return image
@@ -95,7 +95,7 @@ def _scale(image: Tensor, size: tuple[int, int]) -> Tensor:
 def _scale_part(
     image: Tensor, inner: tuple[int, int], start: tuple[int, int], size: tuple[int, int]
 ) -> Tensor:
-    """What `_scale` to `inner` has at `start`, computed from the pixels that it depends on alone.
+    """Part of `_scale` to `inner` from `start` on, computed from only the pixels that it needs.
 
     For pictures so narrow that all of it would take gigabytes.
     """
