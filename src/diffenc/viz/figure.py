@@ -29,10 +29,11 @@ class Panel:
     """One place of a figure.
 
     Attributes:
-        image: Fills a square, its aspect ratio kept; None leaves it to the caption.
-        title: Above, in dark letters.
-        caption: Below, in grey ones; wrapped, never cut.
-        legend: A heat map whose colours and range are shown under the image.
+        image: Picture that fills a square, with its aspect ratio kept; None leaves the place to the
+            caption.
+        title: Text above the image, in dark letters.
+        caption: Text below the image, in grey letters; it is wrapped, never cut.
+        legend: Heat map whose colours and range are shown under the image; None shows none.
     """
 
     image: Image.Image | None = None

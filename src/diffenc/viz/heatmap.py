@@ -36,17 +36,18 @@ class HeatMap:
     """A map of numbers, such as `CrossAttnScorer.word_maps` gives; notebooks show it as a picture.
 
     Args:
-        values: (h w), a tensor or an array.
+        values: Numbers of the map (h w), as a tensor or an array.
         low: Value of the darkest colour; None is the smallest of `values`.
-        high: Value of the lightest colour; None is the largest.
-        label: What the map shows, such as a word.
-        picture: What it lies over in a notebook, and where `overlay` is True.
+        high: Value of the lightest colour; None is the largest of `values`.
+        label: Name of what the map shows, such as a word; None gives none.
+        picture: Picture that the map lies over in a notebook and if `overlay` is True; None for no
+            picture.
 
     Attributes:
-        low: See above.
-        high: See above.
-        label: See above.
-        picture: See above.
+        low: Value of the darkest colour.
+        high: Value of the lightest colour.
+        label: Name of what the map shows; None if it was not given.
+        picture: Picture under the map; None if it was not given.
 
     Raises:
         ShapeError: Not (h w).
