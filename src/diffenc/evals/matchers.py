@@ -23,9 +23,9 @@ class ScorerMatcher:
     """A `CrossAttnScorer` in an evaluation.
 
     Args:
-        scorer: The scorer; the seed of its config is not read.
-        name: In tables; None makes one of the model's and the preset's.
-        by_timestep: Give one score per timestep, as a third axis, instead of their mean.
+        scorer: Scorer that gives the scores; the seed of its config is not used.
+        name: Name of the model in tables; None takes the backbone's.
+        by_timestep: Whether to give one score per timestep, as a third axis, instead of their mean.
     """
 
     deterministic = False

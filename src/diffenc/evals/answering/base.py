@@ -20,7 +20,7 @@ class Answerer(Protocol):
     """A model that answers questions on pictures.
 
     Attributes:
-        name: In tables and files of answers.
+        name: Name of the model in tables and files of answers.
         description: Everything that the answers depend on, as JSON values; earlier answers are
             reused only if it is equal.
     """
