@@ -60,7 +60,7 @@ def choose_weights(
 
     Args:
         names: Names of the files in the model's folder.
-        stem: `DIFFUSERS` or `TRANSFORMERS`.
+        stem: Stem of the library's file names, `DIFFUSERS` or `TRANSFORMERS`.
         variant: Word in the file names, such as "fp16"; "" for files without one. None takes the
             files without one; it takes those in half precision if there are no others or if `half`
             is set.
@@ -229,7 +229,7 @@ def open_weights(
 
     Args:
         folder: Folder of the model.
-        stem: `DIFFUSERS` or `TRANSFORMERS`.
+        stem: Stem of the library's file names, `DIFFUSERS` or `TRANSFORMERS`.
         variant: Variant of the weights, see `choose_weights`.
         half: Whether weights in half precision are enough.
         error: Class of the exception that is raised.
