@@ -261,15 +261,15 @@ def draw_prompts(
     seed: int = 0,
     epoch: int = 0,
 ) -> DrawnPrompts:
-    """A prompt for each sample, with what the text encoder's limit will cut counted.
+    """Draw a prompt for each sample, and count the tokens that exceed the text encoder's limit.
 
     Args:
-        policy: See `parse_policy`.
-        samples: With different keys.
-        tokenizer: The backbone's.
+        policy: Policy that makes a prompt of a sample, see `parse_policy`.
+        samples: Samples with different keys.
+        tokenizer: Tokenizer of the backbone, whose limit counts.
         seed: Seed of the whole run; with the epoch and the sample's key it decides all random
             choices.
-        epoch: Counts from 0.
+        epoch: Number of the epoch, from 0.
 
     Raises:
         PromptError: A sample lacks what the policy needs.
