@@ -91,8 +91,8 @@ class Item:
         id: Id of the item, unique in its benchmark.
         pictures: The two pictures.
         captions: The two captions as the benchmark states them, in the order of the pictures.
-        labels: Labels that results are split by, by kind of label, such as `{"pattern":
-            ("Color",)}`.
+        labels: Labels that results are split by, by kind of label, such as
+            `{"pattern": ("Color",)}`.
     """
 
     id: str

@@ -84,8 +84,8 @@ def winoground_from_rows(rows: Sequence[Mapping[str, Any]]) -> Benchmark:
     """Winoground from rows in memory, such as split "test" of `datasets.load_dataset`.
 
     Args:
-        rows: Rows with the Hub's columns; a picture is a PIL image, bytes, or `{"bytes": ...,
-            "path": ...}`.
+        rows: Rows with the Hub's columns; a picture is a PIL image, bytes, or
+            `{"bytes": ..., "path": ...}`.
 
     Raises:
         ConfigError: A column is missing.

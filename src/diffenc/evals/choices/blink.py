@@ -109,8 +109,8 @@ def blink_from_rows(
     """BLINK from rows in memory, by task, such as those of `datasets.load_dataset`.
 
     Args:
-        rows: Rows of each task, by name of the task; a picture is a PIL image, bytes, `{"bytes":
-            ...}` or None.
+        rows: Rows of each task, by name of the task; a picture is a PIL image, bytes,
+            `{"bytes": ...}` or None.
         instruction: Text that follows the question and its options, see `load_blink`.
 
     Raises:
