@@ -23,10 +23,10 @@ def whole(
     """A whole number of Python, from one of any library.
 
     Args:
-        name: Argument, for messages.
-        value: What was passed for it.
-        least: Smallest that is allowed.
-        most: Largest that is allowed.
+        name: Name of the argument, for messages.
+        value: Value that was passed for the argument.
+        least: Smallest number that is allowed; None sets no bound.
+        most: Largest number that is allowed; None sets no bound.
         error: Class of the exception that is raised.
 
     Raises:

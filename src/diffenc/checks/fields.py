@@ -20,8 +20,8 @@ def conform(instance: Any, where: str = "") -> None:
     Words that are to be chosen from (`Literal`) are left to the class, which knows what to say.
 
     Args:
-        instance: Dataclass, in its `__post_init__`.
-        where: Put before names in messages, such as "model.".
+        instance: Instance of the dataclass, in its `__post_init__`.
+        where: Text that is put before names in messages, such as "model.".
 
     Raises:
         ConfigError: A value is of another type.
@@ -46,10 +46,10 @@ def require_finite(
     """Raise unless a tensor holds numbers alone.
 
     Args:
-        values: Tensor.
-        what: What it is, for the message: "features at 'mid_block'".
-        remedy: What to do.
-        error: Class of the exception.
+        values: Tensor to be checked.
+        what: Description of the tensor, for the message: "features at 'mid_block'".
+        remedy: Advice on what to do, for the message.
+        error: Class of the exception that is raised.
     """
     if values.is_meta:
         raise ConfigError(f"{what} have no values: the model is on the meta device; load it on one")

@@ -35,11 +35,11 @@ PROMPTS = (
 )
 WRONG_PROMPT = "a green triangle above a purple star"
 WORDS = ("circle", "square")
-"""Of the first prompt."""
+"""Words of the first prompt that attention maps are drawn for."""
 
 WORD_TIMESTEPS = (50, 189)
 WORD_LAYERS = ("up_blocks.1",)
-"""Of the attention maps: little noise, and the block whose maps point best (the model's card)."""
+"""Little noise, and the block whose attention maps point best (see the model's card)."""
 
 GUIDANCE_SCALE = 3.0
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")

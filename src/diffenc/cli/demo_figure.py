@@ -24,12 +24,12 @@ def draw_demo(
     """Draw what the demo computed.
 
     Args:
-        picture: What the model saw.
-        features: Of the picture under each prompt, guided, in one batch.
-        word_maps: Attention to words of the first prompt.
-        scores: Per text.
-        prompts: Of `features`.
-        model: Its name.
+        picture: Picture that the model was given.
+        features: Features of the picture under each prompt, guided, in one batch.
+        word_maps: Attention map of each word of the first prompt.
+        scores: Score of each text, higher is better.
+        prompts: Prompts of `features`, one per row of the batch.
+        model: Name of the model, as it appears in the figure.
     """
     tap = max(features, key=lambda name: features[name].shape[2] * features[name].shape[3])
     uncond, cond, guided = (features.select(half)[tap] for half in ("uncond", "cond", "cfg"))

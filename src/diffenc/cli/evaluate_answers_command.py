@@ -39,7 +39,7 @@ def _shared(
     dtype: Dtype = "float32",
     _debug: Debug = False,
 ) -> None:
-    """What every such command takes; the names are those of `Asked`."""
+    """Options that all of these commands share; the names are those of `Asked`."""
 
 
 def asks_a_model(name: str, **changed: Any) -> Callable[[_Command], _Command]:
@@ -48,8 +48,9 @@ def asks_a_model(name: str, **changed: Any) -> Callable[[_Command], _Command]:
     Typer sees the model, the function's other parameters, and the shared options behind them.
 
     Args:
-        name: Of the command.
-        changed: Annotations of shared options that mean something else here; None leaves one out.
+        name: Name of the command.
+        changed: Annotations of shared options that have another meaning in this command; None
+            leaves an option out.
     """
     shared = {key: each for key, each in signature(_shared).parameters.items() if key != "model"}
     for key, annotation in changed.items():

@@ -1,4 +1,4 @@
-"""What the commands that ask a model questions have in common: model, prompts, file, report."""
+"""Common parts of the commands that ask a model questions: model, prompts, file, report."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,23 +29,23 @@ _ANSWER = b'{"type": "answer"'
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What every command is told.
+    """Model and options that every command is given.
 
     Attributes:
-        command: Its name.
+        command: Name of the command.
         model: Folder of the model.
-        name: Of the model in tables and files.
+        name: Name of the model in tables and files; None takes the name of the folder.
         prompts: Policy of the encoder's prompts; None is the command's default.
-        seed: Of what is drawn.
-        max_new_tokens: Of an answer; None is the command's default.
-        batch_size: Questions per call of the model.
-        skip_broken: Go on with what is whole.
-        output: The file of answers; None is named after the command.
-        force: Begin it anew.
-        as_json: Print JSON and nothing else.
+        seed: Seed of everything that is drawn at random.
+        max_new_tokens: Largest number of tokens in an answer; None is the command's default.
+        batch_size: Largest number of questions in one call of the model.
+        skip_broken: Whether broken items are left out, instead of raising an error.
+        output: File that keeps the answers; None is named after the command.
+        force: Whether an existing file of answers is begun anew.
+        as_json: Whether JSON is printed and nothing else.
         paper: Whether the paper's rows are shown; None leaves it to the table.
-        device: By name.
-        dtype: By name.
+        device: Name of the device that the model runs on.
+        dtype: Name of the floating point type of the frozen parts of the model.
     """
 
     command: str
@@ -65,7 +65,7 @@ class Asked:
 
     @property
     def file(self) -> Path:
-        """Of the answers."""
+        """Path of the file of answers."""
         return self.output or Path(f"{self.command}-results.jsonl")
 
     @property
@@ -77,7 +77,8 @@ class Asked:
         """The model, checked and not loaded yet.
 
         Args:
-            max_new_tokens: Of an answer, unless the command line says otherwise.
+            max_new_tokens: Largest number of tokens in an answer, unless the command line gives
+                another one.
             prompts: Policy that is taken unless the command line names one; "model" is the
                 model's own without its noise and dropout, None is for protocols that have their
                 own prompts.
@@ -109,8 +110,8 @@ class Asked:
         """The encoder's prompt of each item.
 
         Args:
-            model: As `open_model` gave it.
-            samples: Per id of an item its question and its captions.
+            model: Model that `open_model` returned.
+            samples: Question and captions of each item, by id.
 
         Raises:
             ConfigError: The policy needs what the items do not have.
@@ -186,8 +187,9 @@ def refuse(owner: str, **given: object) -> None:
     """Raise a `ConfigError` if any of these options was given.
 
     Args:
-        owner: What they belong to.
-        given: Options by name, as the command has them; None and False: not given.
+        owner: Description of what the options belong to, for the message.
+        given: Values of the options by name, as the command has them; None and False count as not
+            given.
     """
     found = [name for name, value in given.items() if value is not None and value is not False]
     if found:

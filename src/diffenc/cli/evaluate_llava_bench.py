@@ -140,10 +140,10 @@ def _judge(
     dtype: str,
     before_loading: Callable[[], object],
 ) -> "OpenAIJudge | LocalJudge | WordJudge":
-    """Who the command line names.
+    """Make the judge that the command line names.
 
     Raises:
-        ConfigError: Nobody, or what is named does not go together.
+        ConfigError: No judge is named, or the options do not go together.
     """
     from diffenc.evals.llava_bench import LocalJudge, OpenAIJudge, WordJudge
 

@@ -31,16 +31,18 @@ def load_matchers(
     """Scores of one model by each preset, then the baselines.
 
     Args:
-        benchmark: Gives reference pictures where they are asked for.
-        specs: Presets, see `scorer_matchers`.
-        clip: Baselines.
-        by_timestep: Give scores by timestep.
-        model: Whose scores.
-        device: By name.
-        dtype: By name.
-        references: Reference pictures of the user.
-        data_references: How many of the data's.
-        options: Of the scorer's config, as the command line has them; None: not given.
+        benchmark: Benchmark that gives reference pictures if `data_references` is given; for a
+            miniature they come from another seed.
+        specs: Names of presets, see `scorer_matchers`; an empty list loads no scorer.
+        clip: Names or folders of CLIP models that serve as baselines.
+        by_timestep: Whether scores are given for each timestep.
+        model: Name or folder of the diffusion model that gives the scores.
+        device: Name of the device that the models run on.
+        dtype: Name of the floating point type of the weights.
+        references: Paths of the user's own reference pictures; None: not given.
+        data_references: Number of reference pictures from the data, spread over its items; None
+            takes none.
+        options: Fields of the scorer's config as the command line has them; None: not given.
 
     Raises:
         DiffencError: A model cannot be loaded, or an option is not allowed.
@@ -62,7 +64,7 @@ def load_matchers(
 
 
 def _changed(config: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """What the command line set, as the loaded config has it, to be set over every preset."""
+    """Options that the command line set, as the loaded config has them, for every preset."""
     return {name: getattr(config, name) for name, value in options.items() if value is not None}
 
 

@@ -1,4 +1,4 @@
-"""What the commands of `diffenc evaluate` have in common: data, models, progress, files."""
+"""Common parts of the commands of `diffenc evaluate`: data, models, progress, files."""
 
 import json
 from collections.abc import Sequence
@@ -46,22 +46,23 @@ def run_command(
     """Read the data, load the models, score; the result and its folder.
 
     Args:
-        name: Of the benchmark.
-        specs: Presets.
-        clip: Baselines.
-        files: What will be written into the folder beside the scores.
-        by_timestep: Give scores by timestep.
-        data: Where the items come from.
-        template: See `Benchmark`.
-        limit: Most items.
-        per_label: Items per label, of the miniature.
-        data_seed: Of the miniature.
-        output: The folder; None is named after the benchmark.
-        force: Forget what it holds.
-        trials: How many.
-        seed: Of the first.
-        skip_broken: Leave out what cannot be read.
-        options: Of the models, see `load_matchers`.
+        name: Name of the benchmark: "winoground" or "mmvp-vlm".
+        specs: Names of presets of the scorer.
+        clip: Names or folders of CLIP models that serve as baselines.
+        files: Names of the files that will be written into the folder beside the scores.
+        by_timestep: Whether scores are given for each timestep.
+        data: Path or Hub id of the dataset, or "shapes" for the miniature.
+        template: Text that is scored for a caption, see `Benchmark`; None keeps the benchmark's
+            own.
+        limit: Largest number of items; None takes all.
+        per_label: Number of items per label of the miniature; None is its default.
+        data_seed: Seed of the miniature; None is its default.
+        output: Folder of the results; None is named after the benchmark.
+        force: Whether scores that the folder holds are removed first.
+        trials: Number of trials, 1 or more.
+        seed: Seed of the first trial.
+        skip_broken: Whether items that cannot be read are left out, instead of raising an error.
+        options: Options of the models, see `load_matchers`.
 
     Raises:
         DiffencError: Something of that cannot be read, loaded or written.
@@ -165,7 +166,7 @@ def _score(
     scores: Path,
     skip_broken: bool,
 ) -> "Evaluation":
-    """Look at everything, then score what is not in the file yet, with progress bars.
+    """Check all pictures, then score what is not in the file yet, with progress bars.
 
     Raises:
         ConfigError: Broken data, or a file of another run.

@@ -12,9 +12,9 @@ def check_output(path: Path, *, suffixes: Sequence[str], force: bool) -> None:
     """Find out, before anything is computed, whether a file can be written.
 
     Args:
-        path: Of the file.
-        suffixes: What its name may end with.
-        force: Whether it may exist.
+        path: Path of the file to be written.
+        suffixes: Endings that the file's name may have.
+        force: Whether the file may exist already.
 
     Raises:
         OutputError: It has another suffix, exists, is no regular file, or its folder is missing or

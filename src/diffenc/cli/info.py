@@ -24,11 +24,11 @@ class Component:
     """A part of a model that holds weights.
 
     Attributes:
-        name: Its folder.
-        kind: Its class.
-        parameters: How many numbers.
-        bytes_on_disk: Size of its weight files; 0 where they are not here.
-        overflows: Kept in float32 when float16 is asked for.
+        name: Name of the part's folder.
+        kind: Name of the part's class.
+        parameters: Number of parameters.
+        bytes_on_disk: Size of the part's weight files in bytes; 0 if they are not on this machine.
+        overflows: Whether the part stays in float32 when float16 is asked for.
     """
 
     name: str

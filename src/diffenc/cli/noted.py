@@ -22,12 +22,12 @@ class NotedCommand(TyperCommand):
 
 
 def command_name() -> str:
-    """Of the command that runs."""
+    """Name of the command that runs."""
     return str(_CONTEXT.get().info_name)
 
 
 def command_line() -> str:
-    """What was asked for, as a command that asks for it again."""
+    """The command line that runs the present command again."""
     context = _CONTEXT.get()
     path = context.command_path.split()
     words = ["diffenc", *path[1:]]

@@ -17,9 +17,9 @@ class PictureFiles:
     """The pictures of a command.
 
     Attributes:
-        paths: All that were named.
-        skip_broken: Go on without those that cannot be read.
-        broken: By place among `paths`, why a picture cannot be read.
+        paths: Paths of all pictures that were named.
+        skip_broken: Whether pictures that cannot be read are left out, instead of raising an error.
+        broken: Reason why a picture cannot be read, by its index in `paths`.
     """
 
     paths: Sequence[Path]

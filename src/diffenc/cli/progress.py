@@ -15,9 +15,9 @@ def progress_bar(
     What is done when the bar is told for the first time does not count for the speed.
 
     Args:
-        title: What is done.
-        others: What is done after that; each begins where the one before is complete.
-        unit: What is counted.
+        title: Name of the first piece of work.
+        others: Names of the pieces of work after it; each begins when the one before is complete.
+        unit: Name of the things that are counted, in the plural.
     """
     if not sys.stderr.isatty():
         yield None

@@ -20,7 +20,7 @@ _IMPORTING = "<frozen importlib._bootstrap>"
 
 
 def exit_code() -> int:
-    """What the shell expects of a program that a signal has ended."""
+    """Exit code that a shell expects of a program that a signal has ended."""
     return 128 + (received or signal.SIGINT)
 
 

@@ -1,4 +1,4 @@
-"""What the commands under `diffenc study` share: files, a bar, what a study was made with."""
+"""Common parts of the commands of `diffenc study`: files, progress, versions and hardware."""
 
 import os
 import platform
@@ -16,7 +16,7 @@ from diffenc.cli.options import to_device
 from diffenc.storage.writing import make_folder, write_json, write_text
 
 Progress = Callable[[int, int], None]
-"""Told what is done, and of how much."""
+"""Function that is called with the amount of work done, and the amount of all work."""
 
 
 def output_paths(

@@ -19,10 +19,10 @@ def print_table(
     """Print rows under a title.
 
     Args:
-        title: What the table holds.
-        columns: Heads.
-        rows: Cells, written by `str`.
-        right: Heads of columns that are set to the right.
+        title: Title of the table.
+        columns: Headings of the columns.
+        rows: Rows of cells, converted to text by `str`.
+        right: Headings of the columns that are aligned to the right.
     """
     texts = [[str(cell) for cell in row] for row in rows]
     if not sys.stdout.isatty():

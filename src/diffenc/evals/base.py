@@ -1,4 +1,4 @@
-"""What a benchmark is made of, and what it asks of a model that matches images and texts."""
+"""Items of a benchmark, and the interface of models that match images and texts."""
 
 import hashlib
 import json
@@ -23,10 +23,10 @@ class Matcher(Protocol):
     """A model that scores images under texts.
 
     Attributes:
-        name: In tables and result files.
-        description: What its scores depend on, as JSON holds it; scores are resumed only where it
-            is equal.
-        deterministic: Whether the seed changes nothing, so that one trial is enough.
+        name: Name of the model in tables and result files.
+        description: Everything that the scores depend on, as JSON values; earlier scores are reused
+            only if it is equal.
+        deterministic: Whether the scores do not depend on the seed, so that one trial is enough.
     """
 
     @property
@@ -43,7 +43,7 @@ class Matcher(Protocol):
         ...
 
     def truncated(self, texts: Sequence[str]) -> Sequence[int]:
-        """How many tokens of each text are not read."""
+        """Number of tokens of each text that exceed the model's limit and are not read."""
         ...
 
 
@@ -52,8 +52,8 @@ class Picture:
     """A picture of a benchmark, read when it is needed.
 
     Attributes:
-        name: Of its file, or where it stands, for messages.
-        source: Gives the file's bytes; or the picture itself.
+        name: Name of the picture's file, or its place in the data, for error messages.
+        source: Function that returns the bytes of the file, or the picture itself.
     """
 
     name: str
@@ -88,10 +88,11 @@ class Item:
     """Two pictures and two captions; caption k is true of picture k alone.
 
     Attributes:
-        id: Unique in its benchmark.
-        pictures: The two.
-        captions: The two, as the benchmark has them.
-        labels: What the item counts for, by kind: `{"pattern": ("Color",)}`.
+        id: Id of the item, unique in its benchmark.
+        pictures: The two pictures.
+        captions: The two captions as the benchmark states them, in the order of the pictures.
+        labels: Labels that results are split by, by kind of label, such as
+            `{"pattern": ("Color",)}`.
     """
 
     id: str
@@ -100,7 +101,7 @@ class Item:
     labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def digest(self, picture_digests: Sequence[str]) -> str:
-        """Of captions and pictures; labels may be corrected without scoring again."""
+        """Return a digest of captions and pictures; changed labels leave it as it is."""
         return _digest(json.dumps([*self.captions, *picture_digests]).encode())
 
 
@@ -109,9 +110,10 @@ class Problem:
     """Why an item, or a row that should have been one, cannot be scored.
 
     Attributes:
-        kind: In the plural, to be counted: "missing pictures".
-        where: Item or row.
-        detail: What exactly, or "".
+        kind: Kind of the problem in the plural, as in "missing pictures", so that problems can be
+            counted.
+        where: Item or row that has the problem.
+        detail: Further description, or "".
     """
 
     kind: str
@@ -124,15 +126,16 @@ class Benchmark:
     """Items to be scored, and how results are shown.
 
     Attributes:
-        name: Whose rules these are: "winoground" or "mmvp-vlm".
-        source: Where the items come from.
-        items: Those that could be made.
-        label_kind: By which labels results are split first.
-        average: The overall result is the mean over "items", or over "labels" of that kind.
-        template: What a caption becomes before it is scored; "{}" stands for it.
-        expected: How many items the published benchmark has; None: it is not that one.
-        problems: What was wrong with its files.
-        notes: What is worth knowing and stops nothing.
+        name: Name of the benchmark whose rules apply: "winoground" or "mmvp-vlm".
+        source: Origin of the items, named in reports and messages.
+        items: Items that could be read.
+        label_kind: Kind of the labels that results are split by first.
+        average: Unit of the mean that gives the overall result: "items", or "labels" of that kind.
+        template: Text that is scored for a caption, which replaces "{}" in it.
+        expected: Number of items of the published benchmark; None for other data, such as
+            miniatures.
+        problems: Faults in the files of the benchmark.
+        notes: Remarks that do not stop an evaluation.
     """
 
     name: BenchmarkName
@@ -146,7 +149,7 @@ class Benchmark:
     notes: tuple[str, ...] = ()
 
     def texts(self, item: Item) -> list[str]:
-        """What is scored for an item's captions."""
+        """Texts that are scored for an item's captions."""
         return [self.template.replace("{}", caption) for caption in item.captions]
 
 

@@ -24,10 +24,10 @@ class ClipMatcher:
     """A `CLIPModel` in an evaluation; it has no noise, so one trial is enough.
 
     Args:
-        model: A `transformers.CLIPModel`.
-        tokenizer: Its tokenizer.
-        processor: Its image processor.
-        name: In tables.
+        model: CLIP model, a `transformers.CLIPModel`.
+        tokenizer: Tokenizer of the CLIP model.
+        processor: Image processor of the CLIP model.
+        name: Name of the model in tables.
     """
 
     deterministic = True
@@ -53,9 +53,9 @@ class ClipMatcher:
         """Load model, tokenizer and image processor.
 
         Args:
-            name: A folder, a Hub id, or "shapes-clip", the bundled miniature.
-            device: Where it runs.
-            dtype: Of the weights.
+            name: Path of a folder, a Hub id, or "shapes-clip", the bundled miniature.
+            device: Device that the model runs on.
+            dtype: Floating point type of the weights.
 
         Raises:
             BackboneError: There is no CLIP of that name.
@@ -97,5 +97,5 @@ class ClipMatcher:
         return scores
 
     def truncated(self, texts: Sequence[str]) -> Sequence[int]:
-        """How many tokens of each text are not read."""
+        """Number of tokens of each text that exceed the model's limit and are not read."""
         return tokenize(self.tokenizer, texts)[1]

@@ -20,11 +20,11 @@ _REGROUPINGS = 100
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Percentages of repetitions.
+    """Mean and deviation of a percentage over repetitions.
 
     Attributes:
-        mean: Of them.
-        std: Sample standard deviation of one repetition (ddof 1).
+        mean: Mean of the repetitions, in percent.
+        std: Sample standard deviation of one repetition, in percent (ddof 1).
     """
 
     mean: float
@@ -36,10 +36,10 @@ class DrawRow:
     """Results where each score, or each result, is the mean over some noises.
 
     Attributes:
-        count: How many noises.
-        groups: How many such means the noises at hand give at a time, none sharing a noise.
-        draws: Results of scores that are means over that many draws.
-        trials: Results that are themselves means over that many trials of one draw.
+        count: Number of noises that are averaged.
+        groups: Number of such means that the available noises give at a time, none sharing a noise.
+        draws: Results of scores that are means over that many draws, by metric.
+        trials: Results that are themselves means over that many trials of one draw, by metric.
         score_deviation: Mean sample standard deviation of the averaged scores themselves.
     """
 
@@ -55,9 +55,9 @@ class DrawStudy:
     """The ablation.
 
     Attributes:
-        evaluation: With one trial per noise.
-        model: Whose scores.
-        rows: By number of noises.
+        evaluation: Evaluation with one trial per noise.
+        model: Name of the scored model, as it appears in the evaluation.
+        rows: Results by number of averaged noises, in rising order.
     """
 
     evaluation: Evaluation
@@ -94,8 +94,8 @@ def draw_study(evaluation: Evaluation, model: str) -> DrawStudy:
     variance of a mean over n trials is that of one trial over n.
 
     Args:
-        evaluation: Of six trials or more.
-        model: Whose scores (trials items 2 2).
+        evaluation: Evaluation with six trials or more.
+        model: Name of the scored model, whose scores in the evaluation are (trials items 2 2).
 
     Raises:
         ConfigError: Too few trials.
@@ -156,7 +156,7 @@ def _row(scores: Tensor, count: int, evaluation: Evaluation) -> DrawRow:
 
 
 def _spread(values: tuple[float, ...], groups: int) -> Spread:
-    """Of repetitions, as many in each way to split."""
+    """Mean and deviation of repetitions, of which each way to split has equally many."""
     table = torch.tensor(values, dtype=torch.float64, device="cpu").unflatten(0, (-1, groups))
     variance = table.var(dim=1, correction=1).mean()
     return Spread(float(table.mean()), math.sqrt(float(variance)))

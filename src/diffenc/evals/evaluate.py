@@ -22,14 +22,16 @@ class Evaluation:
     """Scores of a benchmark's items.
 
     Attributes:
-        benchmark: What was scored.
-        items: Those that could be.
-        scores: Per model (trials items 2 2), with one more axis where the model gives parts.
-        seeds: Per model, of its trials.
-        descriptions: Per model, what its scores depend on.
-        problems: Why other items were left out.
-        notes: What is worth knowing about data and texts.
-        fresh: How many scores of items were computed now; the others were there already.
+        benchmark: Benchmark whose items were scored.
+        items: Items that could be scored.
+        scores: Scores of each model by name, (trials items 2 2), with one more axis if the model
+            gives parts.
+        seeds: Seeds of the trials of each model, by name of the model.
+        descriptions: Everything that the scores of a model depend on, by name of the model.
+        problems: Reasons why other items were left out.
+        notes: Remarks on data and texts that do not stop an evaluation.
+        fresh: Number of item scores that were computed in this run; the others were in the results
+            file.
     """
 
     benchmark: Benchmark
@@ -46,7 +48,7 @@ class Evaluation:
         return results_of(self.scores[name], self)
 
     def by_label(self, name: str, kind: str | None = None) -> dict[str, Results]:
-        """The same per label of a kind; None is the benchmark's own."""
+        """Text, image and group score per label of a kind; None is the benchmark's own kind."""
         right = correct(self.scores[name])
         return by_label(right, self.items, kind or self.benchmark.label_kind)
 
@@ -83,14 +85,16 @@ def evaluate(
     is scored again, so a run that was interrupted is repeated with the same call.
 
     Args:
-        benchmark: Items.
-        matchers: Models; those for which the seed changes nothing run once.
-        trials: How often; trial k has the noise of seed + k.
-        seed: Of the first trial.
-        results: A JSON lines file; None keeps nothing.
-        skip_broken: Leave out items that cannot be read, before the first is scored or later.
-        inspection: What `inspect` found, where it was called before.
-        progress: Told how many scores of items are there, and of how many.
+        benchmark: Benchmark whose items are scored.
+        matchers: Models that score the items; those for which the seed changes nothing run once.
+        trials: Number of trials, 1 or more; trial k has the noise of seed + k.
+        seed: Seed of the first trial.
+        results: JSON lines file that keeps the scores; None keeps nothing.
+        skip_broken: Whether items that cannot be read, before the first is scored or later, are
+            left out, instead of raising an error.
+        inspection: Result of `inspect`, if it was called before; None inspects the benchmark first.
+        progress: Function that is called with the number of item scores that are done and the
+            number of all of them; None reports nothing.
 
     Returns:
         Scores of all items, and what was found on the way.
@@ -149,7 +153,7 @@ def evaluate(
 
 
 class _Run:
-    """What one call of `evaluate` has done so far."""
+    """Progress and results of one call of `evaluate`."""
 
     def __init__(
         self,

@@ -23,7 +23,7 @@ class DatasetFiles:
     on from the archive's name.
 
     Args:
-        source: A folder or a .zip file.
+        source: Path of a folder or a .zip file.
 
     Raises:
         ConfigError: It does not exist, is neither, or is no whole archive.
@@ -53,15 +53,15 @@ class DatasetFiles:
 
     @property
     def names(self) -> list[str]:
-        """Of all files."""
+        """Names of all files, sorted."""
         return sorted(self._readers)
 
     def reader(self, name: str) -> Callable[[], bytes]:
-        """What reads a file when it is called, or raises a `ConfigError`."""
+        """Function that reads a file when it is called, or raises a `ConfigError`."""
         return self._readers[name]
 
     def path(self, name: str) -> Path | None:
-        """Where a file lies, None inside an archive."""
+        """Path of a file, None inside an archive."""
         path = self.source / name
         return path if is_file(path) else None
 
@@ -79,8 +79,8 @@ class DatasetFiles:
     def picture(self, value: str) -> str | None:
         """The picture that a table means by a path or a stem, with or without a suffix.
 
-        Of several with that stem the one that shares most of the end of its path with the value
-        wins, then a lossless one.
+        Among several with that stem, the one that shares most of the end of its path with the value
+        is taken, then a lossless one.
         """
         path = PurePosixPath(value.strip().replace("\\", "/"))
         known = path.suffix.lower() in PICTURE_SUFFIXES
@@ -145,9 +145,10 @@ def resolve_data(
     """The files of a folder, a .zip file, or a dataset in the Hub's cache; nothing is downloaded.
 
     Args:
-        data: A path, or one of `repositories`.
-        repositories: Hub ids by which the dataset is known.
-        terms: What has to be done before it can be downloaded.
+        data: Path of the dataset, or one of `repositories`.
+        repositories: Hub ids that the dataset is known by.
+        terms: Steps that are needed before the dataset can be downloaded, as part of the error
+            message.
 
     Raises:
         ConfigError: Nothing there; the message holds the command that downloads it.

@@ -8,22 +8,22 @@ from diffenc.errors import ConfigError, ImageError
 from diffenc.evals.base import Benchmark, Item, Matcher, Problem
 
 Progress = Callable[[int, int], None]
-"""Told how much is done, and of how much."""
+"""Function that is called with the number of things done so far, and the number of all things."""
 
 _EXAMPLES = 3
 NAMED = 20
-"""How many problems of a kind an error names, where work stops for them."""
+"""Number of problems of a kind that an error names if work stops for them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What was found.
+    """Result of `inspect`.
 
     Attributes:
-        items: Those that can be scored.
-        digests: Per id of those, of captions and pictures.
-        problems: Why others cannot.
-        notes: What is worth knowing: duplicates, texts that are cut, missing items.
+        items: Items that can be scored.
+        digests: Digest of the captions and pictures of each of these items, by id.
+        problems: Reasons why other items cannot be scored.
+        notes: Remarks on duplicates, texts that are cut, and missing items.
     """
 
     items: tuple[Item, ...]
@@ -54,9 +54,10 @@ def inspect(
     """Read every picture once, and count what is broken, doubled or cut.
 
     Args:
-        benchmark: To be looked at.
-        matchers: Whose limits on texts count.
-        progress: Told how many items were looked at.
+        benchmark: Benchmark whose items are read.
+        matchers: Models whose limits on the length of texts are checked.
+        progress: Function that is called with the number of items read so far and the number of all
+            items; None reports nothing.
     """
     problems, digests = list(benchmark.problems), {}
     whole, seen = [], defaultdict(list)

@@ -22,7 +22,7 @@ _File = TypeVar("_File", bound="JsonLinesFile")
 _NONE = object()
 
 _AGAIN = "again"
-"""Of a line that takes the place of one before it; any other second line is a copy."""
+"""Key of a line that replaces an earlier one; any other second line is a copy."""
 
 Key = tuple[str, int | str, str]
 """Name of the model, trial or part of the protocol, id of the item."""
@@ -30,20 +30,20 @@ Key = tuple[str, int | str, str]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wording:
-    """What a kind of file calls its lines, and what it says of another one.
+    """Names that a kind of file gives its lines, and the words of its error messages.
 
     Attributes:
         header: Type of the first line.
         line: Type of the lines that hold values.
-        keys: Under which names a line holds the three parts of its key.
-        value: Under which name it holds what it is for.
-        foreign: Of a file of another kind: "it ...".
-        other_run: Of a file with another header: "it ...".
-        values: Of a model, in the plural.
-        made_from: What values are made from.
-        again: What happens to the item of a line that is deleted.
-        instead: What to do about a file of another run.
-        instead_of_name: What to do about another model by the same name.
+        keys: Names under which a line holds the three parts of its key.
+        value: Name under which a line holds its value.
+        foreign: Predicate that describes a file of another kind: "it ...".
+        other_run: Predicate that describes a file with another header: "it ...".
+        values: Noun for the values of a model, in the plural.
+        made_from: Noun phrase for the data that values are made from.
+        again: Command that deals with the item of a deleted line.
+        instead: Advice for a file of another run.
+        instead_of_name: Advice for another model by the same name.
     """
 
     header: str
@@ -67,9 +67,9 @@ class JsonLinesFile:
     While one program has the file open, no other one opens it.
 
     Args:
-        path: Of the file, which is made where it does not exist.
-        header: What must be equal for values to be taken from the file.
-        source: Where items come from; told, not compared.
+        path: Path of the file, which is created if it does not exist.
+        header: Facts that must equal those of an existing file for its values to be reused.
+        source: Origin of the items; written into the file, not compared.
 
     Raises:
         ConfigError: The file belongs to something else, or a line is broken or a copy.
@@ -233,7 +233,7 @@ class JsonLinesFile:
 
 
 def differences(one: Any, other: Any, path: str = "") -> list[str]:
-    """Where two JSON values differ: ``"config.timesteps is [189], was [189, 389]"``."""
+    """List the differences of two JSON values: ``"config.timesteps is [189], was [189, 389]"``."""
     if isinstance(one, dict) and isinstance(other, dict):
         return [
             line

@@ -23,9 +23,9 @@ class ScorerMatcher:
     """A `CrossAttnScorer` in an evaluation.
 
     Args:
-        scorer: The scorer; the seed of its config is not read.
-        name: In tables; None makes one of the model's and the preset's.
-        by_timestep: Give one score per timestep, as a third axis, instead of their mean.
+        scorer: Scorer that gives the scores; the seed of its config is not used.
+        name: Name of the model in tables; None takes the backbone's.
+        by_timestep: Whether to give one score per timestep, as a third axis, instead of their mean.
     """
 
     deterministic = False
@@ -54,7 +54,7 @@ class ScorerMatcher:
             return self.scorer.score(list(images), list(texts), seed=seed).by_timestep[0]
 
     def truncated(self, texts: Sequence[str]) -> Sequence[int]:
-        """How many tokens of each text no text encoder reads."""
+        """Largest number of tokens of each text that one of the text encoders does not read."""
         backbone = self.scorer.backbone
         tokenizers = [
             getattr(backbone, name)
@@ -75,10 +75,11 @@ def scorer_matchers(
     """One matcher per name of a preset, over one backbone.
 
     Args:
-        scorer: Whose backbone and reference images are shared.
-        specs: "paper", "calibrated", ... or, for one pass per image, "calibrated+shared-query".
-        options: Of `ScorerConfig`, over every preset.
-        by_timestep: See `ScorerMatcher`.
+        scorer: Scorer whose backbone and reference images are shared.
+        specs: Names of presets, "paper", "calibrated", ... or, for one pass per image,
+            "calibrated+shared-query".
+        options: Fields of `ScorerConfig` that replace those of every preset.
+        by_timestep: Whether scores are given for each timestep, see `ScorerMatcher`.
 
     Raises:
         ConfigError: An unknown preset, or one that does not go with the options.

@@ -20,10 +20,10 @@ CHANCE: Mapping[Metric, float] = {"text": 25.0, "image": 25.0, "group": 100 / 6}
 
 
 def correct(scores: Float[Tensor, "..."]) -> dict[Metric, Bool[Tensor, "*trials items"]]:
-    """Which items are right; a tie is wrong.
+    """Decide which items are right; a tie is wrong.
 
     Args:
-        scores: (..., items, 2 pictures, 2 captions), higher is better; caption k belongs to
+        scores: Scores (..., items, 2 pictures, 2 captions), higher is better; caption k belongs to
             picture k.
 
     Returns:
@@ -50,7 +50,7 @@ def correct(scores: Float[Tensor, "..."]) -> dict[Metric, Bool[Tensor, "*trials 
 
 
 def tied(scores: Float[Tensor, "*trials items 2 2"]) -> Bool[Tensor, " items"]:
-    """Which items have two equal scores that are compared, in any trial."""
+    """Find items with two equal scores that are compared, in any trial."""
     s = scores.flatten(0, -4) if scores.ndim > 3 else scores[None]
     equal = (s[..., :, 0] == s[..., :, 1]).any(dim=-1) | (s[..., 0, :] == s[..., 1, :]).any(dim=-1)
     return equal.any(dim=0)
@@ -61,8 +61,8 @@ class Result:
     """A percentage over several trials.
 
     Attributes:
-        trials: One number each, 0 to 100.
-        items: How many items are behind each.
+        trials: Percentage of each trial, 0 to 100.
+        items: Number of items that each percentage is made from.
     """
 
     trials: tuple[float, ...]
@@ -70,7 +70,7 @@ class Result:
 
     @property
     def mean(self) -> float:
-        """Over trials."""
+        """Mean over trials."""
         return sum(self.trials) / len(self.trials)
 
     @property

@@ -5,7 +5,7 @@ from diffenc.evals.base import Benchmark, BenchmarkName, Item, Picture
 from diffenc.shapes import ContrastPair, mmvp_pairs, render, winoground_items
 
 SHAPES_SEED = 960_000
-"""Of the bundled benchmarks; no bundled model was trained on seeds from 900,000 up."""
+"""Seed of the bundled benchmarks; no bundled model was trained on seeds from 900,000 up."""
 
 REFERENCE_SEED = 970_000
 
@@ -16,10 +16,12 @@ def shapes_benchmark(
     """A benchmark in miniature: coloured shapes of 64 pixels, made from a seed.
 
     Args:
-        name: "winoground" (kinds noun, color, relation, count, size) or "mmvp-vlm" (patterns
-            color, count, position, relation, shape, size).
-        per_label: Items per kind or pattern; None is 30, and 15 for MMVP-VLM, as it has.
-        seed: Of the scenes; choose layers or thresholds on another one than you report.
+        name: Name of the benchmark: "winoground" (kinds noun, color, relation, count, size) or
+            "mmvp-vlm" (patterns color, count, position, relation, shape, size).
+        per_label: Number of items per kind or pattern; None is 30 for Winoground, and 15 for
+            MMVP-VLM, as in the original.
+        seed: Seed of the scenes; choose layers or thresholds on another seed than the one you
+            report.
 
     Raises:
         ConfigError: Fewer than one item per kind, or no such benchmark.

@@ -48,7 +48,8 @@ def load_mmvp_vlm(data: "str | os.PathLike[str]") -> Benchmark:
     are a pair.
 
     Args:
-        data: A folder, a .zip file, or "MMVP/MMVP_VLM" where the Hub's cache has it.
+        data: Path of a folder or a .zip file, or "MMVP/MMVP_VLM" if the dataset is in the Hub's
+            cache.
 
     Returns:
         The pairs; what is wrong with files is in `problems`, and refused by `evaluate`.

@@ -12,11 +12,11 @@ class PaperRow:
     """A row as published.
 
     Attributes:
-        model: Its name there, or the timestep.
-        size: Side of the images in pixels, None where the row has none.
-        values: Percent, in the order of the columns.
-        deviations: Sample standard deviations over three trials, where given.
-        printed: The values as they stand in the paper, where they had to be put right.
+        model: Name of the model in the paper, or the timestep.
+        size: Side of the images in pixels; None if the row has none.
+        values: Results in percent, in the order of the columns.
+        deviations: Sample standard deviations over three trials; None if the paper gives none.
+        printed: Values as they stand in the paper, if they had to be corrected; None if not.
     """
 
     model: str
@@ -36,10 +36,10 @@ class PaperTable:
     """A table as published.
 
     Attributes:
-        title: Number and subject.
-        columns: Heads.
-        rows: In the paper's order.
-        notes: Errata, and what is not stated.
+        title: Number and subject of the table.
+        columns: Headings of the columns.
+        rows: Rows in the paper's order.
+        notes: Errata, and facts that the paper does not state.
     """
 
     title: str
@@ -49,7 +49,7 @@ class PaperTable:
 
 
 def paper_source() -> str:
-    """Where the tables come from."""
+    """Source of the tables."""
     return str(read_tables(_PACKAGE)["source"])
 
 

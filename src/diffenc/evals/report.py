@@ -20,12 +20,12 @@ _OFFICIAL: Mapping[str, Metric | None] = {"mmvp-vlm": "image", "winoground": Non
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Cells as text.
+    """Table whose cells are text.
 
     Attributes:
-        title: What it holds.
-        columns: Heads; the first is that of the models.
-        rows: One entry per column.
+        title: Description of the content.
+        columns: Headings of the columns; the first is that of the models.
+        rows: Rows of the table, each with one text per column.
     """
 
     title: str
@@ -33,7 +33,7 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
     def to_markdown(self) -> str:
-        """With numbers set to the right."""
+        """Convert to Markdown, with numbers aligned to the right."""
         lines = [self.columns, ("---", *["---:"] * (len(self.columns) - 1)), *self.rows]
         body = "\n".join(
             f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines
@@ -41,7 +41,7 @@ class Table:
         return f"**{self.title}**\n\n{body}\n"
 
     def transposed(self, head: str) -> "Table":
-        """Models across; `head` stands over what was across."""
+        """Swap rows and columns; `head` is the heading of the new first column."""
         names = tuple(row[0] for row in self.rows)
         rows = tuple(
             (column, *(row[index] for row in self.rows))
@@ -54,8 +54,8 @@ def tables(evaluation: Evaluation, *, paper: bool | None = None) -> list[Table]:
     """All tables of an evaluation: overall, then split by labels, one per score.
 
     Args:
-        evaluation: What was scored.
-        paper: Put the paper's rows beside it; None does so unless the items are miniatures.
+        evaluation: Evaluation to report.
+        paper: Whether the paper's rows are added; None adds them unless the items are miniatures.
     """
     real = evaluation.benchmark.expected is not None
     with_paper = real if paper is None else paper
@@ -63,7 +63,7 @@ def tables(evaluation: Evaluation, *, paper: bool | None = None) -> list[Table]:
 
 
 def tag_tables(evaluation: Evaluation) -> list[Table]:
-    """Per further kind of label: labels down, per model text / image / group."""
+    """One table per further kind of label: labels down, text / image / group score per model."""
     made = []
     for kind in evaluation.label_kinds():
         if kind == evaluation.benchmark.label_kind:

@@ -22,8 +22,8 @@ class ResultsFile(JsonLinesFile):
     digest says from which pictures and captions they were made.
 
     Args:
-        path: Of the file, which is made where it does not exist.
-        benchmark: Whose items are scored.
+        path: Path of the file, which is created if it does not exist.
+        benchmark: Benchmark whose items are scored.
 
     Raises:
         ConfigError: The file belongs to something else, or a line is broken.

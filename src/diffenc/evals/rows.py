@@ -1,4 +1,4 @@
-"""Rows of a dataset's table, whatever its columns are called in this copy of it."""
+"""Rows of a dataset's table, read under any of the names that its columns have."""
 
 import math
 import re
@@ -25,11 +25,11 @@ class Column:
     """A column that a loader reads.
 
     Attributes:
-        name: In the benchmark's own files.
-        also: Other names seen; spaces, underscores and case never count.
-        needed: Whether there is no benchmark without it.
-        kind: Cells hold a text or a number ("plain"), or a text ("text"); those of "any" are
-            checked by who reads them.
+        name: Name of the column in the benchmark's own files.
+        also: Other names of the column; spaces, underscores and case are ignored in all names.
+        needed: Whether the benchmark cannot be read without this column.
+        kind: Type of the cells: a text or a number ("plain"), or a text ("text"); cells of "any"
+            are checked by the code that reads them.
     """
 
     name: str
@@ -43,8 +43,8 @@ class Row:
     """A row under the names that the loader knows.
 
     Attributes:
-        where: For messages: "metadata.csv, line 3".
-        values: Per column; columns that this copy lacks are left out.
+        where: Place of the row for error messages, such as "metadata.csv, line 3".
+        values: Value of each column; columns that this copy lacks are left out.
     """
 
     where: str
@@ -59,12 +59,12 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class TableRows:
-    """What a table holds.
+    """Rows of a table.
 
     Attributes:
-        rows: Those that can be read.
-        problems: Those that cannot.
-        notes: On its columns.
+        rows: Rows that can be read.
+        problems: Faults of the rows that cannot be read.
+        notes: Remarks on the columns of the table.
     """
 
     rows: tuple[Row, ...]
@@ -80,7 +80,7 @@ def plain_name(name: str) -> str:
 def match_columns(
     header: Sequence[str], columns: Sequence[Column], where: str
 ) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Which column of a table is which, and what is to be said about the others.
+    """Find the columns of a table by name, and make notes on renamed and unused ones.
 
     Raises:
         ConfigError: One that is needed is missing; the message lists what is there.
@@ -166,11 +166,11 @@ def read_parquet(
     """Rows of parquet files; pictures become functions that read their bytes when called.
 
     Args:
-        paths: The files, in order.
-        columns: To read.
-        pictures: Those of them that hold pictures, as `{"bytes": ..., "path": ...}`; None where a
-            cell is empty.
-        where: For messages.
+        paths: Paths of the files, in order.
+        columns: Columns to read.
+        pictures: Names of the columns that hold pictures, as `{"bytes": ..., "path": ...}`; None
+            where a cell is empty.
+        where: Name of the table in error messages.
 
     Raises:
         ConfigError: A file is broken or too large, or a column is missing.

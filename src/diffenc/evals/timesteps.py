@@ -20,12 +20,12 @@ class TimestepStudy:
     """Results by timestep, and of the ensemble.
 
     Attributes:
-        evaluation: With scores (trials items 2 2 timesteps).
-        model: Whose scores.
-        timesteps: The axis.
-        ensemble: Those whose scores are averaged.
-        overall: Results per timestep, and under "ensemble".
-        labels: The same per label.
+        evaluation: Evaluation with scores (trials items 2 2 timesteps).
+        model: Name of the scored model, as it appears in the evaluation.
+        timesteps: Scheduler steps along the last axis of the scores.
+        ensemble: Timesteps whose scores are averaged.
+        overall: Results of each timestep, and of the mean score under "ensemble".
+        labels: Results of each timestep and of the "ensemble", per label.
     """
 
     evaluation: Evaluation
@@ -66,10 +66,10 @@ def timestep_study(
     """Split scores by timestep.
 
     Args:
-        evaluation: Its scores have a third axis of timesteps.
-        model: Whose scores.
-        timesteps: What that axis is.
-        ensemble: Some of them, whose mean is the ensemble's score.
+        evaluation: Evaluation whose scores have a third axis of timesteps.
+        model: Name of the scored model, as it appears in the evaluation.
+        timesteps: Scheduler steps along that axis.
+        ensemble: Timesteps, some of `timesteps`, whose mean score is the ensemble's score.
 
     Raises:
         ConfigError: The ensemble is empty or not among them, or the axis has another length.

@@ -48,7 +48,8 @@ def load_winoground(data: "str | os.PathLike[str]") -> Benchmark:
     `images.zip`. Extra tags are taken from `why_winoground_hard.json`.
 
     Args:
-        data: A folder, a .zip file, or "facebook/winoground" where the Hub's cache has it.
+        data: Path of a folder or a .zip file, or "facebook/winoground" if the dataset is in the
+            Hub's cache.
 
     Returns:
         The items; what is wrong with files is in `problems`, and refused by `evaluate`.
@@ -83,7 +84,7 @@ def winoground_from_rows(rows: Sequence[Mapping[str, Any]]) -> Benchmark:
     """Winoground from rows in memory, such as split "test" of `datasets.load_dataset`.
 
     Args:
-        rows: With the Hub's columns; a picture is a PIL image, bytes, or
+        rows: Rows with the Hub's columns; a picture is a PIL image, bytes, or
             `{"bytes": ..., "path": ...}`.
 
     Raises:

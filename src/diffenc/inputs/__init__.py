@@ -1,1 +1,1 @@
-"""What goes into a model: pictures, prompts, latents, noise."""
+"""Inputs of a model: pictures, prompts, latents, noise."""

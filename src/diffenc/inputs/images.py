@@ -42,7 +42,7 @@ _AT_ONCE = 64
 
 
 def as_list(images: Images) -> list[ImageSource]:
-    """One picture, a batch as array or tensor, or a sequence of pictures, as a list of pictures.
+    """Convert a picture, a batch (array or tensor) or a sequence of pictures to a list of pictures.
 
     Raises:
         ShapeError: There is no picture at all.
@@ -106,12 +106,14 @@ def to_pixel_values(
             entry of a Hugging Face dataset (`{"bytes": ..., "path": ...}`), an array (height width
             [channels]) of uint8, uint16 over its whole range or floats in [0, 1], a tensor
             (3 height width) of floats in [-1, 1] or uint8, a batch of either, or a list of these.
-        size: (height, width) or the side of a square, in pixels; not read where `resize` is "none".
-        resize: See `EncoderConfig.resize`; `diffenc.inputs.pictures.resizing` counts pixels.
-        multiple: Both sides of the result are multiples of it; with "none" the picture's last
-            rows and columns are repeated to get there.
-        center: Whose middle "crop" keeps where the margin is odd: that of torchvision's
-            `CenterCrop`, or of transformers' image processors.
+        size: Size of the result as (height, width) or as the side of a square, in pixels; ignored
+            if `resize` is "none".
+        resize: How a picture is brought to `size`: "squash", "crop", "pad" or "none", see
+            `EncoderConfig.resize`; `diffenc.inputs.pictures.resizing` says how pixels are counted.
+        multiple: Number of pixels that both sides of the result are multiples of; with "none" the
+            picture's last rows and columns are repeated to get there.
+        center: Library whose rounding decides which middle part "crop" keeps if the margin is odd:
+            "torchvision" (`CenterCrop`) or "transformers" (its image processors).
 
     Returns:
         float32 on the CPU, or on the device of the tensors given.
@@ -183,12 +185,13 @@ def broken_images(
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[int, str]:
-    """Why pictures cannot be read, by their place. Each is decoded as a whole, and dropped.
+    """Find pictures that cannot be read: the reasons, by index. Each is decoded as a whole.
 
     Args:
         images: Pictures of any kind.
-        workers: Threads that decode.
-        progress: Called with the pictures that were looked at, and with how many there are.
+        workers: Number of threads that decode pictures.
+        progress: Function that is called with the number of pictures checked so far and the number
+            of all pictures; None reports nothing.
 
     Raises:
         ShapeError: No picture.

@@ -21,9 +21,9 @@ def encode_posterior(
     to float32 first, once and for good.
 
     Args:
-        vae: An `AutoencoderKL`, or another autoencoder with the same `encode` and `config`; the
-            deviation of a deterministic one (TAESD) is 0.
-        pixel_values: RGB in [-1, 1].
+        vae: An `AutoencoderKL`, or another autoencoder with the same `encode` and `config`; a
+            deterministic one (TAESD) gives a standard deviation of 0.
+        pixel_values: Pictures in RGB, with values in [-1, 1].
 
     Returns:
         Both in float32, on the VAE's device.
@@ -53,7 +53,7 @@ def encode_posterior(
 
 
 def _scaling(config: Any, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:
-    """What is subtracted from latents, and what they are multiplied by then.
+    """Shift that is subtracted from latents, and factor that they are then multiplied by.
 
     A VAE with means and deviations per channel (Playground 2.5's) is read as diffusers' SDXL
     pipelines read it.

@@ -65,10 +65,10 @@ def add_noise(
     """Bring latents to the noise level of a scheduler step: sqrt(a) x + sqrt(1 - a) noise.
 
     Args:
-        scheduler: Anything with diffusers' `alphas_cumprod`.
-        latents: Scaled as the U-Net expects.
-        noise: One tensor for all, or one per row.
-        timestep: Scheduler step, 0 to the schedule's length - 1.
+        scheduler: Scheduler of diffusers, or any other object with its `alphas_cumprod`.
+        latents: Latents without noise, scaled as the U-Net expects.
+        noise: Standard normal noise, one tensor for all rows or one per row.
+        timestep: Scheduler step of the noise level, 0 to the schedule's length - 1.
 
     Raises:
         ConfigError: The timestep lies outside the schedule.
@@ -95,11 +95,11 @@ def to_noise(
     """The noise in latents, from what a U-Net predicts of them.
 
     Args:
-        scheduler: Anything with diffusers' `alphas_cumprod`.
-        prediction_type: "epsilon", "v_prediction" or "sample".
-        output: Of the U-Net; the result has its dtype.
-        noisy_latents: Its input.
-        timesteps: Scheduler steps.
+        scheduler: Scheduler of diffusers, or any other object with its `alphas_cumprod`.
+        prediction_type: Quantity that the U-Net predicts: "epsilon", "v_prediction" or "sample".
+        output: Prediction of the U-Net; the result has the same dtype.
+        noisy_latents: Noisy latents that the U-Net was given.
+        timesteps: Scheduler step of each row, 0 to the schedule's length - 1.
 
     Raises:
         ConfigError: Another type of prediction.

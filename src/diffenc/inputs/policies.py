@@ -27,12 +27,13 @@ _ROLE_MARKS = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class PromptSample:
-    """What a policy may draw on.
+    """A sample of a data set, as a policy reads it.
 
     Attributes:
-        key: Names the sample in its dataset, such as its id; randomness is seeded by it.
-        conversation: Turns as LLaVA has them, ``{"from": "human" | "gpt", "value": ...}``.
-        captions: Texts about the image: true ones, or another model's.
+        key: Name of the sample in its dataset, such as its id; it seeds all random choices.
+        conversation: Turns of the conversation in the form of LLaVA's data,
+            ``{"from": "human" | "gpt", "value": ...}``.
+        captions: Texts about the image, true ones or those of another model.
     """
 
     key: str
@@ -40,7 +41,7 @@ class PromptSample:
     captions: Sequence[str] = ()
 
     def questions(self) -> list[str]:
-        """What the human says, turn by turn, without image marks and templates.
+        """Texts of the human's turns, in order, without image marks and templates.
 
         Raises:
             PromptError: A turn is not of that form, or no turn is the human's, or none has words.
@@ -76,7 +77,7 @@ class PromptPolicy(ABC):
         """One prompt; every choice is taken from `rng`."""
 
     def __call__(self, sample: PromptSample, *, seed: int = 0, epoch: int = 0) -> str:
-        """The sample's prompt in an epoch: equal arguments, equal prompt.
+        """Make the sample's prompt in an epoch; equal arguments give the equal prompt.
 
         Raises:
             PromptError: The sample lacks what the policy needs.
@@ -90,7 +91,7 @@ class PromptPolicy(ABC):
 
 
 class PromptChange(ABC):
-    """Changes a prompt, whatever it was made of."""
+    """Changes a prompt of any origin."""
 
     @abstractmethod
     def change(self, prompt: str, rng: random.Random) -> str:
@@ -114,7 +115,7 @@ class Caption(PromptPolicy):
     """One of the sample's captions.
 
     Attributes:
-        which: "random", or "first".
+        which: Which of several texts is taken: "random", or always the "first".
     """
 
     which: Literal["random", "first"] = "random"
@@ -141,7 +142,7 @@ class Question(PromptPolicy):
     """One of the human's turns: the paper's random question sampling.
 
     Attributes:
-        which: "random", or "first".
+        which: Which of several texts is taken: "random", or always the "first".
     """
 
     which: Literal["random", "first"] = "random"
@@ -162,10 +163,10 @@ class Question(PromptPolicy):
 class Joined(PromptPolicy):
     """Several sources, one after the other: a question with a caption is the paper's dagger.
 
-    What comes first survives when the text encoder's limit cuts the prompt.
+    If the prompt exceeds the text encoder's limit, its end is cut off, so the first parts are kept.
 
     Attributes:
-        parts: The sources, in order.
+        parts: Policies whose prompts are joined, in order.
     """
 
     parts: tuple[PromptPolicy, ...]
@@ -184,7 +185,7 @@ class WordDeletion(PromptChange):
     """Each word is deleted with probability `p`; one at least is kept: the paper's noisy captions.
 
     Attributes:
-        p: 0 to 1.
+        p: Probability, 0 to 1.
     """
 
     p: float = 0.3
@@ -210,7 +211,7 @@ class PromptDropout(PromptChange):
     SDXL drops a caption to. No prompt at all would be zeros there.
 
     Attributes:
-        p: 0 to 1.
+        p: Probability, 0 to 1.
     """
 
     p: float = 0.3
@@ -243,8 +244,9 @@ class DrawnPrompts:
     """Prompts of several samples.
 
     Attributes:
-        texts: One per sample.
-        truncated: How many tokens of each the text encoder will not read.
+        texts: Prompt of each sample.
+        truncated: Number of tokens of each prompt that exceed the text encoder's limit and are not
+            read.
     """
 
     texts: tuple[str, ...]
@@ -259,14 +261,15 @@ def draw_prompts(
     seed: int = 0,
     epoch: int = 0,
 ) -> DrawnPrompts:
-    """A prompt for each sample, with what the text encoder's limit will cut counted.
+    """Draw a prompt for each sample, and count the tokens that exceed the text encoder's limit.
 
     Args:
-        policy: See `parse_policy`.
-        samples: With different keys.
-        tokenizer: The backbone's.
-        seed: Of the whole run.
-        epoch: Counts from 0.
+        policy: Policy that makes a prompt of a sample, see `parse_policy`.
+        samples: Samples with different keys.
+        tokenizer: Tokenizer of the backbone, whose limit counts.
+        seed: Seed of the whole run; with the epoch and the sample's key it decides all random
+            choices.
+        epoch: Number of the epoch, from 0.
 
     Raises:
         PromptError: A sample lacks what the policy needs.

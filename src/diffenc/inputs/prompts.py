@@ -1,4 +1,4 @@
-"""Texts to what the U-Net reads: states per token, and for SDXL a pooled state and sizes."""
+"""Convert texts to inputs of the U-Net: token states, and for SDXL a pooled state and sizes."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence, Set
@@ -48,8 +48,8 @@ class PromptEmbeds:
         pooled_prompt_embeds: Pooled text (b p); SDXL only.
         time_ids: Original size, crop corner and target size (b 6); SDXL only.
         truncated: Number of tokens that did not fit, per row.
-        lengths: How many of the states are a row's own, where rows differ in that; the rest is
-            padding that the U-Net is told to ignore. None: all.
+        lengths: Number of states that belong to each row's own text, if rows differ in that; the
+            rest is padding that the U-Net is told to ignore. None means that all states count.
     """
 
     prompt_embeds: Float[Tensor, "b l d"]
@@ -99,7 +99,7 @@ class PromptEmbeds:
         return PromptEmbeds.concat([self.select(row, row + 1) for row in rows])
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "PromptEmbeds":
-        """On another device and in another dtype."""
+        """Move to another device and dtype."""
         return self._map(lambda rows: rows.to(device, dtype), self.truncated, self.lengths)
 
     def with_original_sizes(self, sizes: Sequence[tuple[int, int]]) -> "PromptEmbeds":
@@ -154,7 +154,7 @@ class PromptEmbeds:
         )
 
     def pack(self) -> tuple[Tensor, ...]:
-        """Everything as tensors, for a cache; `unpack` is the inverse. Rows have one length."""
+        """Convert to tensors, for a cache; `unpack` is the inverse. Rows must have one length."""
         assert self.lengths is None
         extra = [t for t in (self.pooled_prompt_embeds, self.time_ids) if t is not None]
         parts = (
@@ -193,7 +193,7 @@ def _padded(states: Float[Tensor, "b l d"], length: int) -> Float[Tensor, "b len
 
 
 def match_batch(prompts: str | Sequence[str], batch: int) -> list[str]:
-    """One text for all images, or one for each.
+    """Check that there is one text for all images, or one for each.
 
     Returns:
         One text, or `batch` texts.
@@ -237,13 +237,13 @@ def tokenize(tokenizer: Any, texts: Sequence[str]) -> tuple[Tensor, tuple[int, .
 
 
 def count_cut(tokenizer: Any, whole: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """How many tokens of whole rows, with start and end, exceed the tokenizer's limit."""
+    """Number of tokens of each whole row, with start and end, that exceed the tokenizer's limit."""
     limit = limit_of(tokenizer)
     return tuple(max(0, len(ids) - limit) for ids in whole)
 
 
 def count_windows(tokenizer: Any, texts: Sequence[str]) -> tuple[int, ...]:
-    """How many windows of the tokenizer's limit each text fills; 1 for an empty one."""
+    """Number of windows of the tokenizer's limit that each text fills; 1 for an empty text."""
     room = limit_of(tokenizer) - 2
     whole = prompt_ids(tokenizer, texts, special_tokens=False)
     return tuple(max(1, math.ceil(len(ids) / room)) for ids in whole)
@@ -259,9 +259,9 @@ def tokenize_windows(
     text encoder sees each window by itself.
 
     Args:
-        tokenizer: Its special tokens and limit count.
-        texts: Prompts.
-        counts: Windows of each text, `count_windows` or more; what is left over stays empty.
+        tokenizer: Tokenizer that gives the ids, the special tokens and the limit.
+        texts: Prompts of any length.
+        counts: Number of windows of each text, `count_windows` or more; surplus windows stay empty.
     """
     room = limit_of(tokenizer) - 2
     first, last = tokenizer.bos_token_id, tokenizer.eos_token_id

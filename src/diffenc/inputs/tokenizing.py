@@ -26,9 +26,10 @@ class _Copy:
     """A tokenizer's private copy.
 
     Attributes:
-        source: The tokenizer's own backend.
-        mark: What the copy depends on.
-        backend: The copy.
+        source: The tokenizer's own backend, of which the copy was made.
+        mark: Settings of the tokenizer when the copy was made; the copy is made anew if they
+            change.
+        backend: The copied backend, without padding and truncation.
     """
 
     source: Any
@@ -43,12 +44,13 @@ _GUARD = threading.Lock()
 def token_ids(
     tokenizer: Any, texts: Sequence[str], *, special_tokens: bool = True
 ) -> list[list[int]]:
-    """Ids of texts: all of them, whatever their number, and no padding.
+    """Ids of texts, neither cut nor padded.
 
     Args:
-        tokenizer: Of transformers, a fast or a slow one. Its settings neither count nor change.
-        texts: Any number.
-        special_tokens: Whether start and end tokens stand around them.
+        tokenizer: Tokenizer of transformers, fast or slow. Its padding and truncation settings are
+            neither used nor changed.
+        texts: Texts, any number of them.
+        special_tokens: Whether start and end tokens are added around each text.
     """
     if not texts:
         return []
@@ -66,8 +68,8 @@ def ids_with_places(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[in
     """Ids of a text without start and end tokens, and where in it each stands.
 
     Args:
-        tokenizer: A fast one of transformers.
-        text: The text.
+        tokenizer: Fast tokenizer of transformers.
+        text: The text to tokenize.
     """
     (encoding,) = _backend(tokenizer).encode_batch([text], add_special_tokens=False)
     return encoding.ids, encoding.offsets
@@ -76,10 +78,10 @@ def ids_with_places(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[in
 def prompt_ids(
     tokenizer: Any, texts: Sequence[str], *, special_tokens: bool = True
 ) -> list[list[int]]:
-    """As `token_ids`, for a text encoder.
+    """Ids of texts as a text encoder reads them, see `token_ids`.
 
-    Of a textual inversion with several vectors ("<cat-toy>", "<cat-toy>_1", ...) a prompt names the
-    first, and all stand in its place, as in the pipelines of diffusers.
+    A textual inversion with several vectors ("<cat-toy>", "<cat-toy>_1", ...) is named in a prompt
+    by its first one, which is replaced by all of them, as in the pipelines of diffusers.
     """
     rows = token_ids(tokenizer, texts, special_tokens=special_tokens)
     vectors = _vectors(added_tokens(tokenizer))
@@ -89,7 +91,7 @@ def prompt_ids(
 
 
 def prompt_places(tokenizer: Any, ids: Sequence[int]) -> list[int]:
-    """Where each id of `token_ids`, and the end of them, stands in `prompt_ids`."""
+    """Position in `prompt_ids` of each id of `token_ids`, and of their end."""
     places = [0]
     for group in _expanded(ids, _vectors(added_tokens(tokenizer))):
         places.append(places[-1] + len(group))
@@ -105,12 +107,13 @@ def added_tokens(tokenizer: Any) -> dict[str, int]:
 def fit_rows(
     tokenizer: Any, rows: Sequence[Sequence[int]], *, to_longest: bool = False
 ) -> tuple[Int[Tensor, "b l"], Int[Tensor, "b l"]]:
-    """Whole rows of ids, cut and padded as the tokenizer itself would do.
+    """Cut and pad whole rows of ids as the tokenizer itself would do.
 
     Args:
-        tokenizer: Its limit, padding token and sides count.
-        rows: Of `token_ids`, with start and end tokens.
-        to_longest: Pad to the longest row and not to the tokenizer's limit.
+        tokenizer: Tokenizer that gives the limit, the padding token, and the sides that are cut and
+            padded.
+        rows: Token ids of each text from `token_ids`, with start and end tokens.
+        to_longest: Whether rows are padded to the longest row instead of the tokenizer's limit.
 
     Returns:
         The ids, and 1 where they are a text's own, 0 where they are padding.
@@ -140,7 +143,7 @@ def fit_rows(
 
 
 def limit_of(tokenizer: Any) -> int:
-    """How many tokens of a text a tokenizer keeps, start and end token with them.
+    """Number of tokens of a text that a tokenizer keeps, including start and end token.
 
     Raises:
         BackboneError: It says none.
@@ -200,7 +203,7 @@ def _mark(tokenizer: Any, backend: Any) -> Hashable:
 
 
 def _vectors(added: Mapping[str, int]) -> dict[int, list[int]]:
-    """Per first vector of a textual inversion the ids of the others."""
+    """Ids of the other vectors of each textual inversion, by the id of its first one."""
     found = {}
     for name, index in added.items():
         others: list[int] = []
@@ -212,7 +215,7 @@ def _vectors(added: Mapping[str, int]) -> dict[int, list[int]]:
 
 
 def _expanded(row: Sequence[int], vectors: Mapping[int, list[int]]) -> list[list[int]]:
-    """What stands for each id: itself, and behind a first vector the others."""
+    """Ids that replace each id: itself, and behind a first vector the others."""
     groups = []
     for index, token in enumerate(row):
         others = vectors.get(token, [])

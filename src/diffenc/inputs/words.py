@@ -19,8 +19,9 @@ def words_of(text: str, tokenizer: Any = None) -> list[str]:
     """Distinct words of a text, in order, without punctuation.
 
     Args:
-        text: The text.
-        tokenizer: A tokenizer whose added tokens ("<cat-toy>") are words too; None is none.
+        text: The text to split into words.
+        tokenizer: Tokenizer whose added tokens ("<cat-toy>") count as words too; None knows no
+            added tokens.
 
     Raises:
         PromptError: There is none.
@@ -42,16 +43,17 @@ def words_of(text: str, tokenizer: Any = None) -> list[str]:
 def word_token_positions(
     tokenizer: Any, text: str, word: str, *, occurrence: int | None = None
 ) -> tuple[int, ...]:
-    """Where the text encoder sees a word: positions of all its pieces, the start token being 0.
+    """Positions of all pieces of a word in the text encoder's input; the start token is 0.
 
     A word ends where letters and digits end and where the tokenizer begins a new piece: "2" is no
     word of "12". A text of CLIP's without spaces, as in Chinese, is one word.
 
     Args:
-        tokenizer: CLIP's, or one like it, with textual inversions or without.
-        text: The prompt.
-        word: A word of it, or several in a row; upper and lower case are one.
-        occurrence: Which one counts if it stands there several times, from 0; None takes all.
+        tokenizer: Tokenizer of CLIP, or one like it, with or without textual inversions.
+        text: The prompt that holds the word.
+        word: A word of the prompt, or several in a row; upper and lower case are equal.
+        occurrence: Index of the occurrence to take if the word occurs several times, from 0; None
+            takes all occurrences.
 
     Raises:
         PromptError: The text has no such word, or not so many times, or it was cut off.
@@ -80,7 +82,7 @@ def word_token_positions(
 
 
 def shared_positions(tokenizers: Sequence[Any], text: str, word: str) -> tuple[int, ...]:
-    """As `word_token_positions`, for text encoders whose states stand side by side.
+    """Do the same as `word_token_positions` for text encoders whose states stand side by side.
 
     Raises:
         PromptError: As there, or the tokenizers split the text differently.
@@ -114,7 +116,7 @@ def _token_spans(tokenizer: Any, text: str, word: str) -> list[tuple[int, int]]:
 
 
 def _places(text: str, word: str) -> Iterator[tuple[int, int]]:
-    """Where a word stands among the letters of a text, one place behind the other."""
+    """Start and end of each occurrence of a word among the letters of a text, in order."""
     pattern = _pattern(word)
     behind = 0
     for match in re.finditer(f"(?=({pattern}))", text, re.IGNORECASE) if pattern else ():

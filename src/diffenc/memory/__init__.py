@@ -1,1 +1,1 @@
-"""Results that are kept: caches, and keys that change with everything a result depends on."""
+"""Caches of results, and cache keys that change with everything a result depends on."""

@@ -1,4 +1,4 @@
-"""Bounded caches of what is asked for again and again: latents, prompts, unconditional features."""
+"""Bounded caches of values that are needed repeatedly: latents, prompts, unconditional features."""
 
 import threading
 from collections import OrderedDict
@@ -20,10 +20,10 @@ _Value = TypeVar("_Value")
 
 @runtime_checkable
 class Store(Protocol[_Key, _Value]):
-    """What `recall` looks into: a `TensorCache`, or a folder of files."""
+    """A place where `recall` looks entries up: a `TensorCache`, or a folder of files."""
 
     def get(self, key: _Key, /) -> _Value | None:
-        """The entry, or None."""
+        """Return the entry of a key, or None if there is none."""
 
     def put(self, key: _Key, value: _Value, /) -> None:
         """Keep a copy of an entry, where there is room."""
@@ -37,10 +37,11 @@ def recall(
     """Look entries up, compute those that are missing in one batch, and put them into the cache.
 
     Args:
-        cache: Where entries are kept; None computes every row and keeps nothing.
-        keys: What each row's entry depends on, the state of models with it; equal rows are computed
-            once.
-        compute: Called with the rows that are missing, if any; gives an entry for each, in order.
+        cache: Store that keeps the entries; None computes every row and keeps nothing.
+        keys: One key per row, made of everything that the row's entry depends on, including the
+            state of the models; rows with equal keys are computed once.
+        compute: Function that is called once with the indices of the missing rows, if there are
+            any, and returns their entries in the same order.
 
     Returns:
         An entry for each row, which may be the cache's own: to be read, never to be written to.
@@ -70,7 +71,7 @@ class TensorCache:
     An entry larger than the whole cache is not kept. Threads may share a cache.
 
     Args:
-        max_bytes: Bound; 0 keeps nothing.
+        max_bytes: Largest total size of all entries, in bytes; 0 keeps nothing.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -83,7 +84,7 @@ class TensorCache:
         return len(self._entries)
 
     def get(self, key: Hashable) -> Entry | None:
-        """The entry, which is now the most recent one, or None; counts a hit or a miss."""
+        """Return an entry and mark it as the most recent one, or None; counts a hit or a miss."""
         with self._lock:
             entry = self._entries.get(key)
             if entry is None:

@@ -1,4 +1,4 @@
-"""Marks by which models are known again in other processes and on other days."""
+"""Digests and marks that recognise the same model in other processes and on other days."""
 
 import hashlib
 import math
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from diffenc.inputs.tokenizing import prompt_ids
 
 Mark = Mapping[str, list[float]]
-"""Per part of a model a few numbers of its weights, or of its settings."""
+"""A few numbers of the weights or settings of each part of a model, by name of the part."""
 
 _OTHER = 0.02
 _SAMPLE = 4096

@@ -30,10 +30,10 @@ def state_key(module: Any) -> Hashable | None:
     reads: clear the cache after them.
 
     Args:
-        module: A module, or another object whose attributes count.
+        module: Module, or another object, whose attributes decide its results.
 
     Returns:
-        None where results may differ from call to call, or changes cannot be seen: something is in
+        None if results may differ from call to call, or if changes cannot be seen: something is in
         training mode or requires a gradient, weights are quantised, sharded, or were made in
         inference mode.
     """
@@ -42,20 +42,20 @@ def state_key(module: Any) -> Hashable | None:
 
 
 def module_key(module: Any) -> int | None:
-    """The part of `state_key` that the module itself decides."""
+    """Return the part of `state_key` that depends on the module alone, not on torch's settings."""
     return watch_of(module).state()
 
 
 def structure_key(module: nn.Module) -> int:
-    """A number that stays as long as only values of weights and requirements of gradients change.
+    """A number that changes unless only weight values and `requires_grad` flags change.
 
-    What was compiled of a module holds as long as this number does.
+    A compiled form of the module is valid as long as this number stays the same.
     """
     return watch_of(module).structure()
 
 
 def torch_settings() -> Hashable:
-    """Whatever of torch's global state changes the digits of a result."""
+    """Return all global settings of torch that can change the digits of a result."""
     return (
         tuple(torch_module._global_forward_hooks),
         tuple(torch_module._global_forward_pre_hooks),
@@ -126,10 +126,10 @@ def scheduler_key(scheduler: Any) -> Hashable:
 
 
 def tokenizer_key(tokenizer: Any) -> Hashable | None:
-    """What decides which ids a tokenizer gives a text: settings, special and added tokens, steps.
+    """A key of all that decides a tokenizer's ids: settings, special and added tokens, steps.
 
     Returns:
-        None where it draws words at random (dropout of merges).
+        None if the tokenizer splits words at random (dropout of merges).
     """
     core = getattr(tokenizer, "backend_tokenizer", None)
     if getattr(getattr(core, "model", None), "dropout", None):

@@ -90,20 +90,21 @@ _NOTES = frozenset(
         "transformers_version",
     }
 )
-"""What libraries write into the config of a model when they save it, and never read in a pass."""
+"""Entries that libraries write into a model's config when they save it, and never read later."""
 
 _INSTALLED = frozenset({"_output_capturing_hooks_installed"})
 """What transformers notes in a model at its first call, when it puts hooks in that only read."""
 
 _MOST = 100_000
-"""Objects that are watched; whoever leads to more is not cached."""
+"""Largest number of watched objects; results of a root that leads to more are not cached."""
 
 
 class _Node:
     """One object: its class, plain settings, and the identities of what else it refers to.
 
     Attributes:
-        reference: The object.
+        reference: Function, such as a weak reference, that returns the object, or None once it is
+            gone.
         is_restless: Whether it is a module that may give other results each time while it trains.
     """
 
@@ -192,10 +193,10 @@ class _Node:
 
 
 class Watch:
-    """What lies below a root, as it was at the last look.
+    """Record of a root and everything below it, as they were at the last look.
 
     Args:
-        root: A module, or another object.
+        root: Module, or another object, that is watched together with everything it refers to.
     """
 
     def __init__(self, root: object) -> None:
@@ -221,7 +222,7 @@ class Watch:
             return self._structure
 
     def begin_anew(self) -> None:
-        """Look at nothing until the next look."""
+        """Forget everything and start watching the root anew."""
         with self._guard:
             self._start()
 
@@ -304,7 +305,7 @@ class Watch:
             self._nodes.append(_Node(reference))
 
     def _compare_tensors(self) -> bool:
-        """Look for new values; False where they cannot be told, or a tensor is trained."""
+        """Look for new values; False if changes cannot be seen, or a tensor is trained."""
         expired = torch.UntypedStorage._expired
         values, storages = self._values, self._storages
         for index, reference in enumerate(self._tensors):
@@ -404,11 +405,11 @@ def _is_leaf(value: Any) -> bool:
 
 
 def _frozen(value: Any, visit: Callable[[object], None] | None = None) -> object:
-    """A value that stays: of containers their content, of objects their identity.
+    """An unchanging form of a value: the content of containers, the identity of objects.
 
     Args:
-        value: Anything.
-        visit: Called with every object whose identity counts.
+        value: Value of any type.
+        visit: Function that is called with every object whose identity counts.
     """
     if type(value) in _PLAIN or isinstance(value, _LEAVES):
         return value
@@ -432,7 +433,7 @@ def _frozen(value: Any, visit: Callable[[object], None] | None = None) -> object
 
 
 def _notes_of(attributes: dict[str, Any], is_module: bool) -> frozenset[str]:
-    """Attributes that change no result, and come and go."""
+    """Names of attributes that come and go and change no result."""
     if is_module:
         return _INSTALLED if "config" in attributes else frozenset()
     is_config = "_class_name" in attributes or "transformers_version" in attributes

@@ -10,8 +10,8 @@ def restore_precise(parameters: Mapping[str, nn.Parameter], before: Mapping[str,
     """Undo a cast to float16, in which trained weights do not survive; a move to a device stays.
 
     Args:
-        parameters: After the cast, by name.
-        before: Their values before it.
+        parameters: Parameters after the cast, by name.
+        before: Values of these parameters before the cast, by name.
     """
     for path, parameter in parameters.items():
         if parameter.dtype == torch.float16:

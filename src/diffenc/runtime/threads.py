@@ -1,4 +1,4 @@
-"""What threads share: a lock per object, and hooks that act for one thread alone."""
+"""Tools for threads: a lock per object, and hooks that act for one thread alone."""
 
 import os
 import threading
@@ -21,7 +21,7 @@ def lock_of(shared: Any) -> AbstractContextManager[bool]:
     Order: a model's lock before those of its parts, so that no two threads wait for each other.
 
     Args:
-        shared: A module or another object that can be referred to weakly.
+        shared: Module, or another object that supports weak references.
     """
     with _GUARD:
         lock = _LOCKS.get(shared)
@@ -53,11 +53,11 @@ def for_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def without_warnings(message: str = "", category: type[Warning] = Warning) -> Iterator[None]:
-    """Warnings of a kind are not shown; one thread at a time changes the process's filters.
+    """Hide warnings of a kind; one thread at a time changes the process's filters.
 
     Args:
         message: Regular expression that the warning's text begins with.
-        category: Kind of warning.
+        category: Class of the warnings.
     """
     with _FILTERS, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message, category)
@@ -65,7 +65,7 @@ def without_warnings(message: str = "", category: type[Warning] = Warning) -> It
 
 
 def _forget_locks() -> None:
-    """In a forked process: who held a lock there is not here."""
+    """Make new locks in a forked process, where the threads that held the old ones are gone."""
     global _GUARD, _FILTERS
     _GUARD, _FILTERS = threading.Lock(), threading.Lock()
     _LOCKS.clear()

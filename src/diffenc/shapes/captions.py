@@ -71,8 +71,8 @@ def caption(scene: Scene, rng: random.Random) -> str:
     """Draw one caption of the scene.
 
     Args:
-        scene: What is to be described.
-        rng: Source of the choice among paraphrases.
+        scene: Scene to be described.
+        rng: Random generator that chooses among paraphrases.
 
     Returns:
         Lower-case words without a full stop, at most 30 tokens of the bundled tokenizer.
@@ -117,7 +117,7 @@ def captions(scene: Scene, count: int, *, seed: int = 0) -> list[str]:
 
 
 def _of_crowd(scene: Scene, rng: random.Random) -> str:
-    """Some of many objects, each "a ...", which says that there is one at least."""
+    """Name some of many objects, each as "a ...", which says that there is at least one."""
     if rng.random() < 0.4:
         first, second = rng.sample(range(len(scene.objects)), 2)
         pair = _of_pair(scene, first, second, rng)

@@ -46,9 +46,9 @@ def sample_crowd(
     there, so that neither word alone tells them apart.
 
     Args:
-        rng: Source of every choice: equal state, equal scene.
+        rng: Random generator of every choice; equal state gives the equal scene.
         count: Number of objects, 5 to 9; None takes the length of `kinds`, or draws it.
-        kinds: Colour and shape per object.
+        kinds: Colour and shape of each object; None draws them.
 
     Raises:
         ConfigError: `count` is not 5 to 9, or `kinds` has another length.

@@ -51,12 +51,12 @@ _CENTERS: dict[Place, tuple[float, float]] = {
 
 @dataclass(frozen=True, slots=True)
 class ContrastPair:
-    """Caption k is true of scene k and false of the other.
+    """Two scenes and two captions: caption k is true of scene k and false of the other.
 
     Attributes:
-        kind: Which pattern or which kind of word order.
-        scenes: The two truths.
-        captions: The two texts.
+        kind: Pattern, or kind of word order, in which the scenes differ.
+        scenes: The two scenes.
+        captions: The two captions, in the order of the scenes.
     """
 
     kind: str

@@ -27,12 +27,12 @@ class Question:
     """A question about one scene.
 
     Attributes:
-        text: The question, lower case, with its question mark.
-        answer: One or a few words; "yes" or "no" for presence and relation.
-        kind: Which property is asked for.
-        choices: All answers that make sense, the right one among them, in a fixed order.
-        subjects: Indices of the scene's objects that the question is about; empty when nothing in
-            the scene is (a "no" to "is there a ...?").
+        text: Text of the question, in lower case, with its question mark.
+        answer: Right answer in one or a few words; "yes" or "no" for presence and relation.
+        kind: Property that is asked for.
+        choices: All answers that make sense, with the right one among them, in a fixed order.
+        subjects: Indices of the scene's objects that the question is about; empty if it is about
+            none of them (a "no" to "is there a ...?").
     """
 
     text: str
@@ -56,7 +56,7 @@ def questions(scene: Scene, *, seed: int = 0) -> list[Question]:
 
 
 def sample_question(scene: Scene, rng: random.Random) -> Question:
-    """One question, every kind that this scene allows equally likely.
+    """Draw one question; all kinds that this scene allows are equally likely.
 
     Raises:
         ConfigError: The scene has no object, or more than nine.
@@ -74,9 +74,9 @@ def multiple_choice(question: Question, rng: random.Random, *, options: int = 4)
     """The same question with lettered options, ``"... (a) red (b) blue"``, answered ``"(b)"``.
 
     Args:
-        question: One with words for an answer.
-        rng: Source of the wrong options and of the order.
-        options: How many to show, 2 to 4; fewer where the question has no more choices.
+        question: Question whose answer is given in words.
+        rng: Random generator that chooses the wrong options and the order.
+        options: Number of options to show, 2 to 4; fewer if the question has no more choices.
 
     Raises:
         ConfigError: `options` is not 2 to 4.

@@ -53,13 +53,14 @@ class SceneObject:
     """One coloured shape.
 
     Attributes:
-        shape: What it is.
-        color: Its fill colour.
-        size: "small" or "large", the word for `radius`.
-        x: Centre, fraction of the width from the left.
-        y: Centre, fraction of the height from the top.
-        radius: Half its extent, fraction of the side: how far a star's points and a triangle's top
-            lie from the centre. Circles reach 0.9 of it, squares' corners 1.13, triangles' 1.24.
+        shape: Name of the object's shape.
+        color: Fill colour of the object.
+        size: Size of the object, "small" or "large": the word for `radius`.
+        x: Position of the centre, as a fraction of the picture's width from the left.
+        y: Position of the centre, as a fraction of the picture's height from the top.
+        radius: Half of the object's extent, as a fraction of the picture's side: the distance of a
+            star's points and a triangle's top from the centre. Circles reach 0.9 of it, squares'
+            corners 1.13, triangles' 1.24.
 
     Raises:
         ConfigError: An unknown word, or a radius that is not above 0.
@@ -84,12 +85,12 @@ class SceneObject:
 
     @property
     def kind(self) -> tuple[Color, Shape]:
-        """What a caption calls it: colour and shape."""
+        """Colour and shape, as a caption names the object."""
         return self.color, self.shape
 
     @property
     def place(self) -> Place | None:
-        """Where it is in one word, or None where no single word is right (a corner)."""
+        """Place in the picture in one word, or None if no single word is right (a corner)."""
         dx, dy = self.x - 0.5, self.y - 0.5
         if math.hypot(dx, dy) < 0.1:
             return "middle"
@@ -115,7 +116,7 @@ class Scene:
         _check_word("background", self.background, BACKGROUNDS)
 
     def relation(self, first: int, second: int) -> Relation | None:
-        """How object `first` lies to object `second`, or None where no single word is right."""
+        """Relation of object `first` to object `second`, or None if no single word is right."""
         a, b = self.objects[first], self.objects[second]
         dx, dy = a.x - b.x, a.y - b.y
         if not _dominates(dx, dy):
@@ -155,13 +156,15 @@ def sample_scene(
     """Draw a scene; whatever is not given is drawn.
 
     Args:
-        rng: Source of every choice: equal state, equal scene.
+        rng: Random generator of every choice; equal state gives the equal scene.
         count: Number of objects, 1 to 3; None takes the length of `kinds`, or draws 1, 2 or 3 with
             weights 3, 5, 2.
-        kinds: Colour and shape per object. Drawn kinds repeat in a quarter of the scenes with more
-            than one object, so that there is something to count; otherwise they differ.
-        sizes: Size per object.
-        relation: How object 0 lies to object 1; needs two objects or more.
+        kinds: Colour and shape of each object; None draws them. Drawn kinds repeat in a quarter of
+            the scenes with more than one object, so that there is something to count; otherwise
+            they differ.
+        sizes: Size of each object; None draws them.
+        relation: Relation of object 0 to object 1, which needs two objects or more; None asks for
+            no relation.
         overlap: Share of the smaller radius by which two objects may reach into each other;
             0 keeps them apart, but for corners, which touch in one scene of a hundred.
 

@@ -18,7 +18,7 @@ def list_archive(path: StrPath, *, most: int, error: type[DiffencError] = Config
     """Names of the files in a .zip archive, in its order.
 
     Args:
-        path: Archive.
+        path: Path of the archive.
         most: Largest number of files.
         error: Class of the exception that is raised.
 
@@ -65,7 +65,7 @@ def read_member(
     """The content of a file in an archive.
 
     Args:
-        path: Archive.
+        path: Path of the archive.
         name: Name of the file in it.
         most: Largest size, in bytes.
         error: Class of the exception that is raised.

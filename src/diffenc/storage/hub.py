@@ -21,11 +21,12 @@ def hub_folder(
     Without network, or where the repository does not answer, it is what the cache has.
 
     Args:
-        hub_id: Repository, such as "owner/name".
-        small: Whether a file is one of those that are always needed: configs, indexes of weights.
-        weights: Names what else is needed, from the folder with the small files and the paths of
-            all files of the repository.
-        revision: Branch, tag or commit; None is the main branch.
+        hub_id: Id of the repository, such as "owner/name".
+        small: Function that says by its path whether a file is always needed, such as configs and
+            indexes of weights.
+        weights: Function that returns the other files that are needed, given the folder with the
+            small files and the paths of all files of the repository; None needs no others.
+        revision: Branch, tag or commit to read; None is the main branch.
 
     Raises:
         Exception: The Hub's own, where the repository is neither there nor in the cache.

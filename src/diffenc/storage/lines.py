@@ -14,7 +14,7 @@ def parse_json_lines(
     """Objects of a text with one per line, and what is wrong with the lines that hold none.
 
     Args:
-        text: JSON lines; empty ones are passed over.
+        text: Text in JSON lines; empty lines are skipped.
         where: Place of the text, for messages.
 
     Returns:

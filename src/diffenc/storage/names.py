@@ -51,7 +51,7 @@ def inside(folder: StrPath, name: str, *, error: type[DiffencError] = ConfigErro
 
     Args:
         folder: Folder that the name is relative to.
-        name: Relative path.
+        name: Relative path of the other file.
         error: Class of the exception that is raised.
 
     Raises:
@@ -67,7 +67,7 @@ def inside(folder: StrPath, name: str, *, error: type[DiffencError] = ConfigErro
 
 
 def reason(error: BaseException) -> str:
-    """What an exception says, in one line, without the path that messages name themselves."""
+    """Text of an exception in one line, without the path, which messages name themselves."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     lines = str(error).strip().splitlines()
@@ -85,8 +85,8 @@ def checked_path(what: str, value: object, *, error: type[DiffencError] = Config
     """The path that a caller passed, which may lead nowhere but can be asked for.
 
     Args:
-        what: What lies there, for messages, such as "a projector".
-        value: What was passed.
+        what: Description of what the path leads to, for messages, such as "a projector".
+        value: Value that the caller passed.
         error: Class of the exception that is raised.
 
     Raises:

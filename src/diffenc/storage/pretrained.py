@@ -30,10 +30,10 @@ BUNDLED = ("shapes-clip", "shapes-lm")
 
 
 def pretrained_source(name: "str | os.PathLike[str]") -> str:
-    """What `from_pretrained` of transformers takes: a bundled miniature's folder, or the name.
+    """Argument for `from_pretrained` of transformers: a bundled miniature's folder, or the name.
 
     Args:
-        name: A folder, a Hub id, or one of `BUNDLED`.
+        name: Path of a folder, a Hub id, or one of `BUNDLED`.
 
     Raises:
         BackboneError: This version lacks the miniature.
@@ -52,7 +52,7 @@ def lasting_name(name: "str | os.PathLike[str]", *, aliases: Collection[str] = B
 
     Args:
         name: Alias, folder, file or Hub id; `~` is the home folder.
-        aliases: Names that are no folders, whatever lies in the current directory.
+        aliases: Names that are never folders, whatever lies in the current directory.
     """
     label = os.fspath(name)
     if isinstance(name, str) and name in aliases:
@@ -70,7 +70,7 @@ def absolute(path: "str | os.PathLike[str]") -> str:
 def stored_name(name: str, folder: "str | os.PathLike[str]") -> str:
     """A lasting name as a file in a folder keeps it.
 
-    What lies within the folder is told from there, as "./...": both may be moved together.
+    A path within the folder is stored relative to it, as "./...": both may be moved together.
     """
     root = absolute(folder)
     if not Path(name).is_absolute() or not Path(name).is_relative_to(root):
@@ -115,7 +115,7 @@ def model_folder(
     """The local folder of a model of transformers, fetched from the Hub where needed.
 
     Args:
-        name: A folder, a Hub id, or one of `BUNDLED`.
+        name: Path of a folder, a Hub id, or one of `BUNDLED`.
         weights: Whether the weights are needed; otherwise the small files alone.
         half: Whether weights in half precision are enough.
 
@@ -226,12 +226,12 @@ def saved_image_processor(folder: Path) -> Any:
 
 @contextmanager
 def loading(what: str, label: str, *, instead: str) -> Iterator[None]:
-    """Whatever goes wrong inside becomes a `BackboneError`; errors of this library stay.
+    """Turn all errors of the block into a `BackboneError`, except those of this library.
 
     Args:
-        what: Is loaded, such as "a CLIP".
-        label: The name as the user gave it.
-        instead: What to pass.
+        what: Description of what is loaded, such as "a CLIP".
+        label: Name as the user gave it.
+        instead: Advice on what to pass, a sentence that ends the message.
     """
     try:
         with torch_defaults():
@@ -253,9 +253,9 @@ def load_whole(
     """Load a model of transformers and check that all of its weights are there.
 
     Args:
-        kind: A class of transformers, or one of its `Auto` classes.
-        name: A folder, a Hub id, or one of `BUNDLED`.
-        dtype: Type of the weights.
+        kind: Class of transformers to load, or one of its `Auto` classes.
+        name: Path of a folder, a Hub id, or one of `BUNDLED`.
+        dtype: Floating point type of the weights.
         unread: Beginnings of the names of weights that are not used and may be missing.
 
     Raises:

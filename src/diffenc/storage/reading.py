@@ -92,10 +92,10 @@ def read_json(
 
     Args:
         path: File to read.
-        kind: What it must hold: `dict`, `list`, or `object` for anything.
+        kind: Type that the file must hold: `dict`, `list`, or `object` for anything.
         error: Class of the exception that is raised.
         most: Largest size, in bytes.
-        finite: Refuse NaN and infinity; the schedulers of diffusers write them.
+        finite: Whether NaN and infinity raise an error; the schedulers of diffusers write them.
 
     Raises:
         DiffencError: `error`: the file is missing, unreadable or too large, or see `parse_json`.
@@ -115,11 +115,11 @@ def parse_json(
     """The value of a JSON text.
 
     Args:
-        text: JSON.
-        kind: What it must be: `dict`, `list`, or `object` for anything.
+        text: Text in JSON.
+        kind: Type that the value must have: `dict`, `list`, or `object` for anything.
         where: Place of the text, for messages.
         error: Class of the exception that is raised.
-        finite: Refuse NaN and infinity.
+        finite: Whether NaN and infinity raise an error.
 
     Raises:
         DiffencError: `error`: the text is no JSON, is of another kind, is nested too deeply, or

@@ -16,8 +16,8 @@ def refuse_remote_code(folder: StrPath, *, error: type[DiffencError] = BackboneE
     """Raise where a config in a model's folder names Python code, before anything is imported.
 
     Args:
-        folder: Folder of a model, a part of one, or a tokenizer; where there is none, nothing is
-            raised.
+        folder: Folder of a model, of a part of one, or of a tokenizer; if there is no such folder,
+            nothing is raised.
         error: Class of the exception that is raised.
 
     Raises:
@@ -51,7 +51,7 @@ def refuse_named_code(
 
     Args:
         config: Content of a JSON file.
-        where: The file, for messages.
+        where: Name of the file, for messages.
         error: Class of the exception that is raised.
 
     Raises:

@@ -35,10 +35,10 @@ def make(
     Lists become tuples where the annotation says so, and whole numbers floats.
 
     Args:
-        kind: Dataclass or function.
+        kind: Dataclass or function to call.
         values: Values by the name of the parameter.
         where: Path of the table in its file, such as "model.options"; "" is the whole file.
-        own: Parameters that the table may not give.
+        own: Values of parameters that the table may not give.
         error: Class of the exception that is raised.
 
     Raises:

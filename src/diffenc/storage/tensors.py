@@ -25,8 +25,8 @@ def read_tensors(
     Args:
         path: File to read.
         error: Class of the exception that is raised.
-        finite: Refuse NaN and infinity.
-        only: Tells by the name which tensors are read; None reads all of them.
+        finite: Whether NaN and infinity raise an error.
+        only: Function that says by its name whether a tensor is read; None reads all tensors.
 
     Raises:
         DiffencError: `error`: the file is missing, cut off or no safetensors file, or holds values
@@ -65,8 +65,8 @@ def read_pickled(
     Args:
         path: File to read.
         error: Class of the exception that is raised.
-        finite: Refuse NaN and infinity.
-        only: Tells by the name which tensors are read; None reads all of them.
+        finite: Whether NaN and infinity raise an error.
+        only: Function that says by its name whether a tensor is read; None reads all tensors.
 
     Raises:
         DiffencError: `error`: the file is missing or broken, holds more than weights, or holds
@@ -107,8 +107,8 @@ def write_tensors(
 
     Args:
         path: File to write.
-        tensors: Tensors by name; they are copied where they share memory.
-        metadata: Texts for the file's header; the order of several is random in it. None says that
+        tensors: Tensors by name; they are copied if they share memory.
+        metadata: Texts for the file's header; several are written in random order. None says that
             the tensors are torch's.
 
     Raises:

@@ -19,7 +19,7 @@ from diffenc.storage.names import StrPath, inside, is_file, is_folder, printable
 from diffenc.storage.reading import read_json
 
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"
-"""What the files of a library's models are called."""
+"""Names of the files of a library's models."""
 
 HALF = "fp16"
 """The variant in half precision."""
@@ -60,11 +60,12 @@ def choose_weights(
 
     Args:
         names: Names of the files in the model's folder.
-        stem: `DIFFUSERS` or `TRANSFORMERS`.
-        variant: Word in the names, such as "fp16"; "" for those without one. None takes the files
-            without, and those in half precision where there are no others or where `half` is set.
-        half: Whether half precision is all that is needed.
-        where: The folder, for messages.
+        stem: Stem of the library's file names, `DIFFUSERS` or `TRANSFORMERS`.
+        variant: Word in the file names, such as "fp16"; "" for files without one. None takes the
+            files without one; it takes those in half precision if there are no others or if `half`
+            is set.
+        half: Whether weights in half precision are enough.
+        where: Name of the folder, for messages.
         error: Class of the exception that is raised.
 
     Returns:
@@ -127,8 +128,8 @@ class StoredWeights(Mapping[str, Tensor]):
     """Weights in files, by name; a weight is read when it is asked for, on the CPU.
 
     Args:
-        files: Name of the weights that each file shall hold, None for all that it holds.
-        where: The folder or file, for messages.
+        files: Names of the weights that each file must hold; None for all that it holds.
+        where: Name of the folder or file, for messages.
         error: Class of the exception that is raised.
 
     Raises:
@@ -197,10 +198,10 @@ class StoredWeights(Mapping[str, Tensor]):
         return dtype
 
     def renamed(self, names: Mapping[str, str]) -> "StoredWeights":
-        """Some of the weights under other names.
+        """Get some of the weights under other names.
 
         Args:
-            names: Name of each weight in here, by its new name.
+            names: Present name of each weight, by its new name.
         """
         view = StoredWeights({}, where=self.where, error=self._error)
         view._handles = self._handles
@@ -227,10 +228,10 @@ def open_weights(
     """The weights of a model's folder, and the variant that they are, "" for none.
 
     Args:
-        folder: The model's.
-        stem: `DIFFUSERS` or `TRANSFORMERS`.
-        variant: See `choose_weights`, as the next.
-        half: Whether half precision is all that is needed.
+        folder: Folder of the model.
+        stem: Stem of the library's file names, `DIFFUSERS` or `TRANSFORMERS`.
+        variant: Variant of the weights, see `choose_weights`.
+        half: Whether weights in half precision are enough.
         error: Class of the exception that is raised.
 
     Raises:
@@ -252,9 +253,9 @@ def check_finite(
     """Raise where a weight holds NaN or infinity.
 
     Args:
-        value: The weight, in the type that it is used in.
-        name: Its name, for messages.
-        where: The file or model that it is from, for messages.
+        value: Weight in the type that it is used in.
+        name: Name of the weight, for messages.
+        where: Name of the file or model that the weight is from, for messages.
         error: Class of the exception that is raised.
 
     Raises:

@@ -34,9 +34,9 @@ def load_from(
     vision tower is a part of its CLIP. All other weights must have a place in the model.
 
     Args:
-        kind: A class of transformers, or one of its `Auto` classes.
-        folder: Folder that holds it.
-        dtype: Type of the weights.
+        kind: Class of transformers to load, or one of its `Auto` classes.
+        folder: Folder that holds the model.
+        dtype: Floating point type of the weights.
         unread: Beginnings of the names of weights that are not used and may be missing; they are 0
             then.
 
@@ -86,7 +86,7 @@ def dtype_argument() -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what transformers logs in this thread; its verbosity is the whole process's."""
+    """Hide the log of transformers in this thread; its verbosity is that of the whole process."""
     from transformers.utils import logging as library
 
     library.get_logger()  # sets up the handlers, if nothing did yet

@@ -18,7 +18,7 @@ from diffenc.storage.names import StrPath, is_folder, printable, reason
 
 @contextmanager
 def reporting(path: StrPath) -> Iterator[None]:
-    """Turn whatever goes wrong while something is written into an `OutputError`.
+    """Turn all errors of writing into an `OutputError`.
 
     Raises:
         OutputError: Something goes wrong that is no error of diffenc.
@@ -129,10 +129,11 @@ def locked(folder: StrPath, *, purpose: str, wait: bool = False, name: str = "")
     The lock is the operating system's: it ends with the process, however that ends.
 
     Args:
-        folder: Folder that exists.
-        purpose: What the other one is doing, for the message: "building this index".
-        wait: Wait until the other one is done, instead of raising.
-        name: File in the folder that is locked in place of all of it.
+        folder: Existing folder to lock.
+        purpose: Description of what the other process is doing, for the message: "building this
+            index".
+        wait: Whether to wait until the other process is done, instead of raising an error.
+        name: Name of a file in the folder that is locked instead of the whole folder.
 
     Raises:
         OutputError: Somebody else holds it, or the folder cannot be written.
@@ -161,7 +162,7 @@ def locked(folder: StrPath, *, purpose: str, wait: bool = False, name: str = "")
 
 
 def _held(file: Path, timeout: float) -> Any:
-    """A lock on a file that is still there: whoever held it before removes it at the end."""
+    """Lock a file that still exists: a former holder of the lock removes the file at its end."""
     from filelock import FileLock
 
     while True:

@@ -23,11 +23,11 @@ class CellTable:
     """One block of a chart.
 
     Attributes:
-        title: Above it.
-        values: One row of numbers per label of the rows; None leaves a cell grey.
-        low: Value of the darkest colour.
-        high: Value of the lightest.
-        logarithmic: Whether colours follow the logarithm.
+        title: Title above the block.
+        values: Numbers of the cells, one row per row label; None leaves a cell grey.
+        low: Value that gets the darkest colour.
+        high: Value that gets the lightest colour.
+        logarithmic: Whether colours follow the logarithm of the values.
     """
 
     title: str
@@ -57,11 +57,11 @@ def cell_chart(
     """Set tables of equal rows and columns side by side and under each other.
 
     Args:
-        tables: From top to bottom; None leaves a place empty.
-        rows: Labels, written once at the left of each line of tables.
-        columns: Labels, under each table.
-        title: Over everything.
-        note: Under everything.
+        tables: Lines of tables from top to bottom; None leaves a place empty.
+        rows: Row labels, written once at the left of each line of tables.
+        columns: Column labels, written under each table.
+        title: Text over all tables.
+        note: Text under all tables.
 
     Raises:
         ConfigError: No table, or one whose range is empty.

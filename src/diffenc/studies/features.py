@@ -1,4 +1,4 @@
-"""Which place of a U-Net, at which noise level and under which text, carries what."""
+"""What features carry, by place in the U-Net, noise level and text."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -33,7 +33,7 @@ from diffenc.studies.trials import CLASSES, PROPERTIES, Property, Trial, sample_
 from diffenc.studies.vectors import Place, gather
 
 TIMESTEPS = (10, 50, 261, 500, 800)
-"""Of the study: from nearly clean to nearly noise; GDF reads at 50, DIFT at 261."""
+"""Default timesteps, from nearly clean to nearly noise; GDF reads at 50, DIFT at 261."""
 
 _BLOCKS = ("conv_in", "down_blocks.*", "mid_block", "up_blocks.*")
 _STAGES = ("conv_in", "down_blocks", "mid_block", "up_blocks")
@@ -64,18 +64,22 @@ def study_features(
     acts. One pass of the U-Net per scene, timestep and text reads every tap.
 
     Args:
-        model: An alias, a Hub id, a folder or a `Backbone`.
-        taps: Module paths or globs; None takes the blocks and the backbone's default taps.
-        timesteps: Noise levels, 0 to 999.
-        conditionings: Some of "uncond", "question" and "caption".
-        scenes: Per seed, for the readouts; at least 30.
-        focus_scenes: Per seed, with two objects or more; 0 leaves this part out.
-        seeds: How often everything is repeated, with other scenes and other noise.
+        model: Alias, Hub id or folder of a diffusion model, or a loaded `Backbone`.
+        taps: Module paths or globs of the places to read; None takes the blocks and the backbone's
+            default taps.
+        timesteps: Scheduler steps of the noise levels, each 0 to 999.
+        conditionings: Kinds of text to read under, some of "uncond", "question" and "caption".
+        scenes: Number of scenes per seed for the readouts, 30 or more.
+        focus_scenes: Number of scenes per seed, with two objects or more, that show where a text
+            acts; 0 leaves this part out.
+        seeds: Number of repetitions, each with other scenes and other noise.
         size: Side of the pictures in pixels; None is the backbone's own.
-        batch_size: Rows (scenes x timesteps) per call of the U-Net, at least one scene's.
-        device: Where the model runs; unused for a `Backbone`.
-        dtype: Of the U-Net; unused for a `Backbone`.
-        progress: Called after each batch of scenes.
+        batch_size: Number of rows (scenes x timesteps) per call of the U-Net; one scene's rows are
+            never split.
+        device: Device that the model runs on; unused for a `Backbone`.
+        dtype: Floating point type of the U-Net; unused for a `Backbone`.
+        progress: Function that is called after each batch with the number of scenes that are done
+            and the number of all scenes; None reports nothing.
 
     Raises:
         ConfigError: A number is too small, or a word or a timestep is unknown or stands twice.
@@ -141,8 +145,8 @@ def tap_order(
 
     Args:
         known: All taps of the model.
-        wanted: Module paths or globs; None is the blocks and `default`.
-        default: The model's default taps.
+        wanted: Module paths or globs of the taps to order; None is the blocks and `default`.
+        default: Default taps of the model.
 
     Raises:
         TapError: A tap does not exist.

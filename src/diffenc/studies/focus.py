@@ -1,4 +1,4 @@
-"""Whether a text acts where the object is that it names.
+"""Whether a text changes the features where the object is that it names.
 
 Two objects of a scene take turns: a text names one, a control text the other, and both are measured
 inside the mask of the first. What makes an object conspicuous under any text cancels.
@@ -39,9 +39,11 @@ def read_focus(
     """Measure at every tap and timestep where a text acts.
 
     Args:
-        encoder: Its taps, timesteps (a tuple), seed and batch size are used.
-        trials: Scenes with two objects or more; the target and the next object take part.
-        done: Called with the number of trials after each batch.
+        encoder: Encoder that reads the features, at its taps, timesteps (a tuple), seed and batch
+            size.
+        trials: Scenes with two objects or more, of which the target and the next object are named
+            in turn.
+        done: Function that is called after each batch with its number of trials.
 
     Returns:
         "change" for taps that a text reaches, "attention" for those around or inside a
@@ -81,13 +83,13 @@ def read_focus(
 def contrast(
     maps: Float[Tensor, "b h w"], inside: Float[Tensor, "b height width"], measure: Measure
 ) -> Float[Tensor, " b"]:
-    """Logarithm of how much more there is inside a mask.
+    """Logarithm of the ratio of a map's mean inside a mask to its mean elsewhere.
 
     Args:
-        maps: Not negative.
-        inside: 1 in the mask, 0 outside.
-        measure: "attention" compares the mean inside with the mean of all, "change" with the mean
-            outside.
+        maps: Values of each cell, 0 or more.
+        inside: Mask of each map, 1 inside and 0 outside.
+        measure: Choice of the mean to compare with: "attention" takes the mean of all cells,
+            "change" the mean outside the mask.
     """
     grid = (maps.shape[-2], maps.shape[-1])
     cells = F.adaptive_avg_pool2d(inside[:, None], grid)[:, 0]
@@ -128,7 +130,7 @@ def _masks(
 def _actions(
     encoder: DiffusionEncoder, images: Sequence[Image.Image], named: Sequence[SceneObject]
 ) -> Iterator[tuple[_Place, Float[Tensor, "b h w"]]]:
-    """What a text does in each cell, per measure, tap and timestep."""
+    """Effect of a text in each cell, per measure, tap and timestep."""
     texts = [phrase(thing) for thing in named]
     features = encoder.extract(images, texts, conditioning="cfg")
     uncond, cond = features.select("uncond"), features.select("cond")

@@ -43,7 +43,7 @@ Part = Literal["uncond", "cond", "cfg", "difference"]
 """f_u, f_c, f_u + s (f_c - f_u), and f_c - f_u."""
 
 SCALES = (1.5, 4.5, 7.0)
-"""Of the paper's table 5."""
+"""Guidance scales of the paper's table 5."""
 
 _Place = tuple[Word, Part, float | None, str, int]
 _NOISES = 1_000_000  # seeds of noise per seed of the study
@@ -51,15 +51,15 @@ _NOISES = 1_000_000  # seeds of noise per seed of the study
 
 @dataclass(frozen=True, slots=True)
 class PromptReading:
-    """How well a word of the prompt is read from one place.
+    """Accuracy of reading a word of the prompt from one place.
 
     Attributes:
-        word: "color" or "shape".
-        part: Of the features.
-        guidance_scale: Of "cfg", None of the others.
-        tap: Where.
-        timestep: At which noise level.
-        accuracy: On pictures and prompts that the readout was not fitted to.
+        word: Word that is read: "color" or "shape".
+        part: Part of the features that is read: "uncond", "cond", "cfg" or "difference".
+        guidance_scale: Guidance scale s of the part "cfg"; None for the other parts.
+        tap: Place in the U-Net, as a module path.
+        timestep: Scheduler step of the noise level.
+        accuracy: Accuracy on pictures and prompts that the readout was not fitted to, 0 to 1.
     """
 
     word: Word
@@ -72,12 +72,12 @@ class PromptReading:
 
 @dataclass(frozen=True, slots=True)
 class Loudness:
-    """How large the text-dependent part is.
+    """Size of the text-dependent part of the features.
 
     Attributes:
-        tap: Where.
-        timestep: At which noise level.
-        ratio: Mean over cells and pictures of |f_c - f_u|, over that of |f_u|.
+        tap: Place in the U-Net, as a module path.
+        timestep: Scheduler step of the noise level.
+        ratio: Mean of |f_c - f_u| over cells and pictures, divided by that of |f_u|.
     """
 
     tap: str
@@ -87,18 +87,18 @@ class Loudness:
 
 @dataclass(frozen=True, slots=True)
 class LeakageReadout:
-    """Everything that was found.
+    """Results of the study.
 
     Attributes:
         model: Name of the backbone.
-        taps: In the order in which they run.
-        timesteps: In rising order.
-        guidance_scales: In rising order.
-        readings: Per word, part, scale, tap and timestep.
-        loudness: Per tap and timestep.
-        chance: Per word the share of the most frequent one among the test prompts, mean over
-            seeds.
-        settings: What was run.
+        taps: Places in the U-Net, in the order in which they run.
+        timesteps: Scheduler steps of the noise levels, in rising order.
+        guidance_scales: Guidance scales of "cfg", in rising order.
+        readings: Accuracy of each word, part, scale, tap and timestep.
+        loudness: Size of the text-dependent part at each tap and timestep.
+        chance: Share of the most frequent value of each word among the test prompts, 0 to 1, mean
+            over seeds.
+        settings: Settings of the run: numbers of scenes and seeds, picture size and dtype.
     """
 
     model: str
@@ -174,17 +174,20 @@ def study_leakage_readout(
     the picture's stays, brings "cfg" from "cond" towards "difference".
 
     Args:
-        model: An alias, a Hub id, a folder or a `Backbone`.
-        taps: Module paths or globs; None takes the blocks and the backbone's default taps.
-        timesteps: Noise levels, 0 to 999.
-        guidance_scales: Of "cfg".
-        scenes: Per seed; at least 30.
-        seeds: How often everything is repeated, with other scenes, prompts and noise.
+        model: Alias, Hub id or folder of a diffusion model, or a loaded `Backbone`.
+        taps: Module paths or globs of the places to read; None takes the blocks and the backbone's
+            default taps.
+        timesteps: Scheduler steps of the noise levels, each 0 to 999.
+        guidance_scales: Guidance scales s of the part "cfg", f_u + s (f_c - f_u).
+        scenes: Number of scenes per seed, 30 or more.
+        seeds: Number of repetitions, each with other scenes, prompts and noise.
         size: Side of the pictures in pixels; None is the backbone's own.
-        batch_size: Rows (scenes x timesteps) per call of the U-Net, at least one scene's.
-        device: Where the model runs; unused for a `Backbone`.
-        dtype: Of the U-Net; unused for a `Backbone`.
-        progress: Called after each batch of scenes.
+        batch_size: Number of rows (scenes x timesteps) per call of the U-Net; one scene's rows are
+            never split.
+        device: Device that the model runs on; unused for a `Backbone`.
+        dtype: Floating point type of the U-Net; unused for a `Backbone`.
+        progress: Function that is called after each batch with the number of scenes that are done
+            and the number of all scenes; None reports nothing.
 
     Raises:
         ConfigError: A number is too small, or a timestep or scale stands twice or is not finite.
@@ -248,7 +251,7 @@ def study_leakage_readout(
 
 
 def sample_prompts(count: int, *, seed: int) -> list[tuple[Color, Shape]]:
-    """What each prompt names, independent of every scene and of each other."""
+    """Colour and shape that each prompt names, independent of all scenes and of each other."""
     rng = random.Random(f"leakage prompts/{seed}")
     return [(rng.choice(COLORS), rng.choice(SHAPES)) for _ in range(count)]
 

@@ -23,9 +23,9 @@ def number(spread: Spread | None, digits: int = 2, *, nothing: str = "") -> str:
     """Mean and deviation.
 
     Args:
-        spread: Over seeds; None is `nothing`.
-        digits: After the point.
-        nothing: What stands where there is no figure.
+        spread: Values over seeds; None gives `nothing`.
+        digits: Number of digits after the point.
+        nothing: Text that stands where there is no figure.
     """
     return nothing if spread is None else f"{spread.mean:.{digits}f}{_deviation(spread, digits)}"
 

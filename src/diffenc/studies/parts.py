@@ -45,20 +45,21 @@ def study_parts(
     work of the text.
 
     Args:
-        model: An alias, a Hub id, a folder or a `Backbone`.
-        clip: Name or folder of a CLIP; None leaves out what needs one, as does "shapes-clip" in a
-            version that does not bundle it.
-        scenes: Per seed; two thirds to fit, the rest to test. At least 30.
-        seeds: How often everything is repeated, with other scenes, noise and order.
-        rank: Of LoRA.
-        epochs: Of LoRA over the questions; the captioner has three times as many over the scenes,
-            which are as many passes of the U-Net.
-        reader_epochs: Of the readers, and of the projectors.
-        grid: Side of the token grid.
-        batch_size: Rows of the U-Net per call.
-        device: Where the model runs; unused for a `Backbone`.
-        dtype: Of the U-Net; unused for a `Backbone`.
-        progress: Called after each call of the U-Net.
+        model: Alias, Hub id or folder of a diffusion model, or a loaded `Backbone`.
+        clip: Name or folder of a CLIP model; None leaves out the parts that need one, as does
+            "shapes-clip" in a version that does not bundle it.
+        scenes: Number of scenes per seed, 30 or more; two thirds to fit, the rest to test.
+        seeds: Number of repetitions, each with other scenes, noise and order.
+        rank: Rank of LoRA, 1 or more.
+        epochs: Number of epochs of LoRA over the questions; the captioner has three times as many
+            over the scenes, which are as many passes of the U-Net.
+        reader_epochs: Number of epochs of the readers, and of the projectors.
+        grid: Side of the token grid, in tokens.
+        batch_size: Number of rows per call of the U-Net.
+        device: Device that the model runs on; unused for a `Backbone`.
+        dtype: Floating point type of the U-Net; unused for a `Backbone`.
+        progress: Function that is called after each call of the U-Net with the number of rows that
+            are done and the number of all rows; None reports nothing.
 
     Raises:
         ConfigError: A number is too small.

@@ -56,14 +56,14 @@ def norm_accuracy(
     """Train projector and classifier on cells of the first scenes; share right in the others.
 
     Args:
-        tokens: Features of all taps.
-        kinds: See `cell_kinds`.
-        widths: Channels of each tap.
-        scales: Factor on each tap.
+        tokens: Features of all taps, with the taps' channels side by side.
+        kinds: Kind of the object in each cell, see `cell_kinds`.
+        widths: Number of channels of each tap.
+        scales: Factor that each tap's features are multiplied by.
         norm: Whether the projector has a layer norm per tap.
-        split: Scenes to train on.
-        epochs: Passes over their cells.
-        seed: Of weights and order.
+        split: Number of scenes to train on, counted from the first.
+        epochs: Number of passes over their cells.
+        seed: Seed of the initial weights and of the order of cells.
     """
     place: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
     factors = torch.cat(

@@ -23,11 +23,12 @@ class Questions:
     """Three questions to each scene: row 3 s + k is about property k of scene s.
 
     Attributes:
-        texts: One per row.
-        labels: Of the answers, counted through all properties.
-        queries: What each reader knows of a row: a number for the question's text, and one for the
-            property alone.
-        allowed: Which answers a property has.
+        texts: Text of the question of each row.
+        labels: Index of the right answer of each row, counted through the answers of all
+            properties.
+        queries: Number that stands for what each reader knows of a row: the question's text for
+            "told", the property alone for "blind".
+        allowed: Whether a property has an answer, for each property and answer.
         count: Number of different queries.
     """
 
@@ -101,18 +102,18 @@ class TokenRows:
 
 
 class AnswerReader(nn.Module):
-    """Looks for one place with a query, and reads the answer there with a linear layer.
+    """Linear reader of answers that attends to the tokens by a query of the question.
 
     It is the least that can follow a question: a linear probe whose average over the tokens is
     weighted by a query of the question, as in one attention head of a language model. All weights
     begin at zero, so that it begins as the plain average.
 
     Args:
-        mean: Of each channel.
-        deviation: Of each channel.
-        tokens: Number of tokens.
+        mean: Mean of each channel of the tokens.
+        deviation: Standard deviation of each channel of the tokens.
+        tokens: Number of tokens of a picture.
         queries: Number of different queries.
-        answers: Number of answers.
+        answers: Number of different answers.
     """
 
     mean: Tensor
@@ -144,15 +145,15 @@ class AnswerReader(nn.Module):
 def fit_reader(
     tokens: TokenRows, questions: Questions, reader: Reader, *, split: int, epochs: int, seed: int
 ) -> AnswerReader:
-    """A reader of the first `split` rows' answers.
+    """Fit a reader to the answers of the first `split` rows.
 
     Args:
-        tokens: Of all rows.
-        questions: Of all rows.
-        reader: What it knows of a question.
-        split: Rows that it is fitted to.
-        epochs: Passes over them.
-        seed: Of their order.
+        tokens: Tokens of all rows.
+        questions: Questions of all rows.
+        reader: Kind of reader, which says what it knows of a question: "told" or "blind".
+        split: Number of rows to fit, counted from the first.
+        epochs: Number of passes over these rows.
+        seed: Seed of the order of rows.
     """
     mean, deviation = tokens.statistics(split)
     model = AnswerReader(

@@ -132,8 +132,8 @@ def to_markdown(study: PartStudy, *, command: str, made_with: str) -> str:
     """A page of tables.
 
     Args:
-        study: What was found.
-        command: That makes this page.
+        study: Results of the study.
+        command: Command that makes this page.
         made_with: Versions, hardware and time, in a sentence.
     """
     return "\n".join(_lines(study, command, made_with)).rstrip() + "\n"

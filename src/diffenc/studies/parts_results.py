@@ -1,4 +1,4 @@
-"""What the study of the parts finds, as plain values."""
+"""Results of the study of the parts, as plain values."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -25,7 +25,7 @@ Reader = Literal["told", "blind"]
 READERS: tuple[Reader, ...] = get_args(Reader)
 
 ASKED: tuple[Property, ...] = ("color", "shape", "position")
-"""What the questions ask for."""
+"""Properties that the questions ask for."""
 
 COMPARISONS: tuple[tuple[Part, Part], ...] = (
     ("cond", "uncond"),
@@ -39,18 +39,18 @@ COMPARISONS: tuple[tuple[Part, Part], ...] = (
     ("lora", "lora-empty"),
     ("captioner", "uncond"),
 )
-"""A part, and what it is held against."""
+"""Pairs of a part and the part that it is compared with."""
 
 
 @dataclass(frozen=True, slots=True)
 class PartRow:
-    """How well answers are read from the tokens of one part.
+    """Accuracy of reading answers from the tokens of one part.
 
     Attributes:
-        part: Which tokens.
-        reader: "told" knows the question, as a language model does; "blind" knows only which
-            property is asked for, so that which object is meant must stand in the tokens.
-        accuracy: Per property, on scenes that the reader was not fitted to.
+        part: Name of the part whose tokens are read.
+        reader: Kind of reader: "told" knows the question, as a language model does; "blind" knows
+            only which property is asked for, so the tokens must say which object is meant.
+        accuracy: Accuracy for each property, 0 to 1, on scenes that the reader was not fitted to.
     """
 
     part: Part
@@ -59,19 +59,19 @@ class PartRow:
 
     @property
     def mean(self) -> Spread:
-        """Over properties, per seed."""
+        """Mean over properties, per seed."""
         seeds = zip(*(spread.values for spread in self.accuracy.values()), strict=True)
         return Spread(tuple(mean(values) for values in seeds))
 
 
 @dataclass(frozen=True, slots=True)
 class NormRow:
-    """How well a projector with and without a layer norm per tap serves a probe of cells.
+    """Accuracy of a probe of cells behind a projector with or without a layer norm per tap.
 
     Attributes:
-        scales: Factor on each tap's features before the projector.
-        norm: Whether the projector has the norms.
-        accuracy: Share of held-out cells whose object is named rightly.
+        scales: Factor that each tap's features are multiplied by before the projector.
+        norm: Whether the projector has a layer norm per tap.
+        accuracy: Share of held-out cells whose object is named rightly, 0 to 1.
     """
 
     scales: tuple[float, ...]
@@ -81,18 +81,19 @@ class NormRow:
 
 @dataclass(frozen=True, slots=True)
 class PartStudy:
-    """Everything the study found.
+    """Results of the study.
 
     Attributes:
         model: Name of the backbone.
-        clip: Name of the CLIP; None where none was used.
-        taps: That the encoder reads.
-        rows: Accuracy per part and reader.
-        norms: Of the projector.
+        clip: Name of the CLIP model; None if none was used.
+        taps: Places in the U-Net that the encoder reads.
+        rows: Accuracy of each part and reader.
+        norms: Accuracy with and without layer norms in the projector.
         rms: Root mean square of each tap's features, mean over seeds.
-        chance: Per property the share of the most frequent answer among the test questions.
-        missing: Parts that were not studied, and why.
-        settings: What was run.
+        chance: Share of the most frequent answer among the test questions, for each property, 0 to
+            1.
+        missing: Reason why a part was not studied, by name of the part.
+        settings: Settings of the run, such as numbers of scenes, seeds and epochs.
     """
 
     model: str
@@ -106,14 +107,14 @@ class PartStudy:
     settings: dict[str, Any]
 
     def find(self, part: Part, reader: Reader) -> PartRow | None:
-        """One row; None where the part was not studied."""
+        """Row of a part and reader; None if the part was not studied."""
         for row in self.rows:
             if (row.part, row.reader) == (part, reader):
                 return row
         return None
 
     def gain(self, part: Part, base: Part, reader: Reader) -> Spread | None:
-        """Mean accuracy of a part less that of another, per seed."""
+        """Mean accuracy of a part minus that of another, per seed."""
         over, under = self.find(part, reader), self.find(base, reader)
         if over is None or under is None:
             return None
@@ -121,7 +122,7 @@ class PartStudy:
         return Spread(tuple(first - second for first, second in pairs))
 
     def lora_by_text(self, reader: Reader) -> Spread | None:
-        """What LoRA gains with the question less what it gains with the empty prompt, per seed."""
+        """Gain of LoRA with the question minus its gain with the empty prompt, per seed."""
         asked, empty = self.gain("lora", "cond", reader), self.gain("lora-empty", "uncond", reader)
         if asked is None or empty is None:
             return None
@@ -130,7 +131,7 @@ class PartStudy:
 
     @property
     def parts(self) -> Sequence[Part]:
-        """Which parts were studied."""
+        """Parts that were studied."""
         found = {row.part for row in self.rows}
         return [part for part in PARTS if part in found]
 

@@ -30,7 +30,7 @@ _LORA_RATE, _CAPTIONER_RATE = 2e-3, 1e-2
 
 
 class PartRun:
-    """One seed: its scenes, and what is read of the features of each part."""
+    """Run of one seed: its scenes, and the answers read from the features of each part."""
 
     def __init__(
         self,

@@ -31,19 +31,20 @@ def train_part(
     """Lower the readers' loss on the first rows, by what the encoder trains and by the readers.
 
     Args:
-        encoder: With LoRA or a captioner, which are trained in place.
-        readers: Fitted to the features that the encoder had before; trained in place too.
-        questions: Of all rows.
-        pictures: One per scene.
-        prompts: Of the U-Net, one per row. None is the empty one for all, and one pass serves the
-            three questions to a scene.
-        split: Rows to train on.
-        epochs: Passes over them.
-        batch_size: Rows of the U-Net per step.
-        grid: Side of the token grid.
-        rate: Highest learning rate of what the encoder trains.
-        seed: Of the order.
-        done: Called with the rows of the U-Net after each step.
+        encoder: Encoder with LoRA or a captioner, which are trained in place.
+        readers: Readers that were fitted to the features that the encoder had before; trained in
+            place too.
+        questions: Questions of all rows.
+        pictures: Picture of each scene.
+        prompts: Prompts of the U-Net, one per row. None is the empty prompt for all rows; one pass
+            then serves the three questions to a scene.
+        split: Number of rows to train on, counted from the first.
+        epochs: Number of passes over these rows.
+        batch_size: Number of rows of the U-Net per step.
+        grid: Side of the token grid, in tokens.
+        rate: Highest learning rate of the encoder's trainable weights.
+        seed: Seed of the order of rows.
+        done: Function that is called after each step with its number of rows of the U-Net.
     """
     models = [reader.requires_grad_(True) for reader in readers.values()]
     optimizer = torch.optim.AdamW(

@@ -21,11 +21,12 @@ class Readout:
     """A linear classifier on standardised features.
 
     Attributes:
-        weight: (channels, classes).
-        bias: One per class.
-        mean: Of the training features.
-        scale: Deviation of the training features, 1 where there is none.
-        penalty: The one that was chosen.
+        weight: Weights of the linear layer (channels, classes).
+        bias: Bias of each class.
+        mean: Mean of each channel of the training features.
+        scale: Standard deviation of each channel of the training features; 1 where they do not
+            vary.
+        penalty: Ridge penalty that was chosen, one of `PENALTIES`.
     """
 
     weight: Float[Tensor, "c classes"]
@@ -52,9 +53,9 @@ def fit_readout(features: Float[Tensor, "n c"], labels: Int[Tensor, " n"], class
     iterated and nothing random.
 
     Args:
-        features: One row per example.
-        labels: Classes, 0 to `classes` - 1.
-        classes: Their number; some may be missing.
+        features: Features, one row per example.
+        labels: Class of each example, 0 to `classes` - 1.
+        classes: Number of classes; some may have no example.
 
     Raises:
         ShapeError: Fewer than two rows, or not one label per row, or a label out of range.

@@ -50,8 +50,8 @@ def to_markdown(study: FeatureStudy, *, command: str, made_with: str, picture: s
     """A page of tables.
 
     Args:
-        study: What was found.
-        command: That makes this page.
+        study: Results of the study.
+        command: Command that makes this page.
         made_with: Versions, hardware and time, in a sentence.
         picture: File name of the heat map.
     """
@@ -100,7 +100,7 @@ def best_rows(study: FeatureStudy) -> list[list[str]]:
 
 
 def best_columns(study: FeatureStudy) -> list[str]:
-    """Heads of `best_rows`."""
+    """Headings of `best_rows`."""
     columns = ["property", "chance", "pixels", "latents"]
     for conditioning in study.conditionings:
         columns.append(f"best with {TEXTS[conditioning]}")

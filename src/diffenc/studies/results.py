@@ -1,4 +1,4 @@
-"""What the study of features finds, as plain values."""
+"""Results of the study of features, as plain values."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ class Spread:
     """One number per seed.
 
     Attributes:
-        values: In the order of the seeds.
+        values: Numbers in the order of the seeds.
 
     Raises:
         NonFiniteError: There is none, or one is NaN or infinity.
@@ -36,25 +36,26 @@ class Spread:
 
     @property
     def mean(self) -> float:
-        """Over seeds."""
+        """Mean over seeds."""
         return mean(self.values)
 
     @property
     def deviation(self) -> float | None:
-        """Sample standard deviation over seeds; None of a single one."""
+        """Sample standard deviation over seeds; None for a single seed."""
         return stdev(self.values) if len(self.values) > 1 else None
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """How well a property is read from one place.
+    """Accuracy of reading a property from one place.
 
     Attributes:
-        property: What is read.
-        conditioning: Under which text; None for pixels and latents, which know no text.
-        tap: Where; "pixels" and "latents" are what the U-Net itself starts from.
-        timestep: At which noise level; None for pixels and latents.
-        accuracy: On scenes that the readout was not fitted to.
+        property: Name of the property that is read.
+        conditioning: Kind of text that the features were made under; None for pixels and latents,
+            which depend on no text.
+        tap: Place in the U-Net, as a module path; "pixels" and "latents" are its input.
+        timestep: Scheduler step of the noise level; None for pixels and latents.
+        accuracy: Accuracy on scenes that the readout was not fitted to, 0 to 1.
     """
 
     property: Property
@@ -66,16 +67,18 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Focus:
-    """How much a text that names an object does inside that object, against outside.
+    """How much more a text acts inside the object that it names than elsewhere.
 
     Attributes:
-        measure: "attention": density of the words' cross-attention inside the object's mask over
-            its mean density in the picture. "change": mean |f_c - f_u| inside over that outside.
-        tap: Where.
-        timestep: At which noise level.
-        asked: Of the object that the text names; 1 is no preference. Geometric mean over scenes.
-        control: The same masks under a text that names another object of the scene.
-        preferred: Share of scenes in which the first is above the second; 0.5 is chance.
+        measure: Quantity that is measured. "attention": density of the words' cross-attention
+            inside the object's mask over its mean density in the picture. "change": mean |f_c -
+            f_u| inside over that outside.
+        tap: Place in the U-Net, as a module path.
+        timestep: Scheduler step of the noise level.
+        asked: Value for the object that the text names, as a geometric mean over scenes; 1 is no
+            preference.
+        control: Value inside the same masks under a text that names another object of the scene.
+        preferred: Share of scenes in which `asked` is above `control`, 0 to 1; 0.5 is chance.
     """
 
     measure: Measure
@@ -88,17 +91,17 @@ class Focus:
 
 @dataclass(frozen=True, slots=True)
 class FeatureStudy:
-    """Everything the study found.
+    """Results of the study.
 
     Attributes:
         model: Name of the backbone.
-        taps: In the order in which they run.
-        timesteps: In rising order.
-        readings: Accuracy per property, text, tap and timestep.
-        focus: Per measure, tap and timestep where a text can have an effect.
-        chance: Per property the share of the most frequent answer among the test scenes, mean
-            over seeds.
-        settings: What was run.
+        taps: Places in the U-Net, in the order in which they run.
+        timesteps: Scheduler steps of the noise levels, in rising order.
+        readings: Accuracy of each property, text, tap and timestep.
+        focus: Effect of a text at each measure, tap and timestep where it can have one.
+        chance: Share of the most frequent answer among the test scenes, for each property, 0 to 1,
+            mean over seeds.
+        settings: Settings of the run: numbers of scenes and seeds, picture size and dtype.
     """
 
     model: str
@@ -119,7 +122,7 @@ class FeatureStudy:
         return None
 
     def select(self, wanted: Property, conditioning: Conditioning | None) -> Iterator[Reading]:
-        """All places, for a property under a text."""
+        """Readings of a property under a text, at all places."""
         for reading in self.readings:
             if (reading.property, reading.conditioning) == (wanted, conditioning):
                 yield reading
@@ -130,7 +133,7 @@ class FeatureStudy:
         return max(found, key=lambda reading: reading.accuracy.mean) if found else None
 
     def gain(self, wanted: Property, conditioning: Conditioning) -> Spread | None:
-        """Accuracy under a text less that without, mean over taps and timesteps, per seed."""
+        """Accuracy under a text minus that without, mean over taps and timesteps, per seed."""
         differences: list[Sequence[float]] = []
         for reading in self.select(wanted, conditioning):
             base = self.find(wanted, "uncond", reading.tap, reading.timestep)
@@ -150,13 +153,13 @@ class FeatureStudy:
 
     @property
     def conditionings(self) -> tuple[Conditioning, ...]:
-        """Which texts were studied."""
+        """Kinds of text that were studied."""
         found = {reading.conditioning for reading in self.readings}
         return tuple(name for name in CONDITIONINGS if name in found)
 
     @property
     def properties(self) -> tuple[Property, ...]:
-        """Which properties were studied."""
+        """Properties that were studied."""
         found = {reading.property for reading in self.readings}
         return tuple(name for name in PROPERTIES if name in found)
 

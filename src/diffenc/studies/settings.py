@@ -1,4 +1,4 @@
-"""What every study checks before it begins, and how it tells how far it is."""
+"""Checks that every study makes before it begins, and the report of its progress."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -12,13 +12,13 @@ Progress: TypeAlias = Callable[[int, int], object]
 
 
 class Done:
-    """How much of a study is done, told to whoever wants to know."""
+    """Counter of the work that is done, which reports its progress."""
 
     def __init__(self, progress: Progress | None, total: int) -> None:
         self._progress, self._total, self._done = progress, total, 0
 
     def add(self, count: int) -> None:
-        """So much more is done."""
+        """Count finished work, and report the progress."""
         self._done += count
         if self._progress is not None:
             self._progress(self._done, self._total)

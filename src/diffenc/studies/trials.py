@@ -27,7 +27,7 @@ class Trial:
     """A scene whose objects differ in colour and in shape, so that each word names one of them.
 
     Attributes:
-        scene: One to three objects, apart from each other.
+        scene: Scene with one to three objects, apart from each other.
         target: Index of the object that is asked about.
     """
 
@@ -78,9 +78,9 @@ def sample_trials(count: int, *, seed: int, least: int = 1) -> list[Trial]:
     """Held-out scenes with `least` to three objects, each number equally often.
 
     Args:
-        count: How many.
-        seed: 0 or more; trial k depends on the seed, k and `least` alone.
-        least: Objects that a scene has at least, 1 to 3.
+        count: Number of scenes.
+        seed: Seed of the scenes, 0 or more; trial k depends on the seed, k and `least` alone.
+        least: Smallest number of objects in a scene, 1 to 3.
 
     Raises:
         ConfigError: A negative count or seed, or another `least`.

@@ -58,10 +58,11 @@ def gather(
     would learn which noise lies where and tell positions from it, the better the more noise.
 
     Args:
-        encoder: Its taps, timesteps (a tuple), seed and batch size are used.
-        trials: Scenes and what is asked about them.
-        conditionings: Under which texts.
-        done: Called with the number of trials after each batch.
+        encoder: Encoder that reads the features, at its taps, timesteps (a tuple), seed and batch
+            size.
+        trials: Scenes, with the object of each that is asked about.
+        conditionings: Kinds of text to read under.
+        done: Function that is called after each batch with its number of trials.
     """
     parts: dict[Place, list[Tensor]] = {}
     config = encoder.config
@@ -121,7 +122,7 @@ def _texts(
 
 
 def _inputs(backbone: Backbone, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-    """What the U-Net starts from, without noise: the baseline that its features have to beat."""
+    """Input of the U-Net without noise: the baseline that its features have to beat."""
     pixel_values = to_pixel_values(list(images), size=images[0].height, multiple=backbone.reduction)
     with torch.no_grad():
         latents, _ = posterior_of(backbone, pixel_values, keys=image_keys(pixel_values))

@@ -1,4 +1,4 @@
-"""What all pictures share: numbers out of tensors, and sizes."""
+"""Common steps of all pictures: arrays from tensors, and sizes."""
 
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ def to_array(values: Any, axes: str) -> Float64[np.ndarray, "..."]:
     """A tensor of any dtype and device, or an array, as float64.
 
     Args:
-        values: The numbers.
+        values: Tensor or array of numbers.
         axes: Names of the axes, such as "h w"; their number is checked.
 
     Raises:

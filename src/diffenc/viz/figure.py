@@ -29,10 +29,11 @@ class Panel:
     """One place of a figure.
 
     Attributes:
-        image: Fills a square, its aspect ratio kept; None leaves it to the caption.
-        title: Above, in dark letters.
-        caption: Below, in grey ones; wrapped, never cut.
-        legend: A heat map whose colours and range are shown under the image.
+        image: Picture that fills a square, with its aspect ratio kept; None leaves the place to the
+            caption.
+        title: Text above the image, in dark letters.
+        caption: Text below the image, in grey letters; it is wrapped, never cut.
+        legend: Heat map whose colours and range are shown under the image; None shows none.
     """
 
     image: Image.Image | None = None
@@ -47,10 +48,10 @@ def figure(
     """Set panels in rows.
 
     Args:
-        rows: From top to bottom; None leaves a place empty.
-        title: Over everything.
-        note: Under everything, in small letters.
-        side: Of a panel's image, in pixels; letters grow with it.
+        rows: Rows of panels from top to bottom; None leaves a place empty.
+        title: Text over all panels; "" leaves it out.
+        note: Text under all panels, in small letters; "" leaves it out.
+        side: Side of a panel's image in pixels, 64 or more; letters grow with it.
 
     Raises:
         ConfigError: No panel, or a side below 64.

@@ -36,17 +36,18 @@ class HeatMap:
     """A map of numbers, such as `CrossAttnScorer.word_maps` gives; notebooks show it as a picture.
 
     Args:
-        values: (h w), a tensor or an array.
+        values: Numbers of the map (h w), as a tensor or an array.
         low: Value of the darkest colour; None is the smallest of `values`.
-        high: Value of the lightest colour; None is the largest.
-        label: What the map shows, such as a word.
-        picture: What it lies over in a notebook, and where `overlay` is True.
+        high: Value of the lightest colour; None is the largest of `values`.
+        label: Name of what the map shows, such as a word; None gives none.
+        picture: Picture that the map lies over in a notebook and if `overlay` is True; None for no
+            picture.
 
     Attributes:
-        low: See above.
-        high: See above.
-        label: See above.
-        picture: See above.
+        low: Value of the darkest colour.
+        high: Value of the lightest colour.
+        label: Name of what the map shows; None if it was not given.
+        picture: Picture under the map; None if it was not given.
 
     Raises:
         ShapeError: Not (h w).
@@ -81,7 +82,7 @@ class HeatMap:
         return f"HeatMap({label}{height} x {width} cells, {self.low:.3g} to {self.high:.3g})"
 
     def _repr_png_(self) -> bytes:
-        """What a notebook shows: the map over its picture, the longer side 256 pixels."""
+        """Picture for notebooks: the map over its picture, the longer side 256 pixels."""
         width, height = self.picture.size if self.picture else self._values.shape[::-1]
         factor = _NOTEBOOK_SIDE / max(height, width)
         size = (max(1, round(height * factor)), max(1, round(width * factor)))
@@ -100,12 +101,12 @@ class HeatMap:
         """Draw the map.
 
         Args:
-            size: Of the picture, a side or (height, width); None is the size of `overlay`, or one
-                pixel per cell.
-            overlay: Lies under the colours, in grey so that it does not tint them, brought to the
-                same size; True takes `picture`.
-            alpha: Weight of the colours over it, 0 to 1.
-            resample: "bicubic" smooths the values, "nearest" shows the cells.
+            size: Size of the picture in pixels, as one side or (height, width); None is the size of
+                `overlay`, or one pixel per cell.
+            overlay: Picture under the colours, shown in grey so that it does not tint them, and
+                resized to the same size; True takes `picture`.
+            alpha: Weight of the colours over the overlay, 0 to 1.
+            resample: Way of resizing: "bicubic" smooths the values, "nearest" shows the cells.
 
         Raises:
             ConfigError: `alpha` or `size` is out of range, or there is no picture to take.

@@ -29,9 +29,10 @@ def pca_maps(
     Args:
         maps: Feature maps (b c h w), tensors or arrays, all with the same channels; sizes and
             batches may differ.
-        components: 3 for colours, 1 for grey.
-        size: Of each picture, a side or (height, width); None is one pixel per cell.
-        resample: "nearest" shows the cells, "bicubic" smooths them.
+        components: Number of principal components: 3 for colours, 1 for grey.
+        size: Size of each picture in pixels, as one side or (height, width); None is one pixel per
+            cell.
+        resample: Way of resizing: "nearest" shows the cells, "bicubic" smooths them.
 
     Returns:
         For each of `maps` one RGB picture per row of its batch.

@@ -1,1 +1,1 @@
-"""What benchmarks of models that answer share: the model, its answers on disk, the paper's rows."""
+"""Common parts of benchmarks of models that answer: the model, saved answers, the paper's rows."""

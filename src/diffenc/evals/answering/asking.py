@@ -25,17 +25,19 @@ Item = TypeVar("Item", bound=_Named)
 
 @dataclass
 class Asker:
-    """Answers of one model, from a file where they are in it, from the model where not.
+    """Answers of one model: read from a file if they are in it, otherwise asked from the model.
 
     Attributes:
-        model: Who answers.
-        digests: Of the pictures, by name.
-        file: Where answers are kept; None keeps them in memory alone.
-        batch_size: Most questions in one call of the model.
-        progress: Told how many questions of a part are answered.
-        skip_broken: Leave out questions whose pictures cannot be read any more.
-        fresh: How many answers were asked for now.
-        broken: By id of the question, why it was left out.
+        model: Model that answers the questions.
+        digests: Digest of each picture's content, by name of the picture.
+        file: File that keeps the answers; None keeps them in memory alone.
+        batch_size: Largest number of questions in one call of the model.
+        progress: Function that is called with the number of answered questions of a part and the
+            number of all of them; None reports nothing.
+        skip_broken: Whether questions whose pictures can no longer be read are left out, instead of
+            raising an error.
+        fresh: Number of answers that the model gave in this run, not read from the file.
+        broken: Reason why a question was left out, by id of the question.
     """
 
     model: Answerer
@@ -56,11 +58,12 @@ class Asker:
         return tuple(Problem("answers to questions that are not asked", name) for name in names)
 
     def ask(self, queries: Sequence[Query], *, part: str = "") -> dict[str, str]:
-        """The answers by id of the question, without those in `broken`.
+        """Ask questions and return the answers by id of the question, without those in `broken`.
 
         Args:
-            queries: All with a prompt for the encoder, or all without.
-            part: Of the protocol, such as "pass 2"; answers of different parts stand side by side.
+            queries: Questions to ask; either all or none of them have a prompt for the encoder.
+            part: Name of the part of the protocol, such as "pass 2"; answers of different parts are
+                kept apart.
 
         Raises:
             ConfigError: The file holds answers to other questions by these ids, two questions have

@@ -1,4 +1,4 @@
-"""What a benchmark asks of a model that answers questions on pictures."""
+"""Interface of models that answer questions on pictures, and the questions of a benchmark."""
 
 import hashlib
 import json
@@ -20,9 +20,9 @@ class Answerer(Protocol):
     """A model that answers questions on pictures.
 
     Attributes:
-        name: In tables and files of answers.
-        description: What its answers depend on, as JSON holds it; answers are resumed only where
-            it is equal.
+        name: Name of the model in tables and files of answers.
+        description: Everything that the answers depend on, as JSON values; earlier answers are
+            reused only if it is equal.
     """
 
     @property
@@ -34,13 +34,13 @@ class Answerer(Protocol):
     def answer(
         self, images: Images, questions: Sequence[str], prompts: Sequence[str] | None = None
     ) -> Sequence[str]:
-        """One text per question.
+        """Answer each question with one text.
 
         Args:
-            images: Per question one picture or several.
-            questions: What the language model is asked.
-            prompts: What conditions the vision encoder, one per question; "" is the empty text,
-                None leaves it to the model. Models without such an input ignore it.
+            images: One or several pictures for each question.
+            questions: Texts that the language model is asked.
+            prompts: Text that conditions the vision encoder, one per question; "" is the empty
+                text, None leaves the choice to the model. Models without such an input ignore it.
         """
         ...
 
@@ -50,11 +50,12 @@ class FunctionAnswerer:
     """An `Answerer` of any function, such as the bound `generate` of a language model.
 
     Attributes:
-        name: In tables and files.
-        function: Called with pictures, questions and, where there are any, `prompts=`.
-        description: What answers depend on.
-        options: Keywords of every call, such as `{"max_new_tokens": 64}`; part of what answers
-            depend on.
+        name: Name of the model in tables and files.
+        function: Function that is called with pictures, questions and, if there are any,
+            `prompts=`, and returns one text per question.
+        description: Everything that the answers depend on, as JSON values.
+        options: Keyword arguments of every call, such as `{"max_new_tokens": 64}`; they are added
+            to the description.
 
     Example:
         >>> model = FunctionAnswerer("blind", lambda images, questions: ["yes"] * len(questions))
@@ -75,7 +76,7 @@ class FunctionAnswerer:
     def answer(
         self, images: Images, questions: Sequence[str], prompts: Sequence[str] | None = None
     ) -> Sequence[str]:
-        """What the function returns."""
+        """Return the answers of the function."""
         more = {} if prompts is None else {"prompts": list(prompts)}
         return self.function(
             [list(each) for each in images], list(questions), **more, **self.options
@@ -87,10 +88,10 @@ class Query:
     """One question to a model.
 
     Attributes:
-        id: Unique in its benchmark.
-        pictures: One or several.
-        question: For the language model.
-        prompt: For the vision encoder; None leaves it to the model.
+        id: Id of the question, unique in its benchmark.
+        pictures: Pictures that the question is about, one or several.
+        question: Text for the language model.
+        prompt: Text for the vision encoder; None leaves the choice to the model.
     """
 
     id: str
@@ -99,18 +100,18 @@ class Query:
     prompt: str | None = None
 
     def digest(self, picture_digests: Mapping[str, str]) -> str:
-        """Of everything that an answer is made from."""
+        """Return a digest of everything that the answer is made from."""
         parts = [self.question, self.prompt, *(picture_digests[p.name] for p in self.pictures)]
         return digest_of(parts)
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What was found when pictures were looked at.
+    """Result of reading every picture once.
 
     Attributes:
-        digests: Per name of a picture that can be read, of its file.
-        problems: Pictures that cannot, beside those that were known before.
+        digests: Digest of the content of each picture that can be read, by name of the picture.
+        problems: Pictures that cannot be read, together with the problems that were known before.
     """
 
     digests: Mapping[str, str]
@@ -122,12 +123,12 @@ class Reading:
 
 
 def digest_of(value: Any) -> str:
-    """Of anything that JSON holds."""
+    """Return a digest of any value that JSON can hold."""
     return hashlib.sha256(json.dumps(value, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
 def check_answers(answers: Sequence[str], count: int, name: str) -> list[str]:
-    """One text per question.
+    """Check that there is one text per question.
 
     Raises:
         ShapeError: Another number, or something that is no text.

@@ -13,8 +13,8 @@ class PublishedRow:
     """A row as published.
 
     Attributes:
-        labels: Model and settings, one per label of the table; "" where the paper has none.
-        values: In the order of the columns; None where the paper has none.
+        labels: Model and settings of the row, one per label of the table; "" if the paper has none.
+        values: Numbers of the row in the order of the columns; None if the paper has none.
         doubtful: Columns whose value cannot be right, see the table's notes.
     """
 
@@ -28,11 +28,11 @@ class PublishedTable:
     """A table as published.
 
     Attributes:
-        title: Number and subject.
-        labels: Heads of the labels.
-        columns: Heads of the values.
-        rows: In the paper's order.
-        notes: Errata, and what is not stated.
+        title: Number and subject of the table.
+        labels: Headings of the columns that hold labels.
+        columns: Headings of the columns that hold values.
+        rows: Rows in the paper's order.
+        notes: Errata, and facts that the paper does not state.
     """
 
     title: str
@@ -42,7 +42,7 @@ class PublishedTable:
     notes: tuple[str, ...]
 
     def to_table(self) -> Table:
-        """As text; "–" where there is no value."""
+        """Convert all cells to text; "–" where there is no value."""
         rows = tuple((*row.labels, *map(cell, row.values)) for row in self.rows)
         return Table(self.title, (*self.labels, *self.columns), rows)
 
@@ -57,7 +57,7 @@ class PublishedTable:
 
 
 def cell(value: float | None) -> str:
-    """As the paper prints it, or "–"."""
+    """A number as the paper prints it, or "–" for None."""
     return "–" if value is None else f"{value:g}"
 
 
@@ -67,7 +67,7 @@ def published_tables() -> tuple[str, ...]:
 
 
 def published_source() -> str:
-    """Where the tables come from."""
+    """Source of the tables."""
     return str(read_tables(_PACKAGE)["source"])
 
 

@@ -26,16 +26,17 @@ def whole_items(
     otherwise: str,
     keep: Callable[[Sequence[Item]], Sequence[Item]] = tuple,
 ) -> tuple[tuple[Item, ...], Reading]:
-    """Items all of whose pictures can be read, and what was found when they were.
+    """Keep the items all of whose pictures can be read, and report on the others.
 
     Args:
-        items: Of a benchmark.
-        pictures: Of an item.
-        source: Where they come from, for messages.
-        problems: What was found when tables were read.
-        skip_broken: Go on with what is whole.
-        otherwise: What there is none of, if nothing is left: "picture that can be captioned".
-        keep: Which of the whole items count.
+        items: Items of a benchmark.
+        pictures: Function that returns the pictures of an item.
+        source: Origin of the items, named in error messages.
+        problems: Problems that were found when the tables were read.
+        skip_broken: Whether broken items are left out, instead of raising an error.
+        otherwise: Description of what is missing if no item is left, such as "picture that can be
+            captioned"; part of the error message.
+        keep: Function that selects the items that count among those that can be read.
 
     Raises:
         ConfigError: There are problems and they are not to be skipped, or no item is left.
@@ -63,11 +64,12 @@ def read_pictures(
     """Open each picture once, and refuse what is broken, all of it in one message.
 
     Args:
-        pictures: Of all items; one that several items share is opened once.
-        source: Where they come from, for the message.
-        problems: What was found when tables were read.
-        skip_broken: Go on with what is whole.
-        progress: Told how many pictures were looked at.
+        pictures: Pictures of all items; one that several items share is opened once.
+        source: Origin of the pictures, named in the error message.
+        problems: Problems that were found when the tables were read.
+        skip_broken: Whether broken items are left out, instead of raising an error.
+        progress: Function that is called with the number of pictures read so far and the number of
+            all pictures; None reports nothing.
 
     Raises:
         ConfigError: There are problems and they are not to be skipped.
@@ -100,9 +102,9 @@ def picture_of(value: Any, name: str) -> Picture | None:
     """The picture in a cell of a table, None where there is none.
 
     Args:
-        value: PIL image, bytes, `{"bytes": ..., "path": ...}` with one of both, or what reads the
-            bytes.
-        name: Name in messages.
+        value: PIL image, bytes, `{"bytes": ..., "path": ...}` with at least one of both, or a
+            function that returns the bytes.
+        name: Name of the picture in error messages.
     """
     if isinstance(value, Mapping):
         path, value = value.get("path"), value.get("bytes")

@@ -8,7 +8,7 @@ from diffenc.evals.json_lines import JsonLinesFile, Wording
 from diffenc.storage.schema import checked
 
 Key = tuple[str, str, str]
-"""Who said it, in which part of the protocol, on which item."""
+"""Name of the model or judge, part of the protocol, id of the item."""
 
 
 class RecordsFile(JsonLinesFile):
@@ -19,9 +19,9 @@ class RecordsFile(JsonLinesFile):
     answer to another question, prompt or picture is never taken for this one.
 
     Args:
-        path: Of the file, which is made where it does not exist.
-        task: Name of the benchmark or protocol.
-        source: Where items come from; told, not compared.
+        path: Path of the file, which is created if it does not exist.
+        task: Name of the benchmark or protocol; it must equal that of an existing file.
+        source: Origin of the items; written into the file, not compared.
 
     Raises:
         ConfigError: The file belongs to something else, or a line is broken.

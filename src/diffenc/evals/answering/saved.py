@@ -1,4 +1,4 @@
-"""A saved `DiffusionVLM` as a model that answers: told from its folder, loaded when it is asked."""
+"""A saved `DiffusionVLM` as a model that answers questions; it is loaded at the first question."""
 
 import copy
 import hashlib
@@ -33,15 +33,16 @@ class SavedVLM:
     it is never loaded.
 
     Args:
-        folder: The model's own, or that of the run which holds it as `model`.
-        name: In tables and files; None takes the folder's.
-        max_new_tokens: Of an answer.
-        device: Where it runs.
-        dtype: Of what is frozen.
-        description: What answers depend on besides, such as the policy of prompts.
+        folder: Folder of the model, or the folder of the training run that holds it as `model`.
+        name: Name of the model in tables and files; None takes the name of the folder.
+        max_new_tokens: Largest number of tokens in an answer, 1 or more.
+        device: Device that the model runs on.
+        dtype: Floating point type of the frozen parts of the model.
+        description: Further facts that the answers depend on, such as the policy of prompts; None
+            adds nothing.
 
     Attributes:
-        prompt_policy: That it was trained with.
+        prompt_policy: Prompt policy that the model was trained with.
 
     Raises:
         BackboneError: The folder holds no such model.
@@ -78,7 +79,7 @@ class SavedVLM:
 
     @property
     def description(self) -> Mapping[str, Any]:
-        """Content of the folder, precision and options; models that it names are told by name."""
+        """Content of the folder, precision and options; models that it refers to count by name."""
         guided = {} if self.guidance_scale is None else {"guidance_scale": self.guidance_scale}
         return {
             "weights": self._weights.digest,
@@ -89,7 +90,7 @@ class SavedVLM:
         }
 
     def guided(self, scale: float) -> "SavedVLM":
-        """The same model, whose features are f_u + s (f_c - f_u); weights are loaded once.
+        """The same model with guided features f_u + s (f_c - f_u); weights are loaded once.
 
         Raises:
             ConfigError: Its encoder has no such features.
@@ -100,7 +101,7 @@ class SavedVLM:
         return made
 
     def described(self, **more: Any) -> "SavedVLM":
-        """The same model, with more that its answers depend on; weights are loaded once."""
+        """The same model with a longer description; weights are loaded once."""
         made = copy.copy(self)
         made._more = {**self._more, **more}
         return made
@@ -112,7 +113,7 @@ class SavedVLM:
     def answer(
         self, images: Images, questions: Sequence[str], prompts: Sequence[str] | None = None
     ) -> list[str]:
-        """One text per question, each of the likeliest tokens.
+        """Answer each question with one text, made of the likeliest tokens.
 
         Raises:
             DiffencError: The model cannot be loaded, or a question is longer than its context.
@@ -146,7 +147,7 @@ class _Weights:
 
     @cached_property
     def digest(self) -> str:
-        """Of names and contents of all files."""
+        """Return a digest of the names and contents of all files."""
         found = hashlib.sha256()
         for path in sorted(path for path in self.folder.rglob("*") if path.is_file()):
             found.update(f"{path.relative_to(self.folder).as_posix()}\0".encode())
@@ -177,7 +178,7 @@ class _Weights:
         return self._vlm
 
     def release(self) -> None:
-        """Forget it."""
+        """Free the memory of the model."""
         self._vlm = self._config = None
         if torch.device(self.device).type == "cuda":
             torch.cuda.empty_cache()

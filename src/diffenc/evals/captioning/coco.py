@@ -32,9 +32,10 @@ def load_coco_captions(
     """Read an annotation file such as `captions_val2014.json`, and find its pictures.
 
     Args:
-        annotations: With `images` (`id`, `file_name`) and `annotations` (`image_id`, `caption`).
-        images: A folder, folders in it, or a .zip file with the pictures.
-        image_ids: Which images, as numbers or text; None is all that have captions.
+        annotations: JSON file with `images` (`id`, `file_name`) and `annotations` (`image_id`,
+            `caption`).
+        images: Folder, or .zip file, that holds the pictures; subfolders are searched too.
+        image_ids: Ids of the images to read, as numbers or text; None reads all that have captions.
 
     Returns:
         The captioned pictures; what is wrong with files is in `problems`, and refused by
@@ -77,11 +78,12 @@ def load_karpathy(
     """Read a part of Karpathy's split, `dataset_coco.json`, and find its pictures.
 
     Args:
-        dataset: With `images`: `split`, `cocoid`, `filepath`, `filename`, `sentences[].raw`.
-        images: A folder, folders in it, or a .zip file with the pictures; both `val2014` and
-            `train2014` where the split needs them.
-        split: "train", "restval", "val" or "test".
-        image_ids: Which COCO ids; None is all of the split.
+        dataset: JSON file with `images`: `split`, `cocoid`, `filepath`, `filename`,
+            `sentences[].raw`.
+        images: Folder, or .zip file, that holds the pictures; subfolders are searched too. Some
+            splits need both `val2014` and `train2014`.
+        split: Name of the part to read: "train", "restval", "val" or "test".
+        image_ids: COCO ids of the images to read; None reads the whole split.
 
     Raises:
         ConfigError: A file is missing or of another form, a split or id is not in it.
@@ -123,10 +125,11 @@ def load_coco(data: _Path, *, annotations: _Path | None = None, split: str = "te
     """Read COCO's captions from one folder: annotations and pictures, nothing is downloaded.
 
     Args:
-        data: A folder with pictures in it or in folders in it, and `dataset_coco.json` or one
-            `captions_*.json`, these also in `annotations`; or with `annotations` a .zip file.
-        annotations: Which of these files is read, wherever it lies.
-        split: Of `dataset_coco.json`.
+        data: Folder that holds the pictures, also in subfolders, and `dataset_coco.json` or one
+            `captions_*.json`, also in its subfolder `annotations`. If `annotations` is given, it
+            may be a .zip file.
+        annotations: Path of the annotation file, wherever it lies; None looks for it in `data`.
+        split: Part of `dataset_coco.json` to read; other annotation files have no parts.
 
     Raises:
         ConfigError: There is no such folder, no annotation file in it, or more than one.

@@ -13,9 +13,9 @@ class CaptionItem:
     """A picture with its captions.
 
     Attributes:
-        id: Of the image in its dataset.
-        picture: To be captioned.
-        references: One or more.
+        id: Id of the image in its dataset.
+        picture: Picture to be captioned.
+        references: Captions that people gave the picture, one or more.
     """
 
     id: str
@@ -28,12 +28,12 @@ class CaptionSet:
     """Pictures with captions.
 
     Attributes:
-        name: In files and tables.
-        source: Where they come from.
-        items: In the order of the dataset.
-        published: Whether results may stand beside the paper's.
-        problems: What was wrong with its files.
-        notes: What is worth knowing and stops nothing.
+        name: Name of the set in files and tables.
+        source: Origin of the pictures and captions, named in reports and messages.
+        items: Pictures with captions, in the order of the dataset.
+        published: Whether results may be compared with the paper's.
+        problems: Faults in the files of the dataset.
+        notes: Remarks that do not stop an evaluation.
     """
 
     name: str
@@ -46,11 +46,11 @@ class CaptionSet:
     def select(
         self, image_ids: Sequence[int | str] | None = None, *, limit: int | None = None
     ) -> "CaptionSet":
-        """Some of its images, in the order of the dataset.
+        """Select some of the images, in the order of the dataset.
 
         Args:
-            image_ids: Which; None is all.
-            limit: The first so many of them.
+            image_ids: Ids of the images to keep; None keeps all.
+            limit: Largest number of images, counted from the first, 1 or more; None keeps all.
 
         Raises:
             ConfigError: An id is not there or stands twice, or `limit` is below 1.

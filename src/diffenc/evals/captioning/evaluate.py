@@ -30,7 +30,7 @@ QUESTION = "Provide a one-sentence caption for the provided image."
 """LLaVA's; the paper does not state its own."""
 
 Prompts = Mapping[str, str] | Callable[[CaptionItem], str]
-"""Per image the prompt of the encoder."""
+"""Prompt of the encoder for each image: by image id, or as a function of the item."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +38,11 @@ class CaptionPass:
     """One round over all pictures.
 
     Attributes:
-        number: 1 for the first.
-        prompts: Per image what the encoder was given; empty where the model chose itself.
-        captions: Per image.
-        scores: Against the references; None where no metric was asked for.
+        number: Number of the round, 1 for the first.
+        prompts: Prompt of the encoder for each image, by id; empty if the model chose its own
+            prompts.
+        captions: Caption that the model gave each image, by id.
+        scores: Agreement with the reference captions; None if no metric was asked for.
     """
 
     number: int
@@ -55,14 +56,16 @@ class CaptionEvaluation:
     """Captions of a model in one pass or more.
 
     Attributes:
-        model: Its name.
-        description: What its captions depend on.
-        data: What was captioned.
-        items: Those that could be.
-        question: What the language model was asked.
-        passes: In order; each but the first had the captions of the one before as prompts.
-        problems: Why other items were left out.
-        fresh: How many captions were generated now; the others were there already.
+        model: Name of the model, as it appears in the report.
+        description: Everything that the captions depend on, as JSON values.
+        data: Data set that was captioned.
+        items: Items that could be captioned.
+        question: Text that the language model was asked.
+        passes: Rounds in order; from the second on, the captions of the round before were the
+            prompts.
+        problems: Reasons why other items were left out.
+        fresh: Number of captions that were generated in this run; the others were in the results
+            file.
     """
 
     model: str
@@ -76,7 +79,7 @@ class CaptionEvaluation:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """On data, words and what was left out."""
+        """Remarks on data, words and items that were left out."""
         scored = self.passes[-1].scores
         words = (f"words by the tokenizer {scored.tokenizer!r}",) if scored else ()
         empty = [f"pass {p.number}: {p.scores.empty}" for p in self.passes if p.scores]
@@ -119,18 +122,21 @@ def evaluate_captions(
     results file nothing that is in it is made again.
 
     Args:
-        data: Pictures and references.
-        model: Who captions.
-        prompts: Of the first pass, by image id or from the item; None leaves them to the model.
-            References as prompts are an oracle, as in rows of the paper's table 4.
-        passes: 1, or more to refine: pass k has the caption of pass k - 1 as its prompt.
-        question: To the language model, the same in every pass.
-        metrics: Which; none is allowed, and keeps captions alone.
-        tokenizer: "ptb" (Java) as in published numbers, or "simple".
-        results: A JSON lines file; None keeps nothing.
-        batch_size: Most pictures in one call of the model.
-        skip_broken: Leave out pictures that cannot be read.
-        progress: Told how many captions of a pass are there, and of how many.
+        data: Pictures and their reference captions.
+        model: Model that captions the pictures.
+        prompts: Prompts of the encoder in the first pass, by image id or as a function of the item;
+            None leaves the choice to the model. Reference captions as prompts are an oracle, as in
+            rows of the paper's table 4.
+        passes: Number of passes, 1 or more; pass k has the captions of pass k - 1 as its prompts.
+        question: Text that the language model is asked, the same in every pass.
+        metrics: Names of the metrics to compute; an empty sequence only generates captions.
+        tokenizer: Tokenizer of the metrics: "ptb" (needs Java) as in published numbers, or
+            "simple".
+        results: JSON lines file that keeps the captions; None keeps nothing.
+        batch_size: Largest number of pictures in one call of the model.
+        skip_broken: Whether pictures that cannot be read are left out, instead of raising an error.
+        progress: Function that is called with the number of captions of a pass that are done and
+            the number of all of them; None reports nothing.
 
     Raises:
         ConfigError: Broken data, a metric that cannot run here, images without a prompt, or a
@@ -202,7 +208,7 @@ def caption_images(
     *,
     part: str,
 ) -> dict[str, str]:
-    """One caption per item, by id, without spaces around it.
+    """Ask for one caption per item; returns them by id, without spaces around.
 
     Raises:
         ConfigError: The file holds captions made from something else.
@@ -235,11 +241,11 @@ def first_prompts(items: Sequence[CaptionItem], prompts: Prompts | None) -> dict
 
 
 def caption_table(evaluations: Sequence[CaptionEvaluation], *, paper: bool | None = None) -> Table:
-    """Models and passes down, metrics across.
+    """Make a table with one row per model and pass, and one column per metric.
 
     Args:
-        evaluations: On the same data.
-        paper: Put the paper's table 4 beside it; None does so for COCO alone.
+        evaluations: Evaluations of the same data.
+        paper: Whether rows of the paper's table 4 are added; None adds them for COCO alone.
     """
     first = evaluations[0]
     scored = [(each, one) for each in evaluations for one in each.passes if one.scores]

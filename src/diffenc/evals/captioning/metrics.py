@@ -38,13 +38,14 @@ _Words = Mapping[str, Sequence[str]]
 
 @dataclass(frozen=True, slots=True)
 class CaptionScores:
-    """How captions agree with references.
+    """Agreement of captions with reference captions.
 
     Attributes:
-        values: Per metric over all images, times 100.
-        images: Per metric and image, times 100; BLEU-4 over all images is no mean of these.
-        tokenizer: What made words of texts.
-        empty: How many captions have no word.
+        values: Value of each metric over all images, times 100.
+        images: Value of each metric for each image, by image id, times 100; BLEU-4 over all images
+            is no mean of these.
+        tokenizer: Tokenizer that split the texts into words.
+        empty: Number of captions without a single word.
     """
 
     values: Mapping[Metric, float]
@@ -89,10 +90,11 @@ def score_captions(
     """Compare one caption per image with its references.
 
     Args:
-        references: One or more per image.
-        captions: One per image, of the same images; it may be empty and then counts as 0.
-        metrics: Which; each is computed by pycocoevalcap. "spice" needs Java and its own parser.
-        tokenizer: "ptb" (Java) as in published numbers, or "simple".
+        references: Reference captions of each image by id, one or more per image.
+        captions: Caption of each of the same images, by id; an empty one counts as 0.
+        metrics: Names of the metrics, which are computed by pycocoevalcap. "spice" needs Java and
+            its own parser.
+        tokenizer: Tokenizer of the texts: "ptb" (needs Java) as in published numbers, or "simple".
 
     Raises:
         ConfigError: Other images in one than in the other, an image without references, CIDEr for

@@ -7,7 +7,7 @@ from diffenc.evals.captioning.data import CaptionItem, CaptionSet
 from diffenc.shapes import captions, render, sample_scenes
 
 CAPTIONS_SEED = 961_000
-"""Of the bundled set; no bundled model was trained on seeds from 900,000 up."""
+"""Seed of the bundled set; no bundled model was trained on seeds from 900,000 up."""
 
 
 def shapes_captions(
@@ -16,10 +16,12 @@ def shapes_captions(
     """Pictures of coloured shapes with up to `references` different captions each.
 
     Args:
-        count: Pictures.
-        references: Most captions per picture; scenes of one object allow fewer.
-        seed: Of scenes and captions; choose settings on another one than you report.
-        size: Side of the pictures in pixels.
+        count: Number of pictures, 1 or more.
+        references: Largest number of captions per picture, 1 or more; scenes of one object allow
+            fewer.
+        seed: Seed of the scenes and captions, 0 or more; choose settings on another seed than the
+            one you report.
+        size: Side of the square pictures, in pixels.
 
     Raises:
         ConfigError: A number below 1, or a negative seed.

@@ -47,9 +47,10 @@ def tokenize(captions: Captions, tokenizer: Tokenizer) -> dict[str, list[str]]:
     """Each caption as lower-case words with single spaces between them, without punctuation.
 
     Args:
-        captions: Any number of texts per id.
-        tokenizer: "ptb" is the Penn Treebank tokenizer of the published numbers, in Java; "simple"
-            takes letters and digits, with hyphens and apostrophes inside words.
+        captions: Texts by id, any number of them per id.
+        tokenizer: Tokenizer to use: "ptb" is the Penn Treebank tokenizer of the published numbers,
+            which needs Java; "simple" takes letters and digits, with hyphens and apostrophes inside
+            words.
 
     Raises:
         ConfigError: The tokenizer cannot run here, or failed.

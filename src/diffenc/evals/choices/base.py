@@ -1,4 +1,4 @@
-"""What a benchmark of questions with options is made of."""
+"""Items of a benchmark of questions with options."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,14 +17,15 @@ class ChoiceItem:
     """A question with options on one picture or several.
 
     Attributes:
-        id: Unique in its benchmark.
-        pictures: In the order in which the question counts them.
-        question: Without options.
-        text: With options, as the benchmark has it; what the language model is asked.
-        options: Their words, without letters.
-        answer: Index of the right one.
-        group: What it counts with: its pair, or its task.
-        labels: What results may be split by.
+        id: Id of the question, unique in its benchmark.
+        pictures: Pictures in the order in which the question counts them.
+        question: Text of the question without its options.
+        text: Text of the question with its options as the benchmark has it; the language model is
+            asked this.
+        options: Words of the options, without letters.
+        answer: Index of the right option.
+        group: Name of the pair or task that the question is counted with.
+        labels: Labels that results may be split by, by kind of label.
     """
 
     id: str
@@ -42,16 +43,17 @@ class ChoiceBenchmark:
     """Questions with options.
 
     Attributes:
-        name: Whose rules these are.
-        source: Where the items come from.
-        items: Those that could be made.
-        score: The result is the share of "pairs" whose two answers are both right, or the mean of
-            the accuracies of "tasks".
-        groups: Names of all groups that the published benchmark has, in its order; empty where it
-            is not that one.
-        expected: How many items the published benchmark has; None: it is not that one.
-        problems: What was wrong with its files.
-        notes: What is worth knowing and stops nothing.
+        name: Name of the benchmark whose rules apply, such as "mmvp" or "blink".
+        source: Origin of the items, named in reports and messages.
+        items: Items that could be read.
+        score: Rule of the overall result: the share of "pairs" whose two answers are both right, or
+            the mean of the accuracies of "tasks".
+        groups: Names of all groups of the published benchmark, in its order; empty for a benchmark
+            with other groups.
+        expected: Number of items of the published benchmark; None for other data, such as
+            miniatures.
+        problems: Faults in the files of the benchmark.
+        notes: Remarks that do not stop an evaluation.
     """
 
     name: str

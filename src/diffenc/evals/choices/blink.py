@@ -61,11 +61,11 @@ def load_blink(
     """Read BLINK's parquet files, `<Task>/val-00000-of-00001.parquet`; nothing is downloaded.
 
     Args:
-        data: A folder, or "BLINK-Benchmark/BLINK" where the Hub's cache has it.
-        split: "val"; answers of "test" are not public.
-        tasks: Some of `TASKS`; None is all of them.
-        instruction: Follows the question and its options, on a line of its own; "" for the
-            benchmark's own wording. Its disclaimer for three tasks is not put in front.
+        data: Path of a folder, or "BLINK-Benchmark/BLINK" if the dataset is in the Hub's cache.
+        split: Name of the split to read: "val"; the answers of "test" are not public.
+        tasks: Names of the tasks to read, some of `TASKS`; None reads all of them.
+        instruction: Text that follows the question and its options, on a line of its own; "" keeps
+            the benchmark's own wording. Its disclaimer for three tasks is not put in front.
 
     Returns:
         The questions; what is wrong with files is in `problems`, and refused by `evaluate_choices`.
@@ -109,8 +109,9 @@ def blink_from_rows(
     """BLINK from rows in memory, by task, such as those of `datasets.load_dataset`.
 
     Args:
-        rows: Per task its rows; a picture is a PIL image, bytes, `{"bytes": ...}` or None.
-        instruction: See `load_blink`.
+        rows: Rows of each task, by name of the task; a picture is a PIL image, bytes,
+            `{"bytes": ...}` or None.
+        instruction: Text that follows the question and its options, see `load_blink`.
 
     Raises:
         ConfigError: A column is missing, a task is unknown, or answers are hidden.

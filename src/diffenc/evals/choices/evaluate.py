@@ -19,7 +19,7 @@ from diffenc.evals.metrics import Result
 from diffenc.evals.report import Table, percent
 
 Reader = Callable[[str, Sequence[str]], tuple[int, Rule] | None]
-"""From an answer and its options to the index that is meant; see `extract_choice`."""
+"""Function from an answer and its options to the option's index; see `extract_choice`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +27,10 @@ class Choice:
     """An answer, and how it was read.
 
     Attributes:
-        answer: What the model said.
-        index: Of the option that is meant; None where that cannot be read.
-        rule: That found it.
-        right: Whether it is the right one; unread answers are wrong.
+        answer: Text that the model answered.
+        index: Index of the option that the answer means; None if the answer cannot be read.
+        rule: Rule that found the option; None if the answer cannot be read.
+        right: Whether the option is the right one; unread answers are wrong.
     """
 
     answer: str
@@ -44,13 +44,14 @@ class ChoiceEvaluation:
     """Answers of a model to a benchmark.
 
     Attributes:
-        model: Its name.
-        description: What its answers depend on.
-        benchmark: What was asked.
-        items: Those that could be asked.
-        choices: Per id of an item.
-        problems: Why other items were left out.
-        fresh: How many questions were asked now; the others were answered already.
+        model: Name of the model, as it appears in the report.
+        description: Everything that the answers depend on, as JSON values.
+        benchmark: Benchmark whose questions were asked.
+        items: Items that could be asked.
+        choices: Answer of the model to each item and how it was read, by id of the item.
+        problems: Reasons why other items were left out.
+        fresh: Number of questions that were asked in this run; the others were answered in the
+            results file.
     """
 
     model: str
@@ -71,12 +72,12 @@ class ChoiceEvaluation:
 
     @property
     def accuracy(self) -> float:
-        """Percent of single questions."""
+        """Percentage of single questions that are answered rightly."""
         return _mean([100.0 * self.choices[item.id].right for item in self.items])
 
     @property
     def chance(self) -> float:
-        """What independent guesses reach on the average."""
+        """Overall result that independent guesses reach on average, in percent."""
         groups: dict[str, list[float]] = {}
         for item in self.items:
             groups.setdefault(item.group, []).append(1 / len(item.options))
@@ -86,12 +87,12 @@ class ChoiceEvaluation:
 
     @property
     def unread(self) -> int:
-        """How many answers mean no single option."""
+        """Number of answers that mean no single option."""
         return sum(self.choices[item.id].index is None for item in self.items)
 
     @property
     def unread_share(self) -> float:
-        """The same as a share of the answers, 0 to 1."""
+        """Share of the answers that mean no single option, 0 to 1."""
         return self.unread / len(self.items) if self.items else 0.0
 
     def by_group(self) -> dict[str, Result]:
@@ -114,7 +115,7 @@ class ChoiceEvaluation:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """On data, on how answers were read, and on what was left out."""
+        """Remarks on data, on how answers were read, and on items that were left out."""
         rules = Counter(choice.rule for choice in self.choices.values() if choice.rule)
         read = ", ".join(f"{rule} {count}" for rule, count in rules.most_common())
         said = (
@@ -161,15 +162,17 @@ def evaluate_choices(
     is in it is asked again. Answers are read anew on each call, so `reader` may change.
 
     Args:
-        benchmark: Questions.
-        model: Who answers.
-        prompts: Makes the encoder's prompt of an item, `lambda item: item.question` for the
-            paper's; None leaves it to the model.
-        reader: From an answer to the option that is meant.
-        results: A JSON lines file; None keeps nothing.
-        batch_size: Most questions in one call of the model.
-        skip_broken: Leave out items with broken pictures, and with them their pairs.
-        progress: Told how many questions are answered, and of how many.
+        benchmark: Benchmark whose questions are asked.
+        model: Model that answers the questions.
+        prompts: Function that makes the encoder's prompt of an item, `lambda item: item.question`
+            for the paper's; None leaves the choice to the model.
+        reader: Function that finds the option that an answer means.
+        results: JSON lines file that keeps the answers; None keeps nothing.
+        batch_size: Largest number of questions in one call of the model.
+        skip_broken: Whether items with broken pictures, and with them their pairs, are left out,
+            instead of raising an error.
+        progress: Function that is called with the number of answered questions and the number of
+            all questions; None reports nothing.
 
     Raises:
         ConfigError: Broken items, none that is whole, or a results file of something else.
@@ -219,11 +222,11 @@ def _whole_pairs(items: Sequence[ChoiceItem]) -> list[ChoiceItem]:
 
 
 def choice_table(evaluations: Sequence[ChoiceEvaluation], *, paper: bool | None = None) -> Table:
-    """Models down; tasks or single questions, then the benchmark's own number, across.
+    """Make a table of models: accuracy of tasks and single questions, and the overall result.
 
     Args:
-        evaluations: Of the same benchmark.
-        paper: Put the paper's rows beside it; None does so unless the items are miniatures.
+        evaluations: Evaluations of the same benchmark.
+        paper: Whether the paper's rows are added; None adds them unless the items are miniatures.
     """
     first = evaluations[0]
     name, tasks = first.benchmark.name, first.benchmark.score == "tasks"
@@ -245,7 +248,7 @@ def choice_table(evaluations: Sequence[ChoiceEvaluation], *, paper: bool | None 
 
 
 def _unread(evaluations: Sequence[ChoiceEvaluation]) -> str:
-    """How many answers of each model could not be read and count as wrong, where there are any."""
+    """Number of answers of each model that could not be read and count as wrong, if any."""
     counts = [
         f"{each.model} {each.unread} ({100 * each.unread_share:.1f} percent)"
         for each in evaluations

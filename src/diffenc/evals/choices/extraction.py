@@ -54,8 +54,8 @@ def extract_choice(answer: str | None, options: Sequence[str]) -> tuple[int, Rul
        Numbers up to twelve may be in letters or digits.
 
     Args:
-        answer: What a model said; None counts as silence.
-        options: Their words, in the order of the letters.
+        answer: Text that a model answered; None counts as silence.
+        options: Words of the options, in the order of the letters.
 
     Returns:
         None where no rule finds exactly one option, as for "A or B": the answer is wrong, and
@@ -105,7 +105,7 @@ def _between_spaces(answer: str, letters: str) -> str | None:
 def _agreed(
     stated: Sequence[Statement], text: str, options: Sequence[str]
 ) -> tuple[int, Rule] | None:
-    """What all statements say, if it is one option and no other option's words follow."""
+    """Option that all statements name, if it is one and no other option's words follow."""
     letters = frozenset[str]().union(*(each.letters for each in stated))
     index = LETTERS.find(next(iter(letters))) if len(letters) == 1 else -1
     if not 0 <= index < len(options):

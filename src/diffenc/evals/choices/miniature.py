@@ -20,7 +20,7 @@ from diffenc.shapes import (
 )
 
 CHOICES_SEED = 962_000
-"""Of the bundled sets; no bundled model was trained on seeds from 900,000 up."""
+"""Seed of the bundled sets; no bundled model was trained on seeds from 900,000 up."""
 
 _TRIES = 500
 _LETTERS = "abcd"
@@ -32,9 +32,10 @@ def shapes_mmvp(
     """Pairs of near-same pictures with one question each, whose right answers differ.
 
     Args:
-        per_pattern: Pairs for each of color, count, position, relation, shape and size.
-        seed: Of the scenes; choose settings on another one than you report.
-        instruction: Follows question and options, on a line of its own.
+        per_pattern: Number of pairs for each of color, count, position, relation, shape and size.
+        seed: Seed of the scenes; choose settings on another seed than the one you report.
+        instruction: Text that follows the question and its options, on a line of its own; "" adds
+            nothing.
 
     Raises:
         ConfigError: Fewer than one pair.
@@ -70,9 +71,10 @@ def shapes_blink(
     "Visual_Similarity" shows three, and asks which of the last two shows the objects of the first.
 
     Args:
-        per_task: Questions per task.
-        seed: Of the scenes; choose settings on another one than you report.
-        instruction: Follows question and options, on a line of its own.
+        per_task: Number of questions per task.
+        seed: Seed of the scenes; choose settings on another seed than the one you report.
+        instruction: Text that follows the question and its options, on a line of its own; "" adds
+            nothing.
 
     Raises:
         ConfigError: Fewer than one question per task.
@@ -144,7 +146,7 @@ def _change(rng: random.Random) -> _Asked:
 
 
 def _similarity(rng: random.Random) -> _Asked:
-    """One picture has the objects of the first elsewhere, the other has other objects."""
+    """One picture shows the first one's objects elsewhere, the other shows other objects."""
     first = sample_scene(rng)
     kinds = [thing.kind for thing in first.objects]
     moved = sample_scene(rng, kinds=kinds, sizes=[thing.size for thing in first.objects])

@@ -57,11 +57,12 @@ def load_mmvp(
     Questions 2k - 1 and 2k are a pair.
 
     Args:
-        data: A folder, a .zip file, or a Hub id where the Hub's cache has it.
-        fix_errata: Exchange the answers of questions 99 and 100 and of 279 and 280, which are the
-            wrong way round in the original files. The paper and most others used them as they are.
-        instruction: Follows question and options, on a line of its own; "" for the official
-            wording, whose free answers a language model judged.
+        data: Path of a folder or a .zip file, or a Hub id if the dataset is in the Hub's cache.
+        fix_errata: Whether to exchange the answers of questions 99 and 100 and of 279 and 280,
+            which are the wrong way round in the original files. The paper and most others used them
+            as they are.
+        instruction: Text that follows the question and its options, on a line of its own; "" keeps
+            the official wording, whose free answers a language model judged.
 
     Returns:
         The questions; what is wrong with files is in `problems`, and refused by `evaluate_choices`.
@@ -107,9 +108,10 @@ def mmvp_from_rows(
     """MMVP from rows in memory, with the columns of the mirror and PIL images.
 
     Args:
-        rows: With `Index`, `Question`, `Options`, `Correct Answer` and `image`.
-        fix_errata: See `load_mmvp`; right for rows of the original alone.
-        instruction: See `load_mmvp`.
+        rows: Rows with `Index`, `Question`, `Options`, `Correct Answer` and `image`.
+        fix_errata: Whether to exchange wrong answers, see `load_mmvp`; only for rows of the
+            original data.
+        instruction: Text that follows the question and its options, see `load_mmvp`.
 
     Raises:
         ConfigError: A column is missing.

@@ -70,10 +70,10 @@ class Statement:
     """Letters that are stated together; several leave the choice open.
 
     Attributes:
-        letters: Capitals.
-        end: Where they end in the text.
-        rule: "letter" for one alone or at the beginning, "brackets" for one in brackets at the
-            beginning without a mark, "phrase" for one in words.
+        letters: Letters of the options, as capitals.
+        end: Position in the text where the letters end.
+        rule: Form of the statement: "letter" for one alone or at the beginning, "brackets" for one
+            in brackets at the beginning without a mark, "phrase" for one in words.
     """
 
     letters: frozenset[str]
@@ -111,8 +111,8 @@ def goes_on(rest: str, option: str) -> bool:
     """Whether other letters follow the words of an option: "red, (B) blue" or "red or (B) blue".
 
     Args:
-        rest: What follows the option's letter.
-        option: Its words.
+        rest: Text that follows the option's letter.
+        option: Words of the option.
     """
     said = option_pattern(option).search(rest)
     if said is None or re.search(r"\w", rest[: said.start()]):

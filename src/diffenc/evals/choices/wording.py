@@ -74,8 +74,8 @@ def by_words(text: str, options: Sequence[str]) -> int | None:
     """The only option whose words stand in a text, unless they are denied or left open.
 
     Args:
-        text: Of `plain_text`.
-        options: Their words.
+        text: Answer without markup, as `plain_text` returns it.
+        options: Words of the options.
     """
     every = [words_of(option) for option in options]
     if len(set(map(tuple, every))) < len(every):

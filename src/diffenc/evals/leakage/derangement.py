@@ -11,11 +11,11 @@ from diffenc.evals.captioning.data import CaptionItem
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """Whose caption each image has for a prompt.
+    """Captions of other images as prompts, one for each image.
 
     Attributes:
-        donors: Per item the index of the item whose caption it gets.
-        prompts: Per item that caption.
+        donors: Index of the item whose caption each item gets.
+        prompts: Caption that each item gets as its prompt.
     """
 
     donors: tuple[int, ...]
@@ -26,8 +26,8 @@ def derangement(count: int, *, seed: int) -> tuple[int, ...]:
     """A permutation that leaves nothing in its place, each of them equally likely.
 
     Args:
-        count: Of things, 2 or more.
-        seed: Equal seed and count, equal permutation.
+        count: Number of things to permute, 2 or more.
+        seed: Seed of the permutation; equal seed and count give the equal permutation.
 
     Raises:
         ConfigError: Fewer than two things, which cannot change places.
@@ -49,8 +49,8 @@ def mismatched_prompts(items: Sequence[CaptionItem], *, seed: int) -> tuple[Mism
     references is exchanged with that of another image.
 
     Args:
-        items: Images and captions, three or more.
-        seed: Of the derangements and of the choice among captions.
+        items: Images and their captions, three or more.
+        seed: Seed of the derangements and of the choice among captions.
 
     Raises:
         ConfigError: Too few images, or too many equal captions.
@@ -102,7 +102,7 @@ def _exchange(donors: list[int], fits: Callable[[int, int], bool]) -> None:
 def _chain(
     first: int, count: int, owners: Mapping[int, int], fits: Callable[[int, int], bool]
 ) -> list[tuple[int, int]] | None:
-    """Which places take which donors, so that `first` has one and nobody loses theirs."""
+    """Find a chain of exchanges that gives `first` a donor and leaves nobody without one."""
     taken_by: dict[int, int] = {}  # donor to the place that asks for it
     wants: dict[int, int] = {}  # place to the donor that it gives up
     asking = deque([first])

@@ -31,24 +31,25 @@ from diffenc.evals.report import Table
 
 @dataclass(frozen=True)
 class LeakageEvaluation:
-    """What a model says of images under captions of others.
+    """Captions of a model for images, under captions of other images as prompts.
 
     Attributes:
-        model: Its name.
-        description: What its captions depend on.
-        data: The images.
-        items: Those that could be captioned.
-        seed: Of the prompts.
-        prompts: Per image the foreign prompt.
-        captions: Per image what was said under it.
-        readout: How much of the prompts is said.
-        against_prompt: Captions scored against the prompt as the only reference: the paper's
-            table 6. High is bad.
-        floor: The same for what was said of the image under another foreign prompt: what a
-            caption has in common with any other.
-        against_image: Captions scored against the image's own references. High is good.
-        problems: Why other items were left out.
-        fresh: How many captions were generated now.
+        model: Name of the model, as it appears in the report.
+        description: Everything that the captions depend on, as JSON values.
+        data: Data set that the images come from.
+        items: Items that could be captioned.
+        seed: Seed of the choice of foreign prompts.
+        prompts: Foreign prompt of each image, by id.
+        captions: Caption that the model gave each image under its foreign prompt, by id.
+        readout: Measure of how much of the prompts the captions say.
+        against_prompt: Scores of the captions against the prompt as the only reference: the paper's
+            table 6. High is bad. None if no metric was asked for.
+        floor: Scores against the same prompts of captions under another foreign prompt: what a
+            caption has in common with any other. None if no metric was asked for.
+        against_image: Scores of the captions against the image's own references. High is good. None
+            if no metric was asked for.
+        problems: Reasons why other items were left out.
+        fresh: Number of captions that were generated in this run.
     """
 
     model: str
@@ -67,7 +68,7 @@ class LeakageEvaluation:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """On data and what was left out."""
+        """Remarks on data and images that were left out."""
         skipped = self.readout.skipped
         bare = (f"{skipped} images whose prompts hold no foreign word",) if skipped else ()
         return (*left_out(self.problems), *self.data.notes, *bare)
@@ -118,16 +119,18 @@ def evaluate_leakage(
     it, as the paper does, and against the image's own references.
 
     Args:
-        data: Images with references; three or more.
-        model: Who captions.
-        seed: Of the derangements and of the choice among captions.
-        question: To the language model.
-        metrics: Beside the readout, which needs none of them; () for none.
-        tokenizer: "ptb" (Java) as in published numbers, or "simple"; the readout has its own.
-        results: A JSON lines file; None keeps nothing.
-        batch_size: Most images in one call of the model.
-        skip_broken: Leave out pictures that cannot be read.
-        progress: Told how many captions of a part are there, and of how many.
+        data: Images with reference captions, three or more.
+        model: Model that captions the images.
+        seed: Seed of the derangements and of the choice among captions.
+        question: Text that the language model is asked.
+        metrics: Names of the metrics beside the readout, which needs none of them; () for none.
+        tokenizer: Tokenizer of the metrics: "ptb" (needs Java) as in published numbers, or
+            "simple"; the readout has its own.
+        results: JSON lines file that keeps the captions; None keeps nothing.
+        batch_size: Largest number of images in one call of the model.
+        skip_broken: Whether pictures that cannot be read are left out, instead of raising an error.
+        progress: Function that is called with the number of captions of a part that are done and
+            the number of all of them; None reports nothing.
 
     Raises:
         ConfigError: Broken data, too few images or different captions, a metric that cannot run
@@ -198,8 +201,8 @@ def leakage_table(
     """Settings down; the readout, then scores against the prompt and against the image.
 
     Args:
-        evaluations: Each with its name; on the same data.
-        paper: Put the paper's table 6 beside it; None does so for COCO alone.
+        evaluations: Pairs of a name and an evaluation, all on the same data.
+        paper: Whether the paper's table 6 is added; None adds it for COCO alone.
     """
     first = evaluations[0][1]
     scored = first.against_prompt

@@ -19,16 +19,16 @@ FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 
 @dataclass(frozen=True, slots=True)
 class PromptReadout:
-    """How much of foreign prompts is said, from -1 to 1.
+    """Measure of how much of foreign prompts is said, from -1 to 1.
 
     Attributes:
-        value: `said` less `base`: 1 if every foreign word is said under its prompt and none under
-            the other prompt, 0 if it makes no difference which prompt is given.
-        said: Share of foreign words that are said under the prompt that holds them.
-        base: Share of the same words that are said under the other prompt.
-        error: Standard error of the value over images; None of a single one.
-        images: How many count.
-        skipped: Images whose prompts hold no foreign word.
+        value: Difference of `said` and `base`: 1 if every foreign word is said under its prompt and
+            none under the other prompt, 0 if it makes no difference which prompt is given.
+        said: Share of foreign words that are said under the prompt that holds them, 0 to 1.
+        base: Share of the same words that are said under the other prompt, 0 to 1.
+        error: Standard error of the value over images; None for a single image.
+        images: Number of images that count.
+        skipped: Number of images whose prompts hold no foreign word.
     """
 
     value: float
@@ -62,7 +62,7 @@ def prompt_readout(
 
     Args:
         prompts: Two foreign prompts per image.
-        captions: What is said of each image under each.
+        captions: Captions of each image under each of the two prompts.
         references: True captions of each image.
 
     Raises:

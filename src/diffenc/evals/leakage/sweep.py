@@ -17,9 +17,9 @@ class Setting:
     """A model to be measured.
 
     Attributes:
-        guidance_scale: s of f_u + s (f_c - f_u).
-        prompt_dropout: Share of prompts that were empty in training.
-        name: Of anything else that differs.
+        guidance_scale: Guidance scale s of the features f_u + s (f_c - f_u).
+        prompt_dropout: Share of prompts that were empty in training, 0 to 1.
+        name: Name of a further difference between settings; "" if there is none.
     """
 
     guidance_scale: float = 1.0
@@ -45,8 +45,8 @@ class LeakageSweep:
     """Leakage by setting.
 
     Attributes:
-        settings: In the order in which they were given.
-        evaluations: One per setting.
+        settings: Settings in the order in which they were given.
+        evaluations: Evaluation of each setting, in the same order.
     """
 
     settings: tuple[Setting, ...]
@@ -77,12 +77,12 @@ def sweep_leakage(
     """Measure one model after the other on the same images and prompts.
 
     Args:
-        data: Images with references.
-        make: Gives the model of a setting; called when its turn comes, so that one model at a
-            time is in memory.
-        settings: Which, each once.
-        results: A JSON lines file for all of them; None keeps nothing.
-        options: Of `evaluate_leakage`.
+        data: Images with reference captions.
+        make: Function that returns the model of a setting; called when its turn comes, so that one
+            model at a time is in memory.
+        settings: Settings to measure, each once.
+        results: JSON lines file that keeps the captions of all settings; None keeps nothing.
+        options: Further keyword arguments of `evaluate_leakage`.
 
     Raises:
         ConfigError: No settings, or one stands twice; and what `evaluate_leakage` raises.

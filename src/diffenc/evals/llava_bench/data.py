@@ -34,12 +34,12 @@ class BenchItem:
     """An open question on a picture.
 
     Attributes:
-        id: Of the question.
-        picture: That it is about.
-        question: To be answered in words.
-        category: "complex", "conv" or "detail".
-        context: What the judge, who sees no picture, is told of it.
-        reference: The answer to compare with.
+        id: Id of the question.
+        picture: Picture that the question is about.
+        question: Text of the question, to be answered in words.
+        category: Kind of the question: "complex", "conv" or "detail".
+        context: Description of the picture for the judge, who does not see it.
+        reference: Answer that the model's answer is compared with.
     """
 
     id: str
@@ -55,14 +55,15 @@ class LlavaBench:
     """Open questions with reference answers.
 
     Attributes:
-        name: In files and tables.
-        source: Where they come from.
-        items: Those that could be made.
-        rules: Per category the instruction of the judge and what it calls who answers, from a
-            `rule.json` among the files; without one a wording of our own is taken.
-        expected: How many items the published benchmark has; None: it is not that one.
-        problems: What was wrong with its files.
-        notes: What is worth knowing and stops nothing.
+        name: Name of the benchmark in files and tables.
+        source: Origin of the questions, named in reports and messages.
+        items: Items that could be read.
+        rules: Instruction of the judge and name of those who answer, by category, from a
+            `rule.json` among the files; without one, diffenc's own wording is taken.
+        expected: Number of items of the published benchmark; None for other data, such as
+            miniatures.
+        problems: Faults in the files of the benchmark.
+        notes: Remarks that do not stop an evaluation.
     """
 
     name: str
@@ -84,8 +85,8 @@ def load_llava_bench(
     `rule.json` (`llava/eval/table` of its code) lies among them.
 
     Args:
-        data: A folder, a .zip file, or the Hub id where the Hub's cache has it.
-        reference: Name of the file with the answers to compare with.
+        data: Path of a folder or a .zip file, or the Hub id if the dataset is in the Hub's cache.
+        reference: Name of the file that holds the reference answers.
 
     Raises:
         ConfigError: There is no such dataset, or a file or column is missing.
@@ -151,7 +152,7 @@ def _read(files: DatasetFiles, wanted: str, columns: Sequence[Column]) -> TableR
 def _once(
     rows: Sequence[Row], column: str, kind: str, problems: list[Problem]
 ) -> Iterator[tuple[str, Row]]:
-    """Rows by the value of a column; those that have another one's are problems."""
+    """Rows by the value of a column; rows that repeat a value are problems."""
     known = set()
     for row in rows:
         name = row.text(column)

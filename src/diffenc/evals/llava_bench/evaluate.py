@@ -23,12 +23,12 @@ _LONGEST = 60.0  # seconds between two attempts
 
 @dataclass(frozen=True, slots=True)
 class Review:
-    """What a judge said of an answer.
+    """Review of an answer by a judge.
 
     Attributes:
         reference: Score of the reference answer, 1 to 10.
-        candidate: Score of the model's.
-        reply: The whole reply.
+        candidate: Score of the model's answer, 1 to 10.
+        reply: Whole reply of the judge.
     """
 
     reference: float
@@ -38,19 +38,20 @@ class Review:
 
 @dataclass(frozen=True)
 class BenchEvaluation:
-    """Answers of a model, and what a judge said of them.
+    """Answers of a model and their reviews by a judge.
 
     Attributes:
-        model: Its name.
-        description: What its answers depend on.
-        judge: Its name; numbers of different judges do not compare.
-        benchmark: What was asked.
-        items: Those that could be asked.
-        answers: Per id.
-        reviews: Per id; items whose review failed are missing, and in no number.
-        failures: Per id of those, why the last attempt failed.
-        problems: Why other items were left out.
-        fresh: How many answers and reviews are new; the others were there already.
+        model: Name of the model, as it appears in the report.
+        description: Everything that the answers depend on, as JSON values.
+        judge: Name of the judge; numbers of different judges do not compare.
+        benchmark: Benchmark whose questions were asked.
+        items: Items that could be asked.
+        answers: Answer of the model to each item, by id.
+        reviews: Review of each answer, by id; items whose review failed are missing, and count in
+            no number.
+        failures: Reason why the last attempt at a review failed, by id of the item.
+        problems: Reasons why other items were left out.
+        fresh: Number of answers and reviews that are new; the others were in the results file.
     """
 
     model: str
@@ -80,7 +81,7 @@ class BenchEvaluation:
         return self._ratio(None)
 
     def by_category(self) -> dict[str, float | None]:
-        """The same per category."""
+        """Overall result per category; None for a category without reviews."""
         there = dict.fromkeys(item.category for item in self.items)
         order = [name for name in CATEGORIES if name in there]
         return {name: self._ratio(name) for name in (*order, *(n for n in there if n not in order))}
@@ -97,7 +98,7 @@ class BenchEvaluation:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """On data, judge and failures."""
+        """Remarks on data, judge and failures."""
         failed = [f"{name} ({why})" for name, why in list(self.failures.items())[:3]]
         failed += ["..."] if len(self.failures) > 3 else []
         lacking = (
@@ -152,18 +153,20 @@ def evaluate_llava_bench(
     missing from the numbers, told, and tried again by the next call with the same results file.
 
     Args:
-        benchmark: Questions and references.
-        model: Who answers.
-        judge: Who compares.
-        prompts: Makes the encoder's prompt of an item, `lambda item: item.question` for the
-            paper's; None leaves it to the model.
-        attempts: Of each review.
-        wait: Seconds before the second attempt.
-        results: A JSON lines file; None keeps nothing.
-        batch_size: Most questions in one call of the model.
-        skip_broken: Leave out items whose picture cannot be read.
-        progress: Told how many questions are answered, then how many answers are reviewed.
-        sleep: Waits.
+        benchmark: Questions and reference answers.
+        model: Model that answers the questions.
+        judge: Judge that compares the answers with the references.
+        prompts: Function that makes the encoder's prompt of an item, `lambda item: item.question`
+            for the paper's; None leaves the choice to the model.
+        attempts: Largest number of attempts at each review, 1 or more.
+        wait: Seconds to wait before the second attempt.
+        results: JSON lines file that keeps answers and reviews; None keeps nothing.
+        batch_size: Largest number of questions in one call of the model.
+        skip_broken: Whether items whose picture cannot be read are left out, instead of raising an
+            error.
+        progress: Function that is called with the number of questions that are answered, then of
+            answers that are reviewed, and the number of all of them; None reports nothing.
+        sleep: Function that waits for a number of seconds.
 
     Raises:
         ConfigError: Broken items, a judge that refuses the request, or a results file of
@@ -218,7 +221,7 @@ def evaluate_llava_bench(
 
 
 class _Court:
-    """Reviews of one model's answers by one judge."""
+    """Reviews of one model's answers by one judge, from the file or asked for."""
 
     def __init__(
         self,
@@ -275,11 +278,11 @@ def _is_read(reply: str) -> bool:
 
 
 def bench_table(evaluations: Sequence[BenchEvaluation], *, paper: bool | None = None) -> Table:
-    """Models down, categories and all of them across.
+    """Make a table with one row per model, and one column per category and for all of them.
 
     Args:
-        evaluations: On the same questions, by the same judge.
-        paper: Put the paper's rows beside it; None does so unless the items are miniatures.
+        evaluations: Evaluations of the same questions, by the same judge.
+        paper: Whether the paper's rows are added; None adds them unless the items are miniatures.
     """
     first = evaluations[0]
     categories = tuple(first.by_category())

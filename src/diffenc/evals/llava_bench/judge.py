@@ -1,4 +1,4 @@
-"""Who compares an answer with a reference: a service, a local model, or words alone."""
+"""Judges that compare an answer with a reference: a service, a local model, or words alone."""
 
 import json
 import os
@@ -37,15 +37,15 @@ class JudgeError(DiffencError, RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What a judge decides on.
+    """Question with two answers that a judge compares.
 
     Attributes:
-        context: Of the picture.
-        question: That was asked.
-        reference: The first answer.
-        candidate: The second one.
-        rule: The instruction.
-        role: What the two are called.
+        context: Description of the picture, which the judge does not see.
+        question: Question that was asked.
+        reference: Reference answer, which stands first.
+        candidate: Answer of the model, which stands second.
+        rule: Instruction of the judge.
+        role: Name that both who answer are given, followed by 1 or 2.
     """
 
     context: str
@@ -57,7 +57,7 @@ class Case:
 
     @property
     def prompt(self) -> str:
-        """All of it as one text, in the order and with the marks of the released evaluation."""
+        """The case as one text, in the order and with the marks of the released evaluation."""
         one, two = f"{self.role} 1", f"{self.role} 2"
         return (
             f"[Context]\n{self.context}\n\n[Question]\n{self.question}\n\n"
@@ -71,8 +71,8 @@ class Judge(Protocol):
     """Gives two scores.
 
     Attributes:
-        name: In tables and files; numbers of different judges do not compare.
-        description: What its scores depend on, as JSON holds it.
+        name: Name of the judge in tables and files; numbers of different judges do not compare.
+        description: Everything that the scores depend on, as JSON values.
     """
 
     @property
@@ -95,10 +95,10 @@ class FunctionJudge:
     """Any function from the prompt to a reply, such as a local language model.
 
     Attributes:
-        name: In tables and files.
-        function: Called with `Case.prompt`; whatever it raises as `OSError` or `JudgeError` is
-            tried again.
-        description: What its scores depend on.
+        name: Name of the judge in tables and files.
+        function: Function that is called with `Case.prompt` and returns the reply; if it raises
+            `OSError` or `JudgeError`, the review is tried again.
+        description: Everything that the scores depend on, as JSON values.
     """
 
     name: str
@@ -106,7 +106,7 @@ class FunctionJudge:
     description: Mapping[str, Any] = field(default_factory=dict)
 
     def review(self, case: Case) -> str:
-        """What the function replies."""
+        """Return the reply of the function."""
         try:
             return self.function(case.prompt)
         except OSError as error:
@@ -142,14 +142,16 @@ class OpenAIJudge:
     The key is read from an environment variable when it is needed, and kept in no file.
 
     Attributes:
-        model: Its name there.
-        url: Up to and without `/chat/completions`; local servers speak this too.
-        key_variable: Of the environment; None or unset sends no key.
-        temperature: 0.2 in the released evaluation.
-        max_tokens: Of the reply, 1024 there.
-        timeout: Seconds.
-        options: More fields of the request; None takes one away, as in
-            `{"max_tokens": None, "max_completion_tokens": 1024}` for models that want that.
+        model: Name of the model at the endpoint.
+        url: Address of the service, without `/chat/completions`; local servers with the same
+            interface work too.
+        key_variable: Name of the environment variable that holds the key; if it is None or not set,
+            no key is sent.
+        temperature: Sampling temperature, 0.2 in the released evaluation.
+        max_tokens: Largest number of tokens in the reply, 1024 in the released evaluation.
+        timeout: Seconds to wait for a reply.
+        options: Further fields of the request; the value None removes a field, as in
+            `{"max_tokens": None, "max_completion_tokens": 1024}` for models that need that.
     """
 
     model: str
@@ -169,7 +171,7 @@ class OpenAIJudge:
 
     @property
     def name(self) -> str:
-        """The model's."""
+        """Name of the model."""
         return self.model
 
     @property

@@ -26,11 +26,13 @@ class LocalJudge:
     text.
 
     Args:
-        name: A folder or a Hub id.
-        max_new_tokens: Of a reply, fewer where its context ends before.
-        device: Where it runs.
-        dtype: Of its weights.
-        before_loading: Called once, such as to free the memory of the model that is judged.
+        name: Path of a folder, or a Hub id, of the language model.
+        max_new_tokens: Largest number of tokens in a reply; fewer if the model's context ends
+            before.
+        device: Device that the model runs on.
+        dtype: Floating point type of the model's weights.
+        before_loading: Function that is called once before the model is loaded, for example to free
+            the memory of the model that is judged; None calls nothing.
 
     Raises:
         BackboneError: A path that is no folder of a language model.
@@ -66,7 +68,7 @@ class LocalJudge:
 
     @property
     def description(self) -> Mapping[str, Any]:
-        """Model and precision; it is told by its name."""
+        """Precision and name of the model; other weights by that name are not noticed."""
         dtype = str(self._dtype).removeprefix("torch.")
         return {"judge": self.source, "dtype": dtype, "max_new_tokens": self._length}
 

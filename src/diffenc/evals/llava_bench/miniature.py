@@ -8,7 +8,7 @@ from diffenc.evals.llava_bench.data import BenchItem, LlavaBench
 from diffenc.shapes import caption, captions, questions, render, sample_scenes
 
 BENCH_SEED = 963_000
-"""Of the bundled set; no bundled model was trained on seeds from 900,000 up."""
+"""Seed of the bundled set; no bundled model was trained on seeds from 900,000 up."""
 
 
 def shapes_llava_bench(scenes: int = 20, *, seed: int = BENCH_SEED) -> LlavaBench:
@@ -18,8 +18,8 @@ def shapes_llava_bench(scenes: int = 20, *, seed: int = BENCH_SEED) -> LlavaBenc
     relation of two objects, or whether something is there. Compare answers with `WordJudge`.
 
     Args:
-        scenes: Pictures.
-        seed: Of the scenes; choose settings on another one than you report.
+        scenes: Number of pictures, each with three questions.
+        seed: Seed of the scenes; choose settings on another seed than the one you report.
 
     Raises:
         ConfigError: Fewer than one picture.

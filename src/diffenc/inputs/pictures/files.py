@@ -1,4 +1,4 @@
-"""The one place that opens pictures: whatever holds one becomes an upright RGB image of 8 bits."""
+"""The one place that opens pictures: every source becomes an upright RGB image of 8 bits."""
 
 import io
 import os
@@ -127,7 +127,7 @@ def find_file(source: "str | os.PathLike[str]") -> Path:
 
 
 def _name_of(source: Any) -> str | None:
-    """What messages call a picture, None where it has no name."""
+    """Name of a picture in messages, None if it has none."""
     if isinstance(source, (str, os.PathLike)):
         return str(source)
     if isinstance(source, Mapping):
@@ -139,7 +139,7 @@ def _name_of(source: Any) -> str | None:
 
 @contextmanager
 def _opened(source: Any) -> Iterator[Image.Image]:
-    """What Pillow makes of a source; a PIL image is left open."""
+    """Open a source with Pillow; a PIL image is left open."""
     if isinstance(source, Image.Image):
         yield source
         return
@@ -230,7 +230,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turned as EXIF says; one that cannot be read says nothing."""
+    """Turn an image as its EXIF says; EXIF that cannot be read is ignored."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # Pillow's readers of EXIF and XMP raise what they like
@@ -264,4 +264,4 @@ UNCLEAR = (
     "bytes, or 16 bits that are nearly black; convert bytes to uint8, and divide 16 bits by 65535 "
     "to floats"
 )
-"""What is unclear about integers of 16 bits and more that bytes would hold."""
+"""Message about integers of 16 bits and more whose values would fit in bytes."""

@@ -23,9 +23,9 @@ def scaled_size(picture: tuple[int, int], size: tuple[int, int], *, cover: bool)
     `CLIPImageProcessor` do: 480 x 640 at 512 is 512 x 682. No side falls below 1.
 
     Args:
-        picture: (height, width) before.
-        size: (height, width) to cover or to stay within.
-        cover: Cover `size`; otherwise stay within.
+        picture: Size of the picture before scaling, as (height, width) in pixels.
+        size: Size to cover or to stay within, as (height, width) in pixels.
+        cover: Whether the scaled picture covers `size`; otherwise it stays within it.
     """
     (rows, columns), (height, width) = picture, size
     if (height * columns >= width * rows) == cover:
@@ -34,7 +34,7 @@ def scaled_size(picture: tuple[int, int], size: tuple[int, int], *, cover: bool)
 
 
 def crop_offset(side: int, length: int, center: Center = "torchvision") -> int:
-    """Where the middle `length` of `side` pixels begins.
+    """Position at which the middle `length` of `side` pixels begins.
 
     torchvision's `CenterCrop` rounds half of the margin, and to the even number where it lies
     between two; transformers' image processors cut it off. They differ by one pixel where the
@@ -53,11 +53,12 @@ def fit(
     """Bring a picture to a size.
 
     Args:
-        image: Values in [-1, 1].
-        size: (height, width).
-        resize: "squash" ignores the aspect ratio; "crop" covers the size and keeps the middle;
-            "pad" stays within and adds grey, half of it, cut off to whole pixels, above and left.
-        center: See `crop_offset`, for "crop".
+        image: Picture with values in [-1, 1].
+        size: Size of the result, as (height, width) in pixels.
+        resize: How the picture is brought to the size: "squash" ignores the aspect ratio; "crop"
+            covers the size and keeps the middle; "pad" stays within and adds grey, half of it,
+            rounded down to whole pixels, above and left.
+        center: Rounding of odd margins for "crop", see `crop_offset`.
     """
     check_choice("center", center, get_args(Center))
     if resize == "squash":
@@ -79,7 +80,7 @@ def fit(
 
 
 def _scale(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """All of a picture, by the bicubic filter with antialiasing."""
+    """Resize a whole picture by the bicubic filter with antialiasing."""
     rows, columns = image.shape[1:]
     if (rows, columns) == size:
         return image
@@ -94,7 +95,7 @@ def _scale(image: Tensor, size: tuple[int, int]) -> Tensor:
 def _scale_part(
     image: Tensor, inner: tuple[int, int], start: tuple[int, int], size: tuple[int, int]
 ) -> Tensor:
-    """What `_scale` to `inner` has at `start`, computed from the pixels that it depends on alone.
+    """Part of `_scale` to `inner` from `start` on, computed from only the pixels that it needs.
 
     For pictures so narrow that all of it would take gigabytes.
     """

@@ -22,9 +22,9 @@ class Term:
     """A figure or a number, with its sign.
 
     Attributes:
-        sign: 1 or -1.
-        key: Of the figure; None of a number.
-        value: Of the number.
+        sign: Sign of the term, 1 or -1.
+        key: Training, measurement and name of the figure; None for a plain number.
+        value: Value of the plain number; unused for a figure.
     """
 
     sign: int
@@ -37,11 +37,11 @@ class Term:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Something is more than something else.
+    """Claim that one sum is larger than another.
 
     Attributes:
-        text: As it was written.
-        terms: Their sum is claimed to be above 0.
+        text: Claim as it was written in the plan.
+        terms: Terms whose sum is claimed to be above 0.
     """
 
     text: str
@@ -53,7 +53,7 @@ class Claim:
         return tuple(dict.fromkeys(term.key for term in self.terms if term.key is not None))
 
     def excess(self, figure: Callable[[Key], Spread | None]) -> Spread | None:
-        """By how much it is so, per seed; None where a figure is missing."""
+        """Excess of the side claimed larger, per seed; None if a figure is missing."""
         known = {key: figure(key) for key in self.keys}
         spreads = [spread for spread in known.values() if spread is not None]
         if len(spreads) < len(known):

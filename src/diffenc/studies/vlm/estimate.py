@@ -1,4 +1,4 @@
-"""What a study will take, before it begins."""
+"""Estimate of the time that a study will take."""
 
 import math
 import time
@@ -18,17 +18,17 @@ from diffenc.studies.vlm.trainings import Training, check_config
 from diffenc.studies.vlm.workshop import Workshop
 
 _BACKWARD = 3.0
-"""Of a trained encoder, against its forward pass alone."""
+"""Cost of a pass through a trained encoder, relative to its forward pass alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Seconds, measured or assumed.
+    """Durations of single steps in seconds, measured or assumed.
 
     Attributes:
-        encode: Of a picture, once through the U-Net.
-        learn: Of a sample, through the language model and back.
-        answer: Of an answer, without the picture.
+        encode: Seconds to encode a picture, once through the U-Net.
+        learn: Seconds to train on a sample, forward and backward through the language model.
+        answer: Seconds to generate an answer, without encoding the picture.
     """
 
     encode: float = 0.03
@@ -41,10 +41,10 @@ class Piece:
     """A training or a measurement with one seed.
 
     Attributes:
-        what: "train" or "measure".
-        name: Names of the training and, for "measure", of the measurement.
-        count: Steps, or answers.
-        seconds: Estimated.
+        what: Kind of the piece: "train" or "measure".
+        name: Name of the training and, for "measure", name of the measurement.
+        count: Number of steps of a training, or of answers of a measurement.
+        seconds: Estimated duration in seconds.
     """
 
     what: str
@@ -55,12 +55,12 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """All pieces of one seed, and what they weigh.
+    """All pieces of a study, and how long they take.
 
     Attributes:
-        pieces: Of one seed.
-        seeds: How many.
-        units: Seconds by piece and seed.
+        pieces: Trainings and measurements of one seed.
+        seeds: Number of seeds.
+        units: Estimated seconds of each piece with each seed, by the piece's names and the seed.
     """
 
     pieces: tuple[Piece, ...]
@@ -74,12 +74,12 @@ class Work:
 
 
 def work_of(plan: StudyPlan, missing: Collection[str] = (), costs: Costs | None = None) -> Work:
-    """What has to be done if nothing is there yet.
+    """List all work of a study, as if none of it had been done.
 
     Args:
-        plan: Of the study.
-        missing: Trainings that cannot be done.
-        costs: Measured ones; None assumes some, which weigh a progress bar well enough.
+        plan: Plan of the study.
+        missing: Names of trainings that cannot be done.
+        costs: Measured durations; None assumes some that are good enough for a progress bar.
     """
     costs = costs or Costs()
     pieces = [
@@ -151,7 +151,7 @@ def measure_costs(workshop: Workshop) -> Costs:
 
 
 def _of_first_stage(workshop: Workshop, name: str) -> TrainConfig:
-    """Of the training, or of that it starts from: a model that is not there cannot be timed."""
+    """Config of the first training in a chain: a model that does not exist yet cannot be timed."""
     return workshop.config(workshop.plan.ancestors(name)[0], 0)
 
 

@@ -22,20 +22,20 @@ deviation: then a finding is **undecided**. Comparisons are not corrected for th
 twenty that mean nothing, one may seem to hold."""
 
 _LIMITS = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833)
-"""Of Student's distribution, one-sided 5 %, for 1 to 9 degrees of freedom."""
+"""Limits of Student's distribution, one-sided 5 %, for 1 to 9 degrees of freedom."""
 _NEAR_LIMIT = 3.0
-"""Points of 100."""
+"""Distance from an end of the scale, in points of 100, that counts as near."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What the paper found, and what would show it here.
+    """A finding of the paper, and the comparisons that would show it here.
 
     Attributes:
-        statement: In a sentence.
-        paper: What stands in the paper, with its place.
-        claims: All of them must hold.
-        if_not: Likely reason why it may not show in miniature.
+        statement: Finding in a sentence.
+        paper: Statement of the paper, with its place in it.
+        claims: Comparisons that must all hold.
+        if_not: Likely reason why the finding may not show in miniature.
     """
 
     statement: str
@@ -49,11 +49,12 @@ class Decision:
     """A comparison, decided.
 
     Attributes:
-        claim: As it was written.
-        excess: By how much it is so, per seed; None where a figure is missing.
-        limit: What the mean must exceed; None of a single seed.
-        verdict: By the rule.
-        sides: The figures that were compared.
+        claim: Comparison as it was written in the plan.
+        excess: Amount by which the side that is claimed to be larger exceeds the other, per seed;
+            None if a figure is missing.
+        limit: Number that the mean of the excess must exceed; None for a single seed.
+        verdict: Result by the rule `RULE`.
+        sides: Figures that were compared, by name.
     """
 
     claim: str
@@ -68,10 +69,10 @@ class DecidedFinding:
     """A finding, decided.
 
     Attributes:
-        finding: As the plan has it.
-        decisions: One per claim.
-        verdict: By the rule.
-        at_limit: Figures at an end of their scale, where no difference can show.
+        finding: Finding as the plan states it.
+        decisions: Decision on each claim.
+        verdict: Result by the rule `RULE`.
+        at_limit: Figures near an end of their scale, where no difference can show.
     """
 
     finding: Finding
@@ -84,8 +85,9 @@ def decide(finding: Finding, figure: Callable[[Key], Spread | None]) -> DecidedF
     """Apply the rule to a finding.
 
     Args:
-        finding: From the plan.
-        figure: Gives a figure per seed, or None where it was not measured.
+        finding: Finding of the plan.
+        figure: Function that returns the values of a figure per seed, or None if it was not
+            measured.
     """
     decisions = tuple(decide_claim(claim, figure) for claim in finding.claims)
     verdicts = {each.verdict for each in decisions}
@@ -113,7 +115,7 @@ def decide_claim(claim: Claim, figure: Callable[[Key], Spread | None]) -> Decisi
 
 
 def limit_of(excess: Spread) -> float | None:
-    """What the mean of a difference must exceed, from its deviation over seeds."""
+    """Limit that the mean of a difference must exceed, from its deviation over seeds."""
     if excess.deviation is None:
         return None
     count = len(excess.values)

@@ -42,7 +42,7 @@ Generate = Callable[..., list[str]]
 """`DiffusionVLM.generate`."""
 
 Writer = Callable[[Sequence[Image.Image]], list[str]]
-"""Gives a caption per picture."""
+"""Function that returns a caption per picture."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +50,8 @@ class Measured:
     """Figures of one model with one seed.
 
     Attributes:
-        figures: By name; None where nothing could be counted.
-        examples: What the encoder was given, and what was said.
+        figures: Value of each figure, by name; None where nothing could be counted.
+        examples: Examples of prompts of the encoder and of answers.
     """
 
     figures: Figures
@@ -68,10 +68,12 @@ def measure(
     """Measure a model.
 
     Args:
-        measurement: What, and under which prompts.
-        generate: Of the model.
-        seed: Of the scenes, and of what is drawn.
-        writer: Who captions pictures for the prompts, where the measurement asks for that.
+        measurement: Measurement to make, with its kind and prompts.
+        generate: Function `generate` of the model, see `DiffusionVLM.generate`.
+        seed: Seed of the scenes and of everything that is drawn, 0 or more; it is added to the
+            first held-out seed of the kind.
+        writer: Function that captions pictures for the prompts, if the measurement asks for that;
+            None is for other measurements.
     """
     run = _KINDS[measurement.kind]
     return run(measurement, generate, HELD_OUT[measurement.kind] + seed, writer)
@@ -205,7 +207,7 @@ _KINDS: Mapping[str, Callable[[Measurement, Generate, int, Writer | None], Measu
 
 
 def write_captions(generate: Generate, pictures: Sequence[Image.Image]) -> list[str]:
-    """What a model says of pictures without a prompt for its encoder."""
+    """Captions of pictures by a model, with the empty prompt for its encoder."""
     said: list[str] = []
     for first in range(0, len(pictures), _BATCH):
         part = [[picture] for picture in pictures[first : first + _BATCH]]
@@ -242,7 +244,7 @@ def _one_question(scene: Scene, index: int, seed: int) -> Question:
 
 
 def _percent_guessed(asked: Sequence[Question]) -> float:
-    """What the most frequent answer of each kind would reach."""
+    """Percentage of right answers if the most frequent one of each kind is always given."""
     by_kind: dict[str, Counter[str]] = {}
     for question in asked:
         by_kind.setdefault(question.kind, Counter())[question.answer] += 1

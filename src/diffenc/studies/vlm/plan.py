@@ -1,4 +1,4 @@
-"""What a study trains, measures and claims, checked as a whole before anything runs."""
+"""Plan of a study: trainings, measurements and claims, checked before anything runs."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -21,7 +21,7 @@ FIGURES: Mapping[str, tuple[str, ...]] = {
     ),
     "mmvp": ("pairs", "questions", "chance", "unread"),
 }
-"""By kind of a measurement; in percent, but "cider"."""
+"""Names of the figures that each kind of measurement gives; in percent, except "cider"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,9 +29,9 @@ class StudyData:
     """The pictures of a study.
 
     Attributes:
-        scenes: Scenes of coloured shapes to train on.
-        seed: Of these; held-out scenes have seeds of their own.
-        turns: Questions of a conversation, at most.
+        scenes: Number of scenes of coloured shapes to train on.
+        seed: Seed of these scenes, 0 to 899,999; held-out scenes have seeds of their own.
+        turns: Largest number of questions in a conversation.
     """
 
     scenes: int = 1000
@@ -50,18 +50,20 @@ class StudyData:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """What is measured of trained models.
+    """Measurement of trained models.
 
     Attributes:
-        name: In the plan.
-        kind: "captions", "leakage", "answers" or "mmvp"; `FIGURES` says what each gives.
-        label: In tables.
-        of: Names of the trainings; () is all of them.
-        prompts: The encoder's prompt: "none", "oracle" (a true caption), "question", "by NAME"
+        name: Name of the measurement in the plan.
+        kind: Kind of measurement: "captions", "leakage", "answers" or "mmvp"; `FIGURES` says what
+            each gives.
+        label: Name of the measurement in tables.
+        of: Names of the trainings that are measured; () is all of them.
+        prompts: Prompt of the encoder: "none", "oracle" (a true caption), "question", "by NAME"
             (what the training of that name says of the picture), or two with a "+".
-        items: Held-out scenes per seed; of "mmvp", pairs per pattern.
-        passes: Of "captions": each but the first has the caption before it as its prompt.
-        options: Of the encoder, where they differ from those of training.
+        items: Number of held-out scenes per seed, 3 or more; for "mmvp", of pairs per pattern.
+        passes: Number of passes over the pictures, for "captions" alone; from the second on, the
+            caption of the pass before is the prompt.
+        options: Options of the encoder that differ from those of training.
     """
 
     name: str
@@ -117,17 +119,17 @@ class StudyPlan:
     """A whole study.
 
     Attributes:
-        name: Of the study and its files.
-        title: In a few words.
-        about: What is asked, and how, in a paragraph.
-        paper: Names of the paper's tables that stand beside ours.
-        seeds: Repetitions.
-        data: Pictures.
-        shared: What trainings have in common.
-        trainings: By name, each after those it starts from.
-        measurements: By name.
-        findings: Of the paper.
-        plots: Which figures are drawn, each as ``"measurement kind/figure"``.
+        name: Name of the study and of its files.
+        title: Title of the study, in a few words.
+        about: Question and method of the study, in a paragraph.
+        paper: Names of the paper's tables that are shown beside the results.
+        seeds: Number of repetitions.
+        data: Pictures that the study trains on.
+        shared: Settings that all trainings have in common.
+        trainings: Trainings by name, each after those it starts from.
+        measurements: Measurements by name.
+        findings: Findings of the paper that the study tests.
+        plots: Names of the figures to draw, each as ``"measurement kind/figure"``.
     """
 
     name: str
@@ -148,7 +150,7 @@ class StudyPlan:
         _check(self)
 
     def pairs(self) -> list[tuple[Training, Measurement]]:
-        """What is measured of what, by training."""
+        """Pairs of a training and a measurement of it, by training."""
         return [
             (training, measurement)
             for training in self.trainings.values()
@@ -171,9 +173,10 @@ class StudyPlan:
         """The same study with other repetitions or models.
 
         Args:
-            seeds: Instead of the plan's.
-            language_model: Instead of the plan's.
-            clip: Wherever a training names "shapes-clip".
+            seeds: Number of repetitions; None keeps the plan's.
+            language_model: Name or folder of the language model; None keeps the plan's.
+            clip: Name or folder of a CLIP model that replaces "shapes-clip" in all trainings; None
+                keeps it.
         """
         shared, trainings = self.shared, dict(self.trainings)
         if language_model is not None:
@@ -190,7 +193,7 @@ class StudyPlan:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Plain values, as JSON holds them."""
         return asdict(self)
 
     def quick(self) -> "StudyPlan":
@@ -206,7 +209,7 @@ class StudyPlan:
 
 
 def _check(plan: StudyPlan) -> None:
-    """What no table shows alone: names that must exist, and configs that must hold."""
+    """Check across tables that all names exist and all configs are valid."""
     if not plan.trainings or not plan.measurements:
         raise ConfigError("a study needs one training and one measurement or more")
     for name in plan.paper:

@@ -24,8 +24,8 @@ def plot_study(study: VlmStudy, path: Path) -> None:
     """Draw every figure that the plan names, with bars of one sample deviation.
 
     Args:
-        study: What was found.
-        path: Of the picture.
+        study: Results of the study.
+        path: Path of the picture file to write.
 
     Raises:
         MissingExtraError: matplotlib is not installed.

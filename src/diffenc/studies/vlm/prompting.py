@@ -1,4 +1,4 @@
-"""What conditions the encoder when a model is measured."""
+"""Prompts of the encoder when a model is measured."""
 
 from dataclasses import dataclass
 
@@ -13,9 +13,10 @@ class Prompting:
     """The parts of a prompt, of which the question stands first.
 
     Attributes:
-        question: Whether the question is one.
-        oracle: Whether a true caption is one.
-        writer: The training whose caption is one; None is none.
+        question: Whether the question is part of the prompt.
+        oracle: Whether a true caption is part of the prompt.
+        writer: Name of the training whose caption is part of the prompt; None if there is no such
+            part.
     """
 
     question: bool = False
@@ -37,7 +38,7 @@ def parse_prompting(text: str, where: str = "prompts") -> Prompting:
     """Read ``"none"``, ``"oracle"``, ``"question"``, ``"by NAME"``, or two joined by "+".
 
     Args:
-        text: To be read.
+        text: Description of the prompt to be read.
         where: It stands, for messages.
 
     Raises:

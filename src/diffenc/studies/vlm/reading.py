@@ -65,8 +65,8 @@ def read_plan(name: str, path: "str | os.PathLike[str]") -> StudyPlan:
     """A study from a file.
 
     Args:
-        name: Of the study and its files.
-        path: TOML, as the bundled ones.
+        name: Name of the study and of its files.
+        path: Path of a TOML file in the form of the bundled studies.
 
     Raises:
         ConfigError: It cannot be read, or something in it is wrong.

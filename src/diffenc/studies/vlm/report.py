@@ -23,10 +23,10 @@ def to_markdown(study: VlmStudy, *, command: str, made_with: str, picture: str |
     """A page of tables.
 
     Args:
-        study: What was found.
-        command: That makes this page.
+        study: Results of the study.
+        command: Command that makes this page.
         made_with: Versions, hardware and time, in a sentence.
-        picture: File name of the plot; None is none.
+        picture: File name of the plot; None if there is no plot.
     """
     return "\n".join(_lines(study, command, made_with, picture)).rstrip() + "\n"
 

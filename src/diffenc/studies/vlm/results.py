@@ -1,4 +1,4 @@
-"""What a study found, as plain values."""
+"""Results of a study, as plain values."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -12,13 +12,13 @@ from diffenc.studies.vlm.plan import StudyPlan
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """What was measured of one training.
+    """Results of one measurement of one training.
 
     Attributes:
-        training: Its name.
-        measurement: Its name.
-        figures: By name; None where some seed gave none.
-        examples: Of the first seed: what the encoder was given, and what was said.
+        training: Name of the training.
+        measurement: Name of the measurement.
+        figures: Values of each figure over seeds, by name; None if some seed gave none.
+        examples: Examples of the first seed: prompts of the encoder, and answers.
     """
 
     training: str
@@ -32,12 +32,12 @@ class VlmStudy:
     """A study that was run.
 
     Attributes:
-        plan: What was asked for.
-        cells: What was measured, by training and measurement.
-        findings: Decided.
-        missing: Trainings that could not be done, with the reason.
-        trained: How many trainings there are, seeds counted.
-        fresh: How many of them were done now; the others were there already.
+        plan: Plan of the study.
+        cells: Results of each measurement of each training.
+        findings: Findings of the plan with their verdicts.
+        missing: Reason why a training could not be done, by name of the training.
+        trained: Number of trainings that are done, each seed counted.
+        fresh: Number of trainings that were done in this run; the others were there already.
     """
 
     plan: StudyPlan
@@ -52,7 +52,7 @@ class VlmStudy:
         return find_figure(self.cells, key)
 
     def cell(self, training: str, measurement: str) -> Cell | None:
-        """What was measured of a training; None where nothing was."""
+        """Results of a measurement of a training; None if there are none."""
         return find_cell(self.cells, training, measurement)
 
     def to_dict(self) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class VlmStudy:
 
 
 def find_cell(cells: tuple[Cell, ...], training: str, measurement: str) -> Cell | None:
-    """What was measured of a training; None where nothing was."""
+    """Results of a measurement of a training; None if there are none."""
     for cell in cells:
         if (cell.training, cell.measurement) == (training, measurement):
             return cell

@@ -27,7 +27,7 @@ from diffenc.studies.vlm.trainings import Training
 from diffenc.studies.vlm.workshop import Workshop, digest_of
 
 Progress = Callable[[float, float, str], None]
-"""Told work done, work in all, and what is being done."""
+"""Function that is called with the work done, all work, and a text on what is being done."""
 
 
 def study_vlm(
@@ -43,10 +43,11 @@ def study_vlm(
     on, within a training too, and studies that need the same training share it.
 
     Args:
-        plan: What is trained, measured and claimed.
-        work: Folder of what is kept.
-        device: Where models run; None is CUDA where there is one, and else the CPU.
-        progress: Told of everything that is done.
+        plan: Plan of the trainings, measurements and claims.
+        work: Folder that keeps trained models and results.
+        device: Device that the models run on; None is CUDA if there is one, otherwise the CPU.
+        progress: Function that is called with the work that is done and all work, both in estimated
+            seconds, and a text that says what is being done; None reports nothing.
 
     Raises:
         BackboneError: A language model or an encoder is missing. Trainings that need a CLIP which
@@ -73,7 +74,7 @@ def study_vlm(
 
 
 class _Run:
-    """What is being done, with one model at a time in memory."""
+    """Work of a study, with one model at a time in memory."""
 
     def __init__(
         self,
@@ -88,7 +89,7 @@ class _Run:
         self._loaded: tuple[Any, DiffusionVLM] | None = None
 
     def possible(self) -> list[tuple[Training, Measurement]]:
-        """What can be measured: pairs for which nothing is missing."""
+        """Pairs of a training and a measurement for which nothing is missing."""
         return [
             (training, measurement)
             for training, measurement in self.plan.pairs()
@@ -184,7 +185,7 @@ def _cell(training: str, measurement: str, found: Sequence[Measured]) -> Cell:
 
 
 def _read(path: Path) -> Measured | None:
-    """What was measured before; None where nothing was.
+    """Read figures that were measured before; None if there are none.
 
     Raises:
         ConfigError: The file was changed into something else.

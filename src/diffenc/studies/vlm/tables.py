@@ -48,13 +48,13 @@ MEANINGS: Mapping[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Lines:
-    """A table as text.
+    """A table whose cells are text.
 
     Attributes:
-        title: Over it.
-        columns: Heads.
-        rows: One entry per column.
-        note: Under it.
+        title: Title above the table.
+        columns: Headings of the columns.
+        rows: Rows of the table, each with one text per column.
+        note: Note under the table.
     """
 
     title: str
@@ -69,13 +69,13 @@ def figure_tables(study: VlmStudy) -> list[Lines]:
 
 
 def finding_table(study: VlmStudy) -> Lines:
-    """Findings down, each with its verdict."""
+    """Table of the findings, each with its verdict."""
     rows = tuple((each.finding.statement, each.verdict) for each in study.findings)
     return Lines("Findings of the paper", ("finding", "here"), rows)
 
 
 def training_table(plan: StudyPlan) -> Lines:
-    """What was trained."""
+    """Table of the trainings."""
     rows = []
     for training in plan.trainings.values():
         config = check_config(plan.trainings, plan.shared, training.name)
@@ -91,7 +91,7 @@ def training_table(plan: StudyPlan) -> Lines:
 
 
 def measurement_table(plan: StudyPlan) -> Lines:
-    """What was measured."""
+    """Table of the measurements."""
     rows = []
     for each in plan.measurements.values():
         prompts = _prompts(plan, each)
@@ -141,7 +141,7 @@ def _figures(study: VlmStudy, kind: str) -> Lines:
 
 
 def _passes(measurement: Measurement) -> list[tuple[str, str]]:
-    """What is added to the label and to the names of figures, per pass."""
+    """Text that is added to the label and to the names of figures, per pass."""
     if measurement.passes == 1:
         return [("", "")]
     return [(f", pass {k}", f".{k}") for k in range(1, measurement.passes + 1)]

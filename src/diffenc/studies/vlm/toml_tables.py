@@ -71,13 +71,13 @@ def check_present(values: Mapping[str, Any], needed: Sequence[str], where: str) 
 
 
 def make(kind: Any, values: Mapping[str, Any], where: str, **own: Any) -> Any:
-    """A dataclass of a table, whose values are checked by its annotations.
+    """Make a dataclass of a table, whose values are checked by the dataclass's annotations.
 
     Args:
-        kind: The dataclass.
-        values: Of the table.
-        where: It stands.
-        own: Attributes that the table may not give.
+        kind: Dataclass to make.
+        values: Values of the table, by key.
+        where: Place of the table, for messages.
+        own: Values of attributes that the table may not give.
 
     Raises:
         ConfigError: A key is unknown, or a value is of another type or not allowed.

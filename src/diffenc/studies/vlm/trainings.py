@@ -16,13 +16,13 @@ _ANY = "any"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shared:
-    """What trainings have in common, as tables of `diffenc.mllm.training`.
+    """Settings that all trainings have in common, as tables of `diffenc.mllm.training`.
 
     Attributes:
-        model: Of trainings that do not start from another one.
-        align: How the first stage learns: keys of ``[optim]``.
-        instruct: How the second stage learns.
-        adapt: What the second stage trains.
+        model: Keys of ``[model]`` for trainings that do not start from another one.
+        align: Keys of ``[optim]`` for the first stage.
+        instruct: Keys of ``[optim]`` for the second stage.
+        adapt: Keys of ``[adapt]``, which say what the second stage trains.
     """
 
     model: Mapping[str, Any] = field(default_factory=dict)
@@ -31,11 +31,11 @@ class Shared:
     adapt: Mapping[str, Any] = field(default_factory=dict)
 
     def with_clip(self, name: str) -> "Shared":
-        """With another CLIP for the bundled one."""
+        """The same with another CLIP model instead of the bundled one."""
         return replace(self, model=_with_clip(self.model, name))
 
     def quick(self) -> "Shared":
-        """One pass over the pictures."""
+        """The same settings with one pass over the pictures."""
         align, instruct = ({**each, "epochs": 1} for each in (self.align, self.instruct))
         return replace(self, align=align, instruct=instruct)
 
@@ -45,16 +45,18 @@ class Training:
     """One training, repeated with every seed.
 
     Attributes:
-        name: In the plan.
-        stage: "align" or "instruct": what may be trained.
-        data: "align" learns captions, "instruct" conversations; "" is that of the stage.
-        label: In tables.
+        name: Name of the training in the plan.
+        stage: Stage that decides what may be trained: "align" or "instruct".
+        data: Data to learn from: "align" are captions, "instruct" conversations; "" takes those of
+            the stage.
+        label: Name of the training in tables.
         start: Name of the training it starts from; "" begins with the parts of ``[model]``.
-        prompts: The encoder's prompt, see `diffenc.inputs.policies.parse_policy`.
-        model: Keys of ``[model]`` that differ.
-        options: Of the encoder, where they differ: ``conditioning``, ``guidance_scale``.
-        optim: Keys of the stage's table that differ.
-        adapt: Keys of ``[adapt]`` that differ.
+        prompts: Policy of the encoder's prompts, see `diffenc.inputs.policies.parse_policy`.
+        model: Keys of ``[model]`` that differ from the shared ones.
+        options: Options of the encoder that differ, such as ``conditioning`` and
+            ``guidance_scale``.
+        optim: Keys of ``[optim]`` that differ from those of the stage.
+        adapt: Keys of ``[adapt]`` that differ from the shared ones.
     """
 
     name: str
@@ -74,11 +76,11 @@ class Training:
 
     @property
     def learns_from(self) -> str:
-        """Which of the two files it learns from."""
+        """Name of the file that it learns from: "align" or "instruct"."""
         return self.data or self.stage
 
     def with_clip(self, name: str) -> "Training":
-        """With another CLIP for the bundled one."""
+        """The same with another CLIP model instead of the bundled one."""
         return replace(self, model=_with_clip(self.model, name))
 
 
@@ -123,19 +125,20 @@ def make_config(
     cache_dir: "str | Path" = "",
     options: Mapping[str, Any] | None = None,
 ) -> TrainConfig:
-    """What `diffenc.mllm.training` is told to do.
+    """Make the configuration of a training for `diffenc.mllm.training`.
 
     Args:
-        trainings: Of the plan.
-        shared: Of the plan.
-        name: Of the training.
-        annotations: File with captions ("align") and with conversations ("instruct").
+        trainings: Trainings of the plan, by name.
+        shared: Settings that all trainings of the plan share.
+        name: Name of the training to configure.
+        annotations: File with captions, under "align", and file with conversations, under
+            "instruct".
         images: Folder of the pictures.
         output: Folder of the run.
-        seed: Of the run.
-        start: Folder of the model it starts from.
-        cache_dir: Of the tokens of frozen encoders.
-        options: Further ones of the encoder.
+        seed: Seed of the run.
+        start: Folder of the model that the training starts from; "" if it starts from none.
+        cache_dir: Folder that caches the tokens of frozen encoders.
+        options: Further options of the encoder; None adds none.
 
     Raises:
         ConfigError: A key or a value is not allowed.

@@ -1,4 +1,4 @@
-"""What a caption of coloured shapes says, and whether that is so in a scene.
+"""Content of captions of coloured shapes, and whether it is true of a scene.
 
 It reads texts on its own: it shares no code with what makes the captions of the miniature world,
 and takes any wording of the same kind.
@@ -54,7 +54,7 @@ _BACKGROUND = re.compile(rf" on a (?P<name>{'|'.join(BACKGROUNDS)}) background$"
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """One object that a caption names; None is what it leaves open."""
+    """One object that a caption names; None is a property that it leaves open."""
 
     shape: Shape | None
     color: Color | None
@@ -71,14 +71,14 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """What a caption says.
+    """Content of a caption.
 
     Attributes:
-        things: Objects, one entry each: "two red circles" are two.
-        exact: Things that a number word counts, with how many there are in all.
-        relation: How the first thing lies to the second.
-        place: Where the only thing is.
-        background: Its colour.
+        things: Objects that the caption names, one entry each: "two red circles" are two.
+        exact: Things that a number word counts, each with the number of all such things.
+        relation: Relation of the first thing to the second; None if the caption states none.
+        place: Place of the only thing in the picture; None if the caption states none.
+        background: Colour of the background; None if the caption states none.
     """
 
     things: tuple[Thing, ...]
@@ -96,13 +96,13 @@ class Statement:
         return any(self._holds(scene, places) for places in self._whole(scene))
 
     def relation_is_true(self, scene: Scene) -> bool | None:
-        """Whether such things lie so; None where nothing is said of that."""
+        """Whether the stated relation holds in a scene; None if the caption states none."""
         if self.relation is None:
             return None
         return any(self._holds(scene, places) for places in self._whole(scene))
 
     def found(self, scene: Scene) -> int:
-        """How many of its things are there, each object taken once."""
+        """Number of its things that the scene shows, each object taken once."""
         slots = min(len(self.things), len(scene.objects))
         return max(
             sum(
@@ -114,7 +114,7 @@ class Statement:
         )
 
     def named(self, scene: Scene) -> int:
-        """How many of the scene's objects it names by colour and shape, each once."""
+        """Number of the scene's objects that it names by colour and shape, each counted once."""
         left = [(thing.color, thing.shape) for thing in self.things]
         named = 0
         for found in scene.objects:
@@ -124,7 +124,7 @@ class Statement:
         return named
 
     def _whole(self, scene: Scene) -> Iterator[tuple[int, ...]]:
-        """Every way in which all things are objects of the scene."""
+        """All assignments of the things to objects of the scene."""
         for places in permutations(range(len(scene.objects)), len(self.things)):
             pairs = zip(self.things, places, strict=True)
             if all(thing.fits(scene.objects[place]) for thing, place in pairs):
@@ -137,7 +137,7 @@ class Statement:
 
 
 def read_caption(text: str) -> Statement | None:
-    """What a caption says; None where it is no caption of coloured shapes."""
+    """Read the content of a caption; None if it is no caption of coloured shapes."""
     told = _OPENING.sub("", " ".join(text.lower().strip(" .").split()), count=1)
     background = place = None
     if match := _BACKGROUND.search(told):
@@ -163,11 +163,11 @@ def read_caption(text: str) -> Statement | None:
 def caption_figures(
     captions: Mapping[str, str], scenes: Mapping[str, Scene]
 ) -> dict[str, float | None]:
-    """How true captions are, in percent.
+    """Measure how true captions are, in percent.
 
     Args:
-        captions: By id of the picture.
-        scenes: What is in each of these pictures.
+        captions: Caption of each picture, by id.
+        scenes: Scene that each of these pictures shows, by id.
 
     Returns:
         "right": captions that are true from end to end; "objects": of the objects that are named,

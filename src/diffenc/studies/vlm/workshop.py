@@ -37,16 +37,16 @@ _FREE = ("output", "save_steps", "keep", "log_steps")
 _FREE_DATA = ("annotations", "images", "cache", "cache_dir", "cache_gb", "workers")
 
 Step = Callable[[int, int], None]
-"""Told steps done and steps in all."""
+"""Function that is called with the number of steps that are done and the number of all steps."""
 
 
 class Workshop:
     """The work folder of a study.
 
     Args:
-        plan: What is trained.
-        folder: Is made where it is missing; studies may share it.
-        device: Where models run; None is CUDA where there is one, and else the CPU.
+        plan: Plan that names the trainings.
+        folder: Folder of the work, which is created if it is missing; several studies may share it.
+        device: Device that the models run on; None is CUDA if there is one, otherwise the CPU.
 
     Attributes:
         fresh: Trainings that were done, or finished, by this object.
@@ -86,7 +86,7 @@ class Workshop:
         return {**names, "images": target / "images"}
 
     def identity(self, name: str, seed: int) -> str:
-        """Of a training with a seed: equal for equal results, wherever files lie."""
+        """Digest of a training with a seed: equal for equal results, wherever files lie."""
         told = self.plan.data
         config = self._bare_config(name, seed)
         plain = {key: value for key, value in config.to_dict().items() if key not in _FREE}
@@ -108,9 +108,10 @@ class Workshop:
         """Folder of the trained model, which `DiffusionVLM.from_pretrained` reads.
 
         Args:
-            name: Of the training; those it starts from are done first.
-            seed: Which repetition.
-            progress: Told of steps.
+            name: Name of the training; those it starts from are done first.
+            seed: Seed, the number of the repetition from 0.
+            progress: Function that is called with the number of steps that are done and the number
+                of all steps; None reports nothing.
 
         Raises:
             BackboneError: A part is missing.
@@ -141,11 +142,11 @@ class Workshop:
         self.fresh.append(f"{name}, seed {seed}")
 
     def is_trained(self, name: str, seed: int) -> bool:
-        """Whether a training is there."""
+        """Whether a training is done."""
         return is_saved(self.folder_of(name, seed) / MODEL_FOLDER)
 
     def count_trained(self) -> int:
-        """How many trainings are there, seeds counted."""
+        """Number of trainings that are done, each seed counted."""
         return sum(
             self.is_trained(name, seed)
             for name in self.plan.trainings
@@ -160,13 +161,13 @@ class Workshop:
     def config(
         self, name: str, seed: int, *, output: "str | Path" = "any", start: "str | Path" = ""
     ) -> TrainConfig:
-        """What `diffenc.mllm.training` is told; the data are written.
+        """Configuration of a training for `diffenc.mllm.training`; writes the data.
 
         Args:
-            name: Of the training.
-            seed: Which repetition.
+            name: Name of the training.
+            seed: Seed, the number of the repetition from 0.
             output: Folder of the run.
-            start: Folder of the model it starts from.
+            start: Folder of the model that the training starts from; "" if it starts from none.
         """
         return self._make(name, seed, self.data(), output=output, start=start)
 
@@ -207,7 +208,7 @@ class Workshop:
         return sorted({part for part in named if part})
 
     def _bare_config(self, name: str, seed: int) -> TrainConfig:
-        """Without its files, which are not written for it."""
+        """Configuration without its data files, which are not written for it."""
         return self._make(name, seed, dict.fromkeys(("align", "instruct", "images"), "any"))
 
     def _make(
@@ -238,7 +239,7 @@ class Workshop:
 
 
 def fingerprint(name: str) -> str:
-    """Of a model: digest of its files where it is a folder or bundled, and else its name."""
+    """Digest of a model's files if it is a folder or bundled, otherwise its name."""
     bundled = Path(str(files("diffenc.models") / "assets" / name))
     folder = next((path for path in (Path(name), bundled) if is_folder(path)), None)
     if folder is None:
@@ -252,7 +253,7 @@ def fingerprint(name: str) -> str:
 
 
 def digest_of(value: Mapping[str, Any]) -> str:
-    """Of anything that JSON holds."""
+    """Digest of any value that JSON can hold."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
