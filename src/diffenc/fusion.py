@@ -93,21 +93,22 @@ class FusedEncoder(nn.Module):
             "gated" (CLIP, and the other through a gate per channel that begins at zero) are sums;
             "token_gated" weighs the two per token and channel by a gate that reads both, and
             "question_gated" by one that reads the prompt too.
-        image_processor: Of a CLIP that is given as an object; None looks where the object was
-            loaded from. A name brings its own.
-        layer: Which of CLIP's hidden states; -2 is the penultimate.
-        grid: Side, or (height, width), to which both are resampled: means where it is coarser,
-            bilinear where finer. None is CLIP's own; with "tokens" and "cross_attention" each keeps
-            its own.
+        image_processor: Image processor of a CLIP that is given as an object; None loads it from
+            where the object was loaded. A CLIP given by name brings its own.
+        layer: Index of the hidden state of CLIP that is read; -2 is the penultimate.
+        grid: Side, or (height, width), of the token grid to which both encoders are resampled: by
+            means where the grid is coarser, bilinearly where it is finer. None is CLIP's own grid;
+            with "tokens" and "cross_attention" it leaves each encoder its own.
         view: "same" shows CLIP the part of a picture that the diffusion encoder sees, so that cells
             correspond; "own" leaves that to the image processor, which cuts CLIP's pictures to a
             square. Square pictures go to the image processor as they are.
-        freeze_clip: Whether CLIP stays as it is. Otherwise what lies before `layer` requires a
+        freeze_clip: Whether CLIP is frozen. Otherwise its weights before `layer` require a
             gradient.
-        mixing: Options of a way with weights, or a mixer that has them; None is `MixingConfig()`.
+        mixing: Options of the mixer, or a mixer that has them, for values of `how` that mix by
+            weights; None is `MixingConfig()`.
 
     Attributes:
-        mixer: What mixes the streams; None with "channel", "tokens" and "interleave".
+        mixer: Module that mixes the two streams; None with "channel", "tokens" and "interleave".
 
     Raises:
         ConfigError: An option is not allowed, the CLIP is of another kind or its grid cannot be
@@ -210,12 +211,13 @@ class FusedEncoder(nn.Module):
         """Inverse of `save_pretrained`.
 
         Args:
-            folder: What `save_pretrained` wrote.
-            device: Device that both run on; None is the CPU.
-            dtype: Floating point type of both, or its name; None is float32. The mixer is in
-                float32.
-            trainable: Whether the mixer goes on training, and what `DiffusionEncoder` means by it.
-            options: Of `DiffusionEncoder.from_pretrained`.
+            folder: Folder that `save_pretrained` wrote.
+            device: Device of both encoders; None is the CPU.
+            dtype: Floating point type of both encoders, or its name; None is float32. The mixer is
+                in float32.
+            trainable: Whether the mixer goes on training, as do the saved adapter in use and the
+                saved captioner of the diffusion encoder.
+            options: Further keyword arguments of `DiffusionEncoder.from_pretrained`.
 
         Raises:
             BackboneError: The folder does not hold a whole fused encoder, or a model is missing.
@@ -267,8 +269,8 @@ class FusedEncoder(nn.Module):
         A frozen CLIP that was given by its name is saved by that; any other with its weights.
 
         Args:
-            folder: Where.
-            include_backbone: Write the weights of both models, see
+            folder: Folder to write to.
+            include_backbone: Whether to write the weights of both models, see
                 `DiffusionEncoder.save_pretrained`.
 
         Raises:
@@ -379,7 +381,7 @@ class FusedEncoder(nn.Module):
         """Tokens of pictures under their prompts.
 
         Args:
-            images: Of any kind, see `diffenc.inputs.images.to_pixel_values`.
+            images: Pictures of any kind, see `diffenc.inputs.images.to_pixel_values`.
             prompts: One text for all images or one for each, or texts encoded before; None is
                 unconditional.
 

@@ -52,9 +52,10 @@ class CrossAttnScorer(ConfiguredScorer):
     their noise and are batched. A score does not depend on what else is in the call.
 
     Attributes:
-        backbone: The model, a registered submodule.
-        config: What a score is.
-        use_cache: Remember latents, prompts and rows of frozen models that were computed before.
+        backbone: The text-to-image model, a registered submodule.
+        config: Options that define the score.
+        use_cache: Whether to remember latents, prompts and rows of frozen models that were computed
+            before.
 
     Example:
         >>> scorer = CrossAttnScorer.from_pretrained("shapes")
@@ -74,8 +75,8 @@ class CrossAttnScorer(ConfiguredScorer):
         Args:
             images: One or several pictures of any kind, see
                 `diffenc.inputs.images.to_pixel_values`.
-            texts: One or several.
-            seed: Of the noise; None takes the config's.
+            texts: One text or several.
+            seed: Seed of the noise; None takes the config's.
 
         Returns:
             Higher is better; float32, on the CPU wherever the model is.
@@ -97,8 +98,8 @@ class CrossAttnScorer(ConfiguredScorer):
 
         Args:
             images: Pictures.
-            texts: As many.
-            seed: Of the noise; None takes the config's.
+            texts: Texts, as many as images.
+            seed: Seed of the noise; None takes the config's.
 
         Raises:
             ShapeError: Another number of texts than of images.
@@ -130,11 +131,12 @@ class CrossAttnScorer(ConfiguredScorer):
 
         Args:
             images: Pictures.
-            texts: One or several.
-            trials: How many; trial k takes the noise of seed + k.
-            seed: Of the first trial; None takes the config's.
-            screen: Drop candidates that fall behind, half of them after each step, and score this
-                many to the end, exactly; None scores all.
+            texts: One text or several.
+            trials: Number of trials; trial k takes the noise of seed + k.
+            seed: Seed of the noise of the first trial; None takes the config's.
+            screen: Number of candidates that are scored at every step, and so exactly; after each
+                step the lower half of the candidates is dropped, until only this many are left.
+                None scores all candidates at every step.
             screen_over: Candidates are "texts" of an image, or "images" of a text.
 
         Raises:
@@ -195,12 +197,12 @@ class CrossAttnScorer(ConfiguredScorer):
         with. Never choose them on the items that a result is reported for.
 
         Args:
-            items: Each with some images and as many texts, image k fitting text k: two or more,
-                equally many in all.
-            seed: Of the noise; None takes the config's.
+            items: Pairs of images and texts, where text k fits image k: two or more of each, and
+                equally many in every item.
+            seed: Seed of the noise; None takes the config's.
 
         Returns:
-            The weights, of `layers`.
+            One weight per layer, in the order of `layers`.
 
         Raises:
             ShapeError: No item, or items of another shape.
@@ -238,7 +240,7 @@ class CrossAttnScorer(ConfiguredScorer):
                 "daam" all but the middle block's.
             heads: Indices of the heads that count; None takes all.
             timesteps: Noise levels; None takes the config's.
-            seed: Of the noise; None takes the config's.
+            seed: Seed of the noise; None takes the config's.
 
         Returns:
             Per word a map that lies over the picture, with it for a notebook.
