@@ -71,9 +71,9 @@ def reference_pixels(
     """Reference pictures of a config, none where it has no calibration.
 
     Args:
-        config: Of the scorer.
-        size: (height, width).
-        given: Pictures of the user.
+        config: Config of the scorer.
+        size: Size of the pictures in pixels, (height, width).
+        given: Reference pictures that the user gave to the scorer, or None.
 
     Raises:
         ConfigError: The config wants the user's, and there are none or others.

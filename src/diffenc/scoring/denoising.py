@@ -34,11 +34,11 @@ def denoising_scores(
 
     Args:
         backbone: The model.
-        latents: Of the images, without noise.
-        texts: One or several.
-        timesteps: Noise levels, scheduler steps.
-        seed: Of the noise.
-        batch_size: Texts per call of the U-Net.
+        latents: Latents of the images, without noise.
+        texts: One text or several.
+        timesteps: Noise levels, as scheduler steps.
+        seed: Seed of the noise.
+        batch_size: Number of texts per call of the U-Net.
 
     Returns:
         float32 scores on the CPU; 0 is the best there is.

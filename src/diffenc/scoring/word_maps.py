@@ -50,13 +50,14 @@ def word_maps(
 
     Args:
         backbone: The model.
-        latents: Of the images, without noise.
+        latents: Latents of the images, without noise.
         text: The prompt.
-        words: Words of it.
-        timesteps: Noise levels, scheduler steps.
-        layers: See `diffenc.denoiser.attention.match_layers`; None takes all.
+        words: Words of the prompt.
+        timesteps: Noise levels, as scheduler steps.
+        layers: Module paths of the layers, see `diffenc.denoiser.attention.match_layers`; None
+            takes all.
         heads: Indices of the heads that count; None takes all.
-        seed: Of the noise.
+        seed: Seed of the noise.
 
     Returns:
         float32 shares in [0, 1].
@@ -97,16 +98,16 @@ def daam_maps(
 
     Args:
         backbone: The model.
-        latents: Of the images, without noise.
+        latents: Latents of the images, without noise.
         text: The prompt.
-        words: Words of it.
-        timesteps: Noise levels, scheduler steps.
-        layers: See `diffenc.denoiser.attention.match_layers`; None takes DAAM's: all but the middle
-            block's, and of a square picture in another size than the model's own those alone
-            whose maps its code knows the scale of.
+        words: Words of the prompt.
+        timesteps: Noise levels, as scheduler steps.
+        layers: Module paths of the layers, see `diffenc.denoiser.attention.match_layers`. None
+            takes DAAM's: all but the middle block's; for a square picture in another size than the
+            model's own, only those whose maps DAAM's code knows the scale of.
         heads: Indices of the heads that count; None takes all.
-        seed: Of the noise.
-        grid: (height, width) of the maps; None is DAAM's, see `daam_grid`.
+        seed: Seed of the noise.
+        grid: Grid of the maps, (height, width); None is DAAM's, see `daam_grid`.
 
     Returns:
         float32, 0 or above.
