@@ -316,10 +316,11 @@ class Backbone(nn.Module):
 
         Args:
             texts: Prompts.
-            size: (height, width) of the pictures they go with, in pixels; SDXL reads it.
-            long_prompts: What exceeds the encoder's limit is cut and counted ("truncate"), or
-                encoded in windows that stand side by side ("chunk"); SDXL's pooled text is the
-                first window's.
+            size: Size of the pictures that the texts go with, (height, width) in pixels; only SDXL
+                reads it.
+            long_prompts: Treatment of texts beyond the encoder's limit: "truncate" cuts them and
+                counts what was cut; "chunk" encodes them in windows that stand side by side. SDXL's
+                pooled text is the first window's.
         """
         if long_prompts == "chunk":
             windows = [count_windows(each, texts) for each in self.tokenizers]
@@ -342,9 +343,9 @@ class Backbone(nn.Module):
         """Encode texts that were tokenized before, one row each; see `embed`.
 
         Args:
-            input_ids: Of the (first) tokenizer, padded to its limit.
-            attention_mask: 1 for a text's own tokens, 0 for padding.
-            size: As for `embed`.
+            input_ids: Token ids of the (first) tokenizer, padded to its limit.
+            attention_mask: Mask that is 1 for a text's own tokens and 0 for padding.
+            size: Size of the pictures in pixels, (height, width), as for `embed`.
         """
         # All tokenizers have the same words and pad with different ones.
         padding = attention_mask.to(input_ids.device) == 0
@@ -382,10 +383,10 @@ class Backbone(nn.Module):
         """Encode windows of token ids.
 
         Args:
-            ids: (windows, l) for each tokenizer.
-            counts: Windows of each text; they become one row.
-            truncated: How many tokens of each text were cut.
-            size: As for `embed`.
+            ids: Token ids for each tokenizer, (windows, l).
+            counts: Number of windows of each text; they become one row.
+            truncated: Number of tokens of each text that were cut.
+            size: Size of the pictures in pixels, (height, width), as for `embed`.
         """
 
     def embed_uncond(self, rule: Uncond | None, *, size: tuple[int, int]) -> PromptEmbeds:
@@ -394,7 +395,7 @@ class Backbone(nn.Module):
         Args:
             rule: "empty" encodes the empty text; "zeros" is what SDXL's own pipeline uses; None is
                 the model's own rule.
-            size: As for `embed`.
+            size: Size of the pictures in pixels, (height, width), as for `embed`.
         """
         embeds = self.embed([""], size=size)
         if (rule or self.uncond_rule) == "empty":

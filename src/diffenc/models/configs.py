@@ -128,8 +128,9 @@ class Architecture:
     """What a model's configs tell, without its weights.
 
     Attributes:
-        configs: Per part (unet, vae, text_encoder ..., scheduler), as JSON holds them.
-        own_taps: What the encoder reads by default; None is the family's `gdf` set.
+        configs: Config of each part (unet, vae, text_encoder ..., scheduler), as JSON holds it.
+        own_taps: Taps that the encoder reads by default; None takes those of the family's "gdf"
+            preset.
     """
 
     configs: dict[str, dict[str, Any]]

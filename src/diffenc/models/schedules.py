@@ -79,7 +79,7 @@ def check_schedule(scheduler: Any) -> None:
     """Raise a `BackboneError` unless a scheduler object counts steps of noise that diffenc knows.
 
     Args:
-        scheduler: Of diffusers.
+        scheduler: Scheduler object of diffusers.
     """
     config = getattr(scheduler, "config", {})
     where = f"the {type(scheduler).__name__}"

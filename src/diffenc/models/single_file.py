@@ -114,7 +114,8 @@ class SingleFile:
         """The alias whose configs describe this file.
 
         Args:
-            prediction_type: What the caller says that the U-Net predicts.
+            prediction_type: Prediction type that the caller states for the U-Net; it wins over the
+                file and the architecture. None reads the file's.
 
         Raises:
             ConfigError: Its weights could be of a model that predicts noise or of one that
@@ -140,8 +141,9 @@ class SingleFile:
         """The configs that the file is read by, with what it says of itself.
 
         Args:
-            architecture: Of a known model, or of a folder.
-            prediction_type: What the caller says that the U-Net predicts; it wins.
+            architecture: Architecture of a known model, or of a folder.
+            prediction_type: Prediction type that the caller states for the U-Net; it wins over the
+                file and the architecture. None reads the file's.
             chosen: Whether the caller chose the architecture.
 
         Raises:
@@ -168,10 +170,11 @@ class SingleFile:
         """The U-Net, the VAE or a text encoder, converted.
 
         Args:
-            name: "unet", "vae", "text_encoder" or "text_encoder_2".
-            told: The file's configs.
-            dtype: Of the weights.
-            keep_taps: See `load_unet`.
+            name: Name of the part: "unet", "vae", "text_encoder" or "text_encoder_2".
+            told: Configs that the file is read by.
+            dtype: Floating point type of the weights.
+            keep_taps: Module paths of the U-Net; what lies behind the last of them is left out.
+                None keeps all.
 
         Raises:
             BackboneError: The file lacks it, or its weights do not fit the configs.

@@ -54,8 +54,8 @@ def unet_state(source: "str | os.PathLike[str] | State", config: dict[str, Any])
     weights outside of it are left alone. The original layout (`input_blocks...`) is converted.
 
     Args:
-        source: File or state dict.
-        config: Of the `UNet2DConditionModel` that they belong to.
+        source: File that holds the weights, or a state dict.
+        config: Config of the `UNet2DConditionModel` that the weights belong to.
 
     Raises:
         BackboneError: No U-Net among them, or several.
