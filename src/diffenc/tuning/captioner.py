@@ -124,11 +124,12 @@ class CaptionerPart(nn.Module):
     def caption(self, images: Images, embeds: PromptEmbeds) -> PromptEmbeds:
         """Texts with the captioner's tokens added to them; without one, the texts.
 
-        Texts of several windows get them in the first; those of fewer states get the first ones.
+        Texts of several windows get the tokens in the first window; texts with fewer states get the
+        first tokens.
 
         Args:
-            images: One or several pictures.
-            embeds: A row for each.
+            images: One picture or several.
+            embeds: Encoded texts, one row for each picture.
         """
         if self.captioner is None:
             return embeds
