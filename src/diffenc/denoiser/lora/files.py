@@ -57,10 +57,11 @@ def save_lora(
     second, in which the scale alpha / rank is multiplied into the weights.
 
     Args:
-        unet: A U-Net with the adapter.
-        folder: Made where it does not exist.
-        name: Of the adapter.
-        origin: What else `read_origin` shall tell: plain values, such as the backbone's name.
+        unet: U-Net that has the adapter.
+        folder: Folder to write to; it is made where it does not exist.
+        name: Name of the adapter.
+        origin: Plain values, such as the backbone's name, that `read_origin` reads again; None is
+            none.
 
     Raises:
         ConfigError: There is no such adapter.
