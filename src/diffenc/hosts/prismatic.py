@@ -100,8 +100,8 @@ class PrismaticBackbone(nn.Module):
         """Tokens of pictures under the prompts that travel with them.
 
         Args:
-            pixel_values: Of the transform: a mapping with "pixel_values" and "prompt", or pictures
-                alone.
+            pixel_values: Output of the transform: a mapping with "pixel_values" and "prompt", or
+                pictures alone.
 
         Raises:
             ShapeError: A mapping without pictures.
@@ -122,11 +122,11 @@ def _nothing(module: nn.Module) -> bool:
 
 
 class PrismaticTransform:
-    """A picture to a mapping of tensors of one shape; the prompt is that of the `prompt_scope`.
+    """Converts a picture to tensors of one shape; the prompt is that of the `prompt_scope`.
 
     Args:
-        tower: Whose image processor and tokenizer are used.
-        resize: See `EncoderConfig.resize`.
+        tower: Tower whose image processor and tokenizer are used.
+        resize: How pictures are brought to the tower's size, see `EncoderConfig.resize`.
     """
 
     def __init__(self, tower: DiffusionVisionTower, resize: str) -> None:
@@ -140,8 +140,8 @@ class PrismaticTransform:
 
         Args:
             image: A PIL image.
-            prompt: None takes the scope's.
-            ignored: What the host passes.
+            prompt: Prompt of the picture; None takes the scope's.
+            ignored: Further arguments that the host passes.
         """
         pixel_values = self._process.preprocess(image, return_tensors="pt")[PIXELS][0]
         scope = current_scope()

@@ -30,9 +30,9 @@ class PromptTokens:
     """Tokenized prompts, one row each.
 
     Attributes:
-        ids: Of the model's (first) tokenizer, padded to its limit; int64.
-        mask: 1 for a prompt's own tokens, with its start and end, 0 for padding; int64. A row of
-            zeros is no prompt at all.
+        ids: Token ids of the model's (first) tokenizer, padded to its limit; int64.
+        mask: Mask that is 1 for a prompt's own tokens, its start and end included, and 0 for
+            padding; int64. A row of zeros is no prompt at all.
 
     Raises:
         PromptError: They are no two whole-number tensors (n l) of one shape.
@@ -171,11 +171,11 @@ def embed_tokens(
     which is another on SDXL.
 
     Args:
-        backbone: Whose text encoders are called.
-        tokens: One row or more.
-        size: (height, width) of the pictures, in pixels.
+        backbone: Model whose text encoders are called.
+        tokens: Tokenized prompts, one row or more.
+        size: Size of the pictures in pixels, (height, width).
         uncond: Rule of the unconditional embedding; None is the model's own.
-        use_cache: Look up and keep.
+        use_cache: Whether encoded prompts are looked up in the cache and kept there.
     """
     state = backbone.states().prompts if use_cache else None
     on_cpu, rule = tokens.to("cpu"), uncond or backbone.uncond_rule
@@ -253,9 +253,9 @@ def resolve_prompts(
     """Prompts of a call of a tower: those passed, else the scope's, else None (the null prompt).
 
     Args:
-        explicit: What was passed.
-        images: How many images the tower is shown, tiles counted one by one.
-        tokenizer: For texts.
+        explicit: Prompts that were passed; None takes those of the scope.
+        images: Number of images that the tower is shown, tiles counted one by one.
+        tokenizer: Tokenizer of the prompts that are texts.
 
     Returns:
         A row per image.

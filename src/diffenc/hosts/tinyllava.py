@@ -26,8 +26,8 @@ class TinyTowerConfig(PretrainedConfig):  # type: ignore[misc]  # untyped
     """What TinyLLaVA reads of a tower before it is built.
 
     Args:
-        spec: A tower's name; "" only for transformers' own blank instances.
-        kwargs: Of `PretrainedConfig`.
+        spec: Name of the tower; "" only for transformers' own blank instances.
+        kwargs: Further keyword arguments of `PretrainedConfig`.
     """
 
     model_type = "diffenc_tower"

@@ -20,8 +20,8 @@ class Registration:
     """What `register` did to a package.
 
     Attributes:
-        package: Its name.
-        specs: Of the towers that were built, the last one last.
+        package: Name of the package.
+        specs: Specs of the towers that were built, in the order in which they were built.
     """
 
     def __init__(self, package: str) -> None:

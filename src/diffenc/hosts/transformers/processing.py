@@ -70,12 +70,13 @@ class _MakesPrompts:
         """As the stock processor, with prompts for the tower.
 
         Args:
-            images: Of all samples, in order.
-            text: Of all samples, with an image token for each image.
-            args: As the stock processor's.
-            prompts: One for all samples or one for each, or one for each image; None leaves the
-                tower its null prompt. Those of samples without images are left out.
-            kwargs: As the stock processor's.
+            images: Images of all samples, in order.
+            text: Texts of all samples, with an image token for each image.
+            args: Further arguments of the stock processor.
+            prompts: Prompts for the tower: one for all samples, one for each, or one for each
+                image. None leaves the tower its null prompt. Prompts of samples without images are
+                left out.
+            kwargs: Further keyword arguments of the stock processor.
 
         Returns:
             What the stock processor makes, with `prompt_input_ids` and `prompt_attention_mask`,
@@ -148,14 +149,16 @@ class DiffEncLlavaProcessor(_MakesPrompts, LlavaProcessor):  # type: ignore[misc
 
     Args:
         image_processor: A `DiffEncImageProcessor`.
-        tokenizer: Of the language model.
-        patch_size: `DiffEncConfig.patch_size`.
-        vision_feature_select_strategy: "full": there is no class token to take away.
-        chat_template: As `LlavaProcessor`.
-        image_token: As `LlavaProcessor`.
-        num_additional_image_tokens: As `LlavaProcessor`; 0 for one encoder.
-        prompt_model: The model of the spec, whose tokenizer reads the prompts.
-        kwargs: As `LlavaProcessor`.
+        tokenizer: Tokenizer of the language model.
+        patch_size: Image pixels per side of a token: `DiffEncConfig.patch_size`.
+        vision_feature_select_strategy: Choice of the image tokens: "full", as there is no class
+            token to take away.
+        chat_template: Chat template, as for `LlavaProcessor`.
+        image_token: Token that stands for an image, as for `LlavaProcessor`.
+        num_additional_image_tokens: Number of tokens of an image beside its patches, as for
+            `LlavaProcessor`; 0 for one encoder.
+        prompt_model: Name of the model of the spec, whose tokenizer reads the prompts.
+        kwargs: Further keyword arguments of `LlavaProcessor`.
     """
 
 

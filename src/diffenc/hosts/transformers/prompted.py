@@ -155,10 +155,10 @@ class TakesPrompts:
         return False
 
     def tiles(self, arguments: dict[str, Any]) -> list[int] | None:
-        """Tiles of each image that `get_image_features` shows to the tower; None has one each.
+        """Number of tiles per image that `get_image_features` shows the tower; None is one each.
 
         Args:
-            arguments: Of `get_image_features`, by name.
+            arguments: Arguments of `get_image_features`, by name.
         """
         return None
 
