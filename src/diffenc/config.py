@@ -49,17 +49,18 @@ class EncoderConfig:
             clean at that timestep (CleanDIFT's way).
         size: Side of the square that images are brought to, or (height, width), in pixels; None
             takes the backbone's own.
-        resize: "squash" ignores the aspect ratio, "crop" keeps the middle, in the same pixels as
-            torchvision's `Resize` and `CenterCrop`, "pad" adds grey, "none" keeps the size and pads
-            to a multiple of what the model needs.
-        conditioning: What `extract` and the tokens hold by default; None is "cond" with prompts
-            and "uncond" without.
+        resize: Way in which images are brought to `size`: "squash" ignores the aspect ratio; "crop"
+            keeps the middle, in the same pixels as torchvision's `Resize` and `CenterCrop`; "pad"
+            adds grey; "none" keeps the size and pads to a multiple of what the model needs.
+        conditioning: Conditioning of what `extract` and the tokens hold by default; None is "cond"
+            with prompts and "uncond" without.
         guidance_scale: Guidance scale s in f_u + s (f_c - f_u), where f_u and f_c are the
             unconditional and the conditional features; read by "cfg" alone.
         seed: Seed of the noise tensors, which all images, prompts and halves share.
-        posterior: How latents are taken from the VAE's posterior: its "mode", or a seeded "sample".
-        uncond: Which embedding is "unconditional": "zeros", "empty" (the empty text's), or None
-            for the model's own rule.
+        posterior: Way in which latents are taken from the VAE's posterior: its "mode", or a seeded
+            "sample".
+        uncond: Unconditional embedding: "zeros", "empty" (the empty text's), or None for the
+            model's own rule.
         long_prompts: Treatment of prompts beyond the text encoder's limit: "truncate" cuts them,
             and the result says by how much; "chunk" encodes them in several windows whose states
             stand side by side.
@@ -149,7 +150,7 @@ def described(name: str, facts: Mapping[str, object], config: Any = None) -> str
 
     Args:
         name: Name of the object's class.
-        facts: Names and values; of long tuples the middle is left out.
+        facts: Names and values to show; of long tuples the middle is left out.
         config: A dataclass; its fields beyond the facts are shown where they were changed.
     """
     shown = dict(facts)

@@ -167,8 +167,8 @@ class DiffusionEncoder(TrainableParts):
                 fastest.
             architecture: Alias or folder whose configs describe the model; read for a single file
                 alone.
-            prediction_type: What the U-Net predicts, where the model itself does not say so; see
-                `load_backbone`.
+            prediction_type: Kind of the U-Net's prediction, where the model itself does not state
+                it; see `load_backbone`.
             variant: Word in the names of the weight files, such as "fp16"; see `load_backbone`.
             unet: Replacement for the model's own U-Net: a model, a state dict, or a `.safetensors`
                 file.
@@ -267,9 +267,9 @@ class DiffusionEncoder(TrainableParts):
         when it is read.
 
         Args:
-            folder: See `diffenc.models.encoder_folder` for what lies where.
-            include_backbone: Write the backbone's weights too, in its dtype, as a diffusers folder;
-                the result needs nothing else, but for a captioner's CLIP.
+            folder: Folder to write to; see `diffenc.models.encoder_folder` for what lies where.
+            include_backbone: Whether to write the backbone's weights too, in its dtype, as a
+                diffusers folder; the result then needs nothing else, except for a captioner's CLIP.
 
         Raises:
             OutputError: The folder cannot be written.
@@ -408,12 +408,13 @@ class DiffusionEncoder(TrainableParts):
             prompts: One text for all images or one for each, or texts encoded before; "" is a text
                 too. None is no prompt: unconditional, or the captioner's tokens alone where there
                 is a captioner.
-            conditioning: "uncond" and "cond" run the U-Net once per image, "cfg" and "concat"
-                run both halves in one fused call; None takes the config's, which is "cond" with
-                prompts or a captioner and "uncond" without.
-            guidance_scale: s of f_u + s (f_c - f_u), for "cfg"; None takes the config's.
-            output: "features" is a mapping by tap; "list" gives the maps alone, from fine to
-                coarse, as timm's `features_only` and heads for several scales have it.
+            conditioning: Conditioning of the features. "uncond" and "cond" run the U-Net once per
+                image, "cfg" and "concat" run both halves in one fused call. None takes the
+                config's, which is "cond" with prompts or a captioner and "uncond" without.
+            guidance_scale: Guidance scale s in f_u + s (f_c - f_u), for "cfg"; None takes the
+                config's.
+            output: Form of the result: "features" is a mapping by tap; "list" gives the maps alone,
+                from fine to coarse, as timm's `features_only` and heads for several scales have it.
 
         Returns:
             One map (b, channels, h, w) per tap, in tap order; (b, timesteps, channels, h, w) where

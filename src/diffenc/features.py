@@ -84,7 +84,7 @@ class Features(Mapping[str, Tensor]):
         """The same pass in another conditioning, in memory of its own.
 
         Args:
-            conditioning: "uncond", "cond", "cfg" or "concat".
+            conditioning: Conditioning of the result: "uncond", "cond", "cfg" or "concat".
             guidance_scale: Scale for "cfg"; None keeps this object's.
 
         Raises:

@@ -86,22 +86,23 @@ class FusedEncoder(nn.Module):
             transformers, a `ClipTokens`, or a name: a folder, a Hub id, or "shapes-clip".
         diffusion: A `DiffusionEncoder`, or a name or a pipeline that
             `DiffusionEncoder.from_pretrained` takes.
-        how: "channel" concatenates the channels of each cell, "tokens" sets CLIP's tokens before
-            the others, "interleave" sets a cell's two tokens side by side: CLIP's first, cell by
-            cell (MMVP's mixture of features). "cross_attention": one stream's tokens attend to the
-            other's, and training begins from the first alone. "add", "weighted" (by one number) and
-            "gated" (CLIP, and the other through a gate per channel that begins at zero) are sums;
-            "token_gated" weighs the two per token and channel by a gate that reads both, and
-            "question_gated" by one that reads the prompt too.
+        how: Way in which the two are joined. "channel" concatenates the channels of each cell,
+            "tokens" sets CLIP's tokens before the others, "interleave" sets a cell's two tokens
+            side by side: CLIP's first, cell by cell (MMVP's mixture of features). In
+            "cross_attention" one stream's tokens attend to the other's, and training begins from
+            the first alone. "add", "weighted" (by one number) and "gated" (CLIP, and the other
+            through a gate per channel that begins at zero) are sums; "token_gated" weighs the two
+            per token and channel by a gate that reads both, and "question_gated" by one that reads
+            the prompt too.
         image_processor: Image processor of a CLIP that is given as an object; None loads it from
             where the object was loaded. A CLIP given by name brings its own.
         layer: Index of the hidden state of CLIP that is read; -2 is the penultimate.
         grid: Side, or (height, width), of the token grid to which both encoders are resampled: by
             means where the grid is coarser, bilinearly where it is finer. None is CLIP's own grid;
             with "tokens" and "cross_attention" it leaves each encoder its own.
-        view: "same" shows CLIP the part of a picture that the diffusion encoder sees, so that cells
-            correspond; "own" leaves that to the image processor, which cuts CLIP's pictures to a
-            square. Square pictures go to the image processor as they are.
+        view: Part of a picture that CLIP sees. "same" shows it the part that the diffusion encoder
+            sees, so that cells correspond; "own" leaves that to the image processor, which cuts
+            CLIP's pictures to a square. Square pictures go to the image processor as they are.
         freeze_clip: Whether CLIP is frozen. Otherwise its weights before `layer` require a
             gradient.
         mixing: Options of the mixer, or a mixer that has them, for values of `how` that mix by

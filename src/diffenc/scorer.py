@@ -97,7 +97,7 @@ class CrossAttnScorer(ConfiguredScorer):
         """Score image k under text k alone.
 
         Args:
-            images: Pictures.
+            images: Pictures of any kind, see `diffenc.inputs.images.to_pixel_values`.
             texts: Texts, as many as images.
             seed: Seed of the noise; None takes the config's.
 
@@ -130,7 +130,7 @@ class CrossAttnScorer(ConfiguredScorer):
         """Score every image under every text, several times with other noise.
 
         Args:
-            images: Pictures.
+            images: Pictures of any kind, see `diffenc.inputs.images.to_pixel_values`.
             texts: One text or several.
             trials: Number of trials; trial k takes the noise of seed + k.
             seed: Seed of the noise of the first trial; None takes the config's.
@@ -232,14 +232,15 @@ class CrossAttnScorer(ConfiguredScorer):
 
         Args:
             image: A picture of any kind.
-            text: The prompt.
-            words: Words of it, or several in a row as one ("red circle"); None takes every word.
-            preset: None is the share of a cell's attention that the word gets, mean over heads,
-                layers and timesteps; "daam" is that program's definition.
+            text: Prompt that the picture is read under.
+            words: Words of the prompt, or several in a row as one ("red circle"); None takes every
+                word.
+            preset: Name of the definition: "daam" is that program's. None is the share of a cell's
+                attention that the word gets, mean over heads, layers and timesteps.
             layers: Module paths of cross-attentions or of blocks around them; None takes all, for
                 "daam" all but the middle block's.
             heads: Indices of the heads that count; None takes all.
-            timesteps: Noise levels; None takes the config's.
+            timesteps: Noise levels, as scheduler steps; None takes the config's.
             seed: Seed of the noise; None takes the config's.
 
         Returns:
@@ -309,16 +310,17 @@ class CrossAttnScorer(ConfiguredScorer):
         interrupted. One program writes to a folder at a time.
 
         Args:
-            images: Pictures.
-            folder: New or empty, or one where such a call was interrupted.
-            names: Names of the images, no two alike; None takes their paths, or counts.
-            dtype: Floating point type of what is kept: float32, float16 or bfloat16.
-            shard_bytes: About how large one file may become.
-            skip_broken: Leave out pictures that cannot be read, and name them in the bank's
-                `skipped`.
-            overwrite: Begin anew where the folder holds a bank, or one that was begun.
-            progress: Called with the number of images that are done; first, in a folder where the
-                call was interrupted, with how many were done before.
+            images: Pictures of any kind, see `diffenc.inputs.images.to_pixel_values`.
+            folder: Folder to write to: new or empty, or one where such a call was interrupted.
+            names: Names of the images, no two alike; None takes their paths, and for images without
+                a path their place in the list.
+            dtype: Floating point type of the stored queries: float32, float16 or bfloat16.
+            shard_bytes: Approximate largest size of one file, in bytes.
+            skip_broken: Whether to leave out pictures that cannot be read, and name them in the
+                bank's `skipped`.
+            overwrite: Whether to begin anew where the folder holds a bank, or one that was begun.
+            progress: Function that is called with the number of images that are done; first, in a
+                folder where the call was interrupted, with the number that was done before.
 
         Raises:
             ConfigError: A config that scores by more than attention, names that are no texts or
