@@ -17,7 +17,7 @@ class References:
     """Pictures given by the user, in bytes, so that what is saved is what was used.
 
     Attributes:
-        pictures: RGB, 0 to 255.
+        pictures: Pictures in RGB, 0 to 255.
 
     Raises:
         ShapeError: There are none, or they are no such pictures.

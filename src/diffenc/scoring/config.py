@@ -32,12 +32,13 @@ class ScorerConfig:
 
     Attributes:
         attention: Whether there is an attention part.
-        layers: "all" cross-attentions, the "discffusion" set (of the last down block with
-            attention, the middle and the last up block, the last block of each transformer), or a
-            tuple of module paths.
+        layers: Cross-attentions that are read: "all", the "discffusion" set (of the last down block
+            with attention, the middle and the last up block, the last block of each transformer),
+            or a tuple of module paths.
         layer_weights: Weights of the layers, one each, in the order in which the layers run; None
             weighs all alike.
-        space: What is pooled: the "logits" (q·k / sqrt(d)), or "probs", their softmax over tokens.
+        space: Values that are pooled: the "logits" (q·k / sqrt(d)), or "probs", their softmax over
+            tokens.
         lse_axis: Axes of the log-sum-exp. "tokens" takes it over tokens, then the mean over cells;
             "pixels" takes it over cells, then the mean over tokens; "both" takes it over all.
         lse_lambda: Factor λ in (1/λ) log Σ exp(λ a); a large one approaches the maximum.
@@ -51,12 +52,14 @@ class ScorerConfig:
         timesteps: Noise levels, as scheduler steps.
         draws: Number of noise tensors per timestep.
         seed: Seed of the noise, which all images, texts and halves share.
-        posterior: How latents are taken from the VAE's posterior: its "mode", or a seeded "sample".
-        uncond: Which embedding is "unconditional"; None is the model's own rule.
+        posterior: Way in which latents are taken from the VAE's posterior: its "mode", or a seeded
+            "sample".
+        uncond: Unconditional embedding: "zeros", "empty" (the empty text's), or None for the
+            model's own rule.
         long_prompts: Treatment of texts that are longer than the text encoder reads: "truncate"
             cuts them, with one warning; "chunk" reads them in windows side by side.
-        mode: How often the U-Net runs: "exact" runs it under each text; "shared-query" runs it once
-            per image and noise, under `query_prompt`, and matches its queries with the keys of
+        mode: Way in which the U-Net runs: "exact" runs it under each text; "shared-query" runs it
+            once per image and noise, under `query_prompt`, and matches its queries with the keys of
             every text.
         query_prompt: Prompt of the one pass of "shared-query"; the empty text is encoded, never
             replaced by zeros.
@@ -68,7 +71,7 @@ class ScorerConfig:
             `calibrate`.
         size: Side of the square that images are brought to, or (height, width), in pixels; None
             takes the backbone's own.
-        resize: How images are brought to `size`, see `EncoderConfig.resize`.
+        resize: Way in which images are brought to `size`, see `EncoderConfig.resize`.
         batch_size: Largest number of rows (images x texts x timesteps x draws) per call of the
             U-Net.
     """
@@ -196,7 +199,8 @@ def discffusion_timesteps(steps: int) -> tuple[int, ...]:
     """Noise levels of Discffusion's released code, which are those of the paper for 5 steps.
 
     Args:
-        steps: Its `sampling_steps`, 1 to 1000; for some numbers it gives one less.
+        steps: Value of that code's `sampling_steps`, 1 to 1000; for some values one noise level
+            fewer is given.
 
     Raises:
         ConfigError: Out of range.
@@ -244,7 +248,8 @@ def itm_timesteps(steps: int) -> tuple[int, ...]:
     """Noise levels of DiffusionITM's released code.
 
     Args:
-        steps: Its `sampling_steps`, 1 to 1000; for large numbers it gives fewer.
+        steps: Value of that code's `sampling_steps`, 1 to 1000; for large values fewer noise levels
+            are given.
 
     Raises:
         ConfigError: Out of range.
@@ -320,8 +325,8 @@ def scorer_preset(name: str) -> dict[str, Any]:
     What each follows, and where it differs from what was released, stands in the guide on scores.
 
     Args:
-        name: "paper", "calibrated", "discffusion", "diffusion-classifier", "diffusion-itm" or
-            "denoising-gap".
+        name: Name of the preset: "paper", "calibrated", "discffusion", "diffusion-classifier",
+            "diffusion-itm" or "denoising-gap".
 
     Raises:
         ConfigError: No such preset.

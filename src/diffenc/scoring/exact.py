@@ -28,10 +28,11 @@ def exact_scores(
 
     Args:
         inputs: Pictures and texts.
-        wanted: Which pairs; nothing else is computed but the unconditional rows that they need.
-        steps: (timestep, draw).
-        mix: What the attention parts of the layers are multiplied by.
-        memory: Rows that were computed before.
+        wanted: Mask of the pairs that are scored; nothing else is computed but the unconditional
+            rows that they need.
+        steps: Steps, each a (timestep, draw).
+        mix: Weights with which the attention parts of the layers are multiplied.
+        memory: Cache of rows that were computed before.
 
     Returns:
         float32 on the CPU; NaN where not wanted.

@@ -110,7 +110,7 @@ def encode_inputs(
 
     Args:
         backbone: The model.
-        pixel_values: RGB in [-1, 1].
+        pixel_values: Pictures in RGB, in [-1, 1].
         texts: One or more; where the config needs the unconditional half, None is added.
         config: Config of the scorer.
         seed: Seed of the noise.

@@ -34,7 +34,7 @@ def read_statistics(
         timesteps: Scheduler steps, one per row.
         prompt_embeds: Encoded texts, one row per row of latents.
         attentions: Cross-attentions to score by, by module path; may be empty.
-        pooling: How the products of queries and keys are pooled.
+        pooling: Way in which the products of queries and keys are pooled.
         mask: Mask of the tokens that count, per row; None counts all.
         predict: Whether the noise is predicted too; otherwise the pass ends at the last attention.
 

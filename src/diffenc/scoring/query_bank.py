@@ -62,10 +62,10 @@ class QueryBank:
     reference images that it was built with. `CrossAttnScorer.build_index` writes one.
 
     Attributes:
-        folder: Folder that it lies in.
+        folder: Folder that the bank lies in.
         backbone: The model.
-        config: Config of the scorer that built it.
-        names: Names of its images, no two alike.
+        config: Config of the scorer that built the bank.
+        names: Names of the bank's images, no two alike.
         skipped: Name of and reason for each broken image that was left out.
 
     Example:

@@ -103,7 +103,7 @@ def late_queries(
 
     Args:
         inputs: Pictures.
-        places: Which ones, at which steps.
+        places: Places to read: indices of pictures and steps.
         steps: Steps, each a (timestep, draw).
         memory: Cache of queries that were read before.
     """
@@ -158,7 +158,7 @@ def score_queries(
         queries: Queries of each row, one entry per layer.
         attentions: Cross-attentions, in the order of the queries.
         embeds: Embeddings of the texts.
-        pooling: How the products of queries and keys are pooled.
+        pooling: Way in which the products of queries and keys are pooled.
         mix: Weights with which the scores of the layers are multiplied.
         mask: Mask of the tokens that count, per text; None counts all.
         wanted: Mask of the pairs that are scored; the others stay NaN.

@@ -155,7 +155,7 @@ def daam_grid(backbone: Backbone, size: tuple[int, int]) -> tuple[int, int]:
 
     Args:
         backbone: The model.
-        size: (height, width) of the latents.
+        size: Size of the latents, (height, width).
     """
     cells, shorter = _daam_cells(backbone), min(size)
     return size if cells is None else (cells * size[0] // shorter, cells * size[1] // shorter)
