@@ -106,8 +106,8 @@ def load_backbone(
             is neither loaded nor run. None loads everything.
         architecture: Alias or diffusers folder whose configs describe a single file, where the file
             does not show that itself.
-        prediction_type: What the U-Net predicts: "epsilon", "v_prediction" or "sample". None takes
-            what the file or the folder says; another value wins over both.
+        prediction_type: Kind of the U-Net's prediction: "epsilon", "v_prediction" or "sample". None
+            takes what the file or the folder says; another value wins over both.
         channels_last: Memory format of convolutions; None takes what was measured to be fastest,
             see `diffenc.models.memory_format`, and leaves a pipeline and a `Backbone` as is.
         variant: Word in the names of a folder's weight files, such as "fp16" or "non_ema"; a part
@@ -302,11 +302,12 @@ def describe(
     """What a model's configs tell, without its weights; for aliases without network too.
 
     Args:
-        name: As for `load_backbone`.
-        architecture: As for `load_backbone`.
-        prediction_type: As for `load_backbone`.
-        unet: As for `load_backbone`; a module's config counts.
-        vae: As for `load_backbone`.
+        name: Name of the model, as for `load_backbone`.
+        architecture: Alias or folder whose configs describe a single file, as for `load_backbone`.
+        prediction_type: Kind of the U-Net's prediction, as for `load_backbone`.
+        unet: Replacement for the model's own U-Net, as for `load_backbone`; a module's config
+            counts.
+        vae: Replacement for the model's own VAE, as for `load_backbone`.
 
     Raises:
         BackboneError: See `load_backbone`.
@@ -391,7 +392,7 @@ def list_taps(name: Any) -> tuple[TapInfo, ...]:
     """Every readable place of a model's U-Net, without its weights.
 
     Args:
-        name: As for `load_backbone`.
+        name: Name of the model, as for `load_backbone`.
 
     Raises:
         BackboneError: See `load_backbone`.

@@ -45,8 +45,8 @@ class Caches:
     """What a backbone remembers, each bounded in bytes.
 
     Attributes:
-        latents: Per picture: 64 KB for 512 pixels.
-        prompts: Per text: 0.3 MB for SD 2.1 in float32.
+        latents: Latents of each picture: 64 KB for 512 pixels.
+        prompts: Embeddings of each text: 0.3 MB for SD 2.1 in float32.
         features: Unconditional maps per picture, noise and set of taps, on the U-Net's device.
     """
 
@@ -142,7 +142,7 @@ class Backbone(nn.Module):
         vae: Autoencoder.
         scheduler: Holder of `alphas_cumprod` and of the prediction type.
         default_size: Side of the square that images are brought to, in pixels.
-        default_taps: What the encoder reads when nothing else is asked for.
+        default_taps: Taps that the encoder reads when none are asked for.
         given: Parts that are not the named model's own: their paths, None for objects.
         variant: Variant of the weight files that was requested, see `load_backbone`.
         caches: Latents, prompts and unconditional features that were computed before.
@@ -232,10 +232,10 @@ class Backbone(nn.Module):
         """Call the denoiser in its dtype and on its device.
 
         Args:
-            noisy_latents: Rows.
-            timesteps: Scheduler step of all rows, or one each.
-            prompt_embeds: One row for all, or one each.
-            run: Called in the denoiser's place: the same, compiled.
+            noisy_latents: Noisy latents, one per row.
+            timesteps: Scheduler steps: one for all rows, or one each.
+            prompt_embeds: Encoded texts: one row for all latents, or one each.
+            run: Compiled denoiser that is called in the denoiser's place; None calls the denoiser.
 
         Raises:
             ConfigError: Something was done to the denoiser that calls would pass by.
@@ -393,8 +393,8 @@ class Backbone(nn.Module):
         """The unconditional embedding, one row.
 
         Args:
-            rule: "empty" encodes the empty text; "zeros" is what SDXL's own pipeline uses; None is
-                the model's own rule.
+            rule: Rule of the embedding: "empty" encodes the empty text; "zeros" is what SDXL's own
+                pipeline uses; None is the model's own rule.
             size: Size of the pictures in pixels, (height, width), as for `embed`.
         """
         embeds = self.embed([""], size=size)

@@ -85,9 +85,9 @@ def check_config(config: dict[str, Any], part: str, folder: StrPath) -> dict[str
     """The config of a part, if a model that diffenc reads can be built of it.
 
     Args:
-        config: Content of its JSON file.
-        part: "unet", "vae", "scheduler", "text_encoder" or "text_encoder_2".
-        folder: The model's, for messages.
+        config: Content of the part's JSON file.
+        part: Name of the part: "unet", "vae", "scheduler", "text_encoder" or "text_encoder_2".
+        folder: Folder of the model, for messages.
 
     Returns:
         The same values; of a whole CLIP, those of its text half.

@@ -199,9 +199,9 @@ def part_variants(
     """The variant to read of each part: the requested one where it has that, else None.
 
     Args:
-        folder: The model's.
-        parts: Names of its parts with weights.
-        variant: The requested one; None requests none.
+        folder: Folder of the model.
+        parts: Names of the model's parts that have weights.
+        variant: Variant that is requested; None requests none.
         listing: Paths of all files relative to the folder; None looks there.
 
     Raises:

@@ -223,8 +223,8 @@ def fitting_tokenizer(tokenizer: Any, text_encoder: Any, pad_token: str | None =
 
     Args:
         tokenizer: A `CLIPTokenizer`.
-        text_encoder: Its `config` tells how many tokens it reads.
-        pad_token: What the model was trained with; None is the tokenizer's own.
+        text_encoder: Text encoder, whose `config` tells how many tokens it reads.
+        pad_token: Token that the model was trained to pad with; None is the tokenizer's own.
     """
     limit = getattr(text_encoder.config, "max_position_embeddings", tokenizer.model_max_length)
     pad_token = tokenizer.pad_token if pad_token is None else pad_token

@@ -52,7 +52,8 @@ def make_scheduler(config: Mapping[str, Any], *, where: str = "the config of the
     """The noise schedule of a config, whatever sampler it names.
 
     Args:
-        config: As JSON holds it. Without a `_class_name` it has to state its betas.
+        config: Config of the scheduler, as JSON holds it. Without a `_class_name` it has to state
+            its betas.
         where: Place of the config, for messages.
 
     Raises:

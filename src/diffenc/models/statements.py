@@ -47,11 +47,14 @@ class Statements:
     """What a file says of its model.
 
     Attributes:
-        where: The file, for messages.
-        predictions: What the U-Net predicts: "epsilon", "v_prediction", "sample", or another word.
-        zero_snr: Whether the last step is noise alone.
-        kinds: "sd1.5", "sd2.1" or "sdxl", or the word for another model.
-        encoder_layers: Which layer of the text encoder the U-Net reads, 1 being the last.
+        where: Name of the file, for messages.
+        predictions: Claims about the U-Net's prediction: "epsilon", "v_prediction", "sample", or
+            another word.
+        zero_snr: Claims about whether the last step is noise alone.
+        kinds: Claims about the kind of the model: "sd1.5", "sd2.1" or "sdxl", or the word for
+            another model.
+        encoder_layers: Claims about the layer of the text encoder that the U-Net reads, 1 being the
+            last.
     """
 
     where: str

@@ -120,7 +120,7 @@ def check_configs(configs: Mapping[str, Mapping[str, Any]], where: str) -> None:
     """Raise a `BackboneError` that names the first field of a part which asks for more.
 
     Args:
-        configs: Per part, as JSON holds it.
+        configs: Config of each part, as JSON holds it.
         where: Name of the model, for messages.
     """
     for part, known in (("unet", _CLASSES["unet"]), ("vae", _CLASSES["vae"])):
