@@ -156,7 +156,7 @@ class DiffusionVLM(PictureInputs):
         """Write projector, encoder and options, and the language model by its name or whole.
 
         Args:
-            folder: See `diffenc.mllm.model_folder` for what lies where.
+            folder: Folder to write to; see `diffenc.mllm.model_folder` for what lies where.
             include_language_model: Whether to write the language model's weights too. None writes
                 them where they were trained or have no name to be found by. A LoRA adapter is
                 written in any case.
@@ -210,12 +210,14 @@ class DiffusionVLM(PictureInputs):
 
         Args:
             input_ids: Token ids with `diffenc.mllm.chat.IMAGE_ID` for each picture, padded.
-            attention_mask: 0 where padding stands; None is no padding.
-            images: Per sample one picture, several, or none.
-            prompts: The encoder's, per sample: all pictures of a sample share it.
-            labels: As `input_ids`, `IGNORE_ID` where nothing is learnt.
-            image_tokens: What `encode_images` gave for every picture in order, instead of `images`.
-            num_items_in_batch: By which the summed loss is divided; None is the number of labels.
+            attention_mask: Mask that is 0 where padding stands; None is no padding.
+            images: Pictures of each sample: one, several, or none.
+            prompts: Prompts of the encoder, one per sample; all pictures of a sample share it.
+            labels: Labels in the shape of `input_ids`, `IGNORE_ID` where nothing is learnt.
+            image_tokens: Tokens that `encode_images` gave for every picture in order, in place of
+                `images`.
+            num_items_in_batch: Number by which the summed loss is divided; None is the number of
+                labels.
 
         Returns:
             transformers' `CausalLMOutput`. Its logits count the pictures' tokens too.

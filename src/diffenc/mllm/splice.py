@@ -17,9 +17,9 @@ class Spliced:
     """What a language model gets in place of token ids.
 
     Attributes:
-        inputs_embeds: (b, l, d); zeros where nothing stands.
-        attention_mask: (b, l); 1 where something stands.
-        labels: (b, l), or None where there were none.
+        inputs_embeds: Embeddings (b, l, d); zeros where nothing stands.
+        attention_mask: Mask (b, l) that is 1 where something stands.
+        labels: Labels (b, l); None where there were none.
     """
 
     inputs_embeds: Float[Tensor, "b l d"]

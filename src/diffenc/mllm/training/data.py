@@ -106,9 +106,9 @@ def read_samples(
         annotations: JSON with a list, or JSON lines: ``id``, ``image`` (a name, several, or none),
             ``conversations``, and optionally ``captions``.
         images: Folder that names of pictures are relative to.
-        limit: Look at the first records alone.
-        policy: Asked for a prompt of each sample, so that one that lacks a question or a caption is
-            found now.
+        limit: Number of records that are looked at, from the first on; None is all.
+        policy: Policy that is asked for a prompt of each sample, so that a sample that lacks a
+            question or a caption is found now.
         left_out: Indices of the records of these samples in the annotations.
 
     Raises:
@@ -154,10 +154,11 @@ def check_pictures(
     """Samples all of whose pictures can be decoded as a whole; the others go into the report.
 
     Args:
-        samples: What `read_samples` found.
-        report: Its report, which is brought up to date.
-        workers: Threads that decode.
-        progress: Called with the pictures that were looked at, and with how many there are.
+        samples: Samples that `read_samples` found.
+        report: Report of `read_samples`, which is brought up to date.
+        workers: Number of threads that decode.
+        progress: Function that is called with the number of pictures looked at so far, and with the
+            number of all.
     """
     paths = list(dict.fromkeys(path for sample in samples for path in sample.images))
     if not paths:
@@ -380,7 +381,7 @@ class BrokenLine:
     """A line of a JSON-lines file that holds no object.
 
     Attributes:
-        place: Its number, and what is wrong with it.
+        place: Number of the line, and what is wrong with it.
     """
 
     place: str
