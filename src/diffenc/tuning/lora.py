@@ -187,11 +187,11 @@ class LoraPart(nn.Module):
         as those of self-attention.
 
         Args:
-            folder: With `adapter_config.json` and `adapter_model.safetensors`.
-            name: Under which it is known from now on.
-            trainable: Whether it goes on training.
-            other_taps: Take an adapter that was trained with other taps, as long as all of it has
-                an effect on these.
+            folder: Folder with `adapter_config.json` and `adapter_model.safetensors`.
+            name: Name of the adapter from now on.
+            trainable: Whether the adapter goes on training.
+            other_taps: Whether to take an adapter that was trained with other taps, as long as all
+                of it has an effect on these.
 
         Raises:
             BackboneError: The folder holds no whole adapter, or one for another backbone or for
