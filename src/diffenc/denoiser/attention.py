@@ -39,8 +39,8 @@ class CrossAttnTaps:
         layers: Names of `cross_attention_layers`, or of modules around them ("up_blocks.1"); None
             reads all.
         tokens: Positions in the prompt, the start token being 0, for every row of the batch.
-        merge_heads: Take the mean over heads; otherwise maps have an axis of heads after the
-            tokens.
+        merge_heads: Whether to take the mean over heads; otherwise maps have an axis of heads after
+            the tokens.
 
     Raises:
         TapError: No cross-attention by that name.
@@ -141,8 +141,8 @@ class PairedOutputs:
 
         Args:
             name: Path of the attention.
-            part: "query" or "key".
-            read: Gets both, once both are there.
+            part: Part that the projection makes: "query" or "key".
+            read: Function that gets the query and the key, once both are there.
         """
 
         def keep(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
@@ -163,8 +163,8 @@ def check_read(attentions: Mapping[str, Any], read: Container[str]) -> None:
     """Raise a `TapError` that says why attentions were not read.
 
     Args:
-        attentions: By module path.
-        read: Paths of those that were.
+        attentions: Attentions, by module path.
+        read: Module paths of the attentions that were read.
     """
     if missing := [name for name in attentions if name not in read]:
         processor = type(getattr(attentions[missing[0]], "processor", None)).__name__
@@ -192,8 +192,8 @@ def head_maps(
         key: Projected tokens, heads side by side.
         tokens: Positions on `l`; the softmax runs over all of `l`.
         heads: Number of heads.
-        scale: Factor of the scores.
-        present: Tokens that the U-Net sees; the others get nothing. None is all.
+        scale: Factor by which the products of queries and keys are multiplied.
+        present: Mask of the tokens that the U-Net sees; the others get no attention. None is all.
 
     Raises:
         ShapeError: A position lies behind the last token.
@@ -214,9 +214,9 @@ def keep_present(attn: nn.Module, kept: dict[str, Tensor | None], name: str) -> 
     """Note which tokens a cross-attention sees, whenever it runs: (b l), or None for all.
 
     Args:
-        attn: An `attn2`.
-        kept: Gets the tokens.
-        name: Under which.
+        attn: Cross-attention module, an `attn2`.
+        kept: Mapping that the tokens are put into.
+        name: Key of the tokens in `kept`.
 
     Returns:
         The handle that removes the hook.

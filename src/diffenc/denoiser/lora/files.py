@@ -122,8 +122,8 @@ def load_lora(
 
     Args:
         unet: A `UNet2DConditionModel`; it is left as it is where the adapter is refused.
-        folder: With `adapter_config.json` and `adapter_model.safetensors`.
-        name: Under which it is known from now on.
+        folder: Folder with `adapter_config.json` and `adapter_model.safetensors`.
+        name: Name of the adapter from now on.
         trainable: Whether its weights require a gradient.
         only: Paths of the layers that may be adapted; None is all linear layers and convolutions.
 
