@@ -190,8 +190,8 @@ class ClipEmbedder(nn.Module):
 
     Args:
         model: A `CLIPVisionModelWithProjection` or a `CLIPModel`, whose text half is not kept.
-        name: By which it is found again; None takes the one it was loaded by.
-        processor: Its image processor, or the values of one; None is OpenAI's.
+        name: Name or folder that the model is found again by; None takes the one it was loaded by.
+        processor: Image processor of the model, or the values of one; None takes OpenAI's values.
 
     Raises:
         ConfigError: Another kind of model, or none.
