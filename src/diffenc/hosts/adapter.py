@@ -37,9 +37,9 @@ class AdaptedLayer:
     """A linear layer that is updated.
 
     Attributes:
-        path: In the U-Net.
-        in_features: Its inputs.
-        out_features: Its outputs.
+        path: Module path of the layer in the U-Net.
+        in_features: Number of the layer's input channels.
+        out_features: Number of the layer's output channels.
     """
 
     path: str

@@ -16,9 +16,9 @@ class Companion:
     """A CLIP or SigLIP.
 
     Attributes:
-        name: As `FusedEncoder` takes it: a Hub id or a folder.
-        hidden_size: Channels of a token.
-        side: Side of its square of tokens.
+        name: Name that `FusedEncoder` takes: a Hub id or a folder.
+        hidden_size: Number of channels of a token.
+        side: Number of tokens per side of the square of tokens.
     """
 
     name: str

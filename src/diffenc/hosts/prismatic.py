@@ -27,11 +27,11 @@ class PrismaticBackbone(nn.Module):
     """A vision backbone with the contract of prismatic-vlms.
 
     Args:
-        vision_backbone_id: The name that it is registered by, or a spec.
-        image_resize_strategy: "resize-naive" squashes to a square, "resize-crop" keeps the middle,
-            "letterbox" pads with grey.
-        default_image_size: Side in pixels; None is the spec's.
-        spec: A tower's name; None reads it from the id.
+        vision_backbone_id: Name that the tower is registered by, or a spec.
+        image_resize_strategy: Way in which pictures are brought to a square: "resize-naive" ignores
+            the aspect ratio, "resize-crop" keeps the middle, "letterbox" pads with grey.
+        default_image_size: Side of the pictures in pixels; None is the spec's.
+        spec: Spec of the tower; None reads it from the id.
 
     Raises:
         ConfigError: The spec does not parse, its size is another one, or the strategy is unknown.
@@ -126,7 +126,7 @@ class PrismaticTransform:
 
     Args:
         tower: Tower whose image processor and tokenizer are used.
-        resize: How pictures are brought to the tower's size, see `EncoderConfig.resize`.
+        resize: Way in which pictures are brought to the tower's size, see `EncoderConfig.resize`.
     """
 
     def __init__(self, tower: DiffusionVisionTower, resize: str) -> None:
@@ -187,8 +187,8 @@ def register(specs: Mapping[str, str], package: str = "prismatic") -> None:
     """Add towers to prismatic's registry of vision backbones.
 
     Args:
-        specs: Id to spec, such as ``{"diffenc-sdxl": "diffenc:sdxl?t=50"}``.
-        package: Its top-level module.
+        specs: Specs by id, such as ``{"diffenc-sdxl": "diffenc:sdxl?t=50"}``.
+        package: Name of prismatic's top-level module.
 
     Raises:
         ConfigError: The package is not there, or a spec does not parse.

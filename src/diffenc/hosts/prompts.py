@@ -208,8 +208,8 @@ class Scope:
     """Prompts of the calls inside a `prompt_scope`.
 
     Attributes:
-        prompts: Tokens or texts.
-        per: What they are for, see `prompt_scope`.
+        prompts: Prompts, as tokens or as texts.
+        per: Unit that each prompt belongs to, "sample" or "image"; see `prompt_scope`.
     """
 
     prompts: Prompts
@@ -230,10 +230,10 @@ def prompt_scope(
     (`diffenc.hosts.llava.take_prompts`).
 
     Args:
-        prompts: One for all or one each; None hides an outer scope.
-        per: "sample" has one prompt for each sample of the batch, which hosts that know their
-            samples expand to images and tiles; "image" has one for each image that the tower is
-            shown.
+        prompts: Prompts, one for all or one each; None hides an outer scope.
+        per: Unit that each prompt belongs to. "sample" has one prompt for each sample of the batch,
+            which hosts that know their samples expand to images and tiles; "image" has one for each
+            image that the tower is shown.
     """
     token = _SCOPE.set(None if prompts is None else Scope(prompts, per))
     try:

@@ -47,14 +47,15 @@ class DiffusionVisionTower(nn.Module):
     the spec's null prompt.
 
     Args:
-        name: A spec such as ``"diffenc:sdxl?t=50&rank=16"``, see `TowerSpec.parse`.
-        args: What the host passes: any object; `mm_vision_select_layer`, `mm_vision_select_feature`
-            and `unfreeze_mm_vision_tower` are kept for its eyes.
-        delay_load: Wait for `load_model`. In any case nothing is loaded while a host's own model
-            is under construction: its `load_model`, or the first call, does it.
+        name: Spec of the tower, such as ``"diffenc:sdxl?t=50&rank=16"``; see `TowerSpec.parse`.
+        args: Arguments that the host passes: any object. Its `mm_vision_select_layer`,
+            `mm_vision_select_feature` and `unfreeze_mm_vision_tower` are kept for the host to read.
+        delay_load: Whether to wait for `load_model`. In any case nothing is loaded while a host's
+            own model is under construction: the host's call of `load_model`, or the first call of
+            the tower, does it.
         vision_tower_cfg: Another name of `args`.
-        spec: Instead of `name`.
-        ignored: What else hosts pass.
+        spec: Parsed spec, in place of `name`; None parses `name`.
+        ignored: Further arguments that hosts pass; ignored.
 
     Raises:
         ConfigError: The spec does not parse.
@@ -181,8 +182,9 @@ class DiffusionVisionTower(nn.Module):
         """Load the frozen model; a second call does nothing.
 
         Args:
-            device_map: None leaves the tower where it is; else a device, "auto", or a mapping.
-            ignored: What else hosts pass.
+            device_map: Device, "auto", or a mapping of module names to devices; None leaves the
+                tower where it is.
+            ignored: Further arguments that hosts pass; ignored.
 
         Raises:
             BackboneError: The model cannot be had.
@@ -287,8 +289,8 @@ class DiffusionVisionTower(nn.Module):
         Args:
             images: RGB squares of `image_size` in [-1, 1], in any floating dtype and on any
                 device; a list of such, or of batches of them, gives a list.
-            prompts: One for all images or one each, tiles counted one by one.
-            ignored: What else hosts pass.
+            prompts: Prompts, one for all images or one each, tiles counted one by one.
+            ignored: Further arguments that hosts pass; ignored.
 
         Returns:
             Row by row, in the dtype and on the device of `images`.

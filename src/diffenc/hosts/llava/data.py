@@ -74,8 +74,8 @@ class PromptCollator:
     """LLaVA's collator, with the prompts of a batch as tensors.
 
     Args:
-        collator: The host's.
-        tokenizer: `tower.tokenizer`.
+        collator: Collator of the host.
+        tokenizer: Tokenizer of the prompts: `tower.tokenizer`.
     """
 
     def __init__(self, collator: Any, tokenizer: PromptTokenizer) -> None:

@@ -129,8 +129,8 @@ def restore_adapters(model: nn.Module, sources: "list[str | None]") -> None:
     """Give a host's towers the adapters of its checkpoint, and tell of those that have none.
 
     Args:
-        model: The host's.
-        sources: Checkpoint folders, the first that has an adapter counts.
+        model: Model of the host.
+        sources: Checkpoint folders; the first that has an adapter counts.
 
     Raises:
         ConfigError: The adapter belongs to another spec.
