@@ -262,9 +262,8 @@ class DiffusionEncoder(TrainableParts):
     ) -> None:
         """Write the config, every adapter, the captioner, and a reference to the backbone.
 
-        Parts that were given as paths are found again; those given as objects are asked for, as is
-        a captioner's CLIP that has no name. A folder that was not written to the end is refused
-        when it is read.
+        Loading finds parts that were given as paths again; those given as objects have to be passed
+        anew, as has a captioner's CLIP without a name. Loading an unfinished folder fails.
 
         Args:
             folder: Folder to write to; see `diffenc.models.encoder_folder` for what lies where.
@@ -339,7 +338,7 @@ class DiffusionEncoder(TrainableParts):
 
     @property
     def device(self) -> torch.device:
-        """Where the U-Net is."""
+        """Device of the U-Net."""
         return self.backbone.device
 
     @property
@@ -490,7 +489,7 @@ class DiffusionEncoder(TrainableParts):
         return features.to_list() if output == "list" else features
 
     def _original_sizes(self, images: Images, batch: int) -> list[tuple[int, int]] | None:
-        """(height, width) per picture that SDXL is told; None leaves the processed size."""
+        """Size of each picture for SDXL, (height, width); None leaves the processed size."""
         told = self.config.original_size
         if told is None:
             return None

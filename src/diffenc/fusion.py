@@ -301,12 +301,12 @@ class FusedEncoder(nn.Module):
 
     @property
     def backbone(self) -> Backbone:
-        """The diffusion encoder's."""
+        """Backbone of the diffusion encoder."""
         return self.diffusion.backbone
 
     @property
     def config(self) -> EncoderConfig:
-        """The diffusion encoder's."""
+        """Config of the diffusion encoder."""
         return self.diffusion.config
 
     @property
@@ -348,7 +348,7 @@ class FusedEncoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the tokens: the diffusion encoder's."""
+        """Floating point type of the tokens, which is the diffusion encoder's."""
         return self.diffusion.dtype
 
     def summary(self) -> str:
@@ -387,7 +387,7 @@ class FusedEncoder(nn.Module):
                 unconditional.
 
         Returns:
-            In the dtype and on the device of the diffusion encoder: one token per cell of `grid`
+            Tokens in the dtype and on the device of the diffusion encoder: one per cell of `grid`
             for "channel" and the sums, two for "interleave", CLIP's before the others for "tokens",
             and the asking stream's for "cross_attention".
 

@@ -79,7 +79,7 @@ class CrossAttnScorer(ConfiguredScorer):
             seed: Seed of the noise; None takes the config's.
 
         Returns:
-            Higher is better; float32, on the CPU wherever the model is.
+            Scores in float32, on the CPU wherever the model is; higher is better.
 
         Raises:
             ImageError: A picture cannot be read.
@@ -228,7 +228,7 @@ class CrossAttnScorer(ConfiguredScorer):
         timesteps: Sequence[int] | None = None,
         seed: int | None = None,
     ) -> dict[str, HeatMap]:
-        """Where in an image each word of a text is seen.
+        """Map where in an image each word of a text is seen.
 
         Args:
             image: A picture of any kind.
@@ -244,7 +244,7 @@ class CrossAttnScorer(ConfiguredScorer):
             seed: Seed of the noise; None takes the config's.
 
         Returns:
-            Per word a map that lies over the picture, with it for a notebook.
+            One map per word, which lies over the picture; a notebook shows both.
 
         Raises:
             ImageError: The picture cannot be read.
@@ -300,7 +300,7 @@ class CrossAttnScorer(ConfiguredScorer):
         overwrite: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> QueryBank:
-        """Keep what "shared-query" scores need of images on disk, to be searched by any text.
+        """Store the queries of images for "shared-query" scores on disk, for search by any text.
 
         Costs one pass per image, timestep and draw, and `index_bytes` of disk: choose few layers
         and timesteps for many images. Every picture is read once before the first pass.

@@ -32,7 +32,7 @@ class CrossAttnTaps:
 
     Queries and keys are read in hooks on `attn2.to_q` and `attn2.to_k` and multiplied once more,
     in float32: the forward pass keeps its own attention, its output stays bit-identical. Only the
-    maps of the asked tokens are kept. Tokens that the U-Net is told to ignore get no attention.
+    maps of the requested tokens are kept. Tokens that the U-Net is told to ignore get no attention.
 
     Args:
         unet: A `UNet2DConditionModel`.
@@ -95,9 +95,9 @@ class CrossAttnTaps:
         self._present.clear()
 
     def maps(self) -> dict[str, Float[Tensor, "b tokens *heads _h _w"]]:
-        """Per layer the mean over its heads, in float32: how much each cell looks at a token.
+        """Maps of each layer, mean over its heads, in float32: how much each cell looks at a token.
 
-        Over all tokens of a prompt the values of a cell sum to 1.
+        The values of a cell sum to 1 over all tokens of a prompt.
 
         Raises:
             TapError: A layer did not run.
@@ -272,7 +272,7 @@ def _last_of_each_stage(known: Sequence[str]) -> tuple[str, ...]:
 
 
 def _attentions(unet: nn.Module) -> dict[str, tuple[nn.Module, Any]]:
-    """Per module path the attention, after the transformer that flattens the map around it."""
+    """Attentions by module path, each after the transformer that flattens the map around it."""
     modules = dict(unet.named_modules())
     found = {}
     for stage in ("down_blocks", "mid_block", "up_blocks"):  # registered in another order

@@ -139,7 +139,7 @@ class Adapter(nn.Module):
         """Let the U-Net run this adapter's present parameters; hosts exchange them.
 
         Returns:
-            Whether any had been exchanged.
+            Whether the host had exchanged any parameter.
 
         Raises:
             ConfigError: The parameters are elsewhere: sharded away, or on the meta device.

@@ -27,7 +27,7 @@ class Companion:
 
     @property
     def spelling(self) -> str:
-        """As a spec names it: the alias, or the folder."""
+        """Name in a spec: the alias, or the folder."""
         aliases = {companion.name: alias for alias, companion in _KNOWN.items()}
         return aliases.get(self.name, self.name)
 

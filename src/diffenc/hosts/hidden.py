@@ -111,7 +111,7 @@ def _computable(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
 
 def _safe_dtype(encoder: Any, path: str, dtype: torch.dtype) -> torch.dtype:
-    """Of a module: a VAE whose half precision overflows stays in float32."""
+    """Floating point type of a module; a VAE whose half precision overflows stays in float32."""
     parts = path.split(".")
     if dtype != torch.float16 or "vae" not in parts:
         return dtype

@@ -48,7 +48,7 @@ class TowerImageProcessor(BaseImageProcessor):  # type: ignore[misc]  # untyped
         self.resize = resize
 
     def __call__(self, images: Any, return_tensors: Any = None, **ignored: Any) -> BatchFeature:
-        """As `preprocess`."""
+        """Bring pictures to the tower's size, as `preprocess` does."""
         return self.preprocess(images, return_tensors=return_tensors)
 
     def preprocess(self, images: Any, return_tensors: Any = None, **ignored: Any) -> BatchFeature:
@@ -62,7 +62,7 @@ class TowerImageProcessor(BaseImageProcessor):  # type: ignore[misc]  # untyped
                 ignored, as the tower takes one size.
 
         Returns:
-            Under "pixel_values" (n, 3, size, size).
+            Pictures (n, 3, size, size) under "pixel_values".
         """
         side = self.crop_size["height"]
         values = to_pixel_values(images, size=side, resize=self.resize, multiple=1)

@@ -87,17 +87,17 @@ class PromptTokens:
         return self.take([0] * images)
 
     def is_null(self) -> list[bool]:
-        """Per row whether it has no words: start and end alone."""
+        """Whether each row has no words: start and end alone."""
         empty: list[bool] = (self.mask.sum(dim=1) <= 2).tolist()
         return empty
 
     def is_absent(self) -> list[bool]:
-        """Per row whether it stands for no prompt, which is not the empty text."""
+        """Whether each row stands for no prompt, which is not the empty text."""
         nothing: list[bool] = (self.mask.sum(dim=1) == 0).tolist()
         return nothing
 
     def is_unconditional(self, rule: Uncond) -> list[bool]:
-        """Per row whether it reads the unconditional embedding; by "empty" so does "" itself."""
+        """Whether each row reads the unconditional embedding; with "empty", "" does too."""
         return self.is_null() if rule == "empty" else self.is_absent()
 
     @staticmethod
@@ -243,7 +243,7 @@ def prompt_scope(
 
 
 def current_scope() -> Scope | None:
-    """Of the block that this call runs in, or None."""
+    """Scope of the block that this call runs in, or None."""
     return _SCOPE.get()
 
 

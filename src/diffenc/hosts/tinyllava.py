@@ -117,7 +117,7 @@ def write_folder(spec: str, folder: "str | os.PathLike[str]") -> str:
     """Write the `config.json` from which TinyLLaVA builds a tower.
 
     Returns:
-        The name to give as its vision tower.
+        Name to pass to TinyLLaVA as its vision tower.
 
     Raises:
         ConfigError: The spec does not parse, or the folder's path holds a colon.

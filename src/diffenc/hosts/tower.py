@@ -40,8 +40,8 @@ class DiffusionVisionTower(nn.Module):
 
     The frozen diffusion model is hidden from the host: it is in no list of modules, parameters or
     weights, and follows the tower's moves and casts. Only the adapter that a spec with a rank asks
-    for is registered, as `adapter.<i>_down` and `adapter.<i>_up`. All that hosts ask before weights
-    are loaded is told from the spec.
+    for is registered, as `adapter.<i>_down` and `adapter.<i>_up`. Everything that hosts read
+    before weights are loaded follows from the spec.
 
     The prompt of an image is what is passed, else that of the `prompt_scope` around the call, else
     the spec's null prompt.
@@ -163,7 +163,7 @@ class DiffusionVisionTower(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which the model computes, or will."""
+        """Floating point type that the model computes in, or will once it is loaded."""
         return self._hidden.dtype
 
     @property
@@ -235,7 +235,7 @@ class DiffusionVisionTower(nn.Module):
             source: A side file, a folder with one, or one with the host's own weights.
 
         Returns:
-            Whether there was one.
+            Whether an adapter was found.
 
         Raises:
             BackboneError: There is no such file or folder, or it cannot be read.
@@ -293,7 +293,7 @@ class DiffusionVisionTower(nn.Module):
             ignored: Further arguments that hosts pass; ignored.
 
         Returns:
-            Row by row, in the dtype and on the device of `images`.
+            Tokens, row by row, in the dtype and on the device of `images`.
 
         Raises:
             ShapeError: Images of another shape.

@@ -101,7 +101,7 @@ class Mixer(nn.Module):
             text: State of each prompt, for "question_gated"; None otherwise.
 
         Returns:
-            In the dtype of `clip`.
+            One stream of tokens, in the dtype of `clip`.
 
         Raises:
             ShapeError: Other widths than this mixer was made for, or numbers of tokens that do not

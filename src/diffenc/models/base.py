@@ -253,13 +253,13 @@ class Backbone(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the U-Net is."""
+        """Device of the U-Net."""
         device: torch.device = next(self.unet.parameters()).device
         return device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The U-Net's; the VAE may stay in float32."""
+        """Floating point type of the U-Net; the VAE may stay in float32."""
         dtype: torch.dtype = next(self.unet.parameters()).dtype
         return dtype
 

@@ -1,7 +1,7 @@
 """Whether the configs of a folder say what a model can be built of, before one is.
 
 What a config leaves out takes a default in silence, and sizes without bounds take time without end:
-both are refused here. Whether the weights fit is `diffenc.models.weights`' to see.
+both are refused here. Whether the weights fit is checked by `diffenc.models.weights`.
 """
 
 import math
@@ -90,7 +90,7 @@ def check_config(config: dict[str, Any], part: str, folder: StrPath) -> dict[str
         folder: Folder of the model, for messages.
 
     Returns:
-        The same values; of a whole CLIP, those of its text half.
+        The same values; for a whole CLIP, those of its text half.
 
     Raises:
         BackboneError: It is of another kind of model, lacks a value, has one of another type or

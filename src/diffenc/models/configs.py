@@ -170,6 +170,6 @@ class Architecture:
 
 
 def known_architecture(alias: str) -> Architecture | None:
-    """Of an alias whose weights lie on the Hub; None for any other name."""
+    """Configs of an alias whose weights lie on the Hub; None for any other name."""
     configs = _ARCHITECTURES.get(alias)
     return None if configs is None else Architecture(configs)

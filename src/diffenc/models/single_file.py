@@ -71,7 +71,7 @@ class SingleFile:
 
     @property
     def kind(self) -> str:
-        """Whose text encoders it has room for: "sd1.5", "sd2.1" or "sdxl".
+        """Kind of model whose text encoders the file has room for: "sd1.5", "sd2.1" or "sdxl".
 
         Raises:
             BackboneError: Another architecture, or one that diffenc does not read.
@@ -100,7 +100,7 @@ class SingleFile:
         return any(part in name for name in self.names)
 
     def shape(self, name: str) -> list[int]:
-        """Of a weight, without reading it."""
+        """Shape of a weight, which is not read for it."""
         with safe_open(self.path, framework="pt") as opened:
             shape: list[int] = opened.get_slice(name).get_shape()
             return shape

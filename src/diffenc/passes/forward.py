@@ -47,7 +47,7 @@ def read_taps(
         compiled: Compiled U-Net that `compiled_taps` returned; None looks whether there is one.
 
     Returns:
-        A map per tap, in the order of `taps`.
+        One map per tap, in the order of `taps`.
 
     Raises:
         NonFiniteError: A map holds NaN or infinity.
@@ -206,7 +206,7 @@ def read_attention(
         layers: Module paths of the layers, see `diffenc.denoiser.attention.CrossAttnTaps`.
 
     Returns:
-        Per layer a probability per cell and token, mean over heads, in float32.
+        For each layer, one probability per cell and token, mean over heads, in float32.
 
     Raises:
         TapError: No cross-attention by that name.

@@ -52,8 +52,8 @@ def read_halves(
         cond: Encoded texts, one row per picture; None leaves that half out.
 
     Returns:
-        Under "uncond" and "cond" a map per tap, or None: (b c h w), or (b t c h w) where the config
-        has several timesteps. No two share memory.
+        Maps by tap under "uncond" and "cond", or None for a half that was left out: (b c h w), or
+        (b t c h w) where the config has several timesteps. No two maps share memory.
 
     Raises:
         NonFiniteError: A map holds NaN or infinity.

@@ -41,7 +41,7 @@ def mean_states(
 
 
 def _own(backbone: Backbone, text: str, states: int, long_prompts: LongPrompts) -> Tensor:
-    """Which states are of a text's own tokens, and which of padding."""
+    """Mask of a text's states: true for its own tokens, false for padding."""
     tokenizer = backbone.tokenizers[0]  # all tokenizers have the same words
     if long_prompts == "truncate":
         return fit_rows(tokenizer, prompt_ids(tokenizer, [text]))[1][0].bool()

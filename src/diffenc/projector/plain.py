@@ -94,8 +94,7 @@ class Projector(SavedProjector):
         """Project tokens, in the dtype of the weights.
 
         Raises:
-            ShapeError: Another number of channels, or a grid is asked of tokens that form no
-                square.
+            ShapeError: Another number of channels, or a grid for tokens that form no square.
         """
         check_tokens(tokens)
         if tokens.shape[-1] != self.in_features:

@@ -53,7 +53,7 @@ class BankWriter:
             parts: Number of rows of each part of the bank.
 
         Returns:
-            How many parts are done.
+            Number of parts that are done.
         """
         ends = {end: index for index, end in enumerate(accumulate(parts, initial=0))}
         first = 0

@@ -58,7 +58,7 @@ class References:
         return f"{len(self.pictures)}-{content_key(self.pictures).hex()}"
 
     def pixel_values(self, size: tuple[int, int]) -> Float[Tensor, "r 3 height width"]:
-        """In [-1, 1], squashed to (height, width) where they have another size."""
+        """Pictures in [-1, 1], squashed to (height, width) where they have another size."""
         values = self.pictures.float() / 127.5 - 1
         if tuple(values.shape[2:]) == size:
             return values

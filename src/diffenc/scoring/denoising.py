@@ -41,7 +41,7 @@ def denoising_scores(
         batch_size: Number of texts per call of the U-Net.
 
     Returns:
-        float32 scores on the CPU; 0 is the best there is.
+        Scores in float32 on the CPU; 0 is the best possible score.
 
     Raises:
         PromptError: A text is no text.

@@ -171,7 +171,7 @@ def token_mask(
     embeds: PromptEmbeds,
     kind: TokenMask,
 ) -> Bool[Tensor, "texts l"] | None:
-    """Which tokens of each text count, as `ScorerConfig.token_mask` says; None is all.
+    """Mask of the tokens of each text that count, by `ScorerConfig.token_mask`; None counts all.
 
     Where a text has several windows, the start and end tokens of each window are its own tokens.
 
@@ -211,7 +211,7 @@ def token_mask(
 
 
 def tokens_present(embeds: PromptEmbeds) -> Bool[Tensor, "texts l"] | None:
-    """Which states are a text's own, where texts differ in that; None is all."""
+    """Mask of the states that are a text's own, where texts differ in that; None is all."""
     if embeds.lengths is None:
         return None
     place: dict[str, Any] = {"dtype": torch.long, "device": embeds.prompt_embeds.device}

@@ -14,7 +14,7 @@ _STEPS, _RIDGE = 2000, 1e-2
 def margins(
     layer_scores: Float[Tensor, "items layers n n"],
 ) -> Float[Tensor, "comparisons layers"]:
-    """By how much each layer puts the right pair above a wrong one, for every such comparison.
+    """Margin by which each layer scores a right pair above a wrong one, for every comparison.
 
     Args:
         layer_scores: Scores of items with n images and n texts each, where text k fits image k.

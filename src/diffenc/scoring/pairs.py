@@ -36,7 +36,7 @@ def pair_scores(
         queries: Cache of the queries of "shared-query" scores.
 
     Returns:
-        float32 on the CPU; NaN for other pairs.
+        Scores in float32 on the CPU; NaN for other pairs.
 
     Raises:
         NonFiniteError: NaN or infinity came out of the U-Net.

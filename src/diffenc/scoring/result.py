@@ -47,7 +47,7 @@ class Scores:
         return self.trials.std(dim=0, correction=1)
 
     def best_texts(self) -> list[str]:
-        """Per image the text with the highest mean; of equal ones the first."""
+        """Text with the highest mean for each image; of equal ones the first."""
         return [self.texts[index] for index in self.mean.argmax(dim=1).tolist()]
 
 

@@ -51,7 +51,7 @@ def shared_query_scores(
         memory: Cache of queries that were read before.
 
     Returns:
-        float32 on the CPU; NaN where not wanted.
+        Scores in float32 on the CPU; NaN for pairs that are not wanted.
 
     Raises:
         NonFiniteError: NaN or infinity came out of the U-Net.
@@ -99,7 +99,7 @@ def chosen_attentions(backbone: Backbone, layers: str | Sequence[str]) -> dict[s
 def late_queries(
     inputs: ScoreInputs, places: Sequence[Place], steps: Sequence[Step], memory: TensorCache
 ) -> list[tuple[Float[Tensor, "_n _c"], ...]]:
-    """Per place the queries of each layer, under the generic prompt.
+    """Queries of each layer, for each place, under the generic prompt.
 
     Args:
         inputs: Pictures.

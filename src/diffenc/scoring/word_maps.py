@@ -60,7 +60,7 @@ def word_maps(
         seed: Seed of the noise.
 
     Returns:
-        float32 shares in [0, 1].
+        Shares in [0, 1], in float32.
 
     Raises:
         PromptError: The text has no such word, or it was cut off.
@@ -110,7 +110,7 @@ def daam_maps(
         grid: Grid of the maps, (height, width); None is DAAM's, see `daam_grid`.
 
     Returns:
-        float32, 0 or above.
+        Maps with values of 0 or above, in float32.
 
     Raises:
         PromptError: The text has no such word, or it was cut off.
@@ -211,7 +211,7 @@ def _per_timestep(
     heads: Sequence[int] | None,
     seed: int,
 ) -> Iterator[list[Float[Tensor, "images tokens _heads _h _w"]]]:
-    """Per timestep the maps of each layer, for the tokens of all words in a row."""
+    """Maps of each layer for each timestep, for the tokens of all words in a row."""
     if not timesteps:
         raise ConfigError("timesteps must hold one scheduler step or more, got none")
     c, h, w = latents.shape[1:]

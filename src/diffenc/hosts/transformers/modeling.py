@@ -90,7 +90,7 @@ class DiffEncModel(PreTrainedModel):  # type: ignore[misc]  # transformers is se
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the features."""
+        """Floating point type of the features."""
         place: Tensor = self.place
         return place.dtype
 

@@ -67,7 +67,7 @@ class _MakesPrompts:
         prompts: str | Sequence[str] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As the stock processor, with prompts for the tower.
+        """Process images and texts as the stock processor does, with prompts for the tower.
 
         Args:
             images: Images of all samples, in order.
@@ -79,7 +79,7 @@ class _MakesPrompts:
             kwargs: Further keyword arguments of the stock processor.
 
         Returns:
-            What the stock processor makes, with `prompt_input_ids` and `prompt_attention_mask`,
+            Output of the stock processor, with `prompt_input_ids` and `prompt_attention_mask`,
             one row for each image, if there are prompts and images.
 
         Raises:
@@ -109,7 +109,7 @@ class _MakesPrompts:
         return [*parent.model_input_names, *PROMPT_ARGUMENTS]
 
     def save_pretrained(self, save_directory: "str | os.PathLike[str]", **kwargs: Any) -> Any:
-        """As the stock processor, with the tower's tokenizer in a folder of its own."""
+        """Save as the stock processor does, with the tower's tokenizer in a folder of its own."""
         parent: Any = super()
         saved = parent.save_pretrained(save_directory, **kwargs)
         self.prompt_tokens.save_pretrained(str(Path(save_directory) / FOLDER))
@@ -117,7 +117,7 @@ class _MakesPrompts:
 
     @classmethod
     def from_pretrained(cls, name: "str | os.PathLike[str]", **kwargs: Any) -> Any:
-        """As the stock processor; the tower's tokenizer is that of the folder where it has one."""
+        """Load as the stock processor does, with the folder's tokenizer for the tower, if any."""
         parent: Any = super()
         if not kwargs.get("trust_remote_code"):  # nobody is asked on the terminal
             kwargs["trust_remote_code"] = False

@@ -123,7 +123,7 @@ def _signed(function: Any, stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _image_token(config: Any) -> int:
-    """By either of the names that it has had."""
+    """Id of the image token, by either of the names that the config has had for it."""
     found = getattr(config, "image_token_id", None)
     return int(config.image_token_index if found is None else found)
 
@@ -182,7 +182,7 @@ class GeneratesWithPrompts(TakesPrompts):
         return tower
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As the stock class does, with `prompt_input_ids` and `prompt_attention_mask`.
+        """Generate as the stock class does, with `prompt_input_ids` and `prompt_attention_mask`.
 
         Raises:
             PromptError: There are prompts, and no images.

@@ -36,7 +36,7 @@ def _check_range(name: str, value: float, below: float = math.inf) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """Which parts the model has.
+    """Parts that the model is made of.
 
     Attributes:
         start: Folder that an earlier stage wrote. The parts come from there, and everything else
@@ -341,7 +341,7 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TrainConfig":
-        """Of nested values, as TOML gives them.
+        """Make a config of nested values, as TOML gives them.
 
         Raises:
             ConfigError: A key is unknown or missing, or a value is not allowed.
@@ -365,7 +365,7 @@ class TrainConfig:
 
     @classmethod
     def read(cls, path: "str | os.PathLike[str]") -> "TrainConfig":
-        """Of a TOML file. Paths in it are relative to the current folder.
+        """Read a config from a TOML file. Paths in it are relative to the current folder.
 
         Raises:
             ConfigError: It cannot be read, or see `from_dict`.
@@ -399,7 +399,7 @@ class TrainConfig:
         )
 
     def write(self, path: "str | os.PathLike[str]") -> None:
-        """As TOML, from which `read` makes an equal config.
+        """Write the config as TOML, from which `read` makes an equal config.
 
         Raises:
             OutputError: The file cannot be written.

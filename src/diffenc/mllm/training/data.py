@@ -414,7 +414,7 @@ def _names(record: Mapping[str, Any]) -> list[str] | None:
 def _problem(record: Any, folder: Path, *, look: bool) -> tuple[str, str] | None:
     """Why a record cannot be used, and what to name; "" names the sample.
 
-    Whether its pictures are there is asked only where `look` is set.
+    The existence of its pictures is checked only if `look` is set.
     """
     if not isinstance(record, Mapping) or not isinstance(record.get("conversations"), list):
         return "without a list of conversations", ""

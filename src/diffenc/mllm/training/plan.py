@@ -79,7 +79,7 @@ class Plan:
     disk: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Plain values, as JSON holds them."""
         return asdict(self)
 
     def warnings(self) -> list[str]:

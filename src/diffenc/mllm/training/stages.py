@@ -266,7 +266,7 @@ def make_cache(config: TrainConfig, vlm: DiffusionVLM) -> TokenCache | None:
     """The cache of a run, or None.
 
     Raises:
-        ConfigError: It is asked for and the encoder trains.
+        ConfigError: A cache is requested and the encoder trains.
     """
     if not uses_cache(config):
         return None
