@@ -222,7 +222,7 @@ def fitting_tokenizer(tokenizer: Any, text_encoder: Any, pad_token: str | None =
     """The tokenizer, or a copy of it that knows the encoder's limit and the padding it learnt.
 
     Args:
-        tokenizer: A `CLIPTokenizer`.
+        tokenizer: Tokenizer to fit, a `CLIPTokenizer`.
         text_encoder: Text encoder, whose `config` tells how many tokens it reads.
         pad_token: Token that the model was trained to pad with; None is the tokenizer's own.
     """

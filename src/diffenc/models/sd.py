@@ -19,7 +19,7 @@ class StableDiffusion(Backbone):
         unet: A `UNet2DConditionModel`.
         vae: An `AutoencoderKL` or `AutoencoderTiny`.
         scheduler: Scheduler of diffusers that has `alphas_cumprod`.
-        text_encoder: A `CLIPTextModel`.
+        text_encoder: Text encoder, a `CLIPTextModel`.
         tokenizer: `CLIPTokenizer` of the text encoder.
         default_size: Side of the square that images are brought to, in pixels; None derives it from
             the U-Net's config.

@@ -22,7 +22,7 @@ class StableDiffusionXL(Backbone):
         unet: A `UNet2DConditionModel` that reads pooled text and sizes.
         vae: An `AutoencoderKL` or `AutoencoderTiny`.
         scheduler: Scheduler of diffusers that has `alphas_cumprod`.
-        text_encoder: A `CLIPTextModel`.
+        text_encoder: Text encoder, a `CLIPTextModel`.
         tokenizer: `CLIPTokenizer` of the text encoder.
         text_encoder_2: A `CLIPTextModelWithProjection`.
         tokenizer_2: `CLIPTokenizer` of the second text encoder.

@@ -164,7 +164,7 @@ def predict_noise(
         backbone: Model whose U-Net is called; the output of one that predicts v or the clean
             latents is converted.
         noisy_latents: Noisy latents at the noise level of `timestep`.
-        timestep: Scheduler step.
+        timestep: Scheduler step, 0 (clean) to 999 (pure noise).
         prompt_embeds: Encoded texts: one row for all latents, or one per latent.
 
     Raises:
@@ -199,7 +199,7 @@ def read_attention(
     Args:
         backbone: Model whose U-Net is called, in its dtype and on its device.
         noisy_latents: Noisy latents at the noise level of `timestep`.
-        timestep: Scheduler step.
+        timestep: Scheduler step, 0 (clean) to 999 (pure noise).
         prompt_embeds: Encoded texts: one row for all latents, or one per latent.
         positions: Positions of the tokens in the text, see
             `diffenc.denoiser.attention.word_token_positions`.
@@ -235,7 +235,7 @@ def read_head_attention(
     Args:
         backbone: Model whose U-Net is called, in its dtype and on its device.
         noisy_latents: Noisy latents at the noise level of `timestep`.
-        timestep: Scheduler step.
+        timestep: Scheduler step, 0 (clean) to 999 (pure noise).
         prompt_embeds: Encoded texts: one row for all latents, or one per latent.
         positions: Positions of the tokens in the text, see
             `diffenc.denoiser.attention.word_token_positions`.

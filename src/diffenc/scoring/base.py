@@ -44,7 +44,7 @@ class ConfiguredScorer(nn.Module):
         config: Options that define the score.
         use_cache: Whether to remember latents, prompts and rows of frozen models that were computed
             before.
-        references: Reference images that `calibrate` was given.
+        references: Reference images that `calibrate` was given; None where there are none.
         rows: Cache of "exact" scores.
         queries: Cache of the queries of "shared-query" scores.
     """

@@ -33,7 +33,7 @@ def denoising_scores(
     `diffenc.scorer.CrossAttnScorer` has this score as preset "diffusion-classifier", from pictures.
 
     Args:
-        backbone: The model.
+        backbone: The text-to-image model.
         latents: Latents of the images, without noise.
         texts: One text or several.
         timesteps: Noise levels, as scheduler steps.

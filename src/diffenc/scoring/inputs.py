@@ -34,9 +34,9 @@ class ScoreInputs:
         config: Config of the scorer.
         posterior: Mode and deviation of the latents of distinct pictures.
         picture_keys: Digests of the distinct pictures; None where nothing is remembered.
-        picture_rows: For each picture of the call, its index among the distinct ones.
+        picture_rows: Index among the distinct pictures, for each picture of the call.
         texts: Distinct texts; None is no text, whose embedding is the unconditional one.
-        text_rows: For each text of the call, its index among the distinct ones.
+        text_rows: Index among the distinct texts, for each text of the call.
         embeds: Embeddings of the distinct texts.
         mask: Mask of the tokens of the distinct texts that count; None counts all.
         size: Size of the pictures in pixels, (height, width).

@@ -63,7 +63,7 @@ class QueryBank:
 
     Attributes:
         folder: Folder that the bank lies in.
-        backbone: The model.
+        backbone: The text-to-image model whose queries the bank holds.
         config: Config of the scorer that built the bank.
         names: Names of the bank's images, no two alike.
         skipped: Name of and reason for each broken image that was left out.

@@ -49,9 +49,9 @@ def word_maps(
     is the mean over heads, layers and timesteps.
 
     Args:
-        backbone: The model.
+        backbone: The text-to-image model.
         latents: Latents of the images, without noise.
-        text: The prompt.
+        text: Prompt that the pictures are read under.
         words: Words of the prompt.
         timesteps: Noise levels, as scheduler steps.
         layers: Module paths of the layers, see `diffenc.denoiser.attention.match_layers`; None
@@ -97,9 +97,9 @@ def daam_maps(
     those of a picture that is there.
 
     Args:
-        backbone: The model.
+        backbone: The text-to-image model.
         latents: Latents of the images, without noise.
-        text: The prompt.
+        text: Prompt that the pictures are read under.
         words: Words of the prompt.
         timesteps: Noise levels, as scheduler steps.
         layers: Module paths of the layers, see `diffenc.denoiser.attention.match_layers`. None
@@ -154,7 +154,7 @@ def daam_grid(backbone: Backbone, size: tuple[int, int]) -> tuple[int, int]:
     shorter side, and any other model, such as the bundled one, has the grid of its latents.
 
     Args:
-        backbone: The model.
+        backbone: The text-to-image model.
         size: Size of the latents, (height, width).
     """
     cells, shorter = _daam_cells(backbone), min(size)

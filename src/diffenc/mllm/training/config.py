@@ -124,7 +124,7 @@ class DataConfig:
             to start. A sample whose picture breaks later is shown a blank one and teaches nothing.
         check_images: Whether to decode every picture before training begins; otherwise a picture
             that exists but cannot be decoded is noticed when its turn comes.
-        limit: Number of samples that are used, from the first on; None is all.
+        limit: Number of records of the file that are looked at, from the first on; None is all.
         max_length: Largest number of tokens of a sample, pictures included; a longer sample is cut
             at its end.
         workers: Number of processes that read pictures.

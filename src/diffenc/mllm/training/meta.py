@@ -96,7 +96,7 @@ class MetaLanguageModel:
         vocabulary: Number of entries of the vocabulary.
         context: Number of tokens that the context holds; None where the config does not say.
         lora: Number of parameters of a LoRA per rank: the sum of the input and output widths of the
-            linear layers.
+            linear layers, without the output layer.
     """
 
     parameters: int
