@@ -137,7 +137,8 @@ class CrossAttnScorer(ConfiguredScorer):
             screen: Number of candidates that are scored at every step, and so exactly; after each
                 step the lower half of the candidates is dropped, until only this many are left.
                 None scores all candidates at every step.
-            screen_over: Candidates are "texts" of an image, or "images" of a text.
+            screen_over: Kind of candidates that compete: the "texts" of an image, or the "images"
+                of a text.
 
         Raises:
             ConfigError: Fewer than one trial or candidate, or `screen` where it saves nothing.
@@ -197,8 +198,8 @@ class CrossAttnScorer(ConfiguredScorer):
         with. Never choose them on the items that a result is reported for.
 
         Args:
-            items: Pairs of images and texts, where text k fits image k: two or more of each, and
-                equally many in every item.
+            items: Items, each a pair of images and as many texts, where text k fits image k: two or
+                more, and equally many in every item.
             seed: Seed of the noise; None takes the config's.
 
         Returns:

@@ -188,8 +188,8 @@ def head_maps(
     """Attention probabilities of some tokens, per head, computed and returned in float32.
 
     Args:
-        query: Projected image cells, heads side by side.
-        key: Projected tokens, heads side by side.
+        query: Queries: projected image cells, heads side by side.
+        key: Keys: projected tokens, heads side by side.
         tokens: Positions on `l`; the softmax runs over all of `l`.
         heads: Number of heads.
         scale: Factor by which the products of queries and keys are multiplied.

@@ -90,8 +90,8 @@ def pooled_scores(
     """Score row i of the queries with row i of the keys, in float32.
 
     Args:
-        query: Projected image cells, heads side by side.
-        key: Projected tokens, heads side by side.
+        query: Queries: projected image cells, heads side by side.
+        key: Keys: projected tokens, heads side by side.
         pooling: Way in which the products of queries and keys are pooled.
         heads: Number of heads.
         scale: Factor by which the products of queries and keys are multiplied.

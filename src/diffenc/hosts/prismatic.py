@@ -141,7 +141,7 @@ class PrismaticTransform:
         Args:
             image: A PIL image.
             prompt: Prompt of the picture; None takes the scope's.
-            ignored: Further arguments that the host passes.
+            ignored: Further arguments that the host passes; ignored.
         """
         pixel_values = self._process.preprocess(image, return_tensors="pt")[PIXELS][0]
         scope = current_scope()

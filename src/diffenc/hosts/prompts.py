@@ -117,7 +117,7 @@ class PromptTokenizer:
     """Texts to `PromptTokens`, without the model's weights; it may go to other processes.
 
     Args:
-        model: Alias, Hub id or folder.
+        model: Name of the model whose tokenizer is used: an alias, a Hub id or a folder.
     """
 
     def __init__(self, model: str) -> None:

@@ -160,7 +160,7 @@ def check_mark(
     """Raise a `BackboneError` unless a loaded model is the one that was saved.
 
     Args:
-        backbone: Loaded model.
+        backbone: Model that was loaded.
         mark: Numbers of the parts of the saved one.
         folder: Folder it was saved to.
         given: Parts that the caller put in their place.

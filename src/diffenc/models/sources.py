@@ -195,7 +195,7 @@ def _weight_files(
         listing: Paths of all files of the repository.
         dtype: Floating point type that the weights will be in; for this and the next two see
             `resolve_folder`.
-        variant: Requested variant.
+        variant: Variant of the weight files that is requested; None requests none.
         without: Parts to leave out.
     """
     parts = [part for part in weighty_parts(folder) if part not in without]

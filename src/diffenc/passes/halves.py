@@ -42,7 +42,7 @@ def read_halves(
 
     Args:
         backbone: Model whose U-Net is called, where something has to be computed.
-        config: Timesteps, draws, noise and seed.
+        config: Config that gives the timesteps, draws, noise and seed.
         taps: Names of the taps: module paths of the U-Net, or "latents".
         posteriors: Mode and deviation of the latents of each picture.
         keys: Keys of what the unconditional features of each picture depend on beside the weights
@@ -104,7 +104,7 @@ def _read_rows(
 
     Args:
         backbone: Model whose U-Net is called.
-        config: Timesteps, draws, noise and seed.
+        config: Config that gives the timesteps, draws, noise and seed.
         taps: Names of the taps: module paths of the U-Net, or "latents".
         posteriors: Mode and deviation of the latents of all pictures.
         shown: Index of the picture that each row shows.
