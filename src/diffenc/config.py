@@ -45,28 +45,32 @@ class EncoderConfig:
         timestep: Scheduler step, 0 (clean) to 999 (pure noise); several add a dimension to the
             features, after the batch.
         draws: Number of noise tensors per timestep; features are the mean over them.
-        noise: "shared", or None for clean latents at that timestep (CleanDIFT's way).
+        noise: Kind of noise: "shared" adds the same noise to all images, None keeps the latents
+            clean at that timestep (CleanDIFT's way).
         size: Side of the square that images are brought to, or (height, width), in pixels; None
             takes the backbone's own.
-        resize: "squash" ignores the aspect ratio, "crop" keeps the middle, in the same pixels as
-            torchvision's `Resize` and `CenterCrop`, "pad" adds grey, "none" keeps the size and pads
-            to a multiple of what the model needs.
-        conditioning: What `extract` and the tokens hold by default; None is "cond" with prompts
-            and "uncond" without.
-        guidance_scale: s of f_u + s (f_c - f_u); read by "cfg" alone.
-        seed: Of the noise tensors that all images, prompts and halves share.
-        posterior: Take the mode of the VAE's posterior, or a seeded sample.
-        uncond: Which embedding is "unconditional": "zeros", "empty" (the empty text's), or None
-            for the model's own rule.
-        long_prompts: What a prompt has beyond the text encoder's limit is cut, and the result says
-            how much ("truncate"), or it is encoded in several windows whose states stand side by
-            side ("chunk").
-        original_size: What SDXL is told of the picture's size before it was resized: None tells
-            the size it was resized to, "image" its own, (height, width) these numbers for all.
+        resize: Way in which images are brought to `size`: "squash" ignores the aspect ratio; "crop"
+            keeps the middle, in the same pixels as torchvision's `Resize` and `CenterCrop`; "pad"
+            adds grey; "none" keeps the size and pads to a multiple of what the model needs.
+        conditioning: Conditioning of what `extract` and the tokens hold by default; None is "cond"
+            with prompts and "uncond" without.
+        guidance_scale: Guidance scale s in f_u + s (f_c - f_u), where f_u and f_c are the
+            unconditional and the conditional features; read by "cfg" alone.
+        seed: Seed of the noise tensors, which all images, prompts and halves share.
+        posterior: Way in which latents are taken from the VAE's posterior: its "mode", or a seeded
+            "sample".
+        uncond: Unconditional embedding: "zeros", "empty" (the empty text's), or None for the
+            model's own rule.
+        long_prompts: Treatment of prompts beyond the text encoder's limit: "truncate" cuts them,
+            and the result says by how much; "chunk" encodes them in several windows whose states
+            stand side by side.
+        original_size: Size that SDXL is told the picture had before it was resized: None tells the
+            size it was resized to, "image" the picture's own, and (height, width) these numbers for
+            all pictures.
         grid: Side, or (height, width), of the token grid; None takes the middle tap's by
             resolution.
-        batch_size: Most rows (images x halves x timesteps x draws) per call of the U-Net; None is
-            all at once.
+        batch_size: Largest number of rows (images x halves x timesteps x draws) per call of the
+            U-Net; None is all at once.
     """
 
     taps: tuple[str, ...] | None = None
@@ -145,8 +149,8 @@ def described(name: str, facts: Mapping[str, object], config: Any = None) -> str
     """Few lines for a `__repr__`: a line each fact, and what of a config is not the default.
 
     Args:
-        name: Class of the object.
-        facts: Names and values; of long tuples the middle is left out.
+        name: Name of the object's class.
+        facts: Names and values to show; of long tuples the middle is left out.
         config: A dataclass; its fields beyond the facts are shown where they were changed.
     """
     shown = dict(facts)

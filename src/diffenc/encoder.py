@@ -56,12 +56,12 @@ class DiffusionEncoder(TrainableParts):
     `state_dict` reach it. It is frozen; `add_lora` and `add_captioner` add what trains.
 
     Attributes:
-        backbone: The model.
-        config: What is read from it.
-        captioner: The implicit captioner, or None.
-        clip: The frozen CLIP that it listens to, or None.
-        use_cache: Remember latents, prompts and unconditional features of frozen parts, so that
-            a second question about an image costs one conditional pass.
+        backbone: The text-to-image model whose U-Net gives the features.
+        config: Options of the encoder: which taps are read, at which timestep, and how.
+        captioner: The implicit captioner; None where none was added.
+        clip: The frozen CLIP whose image embedding the captioner reads; None without a captioner.
+        use_cache: Whether to remember latents, prompts and unconditional features of frozen parts,
+            so that a second question about an image costs only one conditional pass.
 
     Example:
         >>> encoder = DiffusionEncoder.from_pretrained("shapes")
@@ -151,32 +151,38 @@ class DiffusionEncoder(TrainableParts):
                 `StableDiffusionXLPipeline`, whose parts are frozen and shared, or a `Backbone`.
                 An alias wins over a folder of that name, which is "./name"; a folder wins over a
                 Hub id.
-            device: Device that it runs on: a name, a number or a `torch.device`. None is the CPU,
-                and where a pipeline or a `Backbone` is.
-            dtype: Floating point type of the U-Net and the text encoder, or its name: float32,
-                bfloat16 or float16; the VAE stays in float32 where float16 overflows. None is
-                float32, and what a pipeline or a `Backbone` has.
-            use_cache: See the class.
-            preset: Where a published method reads: "gdf", "mustafar", "dift", "cleandift" or
-                "hyperfeatures", see `diffenc.models.presets`.
-            truncate: Load and run nothing that lies behind the last tap: the same features from
-                less memory. Such an encoder has no later taps and predicts no noise.
+            device: Device of the model: a name, a number or a `torch.device`. None is the CPU, or
+                the device that a pipeline or a `Backbone` is already on.
+            dtype: Floating point type of the U-Net and the text encoders, or its name: float32,
+                bfloat16 or float16. The VAE stays in float32 where float16 overflows. None is
+                float32, or the type that a pipeline or a `Backbone` already has.
+            use_cache: Whether to remember latents, prompts and unconditional features; see the
+                class.
+            preset: Name of a published method whose taps and options are taken: "gdf", "mustafar",
+                "dift", "cleandift" or "hyperfeatures", see `diffenc.models.presets`. None takes no
+                preset.
+            truncate: Whether to leave out everything behind the last tap, which gives the same
+                features with less memory. Such an encoder has no later taps and predicts no noise.
             channels_last: Memory format of convolutions; None takes what was measured to be
                 fastest.
-            architecture: For a single file: the alias or folder whose configs describe it.
-            prediction_type: What the U-Net predicts, where the model itself does not say so; see
-                `load_backbone`.
+            architecture: Alias or folder whose configs describe the model; read for a single file
+                alone.
+            prediction_type: Kind of the U-Net's prediction, where the model itself does not state
+                it; see `load_backbone`.
             variant: Word in the names of the weight files, such as "fp16"; see `load_backbone`.
-            unet: Instead of the model's own: a model, a state dict, or a `.safetensors` file.
-            vae: Instead of the model's own: a model (TAESD too), its folder, or a file.
-            text_encoder: Instead of the model's own; as the next three see `load_backbone`.
-            text_encoder_2: SDXL's second.
-            tokenizer: Of the text encoder; a single file may need it.
-            tokenizer_2: SDXL's second.
-            clip: Of a saved captioner, see `add_captioner`; None is the one that it names.
+            unet: Replacement for the model's own U-Net: a model, a state dict, or a `.safetensors`
+                file.
+            vae: Replacement for the model's own VAE: a model (TAESD too), its folder, or a file.
+            text_encoder: Replacement for the model's own text encoder; for this and the next three
+                parts see `load_backbone`.
+            text_encoder_2: Replacement for SDXL's second text encoder.
+            tokenizer: Replacement for the tokenizer of the text encoder; a single file may need it.
+            tokenizer_2: Replacement for the tokenizer of SDXL's second text encoder.
+            clip: CLIP model of the saved captioner, see `add_captioner`; None loads the one that
+                the saved captioner names.
             trainable: Whether the saved adapter in use and the saved captioner go on training.
-            options: Attributes of `EncoderConfig`, such as `taps`, `timestep` or `size`; they win
-                over a preset, and that over a saved config.
+            options: Attributes of `EncoderConfig`, such as `taps`, `timestep` or `size`. They win
+                over a preset, and a preset wins over a saved config.
 
         Raises:
             BackboneError: The model is unknown, missing, incomplete or broken, or a part does not
@@ -256,14 +262,13 @@ class DiffusionEncoder(TrainableParts):
     ) -> None:
         """Write the config, every adapter, the captioner, and a reference to the backbone.
 
-        Parts that were given as paths are found again; those given as objects are asked for, as is
-        a captioner's CLIP that has no name. A folder that was not written to the end is refused
-        when it is read.
+        Loading finds parts that were given as paths again; those given as objects have to be passed
+        anew, as has a captioner's CLIP without a name. Loading an unfinished folder fails.
 
         Args:
-            folder: See `diffenc.models.encoder_folder` for what lies where.
-            include_backbone: Write the backbone's weights too, in its dtype, as a diffusers folder;
-                the result needs nothing else, but for a captioner's CLIP.
+            folder: Folder to write to; see `diffenc.models.encoder_folder` for what lies where.
+            include_backbone: Whether to write the backbone's weights too, in its dtype, as a
+                diffusers folder; the result then needs nothing else, except for a captioner's CLIP.
 
         Raises:
             OutputError: The folder cannot be written.
@@ -333,7 +338,7 @@ class DiffusionEncoder(TrainableParts):
 
     @property
     def device(self) -> torch.device:
-        """Where the U-Net is."""
+        """Device of the U-Net."""
         return self.backbone.device
 
     @property
@@ -349,7 +354,7 @@ class DiffusionEncoder(TrainableParts):
         puts new layers in, this is done again with the same options.
 
         Args:
-            options: Of `torch.compile`, such as `mode` and `dynamic`.
+            options: Keyword arguments of `torch.compile`, such as `mode` and `dynamic`.
         """
         names = [tap.name for tap in self._taps if tap.name != LATENTS]
         compile_taps(self.backbone, names, **options)
@@ -402,12 +407,13 @@ class DiffusionEncoder(TrainableParts):
             prompts: One text for all images or one for each, or texts encoded before; "" is a text
                 too. None is no prompt: unconditional, or the captioner's tokens alone where there
                 is a captioner.
-            conditioning: "uncond" and "cond" run the U-Net once per image, "cfg" and "concat"
-                run both halves in one fused call; None takes the config's, which is "cond" with
-                prompts or a captioner and "uncond" without.
-            guidance_scale: s of f_u + s (f_c - f_u), for "cfg"; None takes the config's.
-            output: "features" is a mapping by tap; "list" gives the maps alone, from fine to
-                coarse, as timm's `features_only` and heads for several scales have it.
+            conditioning: Conditioning of the features. "uncond" and "cond" run the U-Net once per
+                image, "cfg" and "concat" run both halves in one fused call. None takes the
+                config's, which is "cond" with prompts or a captioner and "uncond" without.
+            guidance_scale: Guidance scale s in f_u + s (f_c - f_u), for "cfg"; None takes the
+                config's.
+            output: Form of the result: "features" is a mapping by tap; "list" gives the maps alone,
+                from fine to coarse, as timm's `features_only` and heads for several scales have it.
 
         Returns:
             One map (b, channels, h, w) per tap, in tap order; (b, timesteps, channels, h, w) where
@@ -483,7 +489,7 @@ class DiffusionEncoder(TrainableParts):
         return features.to_list() if output == "list" else features
 
     def _original_sizes(self, images: Images, batch: int) -> list[tuple[int, int]] | None:
-        """(height, width) per picture that SDXL is told; None leaves the processed size."""
+        """Size of each picture for SDXL, (height, width); None leaves the processed size."""
         told = self.config.original_size
         if told is None:
             return None

@@ -37,9 +37,11 @@ class Features(Mapping[str, Tensor]):
     pass, without running anything.
 
     Attributes:
-        conditioning: Of the maps that the mapping holds.
-        guidance_scale: s of f_u + s (f_c - f_u).
-        grid: (height, width) of `tokens`.
+        conditioning: Conditioning of the maps that the mapping holds: "uncond", "cond", "cfg" or
+            "concat".
+        guidance_scale: Guidance scale s in f_u + s (f_c - f_u), where f_u and f_c are the
+            unconditional and the conditional features.
+        grid: Token grid that `tokens` makes by default, (height, width).
         truncated: Number of prompt tokens that were cut, per image; empty without prompts.
     """
 
@@ -82,8 +84,8 @@ class Features(Mapping[str, Tensor]):
         """The same pass in another conditioning, in memory of its own.
 
         Args:
-            conditioning: "uncond", "cond", "cfg" or "concat".
-            guidance_scale: For "cfg"; None keeps this object's.
+            conditioning: Conditioning of the result: "uncond", "cond", "cfg" or "concat".
+            guidance_scale: Scale for "cfg"; None keeps this object's.
 
         Raises:
             ConfigError: It needs a half that was not computed, or the scale is not "cfg"'s.
@@ -107,7 +109,7 @@ class Features(Mapping[str, Tensor]):
         """All taps on one grid, channels concatenated in tap order, cells row by row.
 
         Args:
-            grid: Side or (height, width); None takes the encoder's.
+            grid: Side, or (height, width), of the token grid; None takes the encoder's.
 
         Raises:
             ConfigError: A grid that is none.

@@ -86,28 +86,30 @@ class FusedEncoder(nn.Module):
             transformers, a `ClipTokens`, or a name: a folder, a Hub id, or "shapes-clip".
         diffusion: A `DiffusionEncoder`, or a name or a pipeline that
             `DiffusionEncoder.from_pretrained` takes.
-        how: "channel" concatenates the channels of each cell, "tokens" sets CLIP's tokens before
-            the others, "interleave" sets a cell's two tokens side by side: CLIP's first, cell by
-            cell (MMVP's mixture of features). "cross_attention": one stream's tokens attend to the
-            other's, and training begins from the first alone. "add", "weighted" (by one number) and
-            "gated" (CLIP, and the other through a gate per channel that begins at zero) are sums;
-            "token_gated" weighs the two per token and channel by a gate that reads both, and
-            "question_gated" by one that reads the prompt too.
-        image_processor: Of a CLIP that is given as an object; None looks where the object was
-            loaded from. A name brings its own.
-        layer: Which of CLIP's hidden states; -2 is the penultimate.
-        grid: Side, or (height, width), to which both are resampled: means where it is coarser,
-            bilinear where finer. None is CLIP's own; with "tokens" and "cross_attention" each keeps
-            its own.
-        view: "same" shows CLIP the part of a picture that the diffusion encoder sees, so that cells
-            correspond; "own" leaves that to the image processor, which cuts CLIP's pictures to a
-            square. Square pictures go to the image processor as they are.
-        freeze_clip: Whether CLIP stays as it is. Otherwise what lies before `layer` requires a
+        how: Way in which the two are joined. "channel" concatenates the channels of each cell,
+            "tokens" sets CLIP's tokens before the others, "interleave" sets a cell's two tokens
+            side by side: CLIP's first, cell by cell (MMVP's mixture of features). In
+            "cross_attention" one stream's tokens attend to the other's, and training begins from
+            the first alone. "add", "weighted" (by one number) and "gated" (CLIP, and the other
+            through a gate per channel that begins at zero) are sums; "token_gated" weighs the two
+            per token and channel by a gate that reads both, and "question_gated" by one that reads
+            the prompt too.
+        image_processor: Image processor of a CLIP that is given as an object; None loads it from
+            where the object was loaded. A CLIP given by name brings its own.
+        layer: Index of the hidden state of CLIP that is read; -2 is the penultimate.
+        grid: Side, or (height, width), of the token grid to which both encoders are resampled: by
+            means where the grid is coarser, bilinearly where it is finer. None is CLIP's own grid;
+            with "tokens" and "cross_attention" it leaves each encoder its own.
+        view: Part of a picture that CLIP sees. "same" shows it the part that the diffusion encoder
+            sees, so that cells correspond; "own" leaves that to the image processor, which cuts
+            CLIP's pictures to a square. Square pictures go to the image processor as they are.
+        freeze_clip: Whether CLIP is frozen. Otherwise its weights before `layer` require a
             gradient.
-        mixing: Options of a way with weights, or a mixer that has them; None is `MixingConfig()`.
+        mixing: Options of the mixer, or a mixer that has them, for values of `how` that mix by
+            weights; None is `MixingConfig()`.
 
     Attributes:
-        mixer: What mixes the streams; None with "channel", "tokens" and "interleave".
+        mixer: Module that mixes the two streams; None with "channel", "tokens" and "interleave".
 
     Raises:
         ConfigError: An option is not allowed, the CLIP is of another kind or its grid cannot be
@@ -210,12 +212,13 @@ class FusedEncoder(nn.Module):
         """Inverse of `save_pretrained`.
 
         Args:
-            folder: What `save_pretrained` wrote.
-            device: Device that both run on; None is the CPU.
-            dtype: Floating point type of both, or its name; None is float32. The mixer is in
-                float32.
-            trainable: Whether the mixer goes on training, and what `DiffusionEncoder` means by it.
-            options: Of `DiffusionEncoder.from_pretrained`.
+            folder: Folder that `save_pretrained` wrote.
+            device: Device of both encoders; None is the CPU.
+            dtype: Floating point type of both encoders, or its name; None is float32. The mixer is
+                in float32.
+            trainable: Whether the mixer goes on training, as do the saved adapter in use and the
+                saved captioner of the diffusion encoder.
+            options: Further keyword arguments of `DiffusionEncoder.from_pretrained`.
 
         Raises:
             BackboneError: The folder does not hold a whole fused encoder, or a model is missing.
@@ -267,8 +270,8 @@ class FusedEncoder(nn.Module):
         A frozen CLIP that was given by its name is saved by that; any other with its weights.
 
         Args:
-            folder: Where.
-            include_backbone: Write the weights of both models, see
+            folder: Folder to write to.
+            include_backbone: Whether to write the weights of both models, see
                 `DiffusionEncoder.save_pretrained`.
 
         Raises:
@@ -298,12 +301,12 @@ class FusedEncoder(nn.Module):
 
     @property
     def backbone(self) -> Backbone:
-        """The diffusion encoder's."""
+        """Backbone of the diffusion encoder."""
         return self.diffusion.backbone
 
     @property
     def config(self) -> EncoderConfig:
-        """The diffusion encoder's."""
+        """Config of the diffusion encoder."""
         return self.diffusion.config
 
     @property
@@ -345,7 +348,7 @@ class FusedEncoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the tokens: the diffusion encoder's."""
+        """Floating point type of the tokens, which is the diffusion encoder's."""
         return self.diffusion.dtype
 
     def summary(self) -> str:
@@ -379,12 +382,12 @@ class FusedEncoder(nn.Module):
         """Tokens of pictures under their prompts.
 
         Args:
-            images: Of any kind, see `diffenc.inputs.images.to_pixel_values`.
+            images: Pictures of any kind, see `diffenc.inputs.images.to_pixel_values`.
             prompts: One text for all images or one for each, or texts encoded before; None is
                 unconditional.
 
         Returns:
-            In the dtype and on the device of the diffusion encoder: one token per cell of `grid`
+            Tokens in the dtype and on the device of the diffusion encoder: one per cell of `grid`
             for "channel" and the sums, two for "interleave", CLIP's before the others for "tokens",
             and the asking stream's for "cross_attention".
 

@@ -52,9 +52,10 @@ class CrossAttnScorer(ConfiguredScorer):
     their noise and are batched. A score does not depend on what else is in the call.
 
     Attributes:
-        backbone: The model, a registered submodule.
-        config: What a score is.
-        use_cache: Remember latents, prompts and rows of frozen models that were computed before.
+        backbone: The text-to-image model, a registered submodule.
+        config: Options that define the score.
+        use_cache: Whether to remember latents, prompts and rows of frozen models that were computed
+            before.
 
     Example:
         >>> scorer = CrossAttnScorer.from_pretrained("shapes")
@@ -74,11 +75,11 @@ class CrossAttnScorer(ConfiguredScorer):
         Args:
             images: One or several pictures of any kind, see
                 `diffenc.inputs.images.to_pixel_values`.
-            texts: One or several.
-            seed: Of the noise; None takes the config's.
+            texts: One text or several.
+            seed: Seed of the noise; None takes the config's.
 
         Returns:
-            Higher is better; float32, on the CPU wherever the model is.
+            Scores in float32, on the CPU wherever the model is; higher is better.
 
         Raises:
             ImageError: A picture cannot be read.
@@ -96,9 +97,9 @@ class CrossAttnScorer(ConfiguredScorer):
         """Score image k under text k alone.
 
         Args:
-            images: Pictures.
-            texts: As many.
-            seed: Of the noise; None takes the config's.
+            images: Pictures of any kind, see `diffenc.inputs.images.to_pixel_values`.
+            texts: Texts, as many as images.
+            seed: Seed of the noise; None takes the config's.
 
         Raises:
             ShapeError: Another number of texts than of images.
@@ -129,13 +130,15 @@ class CrossAttnScorer(ConfiguredScorer):
         """Score every image under every text, several times with other noise.
 
         Args:
-            images: Pictures.
-            texts: One or several.
-            trials: How many; trial k takes the noise of seed + k.
-            seed: Of the first trial; None takes the config's.
-            screen: Drop candidates that fall behind, half of them after each step, and score this
-                many to the end, exactly; None scores all.
-            screen_over: Candidates are "texts" of an image, or "images" of a text.
+            images: Pictures of any kind, see `diffenc.inputs.images.to_pixel_values`.
+            texts: One text or several.
+            trials: Number of trials; trial k takes the noise of seed + k.
+            seed: Seed of the noise of the first trial; None takes the config's.
+            screen: Number of candidates that are scored at every step, and so exactly; after each
+                step the lower half of the candidates is dropped, until only this many are left.
+                None scores all candidates at every step.
+            screen_over: Kind of candidates that compete: the "texts" of an image, or the "images"
+                of a text.
 
         Raises:
             ConfigError: Fewer than one trial or candidate, or `screen` where it saves nothing.
@@ -195,12 +198,12 @@ class CrossAttnScorer(ConfiguredScorer):
         with. Never choose them on the items that a result is reported for.
 
         Args:
-            items: Each with some images and as many texts, image k fitting text k: two or more,
-                equally many in all.
-            seed: Of the noise; None takes the config's.
+            items: Items, each a pair of images and as many texts, where text k fits image k: two or
+                more, and equally many in every item.
+            seed: Seed of the noise; None takes the config's.
 
         Returns:
-            The weights, of `layers`.
+            One weight per layer, in the order of `layers`.
 
         Raises:
             ShapeError: No item, or items of another shape.
@@ -226,22 +229,23 @@ class CrossAttnScorer(ConfiguredScorer):
         timesteps: Sequence[int] | None = None,
         seed: int | None = None,
     ) -> dict[str, HeatMap]:
-        """Where in an image each word of a text is seen.
+        """Map where in an image each word of a text is seen.
 
         Args:
             image: A picture of any kind.
-            text: The prompt.
-            words: Words of it, or several in a row as one ("red circle"); None takes every word.
-            preset: None is the share of a cell's attention that the word gets, mean over heads,
-                layers and timesteps; "daam" is that program's definition.
+            text: Prompt that the picture is read under.
+            words: Words of the prompt, or several in a row as one ("red circle"); None takes every
+                word.
+            preset: Name of the definition: "daam" is that program's. None is the share of a cell's
+                attention that the word gets, mean over heads, layers and timesteps.
             layers: Module paths of cross-attentions or of blocks around them; None takes all, for
                 "daam" all but the middle block's.
             heads: Indices of the heads that count; None takes all.
-            timesteps: Noise levels; None takes the config's.
-            seed: Of the noise; None takes the config's.
+            timesteps: Noise levels, as scheduler steps; None takes the config's.
+            seed: Seed of the noise; None takes the config's.
 
         Returns:
-            Per word a map that lies over the picture, with it for a notebook.
+            One map per word, which lies over the picture; a notebook shows both.
 
         Raises:
             ImageError: The picture cannot be read.
@@ -297,7 +301,7 @@ class CrossAttnScorer(ConfiguredScorer):
         overwrite: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> QueryBank:
-        """Keep what "shared-query" scores need of images on disk, to be searched by any text.
+        """Store the queries of images for "shared-query" scores on disk, for search by any text.
 
         Costs one pass per image, timestep and draw, and `index_bytes` of disk: choose few layers
         and timesteps for many images. Every picture is read once before the first pass.
@@ -307,16 +311,17 @@ class CrossAttnScorer(ConfiguredScorer):
         interrupted. One program writes to a folder at a time.
 
         Args:
-            images: Pictures.
-            folder: New or empty, or one where such a call was interrupted.
-            names: Names of the images, no two alike; None takes their paths, or counts.
-            dtype: Floating point type of what is kept: float32, float16 or bfloat16.
-            shard_bytes: About how large one file may become.
-            skip_broken: Leave out pictures that cannot be read, and name them in the bank's
-                `skipped`.
-            overwrite: Begin anew where the folder holds a bank, or one that was begun.
-            progress: Called with the number of images that are done; first, in a folder where the
-                call was interrupted, with how many were done before.
+            images: Pictures of any kind, see `diffenc.inputs.images.to_pixel_values`.
+            folder: Folder to write to: new or empty, or one where such a call was interrupted.
+            names: Names of the images, no two alike; None takes their paths, and for images without
+                a path their place in the list.
+            dtype: Floating point type of the stored queries: float32, float16 or bfloat16.
+            shard_bytes: Approximate largest size of one file, in bytes.
+            skip_broken: Whether to leave out pictures that cannot be read, and name them in the
+                bank's `skipped`.
+            overwrite: Whether to begin anew where the folder holds a bank, or one that was begun.
+            progress: Function that is called with the number of images that are done; first, in a
+                folder where the call was interrupted, with the number that was done before.
 
         Raises:
             ConfigError: A config that scores by more than attention, names that are no texts or

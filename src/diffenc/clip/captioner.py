@@ -50,14 +50,15 @@ class ImplicitCaptioner(nn.Module):
     is zero at first, so the first step moves the gate alone, and the rest from the second step on.
 
     Args:
-        image_width: Channels of CLIP's image embedding.
-        width: Channels of the text states that the U-Net reads.
-        length: Number of tokens: the text encoder's limit.
-        pooled_width: Channels of the pooled text, for SDXL; its addition has an MLP and a gate of
-            its own. None: the model reads none.
-        hidden_size: Of the MLPs; None is the wider one of input and output.
-        layers: Linear layers of an MLP, GELU between; ODISE has one.
-        device: Where the weights are made, in float32; "meta" makes none.
+        image_width: Number of channels of CLIP's image embedding.
+        width: Number of channels of the text states that the U-Net reads.
+        length: Number of tokens, which is the text encoder's limit.
+        pooled_width: Number of channels of SDXL's pooled text, whose addition has an MLP and a gate
+            of its own. None: the model reads no pooled text.
+        hidden_size: Width of the hidden layers of the MLPs; None is the larger of the input and the
+            output width.
+        layers: Number of linear layers of an MLP, with GELU between them; ODISE has one.
+        device: Device on which the weights are made, in float32; "meta" makes none.
 
     Raises:
         ConfigError: A width or a number below 1.
@@ -189,8 +190,8 @@ class ClipEmbedder(nn.Module):
 
     Args:
         model: A `CLIPVisionModelWithProjection` or a `CLIPModel`, whose text half is not kept.
-        name: By which it is found again; None takes the one it was loaded by.
-        processor: Its image processor, or the values of one; None is OpenAI's.
+        name: Name or folder that the model is found again by; None takes the one it was loaded by.
+        processor: Image processor of the model, or the values of one; None takes OpenAI's values.
 
     Raises:
         ConfigError: Another kind of model, or none.

@@ -45,16 +45,18 @@ class ClipTokens(VisionModel):
     """Tokens of the patches of one hidden layer, without the class token.
 
     Args:
-        model: A `CLIPVisionModel`, `CLIPModel`, `SiglipVisionModel` or `SiglipModel`; of the whole
-            models the vision part is used.
-        image_processor: The model's own.
-        layer: Index into the hidden states; -2, the penultimate, is LLaVA's.
-        frozen: Whether nothing is trained. Otherwise what runs before `layer` is, and no more.
-        name: Where the model was loaded from; None for an object, and for one that trains.
-        use_cache: Remember the tokens of pictures while the model is frozen.
+        model: A `CLIPVisionModel`, `CLIPModel`, `SiglipVisionModel` or `SiglipModel`; only the
+            vision part of a whole model is used.
+        image_processor: Image processor of the model.
+        layer: Index of the hidden state that is read; -2, the penultimate, is LLaVA's.
+        frozen: Whether nothing is trained. Otherwise the weights that run before `layer` are, and
+            no others.
+        name: Name or path that the model was loaded from; None for an object, and for a model that
+            trains.
+        use_cache: Whether to remember the tokens of pictures while the model is frozen.
 
     Attributes:
-        side: Of the square of patches.
+        side: Number of patches per side of the square.
 
     Raises:
         ConfigError: Another kind of model, one without a square grid, or no such layer.
@@ -111,13 +113,13 @@ class ClipTokens(VisionModel):
         """Load a vision model and its image processor.
 
         Args:
-            name: A folder, a Hub id, or "shapes-clip", the bundled miniature.
-            image_processor: Instead of the model's own.
-            layer: See the class, as the next two.
+            name: Name of the model: a folder, a Hub id, or "shapes-clip", the bundled miniature.
+            image_processor: Replacement for the model's own image processor; None loads that.
+            layer: Index of the hidden state that is read; see the class for this and the next two.
             frozen: Whether nothing is trained.
-            use_cache: Remember tokens.
-            device: Where it runs.
-            dtype: Of the weights.
+            use_cache: Whether to remember the tokens of pictures.
+            device: Device of the model.
+            dtype: Floating point type of the weights.
 
         Raises:
             BackboneError: There is no such model, or it is of another kind.
@@ -169,9 +171,9 @@ class ClipTokens(VisionModel):
         """Tokens of pictures, row by row.
 
         Args:
-            images: Of any kind, see `diffenc.inputs.images.to_pixel_values`; the image processor
-                sees them at their own size, in 8 bits.
-            batch_size: Most pictures per call of the model; None is all at once.
+            images: Pictures of any kind, see `diffenc.inputs.images.to_pixel_values`; the image
+                processor sees them at their own size, in 8 bits.
+            batch_size: Largest number of pictures per call of the model; None is all at once.
 
         Raises:
             ImageError: A picture cannot be read.

@@ -16,12 +16,12 @@ class VisionModel(nn.Module):
     """Base of what gives the tokens of a square of patches.
 
     Attributes:
-        model: Of transformers, or a `VisionModel` itself.
-        image_processor: The model's own.
-        layer: Index into the hidden states.
-        name: Where the model was loaded from; None for an object.
-        hidden_size: Channels of a token.
-        side: Of the square of patches.
+        model: Vision model of transformers, or a `VisionModel` itself.
+        image_processor: Image processor of the model.
+        layer: Index of the hidden state that is read.
+        name: Name or path that the model was loaded from; None for an object.
+        hidden_size: Number of channels of a token.
+        side: Number of patches per side of the square.
     """
 
     model: Any
@@ -39,7 +39,7 @@ class VisionModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the model."""
+        """Floating point type of the model."""
         dtype: torch.dtype = next(self.model.parameters()).dtype
         return dtype
 

@@ -32,15 +32,15 @@ class CrossAttnTaps:
 
     Queries and keys are read in hooks on `attn2.to_q` and `attn2.to_k` and multiplied once more,
     in float32: the forward pass keeps its own attention, its output stays bit-identical. Only the
-    maps of the asked tokens are kept. Tokens that the U-Net is told to ignore get no attention.
+    maps of the requested tokens are kept. Tokens that the U-Net is told to ignore get no attention.
 
     Args:
         unet: A `UNet2DConditionModel`.
         layers: Names of `cross_attention_layers`, or of modules around them ("up_blocks.1"); None
             reads all.
         tokens: Positions in the prompt, the start token being 0, for every row of the batch.
-        merge_heads: Take the mean over heads; otherwise maps have an axis of heads after the
-            tokens.
+        merge_heads: Whether to take the mean over heads; otherwise maps have an axis of heads after
+            the tokens.
 
     Raises:
         TapError: No cross-attention by that name.
@@ -95,9 +95,9 @@ class CrossAttnTaps:
         self._present.clear()
 
     def maps(self) -> dict[str, Float[Tensor, "b tokens *heads _h _w"]]:
-        """Per layer the mean over its heads, in float32: how much each cell looks at a token.
+        """Maps of each layer, mean over its heads, in float32: how much each cell looks at a token.
 
-        Over all tokens of a prompt the values of a cell sum to 1.
+        The values of a cell sum to 1 over all tokens of a prompt.
 
         Raises:
             TapError: A layer did not run.
@@ -141,8 +141,8 @@ class PairedOutputs:
 
         Args:
             name: Path of the attention.
-            part: "query" or "key".
-            read: Gets both, once both are there.
+            part: Part that the projection makes: "query" or "key".
+            read: Function that gets the query and the key, once both are there.
         """
 
         def keep(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
@@ -163,8 +163,8 @@ def check_read(attentions: Mapping[str, Any], read: Container[str]) -> None:
     """Raise a `TapError` that says why attentions were not read.
 
     Args:
-        attentions: By module path.
-        read: Paths of those that were.
+        attentions: Attentions, by module path.
+        read: Module paths of the attentions that were read.
     """
     if missing := [name for name in attentions if name not in read]:
         processor = type(getattr(attentions[missing[0]], "processor", None)).__name__
@@ -188,12 +188,12 @@ def head_maps(
     """Attention probabilities of some tokens, per head, computed and returned in float32.
 
     Args:
-        query: Projected image cells, heads side by side.
-        key: Projected tokens, heads side by side.
+        query: Queries: projected image cells, heads side by side.
+        key: Keys: projected tokens, heads side by side.
         tokens: Positions on `l`; the softmax runs over all of `l`.
         heads: Number of heads.
-        scale: Factor of the scores.
-        present: Tokens that the U-Net sees; the others get nothing. None is all.
+        scale: Factor by which the products of queries and keys are multiplied.
+        present: Mask of the tokens that the U-Net sees; the others get no attention. None is all.
 
     Raises:
         ShapeError: A position lies behind the last token.
@@ -214,9 +214,9 @@ def keep_present(attn: nn.Module, kept: dict[str, Tensor | None], name: str) -> 
     """Note which tokens a cross-attention sees, whenever it runs: (b l), or None for all.
 
     Args:
-        attn: An `attn2`.
-        kept: Gets the tokens.
-        name: Under which.
+        attn: Cross-attention module, an `attn2`.
+        kept: Mapping that the tokens are put into.
+        name: Key of the tokens in `kept`.
 
     Returns:
         The handle that removes the hook.
@@ -272,7 +272,7 @@ def _last_of_each_stage(known: Sequence[str]) -> tuple[str, ...]:
 
 
 def _attentions(unet: nn.Module) -> dict[str, tuple[nn.Module, Any]]:
-    """Per module path the attention, after the transformer that flattens the map around it."""
+    """Attentions by module path, each after the transformer that flattens the map around it."""
     modules = dict(unet.named_modules())
     found = {}
     for stage in ("down_blocks", "mid_block", "up_blocks"):  # registered in another order

@@ -24,10 +24,10 @@ class Pooling:
     """How the products q·k of a layer become one number per row; see `ScorerConfig`.
 
     Attributes:
-        space: "logits" or "probs".
-        axis: What the log-sum-exp runs over: "tokens", "pixels" or "both".
-        lse_lambda: λ of (1/λ) log Σ exp(λ a).
-        head_reduce: "mean" or "max".
+        space: Values that are pooled: "logits" or "probs".
+        axis: Axis that the log-sum-exp runs over: "tokens", "pixels" or "both".
+        lse_lambda: Factor λ in (1/λ) log Σ exp(λ a).
+        head_reduce: Reduction over heads: "mean" or "max".
     """
 
     space: str = "logits"
@@ -45,9 +45,8 @@ class Pooling:
 
         Args:
             logits: Scaled products of `n` cells with `l` tokens, in float32.
-            mask: Tokens that count; None is all.
-            present: Tokens that the U-Net sees; the others neither count nor get attention. None
-                is all.
+            mask: Mask of the tokens that count; None counts all.
+            present: Mask of the tokens that the U-Net sees; None is all.
 
         Source:
             He et al. 2023 (Discffusion), arXiv:2305.10722, released code: log-sum-exp over tokens
@@ -91,13 +90,13 @@ def pooled_scores(
     """Score row i of the queries with row i of the keys, in float32.
 
     Args:
-        query: Projected image cells, heads side by side.
-        key: Projected tokens, heads side by side.
-        pooling: What becomes of the products.
+        query: Queries: projected image cells, heads side by side.
+        key: Keys: projected tokens, heads side by side.
+        pooling: Way in which the products of queries and keys are pooled.
         heads: Number of heads.
-        scale: Factor of the products.
-        mask: Tokens that count; None is all.
-        present: Tokens that the U-Net sees; None is all.
+        scale: Factor by which the products of queries and keys are multiplied.
+        mask: Mask of the tokens that count; None counts all.
+        present: Mask of the tokens that the U-Net sees; None is all.
     """
     rows = _rows_at_once(heads * query.shape[1] * key.shape[1], query.device)
     scores = []
@@ -162,11 +161,11 @@ def read_scores(
     Tokens that the U-Net is told to ignore do not count.
 
     Args:
-        attentions: The layers, some of `cross_attentions`.
-        pooling: What becomes of the products.
-        call: Runs the U-Net.
-        mask: Tokens that count, per row; None is all.
-        early_exit: End the pass when every layer has been read.
+        attentions: Cross-attentions to read, some of `cross_attentions`.
+        pooling: Way in which the products of queries and keys are pooled.
+        call: Function that runs the U-Net.
+        mask: Mask of the tokens that count, per row; None counts all.
+        early_exit: Whether the pass ends when every layer has been read.
 
     Raises:
         TapError: A layer did not run.
@@ -209,8 +208,8 @@ def read_queries(
     """Projected image cells of some layers; the pass ends when every layer has been read.
 
     Args:
-        attentions: The layers, some of `cross_attentions`.
-        call: Runs the U-Net.
+        attentions: Cross-attentions to read, some of `cross_attentions`.
+        call: Function that runs the U-Net.
 
     Raises:
         TapError: A layer did not run.

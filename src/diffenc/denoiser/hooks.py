@@ -117,7 +117,7 @@ class TapOutputs(nn.Module):
 
     Args:
         unet: A `UNet2DConditionModel`, best one that ends after the last tap.
-        names: Module paths.
+        names: Module paths of the taps.
 
     Raises:
         TapError: The U-Net has no such module.

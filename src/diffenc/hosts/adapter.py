@@ -37,9 +37,9 @@ class AdaptedLayer:
     """A linear layer that is updated.
 
     Attributes:
-        path: In the U-Net.
-        in_features: Its inputs.
-        out_features: Its outputs.
+        path: Module path of the layer in the U-Net.
+        in_features: Number of the layer's input channels.
+        out_features: Number of the layer's output channels.
     """
 
     path: str
@@ -50,11 +50,11 @@ class AdaptedLayer:
 def adapted_layers(unet_config: Mapping[str, Any], taps: Sequence[str]) -> tuple[AdaptedLayer, ...]:
     """Projections of cross-attentions that the features at some taps depend on, in order.
 
-    Others would have no gradient, which distributed training takes for an error.
+    Other projections would get no gradient, which distributed training takes for an error.
 
     Args:
-        unet_config: Of a `UNet2DConditionModel`.
-        taps: Module paths, or "latents".
+        unet_config: Config of a `UNet2DConditionModel`.
+        taps: Names of the taps: module paths of the U-Net, or "latents".
     """
     with torch.device("meta"):
         unet = build_part("unet", unet_config)
@@ -72,10 +72,10 @@ class Adapter(nn.Module):
     transformers.
 
     Args:
-        layers: What is updated; see `adapted_layers`.
-        rank: Of the updates.
-        alpha: Their scale times the rank; None is the rank.
-        seed: Of the initial weights.
+        layers: Projections that are updated; see `adapted_layers`.
+        rank: Rank of the updates.
+        alpha: Numerator of the scale alpha / rank of the updates; None is the rank, a scale of 1.
+        seed: Seed of the initial weights.
 
     Raises:
         ConfigError: There is nothing to update.
@@ -139,7 +139,7 @@ class Adapter(nn.Module):
         """Let the U-Net run this adapter's present parameters; hosts exchange them.
 
         Returns:
-            Whether any had been exchanged.
+            Whether the host had exchanged any parameter.
 
         Raises:
             ConfigError: The parameters are elsewhere: sharded away, or on the meta device.

@@ -33,8 +33,8 @@ def find_adapter(
     weights.
 
     Args:
-        source: File or folder.
-        spec: Of the tower; a side file of another one is refused.
+        source: File, or folder of a host's checkpoint.
+        spec: Spec of the tower; a side file that belongs to another spec is refused.
 
     Returns:
         Where they were found, and the weights by the adapter's own names; None if nowhere.

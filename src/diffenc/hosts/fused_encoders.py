@@ -16,9 +16,9 @@ class Companion:
     """A CLIP or SigLIP.
 
     Attributes:
-        name: As `FusedEncoder` takes it: a Hub id or a folder.
-        hidden_size: Channels of a token.
-        side: Side of its square of tokens.
+        name: Name that `FusedEncoder` takes: a Hub id or a folder.
+        hidden_size: Number of channels of a token.
+        side: Number of tokens per side of the square of tokens.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Companion:
 
     @property
     def spelling(self) -> str:
-        """As a spec names it: the alias, or the folder."""
+        """Name in a spec: the alias, or the folder."""
         aliases = {companion.name: alias for alias, companion in _KNOWN.items()}
         return aliases.get(self.name, self.name)
 

@@ -23,12 +23,15 @@ class HiddenEncoder:
     Before an encoder is there, moves and casts are noted for it.
 
     Args:
-        dtype: Of the frozen model, whatever the host casts the tower to; None follows the host.
+        dtype: Floating point type of the frozen model, whatever the host casts the tower to; None
+            follows the host.
 
     Attributes:
-        encoder: A `DiffusionEncoder`, a `FusedEncoder`, or None as long as nothing is loaded.
-        device: Where it is, or will be.
-        dtype: In which it computes, or will; float32 where the device lacks what the host asked.
+        encoder: Encoder, a `DiffusionEncoder` or a `FusedEncoder`; None as long as nothing is
+            loaded.
+        device: Device that the encoder is on, or will be on.
+        dtype: Floating point type that the encoder computes in, or will; float32 where the device
+            lacks what the host asked for.
     """
 
     def __init__(self, dtype: torch.dtype | None = None) -> None:
@@ -51,7 +54,8 @@ class HiddenEncoder:
         """Do to the encoder what a conversion of the tower does to its tensors.
 
         Args:
-            convert: What `nn.Module._apply` is given. Moves to the meta device are not followed.
+            convert: Function that `nn.Module._apply` is given. Moves to the meta device are not
+                followed.
         """
         probe = convert(torch.zeros(1, dtype=self.dtype, device=self.device))
         if probe.device.type != "meta":
@@ -107,7 +111,7 @@ def _computable(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
 
 def _safe_dtype(encoder: Any, path: str, dtype: torch.dtype) -> torch.dtype:
-    """Of a module: a VAE whose half precision overflows stays in float32."""
+    """Floating point type of a module; a VAE whose half precision overflows stays in float32."""
     parts = path.split(".")
     if dtype != torch.float16 or "vae" not in parts:
         return dtype

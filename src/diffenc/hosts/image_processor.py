@@ -21,8 +21,9 @@ class TowerImageProcessor(BaseImageProcessor):  # type: ignore[misc]  # untyped
 
     Args:
         size: Side in pixels, or a mapping that holds it under "shortest_edge" or "height".
-        resize: See `EncoderConfig.resize`; "none" is not for towers.
-        ignored: What hosts save beside.
+        resize: Way in which pictures are brought to the size, see `EncoderConfig.resize`; "none" is
+            not for towers.
+        ignored: Further values that hosts save with an image processor; ignored.
 
     Raises:
         ConfigError: There is no such size.
@@ -47,20 +48,21 @@ class TowerImageProcessor(BaseImageProcessor):  # type: ignore[misc]  # untyped
         self.resize = resize
 
     def __call__(self, images: Any, return_tensors: Any = None, **ignored: Any) -> BatchFeature:
-        """As `preprocess`."""
+        """Bring pictures to the tower's size, as `preprocess` does."""
         return self.preprocess(images, return_tensors=return_tensors)
 
     def preprocess(self, images: Any, return_tensors: Any = None, **ignored: Any) -> BatchFeature:
         """Bring pictures to the tower's size.
 
         Args:
-            images: One or several, see `diffenc.inputs.images.to_pixel_values`.
-            return_tensors: "pt" gives one tensor, "np" one array, None a list of arrays.
-            ignored: What hosts tell CLIP's processor, such as `do_center_crop`: the tower takes
-                one size.
+            images: One picture or several, see `diffenc.inputs.images.to_pixel_values`.
+            return_tensors: Form of the result: "pt" gives one tensor, "np" one array, None a list
+                of arrays.
+            ignored: Further options that hosts pass to CLIP's processor, such as `do_center_crop`;
+                ignored, as the tower takes one size.
 
         Returns:
-            Under "pixel_values" (n, 3, size, size).
+            Pictures (n, 3, size, size) under "pixel_values".
         """
         side = self.crop_size["height"]
         values = to_pixel_values(images, size=side, resize=self.resize, multiple=1)

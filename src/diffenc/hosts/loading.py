@@ -35,9 +35,9 @@ def read_device_map(device_map: Any, current: torch.device) -> torch.device:
     """The one device that a device map leads a tower to.
 
     Args:
-        device_map: None, "auto" or another word of accelerate's, a device, or a mapping of module
-            names to devices, of which the first counts.
-        current: What None means.
+        device_map: Device map: None, "auto" or another word of accelerate's, a device, or a mapping
+            of module names to devices, of which the first counts.
+        current: Device that None stands for.
 
     Raises:
         ConfigError: It is none of these.

@@ -27,11 +27,11 @@ class PrismaticBackbone(nn.Module):
     """A vision backbone with the contract of prismatic-vlms.
 
     Args:
-        vision_backbone_id: The name that it is registered by, or a spec.
-        image_resize_strategy: "resize-naive" squashes to a square, "resize-crop" keeps the middle,
-            "letterbox" pads with grey.
-        default_image_size: Side in pixels; None is the spec's.
-        spec: A tower's name; None reads it from the id.
+        vision_backbone_id: Name that the tower is registered by, or a spec.
+        image_resize_strategy: Way in which pictures are brought to a square: "resize-naive" ignores
+            the aspect ratio, "resize-crop" keeps the middle, "letterbox" pads with grey.
+        default_image_size: Side of the pictures in pixels; None is the spec's.
+        spec: Spec of the tower; None reads it from the id.
 
     Raises:
         ConfigError: The spec does not parse, its size is another one, or the strategy is unknown.
@@ -100,8 +100,8 @@ class PrismaticBackbone(nn.Module):
         """Tokens of pictures under the prompts that travel with them.
 
         Args:
-            pixel_values: Of the transform: a mapping with "pixel_values" and "prompt", or pictures
-                alone.
+            pixel_values: Output of the transform: a mapping with "pixel_values" and "prompt", or
+                pictures alone.
 
         Raises:
             ShapeError: A mapping without pictures.
@@ -122,11 +122,11 @@ def _nothing(module: nn.Module) -> bool:
 
 
 class PrismaticTransform:
-    """A picture to a mapping of tensors of one shape; the prompt is that of the `prompt_scope`.
+    """Converts a picture to tensors of one shape; the prompt is that of the `prompt_scope`.
 
     Args:
-        tower: Whose image processor and tokenizer are used.
-        resize: See `EncoderConfig.resize`.
+        tower: Tower whose image processor and tokenizer are used.
+        resize: Way in which pictures are brought to the tower's size, see `EncoderConfig.resize`.
     """
 
     def __init__(self, tower: DiffusionVisionTower, resize: str) -> None:
@@ -140,8 +140,8 @@ class PrismaticTransform:
 
         Args:
             image: A PIL image.
-            prompt: None takes the scope's.
-            ignored: What the host passes.
+            prompt: Prompt of the picture; None takes the scope's.
+            ignored: Further arguments that the host passes; ignored.
         """
         pixel_values = self._process.preprocess(image, return_tensors="pt")[PIXELS][0]
         scope = current_scope()
@@ -187,8 +187,8 @@ def register(specs: Mapping[str, str], package: str = "prismatic") -> None:
     """Add towers to prismatic's registry of vision backbones.
 
     Args:
-        specs: Id to spec, such as ``{"diffenc-sdxl": "diffenc:sdxl?t=50"}``.
-        package: Its top-level module.
+        specs: Specs by id, such as ``{"diffenc-sdxl": "diffenc:sdxl?t=50"}``.
+        package: Name of prismatic's top-level module.
 
     Raises:
         ConfigError: The package is not there, or a spec does not parse.

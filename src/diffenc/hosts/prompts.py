@@ -30,9 +30,9 @@ class PromptTokens:
     """Tokenized prompts, one row each.
 
     Attributes:
-        ids: Of the model's (first) tokenizer, padded to its limit; int64.
-        mask: 1 for a prompt's own tokens, with its start and end, 0 for padding; int64. A row of
-            zeros is no prompt at all.
+        ids: Token ids of the model's (first) tokenizer, padded to its limit; int64.
+        mask: Mask that is 1 for a prompt's own tokens, its start and end included, and 0 for
+            padding; int64. A row of zeros is no prompt at all.
 
     Raises:
         PromptError: They are no two whole-number tensors (n l) of one shape.
@@ -87,17 +87,17 @@ class PromptTokens:
         return self.take([0] * images)
 
     def is_null(self) -> list[bool]:
-        """Per row whether it has no words: start and end alone."""
+        """Whether each row has no words: start and end alone."""
         empty: list[bool] = (self.mask.sum(dim=1) <= 2).tolist()
         return empty
 
     def is_absent(self) -> list[bool]:
-        """Per row whether it stands for no prompt, which is not the empty text."""
+        """Whether each row stands for no prompt, which is not the empty text."""
         nothing: list[bool] = (self.mask.sum(dim=1) == 0).tolist()
         return nothing
 
     def is_unconditional(self, rule: Uncond) -> list[bool]:
-        """Per row whether it reads the unconditional embedding; by "empty" so does "" itself."""
+        """Whether each row reads the unconditional embedding; with "empty", "" does too."""
         return self.is_null() if rule == "empty" else self.is_absent()
 
     @staticmethod
@@ -117,7 +117,7 @@ class PromptTokenizer:
     """Texts to `PromptTokens`, without the model's weights; it may go to other processes.
 
     Args:
-        model: Alias, Hub id or folder.
+        model: Name of the model whose tokenizer is used: an alias, a Hub id or a folder.
     """
 
     def __init__(self, model: str) -> None:
@@ -171,11 +171,11 @@ def embed_tokens(
     which is another on SDXL.
 
     Args:
-        backbone: Whose text encoders are called.
-        tokens: One row or more.
-        size: (height, width) of the pictures, in pixels.
+        backbone: Model whose text encoders are called.
+        tokens: Tokenized prompts, one row or more.
+        size: Size of the pictures in pixels, (height, width).
         uncond: Rule of the unconditional embedding; None is the model's own.
-        use_cache: Look up and keep.
+        use_cache: Whether encoded prompts are looked up in the cache and kept there.
     """
     state = backbone.states().prompts if use_cache else None
     on_cpu, rule = tokens.to("cpu"), uncond or backbone.uncond_rule
@@ -208,8 +208,8 @@ class Scope:
     """Prompts of the calls inside a `prompt_scope`.
 
     Attributes:
-        prompts: Tokens or texts.
-        per: What they are for, see `prompt_scope`.
+        prompts: Prompts, as tokens or as texts.
+        per: Unit that each prompt belongs to, "sample" or "image"; see `prompt_scope`.
     """
 
     prompts: Prompts
@@ -230,10 +230,10 @@ def prompt_scope(
     (`diffenc.hosts.llava.take_prompts`).
 
     Args:
-        prompts: One for all or one each; None hides an outer scope.
-        per: "sample" has one prompt for each sample of the batch, which hosts that know their
-            samples expand to images and tiles; "image" has one for each image that the tower is
-            shown.
+        prompts: Prompts, one for all or one each; None hides an outer scope.
+        per: Unit that each prompt belongs to. "sample" has one prompt for each sample of the batch,
+            which hosts that know their samples expand to images and tiles; "image" has one for each
+            image that the tower is shown.
     """
     token = _SCOPE.set(None if prompts is None else Scope(prompts, per))
     try:
@@ -243,7 +243,7 @@ def prompt_scope(
 
 
 def current_scope() -> Scope | None:
-    """Of the block that this call runs in, or None."""
+    """Scope of the block that this call runs in, or None."""
     return _SCOPE.get()
 
 
@@ -253,9 +253,9 @@ def resolve_prompts(
     """Prompts of a call of a tower: those passed, else the scope's, else None (the null prompt).
 
     Args:
-        explicit: What was passed.
-        images: How many images the tower is shown, tiles counted one by one.
-        tokenizer: For texts.
+        explicit: Prompts that were passed; None takes those of the scope.
+        images: Number of images that the tower is shown, tiles counted one by one.
+        tokenizer: Tokenizer of the prompts that are texts.
 
     Returns:
         A row per image.

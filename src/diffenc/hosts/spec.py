@@ -60,30 +60,36 @@ _SYNONYMS = {"lora": "rank", "clip": "fuse", "timestep": "t", "guidance": "scale
 
 @dataclass(frozen=True, kw_only=True)
 class TowerSpec:
-    """What a tower is told, checked before any weight is read.
+    """Options of a tower, checked before any weight is read.
 
     Attributes:
-        model: Alias, Hub id or diffusers folder, as for `DiffusionEncoder.from_pretrained`.
+        model: Name of the model: an alias, a Hub id or a diffusers folder, as for
+            `DiffusionEncoder.from_pretrained`.
         taps: Module paths of the U-Net; None takes the model's own set.
-        timestep: Scheduler step.
+        timestep: Scheduler step, 0 (clean) to 999 (pure noise).
         size: Side of the square that the tower takes, in pixels; None is the model's own.
-        grid: Side of the square of tokens; None is that of the middle tap.
-        conditioning: As in `EncoderConfig`; None is "cond" for prompts and "uncond" without.
-        guidance_scale: For "cfg".
-        draws: As in `EncoderConfig`.
-        batch_size: As in `EncoderConfig`.
-        noise: As in `EncoderConfig`.
-        seed: As in `EncoderConfig`.
-        uncond: As in `EncoderConfig`.
-        rank: Of the trainable adapter; None has none.
-        alpha: Its scale times its rank; None is the rank.
-        fuse: A CLIP or SigLIP whose tokens are joined: an alias such as "vitl336", or a folder.
-        how: How they are joined, see `FusedEncoder`; a way with weights of its own is refused.
+        grid: Side of the square of tokens; None takes the middle tap's.
+        conditioning: Conditioning of the features, as in `EncoderConfig`; None is "cond" with
+            prompts and "uncond" without.
+        guidance_scale: Guidance scale, which only the conditioning "cfg" reads.
+        draws: Number of noise tensors per timestep, as in `EncoderConfig`.
+        batch_size: Largest number of rows per call of the U-Net, as in `EncoderConfig`; None is all
+            at once.
+        noise: Kind of noise, "shared" or None, as in `EncoderConfig`.
+        seed: Seed of the noise, as in `EncoderConfig`, and of the adapter's initial weights.
+        uncond: Rule of the unconditional embedding, as in `EncoderConfig`; None is the model's own.
+        rank: Rank of the trainable adapter; None has no adapter.
+        alpha: Numerator of the adapter's scale alpha / rank; None is the rank, a scale of 1.
+        fuse: CLIP or SigLIP whose tokens are joined to the diffusion model's: an alias such as
+            "vitl336", or a folder. None joins none.
+        how: Way in which the two are joined, see `FusedEncoder`; a way with weights of its own is
+            refused.
         null: Prompt of images that come without one; "" is unconditional.
-        prompted: Whether the adapter was trained with prompts, so that one without is told of.
-        cut: Load nothing that lies behind the last tap.
-        dtype: "fp32", "bf16" or "fp16": that of the frozen model, whatever the host casts it to;
-            None follows the host.
+        prompted: Whether the adapter was trained with prompts; the tower then warns once when it is
+            called without one.
+        cut: Whether to load nothing that lies behind the last tap.
+        dtype: Floating point type of the frozen model, whatever the host casts it to: "fp32",
+            "bf16" or "fp16". None follows the host.
     """
 
     model: str

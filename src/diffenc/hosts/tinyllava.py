@@ -26,8 +26,8 @@ class TinyTowerConfig(PretrainedConfig):  # type: ignore[misc]  # untyped
     """What TinyLLaVA reads of a tower before it is built.
 
     Args:
-        spec: A tower's name; "" only for transformers' own blank instances.
-        kwargs: Of `PretrainedConfig`.
+        spec: Name of the tower; "" only for transformers' own blank instances.
+        kwargs: Further keyword arguments of `PretrainedConfig`.
     """
 
     model_type = "diffenc_tower"
@@ -78,9 +78,9 @@ class TinyLLaVATower(nn.Module):
         """Load the frozen model, and the adapter that TinyLLaVA saved beside its checkpoint.
 
         Args:
-            vision_tower_name: Is in the config already.
-            pretrained_vision_tower_path: A folder with `pytorch_model.bin`; None has none.
-            ignored: What else the host passes.
+            vision_tower_name: Name of the tower, which the config holds already.
+            pretrained_vision_tower_path: Folder with `pytorch_model.bin`; None where there is none.
+            ignored: Further arguments that the host passes; ignored.
 
         Raises:
             BackboneError: The weights cannot be read, or are another adapter's.
@@ -100,9 +100,9 @@ class TinyLLaVATower(nn.Module):
         """Tokens (b n c) of images.
 
         Args:
-            x: As `DiffusionVisionTower` takes them.
-            prompts: One for all or one each.
-            ignored: The layer and the strategy that the host selects; there is no class token.
+            x: Images, as `DiffusionVisionTower` takes them.
+            prompts: Prompts, one for all images or one each.
+            ignored: Layer and strategy that the host selects; ignored, as there is no class token.
         """
         features: Tensor = self._vision_tower(x, prompts)
         return features
@@ -117,7 +117,7 @@ def write_folder(spec: str, folder: "str | os.PathLike[str]") -> str:
     """Write the `config.json` from which TinyLLaVA builds a tower.
 
     Returns:
-        The name to give as its vision tower.
+        Name to pass to TinyLLaVA as its vision tower.
 
     Raises:
         ConfigError: The spec does not parse, or the folder's path holds a colon.
@@ -134,7 +134,7 @@ def register(package: str = "tinyllava") -> None:
     """Add the tower to TinyLLaVA's registry, and its config to transformers'.
 
     Args:
-        package: Its top-level module.
+        package: Name of TinyLLaVA's top-level module.
 
     Raises:
         ConfigError: The package is not there.

@@ -40,21 +40,22 @@ class DiffusionVisionTower(nn.Module):
 
     The frozen diffusion model is hidden from the host: it is in no list of modules, parameters or
     weights, and follows the tower's moves and casts. Only the adapter that a spec with a rank asks
-    for is registered, as `adapter.<i>_down` and `adapter.<i>_up`. All that hosts ask before weights
-    are loaded is told from the spec.
+    for is registered, as `adapter.<i>_down` and `adapter.<i>_up`. Everything that hosts read
+    before weights are loaded follows from the spec.
 
     The prompt of an image is what is passed, else that of the `prompt_scope` around the call, else
     the spec's null prompt.
 
     Args:
-        name: A spec such as ``"diffenc:sdxl?t=50&rank=16"``, see `TowerSpec.parse`.
-        args: What the host passes: any object; `mm_vision_select_layer`, `mm_vision_select_feature`
-            and `unfreeze_mm_vision_tower` are kept for its eyes.
-        delay_load: Wait for `load_model`. In any case nothing is loaded while a host's own model
-            is under construction: its `load_model`, or the first call, does it.
+        name: Spec of the tower, such as ``"diffenc:sdxl?t=50&rank=16"``; see `TowerSpec.parse`.
+        args: Arguments that the host passes: any object. Its `mm_vision_select_layer`,
+            `mm_vision_select_feature` and `unfreeze_mm_vision_tower` are kept for the host to read.
+        delay_load: Whether to wait for `load_model`. In any case nothing is loaded while a host's
+            own model is under construction: the host's call of `load_model`, or the first call of
+            the tower, does it.
         vision_tower_cfg: Another name of `args`.
-        spec: Instead of `name`.
-        ignored: What else hosts pass.
+        spec: Parsed spec, in place of `name`; None parses `name`.
+        ignored: Further arguments that hosts pass; ignored.
 
     Raises:
         ConfigError: The spec does not parse.
@@ -162,7 +163,7 @@ class DiffusionVisionTower(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which the model computes, or will."""
+        """Floating point type that the model computes in, or will once it is loaded."""
         return self._hidden.dtype
 
     @property
@@ -181,8 +182,9 @@ class DiffusionVisionTower(nn.Module):
         """Load the frozen model; a second call does nothing.
 
         Args:
-            device_map: None leaves the tower where it is; else a device, "auto", or a mapping.
-            ignored: What else hosts pass.
+            device_map: Device, "auto", or a mapping of module names to devices; None leaves the
+                tower where it is.
+            ignored: Further arguments that hosts pass; ignored.
 
         Raises:
             BackboneError: The model cannot be had.
@@ -233,7 +235,7 @@ class DiffusionVisionTower(nn.Module):
             source: A side file, a folder with one, or one with the host's own weights.
 
         Returns:
-            Whether there was one.
+            Whether an adapter was found.
 
         Raises:
             BackboneError: There is no such file or folder, or it cannot be read.
@@ -287,11 +289,11 @@ class DiffusionVisionTower(nn.Module):
         Args:
             images: RGB squares of `image_size` in [-1, 1], in any floating dtype and on any
                 device; a list of such, or of batches of them, gives a list.
-            prompts: One for all images or one each, tiles counted one by one.
-            ignored: What else hosts pass.
+            prompts: Prompts, one for all images or one each, tiles counted one by one.
+            ignored: Further arguments that hosts pass; ignored.
 
         Returns:
-            Row by row, in the dtype and on the device of `images`.
+            Tokens, row by row, in the dtype and on the device of `images`.
 
         Raises:
             ShapeError: Images of another shape.

@@ -11,10 +11,10 @@ class TowerConfig:
     """What hosts read of a vision model's config.
 
     Attributes:
-        spec: The whole spec, as text.
-        hidden_size: Channels of a token.
+        spec: Text of the whole spec.
+        hidden_size: Number of channels of a token.
         image_size: Side of the images in pixels.
-        patch_size: Pixels per token and side.
+        patch_size: Image pixels per side of a token.
     """
 
     model_type = "diffenc_tower"

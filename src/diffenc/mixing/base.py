@@ -49,14 +49,15 @@ class Mixer(nn.Module):
     of another dtype are mixed in that of the weights, and given back in their own.
 
     Args:
-        clip_channels: Groups of channels of CLIP's tokens.
-        diffusion_channels: Of the diffusion encoder's: one for each tap and half.
-        text_width: Channels of a text state, for "question_gated".
-        config: Options.
+        clip_channels: Channel counts of the groups that make up CLIP's tokens.
+        diffusion_channels: Channel counts of the groups that make up the diffusion encoder's
+            tokens: one group for each tap and half.
+        text_width: Number of channels of a text state, for "question_gated"; None otherwise.
+        config: Options of the mixer.
 
     Attributes:
-        how: Name of the way.
-        channels: Groups of channels of the result.
+        how: Name of the way in which the streams are mixed.
+        channels: Channel counts of the groups that make up the tokens of the result.
     """
 
     how: ClassVar[Mixed]
@@ -98,12 +99,12 @@ class Mixer(nn.Module):
         """Mix two streams.
 
         Args:
-            clip: CLIP's tokens.
-            diffusion: The diffusion encoder's.
-            text: State of each prompt, for "question_gated".
+            clip: Tokens of CLIP.
+            diffusion: Tokens of the diffusion encoder.
+            text: State of each prompt, for "question_gated"; None otherwise.
 
         Returns:
-            In the dtype of `clip`.
+            One stream of tokens, in the dtype of `clip`.
 
         Raises:
             ShapeError: Other widths than this mixer was made for, or numbers of tokens that do not

@@ -55,12 +55,13 @@ def make_mixer(
     """A mixer with the weights that its seed gives, in float32.
 
     Args:
-        how: Which way.
-        clip_channels: Groups of channels of CLIP's tokens.
-        diffusion_channels: Of the diffusion encoder's: one for each tap and half.
-        text_width: Channels of a text state, for "question_gated".
-        config: Options; None is `MixingConfig()`.
-        device: Where the weights are made; "meta" makes none.
+        how: Name of the way in which the streams are mixed.
+        clip_channels: Channel counts of the groups that make up CLIP's tokens.
+        diffusion_channels: Channel counts of the groups that make up the diffusion encoder's
+            tokens: one group for each tap and half.
+        text_width: Number of channels of a text state, for "question_gated"; None otherwise.
+        config: Options of the mixer; None is `MixingConfig()`.
+        device: Device on which the weights are made; "meta" makes none.
 
     Raises:
         ConfigError: No such way, or options that do not fit it.

@@ -16,20 +16,20 @@ _MOST = 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MixingConfig:
-    """How two streams are mixed. All but the seed is for "cross_attention".
+    """Options for mixing two streams. All but the seed are for "cross_attention".
 
     The paper (arXiv:2507.07106) names cross-attention, and states none of these. One block and
     eight heads are the defaults of VEGA-3D (arXiv:2603.19235), in which CLIP's stream asks.
 
     Attributes:
-        asks: Whose tokens attend to the other's, "clip" or "diffusion"; the result has their
+        asks: Stream whose tokens attend to the other's, "clip" or "diffusion"; the result has their
             number and their width. Not stated by the paper.
-        blocks: How many blocks stand behind each other. Not stated by the paper.
-        heads: Of the attention; they divide the width of the stream that asks. Not stated by the
-            paper.
-        residual: Whether what was attended to is added to the asking tokens, or stands in their
-            place. Not stated by the paper.
-        seed: Of the initial weights.
+        blocks: Number of blocks that run one after another. Not stated by the paper.
+        heads: Number of heads of the attention, which must divide the width of the stream that
+            asks. Not stated by the paper.
+        residual: Whether what was attended to is added to the asking tokens; otherwise it stands in
+            their place. Not stated by the paper.
+        seed: Seed of the initial weights.
 
     Raises:
         ConfigError: A value is not allowed.

@@ -122,7 +122,7 @@ class TokenGated(_GateOfBoth):
 
 
 class QuestionGated(_GateOfBoth):
-    """As `TokenGated`, and the gate reads the text's state too."""
+    """Gate as in `TokenGated` that also reads the text's state."""
 
     how = "question_gated"
 

@@ -73,14 +73,15 @@ class Chat:
     """Turns conversations in LLaVA's format into token ids.
 
     Args:
-        tokenizer: Of the language model; a fast one.
-        template: "chat" is the tokenizer's own chat template, "v1" LLaVA's for Vicuna, "plain"
-            pictures and the answer alone, as LLaVA's first stage has it. "auto" is "chat" where
-            the tokenizer has one and else "v1", with a warning.
+        tokenizer: Fast tokenizer of the language model.
+        template: Name of the template. "chat" is the tokenizer's own chat template, "v1" is LLaVA's
+            for Vicuna, and "plain" is pictures and the answer alone, as LLaVA's first stage has it.
+            "auto" is "chat" where the tokenizer has a chat template and otherwise "v1", with a
+            warning.
         system: System message of "chat" and "v1"; None is none for "chat" and Vicuna's for "v1".
 
     Attributes:
-        template: Which one is used, never "auto".
+        template: Name of the template that is used, never "auto".
 
     Raises:
         ConfigError: "chat" without a chat template, or a tokenizer that cannot tell where its

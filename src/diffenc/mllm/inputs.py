@@ -21,10 +21,10 @@ class PictureInputs(nn.Module):
     """Base of `DiffusionVLM`: encodes and projects pictures, and puts them among the words.
 
     Attributes:
-        encoder: Of pictures.
-        projector: From the encoder's tokens to the language model's width.
-        language_model: Whose embedding of words is used.
-        image_batch_size: Most pictures per call of the encoder; None is all at once.
+        encoder: Encoder of the pictures.
+        projector: Projector from the encoder's tokens to the language model's width.
+        language_model: Language model whose word embeddings are used.
+        image_batch_size: Largest number of pictures per call of the encoder; None is all at once.
     """
 
     encoder: Any
@@ -57,8 +57,8 @@ class PictureInputs(nn.Module):
         """The encoder's tokens of pictures, before the projector.
 
         Args:
-            images: One or more.
-            prompts: One for each; None is unconditional.
+            images: One picture or more.
+            prompts: Prompts, one for each picture; None is unconditional.
         """
         step = self.image_batch_size or len(images)
         found = []

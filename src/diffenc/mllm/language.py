@@ -38,10 +38,10 @@ def load_language_model(
     """A causal language model and its tokenizer.
 
     Args:
-        name: A folder, a Hub id such as ``"lmsys/vicuna-7b-v1.5"``, or "shapes-lm", the bundled
-            miniature.
-        device: Where it runs.
-        dtype: Of the weights.
+        name: Name of the model: a folder, a Hub id such as ``"lmsys/vicuna-7b-v1.5"``, or
+            "shapes-lm", the bundled miniature.
+        device: Device of the model.
+        dtype: Floating point type of the weights.
 
     Raises:
         BackboneError: There is no such model.

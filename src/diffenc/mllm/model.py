@@ -45,15 +45,16 @@ class DiffusionVLM(PictureInputs):
             `DiffusionEncoder.from_pretrained` takes.
         language_model: Any causal language model of transformers that takes `inputs_embeds`, or its
             name. It needs no token for pictures.
-        tokenizer: The language model's; a name brings its own. It needs no pad token.
-        projector: From `encoder.hidden_size` to the language model's width; None makes the one that
-            `projector_for` makes.
-        template: See `diffenc.mllm.chat.Chat`.
-        system: System message, see `Chat`.
-        prompt_policy: Of which text the encoder's prompt is made, see
+        tokenizer: Tokenizer of the language model; a language model given by name brings its own.
+            It needs no pad token.
+        projector: Projector from `encoder.hidden_size` to the language model's width; None makes
+            one with `projector_for`.
+        template: Name of the conversation template, see `diffenc.mllm.chat.Chat`.
+        system: System message, see `diffenc.mllm.chat.Chat`.
+        prompt_policy: Policy that makes the encoder's prompt from the conversation, see
             `diffenc.inputs.policies.parse_policy`. Its changes (noise, dropout) act in training
             alone.
-        image_batch_size: Most pictures per call of the encoder; None is all at once.
+        image_batch_size: Largest number of pictures per call of the encoder; None is all at once.
 
     Raises:
         ConfigError: A part does not fit the others, or an option is not allowed.
@@ -126,12 +127,15 @@ class DiffusionVLM(PictureInputs):
         """Inverse of `save_pretrained`.
 
         Args:
-            folder: What `save_pretrained` wrote.
-            device: Where it runs.
-            dtype: Of what is frozen; projector and adapters are in float32.
+            folder: Folder that `save_pretrained` wrote.
+            device: Device of the model.
+            dtype: Floating point type of the frozen parts; the projector and the adapters are in
+                float32.
             trainable: Whether saved adapters go on training.
-            language_model: Instead of the one that was saved by its name.
-            encoder_options: Such as `timestep` or `guidance_scale`; they win over what was saved.
+            language_model: Replacement for the language model that was saved by its name; None
+                takes that one.
+            encoder_options: Options of the encoder, such as `timestep` or `guidance_scale`; they
+                win over what was saved.
 
         Raises:
             BackboneError: The folder does not hold a whole model, or a part is missing.
@@ -152,9 +156,10 @@ class DiffusionVLM(PictureInputs):
         """Write projector, encoder and options, and the language model by its name or whole.
 
         Args:
-            folder: See `diffenc.mllm.model_folder` for what lies where.
-            include_language_model: Write its weights too. None does so where they were trained or
-                have no name to be found by. A LoRA adapter is written in any case.
+            folder: Folder to write to; see `diffenc.mllm.model_folder` for what lies where.
+            include_language_model: Whether to write the language model's weights too. None writes
+                them where they were trained or have no name to be found by. A LoRA adapter is
+                written in any case.
 
         Raises:
             OutputError: The folder cannot be written.
@@ -205,12 +210,14 @@ class DiffusionVLM(PictureInputs):
 
         Args:
             input_ids: Token ids with `diffenc.mllm.chat.IMAGE_ID` for each picture, padded.
-            attention_mask: 0 where padding stands; None is no padding.
-            images: Per sample one picture, several, or none.
-            prompts: The encoder's, per sample: all pictures of a sample share it.
-            labels: As `input_ids`, `IGNORE_ID` where nothing is learnt.
-            image_tokens: What `encode_images` gave for every picture in order, instead of `images`.
-            num_items_in_batch: By which the summed loss is divided; None is the number of labels.
+            attention_mask: Mask that is 0 where padding stands; None is no padding.
+            images: Pictures of each sample: one, several, or none.
+            prompts: Prompts of the encoder, one per sample; all pictures of a sample share it.
+            labels: Labels in the shape of `input_ids`, `IGNORE_ID` where nothing is learnt.
+            image_tokens: Tokens that `encode_images` gave for every picture in order, in place of
+                `images`.
+            num_items_in_batch: Number by which the summed loss is divided; None is the number of
+                labels.
 
         Returns:
             transformers' `CausalLMOutput`. Its logits count the pictures' tokens too.
@@ -257,14 +264,16 @@ class DiffusionVLM(PictureInputs):
         """Answers to questions about pictures.
 
         Args:
-            images: Per question one picture, a list of several, or None; a single question may
-                come with its picture or pictures alone.
-            questions: One, or several; each a text, or a conversation in LLaVA's format that ends
-                with the human's turn. Where a text has no ``<image>``, pictures come before it.
-            prompts: The encoder's, one for all or one each; None asks `prompt_policy`.
-            max_new_tokens: Of an answer.
-            do_sample: Sample instead of taking the likeliest token.
-            options: Further ones of transformers' `generate`, such as `num_beams`.
+            images: Pictures of each question: one, a list of several, or None. A single question
+                may come with its picture or pictures alone.
+            questions: One question or several; each is a text, or a conversation in LLaVA's format
+                that ends with the human's turn. Where a text has no ``<image>``, its pictures come
+                before it.
+            prompts: Prompts of the encoder, one for all questions or one each; None asks
+                `prompt_policy`.
+            max_new_tokens: Largest number of tokens of an answer.
+            do_sample: Whether to sample tokens instead of taking the likeliest.
+            options: Further arguments of transformers' `generate`, such as `num_beams`.
 
         Returns:
             One answer per question, without special tokens.
@@ -304,11 +313,11 @@ class DiffusionVLM(PictureInputs):
         """One caption per picture.
 
         Args:
-            images: One or several.
-            prompts: The encoder's, one for all or one each; None is the empty one, as a caption is
-                not yet known.
-            request: What is asked; the template "plain" leaves it out.
-            options: See `generate`.
+            images: One picture or several.
+            prompts: Prompts of the encoder, one for all pictures or one each; None is the empty
+                prompt, as a caption is not yet known.
+            request: Question that asks for a caption; the template "plain" leaves it out.
+            options: Further arguments of `generate`.
         """
         pictures = as_list(images)
         return self.generate(

@@ -50,16 +50,18 @@ class VLMContents:
     """What `vlm.json` says.
 
     Attributes:
-        encoder: Its `kind`, "diffusion", "fused" or "vision"; of the last its `name` and `layer`.
-        language_model: Name of the language model; None: it lies in the folder.
-        lora: Whether an adapter of it lies in the folder.
+        encoder: Description of the encoder: its `kind`, "diffusion", "fused" or "vision", and for
+            "vision" its `name` and `layer`.
+        language_model: Name of the language model; None where it lies in the folder.
+        lora: Whether an adapter of the language model lies in the folder.
         template: Template of conversations, see `Chat`.
         system: System message; None is the template's own.
         prompt_policy: Policy of the encoder's prompts.
-        image_batch_size: Most pictures per call of the encoder; None is all at once.
+        image_batch_size: Largest number of pictures per call of the encoder; None is all at once.
         encoder_mark: Numbers by which a vision model is known again.
         language_mark: Numbers by which the language model is known again, where it has a name.
-        words_mark: The same of its tokenizer, where that does not lie in the folder.
+        words_mark: Numbers by which the tokenizer is known again, where it does not lie in the
+            folder.
     """
 
     encoder: Mapping[str, Any]

@@ -17,9 +17,9 @@ class Spliced:
     """What a language model gets in place of token ids.
 
     Attributes:
-        inputs_embeds: (b, l, d); zeros where nothing stands.
-        attention_mask: (b, l); 1 where something stands.
-        labels: (b, l), or None where there were none.
+        inputs_embeds: Embeddings (b, l, d); zeros where nothing stands.
+        attention_mask: Mask (b, l) that is 1 where something stands.
+        labels: Labels (b, l); None where there were none.
     """
 
     inputs_embeds: Float[Tensor, "b l d"]
@@ -39,12 +39,13 @@ def splice(
     """Put each picture's tokens where `IMAGE_ID` stands.
 
     Args:
-        embedding: Of the language model's tokens.
+        embedding: Embedding of the language model's tokens.
         input_ids: Token ids, padded with anything.
-        attention_mask: 0 where padding stands; None is no padding.
-        pictures: In the order in which they are shown, sample by sample; they may differ in length.
-        labels: Per token.
-        side: On which the result is padded: "left" to generate.
+        attention_mask: Mask that is 0 where padding stands; None is no padding.
+        pictures: Tokens of the pictures, in the order in which they are shown, sample by sample;
+            they may differ in length.
+        labels: Labels of the tokens; None where there are none.
+        side: Side on which the result is padded: "left" to generate.
 
     Raises:
         ShapeError: Another number of pictures than of places for them.

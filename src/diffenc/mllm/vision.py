@@ -38,9 +38,9 @@ class VisionTokens(VisionModel):
 
     Args:
         model: A model whose output has `hidden_states`.
-        image_processor: Its own.
-        layer: Index into the hidden states; -2 is LLaVA's for CLIP.
-        name: Where it was loaded from; None for an object.
+        image_processor: Image processor of the model.
+        layer: Index of the hidden state that is read; -2 is LLaVA's for CLIP.
+        name: Name or path that the model was loaded from; None for an object.
 
     Raises:
         ConfigError: Patches or pictures are not square, or there is no such layer.
@@ -86,12 +86,12 @@ class VisionTokens(VisionModel):
         """Load a vision model and its image processor.
 
         Args:
-            name: A folder or a Hub id, such as ``"facebook/dinov2-large"``; "shapes-clip" is the
-                bundled miniature.
-            image_processor: Instead of the model's own.
-            layer: See the class.
-            device: Where it runs.
-            dtype: Of the weights.
+            name: Name of the model: a folder or a Hub id, such as ``"facebook/dinov2-large"``;
+                "shapes-clip" is the bundled miniature.
+            image_processor: Replacement for the model's own image processor; None loads that.
+            layer: Index of the hidden state that is read; see the class.
+            device: Device of the model.
+            dtype: Floating point type of the weights.
 
         Raises:
             BackboneError: There is no such model.
@@ -141,8 +141,8 @@ class VisionTokens(VisionModel):
         """Tokens of pictures, row by row.
 
         Args:
-            images: Of any kind, see `diffenc.inputs.images.to_pixel_values`.
-            prompts: Not read.
+            images: Pictures of any kind, see `diffenc.inputs.images.to_pixel_values`.
+            prompts: Prompts, which are ignored.
 
         Raises:
             ImageError: A picture cannot be read.
@@ -201,9 +201,9 @@ def grid_tokens(size: int | tuple[int, int], vae: int, reductions: Sequence[int]
     """Cells of the middle one of several taps' grids.
 
     Args:
-        size: Of the pictures in pixels.
-        vae: How many pixels a latent is wide.
-        reductions: How many pixels a cell of each tap is wide.
+        size: Side of the square pictures, or (height, width), in pixels.
+        vae: Image pixels per side of a latent cell.
+        reductions: Image pixels per side of a cell, for each tap.
     """
     sides = (size, size) if isinstance(size, int) else size
     multiple = [-(-side // vae) for side in sides]

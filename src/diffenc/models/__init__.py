@@ -97,15 +97,17 @@ def load_backbone(
             `.safetensors` checkpoint in the original layout, a `StableDiffusionPipeline` or
             `StableDiffusionXLPipeline` (or their img2img), whose parts are used as they are:
             frozen and put into evaluation mode, not copied; or a `Backbone`, which is returned.
-        dtype: Floating point type of the U-Net and the text encoders: float32, bfloat16 or
-            float16, or its name. None is float32, and what a pipeline or a `Backbone` has.
-        device: Device of the parts. None is the CPU, and where a pipeline or a `Backbone` is.
+        dtype: Floating point type of the U-Net and the text encoders, or its name: float32,
+            bfloat16 or float16. None is float32, or the type that a pipeline or a `Backbone`
+            already has.
+        device: Device of the parts. None is the CPU, or the device that a pipeline or a `Backbone`
+            is already on.
         keep_taps: Readable places of the U-Net, see `list_taps`; what lies behind the last of them
             is neither loaded nor run. None loads everything.
-        architecture: For a single file: the alias or the diffusers folder whose configs describe
-            it, where the file does not show that itself.
-        prediction_type: What the U-Net predicts: "epsilon", "v_prediction" or "sample". None takes
-            what the file or the folder says; another value wins over both.
+        architecture: Alias or diffusers folder whose configs describe a single file, where the file
+            does not show that itself.
+        prediction_type: Kind of the U-Net's prediction: "epsilon", "v_prediction" or "sample". None
+            takes what the file or the folder says; another value wins over both.
         channels_last: Memory format of convolutions; None takes what was measured to be fastest,
             see `diffenc.models.memory_format`, and leaves a pipeline and a `Backbone` as is.
         variant: Word in the names of a folder's weight files, such as "fp16" or "non_ema"; a part
@@ -113,15 +115,17 @@ def load_backbone(
             None takes these, and those in half precision ("fp16") where there are no others, or
             where `dtype` is float16: that is all the precision it holds. bfloat16 has a wider range
             than float16 and is made of the full files where there are any.
-        unet: Instead of the model's own: a `UNet2DConditionModel`, a state dict or a
+        unet: Replacement for the model's own U-Net: a `UNet2DConditionModel`, a state dict or a
             `.safetensors` file (CleanDIFT's, for one), with any prefix.
-        vae: Instead of the model's own: an `AutoencoderKL` or `AutoencoderTiny` (TAESD), its
-            folder, or a `.safetensors` file that fits the model's.
-        text_encoder: Instead of the model's own: a `CLIPTextModel` or its folder.
-        text_encoder_2: SDXL's second; a `CLIPTextModelWithProjection` or its folder.
-        tokenizer: Instead of the model's own: a `CLIPTokenizer` or its folder. A single file needs
-            it unless the Hub's cache has one of an alias.
-        tokenizer_2: SDXL's second; a single file takes `tokenizer` for both.
+        vae: Replacement for the model's own VAE: an `AutoencoderKL` or `AutoencoderTiny` (TAESD),
+            its folder, or a `.safetensors` file that fits the model's.
+        text_encoder: Replacement for the model's own text encoder: a `CLIPTextModel` or its folder.
+        text_encoder_2: Replacement for SDXL's second text encoder: a `CLIPTextModelWithProjection`
+            or its folder.
+        tokenizer: Replacement for the model's own tokenizer: a `CLIPTokenizer` or its folder. A
+            single file needs it unless the Hub's cache has one of an alias.
+        tokenizer_2: Replacement for the tokenizer of SDXL's second text encoder; None takes
+            `tokenizer` for a single file.
 
     Raises:
         BackboneError: Unknown, not to be had, incomplete or broken; a part does not fit; or a
@@ -298,11 +302,12 @@ def describe(
     """What a model's configs tell, without its weights; for aliases without network too.
 
     Args:
-        name: As for `load_backbone`.
-        architecture: As for `load_backbone`.
-        prediction_type: As for `load_backbone`.
-        unet: As for `load_backbone`; a module's config counts.
-        vae: As for `load_backbone`.
+        name: Name of the model, as for `load_backbone`.
+        architecture: Alias or folder whose configs describe a single file, as for `load_backbone`.
+        prediction_type: Kind of the U-Net's prediction, as for `load_backbone`.
+        unet: Replacement for the model's own U-Net, as for `load_backbone`; a module's config
+            counts.
+        vae: Replacement for the model's own VAE, as for `load_backbone`.
 
     Raises:
         BackboneError: See `load_backbone`.
@@ -387,7 +392,7 @@ def list_taps(name: Any) -> tuple[TapInfo, ...]:
     """Every readable place of a model's U-Net, without its weights.
 
     Args:
-        name: As for `load_backbone`.
+        name: Name of the model, as for `load_backbone`.
 
     Raises:
         BackboneError: See `load_backbone`.

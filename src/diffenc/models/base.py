@@ -45,8 +45,8 @@ class Caches:
     """What a backbone remembers, each bounded in bytes.
 
     Attributes:
-        latents: Per picture: 64 KB for 512 pixels.
-        prompts: Per text: 0.3 MB for SD 2.1 in float32.
+        latents: Latents of each picture: 64 KB for 512 pixels.
+        prompts: Embeddings of each text: 0.3 MB for SD 2.1 in float32.
         features: Unconditional maps per picture, noise and set of taps, on the U-Net's device.
     """
 
@@ -142,7 +142,7 @@ class Backbone(nn.Module):
         vae: Autoencoder.
         scheduler: Holder of `alphas_cumprod` and of the prediction type.
         default_size: Side of the square that images are brought to, in pixels.
-        default_taps: What the encoder reads when nothing else is asked for.
+        default_taps: Taps that the encoder reads when none are asked for.
         given: Parts that are not the named model's own: their paths, None for objects.
         variant: Variant of the weight files that was requested, see `load_backbone`.
         caches: Latents, prompts and unconditional features that were computed before.
@@ -232,10 +232,10 @@ class Backbone(nn.Module):
         """Call the denoiser in its dtype and on its device.
 
         Args:
-            noisy_latents: Rows.
-            timesteps: Scheduler step of all rows, or one each.
-            prompt_embeds: One row for all, or one each.
-            run: Called in the denoiser's place: the same, compiled.
+            noisy_latents: Noisy latents, one per row.
+            timesteps: Scheduler steps: one for all rows, or one each.
+            prompt_embeds: Encoded texts: one row for all latents, or one each.
+            run: Compiled denoiser that is called in the denoiser's place; None calls the denoiser.
 
         Raises:
             ConfigError: Something was done to the denoiser that calls would pass by.
@@ -253,13 +253,13 @@ class Backbone(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the U-Net is."""
+        """Device of the U-Net."""
         device: torch.device = next(self.unet.parameters()).device
         return device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The U-Net's; the VAE may stay in float32."""
+        """Floating point type of the U-Net; the VAE may stay in float32."""
         dtype: torch.dtype = next(self.unet.parameters()).dtype
         return dtype
 
@@ -316,10 +316,11 @@ class Backbone(nn.Module):
 
         Args:
             texts: Prompts.
-            size: (height, width) of the pictures they go with, in pixels; SDXL reads it.
-            long_prompts: What exceeds the encoder's limit is cut and counted ("truncate"), or
-                encoded in windows that stand side by side ("chunk"); SDXL's pooled text is the
-                first window's.
+            size: Size of the pictures that the texts go with, (height, width) in pixels; only SDXL
+                reads it.
+            long_prompts: Treatment of texts beyond the encoder's limit: "truncate" cuts them and
+                counts what was cut; "chunk" encodes them in windows that stand side by side. SDXL's
+                pooled text is the first window's.
         """
         if long_prompts == "chunk":
             windows = [count_windows(each, texts) for each in self.tokenizers]
@@ -342,9 +343,9 @@ class Backbone(nn.Module):
         """Encode texts that were tokenized before, one row each; see `embed`.
 
         Args:
-            input_ids: Of the (first) tokenizer, padded to its limit.
-            attention_mask: 1 for a text's own tokens, 0 for padding.
-            size: As for `embed`.
+            input_ids: Token ids of the (first) tokenizer, padded to its limit.
+            attention_mask: Mask that is 1 for a text's own tokens and 0 for padding.
+            size: Size of the pictures in pixels, (height, width), as for `embed`.
         """
         # All tokenizers have the same words and pad with different ones.
         padding = attention_mask.to(input_ids.device) == 0
@@ -382,19 +383,19 @@ class Backbone(nn.Module):
         """Encode windows of token ids.
 
         Args:
-            ids: (windows, l) for each tokenizer.
-            counts: Windows of each text; they become one row.
-            truncated: How many tokens of each text were cut.
-            size: As for `embed`.
+            ids: Token ids for each tokenizer, (windows, l).
+            counts: Number of windows of each text; they become one row.
+            truncated: Number of tokens of each text that were cut.
+            size: Size of the pictures in pixels, (height, width), as for `embed`.
         """
 
     def embed_uncond(self, rule: Uncond | None, *, size: tuple[int, int]) -> PromptEmbeds:
         """The unconditional embedding, one row.
 
         Args:
-            rule: "empty" encodes the empty text; "zeros" is what SDXL's own pipeline uses; None is
-                the model's own rule.
-            size: As for `embed`.
+            rule: Rule of the embedding: "empty" encodes the empty text; "zeros" is what SDXL's own
+                pipeline uses; None is the model's own rule.
+            size: Size of the pictures in pixels, (height, width), as for `embed`.
         """
         embeds = self.embed([""], size=size)
         if (rule or self.uncond_rule) == "empty":

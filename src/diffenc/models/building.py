@@ -12,7 +12,7 @@ def build_part(name: str, config: Mapping[str, Any]) -> Any:
     """Build one part of a model.
 
     Args:
-        name: "unet", "vae", "text_encoder" or "text_encoder_2".
+        name: Name of the part: "unet", "vae", "text_encoder" or "text_encoder_2".
         config: Config of the part, as JSON holds it.
 
     Returns:

@@ -1,7 +1,7 @@
 """Whether the configs of a folder say what a model can be built of, before one is.
 
 What a config leaves out takes a default in silence, and sizes without bounds take time without end:
-both are refused here. Whether the weights fit is `diffenc.models.weights`' to see.
+both are refused here. Whether the weights fit is checked by `diffenc.models.weights`.
 """
 
 import math
@@ -85,12 +85,12 @@ def check_config(config: dict[str, Any], part: str, folder: StrPath) -> dict[str
     """The config of a part, if a model that diffenc reads can be built of it.
 
     Args:
-        config: Content of its JSON file.
-        part: "unet", "vae", "scheduler", "text_encoder" or "text_encoder_2".
-        folder: The model's, for messages.
+        config: Content of the part's JSON file.
+        part: Name of the part: "unet", "vae", "scheduler", "text_encoder" or "text_encoder_2".
+        folder: Folder of the model, for messages.
 
     Returns:
-        The same values; of a whole CLIP, those of its text half.
+        The same values; for a whole CLIP, those of its text half.
 
     Raises:
         BackboneError: It is of another kind of model, lacks a value, has one of another type or

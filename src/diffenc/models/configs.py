@@ -128,8 +128,9 @@ class Architecture:
     """What a model's configs tell, without its weights.
 
     Attributes:
-        configs: Per part (unet, vae, text_encoder ..., scheduler), as JSON holds them.
-        own_taps: What the encoder reads by default; None is the family's `gdf` set.
+        configs: Config of each part (unet, vae, text_encoder ..., scheduler), as JSON holds it.
+        own_taps: Taps that the encoder reads by default; None takes those of the family's "gdf"
+            preset.
     """
 
     configs: dict[str, dict[str, Any]]
@@ -169,6 +170,6 @@ class Architecture:
 
 
 def known_architecture(alias: str) -> Architecture | None:
-    """Of an alias whose weights lie on the Hub; None for any other name."""
+    """Configs of an alias whose weights lie on the Hub; None for any other name."""
     configs = _ARCHITECTURES.get(alias)
     return None if configs is None else Architecture(configs)

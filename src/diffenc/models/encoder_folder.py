@@ -35,13 +35,13 @@ class Contents:
 
     Attributes:
         backbone: Name of the backbone.
-        variant: Variant of its weight files that was requested.
-        parts: Parts that are not the named model's own: their paths, None for objects.
+        variant: Variant of the backbone's weight files that was requested.
+        parts: Parts that are not the named model's own: their paths, and None for objects.
         included: Whether the backbone's weights lie in the folder.
-        truncated: Whether those end after the last tap.
+        truncated: Whether the backbone's weights end after the last tap.
         lora: Names of the adapters that lie in the folder.
-        active_lora: The one in use.
-        merged: Whether that one is merged into the weights.
+        active_lora: Name of the adapter in use; None where none is.
+        merged: Whether the adapter in use is merged into the weights.
         captioner: Whether a captioner lies in the folder.
         mark: Numbers of each part of the backbone, by which it is known again.
     """
@@ -160,7 +160,7 @@ def check_mark(
     """Raise a `BackboneError` unless a loaded model is the one that was saved.
 
     Args:
-        backbone: Loaded model.
+        backbone: Model that was loaded.
         mark: Numbers of the parts of the saved one.
         folder: Folder it was saved to.
         given: Parts that the caller put in their place.

@@ -16,8 +16,8 @@ def make_backbone(name: str, architecture: Architecture, parts: dict[str, Any]) 
     """A model of the family that its configs say.
 
     Args:
-        name: What it is called in messages and saved configs.
-        architecture: What its configs tell.
+        name: Name of the backbone in messages and saved configs.
+        architecture: Configs of the model.
         parts: Arguments of the family's class: components, and its own options.
 
     Raises:

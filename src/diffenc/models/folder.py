@@ -119,17 +119,19 @@ def load_folder(
     """Load every part of a diffusers folder that is not given.
 
     Args:
-        folder: Holds `model_index.json`.
-        name: What the backbone is called in messages and configs.
-        dtype: Of U-Net and text encoders; the VAE stays in float32 where half precision overflows.
-        device: Where the parts go.
-        own_taps: See `Architecture`.
+        folder: Folder that holds `model_index.json`.
+        name: Name of the backbone in messages and configs.
+        dtype: Floating point type of the U-Net and the text encoders; the VAE stays in float32
+            where half precision overflows.
+        device: Device of the parts.
+        own_taps: Taps that the encoder reads by default; None takes those of the family's "gdf"
+            preset.
         keep_taps: Module paths of the U-Net; what lies behind the last of them is not loaded. None
             loads everything.
-        given: Parts in place of the folder's.
-        variant: Word in the names of the weight files, such as "fp16"; parts without such files
-            are read from those that they have. "" names the files without one; None takes these,
-            and those in half precision where they are all there is or float16 is asked for.
+        given: Parts that take the place of the folder's; None takes all from the folder.
+        variant: Word in the names of the weight files, such as "fp16"; parts without such files are
+            read from those that they have. "" names the files without a word. None takes these, and
+            those in half precision where there are no others or float16 is asked for.
 
     Raises:
         BackboneError: The folder is missing, incomplete or broken, or names another kind of model.
@@ -197,9 +199,9 @@ def part_variants(
     """The variant to read of each part: the requested one where it has that, else None.
 
     Args:
-        folder: The model's.
-        parts: Names of its parts with weights.
-        variant: The requested one; None requests none.
+        folder: Folder of the model.
+        parts: Names of the model's parts that have weights.
+        variant: Variant that is requested; None requests none.
         listing: Paths of all files relative to the folder; None looks there.
 
     Raises:

@@ -14,8 +14,9 @@ def arrange(backbone: Backbone, channels_last: bool | None = None) -> Backbone:
     and `load_state_dict`, and pictures and latents follow it inside.
 
     Args:
-        backbone: Changed in place, and returned.
-        channels_last: True or False for both parts; None takes `DEFAULT`.
+        backbone: Backbone that is changed in place, and returned.
+        channels_last: Whether the convolutions of the VAE and the U-Net have channels last; None
+            takes `DEFAULT`.
     """
     if channels_last is not None:
         channels_last = flag("channels_last", channels_last)

@@ -100,7 +100,7 @@ def check_text(unet: Any, *towers: tuple[Any, Any]) -> None:
     """Raise a `BackboneError` unless tokenizers, text encoders and the U-Net fit each other.
 
     Args:
-        unet: Reads the states of all encoders side by side.
+        unet: U-Net that reads the states of all encoders side by side.
         towers: Tokenizer and text encoder, for each.
     """
     check_width(unet, [encoder for _, encoder in towers])

@@ -36,9 +36,10 @@ class GivenParts:
         vae: An `AutoencoderKL` or `AutoencoderTiny` (TAESD), the folder of one, or a
             `.safetensors` file that fits the model's own VAE.
         text_encoder: A `CLIPTextModel`, or the folder of one.
-        text_encoder_2: SDXL's second, a `CLIPTextModelWithProjection`, or the folder of one.
+        text_encoder_2: Second text encoder of SDXL: a `CLIPTextModelWithProjection`, or the folder
+            of one.
         tokenizer: A `CLIPTokenizer`, or the folder of one.
-        tokenizer_2: SDXL's second.
+        tokenizer_2: Tokenizer of SDXL's second text encoder, or the folder of one.
     """
 
     unet: Any = None
@@ -97,10 +98,12 @@ class GivenParts:
         """The part of that name, or None where it is not given.
 
         Args:
-            name: Of an attribute.
-            told: Configs of the model that it goes to.
-            dtype: Of its weights; a VAE that overflows in float16 is put in float32.
-            keep_taps: See `load_unet`.
+            name: Name of the attribute that holds the part, such as "vae".
+            told: Configs of the model that the part goes to.
+            dtype: Floating point type of the part's weights; a VAE that overflows in float16 is put
+                in float32.
+            keep_taps: Module paths of the U-Net; what lies behind the last of them is left out.
+                None keeps all.
 
         Raises:
             BackboneError: It cannot be read, or does not fit.
@@ -219,9 +222,9 @@ def fitting_tokenizer(tokenizer: Any, text_encoder: Any, pad_token: str | None =
     """The tokenizer, or a copy of it that knows the encoder's limit and the padding it learnt.
 
     Args:
-        tokenizer: A `CLIPTokenizer`.
-        text_encoder: Its `config` tells how many tokens it reads.
-        pad_token: What the model was trained with; None is the tokenizer's own.
+        tokenizer: Tokenizer to fit, a `CLIPTokenizer`.
+        text_encoder: Text encoder, whose `config` tells how many tokens it reads.
+        pad_token: Token that the model was trained to pad with; None is the tokenizer's own.
     """
     limit = getattr(text_encoder.config, "max_position_embeddings", tokenizer.model_max_length)
     pad_token = tokenizer.pad_token if pad_token is None else pad_token

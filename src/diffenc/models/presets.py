@@ -78,8 +78,8 @@ def preset_options(name: str, family: str) -> dict[str, Any]:
     """Options of `EncoderConfig` for a published method.
 
     Args:
-        name: "gdf", "mustafar", "dift", "cleandift" or "hyperfeatures".
-        family: Of the backbone, "sd" or "sdxl".
+        name: Name of the preset: "gdf", "mustafar", "dift", "cleandift" or "hyperfeatures".
+        family: Family of the backbone, "sd" or "sdxl".
 
     Raises:
         ConfigError: No such preset, or not for this family.

@@ -52,7 +52,8 @@ def make_scheduler(config: Mapping[str, Any], *, where: str = "the config of the
     """The noise schedule of a config, whatever sampler it names.
 
     Args:
-        config: As JSON holds it. Without a `_class_name` it has to state its betas.
+        config: Config of the scheduler, as JSON holds it. Without a `_class_name` it has to state
+            its betas.
         where: Place of the config, for messages.
 
     Raises:
@@ -79,7 +80,7 @@ def check_schedule(scheduler: Any) -> None:
     """Raise a `BackboneError` unless a scheduler object counts steps of noise that diffenc knows.
 
     Args:
-        scheduler: Of diffusers.
+        scheduler: Scheduler object of diffusers.
     """
     config = getattr(scheduler, "config", {})
     where = f"the {type(scheduler).__name__}"

@@ -15,14 +15,16 @@ class StableDiffusion(Backbone):
     """One text encoder, whose last hidden states condition the U-Net.
 
     Args:
-        name: What it is called in messages and saved configs.
+        name: Name of the backbone in messages and saved configs.
         unet: A `UNet2DConditionModel`.
         vae: An `AutoencoderKL` or `AutoencoderTiny`.
-        scheduler: Anything of diffusers' with `alphas_cumprod`.
-        text_encoder: A `CLIPTextModel`.
-        tokenizer: Its `CLIPTokenizer`.
-        default_size: See `Backbone`; None follows from the U-Net's config.
-        default_taps: See `Backbone`; None is the `gdf` set.
+        scheduler: Scheduler of diffusers that has `alphas_cumprod`.
+        text_encoder: Text encoder, a `CLIPTextModel`.
+        tokenizer: `CLIPTokenizer` of the text encoder.
+        default_size: Side of the square that images are brought to, in pixels; None derives it from
+            the U-Net's config.
+        default_taps: Taps that the encoder reads when none are asked for; None takes those of the
+            "gdf" preset.
 
     Raises:
         BackboneError: Parts do not fit each other.

@@ -18,17 +18,19 @@ class StableDiffusionXL(Backbone):
     The sizes tell the processed picture's, uncropped, as the pipeline's own defaults do.
 
     Args:
-        name: What it is called in messages and saved configs.
+        name: Name of the backbone in messages and saved configs.
         unet: A `UNet2DConditionModel` that reads pooled text and sizes.
         vae: An `AutoencoderKL` or `AutoencoderTiny`.
-        scheduler: Anything of diffusers' with `alphas_cumprod`.
-        text_encoder: A `CLIPTextModel`.
-        tokenizer: Its `CLIPTokenizer`.
+        scheduler: Scheduler of diffusers that has `alphas_cumprod`.
+        text_encoder: Text encoder, a `CLIPTextModel`.
+        tokenizer: `CLIPTokenizer` of the text encoder.
         text_encoder_2: A `CLIPTextModelWithProjection`.
-        tokenizer_2: Its `CLIPTokenizer`.
-        default_size: See `Backbone`; None follows from the U-Net's config.
-        default_taps: See `Backbone`; None is the `gdf` set.
-        force_zeros: The unconditional embedding is zeros, and not the empty text's.
+        tokenizer_2: `CLIPTokenizer` of the second text encoder.
+        default_size: Side of the square that images are brought to, in pixels; None derives it from
+            the U-Net's config.
+        default_taps: Taps that the encoder reads when none are asked for; None takes those of the
+            "gdf" preset.
+        force_zeros: Whether the unconditional embedding is zeros instead of the empty text's.
 
     Raises:
         BackboneError: Parts do not fit each other.

@@ -71,7 +71,7 @@ class SingleFile:
 
     @property
     def kind(self) -> str:
-        """Whose text encoders it has room for: "sd1.5", "sd2.1" or "sdxl".
+        """Kind of model whose text encoders the file has room for: "sd1.5", "sd2.1" or "sdxl".
 
         Raises:
             BackboneError: Another architecture, or one that diffenc does not read.
@@ -100,7 +100,7 @@ class SingleFile:
         return any(part in name for name in self.names)
 
     def shape(self, name: str) -> list[int]:
-        """Of a weight, without reading it."""
+        """Shape of a weight, which is not read for it."""
         with safe_open(self.path, framework="pt") as opened:
             shape: list[int] = opened.get_slice(name).get_shape()
             return shape
@@ -114,7 +114,8 @@ class SingleFile:
         """The alias whose configs describe this file.
 
         Args:
-            prediction_type: What the caller says that the U-Net predicts.
+            prediction_type: Prediction type that the caller states for the U-Net; it wins over the
+                file and the architecture. None reads the file's.
 
         Raises:
             ConfigError: Its weights could be of a model that predicts noise or of one that
@@ -140,8 +141,9 @@ class SingleFile:
         """The configs that the file is read by, with what it says of itself.
 
         Args:
-            architecture: Of a known model, or of a folder.
-            prediction_type: What the caller says that the U-Net predicts; it wins.
+            architecture: Architecture of a known model, or of a folder.
+            prediction_type: Prediction type that the caller states for the U-Net; it wins over the
+                file and the architecture. None reads the file's.
             chosen: Whether the caller chose the architecture.
 
         Raises:
@@ -168,10 +170,11 @@ class SingleFile:
         """The U-Net, the VAE or a text encoder, converted.
 
         Args:
-            name: "unet", "vae", "text_encoder" or "text_encoder_2".
-            told: The file's configs.
-            dtype: Of the weights.
-            keep_taps: See `load_unet`.
+            name: Name of the part: "unet", "vae", "text_encoder" or "text_encoder_2".
+            told: Configs that the file is read by.
+            dtype: Floating point type of the weights.
+            keep_taps: Module paths of the U-Net; what lies behind the last of them is left out.
+                None keeps all.
 
         Raises:
             BackboneError: The file lacks it, or its weights do not fit the configs.

@@ -35,9 +35,10 @@ class BackboneSource:
     """Where an alias leads.
 
     Attributes:
-        alias: Short name.
-        hub_ids: Hub repositories, the first that answers is taken; empty for the bundled model.
-        summary: What it is, in a few words.
+        alias: Short name of the model.
+        hub_ids: Ids of Hub repositories, of which the first that answers is taken; empty for the
+            bundled model.
+        summary: Description of the model, in a few words.
     """
 
     alias: str
@@ -108,11 +109,12 @@ def resolve_folder(
     """The local folder that a name leads to, fetched from the Hub into its cache where needed.
 
     Args:
-        name: As for `load_backbone`.
-        weights: Fetch the weights too, those that a folder of these files is read from and no
-            others; otherwise the small files alone.
-        dtype: Type that the weights will be in: for float16, files in half precision are enough.
-        variant: See `load_backbone`.
+        name: Name of the model, as for `load_backbone`.
+        weights: Whether to fetch the weights too, those that a folder of these files is read from
+            and no others; otherwise only the small files are fetched.
+        dtype: Floating point type that the weights will be in: for float16, files in half precision
+            are enough.
+        variant: Word in the names of the weight files, see `load_backbone`.
         without: Parts whose weights are not needed.
 
     Raises:
@@ -189,10 +191,11 @@ def _weight_files(
     """Paths of the weights that `load_folder` will read, by the same rule.
 
     Args:
-        folder: Has the small files of the repository.
+        folder: Folder that has the small files of the repository.
         listing: Paths of all files of the repository.
-        dtype: See `resolve_folder`, as the next two.
-        variant: Requested variant.
+        dtype: Floating point type that the weights will be in; for this and the next two see
+            `resolve_folder`.
+        variant: Variant of the weight files that is requested; None requests none.
         without: Parts to leave out.
     """
     parts = [part for part in weighty_parts(folder) if part not in without]

@@ -47,11 +47,14 @@ class Statements:
     """What a file says of its model.
 
     Attributes:
-        where: The file, for messages.
-        predictions: What the U-Net predicts: "epsilon", "v_prediction", "sample", or another word.
-        zero_snr: Whether the last step is noise alone.
-        kinds: "sd1.5", "sd2.1" or "sdxl", or the word for another model.
-        encoder_layers: Which layer of the text encoder the U-Net reads, 1 being the last.
+        where: Name of the file, for messages.
+        predictions: Claims about the U-Net's prediction: "epsilon", "v_prediction", "sample", or
+            another word.
+        zero_snr: Claims about whether the last step is noise alone.
+        kinds: Claims about the kind of the model: "sd1.5", "sd2.1" or "sdxl", or the word for
+            another model.
+        encoder_layers: Claims about the layer of the text encoder that the U-Net reads, 1 being the
+            last.
     """
 
     where: str
@@ -121,8 +124,10 @@ class Statements:
         """A scheduler's config with what the file says.
 
         Args:
-            config: Of the architecture that the file is read by, or of the model it belongs to.
-            prediction_type: What the caller says; it wins over the file and over the config.
+            config: Config of the scheduler of the architecture that the file is read by, or of the
+                model that the file belongs to.
+            prediction_type: Prediction type that the caller states; it wins over the file and over
+                the config. None leaves it to them.
             chosen: Whether the caller chose the config, so that it may contradict the file.
 
         Raises:
@@ -156,8 +161,9 @@ class Statements:
         """The first text encoder's config, which ends at the layer that the file names.
 
         Args:
-            config: Of a `CLIPTextModel`.
-            kind: "sd1.5", "sd2.1" or "sdxl"; the last two read the last layer but one anyhow.
+            config: Config of a `CLIPTextModel`.
+            kind: Kind of the model: "sd1.5", "sd2.1" or "sdxl"; the last two read the last layer
+                but one in any case.
 
         Raises:
             ConfigError: There is no such layer, or the model does not read it.

@@ -66,11 +66,14 @@ def load_stored(
     """A U-Net, VAE or text encoder from its own folder, and the variant that was read.
 
     Args:
-        folder: The part's.
-        part: "unet", "vae", "text_encoder" or "text_encoder_2".
-        dtype: Type of the weights; a VAE that overflows in float16 is put in float32.
-        variant: See `diffenc.storage.weights.choose_weights`.
-        keep_taps: See `load_unet`.
+        folder: Folder of the part.
+        part: Name of the part: "unet", "vae", "text_encoder" or "text_encoder_2".
+        dtype: Floating point type of the weights; a VAE that overflows in float16 is put in
+            float32.
+        variant: Word in the names of the weight files, see
+            `diffenc.storage.weights.choose_weights`.
+        keep_taps: Module paths of the U-Net; what lies behind the last of them is left out. None
+            keeps all.
 
     Raises:
         BackboneError: The folder is missing or broken, its weights do not fit its config, or it
@@ -97,7 +100,7 @@ def load_vae(config: dict[str, Any], state: State, *, what: str, dtype: torch.dt
         config: Config of an `AutoencoderKL` or `AutoencoderTiny`.
         state: Weights under diffusers' names.
         what: Source of the weights, for messages.
-        dtype: Type of the weights.
+        dtype: Floating point type of the weights.
 
     Raises:
         BackboneError: A weight is missing, unknown, or of another shape.
@@ -115,9 +118,9 @@ def load_text_encoder(
     Args:
         config: Config of a `CLIPTextModel`.
         state: Weights under transformers' names, of any version.
-        name: "text_encoder" or "text_encoder_2".
+        name: Name of the part: "text_encoder" or "text_encoder_2".
         what: Source of the weights, for messages.
-        dtype: Type of the weights.
+        dtype: Floating point type of the weights.
 
     Raises:
         BackboneError: A weight is missing, unknown, or of another shape.

@@ -34,9 +34,10 @@ class TapInfo:
     """A place in the U-Net, or before it.
 
     Attributes:
-        name: Module path, whose output is what is read; or "latents", the VAE's.
-        channels: Of the feature map.
-        reduction: Image pixels per feature cell (nominal: for sides that divide evenly).
+        name: Module path of the module whose output is read, or "latents" for the latents of the
+            VAE.
+        channels: Number of channels of the feature map.
+        reduction: Image pixels per side of a feature cell (nominal: for sides that divide evenly).
     """
 
     name: str

@@ -120,7 +120,7 @@ def check_configs(configs: Mapping[str, Mapping[str, Any]], where: str) -> None:
     """Raise a `BackboneError` that names the first field of a part which asks for more.
 
     Args:
-        configs: Per part, as JSON holds it.
+        configs: Config of each part, as JSON holds it.
         where: Name of the model, for messages.
     """
     for part, known in (("unet", _CLASSES["unet"]), ("vae", _CLASSES["vae"])):
@@ -137,9 +137,10 @@ def check_unet(config: Mapping[str, Any], where: str, *, pooled: bool | None = N
     """Raise a `BackboneError` that names the field by which a U-Net asks for further inputs.
 
     Args:
-        config: Of a `UNet2DConditionModel`.
+        config: Config of a `UNet2DConditionModel`.
         where: Name of the model, for messages.
-        pooled: Whether there is a second text encoder, which gives pooled texts; None: unknown.
+        pooled: Whether there is a second text encoder, which gives pooled texts; None where this is
+            unknown.
     """
     for field, (usual, needs) in _UNCONDITIONED.items():
         value = config.get(field, usual)
@@ -180,7 +181,7 @@ def check_vae(config: Mapping[str, Any], where: str) -> None:
     """Raise a `BackboneError` for a VAE config by which latents cannot be scaled.
 
     Args:
-        config: Of an `AutoencoderKL` or `AutoencoderTiny`.
+        config: Config of an `AutoencoderKL` or `AutoencoderTiny`.
         where: Name of the model, for messages.
     """
     scale, shift = config.get("scaling_factor", 1.0), config.get("shift_factor")

@@ -54,8 +54,8 @@ def unet_state(source: "str | os.PathLike[str] | State", config: dict[str, Any])
     weights outside of it are left alone. The original layout (`input_blocks...`) is converted.
 
     Args:
-        source: File or state dict.
-        config: Of the `UNet2DConditionModel` that they belong to.
+        source: File that holds the weights, or a state dict.
+        config: Config of the `UNet2DConditionModel` that the weights belong to.
 
     Raises:
         BackboneError: No U-Net among them, or several.
@@ -129,11 +129,11 @@ def load_into(
     """A model in evaluation mode with exactly these weights; nothing is allocated beside them.
 
     Args:
-        build: Makes the model; called on the meta device.
-        state: Weights by the model's names; what it does not have is refused.
-        what: What the model is called in messages.
-        dtype: Type that floating weights are brought to.
-        fit: Renames the weights to the names of the model, which it gets.
+        build: Function that makes the model; it is called on the meta device.
+        state: Weights by the model's names; a weight that the model does not have is refused.
+        what: Name of the model in messages.
+        dtype: Floating point type that floating weights are brought to.
+        fit: Function that renames the weights to the names of the model, which it gets.
 
     Raises:
         BackboneError: No such model can be built; or a weight is missing, unknown, of another
@@ -190,10 +190,10 @@ def check_state(
     Names, shapes and kinds of numbers are compared; no weight in a file is read.
 
     Args:
-        model: May be on the meta device.
+        model: Model, which may be on the meta device.
         state: Weights by the model's names.
         what: Source of the weights, for messages.
-        needed: Names of the weights that may not be missing; None are all of the model's.
+        needed: Names of the weights that may not be missing; None requires all of the model's.
 
     Raises:
         BackboneError: A weight is missing, unknown, of another shape, or no floating number.
@@ -292,7 +292,7 @@ def load_unet(
         config: Config of a `UNet2DConditionModel`.
         state: Weights under diffusers' names.
         what: Source of the weights, for messages.
-        dtype: Type of the weights.
+        dtype: Floating point type of the weights.
         keep_taps: Module paths; what lies behind the last of them is checked by its names, and
             neither read nor kept. None keeps all.
 

@@ -23,8 +23,8 @@ def write_folder(backbone: Backbone, folder: Path) -> None:
     truncated is written as it is: it is read with the same taps and `truncate` alone.
 
     Args:
-        backbone: Its U-Net may hold adapters, merged ones too.
-        folder: Made; what it held before is gone.
+        backbone: Backbone to write; its U-Net may hold adapters, merged ones too.
+        folder: Folder to write to; it is made anew, and what it held before is gone.
 
     Raises:
         OutputError: The folder cannot be written.

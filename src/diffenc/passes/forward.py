@@ -38,16 +38,16 @@ def read_taps(
     built only where something inside, or the latents, or the text, requires a gradient.
 
     Args:
-        backbone: Whose U-Net is called, in its dtype and on its device.
-        noisy_latents: Each at the noise level of its timestep.
-        timesteps: Scheduler steps.
-        prompt_embeds: One row each.
-        taps: Module paths.
-        batch_size: Most rows per call; None is all.
-        compiled: What `compiled_taps` gives; None looks.
+        backbone: Model whose U-Net is called, in its dtype and on its device.
+        noisy_latents: Noisy latents, each at the noise level of its timestep.
+        timesteps: Scheduler steps, one per row.
+        prompt_embeds: Encoded texts, one row per row of latents.
+        taps: Module paths of the U-Net.
+        batch_size: Largest number of rows per call; None is all at once.
+        compiled: Compiled U-Net that `compiled_taps` returned; None looks whether there is one.
 
     Returns:
-        A map per tap, in the order of `taps`.
+        One map per tap, in the order of `taps`.
 
     Raises:
         NonFiniteError: A map holds NaN or infinity.
@@ -113,9 +113,9 @@ def compile_taps(backbone: Backbone, taps: Sequence[str], **options: Any) -> Non
     after modules or settings of the U-Net were exchanged, `read_taps` compiles again.
 
     Args:
-        backbone: Whose U-Net is compiled; it is left as it is.
-        taps: Module paths.
-        options: Of `torch.compile`.
+        backbone: Model whose U-Net is compiled; the U-Net itself is left as it is.
+        taps: Module paths of the U-Net.
+        options: Keyword arguments of `torch.compile`.
     """
     with backbone.lock:
         structure = structure_key(backbone.denoiser)
@@ -161,10 +161,11 @@ def predict_noise(
     """The noise that the U-Net sees in latents under a text, in float32, without guidance.
 
     Args:
-        backbone: Whose U-Net is called; one that predicts v or the clean latents is converted.
-        noisy_latents: At the noise level of `timestep`.
-        timestep: Scheduler step.
-        prompt_embeds: One row for all latents, or one per latent.
+        backbone: Model whose U-Net is called; the output of one that predicts v or the clean
+            latents is converted.
+        noisy_latents: Noisy latents at the noise level of `timestep`.
+        timestep: Scheduler step, 0 (clean) to 999 (pure noise).
+        prompt_embeds: Encoded texts: one row for all latents, or one per latent.
 
     Raises:
         ConfigError: The model predicts something else, or its U-Net was truncated.
@@ -196,15 +197,16 @@ def read_attention(
     """Read how much each cell attends to some tokens of a text, with one call of the U-Net.
 
     Args:
-        backbone: Whose U-Net is called, in its dtype and on its device.
-        noisy_latents: At the noise level of `timestep`.
-        timestep: Scheduler step.
-        prompt_embeds: One row for all latents, or one per latent.
-        positions: Of the tokens, see `diffenc.denoiser.attention.word_token_positions`.
-        layers: See `diffenc.denoiser.attention.CrossAttnTaps`.
+        backbone: Model whose U-Net is called, in its dtype and on its device.
+        noisy_latents: Noisy latents at the noise level of `timestep`.
+        timestep: Scheduler step, 0 (clean) to 999 (pure noise).
+        prompt_embeds: Encoded texts: one row for all latents, or one per latent.
+        positions: Positions of the tokens in the text, see
+            `diffenc.denoiser.attention.word_token_positions`.
+        layers: Module paths of the layers, see `diffenc.denoiser.attention.CrossAttnTaps`.
 
     Returns:
-        Per layer a probability per cell and token, mean over heads, in float32.
+        For each layer, one probability per cell and token, mean over heads, in float32.
 
     Raises:
         TapError: No cross-attention by that name.
@@ -228,15 +230,16 @@ def read_head_attention(
     layers: Sequence[str],
     heads: Sequence[int] | None = None,
 ) -> dict[str, Float[Tensor, "b tokens _heads _h _w"]]:
-    """As `read_attention`, with the heads apart.
+    """Read attention as `read_attention` does, with the heads kept apart.
 
     Args:
-        backbone: Whose U-Net is called, in its dtype and on its device.
-        noisy_latents: At the noise level of `timestep`.
-        timestep: Scheduler step.
-        prompt_embeds: One row for all latents, or one per latent.
-        positions: Of the tokens, see `diffenc.denoiser.attention.word_token_positions`.
-        layers: See `diffenc.denoiser.attention.CrossAttnTaps`.
+        backbone: Model whose U-Net is called, in its dtype and on its device.
+        noisy_latents: Noisy latents at the noise level of `timestep`.
+        timestep: Scheduler step, 0 (clean) to 999 (pure noise).
+        prompt_embeds: Encoded texts: one row for all latents, or one per latent.
+        positions: Positions of the tokens in the text, see
+            `diffenc.denoiser.attention.word_token_positions`.
+        layers: Module paths of the layers, see `diffenc.denoiser.attention.CrossAttnTaps`.
         heads: Indices of the heads that are returned; None is all.
 
     Raises:

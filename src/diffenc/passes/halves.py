@@ -41,19 +41,19 @@ def read_halves(
     """Features of pictures without and with their texts.
 
     Args:
-        backbone: Whose U-Net is called, where something has to be computed.
-        config: Timesteps, draws, noise and seed.
-        taps: Module paths, or "latents".
+        backbone: Model whose U-Net is called, where something has to be computed.
+        config: Config that gives the timesteps, draws, noise and seed.
+        taps: Names of the taps: module paths of the U-Net, or "latents".
         posteriors: Mode and deviation of the latents of each picture.
-        keys: Per picture what its unconditional features depend on beside weights and config; None
-            looks nothing up and keeps nothing.
-        states: Keys of the model's state for this call; None looks now.
-        uncond: Unconditional embeddings, a row per picture; None leaves that half out.
-        cond: Texts, a row per picture; None leaves that half out.
+        keys: Keys of what the unconditional features of each picture depend on beside the weights
+            and the config; None looks nothing up and keeps nothing.
+        states: Keys of the model's state for this call; None reads the state now.
+        uncond: Unconditional embeddings, one row per picture; None leaves that half out.
+        cond: Encoded texts, one row per picture; None leaves that half out.
 
     Returns:
-        Under "uncond" and "cond" a map per tap, or None: (b c h w), or (b t c h w) where the config
-        has several timesteps. No two share memory.
+        Maps by tap under "uncond" and "cond", or None for a half that was left out: (b c h w), or
+        (b t c h w) where the config has several timesteps. No two maps share memory.
 
     Raises:
         NonFiniteError: A map holds NaN or infinity.
@@ -103,13 +103,13 @@ def _read_rows(
     """Features of rows, mean over draws: (rows c h w), or (rows t c h w) for several steps.
 
     Args:
-        backbone: See `read_halves`, as the next two.
-        config: Timesteps, draws, noise and seed.
-        taps: Names.
-        posteriors: Of all pictures.
-        shown: Which picture each row shows.
-        texts: Their rows, in order.
-        compiled: What `compiled_taps` gives.
+        backbone: Model whose U-Net is called.
+        config: Config that gives the timesteps, draws, noise and seed.
+        taps: Names of the taps: module paths of the U-Net, or "latents".
+        posteriors: Mode and deviation of the latents of all pictures.
+        shown: Index of the picture that each row shows.
+        texts: Encoded texts of the rows, in order.
+        compiled: Compiled U-Net that `compiled_taps` returned, or None.
     """
     if not shown:
         return {}

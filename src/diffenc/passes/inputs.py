@@ -34,11 +34,12 @@ def posterior_of(
     """Mode and deviation of scaled latents; the VAE runs only for pictures that it has not seen.
 
     Args:
-        backbone: Whose VAE is called.
-        pixel_values: RGB in [-1, 1].
-        keys: Of `image_keys`; None computes everything anew and keeps nothing.
-        states: Keys of the model's state for this call; None looks now.
-        batch_size: Most pictures per call of the VAE.
+        backbone: Model whose VAE is called.
+        pixel_values: Pictures in RGB, in [-1, 1].
+        keys: Keys that `image_keys` makes of the pictures; None computes everything anew and keeps
+            nothing.
+        states: Keys of the model's state for this call; None reads the state now.
+        batch_size: Largest number of pictures per call of the VAE; None is all at once.
     """
     state = None if keys is None else (states or backbone.states()).latents
     if keys is None or state is None:
@@ -79,14 +80,14 @@ def prompts_of(
     """Encoded texts, one row each; each text is encoded once.
 
     Args:
-        backbone: Whose text encoders are called.
-        texts: Prompts. None is no prompt: the unconditional embedding. "" is a text without words,
-            encoded as any other.
-        size: (height, width) of the pictures, in pixels.
+        backbone: Model whose text encoders are called.
+        texts: Prompts. None is no prompt, which takes the unconditional embedding; "" is a text
+            without words, encoded as any other.
+        size: Size of the pictures in pixels, (height, width).
         uncond: Rule of the unconditional embedding; None is the model's own.
-        long_prompts: See `Backbone.embed`.
-        use_cache: Look up and keep.
-        states: Keys of the model's state for this call; None looks now.
+        long_prompts: Treatment of texts beyond the encoder's limit, see `Backbone.embed`.
+        use_cache: Whether encoded texts are looked up in the cache and kept there.
+        states: Keys of the model's state for this call; None reads the state now.
     """
     distinct = list(dict.fromkeys(texts))
     state = (states or backbone.states()).prompts if use_cache else None
@@ -120,8 +121,8 @@ def image_embeds_of(
     Args:
         clip: A frozen CLIP; a graph is built only where a gradient flows into the pictures, or
             something in it was unfrozen.
-        pixel_values: RGB in [-1, 1], of its size.
-        cache: Where embeddings are kept; None keeps nothing.
+        pixel_values: Pictures in RGB, in [-1, 1], of CLIP's size.
+        cache: Cache that embeddings are kept in; None keeps nothing.
     """
     keys = None if cache is None else image_keys(pixel_values)
     state = None if keys is None else state_key(clip)

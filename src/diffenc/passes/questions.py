@@ -20,14 +20,14 @@ def mean_states(
     long_prompts: LongPrompts = "truncate",
     use_cache: bool = True,
 ) -> Float[Tensor, "b d"]:
-    """Mean state of each text's own tokens, start and end with them, as the U-Net reads them.
+    """Mean state of each text's own tokens, its start and end included, as the U-Net reads them.
 
     Args:
-        backbone: Whose text encoders are called.
-        texts: Prompts; "" has its start and its end alone.
-        size: (height, width) of the pictures, in pixels.
-        long_prompts: See `Backbone.embed`.
-        use_cache: Look up and keep.
+        backbone: Model whose text encoders are called.
+        texts: Prompts; the empty text has only its start and end tokens.
+        size: Size of the pictures in pixels, (height, width).
+        long_prompts: Treatment of texts beyond the encoder's limit, see `Backbone.embed`.
+        use_cache: Whether encoded texts are looked up in the cache and kept there.
     """
     found = []
     for text in texts:  # each by itself: in windows their numbers of states differ
@@ -41,7 +41,7 @@ def mean_states(
 
 
 def _own(backbone: Backbone, text: str, states: int, long_prompts: LongPrompts) -> Tensor:
-    """Which states are of a text's own tokens, and which of padding."""
+    """Mask of a text's states: true for its own tokens, false for padding."""
     tokenizer = backbone.tokenizers[0]  # all tokenizers have the same words
     if long_prompts == "truncate":
         return fit_rows(tokenizer, prompt_ids(tokenizer, [text]))[1][0].bool()

@@ -29,11 +29,11 @@ def projector_for(
     Args:
         encoder: A `DiffusionEncoder` or `FusedEncoder`.
         out_features: Width of the language model.
-        kind: See `Projector`.
-        norm: A layer norm for each tap (and half, and CLIP) before the first layer. None is one
-            where there are several, which costs little where scales are alike and saves much where
-            they are not (`diffenc study parts`). False is LLaVA's way, and that of its
-            `mm_projector.bin`.
+        kind: Kind of the layers, see `Projector`.
+        norm: Whether a layer norm for each tap (and half, and CLIP) stands before the first layer.
+            None adds one where there are several, which costs little where scales are alike and
+            saves much where they are not (`diffenc study parts`). False is LLaVA's way, and that of
+            its `mm_projector.bin`.
 
     Raises:
         ConfigError: See `Projector`.

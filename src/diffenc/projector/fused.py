@@ -15,19 +15,21 @@ from diffenc.projector.saved import SavedProjector
 
 
 class FusedProjector(SavedProjector):
-    """One projector per stream, for tokens of which each belongs to CLIP or to the U-Net.
+    """One projector per stream, for tokens that belong either to CLIP or to the U-Net.
 
     `FusedEncoder` gives such tokens for "tokens" and "interleave"; their channels are those of both
     streams, and zero in the other's.
 
     Args:
-        in_features: Channels of the first stream and of the second: `encoder.stream_channels`.
+        in_features: Number of channels of the first stream and of the second:
+            `encoder.stream_channels`.
         out_features: Width of the language model.
-        kind: Of both, see `Projector`.
-        how: "tokens" where the first stream's tokens come first, "interleave" where the two take
-            turns.
-        first_tokens: How many tokens the first stream has, with "tokens"; not read otherwise.
-        norm_channels: For each of the two, see `Projector`.
+        kind: Kind of both projectors, see `Projector`.
+        how: Order of the tokens: "tokens" where the first stream's come first, "interleave" where
+            the two take turns.
+        first_tokens: Number of tokens of the first stream, which "tokens" needs; not read
+            otherwise.
+        norm_channels: Norm groups of each of the two projectors, see `Projector`.
 
     Raises:
         ConfigError: As `Projector`; an unknown `how`, or "tokens" without their number.

@@ -28,17 +28,18 @@ class Projector(SavedProjector):
     """Linear layers from vision tokens to language-model tokens.
 
     Args:
-        in_features: Channels of a vision token: `encoder.hidden_size`.
+        in_features: Number of channels of a vision token: `encoder.hidden_size`.
         out_features: Width of the language model.
-        kind: "linear", "identity", or "mlpNx_gelu": N linear layers with GELU between them.
+        kind: Kind of the layers: "linear", "identity", or "mlpNx_gelu", which is N linear layers
+            with GELU between them.
         norm_channels: Widths of neighbouring groups of channels, each of which gets a layer norm of
             its own before the first layer: `encoder.token_channels` for one per tap. U-Net
             activations differ in scale from tap to tap by orders of magnitude. () is no norm,
             as LLaVA has it.
-        grid: Side, or (height, width), of the grid to which the tokens are resampled first: means
-            where it is coarser, bilinear where finer. The tokens must form a square. None keeps
-            all.
-        device: Where the weights are made, in float32; "meta" makes none.
+        grid: Side, or (height, width), of the grid to which the tokens are resampled first: by
+            means where it is coarser, bilinearly where it is finer. The tokens must form a square.
+            None keeps all tokens.
+        device: Device on which the weights are made, in float32; "meta" makes none.
 
     Raises:
         ConfigError: An unknown kind, a width below 1, an identity between different widths, or
@@ -93,8 +94,7 @@ class Projector(SavedProjector):
         """Project tokens, in the dtype of the weights.
 
         Raises:
-            ShapeError: Another number of channels, or a grid is asked of tokens that form no
-                square.
+            ShapeError: Another number of channels, or a grid for tokens that form no square.
         """
         check_tokens(tokens)
         if tokens.shape[-1] != self.in_features:

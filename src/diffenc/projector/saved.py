@@ -24,10 +24,10 @@ class SavedProjector(nn.Module):
     """Base of the projectors: writes itself to a folder, and is read from one.
 
     Attributes:
-        options: Names of the attributes that it is made with again.
-        in_features: Channels of a vision token, of each stream where there are two.
+        options: Names of the attributes that the projector is made again from.
+        in_features: Number of channels of a vision token, or of each stream where there are two.
         out_features: Width of the language model.
-        kind: See `Projector`.
+        kind: Kind of the layers, see `Projector`.
     """
 
     options: ClassVar[tuple[str, ...]]

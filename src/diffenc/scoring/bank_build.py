@@ -40,7 +40,7 @@ def layer_shapes(backbone: Backbone, layers: Sequence[str], size: tuple[int, int
     Args:
         backbone: The model.
         layers: Module paths of cross-attentions.
-        size: (height, width) of the pictures, in pixels.
+        size: Size of the pictures in pixels, (height, width).
     """
     taps = {tap.name: tap for tap in backbone.taps()}
     shapes = []
@@ -58,7 +58,7 @@ def bank_bytes(backbone: Backbone, config: ScorerConfig, images: int, size: tupl
         backbone: The model.
         config: Config whose layers, timesteps and draws count.
         images: Number of images, reference pictures included.
-        size: (height, width) in pixels.
+        size: Size of the pictures in pixels, (height, width).
     """
     layers = match_layers(backbone.denoiser, config.layers)
     values = sum(cells * channels for cells, channels in layer_shapes(backbone, layers, size))
@@ -77,8 +77,8 @@ class _Build:
         references: Reference pictures, in [-1, 1].
         dtype: Floating point type of what is stored.
         plan: Everything that the queries depend on, as JSON holds it.
-        content: What the table of contents will say.
-        shapes: (cells, channels) of each layer.
+        content: Contents of the table of contents, `bank.json`.
+        shapes: Shape (cells, channels) of the queries of each layer.
     """
 
     backbone: Backbone

@@ -37,10 +37,10 @@ class Shard:
     """A file of rows.
 
     Attributes:
-        file: Its name.
-        first: Number of its first row.
-        rows: Number of its rows.
-        digest: Digest of its values.
+        file: Name of the file.
+        first: Number of the file's first row, counted over the whole bank.
+        rows: Number of rows in the file.
+        digest: Digest of the values in the file.
     """
 
     file: str
@@ -58,15 +58,15 @@ class BankContents:
         backbone: Name of the model.
         config: Config of the scorer that built the bank.
         layers: Module paths of the cross-attentions.
-        shapes: (cells, channels) of each layer.
-        size: (height, width) of the pictures, in pixels.
+        shapes: Shape (cells, channels) of the queries of each layer.
+        size: Size of the pictures in pixels, (height, width).
         dtype: Floating point type of the stored queries.
         names: Names of the images.
         skipped: Name of and reason for each image that was left out.
         references: Number of reference pictures, whose rows come last.
         weights: Mark of the weights that a search reads, see `weights_mark`.
         shards: The files, in the order of their rows.
-        unchanged: Whether all of this is what was written.
+        unchanged: Whether the contents are as they were written.
     """
 
     bank: str

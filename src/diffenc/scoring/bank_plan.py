@@ -66,8 +66,8 @@ def look_at(
     """Read every picture once, before any pass.
 
     Returns:
-        Indices of those that are whole, digests of what the model will see of them, name of and
-        reason for each of the others, and (height, width).
+        Indices of the pictures that are whole, digests of what the model will see of them, the name
+        of and the reason for each broken one, and the size in pixels, (height, width).
 
     Raises:
         ImageError: Some are broken and `skip_broken` is off, or all are; it names all of them.
@@ -148,7 +148,7 @@ def begin(folder: Path, plan: Mapping[str, Any], *, overwrite: bool) -> bool:
     """Write the plan of a bank, unless it is the one that was begun in the folder.
 
     Returns:
-        Whether it was.
+        Whether this bank had been begun in the folder before.
 
     Raises:
         OutputError: Another bank was begun there, or the folder cannot be written.

@@ -18,8 +18,8 @@ def weights_mark(backbone: Backbone, attentions: Mapping[str, Any]) -> dict[str,
     """The weights that a search reads: key projections and text encoders.
 
     Returns:
-        "dtype" of the projections, a "digest" of all, and "norms": of each layer's projection, then
-        of each text encoder.
+        The "dtype" of the projections, a "digest" of all weights, and the "norms" of each layer's
+        projection and then of each text encoder.
     """
     weights = [_in_use(attn.to_k).detach() for attn in attentions.values()]
     texts = [part for name, part in backbone.parts().items() if name.startswith("text")]

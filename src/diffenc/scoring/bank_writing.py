@@ -31,10 +31,10 @@ class BankWriter:
 
     Args:
         folder: Folder of the bank.
-        bank: Digest of what it is made from.
-        shapes: (cells, channels) of each layer.
-        dtype: Floating point type of what is stored.
-        shard_bytes: About how large a shard may become; it ends with a whole part.
+        bank: Digest of everything that the bank is made from.
+        shapes: Shape (cells, channels) of the queries of each layer.
+        dtype: Floating point type of the stored queries.
+        shard_bytes: Approximate largest size of a shard, in bytes; it ends with a whole part.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class BankWriter:
             parts: Number of rows of each part of the bank.
 
         Returns:
-            How many parts are done.
+            Number of parts that are done.
         """
         ends = {end: index for index, end in enumerate(accumulate(parts, initial=0))}
         first = 0

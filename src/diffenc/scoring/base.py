@@ -40,12 +40,13 @@ class ConfiguredScorer(nn.Module):
     """A backbone with a `ScorerConfig`, reference images and memories.
 
     Attributes:
-        backbone: The model, a registered submodule.
-        config: What a score is.
-        use_cache: Remember latents, prompts and rows of frozen models that were computed before.
-        references: Reference images that `calibrate` was given.
-        rows: Memory of "exact" scores.
-        queries: Memory of "shared-query" scores.
+        backbone: The text-to-image model, a registered submodule.
+        config: Options that define the score.
+        use_cache: Whether to remember latents, prompts and rows of frozen models that were computed
+            before.
+        references: Reference images that `calibrate` was given; None where there are none.
+        rows: Cache of "exact" scores.
+        queries: Cache of the queries of "shared-query" scores.
     """
 
     def __init__(
@@ -105,20 +106,21 @@ class ConfiguredScorer(nn.Module):
         """Load a scorer.
 
         Args:
-            name: An alias ("shapes", "sd1.5", "sd2.1-base", "sd2.1", "sdxl"), a Hub id, a diffusers
-                folder, a `.safetensors` checkpoint, a folder that `save_pretrained` wrote, a
-                pipeline of diffusers, or a `Backbone`; see `load_backbone`.
-            preset: "calibrated", "paper", "discffusion", "diffusion-classifier", "diffusion-itm"
-                or "denoising-gap"; None is "calibrated", or what was saved.
-            device: Device that it runs on; None is the CPU, and where a pipeline or a `Backbone`
-                is.
-            dtype: Floating point type of the U-Net and the text encoder, or its name; None is
-                float32, and what a pipeline or a `Backbone` has. Scores are computed in float32
-                whatever it is.
-            use_cache: See the class.
+            name: Model to load: an alias ("shapes", "sd1.5", "sd2.1-base", "sd2.1", "sdxl"), a Hub
+                id, a diffusers folder, a `.safetensors` checkpoint, a folder that `save_pretrained`
+                wrote, a pipeline of diffusers, or a `Backbone`; see `load_backbone`.
+            preset: Name of the kind of score: "calibrated", "paper", "discffusion",
+                "diffusion-classifier", "diffusion-itm" or "denoising-gap"; None is "calibrated", or
+                what was saved.
+            device: Device of the model; None is the CPU, or the device that a pipeline or a
+                `Backbone` is already on.
+            dtype: Floating point type of the U-Net and the text encoders, or its name; None is
+                float32, or the type that a pipeline or a `Backbone` already has. Scores are
+                computed in float32 whatever it is.
+            use_cache: Whether to remember what was computed before; see the class.
             variant: Word in the names of the weight files, such as "fp16"; see `load_backbone`.
-            options: Attributes of `ScorerConfig`, such as `mode`, `layers` or `timesteps`; they win
-                over a preset, and that over a saved config.
+            options: Attributes of `ScorerConfig`, such as `mode`, `layers` or `timesteps`. They win
+                over a preset, and a preset wins over a saved config.
 
         Raises:
             BackboneError: The model is unknown, missing, incomplete or broken.
@@ -168,7 +170,7 @@ class ConfiguredScorer(nn.Module):
         """Another scorer over the same backbone.
 
         Args:
-            preset: What to begin with; None is this scorer's config.
+            preset: Name of the preset to begin with; None is this scorer's config.
             options: Attributes of `ScorerConfig` that change.
 
         Raises:

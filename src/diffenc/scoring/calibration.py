@@ -17,7 +17,7 @@ class References:
     """Pictures given by the user, in bytes, so that what is saved is what was used.
 
     Attributes:
-        pictures: RGB, 0 to 255.
+        pictures: Pictures in RGB, 0 to 255.
 
     Raises:
         ShapeError: There are none, or they are no such pictures.
@@ -58,7 +58,7 @@ class References:
         return f"{len(self.pictures)}-{content_key(self.pictures).hex()}"
 
     def pixel_values(self, size: tuple[int, int]) -> Float[Tensor, "r 3 height width"]:
-        """In [-1, 1], squashed to (height, width) where they have another size."""
+        """Pictures in [-1, 1], squashed to (height, width) where they have another size."""
         values = self.pictures.float() / 127.5 - 1
         if tuple(values.shape[2:]) == size:
             return values
@@ -71,9 +71,9 @@ def reference_pixels(
     """Reference pictures of a config, none where it has no calibration.
 
     Args:
-        config: Of the scorer.
-        size: (height, width).
-        given: Pictures of the user.
+        config: Config of the scorer.
+        size: Size of the pictures in pixels, (height, width).
+        given: Reference pictures that the user gave to the scorer, or None.
 
     Raises:
         ConfigError: The config wants the user's, and there are none or others.

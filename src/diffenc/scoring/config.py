@@ -32,39 +32,48 @@ class ScorerConfig:
 
     Attributes:
         attention: Whether there is an attention part.
-        layers: "all" cross-attentions, the "discffusion" set (of the last down block with
-            attention, the middle and the last up block, the last block of each transformer), or a
-            tuple of module paths.
-        layer_weights: One per layer, in the order in which they run; None weighs all alike.
-        space: Pool the "logits" (q·k / sqrt(d)) or their softmax over tokens, "probs".
-        lse_axis: "tokens": log-sum-exp over tokens, mean over cells. "pixels": over cells, mean
-            over tokens. "both": over all.
-        lse_lambda: λ of (1/λ) log Σ exp(λ a); a large one approaches the maximum.
+        layers: Cross-attentions that are read: "all", the "discffusion" set (of the last down block
+            with attention, the middle and the last up block, the last block of each transformer),
+            or a tuple of module paths.
+        layer_weights: Weights of the layers, one each, in the order in which the layers run; None
+            weighs all alike.
+        space: Values that are pooled: the "logits" (q·k / sqrt(d)), or "probs", their softmax over
+            tokens.
+        lse_axis: Axes of the log-sum-exp. "tokens" takes it over tokens, then the mean over cells;
+            "pixels" takes it over cells, then the mean over tokens; "both" takes it over all.
+        lse_lambda: Factor λ in (1/λ) log Σ exp(λ a); a large one approaches the maximum.
         token_mask: Tokens that are pooled: all ("none"), without padding ("no_pad": start, words,
             end), or the words alone ("content").
-        head_reduce: Over heads: "mean" or "max".
-        include_uncond: Average the attention part with that of the unconditional half.
-        error_term: "mse": minus the mean squared error of the predicted noise. "mse_gap": that
-            error without the text minus that with it. "l2_gap": the same of Euclidean norms.
-        timesteps: Noise levels, scheduler steps.
-        draws: Noise tensors per timestep.
-        seed: Of the noise that all images, texts and halves share.
-        posterior: Take the mode of the VAE's posterior, or a seeded sample.
-        uncond: Which embedding is "unconditional"; None is the model's own rule.
-        long_prompts: A text longer than the text encoder reads is cut ("truncate", with one
-            warning) or read in windows side by side ("chunk").
-        mode: "exact" runs the U-Net under each text. "shared-query" runs it once per image and
-            noise under `query_prompt` and lets the keys of every text meet these queries.
-        query_prompt: For "shared-query"; the empty text is encoded, never zeros.
-        calibration: Subtract from each text's scores its mean over reference images: a "gray" one,
-            a "neutral" set, or those "given" to `CrossAttnScorer.calibrate`. None subtracts
-            nothing.
-        reference_texts: Subtract from each image's scores its mean over these texts.
-        reference_digest: Number and digest of the given reference images; written by `calibrate`.
+        head_reduce: Reduction over heads: "mean" or "max".
+        include_uncond: Whether the attention part is averaged with that of the unconditional half.
+        error_term: Kind of the error part. "mse" is minus the mean squared error of the predicted
+            noise; "mse_gap" is that error without the text minus that with it; "l2_gap" is the same
+            difference of Euclidean norms. None leaves the part out.
+        timesteps: Noise levels, as scheduler steps.
+        draws: Number of noise tensors per timestep.
+        seed: Seed of the noise, which all images, texts and halves share.
+        posterior: Way in which latents are taken from the VAE's posterior: its "mode", or a seeded
+            "sample".
+        uncond: Unconditional embedding: "zeros", "empty" (the empty text's), or None for the
+            model's own rule.
+        long_prompts: Treatment of texts that are longer than the text encoder reads: "truncate"
+            cuts them, with one warning; "chunk" reads them in windows side by side.
+        mode: Way in which the U-Net runs: "exact" runs it under each text; "shared-query" runs it
+            once per image and noise, under `query_prompt`, and matches its queries with the keys of
+            every text.
+        query_prompt: Prompt of the one pass of "shared-query"; the empty text is encoded, never
+            replaced by zeros.
+        calibration: Reference images whose mean score is subtracted from each text's scores: a
+            "gray" one, a "neutral" set, or those "given" to `CrossAttnScorer.calibrate`. None
+            subtracts nothing.
+        reference_texts: Texts whose mean score is subtracted from each image's scores.
+        reference_digest: Number and digest of the given reference images, as written by
+            `calibrate`.
         size: Side of the square that images are brought to, or (height, width), in pixels; None
             takes the backbone's own.
-        resize: See `EncoderConfig.resize`.
-        batch_size: Most rows (images x texts x timesteps x draws) per call of the U-Net.
+        resize: Way in which images are brought to `size`, see `EncoderConfig.resize`.
+        batch_size: Largest number of rows (images x texts x timesteps x draws) per call of the
+            U-Net.
     """
 
     attention: bool = True
@@ -190,7 +199,8 @@ def discffusion_timesteps(steps: int) -> tuple[int, ...]:
     """Noise levels of Discffusion's released code, which are those of the paper for 5 steps.
 
     Args:
-        steps: Its `sampling_steps`, 1 to 1000; for some numbers it gives one less.
+        steps: Value of that code's `sampling_steps`, 1 to 1000; for some values one noise level
+            fewer is given.
 
     Raises:
         ConfigError: Out of range.
@@ -211,8 +221,8 @@ def classifier_timesteps(steps: int, of: int | None = None) -> tuple[int, ...]:
     """Noise levels of Diffusion Classifier: evenly spaced and centred.
 
     Args:
-        steps: How many.
-        of: Size of the grid that they are the first stage of; None is `steps` itself.
+        steps: Number of noise levels.
+        of: Size of the grid whose first stage these levels are; None is `steps` itself.
 
     Raises:
         ConfigError: Out of range.
@@ -238,7 +248,8 @@ def itm_timesteps(steps: int) -> tuple[int, ...]:
     """Noise levels of DiffusionITM's released code.
 
     Args:
-        steps: Its `sampling_steps`, 1 to 1000; for large numbers it gives fewer.
+        steps: Value of that code's `sampling_steps`, 1 to 1000; for large values fewer noise levels
+            are given.
 
     Raises:
         ConfigError: Out of range.
@@ -314,8 +325,8 @@ def scorer_preset(name: str) -> dict[str, Any]:
     What each follows, and where it differs from what was released, stands in the guide on scores.
 
     Args:
-        name: "paper", "calibrated", "discffusion", "diffusion-classifier", "diffusion-itm" or
-            "denoising-gap".
+        name: Name of the preset: "paper", "calibrated", "discffusion", "diffusion-classifier",
+            "diffusion-itm" or "denoising-gap".
 
     Raises:
         ConfigError: No such preset.

@@ -33,15 +33,15 @@ def denoising_scores(
     `diffenc.scorer.CrossAttnScorer` has this score as preset "diffusion-classifier", from pictures.
 
     Args:
-        backbone: The model.
-        latents: Of the images, without noise.
-        texts: One or several.
-        timesteps: Noise levels, scheduler steps.
-        seed: Of the noise.
-        batch_size: Texts per call of the U-Net.
+        backbone: The text-to-image model.
+        latents: Latents of the images, without noise.
+        texts: One text or several.
+        timesteps: Noise levels, as scheduler steps.
+        seed: Seed of the noise.
+        batch_size: Number of texts per call of the U-Net.
 
     Returns:
-        float32 scores on the CPU; 0 is the best there is.
+        Scores in float32 on the CPU; 0 is the best possible score.
 
     Raises:
         PromptError: A text is no text.

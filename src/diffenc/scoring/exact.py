@@ -28,13 +28,14 @@ def exact_scores(
 
     Args:
         inputs: Pictures and texts.
-        wanted: Which pairs; nothing else is computed but the unconditional rows that they need.
-        steps: (timestep, draw).
-        mix: What the attention parts of the layers are multiplied by.
-        memory: Rows that were computed before.
+        wanted: Mask of the pairs that are scored; nothing else is computed but the unconditional
+            rows that they need.
+        steps: Steps, each a (timestep, draw).
+        mix: Weights with which the attention parts of the layers are multiplied.
+        memory: Cache of rows that were computed before.
 
     Returns:
-        float32 on the CPU; NaN where not wanted.
+        Scores in float32 on the CPU; NaN for pairs that are not wanted.
 
     Raises:
         NonFiniteError: NaN or infinity came out of the U-Net.
@@ -58,7 +59,7 @@ def exact_scores(
 
 
 def _error_part(inputs: ScoreInputs, squared: Tensor, empty: int | None) -> Tensor:
-    """Of sums of squared errors.
+    """Error part of the scores, from sums of squared errors.
 
     Source:
         Li et al. 2023 (Diffusion Classifier), arXiv:2303.16203, equation 6. For the gap of norms
@@ -77,7 +78,7 @@ def _error_part(inputs: ScoreInputs, squared: Tensor, empty: int | None) -> Tens
 def _statistics(
     inputs: ScoreInputs, needed: Tensor, steps: Sequence[Step], memory: TensorCache
 ) -> Float[Tensor, "pictures texts steps statistics"]:
-    """Per row the attention score of each layer and the sum of squared errors; NaN: not needed."""
+    """Attention scores per layer and sum of squared errors of each row; NaN where not needed."""
     config = inputs.config
     unet = inputs.backbone.denoiser
     names = match_layers(unet, config.layers) if config.attention else ()

@@ -31,18 +31,18 @@ class ScoreInputs:
 
     Attributes:
         backbone: The model.
-        config: Of the scorer.
+        config: Config of the scorer.
         posterior: Mode and deviation of the latents of distinct pictures.
-        picture_keys: Digests of distinct pictures, or None where nothing is remembered.
-        picture_rows: Per picture of the call its place among the distinct ones.
+        picture_keys: Digests of the distinct pictures; None where nothing is remembered.
+        picture_rows: Index among the distinct pictures, for each picture of the call.
         texts: Distinct texts; None is no text, whose embedding is the unconditional one.
-        text_rows: Per text of the call its place among the distinct ones.
-        embeds: Of distinct texts.
-        mask: Tokens that count, of distinct texts; None is all.
-        size: (height, width) of the pictures.
-        seed: Of the noise.
-        memory_key: What results depend on beside picture, text, noise and the kind of score; None:
-            remember nothing.
+        text_rows: Index among the distinct texts, for each text of the call.
+        embeds: Embeddings of the distinct texts.
+        mask: Mask of the tokens of the distinct texts that count; None counts all.
+        size: Size of the pictures in pixels, (height, width).
+        seed: Seed of the noise.
+        memory_key: Key of everything that results depend on beside the picture, the text, the noise
+            and the kind of score; None remembers nothing.
         states: Keys of the model's state for this call.
     """
 
@@ -93,7 +93,7 @@ class ScoreInputs:
 
 
 def pooling_of(config: ScorerConfig) -> Pooling:
-    """What becomes of a layer's attention."""
+    """How a layer's attention is pooled."""
     return Pooling(config.space, config.lse_axis, config.lse_lambda, config.head_reduce)
 
 
@@ -110,11 +110,11 @@ def encode_inputs(
 
     Args:
         backbone: The model.
-        pixel_values: RGB in [-1, 1].
+        pixel_values: Pictures in RGB, in [-1, 1].
         texts: One or more; where the config needs the unconditional half, None is added.
-        config: Of the scorer.
-        seed: Of the noise.
-        use_cache: Look up and keep.
+        config: Config of the scorer.
+        seed: Seed of the noise.
+        use_cache: Whether encoded pictures and texts are looked up in the cache and kept there.
 
     Raises:
         PromptError: A text without words where only words count.
@@ -171,15 +171,15 @@ def token_mask(
     embeds: PromptEmbeds,
     kind: TokenMask,
 ) -> Bool[Tensor, "texts l"] | None:
-    """Which tokens of each text count, as `ScorerConfig.token_mask` says; None is all.
+    """Mask of the tokens of each text that count, by `ScorerConfig.token_mask`; None counts all.
 
-    Of a text in several windows the start and end tokens of each are its own.
+    Where a text has several windows, the start and end tokens of each window are its own tokens.
 
     Args:
-        backbone: Whose tokenizer counts.
-        texts: Prompts. None is no text, of which all tokens count.
-        embeds: Of the texts.
-        kind: Which tokens.
+        backbone: Model whose tokenizer counts the tokens.
+        texts: Prompts. None is no text, whose tokens all count.
+        embeds: Embeddings of the texts.
+        kind: Tokens that count: "none", "no_pad" or "content", as in `ScorerConfig.token_mask`.
 
     Raises:
         PromptError: A text without words where only words count.
@@ -211,7 +211,7 @@ def token_mask(
 
 
 def tokens_present(embeds: PromptEmbeds) -> Bool[Tensor, "texts l"] | None:
-    """Which states are a text's own, where texts differ in that; None is all."""
+    """Mask of the states that are a text's own, where texts differ in that; None is all."""
     if embeds.lengths is None:
         return None
     place: dict[str, Any] = {"dtype": torch.long, "device": embeds.prompt_embeds.device}

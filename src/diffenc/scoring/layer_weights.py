@@ -14,10 +14,10 @@ _STEPS, _RIDGE = 2000, 1e-2
 def margins(
     layer_scores: Float[Tensor, "items layers n n"],
 ) -> Float[Tensor, "comparisons layers"]:
-    """By how much each layer puts the right pair above a wrong one, for every such comparison.
+    """Margin by which each layer scores a right pair above a wrong one, for every comparison.
 
     Args:
-        layer_scores: Of items with `n` images and as many texts, image k fitting text k.
+        layer_scores: Scores of items with n images and n texts each, where text k fits image k.
 
     Raises:
         ShapeError: No item, or not as many texts as images, or fewer than two.
@@ -47,7 +47,7 @@ def fit_layer_weights(
     tells right from wrong, all weights are equal, with a warning.
 
     Args:
-        layer_scores: Of validation items, see `CrossAttnScorer.layer_scores`.
+        layer_scores: Scores of validation items, see `CrossAttnScorer.layer_scores`.
 
     Raises:
         ShapeError: See `margins`.

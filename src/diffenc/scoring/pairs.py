@@ -23,20 +23,20 @@ def pair_scores(
 ) -> Float[Tensor, "images texts steps out"]:
     """Score pairs, with all that they are compared with.
 
-    From the score of an image and a text the mean score of that text over the reference images is
-    subtracted, at the same timestep and noise, and the mean score of that image over the reference
-    texts.
+    Two means are subtracted from the score of an image and a text, at the same timestep and noise:
+    that of the text's scores over the reference images, and that of the image's scores over the
+    reference texts.
 
     Args:
-        inputs: Images and behind them reference images; texts and behind them reference texts.
-        pairs: Which ones.
-        steps: (timestep, draw).
-        mix: What the attention parts of the layers are multiplied by.
-        rows: Memory of "exact" scores.
-        queries: Memory of "shared-query" scores.
+        inputs: Images followed by the reference images, and texts followed by the reference texts.
+        pairs: Mask of the pairs that are scored.
+        steps: Steps, each a (timestep, draw).
+        mix: Weights with which the attention parts of the layers are multiplied.
+        rows: Cache of "exact" scores.
+        queries: Cache of the queries of "shared-query" scores.
 
     Returns:
-        float32 on the CPU; NaN for other pairs.
+        Scores in float32 on the CPU; NaN for other pairs.
 
     Raises:
         NonFiniteError: NaN or infinity came out of the U-Net.

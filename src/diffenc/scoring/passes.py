@@ -29,13 +29,13 @@ def read_statistics(
     """Read what scores are made of, with one call of the U-Net for all rows.
 
     Args:
-        backbone: Whose U-Net is called, in its dtype and on its device.
-        noisy_latents: Each at the noise level of its timestep.
-        timesteps: Scheduler steps.
-        prompt_embeds: One row each.
-        attentions: The cross-attentions to score by; none is allowed.
-        pooling: What becomes of their products.
-        mask: Tokens that count, per row; None is all.
+        backbone: Model whose U-Net is called, in its dtype and on its device.
+        noisy_latents: Noisy latents, each at the noise level of its timestep.
+        timesteps: Scheduler steps, one per row.
+        prompt_embeds: Encoded texts, one row per row of latents.
+        attentions: Cross-attentions to score by, by module path; may be empty.
+        pooling: Way in which the products of queries and keys are pooled.
+        mask: Mask of the tokens that count, per row; None counts all.
         predict: Whether the noise is predicted too; otherwise the pass ends at the last attention.
 
     Returns:
@@ -80,11 +80,11 @@ def read_late_queries(
     """Queries of cross-attentions, with one call of the U-Net that ends at the last of them.
 
     Args:
-        backbone: Whose U-Net is called, in its dtype and on its device.
-        noisy_latents: Each at the noise level of its timestep.
-        timesteps: Scheduler steps.
-        prompt_embeds: One row for all, or one each.
-        attentions: The layers.
+        backbone: Model whose U-Net is called, in its dtype and on its device.
+        noisy_latents: Noisy latents, each at the noise level of its timestep.
+        timesteps: Scheduler steps, one per row.
+        prompt_embeds: Encoded texts: one row for all latents, or one for each.
+        attentions: Cross-attentions whose queries are read, by module path.
 
     Raises:
         TapError: A layer did not run.

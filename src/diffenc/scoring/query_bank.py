@@ -45,9 +45,9 @@ class SearchResult:
     """An image that was found.
 
     Attributes:
-        name: As it was given when the bank was built.
-        index: Its place in the bank.
-        score: Of the text; higher is better.
+        name: Name of the image, as given when the bank was built.
+        index: Index of the image in the bank.
+        score: Score of the image under the text; higher is better.
     """
 
     name: str
@@ -62,10 +62,10 @@ class QueryBank:
     reference images that it was built with. `CrossAttnScorer.build_index` writes one.
 
     Attributes:
-        folder: Folder that it lies in.
-        backbone: The model.
-        config: Config of the scorer that built it.
-        names: Names of its images, no two alike.
+        folder: Folder that the bank lies in.
+        backbone: The text-to-image model whose queries the bank holds.
+        config: Config of the scorer that built the bank.
+        names: Names of the bank's images, no two alike.
         skipped: Name of and reason for each broken image that was left out.
 
     Example:
@@ -204,8 +204,9 @@ class QueryBank:
         """The best images for each text.
 
         Args:
-            texts: One or several.
-            top: Most images per text; of equal scores the image that comes first in the bank.
+            texts: One text or several.
+            top: Largest number of images per text; of equal scores, the image that comes first in
+                the bank wins.
 
         Raises:
             ConfigError: `top` is no int of 1 or more.

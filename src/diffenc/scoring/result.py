@@ -15,15 +15,15 @@ class Scores:
     """Scores of images under texts, higher is better, in float32 on the CPU.
 
     Attributes:
-        trials: One score per noise seed (trials images texts).
-        by_timestep: The same before the mean over timesteps (trials images texts timesteps); NaN
+        trials: Scores for each noise seed (trials images texts).
+        by_timestep: Scores before the mean over timesteps (trials images texts timesteps); NaN
             where a candidate was dropped before.
-        seeds: Of the noise, one per trial.
-        texts: What was scored.
-        truncated: Tokens of each text that the text encoder did not read.
-        dropped: Candidates that `screen` left out in any trial (images texts); their score is
-            -inf.
-        config: Of the scorer.
+        seeds: Seeds of the noise, one per trial.
+        texts: Texts that were scored.
+        truncated: Number of tokens of each text that the text encoder did not read.
+        dropped: Mask of the candidates that `screen` left out in any trial (images texts); their
+            score is -inf.
+        config: Config of the scorer.
     """
 
     trials: Float[Tensor, "trials images texts"]
@@ -47,7 +47,7 @@ class Scores:
         return self.trials.std(dim=0, correction=1)
 
     def best_texts(self) -> list[str]:
-        """Per image the text with the highest mean; of equal ones the first."""
+        """Text with the highest mean for each image; of equal ones the first."""
         return [self.texts[index] for index in self.mean.argmax(dim=1).tolist()]
 
 

@@ -28,11 +28,11 @@ def successive_halving(
     of their scores so far: texts of an image with each other, or images of a text.
 
     Args:
-        score: Scores of the wanted pairs at a step; NaN elsewhere.
-        shape: Images and texts.
-        steps: (timestep, draw); those in the middle are taken first.
-        keep: Candidates that are scored to the end.
-        candidates: What competes.
+        score: Function that returns the scores of the wanted pairs at a step, NaN elsewhere.
+        shape: Number of images and of texts.
+        steps: Steps, each a (timestep, draw); those in the middle are taken first.
+        keep: Number of candidates that are scored to the end.
+        candidates: Kind of candidates that compete: "texts" of an image, or "images" of a text.
 
     Returns:
         Scores, NaN where not computed, and which pairs were dropped.

@@ -45,13 +45,13 @@ def shared_query_scores(
 
     Args:
         inputs: Pictures and texts.
-        wanted: Which pairs.
-        steps: (timestep, draw).
-        mix: What the layers are multiplied by.
-        memory: Queries that were read before.
+        wanted: Mask of the pairs that are scored.
+        steps: Steps, each a (timestep, draw).
+        mix: Weights with which the scores of the layers are multiplied.
+        memory: Cache of queries that were read before.
 
     Returns:
-        float32 on the CPU; NaN where not wanted.
+        Scores in float32 on the CPU; NaN for pairs that are not wanted.
 
     Raises:
         NonFiniteError: NaN or infinity came out of the U-Net.
@@ -99,13 +99,13 @@ def chosen_attentions(backbone: Backbone, layers: str | Sequence[str]) -> dict[s
 def late_queries(
     inputs: ScoreInputs, places: Sequence[Place], steps: Sequence[Step], memory: TensorCache
 ) -> list[tuple[Float[Tensor, "_n _c"], ...]]:
-    """Per place the queries of each layer, under the generic prompt.
+    """Queries of each layer, for each place, under the generic prompt.
 
     Args:
         inputs: Pictures.
-        places: Which ones, at which steps.
-        steps: (timestep, draw).
-        memory: Queries that were read before.
+        places: Places to read: indices of pictures and steps.
+        steps: Steps, each a (timestep, draw).
+        memory: Cache of queries that were read before.
     """
     config, backbone = inputs.config, inputs.backbone
     attentions = chosen_attentions(backbone, config.layers)
@@ -154,14 +154,14 @@ def score_queries(
     """Score queries under texts, whose keys are projected here.
 
     Args:
-        backbone: Whose device and dtype count.
-        queries: Per row one entry per layer.
-        attentions: The layers, in the same order.
-        embeds: Of the texts.
-        pooling: What becomes of the products.
-        mix: What the layers are multiplied by.
-        mask: Tokens that count, per text; None is all.
-        wanted: Which pairs; the others stay NaN.
+        backbone: Model on whose device and in whose dtype the scores are computed.
+        queries: Queries of each row, one entry per layer.
+        attentions: Cross-attentions, in the order of the queries.
+        embeds: Embeddings of the texts.
+        pooling: Way in which the products of queries and keys are pooled.
+        mix: Weights with which the scores of the layers are multiplied.
+        mask: Mask of the tokens that count, per text; None counts all.
+        wanted: Mask of the pairs that are scored; the others stay NaN.
     """
     device, dtype = backbone.device, backbone.dtype
     scores = torch.zeros(*wanted.shape, mix.shape[1], dtype=torch.float32, device="cpu")

@@ -27,14 +27,14 @@ class ScoreCall:
     """Images and texts of one call.
 
     Args:
-        scorer: Whose model, config, references and memories are used.
+        scorer: Scorer whose model, config, references and memories are used.
         images: Pictures of any kind.
-        texts: One or several.
+        texts: One text or several.
 
     Attributes:
-        texts: All of them.
-        images: How many.
-        truncated: Tokens of each text that the text encoder does not read.
+        texts: List of all texts.
+        images: Number of images.
+        truncated: Number of tokens of each text that the text encoder does not read.
 
     Raises:
         ImageError: A picture cannot be read.

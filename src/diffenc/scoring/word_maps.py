@@ -49,17 +49,18 @@ def word_maps(
     is the mean over heads, layers and timesteps.
 
     Args:
-        backbone: The model.
-        latents: Of the images, without noise.
-        text: The prompt.
-        words: Words of it.
-        timesteps: Noise levels, scheduler steps.
-        layers: See `diffenc.denoiser.attention.match_layers`; None takes all.
+        backbone: The text-to-image model.
+        latents: Latents of the images, without noise.
+        text: Prompt that the pictures are read under.
+        words: Words of the prompt.
+        timesteps: Noise levels, as scheduler steps.
+        layers: Module paths of the layers, see `diffenc.denoiser.attention.match_layers`; None
+            takes all.
         heads: Indices of the heads that count; None takes all.
-        seed: Of the noise.
+        seed: Seed of the noise.
 
     Returns:
-        float32 shares in [0, 1].
+        Shares in [0, 1], in float32.
 
     Raises:
         PromptError: The text has no such word, or it was cut off.
@@ -96,20 +97,20 @@ def daam_maps(
     those of a picture that is there.
 
     Args:
-        backbone: The model.
-        latents: Of the images, without noise.
-        text: The prompt.
-        words: Words of it.
-        timesteps: Noise levels, scheduler steps.
-        layers: See `diffenc.denoiser.attention.match_layers`; None takes DAAM's: all but the middle
-            block's, and of a square picture in another size than the model's own those alone
-            whose maps its code knows the scale of.
+        backbone: The text-to-image model.
+        latents: Latents of the images, without noise.
+        text: Prompt that the pictures are read under.
+        words: Words of the prompt.
+        timesteps: Noise levels, as scheduler steps.
+        layers: Module paths of the layers, see `diffenc.denoiser.attention.match_layers`. None
+            takes DAAM's: all but the middle block's; for a square picture in another size than the
+            model's own, only those whose maps DAAM's code knows the scale of.
         heads: Indices of the heads that count; None takes all.
-        seed: Of the noise.
-        grid: (height, width) of the maps; None is DAAM's, see `daam_grid`.
+        seed: Seed of the noise.
+        grid: Grid of the maps, (height, width); None is DAAM's, see `daam_grid`.
 
     Returns:
-        float32, 0 or above.
+        Maps with values of 0 or above, in float32.
 
     Raises:
         PromptError: The text has no such word, or it was cut off.
@@ -153,8 +154,8 @@ def daam_grid(backbone: Backbone, size: tuple[int, int]) -> tuple[int, int]:
     shorter side, and any other model, such as the bundled one, has the grid of its latents.
 
     Args:
-        backbone: The model.
-        size: (height, width) of the latents.
+        backbone: The text-to-image model.
+        size: Size of the latents, (height, width).
     """
     cells, shorter = _daam_cells(backbone), min(size)
     return size if cells is None else (cells * size[0] // shorter, cells * size[1] // shorter)
@@ -210,7 +211,7 @@ def _per_timestep(
     heads: Sequence[int] | None,
     seed: int,
 ) -> Iterator[list[Float[Tensor, "images tokens _heads _h _w"]]]:
-    """Per timestep the maps of each layer, for the tokens of all words in a row."""
+    """Maps of each layer for each timestep, for the tokens of all words in a row."""
     if not timesteps:
         raise ConfigError("timesteps must hold one scheduler step or more, got none")
     c, h, w = latents.shape[1:]

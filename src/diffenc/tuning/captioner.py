@@ -62,8 +62,8 @@ class CaptionerPart(nn.Module):
                 Hub id, or "shapes-clip". It is saved by name alone.
             processor: CLIP's image processor, whose mean, deviation and cropping count; None takes
                 what lies beside a name, and OpenAI's values for a model.
-            hidden_size: See `ImplicitCaptioner`.
-            layers: See `ImplicitCaptioner`.
+            hidden_size: Width of the hidden layers of the MLPs, see `ImplicitCaptioner`.
+            layers: Number of linear layers of an MLP, see `ImplicitCaptioner`.
 
         Raises:
             BackboneError: There is no CLIP of that name.
@@ -89,9 +89,10 @@ class CaptionerPart(nn.Module):
         """Read a captioner that `save_pretrained` wrote.
 
         Args:
-            folder: With `captioner.json` and `captioner.safetensors`.
-            clip: As for `add_captioner`; None is the one it was saved with, by name.
-            trainable: Whether it goes on training.
+            folder: Folder with `captioner.json` and `captioner.safetensors`.
+            clip: CLIP of the captioner, as for `add_captioner`; None is the one it was saved with,
+                by name.
+            trainable: Whether the captioner goes on training.
 
         Raises:
             BackboneError: The folder holds no whole captioner, or one for another backbone or
@@ -124,11 +125,12 @@ class CaptionerPart(nn.Module):
     def caption(self, images: Images, embeds: PromptEmbeds) -> PromptEmbeds:
         """Texts with the captioner's tokens added to them; without one, the texts.
 
-        Texts of several windows get them in the first; those of fewer states get the first ones.
+        Texts of several windows get the tokens in the first window; texts with fewer states get the
+        first tokens.
 
         Args:
-            images: One or several pictures.
-            embeds: A row for each.
+            images: One picture or several.
+            embeds: Encoded texts, one row for each picture.
         """
         if self.captioner is None:
             return embeds

@@ -66,12 +66,13 @@ class LoraPart(nn.Module):
         shares the backbone sees the adapter too.
 
         Args:
-            rank: Of the update.
-            alpha: The update is scaled by alpha / rank; None is the rank.
-            dropout: Of the update's inputs, in training mode.
-            projections: Which linear layers of a cross-attention, see
+            rank: Rank of the update.
+            alpha: Numerator of the scale alpha / rank of the update; None is the rank, a scale of
+                1.
+            dropout: Dropout probability of the update's inputs in training mode, from 0 to below 1.
+            projections: Names of the linear layers of a cross-attention that are adapted, see
                 `diffenc.denoiser.lora.PROJECTIONS`.
-            name: Of the adapter.
+            name: Name of the adapter.
 
         Raises:
             ConfigError: A value out of range, a name that is taken or cannot be one, or taps that
@@ -107,7 +108,7 @@ class LoraPart(nn.Module):
         An adapter that is not in use requires no gradient, as it would get none.
 
         Args:
-            name: Of the adapter; None is the plain backbone.
+            name: Name of the adapter; None uses the plain backbone.
             trainable: Whether it trains from now on; None leaves that as it was.
 
         Raises:
@@ -156,9 +157,10 @@ class LoraPart(nn.Module):
         """Write an adapter in peft's layout and, beside it, keyed for diffusers.
 
         Args:
-            folder: `PeftModel.from_pretrained(unet, folder)` and `pipe.load_lora_weights(folder,
-                weight_name="pytorch_lora_weights.safetensors")` read it.
-            name: Of the adapter; None is the active one.
+            folder: Folder to write to. `PeftModel.from_pretrained(unet, folder)` and
+                `pipe.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")`
+                read it.
+            name: Name of the adapter; None is the active one.
 
         Raises:
             ConfigError: There is no such adapter, or none is active.
@@ -185,11 +187,11 @@ class LoraPart(nn.Module):
         as those of self-attention.
 
         Args:
-            folder: With `adapter_config.json` and `adapter_model.safetensors`.
-            name: Under which it is known from now on.
-            trainable: Whether it goes on training.
-            other_taps: Take an adapter that was trained with other taps, as long as all of it has
-                an effect on these.
+            folder: Folder with `adapter_config.json` and `adapter_model.safetensors`.
+            name: Name of the adapter from now on.
+            trainable: Whether the adapter goes on training.
+            other_taps: Whether to take an adapter that was trained with other taps, as long as all
+                of it has an effect on these.
 
         Raises:
             BackboneError: The folder holds no whole adapter, or one for another backbone or for

@@ -21,10 +21,10 @@ class TrainableParts(LoraPart, CaptionerPart):
     training.
 
     Attributes:
-        backbone: The frozen model; LoRA lives in its U-Net.
+        backbone: Frozen model; LoRA lives in its U-Net.
         captioner: The implicit captioner, or None.
-        clip: Frozen CLIP that the captioner listens to, or None.
-        use_cache: See `DiffusionEncoder`.
+        clip: Frozen CLIP whose image embedding the captioner reads; None without a captioner.
+        use_cache: Whether to remember what was computed before, see `DiffusionEncoder`.
     """
 
     def clear_cache(self) -> None:

@@ -33,7 +33,7 @@ def add_lora(
         attentions: Module paths of cross-attentions, see
             `diffenc.denoiser.attention.cross_attention_layers`.
         options: Rank, scale, dropout and projections.
-        name: Of the adapter.
+        name: Name of the adapter.
         only: Paths of the projections that may be adapted; None is all of them.
 
     Raises:

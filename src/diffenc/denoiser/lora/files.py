@@ -57,10 +57,11 @@ def save_lora(
     second, in which the scale alpha / rank is multiplied into the weights.
 
     Args:
-        unet: A U-Net with the adapter.
-        folder: Made where it does not exist.
-        name: Of the adapter.
-        origin: What else `read_origin` shall tell: plain values, such as the backbone's name.
+        unet: U-Net that has the adapter.
+        folder: Folder to write to; it is made where it does not exist.
+        name: Name of the adapter.
+        origin: Plain values, such as the backbone's name, that `read_origin` reads again; None is
+            none.
 
     Raises:
         ConfigError: There is no such adapter.
@@ -121,8 +122,8 @@ def load_lora(
 
     Args:
         unet: A `UNet2DConditionModel`; it is left as it is where the adapter is refused.
-        folder: With `adapter_config.json` and `adapter_model.safetensors`.
-        name: Under which it is known from now on.
+        folder: Folder with `adapter_config.json` and `adapter_model.safetensors`.
+        name: Name of the adapter from now on.
         trainable: Whether its weights require a gradient.
         only: Paths of the layers that may be adapted; None is all linear layers and convolutions.
 

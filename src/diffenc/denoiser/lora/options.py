@@ -15,13 +15,14 @@ PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraOptions:
-    """How an adapter is built.
+    """Options that an adapter is built by.
 
     Attributes:
-        rank: Of the update.
-        alpha: The update is scaled by alpha / rank; None is the rank, so by 1.
+        rank: Rank of the update.
+        alpha: Numerator of the scale alpha / rank of the update; None is the rank, a scale of 1.
         dropout: Probability with which inputs of the update are zeroed in training.
-        projections: Which linear layers of each cross-attention; see `PROJECTIONS`.
+        projections: Names of the linear layers of each cross-attention that are adapted; see
+            `PROJECTIONS`.
 
     Raises:
         ConfigError: A value is out of range or unknown.

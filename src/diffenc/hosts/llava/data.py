@@ -17,9 +17,9 @@ class PromptDataset(Dataset[dict[str, Any]]):
     """LLaVA's dataset, each sample with a prompt; all else, such as lengths, is the dataset's.
 
     Args:
-        dataset: Has `list_data_dict`, the entries of LLaVA's JSON.
-        policy: Which text, see `diffenc.inputs.policies.parse_policy`.
-        seed: Of what the policy draws.
+        dataset: Dataset that has `list_data_dict`, the entries of LLaVA's JSON.
+        policy: Policy that makes the prompts, see `diffenc.inputs.policies.parse_policy`.
+        seed: Seed of what the policy draws.
 
     Raises:
         ConfigError: The dataset has no such list, or the policy does not parse.
@@ -44,7 +44,7 @@ class PromptDataset(Dataset[dict[str, Any]]):
         return {**item, _KEY: self.prompt(index)}
 
     def prompt(self, index: int) -> str:
-        """Of one sample in this epoch; "" for one without an image.
+        """Prompt of one sample in this epoch; "" for a sample without an image.
 
         Raises:
             PromptError: The sample lacks what the policy draws on.
@@ -74,8 +74,8 @@ class PromptCollator:
     """LLaVA's collator, with the prompts of a batch as tensors.
 
     Args:
-        collator: The host's.
-        tokenizer: `tower.tokenizer`.
+        collator: Collator of the host.
+        tokenizer: Tokenizer of the prompts: `tower.tokenizer`.
     """
 
     def __init__(self, collator: Any, tokenizer: PromptTokenizer) -> None:

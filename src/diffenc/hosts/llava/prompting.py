@@ -38,12 +38,12 @@ def take_prompts(
     them a `prompt_scope` around the call counts, then `text_of`.
 
     Args:
-        target: A model, which gets a class of its own by the same name, or a class, which is
-            changed in place.
-        text_of: Makes the prompt of a sample from its input ids (without padding; images are
-            -200), for programs that call `generate(input_ids, images=...)` and no more; see
-            `question_of`.
-        patches: Notes what was changed, to undo it.
+        target: Model, which gets a class of its own by the same name, or a class, which is changed
+            in place.
+        text_of: Function that makes the prompt of a sample from its input ids (without padding;
+            images are -200), for programs that call `generate(input_ids, images=...)` and no more;
+            see `question_of`.
+        patches: Record of what was changed, to undo it.
 
     Returns:
         The target.
@@ -82,7 +82,7 @@ def question_of(tokenizer: Any) -> TextOf:
     """A `text_of` for `take_prompts`: the last question of a conversation, without its template.
 
     Args:
-        tokenizer: The language model's.
+        tokenizer: Tokenizer of the language model.
     """
 
     def text_of(input_ids: Tensor) -> str:

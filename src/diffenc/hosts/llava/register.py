@@ -20,8 +20,8 @@ class Registration:
     """What `register` did to a package.
 
     Attributes:
-        package: Its name.
-        specs: Of the towers that were built, the last one last.
+        package: Name of the package.
+        specs: Specs of the towers that were built, in the order in which they were built.
     """
 
     def __init__(self, package: str) -> None:
@@ -129,8 +129,8 @@ def restore_adapters(model: nn.Module, sources: "list[str | None]") -> None:
     """Give a host's towers the adapters of its checkpoint, and tell of those that have none.
 
     Args:
-        model: The host's.
-        sources: Checkpoint folders, the first that has an adapter counts.
+        model: Model of the host.
+        sources: Checkpoint folders; the first that has an adapter counts.
 
     Raises:
         ConfigError: The adapter belongs to another spec.

@@ -21,9 +21,9 @@ def train_with_prompts(
     writes the adapter beside every checkpoint.
 
     Args:
-        package: As for `register`, which this calls.
-        policy: Which text, see `diffenc.inputs.policies.parse_policy`.
-        seed: Of what the policy draws.
+        package: Top-level module of the fork, as for `register`, which this calls.
+        policy: Policy that makes the prompts, see `diffenc.inputs.policies.parse_policy`.
+        seed: Seed of what the policy draws.
 
     Raises:
         ConfigError: The package is not laid out as LLaVA's, or the policy does not parse.

@@ -22,20 +22,23 @@ class DiffEncConfig(PretrainedConfig):  # type: ignore[misc]  # transformers is 
     `AutoModel.from_config` reads nothing from elsewhere, whatever the spec names.
 
     Args:
-        spec: What the tower reads, such as ``"diffenc:sdxl?t=50&rank=16"``; see
+        spec: Spec of the tower, such as ``"diffenc:sdxl?t=50&rank=16"``; see
             `diffenc.hosts.spec.TowerSpec`.
-        backbone_source: None refers to the spec's model, another name, Hub id or folder to that;
-            "checkpoint" has the weights saved and loaded with the model.
-        architecture: Configs of the parts, by part; None looks them up.
-        default_taps: What the model reads where the spec names no taps; None looks them up.
-        kwargs: Of `PretrainedConfig`. Sizes among them are checked against the spec.
+        backbone_source: Source of the backbone's weights. None takes the model that the spec names;
+            another name, Hub id or folder takes that one; "checkpoint" saves and loads the weights
+            with the model.
+        architecture: Configs of the model's parts, by part; None looks them up.
+        default_taps: Taps that the model reads where the spec names none; None looks them up.
+        kwargs: Further keyword arguments of `PretrainedConfig`. Sizes among them are checked
+            against the spec.
 
     Attributes:
-        hidden_size: Channels of a token.
+        hidden_size: Number of channels of a token.
         image_size: Side of the square images, in pixels.
-        patch_size: Pixels per token and side.
-        num_patches: Tokens of an image.
-        num_hidden_layers: Length of `hidden_states`, less one; every entry is the same.
+        patch_size: Image pixels per side of a token.
+        num_patches: Number of tokens of an image.
+        num_hidden_layers: Number of hidden layers: the length of `hidden_states`, less one. All its
+            entries are the same.
 
     Raises:
         ConfigError: The spec does not parse, its tokens cannot be had here, or a size is not that

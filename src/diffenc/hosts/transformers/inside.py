@@ -24,12 +24,12 @@ from diffenc.models.schedules import make_scheduler
 
 
 class StoredTokens:
-    """In place of a tokenizer that a checkpoint does not hold: the texts of empty prompts alone.
+    """Stand-in for a tokenizer that a checkpoint does not hold; knows only the empty prompts.
 
     Args:
-        texts: Which these are; the first is the empty text.
-        ids: Their tokens, padded; a row each.
-        size: Of the vocabulary.
+        texts: Texts of the empty prompts; the first is the empty text.
+        ids: Token ids of the texts, padded, one row each.
+        size: Number of entries of the vocabulary.
     """
 
     def __init__(self, texts: Sequence[str], ids: Int[Tensor, "texts l"], size: int) -> None:

@@ -18,7 +18,7 @@ class _Tiled(TakesPrompts):
     """What LLaVA-NeXT adds: images in tiles."""
 
     def tiles(self, arguments: dict[str, Any]) -> list[int] | None:
-        """As the stock class counts them."""
+        """Number of tiles of each image, as the stock class counts them."""
         return _tile_counts(self.config, arguments["image_sizes"])
 
 

@@ -44,11 +44,11 @@ class DiffEncModel(PreTrainedModel):  # type: ignore[misc]  # transformers is se
     `diffenc.hosts.prompts.prompt_scope` around the call, else the spec's null prompt.
 
     Args:
-        config: See `DiffEncConfig`.
+        config: Config of the tower, a `DiffEncConfig`.
 
     Attributes:
         tower: The tower that does the work; it holds the adapter.
-        backbone: The diffusion model where it is part of the checkpoint; else None.
+        backbone: Diffusion model where it is part of the checkpoint; otherwise None.
 
     Example:
         >>> model = DiffEncModel(DiffEncConfig("diffenc:shapes?t=50"))
@@ -90,7 +90,7 @@ class DiffEncModel(PreTrainedModel):  # type: ignore[misc]  # transformers is se
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the features."""
+        """Floating point type of the features."""
         place: Tensor = self.place
         return place.dtype
 
@@ -258,11 +258,11 @@ class DiffEncModel(PreTrainedModel):  # type: ignore[misc]  # transformers is se
         Args:
             pixel_values: RGB squares of `config.image_size` in [-1, 1].
             prompt_input_ids: Tokenized prompts, one row for all images or one each.
-            prompt_attention_mask: 1 for a prompt's own tokens.
-            prompts: Texts in place of tokens.
-            output_hidden_states: In whatever form; `hidden_states` is always given.
-            return_dict: False gives a tuple.
-            kwargs: What else hosts pass; ignored.
+            prompt_attention_mask: Mask that is 1 for a prompt's own tokens and 0 for padding.
+            prompts: Prompts as texts, in place of tokens.
+            output_hidden_states: Any value: `hidden_states` is always given.
+            return_dict: Whether to return a mapping; False gives a tuple.
+            kwargs: Further arguments that hosts pass; ignored.
 
         Returns:
             `last_hidden_state` (n tokens channels); `hidden_states`, whose every entry is the

@@ -67,18 +67,19 @@ class _MakesPrompts:
         prompts: str | Sequence[str] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As the stock processor, with prompts for the tower.
+        """Process images and texts as the stock processor does, with prompts for the tower.
 
         Args:
-            images: Of all samples, in order.
-            text: Of all samples, with an image token for each image.
-            args: As the stock processor's.
-            prompts: One for all samples or one for each, or one for each image; None leaves the
-                tower its null prompt. Those of samples without images are left out.
-            kwargs: As the stock processor's.
+            images: Images of all samples, in order.
+            text: Texts of all samples, with an image token for each image.
+            args: Further arguments of the stock processor.
+            prompts: Prompts for the tower: one for all samples, one for each, or one for each
+                image. None leaves the tower its null prompt. Prompts of samples without images are
+                left out.
+            kwargs: Further keyword arguments of the stock processor.
 
         Returns:
-            What the stock processor makes, with `prompt_input_ids` and `prompt_attention_mask`,
+            Output of the stock processor, with `prompt_input_ids` and `prompt_attention_mask`,
             one row for each image, if there are prompts and images.
 
         Raises:
@@ -108,7 +109,7 @@ class _MakesPrompts:
         return [*parent.model_input_names, *PROMPT_ARGUMENTS]
 
     def save_pretrained(self, save_directory: "str | os.PathLike[str]", **kwargs: Any) -> Any:
-        """As the stock processor, with the tower's tokenizer in a folder of its own."""
+        """Save as the stock processor does, with the tower's tokenizer in a folder of its own."""
         parent: Any = super()
         saved = parent.save_pretrained(save_directory, **kwargs)
         self.prompt_tokens.save_pretrained(str(Path(save_directory) / FOLDER))
@@ -116,7 +117,7 @@ class _MakesPrompts:
 
     @classmethod
     def from_pretrained(cls, name: "str | os.PathLike[str]", **kwargs: Any) -> Any:
-        """As the stock processor; the tower's tokenizer is that of the folder where it has one."""
+        """Load as the stock processor does, with the folder's tokenizer for the tower, if any."""
         parent: Any = super()
         if not kwargs.get("trust_remote_code"):  # nobody is asked on the terminal
             kwargs["trust_remote_code"] = False
@@ -148,14 +149,16 @@ class DiffEncLlavaProcessor(_MakesPrompts, LlavaProcessor):  # type: ignore[misc
 
     Args:
         image_processor: A `DiffEncImageProcessor`.
-        tokenizer: Of the language model.
-        patch_size: `DiffEncConfig.patch_size`.
-        vision_feature_select_strategy: "full": there is no class token to take away.
-        chat_template: As `LlavaProcessor`.
-        image_token: As `LlavaProcessor`.
-        num_additional_image_tokens: As `LlavaProcessor`; 0 for one encoder.
-        prompt_model: The model of the spec, whose tokenizer reads the prompts.
-        kwargs: As `LlavaProcessor`.
+        tokenizer: Tokenizer of the language model.
+        patch_size: Image pixels per side of a token: `DiffEncConfig.patch_size`.
+        vision_feature_select_strategy: Choice of the image tokens: "full", as there is no class
+            token to take away.
+        chat_template: Chat template, as for `LlavaProcessor`.
+        image_token: Token that stands for an image, as for `LlavaProcessor`.
+        num_additional_image_tokens: Number of tokens of an image beside its patches, as for
+            `LlavaProcessor`; 0 for one encoder.
+        prompt_model: Name of the model of the spec, whose tokenizer reads the prompts.
+        kwargs: Further keyword arguments of `LlavaProcessor`.
     """
 
 

@@ -123,7 +123,7 @@ def _signed(function: Any, stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _image_token(config: Any) -> int:
-    """By either of the names that it has had."""
+    """Id of the image token, by either of the names that the config has had for it."""
     found = getattr(config, "image_token_id", None)
     return int(config.image_token_index if found is None else found)
 
@@ -155,10 +155,10 @@ class TakesPrompts:
         return False
 
     def tiles(self, arguments: dict[str, Any]) -> list[int] | None:
-        """Tiles of each image that `get_image_features` shows to the tower; None has one each.
+        """Number of tiles per image that `get_image_features` shows the tower; None is one each.
 
         Args:
-            arguments: Of `get_image_features`, by name.
+            arguments: Arguments of `get_image_features`, by name.
         """
         return None
 
@@ -182,7 +182,7 @@ class GeneratesWithPrompts(TakesPrompts):
         return tower
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As the stock class does, with `prompt_input_ids` and `prompt_attention_mask`.
+        """Generate as the stock class does, with `prompt_input_ids` and `prompt_attention_mask`.
 
         Raises:
             PromptError: There are prompts, and no images.

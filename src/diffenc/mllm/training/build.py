@@ -28,8 +28,8 @@ def build_vlm(config: TrainConfig, *, device: str | torch.device = "cpu") -> Dif
     is left as it was.
 
     Args:
-        config: Of the run.
-        device: Where it goes.
+        config: Config of the run.
+        device: Device of the model.
 
     Raises:
         BackboneError: A model is missing.

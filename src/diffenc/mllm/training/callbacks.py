@@ -59,7 +59,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers is see
                 file.write(line + "\n")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Tell, and stop where that is asked for."""
+        """Report progress, and stop after `stop_after` steps."""
         if self.progress is not None and state.is_world_process_zero:
             self.progress(state.global_step, state.max_steps, self._loss)
         if self.stop_after is not None and state.global_step >= self.stop_after:

@@ -36,29 +36,29 @@ def _check_range(name: str, value: float, below: float = math.inf) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """Which parts the model has.
+    """Parts that the model is made of.
 
     Attributes:
-        start: Folder that an earlier stage wrote; the parts come from there, and what else is said
-            here about them must agree. "" makes the model of the parts named below.
+        start: Folder that an earlier stage wrote. The parts come from there, and everything else
+            that is said here about them must agree. "" makes the model of the parts named below.
         encoder: Name of the diffusion model, or of the vision model of a baseline.
-        kind: "diffusion", "fused" (with `clip`), or "vision", a baseline.
+        kind: Kind of the encoder: "diffusion", "fused" (with `clip`), or "vision", a baseline.
         options: Attributes of `EncoderConfig`, such as `timestep` or `guidance_scale`.
-        clip: Of a fused encoder.
-        freeze_clip: Of a fused encoder: whether its CLIP stays as it is; false trains it in this
-            stage.
-        how: Of a fused encoder: how the two are joined, see `FusedEncoder`. One with weights trains
-            them in both stages.
-        mixing: Attributes of `MixingConfig`, such as `asks` or `heads`, of a way with weights. Its
-            seed is the run's, where it says none.
-        layer: Which hidden state of CLIP or of a baseline.
+        clip: Name of the CLIP of a fused encoder.
+        freeze_clip: Whether the CLIP of a fused encoder is frozen; false trains it in this stage.
+        how: Way in which a fused encoder joins its two streams, see `FusedEncoder`. A way with
+            weights trains them in both stages.
+        mixing: Attributes of `MixingConfig`, such as `asks` or `heads`, for a `how` with weights.
+            Without a seed of its own it takes the run's.
+        layer: Index of the hidden state of CLIP, or of a baseline, that is read.
         language_model: Name of the causal language model.
-        projector: Kind of the projector.
-        projector_norm: A layer norm per tap before the projector; LLaVA has none.
-        template: "plain", "chat", "v1" or "auto"; see `diffenc.mllm.chat.Chat`. None is LLaVA's for
-            the stage: "plain" to align, "auto" to instruct.
-        captioner: CLIP of the implicit captioner, which trains too; "" is none.
-        image_batch_size: Most pictures per call of the encoder; None is all at once.
+        projector: Kind of the projector, such as "linear" or "mlp2x_gelu".
+        projector_norm: Whether a layer norm per tap stands before the projector; LLaVA has none.
+        template: Name of the conversation template: "plain", "chat", "v1" or "auto"; see
+            `diffenc.mllm.chat.Chat`. None is LLaVA's for the stage: "plain" to align, "auto" to
+            instruct.
+        captioner: Name of the CLIP of the implicit captioner, which trains too; "" is none.
+        image_batch_size: Largest number of pictures per call of the encoder; None is all at once.
     """
 
     start: str = ""
@@ -114,22 +114,24 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
-    """What is learnt from.
+    """Data that the model learns from.
 
     Attributes:
         annotations: JSON or JSON-lines file with conversations in LLaVA's format.
-        images: Folder that picture names in it are relative to.
+        images: Folder to which the picture names in `annotations` are relative.
         prompts: Policy of the encoder's prompt, see `diffenc.inputs.policies.parse_policy`.
-        skip_broken: Train without samples that cannot be used, instead of refusing to start. One
-            whose picture breaks later is shown blank and teaches nothing.
-        check_images: Decode every picture before training begins; without it a picture that is
-            there and cannot be decoded is noticed when its turn comes.
-        limit: Use the first samples alone; None is all.
-        max_length: Tokens of a sample, pictures included; what is longer is cut at its end.
-        workers: Processes that read pictures.
-        cache: Keep the tokens of a frozen encoder on disk: "auto" does where every epoch has the
-            same prompts and there are several; "on" and "off".
-        cache_gb: Bound of that; what does not fit is computed again.
+        skip_broken: Whether to train without the samples that cannot be used, instead of refusing
+            to start. A sample whose picture breaks later is shown a blank one and teaches nothing.
+        check_images: Whether to decode every picture before training begins; otherwise a picture
+            that exists but cannot be decoded is noticed when its turn comes.
+        limit: Number of records of the file that are looked at, from the first on; None is all.
+        max_length: Largest number of tokens of a sample, pictures included; a longer sample is cut
+            at its end.
+        workers: Number of processes that read pictures.
+        cache: Whether the tokens of a frozen encoder are kept on disk: "on", "off", or "auto",
+            which keeps them where there are several epochs and every epoch has the same prompts.
+        cache_gb: Largest size of the cache, in gigabytes (10^9 bytes); what does not fit is
+            computed again.
         cache_dir: Folder of the cache; "" is `cache` in the run's folder. Runs may share one.
     """
 
@@ -159,20 +161,21 @@ class DataConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimConfig:
-    """How it is learnt. The defaults of a stage are in `LLAVA`.
+    """Options of the optimization. The defaults of a stage are in `LLAVA`.
 
     Attributes:
-        learning_rate: Of the projector and whatever else trains.
-        batch_size: Samples per step, over all processes and accumulated batches.
-        device_batch_size: Samples that one process takes at a time.
-        epochs: Passes over the data.
-        warmup: Share of the steps in which the learning rate rises.
-        schedule: Name of a schedule of transformers.
-        weight_decay: Of AdamW.
-        max_grad_norm: Gradients are clipped to it; 0 clips nothing.
-        precision: "bf16" and "fp16" keep frozen weights so and compute in it; trained weights stay
-            in float32.
-        gradient_checkpointing: Less memory for a third more time.
+        learning_rate: Learning rate of the projector and of whatever else trains.
+        batch_size: Number of samples per step, over all processes and accumulated batches.
+        device_batch_size: Number of samples that one process takes at a time.
+        epochs: Number of passes over the data.
+        warmup: Share of the steps, from 0 to below 1, in which the learning rate rises.
+        schedule: Name of a learning rate schedule of transformers.
+        weight_decay: Weight decay of AdamW, 0 or more.
+        max_grad_norm: Norm that gradients are clipped to; 0 clips nothing.
+        precision: Precision of the computation and of the frozen weights: "fp32", "bf16" or "fp16".
+            Trained weights stay in float32.
+        gradient_checkpointing: Whether activations are computed again on the way back, which takes
+            less memory for a third more time.
     """
 
     learning_rate: float
@@ -235,13 +238,13 @@ class AdaptConfig:
     """What trains beside the projector in the second stage.
 
     Attributes:
-        language_model: "full", "lora", or "none".
-        rank: Of the language model's LoRA; LLaVA-1.5's, as the next two.
-        alpha: Its scale.
-        dropout: Its dropout.
-        unet_rank: Of a LoRA on the U-Net's cross-attention; 0 is none.
-        unet_alpha: Its scale; None is the rank.
-        unet_dropout: Its dropout.
+        language_model: Part of the language model that trains: "full", "lora", or "none".
+        rank: Rank of the language model's LoRA; this and the next two default to LLaVA-1.5's.
+        alpha: Scale of the language model's LoRA.
+        dropout: Dropout of the language model's LoRA.
+        unet_rank: Rank of a LoRA on the U-Net's cross-attention; 0 is none.
+        unet_alpha: Scale of the U-Net's LoRA; None is its rank.
+        unet_dropout: Dropout of the U-Net's LoRA.
     """
 
     language_model: LanguageTraining = "none"
@@ -275,17 +278,18 @@ class TrainConfig:
     """One run of one stage.
 
     Attributes:
-        stage: "align" trains the projector, and the implicit captioner where there is one;
-            "instruct" also what `adapt` says.
+        stage: Stage of the training: "align" trains the projector, and the implicit captioner where
+            there is one; "instruct" also trains what `adapt` says.
         output: Folder of the run.
-        seed: Of the order, of prompts, and of what is initialised.
-        model: The model.
-        data: The data.
-        optim: How it is learnt; None is `LLAVA`'s for the stage.
-        adapt: What else trains; None is nothing to align, the whole language model to instruct.
-        save_steps: Steps between checkpoints; 0 writes none.
-        keep: Newest checkpoints that are kept.
-        log_steps: Steps between lines of the log.
+        seed: Seed of the order of samples, of the prompts, and of the weights that are initialised.
+        model: Parts of the model.
+        data: Data that the model learns from.
+        optim: Options of the optimization; None is `LLAVA`'s for the stage.
+        adapt: Parts that train beside the projector; None is nothing to align, the whole language
+            model to instruct.
+        save_steps: Number of steps between checkpoints; 0 writes none.
+        keep: Number of the newest checkpoints that are kept.
+        log_steps: Number of steps between lines of the log.
 
     Example:
         >>> TrainConfig.read("align.toml").optim.learning_rate
@@ -337,7 +341,7 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TrainConfig":
-        """Of nested values, as TOML gives them.
+        """Make a config of nested values, as TOML gives them.
 
         Raises:
             ConfigError: A key is unknown or missing, or a value is not allowed.
@@ -361,7 +365,7 @@ class TrainConfig:
 
     @classmethod
     def read(cls, path: "str | os.PathLike[str]") -> "TrainConfig":
-        """Of a TOML file. Paths in it are relative to the current folder.
+        """Read a config from a TOML file. Paths in it are relative to the current folder.
 
         Raises:
             ConfigError: It cannot be read, or see `from_dict`.
@@ -395,7 +399,7 @@ class TrainConfig:
         )
 
     def write(self, path: "str | os.PathLike[str]") -> None:
-        """As TOML, from which `read` makes an equal config.
+        """Write the config as TOML, from which `read` makes an equal config.
 
         Raises:
             OutputError: The file cannot be written.

@@ -37,7 +37,7 @@ class TrainSample:
     """One conversation and its pictures.
 
     Attributes:
-        key: Names it; its prompts are seeded by that.
+        key: Name of the sample, which also seeds its prompts.
         images: Paths, in the order in which they are shown.
         conversation: Turns ``{"from": "human" | "gpt", "value": text}``.
         captions: Texts about the picture, for policies that draw on them.
@@ -60,11 +60,11 @@ class DataReport:
     """What was found in a data set.
 
     Attributes:
-        samples: Usable samples.
-        images: Their pictures.
-        text_only: Samples without a picture.
-        problems: By kind of problem, the samples that cannot be used.
-        left_out: Indices of their records in the annotations.
+        samples: Number of usable samples.
+        images: Number of pictures of the usable samples.
+        text_only: Number of samples without a picture.
+        problems: Samples that cannot be used, by kind of problem.
+        left_out: Indices of the records of these samples in the annotations.
     """
 
     samples: int = 0
@@ -106,11 +106,10 @@ def read_samples(
         annotations: JSON with a list, or JSON lines: ``id``, ``image`` (a name, several, or none),
             ``conversations``, and optionally ``captions``.
         images: Folder that names of pictures are relative to.
-        limit: Look at the first records alone.
-        policy: Asked for a prompt of each sample, so that one that lacks a question or a caption is
-            found now.
-        left_out: Indices of records that a run left out when it began. Those are left out again,
-            and nothing else for want of a picture: the samples are the same. None looks.
+        limit: Number of records that are looked at, from the first on; None is all.
+        policy: Policy that is asked for a prompt of each sample, so that a sample that lacks a
+            question or a caption is found now.
+        left_out: Indices of the records of these samples in the annotations.
 
     Raises:
         ConfigError: The file cannot be read or is of another form.
@@ -155,10 +154,11 @@ def check_pictures(
     """Samples all of whose pictures can be decoded as a whole; the others go into the report.
 
     Args:
-        samples: What `read_samples` found.
-        report: Its report, which is brought up to date.
-        workers: Threads that decode.
-        progress: Called with the pictures that were looked at, and with how many there are.
+        samples: Samples that `read_samples` found.
+        report: Report of `read_samples`, which is brought up to date.
+        workers: Number of threads that decode.
+        progress: Function that is called with the number of pictures looked at so far, and with the
+            number of all.
     """
     paths = list(dict.fromkeys(path for sample in samples for path in sample.images))
     if not paths:
@@ -194,18 +194,20 @@ def require_usable(report: DataReport, *, skip_broken: bool) -> None:
 
 
 class ConversationDataset(Dataset[dict[str, Any]]):
-    """Samples as token ids and pictures. It is asked for (epoch, index), as `EpochSampler` gives.
+    """Samples as token ids and pictures, indexed by (epoch, index) as `EpochSampler` gives them.
 
     Args:
-        samples: See `read_samples`.
-        chat: Makes token ids.
-        policy: Of the encoder's prompt, drawn anew in each epoch.
-        max_length: Tokens of a sample, pictures included.
-        tokens_per_image: How many a picture takes.
-        seed: Of prompts.
-        as_files: Give pictures as `ImageFile`, which names its content, instead of decoded.
-        skip_broken: Give a sample whose picture cannot be read a blank one in its place, and no
-            answer to learn from: batches keep their shape and the order of samples stays as it is.
+        samples: Samples, as `read_samples` gives them.
+        chat: Converter of conversations into token ids.
+        policy: Policy of the encoder's prompt, which is drawn anew in each epoch.
+        max_length: Largest number of tokens of a sample, pictures included.
+        tokens_per_image: Number of tokens that a picture takes.
+        seed: Seed of the prompts.
+        as_files: Whether to give pictures as `ImageFile`, which names its content, instead of
+            decoded.
+        skip_broken: Whether a sample whose picture cannot be read gets a blank one in its place,
+            and no answer to learn from: batches keep their shape and the order of samples stays as
+            it is.
     """
 
     def __init__(
@@ -281,9 +283,9 @@ class ImageFile:
     """A picture that is decoded only when it is needed.
 
     Attributes:
-        path: Of the file, for messages.
-        content: Its bytes.
-        digest: Names the content.
+        path: Path of the file, for messages.
+        content: Bytes of the file.
+        digest: Digest of the content.
     """
 
     path: str
@@ -351,8 +353,8 @@ class EpochSampler(Sampler[tuple[int, int]]):
     """(epoch, index) in an order that depends on seed and epoch alone.
 
     Args:
-        length: Of the data set.
-        seed: Of the order.
+        length: Number of samples of the data set.
+        seed: Seed of the order.
     """
 
     def __init__(self, length: int, *, seed: int = 0) -> None:
@@ -379,7 +381,7 @@ class BrokenLine:
     """A line of a JSON-lines file that holds no object.
 
     Attributes:
-        place: Its number, and what is wrong with it.
+        place: Number of the line, and what is wrong with it.
     """
 
     place: str
@@ -412,7 +414,7 @@ def _names(record: Mapping[str, Any]) -> list[str] | None:
 def _problem(record: Any, folder: Path, *, look: bool) -> tuple[str, str] | None:
     """Why a record cannot be used, and what to name; "" names the sample.
 
-    Whether its pictures are there is asked only where `look` is set.
+    The existence of its pictures is checked only if `look` is set.
     """
     if not isinstance(record, Mapping) or not isinstance(record.get("conversations"), list):
         return "without a list of conversations", ""

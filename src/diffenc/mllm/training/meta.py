@@ -62,14 +62,15 @@ class MetaEncoder:
     """An encoder of pictures.
 
     Attributes:
-        parameters: Of its frozen parts, by name.
-        trained: Of what is added to it, by name.
-        flops: Of one picture under one prompt, by part.
-        tokens: Of a picture.
-        hidden_size: Channels of a token.
-        groups: Channels that a norm before the projector sees together.
-        pixels: Of a picture as the first part sees it.
-        text_width: Channels of a text state.
+        parameters: Numbers of parameters of the frozen parts, by name.
+        trained: Numbers of parameters of the parts that train, by name.
+        flops: Floating-point operations for one picture under one prompt, by part.
+        tokens: Number of tokens of a picture.
+        hidden_size: Number of channels of a token.
+        groups: Channel counts of the groups that a layer norm before the projector normalises
+            together.
+        pixels: Number of pixels of a picture, as the first part sees it.
+        text_width: Number of channels of a text state.
     """
 
     parameters: dict[str, int] = field(default_factory=dict)
@@ -87,13 +88,15 @@ class MetaLanguageModel:
     """A causal language model.
 
     Attributes:
-        parameters: All of them.
-        computing: Those that each token is multiplied by: not the embeddings, once the output.
-        width: Channels of a token.
-        layers: How many.
-        vocabulary: Entries.
-        context: Tokens that it holds; None where the config does not say.
-        lora: Parameters of a LoRA per rank: inputs and outputs of its linear layers.
+        parameters: Number of all parameters.
+        computing: Number of the parameters that each token is multiplied by: those of the
+            embeddings are left out unless the output layer shares them.
+        width: Number of channels of a token.
+        layers: Number of layers.
+        vocabulary: Number of entries of the vocabulary.
+        context: Number of tokens that the context holds; None where the config does not say.
+        lora: Number of parameters of a LoRA per rank: the sum of the input and output widths of the
+            linear layers, without the output layer.
     """
 
     parameters: int
@@ -138,8 +141,8 @@ def meta_encoder(model: ModelConfig, *, unet_rank: int = 0) -> MetaEncoder:
     """Built on the meta device of its configs; the arithmetic is counted operation by operation.
 
     Args:
-        model: Which encoder.
-        unet_rank: Of a LoRA on its cross-attention.
+        model: Config of the parts, which names the encoder.
+        unet_rank: Rank of a LoRA on the cross-attention of the U-Net; 0 is none.
 
     Raises:
         BackboneError: A config cannot be had.

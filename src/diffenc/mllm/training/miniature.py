@@ -29,10 +29,10 @@ def write_miniature(
     Every sample has five captions beside its conversation, from which prompt policies draw.
 
     Args:
-        folder: Gets ``align.json``, ``instruct.json`` and ``images/``.
-        scenes: How many.
-        seed: Of the scenes; other seeds, other scenes.
-        turns: Questions of a conversation, at most.
+        folder: Folder to write ``align.json``, ``instruct.json`` and ``images/`` to.
+        scenes: Number of scenes.
+        seed: Seed of the scenes; other seeds give other scenes.
+        turns: Largest number of questions in a conversation.
         size: Side of the pictures, in pixels.
 
     Returns:

@@ -34,27 +34,29 @@ et al. 2022, arXiv:2205.05198, equation 2, without its attention matrix, in two-
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a run will take; numbers are per process where they say so.
+    """Estimate of what a run will take; numbers are per process where they say so.
 
     Attributes:
-        stage: Which.
-        data: What was found in the data.
-        steps: Optimizer steps.
-        processes: How many share a batch.
-        accumulation: Batches that a process takes per step.
-        tokens_per_image: Of the context.
-        text_tokens: Mean of a sample.
-        longest: Tokens of the longest of the samples looked at, pictures included.
-        context: What the language model holds.
-        estimated_text: Whether text tokens were told from letters, for want of the tokenizer.
-        parameters: By part.
-        trained: By part.
-        memory: Bytes per process, by use.
-        flops: Of a sample, by part, the way back included.
-        rate: Floating-point operations per second that are counted on, per process.
-        rate_source: Where that number comes from.
-        seconds: Of the whole run.
-        disk: Bytes, by use.
+        stage: Name of the stage, "align" or "instruct".
+        data: Report of the samples that were found in the data.
+        steps: Number of optimizer steps.
+        processes: Number of processes that share a batch.
+        accumulation: Number of batches that a process takes per step.
+        tokens_per_image: Number of tokens of the context that a picture takes.
+        text_tokens: Mean number of text tokens of a sample.
+        longest: Number of tokens of the longest of the samples looked at, pictures included.
+        context: Number of tokens that the language model's context holds; None where its config
+            does not say.
+        estimated_text: Whether text tokens were estimated from the number of letters, as the
+            tokenizer was not available.
+        parameters: Numbers of parameters, by part.
+        trained: Numbers of parameters that train, by part.
+        memory: Memory in bytes per process, by use.
+        flops: Floating-point operations for a sample, by part, the backward pass included.
+        rate: Assumed floating-point operations per second of a process.
+        rate_source: Description of where that rate comes from.
+        seconds: Duration of the whole run, in seconds.
+        disk: Disk space in bytes, by use.
     """
 
     stage: str
@@ -77,7 +79,7 @@ class Plan:
     disk: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Plain values, as JSON holds them."""
         return asdict(self)
 
     def warnings(self) -> list[str]:
@@ -108,11 +110,13 @@ def make_plan(
     at hand, from bundled ones of the known models.
 
     Args:
-        config: Of the run.
-        processes: How many will share it; None takes ``WORLD_SIZE``.
-        tflops: What a process reaches, in 10^12 operations per second; None measures a
-            multiplication of matrices here and counts on 40 % of it.
-        looking: Called with the pictures that were looked at, and with how many there are.
+        config: Config of the run.
+        processes: Number of processes that will share the run; None takes the environment variable
+            ``WORLD_SIZE``, and 1 without it.
+        tflops: Speed of a process, in 10^12 operations per second; None measures a matrix
+            multiplication here and counts on 40 % of it.
+        looking: Function that is called with the number of pictures looked at so far, and with the
+            number of all.
 
     Raises:
         ConfigError: The data cannot be used, or the batch cannot be shared.

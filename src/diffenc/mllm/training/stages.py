@@ -60,12 +60,12 @@ class TrainResult:
 
     Attributes:
         model: Folder that `DiffusionVLM.from_pretrained` reads.
-        steps: Optimizer steps in all.
-        resumed_at: Step from which it went on; 0 is from the beginning.
-        loss: Mean over the steps of this call.
-        data: What was found in the data.
-        cache_hits: Pictures whose tokens were known.
-        cache_misses: Pictures that were encoded, where there was a cache.
+        steps: Number of optimizer steps in all.
+        resumed_at: Step from which the run went on; 0 is the beginning.
+        loss: Mean loss over the steps of this call.
+        data: Report of the samples that were found in the data.
+        cache_hits: Number of pictures whose tokens were in the cache.
+        cache_misses: Number of pictures that were encoded, where there was a cache.
         skipped: Samples whose pictures broke while this call trained, and why.
     """
 
@@ -93,14 +93,16 @@ def train(
     Under `torchrun` or `accelerate launch` every process calls this; the first one writes.
 
     Args:
-        config: What to do.
-        resume: Go on from the newest whole checkpoint in `config.output`; begin where there is
-            none. The result equals that of a run without interruption.
-        device: None is CUDA where there is one, and else the CPU.
-        progress: Told of each step.
-        stop_after: End after this many steps as if killed: no model is written, checkpoints stay.
-        looking: Called with the pictures that were looked at before training, and how many there
-            are.
+        config: Config of the run.
+        resume: Whether to go on from the newest whole checkpoint in `config.output`, or begin where
+            there is none. The result equals that of a run without interruption.
+        device: Device of the model; None is CUDA where there is one, and otherwise the CPU.
+        progress: Function that is called after each step with the number of steps done, the number
+            of all steps, and the last loss that was logged.
+        stop_after: Number of steps after which the run ends as if killed: no model is written,
+            checkpoints stay. None runs to the end.
+        looking: Function that is called with the number of pictures looked at so far before
+            training, and with the number of all.
 
     Raises:
         ConfigError: The data cannot be used, a checkpoint is of another configuration, or a run is
@@ -189,8 +191,10 @@ def check_data(
 
     Args:
         config: Configuration of the run.
-        left_out: See `read_samples`; pictures are then not looked at.
-        progress: Called with the pictures that were looked at, and with how many there are.
+        left_out: Indices of records that are left out, see `read_samples`; pictures are then not
+            looked at.
+        progress: Function that is called with the number of pictures looked at so far, and with the
+            number of all.
 
     Raises:
         ConfigError: See `diffenc.mllm.training.data.require_usable`.
@@ -262,7 +266,7 @@ def make_cache(config: TrainConfig, vlm: DiffusionVLM) -> TokenCache | None:
     """The cache of a run, or None.
 
     Raises:
-        ConfigError: It is asked for and the encoder trains.
+        ConfigError: A cache is requested and the encoder trains.
     """
     if not uses_cache(config):
         return None

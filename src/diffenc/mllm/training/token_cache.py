@@ -30,13 +30,14 @@ class TokenCache:
     keeps more than dropping the oldest would.
 
     Args:
-        folder: Made if it is missing.
-        max_bytes: Bound of what this folder holds, as far as this process has seen it.
-        shard_bytes: From which size on waiting entries are written.
+        folder: Folder of the cache; it is made if it is missing.
+        max_bytes: Largest number of bytes that the folder holds, as far as this process has seen
+            it.
+        shard_bytes: Size in bytes from which on waiting entries are written.
 
     Attributes:
-        hits: Entries that were found.
-        misses: Those that were not.
+        hits: Number of entries that were found.
+        misses: Number of entries that were not found.
 
     Raises:
         OutputError: The folder cannot be made.
@@ -137,9 +138,9 @@ def entry_name(encoder: str, picture: str, prompt: str) -> str:
     """Name of the tokens of a picture under a prompt.
 
     Args:
-        encoder: What `encoder_digest` gives.
-        picture: Digest of its content.
-        prompt: The text.
+        encoder: Digest that `encoder_digest` gives.
+        picture: Digest of the picture's content.
+        prompt: Prompt that the picture is encoded under.
     """
     text = json.dumps([encoder, picture, prompt])
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

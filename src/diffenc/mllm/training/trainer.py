@@ -31,13 +31,14 @@ class VLMTrainer(Trainer):  # type: ignore[misc]  # transformers is seen as Any
     """A `Trainer` whose checkpoints hold trained parameters alone.
 
     Args:
-        vlm: The model.
-        dataset: Its samples.
+        vlm: Model that is trained.
+        dataset: Samples that the model is trained on.
         args: transformers' `TrainingArguments`.
-        collator: Makes batches.
-        told: What a checkpoint must agree with to be gone on from; JSON holds it.
-        cache: Of the frozen encoder's tokens, or None.
-        callbacks: Further ones.
+        collator: Function that makes a batch of samples.
+        told: Description of the run, as JSON holds it; training goes on only from checkpoints that
+            agree with it.
+        cache: Cache of the frozen encoder's tokens; None keeps nothing.
+        callbacks: Further callbacks of the trainer.
     """
 
     def __init__(
