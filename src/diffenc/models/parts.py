@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from diffenc.checks.arguments import whole
 from diffenc.denoiser.truncation import truncate
 from diffenc.errors import BackboneError
 from diffenc.models.configs import Architecture
@@ -226,7 +227,9 @@ def fitting_tokenizer(tokenizer: Any, text_encoder: Any, pad_token: str | None =
         text_encoder: Text encoder, whose `config` tells how many tokens it reads.
         pad_token: Token that the model was trained to pad with; None is the tokenizer's own.
     """
-    limit = getattr(text_encoder.config, "max_position_embeddings", tokenizer.model_max_length)
+    longest = tokenizer.model_max_length
+    whole("model_max_length of the tokenizer", longest, least=1, error=BackboneError)
+    limit = getattr(text_encoder.config, "max_position_embeddings", longest)
     pad_token = tokenizer.pad_token if pad_token is None else pad_token
     if tokenizer.model_max_length <= limit and tokenizer.pad_token == pad_token:
         return tokenizer
