@@ -210,8 +210,8 @@ def _tower(models: Models) -> Outputs:
     pixels = processor.preprocess(pictures()[:2], return_tensors="pt")["pixel_values"]
     plain = tower(pixels)
     with prompt_scope([QUESTION, TEXTS[0]]):
-        asked = tower(pixels)
-    return {"plain": plain.detach(), "asked": asked.detach()}
+        questioned = tower(pixels)
+    return {"plain": plain.detach(), "asked": questioned.detach()}
 
 
 @call("training in miniature, two stages, and its evaluations")

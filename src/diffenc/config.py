@@ -20,6 +20,21 @@ def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
         raise ConfigError(f"{name} must be one of {list(allowed)}, got {shown(value)}.{hint}")
 
 
+def check_is_config(value: object, kind: type, example: str) -> None:
+    """Raise a `ConfigError` unless a config that is set is one, and say how to change one option.
+
+    Args:
+        value: Value that is set as the config of an object.
+        kind: Class of the config.
+        example: Option and value of the message's example, such as "timestep=10".
+    """
+    if not isinstance(value, kind):
+        raise ConfigError(
+            f"config must be of the class {kind.__name__}, got {shown(value)}; "
+            f"dataclasses.replace(config, {example}) changes one option of it"
+        )
+
+
 def check_pair(name: str, value: object) -> None:
     """Raise unless `value` is a positive int, two of them, or None."""
     pair(name, value)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffenc._typing import Conditioning, Prediction
 from diffenc.checks.arguments import flag, shown, text
-from diffenc.config import EncoderConfig, check_choice, described
+from diffenc.config import EncoderConfig, check_choice, check_is_config, described
 from diffenc.denoiser.grids import middle_grid
 from diffenc.denoiser.lora.adapters import is_merged
 from diffenc.errors import ConfigError, OutputError
@@ -95,11 +95,8 @@ class DiffusionEncoder(TrainableParts):
             )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "config" and not isinstance(value, EncoderConfig):
-            raise ConfigError(
-                f"config must be an EncoderConfig, got {shown(value)}; "
-                "dataclasses.replace(config, timestep=10) changes one option of it"
-            )
+        if name == "config":
+            check_is_config(value, EncoderConfig, "timestep=10")
         super().__setattr__(name, value)
 
     def __repr__(self) -> str:

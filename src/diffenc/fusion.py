@@ -156,8 +156,8 @@ class FusedEncoder(nn.Module):
             raise ConfigError(f"mixing must be a MixingConfig, got {shown(mixing)}")
         options = mixing.config if isinstance(mixing, Mixer) else mixing or MixingConfig()
         options.check_read(how)
-        asked = how == "cross_attention" and options.asks == "clip"
-        if not isinstance(diffusion.config.timestep, int) and not asked:
+        clip_asks = how == "cross_attention" and options.asks == "clip"
+        if not isinstance(diffusion.config.timestep, int) and not clip_asks:
             raise ConfigError(
                 f"fusion takes one timestep, got {diffusion.config.timestep}; several can be "
                 "attended to: how='cross_attention' in which CLIP asks"
@@ -448,10 +448,10 @@ class FusedEncoder(nn.Module):
         if isinstance(prompts, Iterator):
             prompts = list(prompts)  # it is read twice
         clip, diffusion = self.streams(images, prompts)
-        asked = self._asked(prompts, len(clip)) if asks else None
+        text = self._asked(prompts, len(clip)) if asks else None
         if diffusion.ndim > clip.ndim:  # those of all timesteps are attended to
             diffusion = rearrange(diffusion, "b t n c -> b (t n) c")
-        tokens: Tensor = mixer(clip, diffusion, asked)
+        tokens: Tensor = mixer(clip, diffusion, text)
         require_finite(tokens, "mixed tokens", "load both models in bfloat16 or float32")
         return tokens
 

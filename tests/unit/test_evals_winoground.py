@@ -159,8 +159,8 @@ def test_what_is_no_list_of_rows_is_refused(rows, message):
 
 def test_an_array_for_a_picture_is_told():
     rows = winoground_rows(lambda index, k: np.zeros((8, 8, 3), np.uint8))
-    found = winoground_from_rows(rows)
-    assert {problem.kind for problem in found.problems} == {"missing pictures"}
+    benchmark = winoground_from_rows(rows)
+    assert {problem.kind for problem in benchmark.problems} == {"missing pictures"}
 
 
 def test_names_of_columns_may_vary_and_extra_ones_are_told(tmp_path):

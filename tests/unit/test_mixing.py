@@ -46,8 +46,8 @@ def fuse(diffusion):
     def make(how: str, mixing: MixingConfig | None = None, **options: object) -> FusedEncoder:
         if how == "cross_attention":
             mixing = mixing or TWO_HEADS
-        given = {"image_processor": PROCESSOR, "diffusion": diffusion, **options}
-        return FusedEncoder(clip_vision(), how=how, mixing=mixing, **given)
+        arguments = {"image_processor": PROCESSOR, "diffusion": diffusion, **options}
+        return FusedEncoder(clip_vision(), how=how, mixing=mixing, **arguments)
 
     return make
 
@@ -93,8 +93,8 @@ def sums_by_hand(how: str, state, clip, diffusion, text) -> torch.Tensor:
     else:
         logits = linear(state, "gate", torch.cat([left, right], -1))
         if how == "question_gated":
-            asked = linear(state, "text_gate", normed(state, "text_norm", text, (TEXT,)))
-            logits = logits + asked[:, None]
+            text_logits = linear(state, "text_gate", normed(state, "text_norm", text, (TEXT,)))
+            logits = logits + text_logits[:, None]
         share = 1 / (1 + torch.exp(-logits))
     return share * left + (1 - share) * right
 
@@ -103,19 +103,19 @@ def sums_by_hand(how: str, state, clip, diffusion, text) -> torch.Tensor:
 def test_a_sum_equals_its_formula(how) -> None:
     mixer = stirred(make_mixer(how, (CLIP,), TAPS, text_width=TEXT))
     clip, diffusion, text = streams()
-    found = mixer(clip, diffusion, text)
-    assert found.shape[-1] == mixer.width == CLIP
+    mixed = mixer(clip, diffusion, text)
+    assert mixed.shape[-1] == mixer.width == CLIP
     expected = sums_by_hand(how, mixer.state_dict(), clip, diffusion, text)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mixed, expected, rtol=1e-5, atol=1e-5)
 
 
 def attention_of_torch(state, block: str, heads: int, width: int, others: int) -> nn.Module:
     peer = nn.MultiheadAttention(width, heads, kdim=others, vdim=others, batch_first=True)
     names = {"q_proj_weight": "query", "k_proj_weight": "key", "v_proj_weight": "value"}
-    given = {name: state[f"{block}.{ours}.weight"] for name, ours in names.items()}
+    weights = {name: state[f"{block}.{ours}.weight"] for name, ours in names.items()}
     biases = [state[f"{block}.{ours}.bias"] for ours in ("query", "key", "value")]
     out = {f"out_proj.{kind}": state[f"{block}.out.{kind}"] for kind in ("weight", "bias")}
-    peer.load_state_dict({**given, "in_proj_bias": torch.cat(biases), **out})
+    peer.load_state_dict({**weights, "in_proj_bias": torch.cat(biases), **out})
     return peer.eval()
 
 
@@ -134,8 +134,8 @@ def test_cross_attention_equals_torchs_own(asks, heads, blocks, residual) -> Non
     for index in range(blocks):
         block = f"blocks.{index}"
         peer = attention_of_torch(state, block, heads, sum(own), sum(theirs))
-        found = peer(normed(state, f"{block}.norm", tokens, own), keys, keys)[0]
-        tokens = tokens + found if residual else found
+        attended = peer(normed(state, f"{block}.norm", tokens, own), keys, keys)[0]
+        tokens = tokens + attended if residual else attended
         hidden = linear(state, f"{block}.mlp.0", normed(state, f"{block}.mlp_norm", tokens, own))
         tokens = tokens + linear(state, f"{block}.mlp.2", F.gelu(hidden))
     torch.testing.assert_close(mixer(clip, diffusion), tokens, rtol=1e-5, atol=1e-5)
@@ -157,12 +157,12 @@ def test_cross_attention_begins_from_the_stream_that_asks(fuse, asks) -> None:
 
 
 def test_each_stream_keeps_its_grid_in_cross_attention_unless_one_is_given(fuse) -> None:
-    asked = MixingConfig(asks="diffusion", heads=2)
+    diffusion_asks = MixingConfig(asks="diffusion", heads=2)
     image = picture(64, 64)
-    alone = fuse("cross_attention", asked).diffusion(image).shape[1]
-    assert fuse("cross_attention", asked)(image).shape[1] == alone
-    assert fuse("cross_attention", asked, grid=3)(image).shape[1] == 9
-    assert tokens_per_image(fuse("cross_attention", asked, grid=3)) == 9
+    alone = fuse("cross_attention", diffusion_asks).diffusion(image).shape[1]
+    assert fuse("cross_attention", diffusion_asks)(image).shape[1] == alone
+    assert fuse("cross_attention", diffusion_asks, grid=3)(image).shape[1] == 9
+    assert tokens_per_image(fuse("cross_attention", diffusion_asks, grid=3)) == 9
 
 
 def test_gates_begin_in_the_middle_or_from_clip_alone(fuse) -> None:
@@ -272,14 +272,14 @@ def test_a_question_is_the_mean_over_its_own_tokens(diffusion, text) -> None:
         return backbone.text_encoder(torch.tensor([row])).last_hidden_state[0, : len(ids)]
 
     cut = states(*tokenizer(text, truncation=True).input_ids)
-    found = mean_states(backbone, [text], size=(64, 64))
-    torch.testing.assert_close(found[0], cut.mean(0), rtol=1e-5, atol=1e-5)
+    means = mean_states(backbone, [text], size=(64, 64))
+    torch.testing.assert_close(means[0], cut.mean(0), rtol=1e-5, atol=1e-5)
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     first, last, room = tokenizer.bos_token_id, tokenizer.eos_token_id, limit - 2
     parts = [ids[start : start + room] for start in range(0, max(1, len(ids)), room)]
     windows = torch.cat([states(first, *part, last) for part in parts])
-    found = mean_states(backbone, [text], size=(64, 64), long_prompts="chunk")
-    torch.testing.assert_close(found[0], windows.mean(0), rtol=1e-5, atol=1e-5)
+    means = mean_states(backbone, [text], size=(64, 64), long_prompts="chunk")
+    torch.testing.assert_close(means[0], windows.mean(0), rtol=1e-5, atol=1e-5)
     assert len(parts) == (4 if len(text) > 40 else 1)
 
 
@@ -317,8 +317,8 @@ def test_a_saved_mixer_comes_back(fuse, tmp_path, how) -> None:
 
 def test_a_mixer_that_is_not_whole_is_refused(fuse, tmp_path) -> None:
     fuse("token_gated").save_pretrained(tmp_path)
-    weights, told = tmp_path / "mixer/mixer.safetensors", tmp_path / "mixer/mixer.json"
-    whole, config = load_file(weights), json.loads(told.read_text())
+    weights, description = tmp_path / "mixer/mixer.safetensors", tmp_path / "mixer/mixer.json"
+    whole, config = load_file(weights), json.loads(description.read_text())
 
     def refused(said: str) -> None:
         with pytest.raises(BackboneError, match=said):
@@ -342,11 +342,11 @@ def test_a_mixer_that_is_not_whole_is_refused(fuse, tmp_path) -> None:
         ("config", None),
         ("config", {"blocks": 10**9}),
     ]:
-        told.write_text(json.dumps({**config, key: value}))
+        description.write_text(json.dumps({**config, key: value}))
         refused("does not hold the mixer")
-    told.unlink()
+    description.unlink()
     refused("mixer.json")
-    told.parent.rename(tmp_path / "elsewhere")
+    description.parent.rename(tmp_path / "elsewhere")
     refused("'mixer' is missing")
 
 

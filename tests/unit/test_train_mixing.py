@@ -106,14 +106,14 @@ def test_a_mixer_that_was_stopped_goes_on_as_if_it_had_not_been(parts, tmp_path,
 def test_a_plan_counts_what_is_built(parts, tmp_path, how):
     run = mixed(parts, tmp_path, how)
     vlm = build_vlm(run)
-    planned, found = make_plan(run, tflops=1.0), meta_encoder(run.model)
+    planned, described = make_plan(run, tflops=1.0), meta_encoder(run.model)
     assert planned.trained == {
         "mixer": sum(p.numel() for p in vlm.encoder.mixer.parameters()),
         "projector": sum(p.numel() for p in vlm.projector.parameters()),
     }
     assert planned.tokens_per_image == vlm.tokens_per_image
-    assert found.groups == vlm.encoder.token_channels
-    assert planned.flops["mixer"] == 3 * found.flops["mixer"] > 0
+    assert described.groups == vlm.encoder.token_channels
+    assert planned.flops["mixer"] == 3 * described.flops["mixer"] > 0
     frozen = replace(run.model, how="channel", mixing={})
     plain = make_plan(replace(run, model=frozen), tflops=1.0)
     assert planned.flops["unet"] == plain.flops["unet"]  # nothing goes back through it

@@ -90,8 +90,8 @@ def winoground_from_rows(rows: Sequence[Mapping[str, Any]]) -> Benchmark:
     Raises:
         ConfigError: A column is missing.
     """
-    found = rows_of(rows, _COLUMNS, "rows")
-    return _benchmark(found.rows, picture_of, "rows", found.problems, found.notes, expected=ITEMS)
+    table = rows_of(rows, _COLUMNS, "rows")
+    return _benchmark(table.rows, picture_of, "rows", table.problems, table.notes, expected=ITEMS)
 
 
 def _table_names(files: DatasetFiles) -> list[list[str]]:

@@ -198,8 +198,8 @@ class Adapter(nn.Module):
 def fingerprint(spec: TowerSpec) -> str:
     """What an adapter's weights belong to: model, taps, rank and scale."""
     taps = [tap.name for tap in spec.tap_infos]
-    told = {"model": _called(spec.model), "taps": taps, "rank": spec.rank, "alpha": spec.alpha}
-    return json.dumps(told, sort_keys=True)
+    described = {"model": _called(spec.model), "taps": taps, "rank": spec.rank, "alpha": spec.alpha}
+    return json.dumps(described, sort_keys=True)
 
 
 def _called(model: str) -> str:
@@ -210,11 +210,11 @@ def _called(model: str) -> str:
 def _belongs(written: str, spec: TowerSpec) -> bool:
     """Whether a fingerprint in a file is that of a spec; earlier versions wrote whole paths."""
     try:
-        told = parse_json(written, where="an adapter's mark")
-        model = told["model"]
+        described = parse_json(written, where="an adapter's mark")
+        model = described["model"]
         if Path(spec.model).is_absolute():
-            told["model"] = Path(model).name
-        return json.dumps(told, sort_keys=True) == fingerprint(spec)
+            described["model"] = Path(model).name
+        return json.dumps(described, sort_keys=True) == fingerprint(spec)
     except (ConfigError, ValueError, TypeError, KeyError):
         return False
 

@@ -92,8 +92,8 @@ class _Block(nn.Module):
         query, key, value = (
             rearrange(part, "b n (heads c) -> b heads n c", heads=self.heads) for part in parts
         )
-        found = F.scaled_dot_product_attention(query, key, value)
-        attended = self.out(rearrange(found, "b heads n c -> b n (heads c)"))
+        values = F.scaled_dot_product_attention(query, key, value)
+        attended = self.out(rearrange(values, "b heads n c -> b n (heads c)"))
         tokens = tokens + attended if self.residual else attended
         mixed: Tensor = tokens + self.mlp(self.mlp_norm(tokens))
         return mixed

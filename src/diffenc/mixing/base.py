@@ -130,8 +130,8 @@ class Mixer(nn.Module):
                 f"{has[0]} and {has[1]}; taps and conditioning must stay as they were then"
             )
         if self.text_width is not None and (text is None or text.shape[-1] != self.text_width):
-            found = "none" if text is None else str(tuple(text.shape))
-            raise ShapeError(f"this gate reads a text state of {self.text_width}, got {found}")
+            shape = "none" if text is None else str(tuple(text.shape))
+            raise ShapeError(f"this gate reads a text state of {self.text_width}, got {shape}")
 
     @torch.no_grad()
     def fill(self) -> None:
@@ -155,8 +155,8 @@ class Mixer(nn.Module):
         """
         target = begin_folder(checked_path("a mixer", folder, error=OutputError), CONFIG_FILE)
         write_tensors(target / WEIGHTS_FILE, self.state_dict())
-        told = {"how": self.how, **self.sizes, "config": asdict(self.config)}
-        write_json(target / CONFIG_FILE, told)
+        description = {"how": self.how, **self.sizes, "config": asdict(self.config)}
+        write_json(target / CONFIG_FILE, description)
 
     @lasting
     def _apply(self, fn: Any, recurse: bool = True) -> "Mixer":

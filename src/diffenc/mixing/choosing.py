@@ -87,9 +87,9 @@ def load_mixer(folder: "str | os.PathLike[str]") -> Mixer:
     """
     source = checked_path("a mixer", folder, error=BackboneError)
     try:
-        told: dict[str, Any] = read_json(source / CONFIG_FILE)
-        config = make(MixingConfig, checked(told.pop("config", None), dict[str, Any], "config"))
-        saved: _Saved = make(_Saved, told)
+        values: dict[str, Any] = read_json(source / CONFIG_FILE)
+        config = make(MixingConfig, checked(values.pop("config", None), dict[str, Any], "config"))
+        saved: _Saved = make(_Saved, values)
         state = read_tensors(source / WEIGHTS_FILE, finite=True)
         options: dict[str, Any] = {"text_width": saved.text_width, "config": config}
         if saved.how == "cross_attention" and config.blocks > len(state):

@@ -138,8 +138,8 @@ class QuestionGated(_GateOfBoth):
 
     def _logits(self, left: Tensor, right: Tensor, text: Tensor | None) -> Tensor:
         assert text is not None
-        asked: Tensor = self.text_gate(self.text_norm(text[:, None]))
-        return super()._logits(left, right, text) + asked
+        text_logits: Tensor = self.text_gate(self.text_norm(text[:, None]))
+        return super()._logits(left, right, text) + text_logits
 
 
 def _linear(in_features: int, out_features: int) -> nn.Linear:

@@ -248,14 +248,14 @@ def _load_encoder(
     trainable: bool,
     options: dict[str, Any],
 ) -> Any:
-    told = saved.encoder
+    description = saved.encoder
     if saved.encoder_kind == "vision":
         if options:
             raise ConfigError(f"a vision model takes none of {sorted(options)}")
-        name = read_name(told["name"], source)
+        name = read_name(description["name"], source)
         processor = saved_image_processor(source / ENCODER)
         vision = VisionTokens.from_pretrained(
-            name, image_processor=processor, layer=told["layer"], device=device, dtype=dtype
+            name, image_processor=processor, layer=description["layer"], device=device, dtype=dtype
         )
         if saved.encoder_mark and not is_marked(vision, saved.encoder_mark):
             raise BackboneError(

@@ -166,12 +166,15 @@ def check_mark(
         given: Parts that the caller put in their place.
     """
     own = backbone.mark()
-    if {"unet", "prediction_type", "architecture"} & {*given}:
-        given = {*given, "scheduler"}  # they say what is predicted
+    replaced = {*given}
+    if {"unet", "prediction_type", "architecture"} & replaced:
+        replaced.add("scheduler")  # they say what is predicted
     others = [
         name
         for name, numbers in mark.items()
-        if name in own and name.partition(".")[0] not in given and not is_alike(own[name], numbers)
+        if name in own
+        and name.partition(".")[0] not in replaced
+        and not is_alike(own[name], numbers)
     ]
     if others:
         weighty = [name for name in others if name in backbone.parts()]

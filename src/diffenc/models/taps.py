@@ -192,15 +192,15 @@ def _globbed(pattern: str, known: Sequence[TapInfo]) -> list[TapInfo]:
 
 def _named(name: str, known: Sequence[TapInfo]) -> list[TapInfo]:
     names = {gdf_name(tap.name): tap for tap in known}
-    wanted = spelled_out(name)
-    if wanted in names:
-        return [names[wanted]]
-    if wanted.endswith(("-cross-k", "-cross-v", "-map")):
+    gdf = spelled_out(name)
+    if gdf in names:
+        return [names[gdf]]
+    if gdf.endswith(("-cross-k", "-cross-v", "-map")):
         raise TapError(
             f"{printable(name)!r} has no map of the picture: keys and values of cross-attention "
             "are of the text, and attention itself is read by scorer.word_maps"
         )
-    near = near_matches(wanted[:200], [each for each in names if each])
+    near = near_matches(gdf[:200], [each for each in names if each])
     raise TapError(
         f"no tap of this model is called {printable(name)!r}.{near} diffenc.list_taps(backbone) "
         "gives every module path"

@@ -29,15 +29,15 @@ def mean_states(
         long_prompts: Treatment of texts beyond the encoder's limit, see `Backbone.embed`.
         use_cache: Whether encoded texts are looked up in the cache and kept there.
     """
-    found = []
+    means = []
     for text in texts:  # each by itself: in windows their numbers of states differ
         embeds = prompts_of(
             backbone, [text], size=size, uncond=None, long_prompts=long_prompts, use_cache=use_cache
         )
         states = embeds.prompt_embeds[0]
         own = _own(backbone, text, len(states), long_prompts).to(states.device)
-        found.append(states[own].mean(dim=0))
-    return torch.stack(found)
+        means.append(states[own].mean(dim=0))
+    return torch.stack(means)
 
 
 def _own(backbone: Backbone, text: str, states: int, long_prompts: LongPrompts) -> Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 
 from diffenc.checks.arguments import flag, shown, text
 from diffenc.checks.arguments import texts as listed
-from diffenc.config import described
+from diffenc.config import check_is_config, described
 from diffenc.denoiser.attention import match_layers
 from diffenc.denoiser.attention_scores import layer_mix
 from diffenc.denoiser.lora.adapters import active_lora
@@ -72,11 +72,8 @@ class ConfiguredScorer(nn.Module):
             layer_mix(self.config.layer_weights, len(self.layers))  # checks both
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "config" and not isinstance(value, ScorerConfig):
-            raise ConfigError(
-                f"config must be a ScorerConfig, got {shown(value)}; "
-                "dataclasses.replace(config, draws=2) changes one option of it"
-            )
+        if name == "config":
+            check_is_config(value, ScorerConfig, "draws=2")
         super().__setattr__(name, value)
 
     def __repr__(self) -> str:

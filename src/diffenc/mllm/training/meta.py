@@ -239,8 +239,8 @@ def _add_mixer(found: MetaEncoder, model: ModelConfig, clip: int, own: int) -> N
     tokens = own * len(model.encoder_config().timesteps) if how == "cross_attention" else clip
     place: dict[str, Any] = {"dtype": torch.float32, "device": "meta"}
     streams = torch.empty(1, clip, first, **place), torch.empty(1, tokens, sum(rest), **place)
-    asked = torch.empty(1, found.text_width, **place) if mixer.text_width else None
-    found.flops["mixer"] = counted_flops(lambda: mixer(*streams, asked))
+    text = torch.empty(1, found.text_width, **place) if mixer.text_width else None
+    found.flops["mixer"] = counted_flops(lambda: mixer(*streams, text))
     found.trained["mixer"] = count(mixer)
     found.groups, found.hidden_size = mixer.channels, mixer.width
     asks = mixer.config.asks if how == "cross_attention" else "clip"
