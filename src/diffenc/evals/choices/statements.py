@@ -48,7 +48,7 @@ _BEFORE = re.compile(
 _AFTER = re.compile(
     rf"{_NAMED}\s+(?i:(?:is|would\s+be|must\s+be|seems(?:\s+to\s+be)?)\s+"
     r"(?:clearly\s+|definitely\s+)?(?:the\s+)?(?:most\s+)?"
-    r"(?:correct|right|best|accurate|answer|likely|appropriate)\b)"
+    r"(?:correct|right|best|better|accurate|answer|likely|appropriate)\b)"
 )
 _NO_CHOICE = re.compile(
     r"[\s\"')\]]*(?:\?|(?i:is|are|was|isn't|has|can|cannot|can't|may|might|does|doesn't|would|will|"

@@ -24,8 +24,8 @@ _CLAUSE = re.compile(
     re.IGNORECASE,
 )
 _DENIAL = re.compile(
-    r"\b(?:not(?!\s+only\b)|never|neither|nor|none|cannot|without|hardly|unlikely|rather than|"
-    r"(?<!no )(?<!a )(?<!without )doubt|instead of|wrong|incorrect|"
+    r"\b(?:not(?!\s+only\b)|never|neither|nor|none|cannot|without|lack(?:s|ing)?|hardly|"
+    r"unlikely|rather than|(?<!no )(?<!a )(?<!without )doubt|instead of|wrong|incorrect|"
     r"no(?!\s+(?:doubt|question)\b))\b|n't\b",
     re.IGNORECASE,
 )
