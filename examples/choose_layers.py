@@ -17,7 +17,7 @@ from rich.progress import track
 from rich.table import Table
 
 from diffenc import CrossAttnScorer
-from diffenc.evals.metrics import METRICS, Metric, correct
+from diffenc.evals.matching.metrics import METRICS, Metric, correct
 from diffenc.shapes import render, sample_scenes
 from diffenc.shapes.pairs import winoground_items
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from diffenc.evals.mmvp_vlm import PATTERNS
+from diffenc.evals.matching.mmvp_vlm import PATTERNS
 
 CAPTIONS = [
     ('some plants, "quoted", near a cup', "a cup near some plants"),

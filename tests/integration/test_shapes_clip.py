@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffenc.evals.clip import ClipMatcher
+from diffenc.evals.matching.clip import ClipMatcher
 from diffenc.shapes import captions, render, sample_scenes
 from diffenc.shapes.pairs import winoground_items
 from diffenc.storage.pretrained import pretrained_source

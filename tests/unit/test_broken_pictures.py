@@ -16,12 +16,13 @@ from typer.testing import CliRunner
 from answers_data import Says
 from diffenc.cli.app import app
 from diffenc.errors import ConfigError, ImageError
-from diffenc.evals.base import Benchmark, Item, Picture
 from diffenc.evals.captioning import evaluate_captions
 from diffenc.evals.captioning.data import CaptionItem, CaptionSet
 from diffenc.evals.choices import evaluate_choices
 from diffenc.evals.choices.base import ChoiceBenchmark, ChoiceItem
-from diffenc.evals.evaluate import evaluate
+from diffenc.evals.items import Picture
+from diffenc.evals.matching.base import Item, MatchingBenchmark
+from diffenc.evals.matching.evaluate import evaluate
 from diffenc.inputs import images as images_module
 from diffenc.mllm.training import train, write_miniature
 from diffenc.mllm.training.data import BROKEN, collate
@@ -160,7 +161,9 @@ def test_a_matcher_is_not_asked_about_what_breaks_on_the_way():
     def benchmark():
         pairs = [(fading(2 * n), fading(2 * n + 1, 1 if n == 1 else 99)) for n in range(3)]
         items = [Item(str(n), pair, ("a cup", "a cat")) for n, pair in enumerate(pairs)]
-        return Benchmark("winoground", "here", tuple(items), "tag")
+        return MatchingBenchmark(
+            name="winoground", source="here", items=tuple(items), label_kind="tag"
+        )
 
     with pytest.raises(ImageError, match=r"cannot read the image 3\.png: No such file"):
         evaluate(benchmark(), [RandomMatcher()])
@@ -185,7 +188,7 @@ def test_a_question_whose_picture_breaks_takes_its_pair_along():
             )
             for n in range(6)
         ]
-        return ChoiceBenchmark("mmvp", "here", tuple(items), score="pairs")
+        return ChoiceBenchmark(name="mmvp", source="here", items=tuple(items), score="pairs")
 
     with pytest.raises(ImageError, match=r"cannot read the image 3\.png"):
         evaluate_choices(benchmark({3}), Says(lambda *_: "(a)"))
@@ -201,7 +204,7 @@ def test_a_question_whose_picture_breaks_takes_its_pair_along():
 def test_captions_go_on_in_the_next_pass_without_it():
     items = tuple(CaptionItem(str(n), fading(n, 2 if n == 1 else 99), ("a cup",)) for n in range(3))
     found = evaluate_captions(
-        CaptionSet("coco", "here", items),
+        CaptionSet(name="coco", source="here", items=items),
         Says(lambda *_: "a cup"),
         metrics=(),
         passes=3,

@@ -16,9 +16,7 @@ from answers_data import (
     write_picture,
 )
 from diffenc.errors import ConfigError, MissingExtraError, ShapeError
-from diffenc.evals.answering.base import FunctionAnswerer
-from diffenc.evals.answering.paper import published_table, published_tables
-from diffenc.evals.base import Picture
+from diffenc.evals.answerers import FunctionAnswerer
 from diffenc.evals.captioning import (
     CaptionItem,
     CaptionSet,
@@ -32,6 +30,8 @@ from diffenc.evals.captioning.evaluate import QUESTION, caption_table
 from diffenc.evals.captioning.metrics import METRICS, require_metrics
 from diffenc.evals.captioning.tokens import tokenize
 from diffenc.evals.choices.blink import TASKS
+from diffenc.evals.items import Picture
+from diffenc.evals.paper import published_table, published_tables
 from evals_data import read_lines
 
 
@@ -40,7 +40,7 @@ def three(**changes):
         CaptionItem(str(k), Picture(f"picture {k}", shade(k)), (f"reference {k}",))
         for k in range(3)
     )
-    return CaptionSet("three", "memory", items, **changes)
+    return CaptionSet(name="three", source="memory", items=items, **changes)
 
 
 def number_of(images):
@@ -352,14 +352,14 @@ class TestResume:
             self.run(path, Says(self.says, layers=3))
         items = (CaptionItem("0", Picture("picture 0", shade(9)), ("r",)),)
         with pytest.raises(ConfigError, match="made from other data"):
-            self.run(path, Says(self.says), CaptionSet("three", "memory", items))
+            self.run(path, Says(self.says), CaptionSet(name="three", source="memory", items=items))
         with pytest.raises(ConfigError, match=r"task is .*captions of four"):
-            self.run(path, Says(self.says), CaptionSet("four", "memory", items))
+            self.run(path, Says(self.says), CaptionSet(name="four", source="memory", items=items))
 
     def test_other_files_are_left_alone(self, tmp_path):
         path = tmp_path / "notes.txt"
         path.write_text("my notes")
-        with pytest.raises(ConfigError, match="holds no answers"):
+        with pytest.raises(ConfigError, match="is no file of answers of diffenc"):
             self.run(path, Says(self.says))
         assert path.read_text() == "my notes"
         self.run(path := tmp_path / "answers.jsonl", Says(self.says))

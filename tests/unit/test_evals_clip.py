@@ -6,7 +6,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConf
 from builders import seeded, tiny_tokenizer
 from diffenc.errors import BackboneError
 from diffenc.evals import evaluate, shapes_benchmark
-from diffenc.evals.clip import ClipMatcher
+from diffenc.evals.matching.clip import ClipMatcher
 from evals_data import encoded, picture
 
 LENGTH = 12

@@ -10,15 +10,15 @@ import torch
 
 from diffenc.errors import ConfigError, NonFiniteError, OutputError, ShapeError
 from diffenc.evals import (
-    Benchmark,
     Item,
+    MatchingBenchmark,
     Picture,
     evaluate,
     load_mmvp_vlm,
     load_winoground,
     shapes_benchmark,
 )
-from diffenc.evals.inspection import inspect
+from diffenc.evals.matching.inspection import inspect
 from evals_data import (
     ColorMatcher,
     RandomMatcher,
@@ -188,9 +188,9 @@ def test_other_pictures_under_the_same_ids_are_refused(benchmark, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"no json\n", "is no results file of diffenc"),
-        (b"a picture, say", "is no results file of diffenc"),
-        (b'{"type": "score"}\n', "is no results file of diffenc"),
+        (b"no json\n", "is no file of scores of diffenc"),
+        (b"a picture, say", "is no file of scores of diffenc"),
+        (b'{"type": "score"}\n', "is no file of scores of diffenc"),
     ],
 )
 def test_other_files_are_refused_and_left_alone(benchmark, tmp_path, content, message):
@@ -240,7 +240,7 @@ def test_broken_items_are_reported_together_before_anything_is_scored(tmp_path):
 
 def test_nothing_that_is_whole_is_refused_even_when_skipping(tmp_path):
     item = one_item(lambda: b"", picture(0, 0))
-    data = Benchmark("winoground", "here", (item,), "tag")
+    data = MatchingBenchmark(name="winoground", source="here", items=(item,), label_kind="tag")
     with pytest.raises(ConfigError, match="no item that can be scored: 1 unreadable"):
         evaluate(data, [RandomMatcher()], skip_broken=True)
 
@@ -252,7 +252,7 @@ def test_duplicates_and_cut_texts_are_counted():
         one_item(picture(1, 0), picture(1, 0), ("x", "a very long text indeed"), "2"),
         one_item(picture(2, 0), picture(2, 1), ("same", "same"), "3"),
     )
-    data = Benchmark("winoground", "here", items, "tag")
+    data = MatchingBenchmark(name="winoground", source="here", items=items, label_kind="tag")
     looked_at = []
     found = inspect(
         data,

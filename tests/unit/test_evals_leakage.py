@@ -6,8 +6,8 @@ import pytest
 
 from answers_data import Says, shade
 from diffenc.errors import ConfigError
-from diffenc.evals.base import Picture
 from diffenc.evals.captioning import CaptionItem, CaptionSet, shapes_captions
+from diffenc.evals.items import Picture
 from diffenc.evals.leakage import (
     Setting,
     content_words,
@@ -155,7 +155,9 @@ class TestProtocol:
             CaptionItem(str(k), Picture(f"p{k}", shade(k)), (f"noun{k} verb{k}",)) for k in range(9)
         )
         model = Says(lambda images, question, prompt: f"{prompt.split()[0]} something else")
-        found = evaluate_leakage(CaptionSet("words", "memory", items), model, metrics=())
+        found = evaluate_leakage(
+            CaptionSet(name="words", source="memory", items=items), model, metrics=()
+        )
         assert (found.readout.said, found.readout.base, found.readout.value) == (0.5, 0, 0.5)
 
     def test_scores_against_the_prompt_and_against_the_image(self):

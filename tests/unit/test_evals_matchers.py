@@ -4,7 +4,12 @@ import torch
 from diffenc import CrossAttnScorer
 from diffenc.errors import ConfigError
 from diffenc.evals import evaluate, shapes_benchmark
-from diffenc.evals.matchers import ScorerMatcher, scorer_matchers, short_name, weights_digest
+from diffenc.evals.matching.matchers import (
+    ScorerMatcher,
+    scorer_matchers,
+    short_name,
+    weights_digest,
+)
 from evals_data import picture
 
 IMAGES = [picture(0, 0), picture(1, 1)]

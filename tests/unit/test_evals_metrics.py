@@ -6,7 +6,8 @@ import torch
 
 from diffenc.errors import ShapeError
 from diffenc.evals import METRICS, Item, Picture, correct, evaluate, shapes_benchmark
-from diffenc.evals.metrics import CHANCE, Result, by_label, overall, tied
+from diffenc.evals.matching.metrics import CHANCE, by_label, overall, tied
+from diffenc.evals.results import Result
 from evals_data import RandomMatcher
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from diffenc.errors import ConfigError
 from diffenc.evals import evaluate, load_mmvp_vlm
-from diffenc.evals.mmvp_vlm import PATTERNS
+from diffenc.evals.matching.mmvp_vlm import PATTERNS
 from evals_data import ColorMatcher, change_questions, encoded, mmvp_vlm, picture
 
 

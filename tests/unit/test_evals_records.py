@@ -9,12 +9,11 @@ import torch
 
 from answers_data import Says
 from diffenc.errors import ConfigError, NonFiniteError, OutputError
-from diffenc.evals.answering.records import RecordsFile
 from diffenc.evals.captioning import evaluate_captions, shapes_captions
-from diffenc.evals.evaluate import evaluate
-from diffenc.evals.metrics import correct
-from diffenc.evals.miniature import shapes_benchmark
-from diffenc.evals.results_file import ResultsFile
+from diffenc.evals.matching.evaluate import evaluate, scores_file
+from diffenc.evals.matching.metrics import correct
+from diffenc.evals.matching.miniature import shapes_benchmark
+from diffenc.evals.records import ANSWERS, RecordsFile
 from diffenc.studies.results import Spread
 from diffenc.studies.vlm.claims import parse_claim
 from evals_data import RandomMatcher, read_lines
@@ -131,12 +130,12 @@ def test_answers_to_questions_that_are_gone_are_counted(tmp_path):
 
 def test_a_file_is_open_once(benchmark, scored):
     content = scored.read_bytes()
-    with ResultsFile(scored, benchmark):
+    with scores_file(scored, benchmark):
         with pytest.raises(OutputError, match=r"scores\.jsonl is in use: another program"):
-            ResultsFile(scored, benchmark)
-        with RecordsFile(scored.with_name("other.jsonl"), "task"):
+            scores_file(scored, benchmark)
+        with RecordsFile(scored.with_name("other.jsonl"), ANSWERS, {"task": "task"}):
             pass
-    with ResultsFile(scored, benchmark):
+    with scores_file(scored, benchmark):
         pass
     assert scored.read_bytes() == content
 
@@ -172,7 +171,7 @@ def test_a_refused_file_is_not_left_locked(benchmark, scored):
     other = shapes_benchmark("mmvp-vlm", per_label=1)
     for _ in range(2):
         with pytest.raises(ConfigError, match="another run"):
-            ResultsFile(scored, other)
+            scores_file(scored, other)
 
 
 def test_answers_that_no_file_keeps_equal_those_read_again(tmp_path):

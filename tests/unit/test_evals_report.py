@@ -6,9 +6,9 @@ import pytest
 
 from diffenc.errors import ConfigError
 from diffenc.evals import evaluate, load_mmvp_vlm, load_winoground, shapes_benchmark
-from diffenc.evals.mmvp_vlm import PATTERNS
-from diffenc.evals.paper import paper_page, paper_source, paper_table
-from diffenc.evals.report import remarks, tables, to_dict, to_markdown
+from diffenc.evals.matching.mmvp_vlm import PATTERNS
+from diffenc.evals.matching.report import remarks, tables, to_dict, to_markdown
+from diffenc.evals.paper import paper_page, published_source, published_table
 from evals_data import ColorMatcher, RandomMatcher, mmvp_vlm, winoground_jsonl
 
 
@@ -84,7 +84,7 @@ def test_bars_in_names_do_not_break_markdown():
 
 @pytest.mark.parametrize("name", ["mmvp-vlm", "timesteps"])
 def test_the_papers_averages_are_those_of_its_cells(name):
-    table = paper_table(name)
+    table = published_table(name)
     assert [table.columns[:-1]] == [tuple(PATTERNS)]
     for row in table.rows:
         assert len(row.values) == 10
@@ -96,20 +96,20 @@ def test_the_papers_averages_are_those_of_its_cells(name):
 
 
 def test_the_papers_deviations_are_those_of_three_trials_of_fifteen_pairs():
-    row = paper_table("timesteps").rows[-1]
-    assert row.model == "ensemble"
+    row = published_table("timesteps").rows[-1]
+    assert row.label == "ensemble"
     possible = {
         (round(statistics.mean(k) / 0.15, 1), round(statistics.stdev(k) / 0.15, 2))
         for k in ((a, b, c) for a in range(16) for b in range(16) for c in range(16))
     }
     for mean, deviation in zip(row.values[:-1], row.deviations[:-1], strict=True):
         assert (mean, deviation) in possible
-    first = paper_table("mmvp-vlm").rows[-1]
+    first = published_table("mmvp-vlm").rows[-1]
     assert (first.values, first.deviations) == (row.values, row.deviations)
 
 
 def test_the_papers_winoground_is_possible_after_the_erratum_and_was_not_before():
-    rows = paper_table("winoground").rows
+    rows = published_table("winoground").rows
     assert len(rows) == 11
     for row in rows:
         text, image, group = row.values
@@ -118,13 +118,13 @@ def test_the_papers_winoground_is_possible_after_the_erratum_and_was_not_before(
             assert row.printed == (text, group, image)
             assert row.printed[2] > row.printed[1]
             assert all((4 * value).is_integer() for value in row.values)  # of 400 items
-    assert [row.model for row in rows if row.printed is None] == ["SD-v2.1-base"]
-    assert "draft" in paper_source()
+    assert [row.label for row in rows if row.printed is None] == ["SD-v2.1-base 512"]
+    assert "draft" in published_source()
 
 
 def test_an_unknown_table_is_refused():
-    with pytest.raises(ConfigError, match=r"known are \['mmvp-vlm', 'timesteps', 'winoground'\]"):
-        paper_table("blink")
+    with pytest.raises(ConfigError, match=r"known are .*'mmvp-vlm', .*'winoground'"):
+        published_table("table 9")
 
 
 def test_the_page_of_the_papers_tables_is_the_data():

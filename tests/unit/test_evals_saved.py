@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from diffenc.errors import BackboneError, ConfigError
-from diffenc.evals.answering.saved import SavedVLM
 from diffenc.evals.llava_bench import Case, Judge, JudgeError, LocalJudge
 from diffenc.evals.llava_bench.judge import SYSTEM
+from diffenc.evals.saved_vlm import SavedVLM
 from diffenc.mllm import DiffusionVLM, VisionTokens
 from vlm_builders import picture, save_tiny_lm, save_tiny_vision, tiny_lm_tokenizer
 

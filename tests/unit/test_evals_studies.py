@@ -6,9 +6,9 @@ from PIL import Image
 
 from diffenc.errors import ConfigError, MissingExtraError
 from diffenc.evals import correct, evaluate, load_mmvp_vlm, shapes_benchmark
-from diffenc.evals.draws import draw_study, draw_table
-from diffenc.evals.plots import need_plots, plot_draws, plot_timesteps
-from diffenc.evals.timesteps import timestep_study, timestep_tables
+from diffenc.evals.matching.draws import draw_study, draw_table
+from diffenc.evals.matching.plots import need_plots, plot_draws, plot_timesteps
+from diffenc.evals.matching.timesteps import timestep_study, timestep_tables
 from evals_data import RandomMatcher, mmvp_vlm
 
 STEPS = (100, 300, 500)

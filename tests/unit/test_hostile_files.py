@@ -13,17 +13,16 @@ from diffenc.clip.captioner import ImplicitCaptioner
 from diffenc.config import EncoderConfig
 from diffenc.denoiser.lora import read_origin
 from diffenc.errors import DiffencError
-from diffenc.evals.answering.records import RecordsFile
 from diffenc.evals.captioning import load_coco_captions, load_karpathy
 from diffenc.evals.choices import load_mmvp
-from diffenc.evals.evaluate import evaluate
 from diffenc.evals.files import DatasetFiles
 from diffenc.evals.llava_bench import load_llava_bench
-from diffenc.evals.miniature import shapes_benchmark
-from diffenc.evals.mmvp_vlm import load_mmvp_vlm
-from diffenc.evals.results_file import ResultsFile
+from diffenc.evals.matching.evaluate import evaluate, scores_file
+from diffenc.evals.matching.miniature import shapes_benchmark
+from diffenc.evals.matching.mmvp_vlm import load_mmvp_vlm
+from diffenc.evals.matching.winoground import load_winoground
+from diffenc.evals.records import ANSWERS, RecordsFile
 from diffenc.evals.rows import Column, read_parquet
-from diffenc.evals.winoground import load_winoground
 from diffenc.hosts.fused_encoders import find_companion
 from diffenc.mllm.model_folder import read_saved
 from diffenc.mllm.training import read_log
@@ -193,14 +192,14 @@ def records(folder):
     scores = folder / "scores" / "scores.jsonl"
     scores.parent.mkdir()
     evaluate(benchmark, [RandomMatcher()], trials=2, results=scores)
-    yield "scores", scores, lambda p: opened(lambda: ResultsFile(p, benchmark))
+    yield "scores", scores, lambda p: opened(lambda: scores_file(p, benchmark))
     answers = folder / "answers" / "answers.jsonl"
     answers.parent.mkdir()
-    with RecordsFile(answers, "task") as file:
-        file.add_speaker("me", {"a": [1, 2]})
+    with RecordsFile(answers, ANSWERS, {"task": "task"}) as file:
+        file.add_model("me", {"a": [1, 2]})
         for item in "abc":
             file.add(("me", "pass 1", item), "digest", f"answer \u2028 {item}")
-    yield "answers", answers, lambda p: opened(lambda: RecordsFile(p, "task"))
+    yield "answers", answers, lambda p: opened(lambda: RecordsFile(p, ANSWERS, {"task": "task"}))
 
 
 def opened(make):

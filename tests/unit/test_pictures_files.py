@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from diffenc.errors import DiffencError, ImageError
-from diffenc.evals.answering.pictures import picture_of
+from diffenc.evals.items import picture_of
 from diffenc.inputs.images import (
     as_list,
     broken_images,

@@ -21,7 +21,7 @@ from transformers.utils import logging
 from diffenc.clip.captioner import ClipEmbedder
 from diffenc.clip.tokens import ClipTokens
 from diffenc.errors import BackboneError, ConfigError
-from diffenc.evals.clip import ClipMatcher
+from diffenc.evals.matching.clip import ClipMatcher
 from diffenc.mllm.language import load_language_model
 from diffenc.mllm.vision import VisionTokens
 from diffenc.storage import pretrained

@@ -13,8 +13,8 @@ from diffenc import DiffusionEncoder, load_backbone
 from diffenc.clip.captioner import ClipEmbedder
 from diffenc.clip.tokens import ClipTokens
 from diffenc.errors import BackboneError, DiffencError
-from diffenc.evals.clip import ClipMatcher
 from diffenc.evals.llava_bench.local_judge import LocalJudge
+from diffenc.evals.matching.clip import ClipMatcher
 from diffenc.mllm.language import load_language_model
 from diffenc.mllm.training.meta import meta_language_model
 from diffenc.mllm.vision import VisionTokens

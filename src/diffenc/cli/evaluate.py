@@ -83,7 +83,7 @@ def _evaluate(
     **given: Any,
 ) -> None:
     """Evaluate, write the report and print it."""
-    from diffenc.evals.report import remarks, tables, to_dict, to_markdown
+    from diffenc.evals.matching.report import remarks, tables, to_dict, to_markdown
 
     specs = [] if presets == ["none"] else presets or ["calibrated"]
     if not specs and not clip:

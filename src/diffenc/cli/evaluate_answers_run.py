@@ -19,9 +19,9 @@ from diffenc.storage.names import exists
 from diffenc.storage.writing import locked, reporting
 
 if TYPE_CHECKING:
-    from diffenc.evals.answering.saved import SavedVLM
     from diffenc.evals.inspection import Progress
-    from diffenc.evals.report import Table
+    from diffenc.evals.saved_vlm import SavedVLM
+    from diffenc.evals.tables import Table
 
 _MINIATURE = "The items are coloured shapes of 64 pixels; they say nothing of photographs."
 _ANSWER = b'{"type": "answer"'
@@ -89,7 +89,7 @@ class Asked:
         check_output(self.file, suffixes=(".jsonl",), force=True)
         device, dtype = to_device(self.device), to_dtype(self.dtype)
         quiet_libraries()
-        from diffenc.evals.answering.saved import SavedVLM
+        from diffenc.evals.saved_vlm import SavedVLM
         from diffenc.inputs.policies import parse_policy
 
         model = SavedVLM(

@@ -20,7 +20,7 @@ from diffenc.cli.evaluate_captions_data import caption_tokens, known_metrics, re
 
 if TYPE_CHECKING:
     from diffenc.evals.captioning import CaptionEvaluation
-    from diffenc.evals.report import Table
+    from diffenc.evals.tables import Table
 
 _SHOWN = 5
 _FirstPrompts = Annotated[
@@ -86,12 +86,14 @@ def captions(
 
 def _samples(found: "CaptionEvaluation") -> "Table":
     """The first captions of each pass, beside a reference."""
-    from diffenc.evals.report import Table
+    from diffenc.evals.tables import Table
 
     heads = [f"pass {each.number}" for each in found.passes]
     rows = [
         (item.id, *(each.captions[item.id] for each in found.passes), item.references[0])
         for item in found.items[:_SHOWN]
     ]
-    title = f"captions of {found.data.name} by {found.model}, {len(rows)} of {len(found.items)}"
+    title = (
+        f"captions of {found.benchmark.name} by {found.model}, {len(rows)} of {len(found.items)}"
+    )
     return Table(title, ("image", *heads, "a true one"), tuple(rows))

@@ -22,9 +22,9 @@ from diffenc.cli.score_options import split_names
 from diffenc.errors import ConfigError
 
 if TYPE_CHECKING:
-    from diffenc.evals.answering.saved import SavedVLM
     from diffenc.evals.captioning import CaptionSet
     from diffenc.evals.leakage import LeakageSweep
+    from diffenc.evals.saved_vlm import SavedVLM
 
 
 _ExchangeSeed = Annotated[int, typer.Option(help="Of who gets whose caption.")]

@@ -11,12 +11,12 @@ from diffenc.errors import ConfigError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from diffenc.evals.base import Benchmark, Matcher
-    from diffenc.evals.matchers import ScorerMatcher
+    from diffenc.evals.matching.base import Matcher, MatchingBenchmark
+    from diffenc.evals.matching.matchers import ScorerMatcher
 
 
 def load_matchers(
-    benchmark: "Benchmark",
+    benchmark: "MatchingBenchmark",
     specs: list[str],
     clip: list[str],
     *,
@@ -48,8 +48,8 @@ def load_matchers(
         DiffencError: A model cannot be loaded, or an option is not allowed.
     """
     quiet_libraries()
-    from diffenc.evals.clip import ClipMatcher
-    from diffenc.evals.matchers import scorer_matchers
+    from diffenc.evals.matching.clip import ClipMatcher
+    from diffenc.evals.matching.matchers import scorer_matchers
 
     made: list[Matcher] = []
     if specs:
@@ -72,7 +72,7 @@ def _calibrated(
     matchers: "Sequence[ScorerMatcher]", pictures: "list[Image | Path]"
 ) -> "list[ScorerMatcher]":
     """The matchers, those that calibrate by these pictures where there are any."""
-    from diffenc.evals.matchers import ScorerMatcher
+    from diffenc.evals.matching.matchers import ScorerMatcher
 
     if not pictures:
         return list(matchers)
@@ -91,13 +91,13 @@ def _calibrated(
 
 
 def _references(
-    benchmark: "Benchmark", count: int | None, given: Sequence[Path] | None
+    benchmark: "MatchingBenchmark", count: int | None, given: Sequence[Path] | None
 ) -> "list[Image | Path]":
     """Reference pictures: the user's, and some of the data spread over its items."""
     pictures: list[Image | Path] = list(given or ())
     if count is None:
         return pictures
-    from diffenc.evals.miniature import REFERENCE_SEED, shapes_benchmark
+    from diffenc.evals.matching.miniature import REFERENCE_SEED, shapes_benchmark
 
     if benchmark.expected is None:
         benchmark = shapes_benchmark(benchmark.name, per_label=count, seed=REFERENCE_SEED)

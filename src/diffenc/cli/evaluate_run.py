@@ -17,9 +17,9 @@ from diffenc.errors import ConfigError
 from diffenc.storage.writing import locked, make_folder, remove_file, write_text
 
 if TYPE_CHECKING:
-    from diffenc.evals.base import Benchmark, Matcher
-    from diffenc.evals.evaluate import Evaluation
-    from diffenc.evals.report import Table
+    from diffenc.evals.matching.base import Matcher, MatchingBenchmark
+    from diffenc.evals.matching.evaluate import Evaluation
+    from diffenc.evals.tables import Table
 
 SCORES = "scores.jsonl"
 
@@ -96,7 +96,7 @@ def read_benchmark(
     data_seed: int | None,
     template: str | None,
     limit: int | None,
-) -> "Benchmark":
+) -> "MatchingBenchmark":
     """The items that the command line asks for.
 
     Raises:
@@ -107,9 +107,9 @@ def read_benchmark(
         raise ConfigError(f"the template must hold {{}}, where the caption goes; got {template!r}")
     if data != "shapes" and (per_label is not None or data_seed is not None):
         raise ConfigError("--per-label and --data-seed belong to --data shapes")
-    from diffenc.evals.miniature import SHAPES_SEED, shapes_benchmark
-    from diffenc.evals.mmvp_vlm import load_mmvp_vlm
-    from diffenc.evals.winoground import load_winoground
+    from diffenc.evals.matching.miniature import SHAPES_SEED, shapes_benchmark
+    from diffenc.evals.matching.mmvp_vlm import load_mmvp_vlm
+    from diffenc.evals.matching.winoground import load_winoground
 
     if data == "shapes":
         seed = SHAPES_SEED if data_seed is None else data_seed
@@ -158,7 +158,7 @@ def given_options(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _score(
-    benchmark: "Benchmark",
+    benchmark: "MatchingBenchmark",
     matchers: "Sequence[Matcher]",
     *,
     trials: int,
@@ -171,8 +171,8 @@ def _score(
     Raises:
         ConfigError: Broken data, or a file of another run.
     """
-    from diffenc.evals.evaluate import evaluate
-    from diffenc.evals.inspection import inspect
+    from diffenc.evals.matching.evaluate import evaluate
+    from diffenc.evals.matching.inspection import inspect
 
     with progress_bar("looking at pictures", unit="items") as progress:
         inspection = inspect(benchmark, matchers, progress=progress)

@@ -35,8 +35,8 @@ from diffenc.cli.score_options import BatchSize, Layers, References, ResizeOptio
 from diffenc.errors import ConfigError
 
 if TYPE_CHECKING:
-    from diffenc.evals.evaluate import Evaluation
-    from diffenc.evals.report import Table
+    from diffenc.evals.matching.evaluate import Evaluation
+    from diffenc.evals.tables import Table
 
 
 def timesteps_study(
@@ -75,8 +75,8 @@ def timesteps_study(
     As in the paper's table 2, by kind or pattern, in all three ways, and with a picture.
     """
     given = given_options(locals())
-    from diffenc.evals.plots import need_plots, plot_timesteps
-    from diffenc.evals.timesteps import ENSEMBLE, GRID, timestep_study, timestep_tables
+    from diffenc.evals.matching.plots import need_plots, plot_timesteps
+    from diffenc.evals.matching.timesteps import ENSEMBLE, GRID, timestep_study, timestep_tables
 
     need_plots()
     grid = GRID if timesteps is None else _steps(timesteps)
@@ -124,8 +124,8 @@ def draws_study(
     """
     given = {**given_options(locals()), "trials": noises}
     del given["noises"]
-    from diffenc.evals.draws import draw_study, draw_table
-    from diffenc.evals.plots import need_plots, plot_draws
+    from diffenc.evals.matching.draws import draw_study, draw_table
+    from diffenc.evals.matching.plots import need_plots, plot_draws
 
     need_plots()
     names = ("draws.md", "draws.json", "draws.png")
@@ -155,7 +155,7 @@ def _finish(
     tables: "list[Table]",
     content: object,
 ) -> None:
-    from diffenc.evals.report import remarks
+    from diffenc.evals.matching.report import remarks
 
     benchmark, notes = found.benchmark, remarks(found)
     stem = Path(files[0]).stem

@@ -1,11 +1,11 @@
-"""A look at every picture and text before hours of work start."""
+"""A look at every picture of a benchmark before hours of work start."""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from diffenc.errors import ConfigError, ImageError
-from diffenc.evals.base import Benchmark, Item, Matcher, Problem
+from diffenc.evals.items import Benchmark, ItemT, Picture, Problem
 
 Progress = Callable[[int, int], None]
 """Function that is called with the number of things done so far, and the number of all things."""
@@ -16,73 +16,95 @@ NAMED = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Inspection:
-    """Result of `inspect`.
+class Reading:
+    """Result of reading every picture once.
 
     Attributes:
-        items: Items that can be scored.
-        digests: Digest of the captions and pictures of each of these items, by id.
-        problems: Reasons why other items cannot be scored.
-        notes: Remarks on duplicates, texts that are cut, and missing items.
+        digests: Digest of the content of each picture that can be read, by name of the picture.
+        problems: Pictures that cannot be read, together with the problems that were known before.
     """
 
-    items: tuple[Item, ...]
     digests: Mapping[str, str]
     problems: tuple[Problem, ...]
-    notes: tuple[str, ...]
 
-    def check(self, source: str, *, skip_broken: bool) -> None:
-        """Refuse what is broken.
-
-        Raises:
-            ConfigError: There are problems and they are not to be skipped, or nothing is left.
-        """
-        if self.problems and not skip_broken:
-            raise ConfigError(
-                f"{source} has {len(self.problems)} problems: {summary(self.problems, NAMED)}. "
-                f"{len(self.items)} items are whole; go on with those by --skip-broken "
-                "(skip_broken=True)"
-            )
-        if not self.items:
-            told = f": {summary(self.problems)}" if self.problems else ""
-            raise ConfigError(f"{source} has no item that can be scored{told}")
+    def whole(self, pictures: Sequence[Picture]) -> bool:
+        """Whether all of these can be read."""
+        return all(picture.name in self.digests for picture in pictures)
 
 
-def inspect(
-    benchmark: Benchmark, matchers: Sequence[Matcher] = (), *, progress: Progress | None = None
-) -> Inspection:
-    """Read every picture once, and count what is broken, doubled or cut.
+def whole_items(
+    benchmark: Benchmark[ItemT],
+    *,
+    skip_broken: bool,
+    lacking: str,
+    keep: Callable[[Sequence[ItemT]], Sequence[ItemT]] = tuple,
+) -> tuple[tuple[ItemT, ...], Reading]:
+    """Keep the items all of whose pictures can be read, and report on the others.
 
     Args:
-        benchmark: Benchmark whose items are read.
-        matchers: Models whose limits on the length of texts are checked.
-        progress: Function that is called with the number of items read so far and the number of all
-            items; None reports nothing.
+        benchmark: Benchmark whose items are looked at.
+        skip_broken: Whether broken items are left out, instead of raising an error.
+        lacking: Description of what is missing if no item is left, such as "picture that can be
+            captioned"; part of the error message.
+        keep: Function that selects the items that count among those that can be read.
+
+    Raises:
+        ConfigError: There are problems and they are not to be skipped, or no item is left.
     """
-    problems, digests = list(benchmark.problems), {}
-    whole, seen = [], defaultdict(list)
-    alike = 0
-    for done, item in enumerate(benchmark.items):
-        found = []
-        for picture in item.pictures:
-            try:
-                found.append(picture.read()[1])
-            except ImageError as error:
-                detail = str(error).removeprefix("cannot read the image ")
-                problems.append(Problem("unreadable pictures", f"id {item.id}", detail))
-        if len(found) == 2:
-            digests[item.id] = item.digest(found)
-            seen[digests[item.id]].append(item.id)
-            alike += found[0] == found[1]
-            whole.append(item)
+    reading = read_pictures(
+        [picture for item in benchmark.items for picture in item.pictures],
+        source=benchmark.source,
+        problems=benchmark.problems,
+        skip_broken=skip_broken,
+    )
+    whole = tuple(keep([item for item in benchmark.items if reading.whole(item.pictures)]))
+    if not whole:
+        raise ConfigError(f"{benchmark.source} has no {lacking}")
+    return whole, reading
+
+
+def read_pictures(
+    pictures: Sequence[Picture],
+    *,
+    source: str,
+    problems: Sequence[Problem] = (),
+    skip_broken: bool = False,
+    progress: Progress | None = None,
+) -> Reading:
+    """Open each picture once, and refuse what is broken, all of it in one message.
+
+    Args:
+        pictures: Pictures of all items; one that several items share is opened once.
+        source: Origin of the pictures, named in the error message.
+        problems: Problems that were found when the tables were read.
+        skip_broken: Whether broken items are left out, instead of raising an error.
+        progress: Function that is called with the number of pictures read so far and the number of
+            all pictures; None reports nothing.
+
+    Raises:
+        ConfigError: There are problems and they are not to be skipped.
+    """
+    every = list(problems)
+    digests: dict[str, str] = {}
+    different = {picture.name: picture for picture in pictures}
+    for done, (name, picture) in enumerate(different.items(), start=1):
+        try:
+            digests[name] = picture.read()[1]
+        except ImageError as error:
+            every.append(unreadable(name, error, f"cannot read the image {name}: "))
         if progress is not None:
-            progress(done + 1, len(benchmark.items))
-    notes = [*benchmark.notes, *_size_notes(benchmark, len(whole))]
-    if alike:
-        notes.append(f"{alike} items have the same picture twice and cannot be right")
-    notes += _doubles(whole, seen.values())
-    notes += _cut(benchmark, whole, matchers)
-    return Inspection(tuple(whole), digests, tuple(problems), tuple(notes))
+            progress(done, len(different))
+    if every and not skip_broken:
+        raise ConfigError(
+            f"{source} has {len(every)} problems: {summary(every, NAMED)}. Mend them, or go on "
+            "with the items that are whole by --skip-broken (skip_broken=True)"
+        )
+    return Reading(digests, tuple(every))
+
+
+def unreadable(where: str, error: ImageError, beginning: str = "cannot read the image ") -> Problem:
+    """The problem of a picture that cannot be read, without what every such error begins with."""
+    return Problem("unreadable pictures", where, str(error).removeprefix(beginning))
 
 
 def summary(problems: Iterable[Problem], examples: int = _EXAMPLES) -> str:
@@ -91,44 +113,13 @@ def summary(problems: Iterable[Problem], examples: int = _EXAMPLES) -> str:
     for problem in problems:
         kinds[problem.kind].append(problem)
     parts = []
-    for kind, found in kinds.items():
-        some = [f"{p.where}: {p.detail}" if p.detail else p.where for p in found[:examples]]
-        more = ", ..." if len(found) > examples else ""
-        parts.append(f"{len(found)} {kind} ({', '.join(some)}{more})")
+    for kind, every in kinds.items():
+        some = [f"{p.where}: {p.detail}" if p.detail else p.where for p in every[:examples]]
+        more = ", ..." if len(every) > examples else ""
+        parts.append(f"{len(every)} {kind} ({', '.join(some)}{more})")
     return "; ".join(parts)
 
 
-def _size_notes(benchmark: Benchmark, count: int) -> list[str]:
-    if benchmark.expected is None or count == benchmark.expected:
-        return []
-    return [
-        f"{count} items where {benchmark.name} has {benchmark.expected}: results are not those of "
-        "the benchmark"
-    ]
-
-
-def _doubles(items: Sequence[Item], same: Iterable[Sequence[str]]) -> list[str]:
-    notes = []
-    if equal := [item.id for item in items if item.captions[0] == item.captions[1]]:
-        notes.append(
-            f"{len(equal)} items have the same caption twice and cannot be right "
-            f"({', '.join(equal[:_EXAMPLES])})"
-        )
-    uses = Counter(caption for item in items for caption in set(item.captions))
-    if shared := sum(count > 1 for count in uses.values()):
-        notes.append(f"{shared} captions occur in several items")
-    if copies := sum(len(ids) - 1 for ids in same):
-        notes.append(f"{copies} items are copies of others: same pictures, same captions")
-    return notes
-
-
-def _cut(benchmark: Benchmark, items: Sequence[Item], matchers: Sequence[Matcher]) -> list[str]:
-    texts = [text for item in items for text in benchmark.texts(item)]
-    notes = []
-    for matcher in matchers:
-        if cut := [count for count in (matcher.truncated(texts) if texts else ()) if count > 0]:
-            notes.append(
-                f"{matcher.name} does not read all of {len(cut)} of {len(texts)} texts: up to "
-                f"{max(cut)} tokens are cut"
-            )
-    return notes
+def left_out(problems: Sequence[Problem]) -> tuple[str, ...]:
+    """A note on what was left out, or none."""
+    return (f"{len(problems)} problems, left out: {summary(problems)}",) if problems else ()

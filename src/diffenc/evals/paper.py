@@ -1,97 +1,145 @@
-"""The tables of the paper, as data, with its erratum put right."""
+"""The paper's tables as data, with their errata noted."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
 
-from diffenc.evals.tables import find_table, read_tables
+from diffenc.errors import ConfigError
+from diffenc.evals.results import percent
+from diffenc.evals.tables import Table
+from diffenc.storage.reading import read_json
 
-_PACKAGE = "diffenc.evals"
+_FILE = "paper_tables.json"
+_ABSENT = "–"
 
 
 @dataclass(frozen=True, slots=True)
-class PaperRow:
+class PublishedRow:
     """A row as published.
 
     Attributes:
-        model: Name of the model in the paper, or the timestep.
-        size: Side of the images in pixels; None if the row has none.
-        values: Results in percent, in the order of the columns.
+        labels: Model and settings of the row, one per label of the table; "" if the paper has none.
+        values: Numbers of the row in the order of the columns; None if the paper has none.
         deviations: Sample standard deviations over three trials; None if the paper gives none.
         printed: Values as they stand in the paper, if they had to be corrected; None if not.
+        doubtful: Columns whose value cannot be right, see the table's notes.
     """
 
-    model: str
-    size: int | None
-    values: tuple[float, ...]
+    labels: tuple[str, ...]
+    values: tuple[float | None, ...]
     deviations: tuple[float, ...] | None = None
     printed: tuple[float, ...] | None = None
+    doubtful: tuple[str, ...] = ()
+
+    @property
+    def percents(self) -> list[str]:
+        """Values with their deviations, rounded as results are: ``"31.9 ± 2.7"``."""
+        deviations: Sequence[float | None] = self.deviations or [None] * len(self.values)
+        return [
+            _ABSENT if value is None else percent(value, deviation)
+            for value, deviation in zip(self.values, deviations, strict=True)
+        ]
 
     @property
     def label(self) -> str:
-        """Model and size."""
-        return self.model if self.size is None else f"{self.model} {self.size}"
+        """Model and settings in one text."""
+        return ", ".join(filter(None, self.labels))
 
 
 @dataclass(frozen=True, slots=True)
-class PaperTable:
+class PublishedTable:
     """A table as published.
 
     Attributes:
         title: Number and subject of the table.
-        columns: Headings of the columns.
+        labels: Headings of the columns that hold labels.
+        columns: Headings of the columns that hold values.
         rows: Rows in the paper's order.
         notes: Errata, and facts that the paper does not state.
     """
 
     title: str
+    labels: tuple[str, ...]
     columns: tuple[str, ...]
-    rows: tuple[PaperRow, ...]
+    rows: tuple[PublishedRow, ...]
     notes: tuple[str, ...]
 
+    def to_table(self) -> Table:
+        """Convert all cells to text; "–" where there is no value."""
+        rows = tuple((*row.labels, *map(cell, row.values)) for row in self.rows)
+        return Table(self.title, (*self.labels, *self.columns), rows)
 
-def paper_source() -> str:
+    def beside(self, columns: Sequence[str]) -> list[tuple[str, ...]]:
+        """Rows for a table whose first column names the model and whose others are these."""
+        made = []
+        for row in self.rows:
+            values = dict(zip(self.columns, row.values, strict=True))
+            cells = (cell(values.get(column)) for column in columns)
+            made.append((f"paper: {row.label}", *cells))
+        return made
+
+
+def cell(value: float | None) -> str:
+    """A number as the paper prints it, or "–" for None."""
+    return _ABSENT if value is None else f"{value:g}"
+
+
+def published_tables() -> tuple[str, ...]:
+    """Names of the tables."""
+    return tuple(_content()["tables"])
+
+
+def published_source() -> str:
     """Source of the tables."""
-    return str(read_tables(_PACKAGE)["source"])
+    return str(_content()["source"])
 
 
-def paper_table(name: str) -> PaperTable:
-    """A table by name: "mmvp-vlm", "timesteps" or "winoground".
+def published_table(name: str) -> PublishedTable:
+    """A table by name: one of `published_tables()`.
 
     Raises:
         ConfigError: There is none of that name.
     """
-    table = find_table(_PACKAGE, name)
+    tables: dict[str, dict[str, Any]] = _content()["tables"]
+    if name not in tables:
+        raise ConfigError(f"there is no table {name!r}; known are {sorted(tables)}")
+    table = tables[name]
     rows = tuple(
-        PaperRow(
-            row["model"],
-            row.get("size"),
-            tuple(row["values"]),
-            *(tuple(row[key]) if key in row else None for key in ("deviations", "printed")),
-        )
+        PublishedRow(**{key: tuple(value) for key, value in row.items() if key != "parameters"})
         for row in table["rows"]
     )
-    return PaperTable(table["title"], tuple(table["columns"]), rows, tuple(table["notes"]))
+    labels, columns, notes = (tuple(table[key]) for key in ("labels", "columns", "notes"))
+    return PublishedTable(table["title"], labels, columns, rows, notes)
 
 
 def paper_page() -> str:
     """All tables as Markdown: the page `docs/results/paper-tables.md`."""
     lines = [
         "# The paper's tables\n",
-        f"Transcribed from {paper_source()}.\n",
+        f"Transcribed from {published_source()}.\n",
         "`diffenc evaluate` sets them beside what it measures on real data. As data they are in "
-        "`diffenc/evals/paper_tables.json`, and `diffenc.evals.paper.paper_table` reads them.\n",
+        "`diffenc/evals/paper_tables.json`; `diffenc.evals.paper.published_table` reads them.\n",
         "None of these rows was measured by diffenc.\n",
     ]
-    for name in ("mmvp-vlm", "timesteps", "winoground"):
-        table = paper_table(name)
-        lines += [f"## {table.title}\n", f"| model | {' | '.join(table.columns)} |"]
-        lines.append(f"| --- |{' ---: |' * len(table.columns)}")
-        lines += [f"| {row.label} | {' | '.join(_cells(row))} |" for row in table.rows]
+    for name in published_tables():
+        table = published_table(name)
+        lines += [f"## {table.title}\n", f"| {' | '.join((*table.labels, *table.columns))} |"]
+        lines.append(f"|{' --- |' * len(table.labels)}{' ---: |' * len(table.columns)}")
+        lines += [f"| {' | '.join((*row.labels, *_printed(row)))} |" for row in table.rows]
         lines += ["", *(f"{note}\n" for note in table.notes)]
     return "\n".join(lines)
 
 
-def _cells(row: PaperRow) -> list[str]:
+def _printed(row: PublishedRow) -> list[str]:
+    texts = [_ABSENT if value is None else str(value) for value in row.values]
     if row.deviations is None:
-        return [str(value) for value in row.values]
-    pairs = zip(row.values, row.deviations, strict=True)
-    return [f"{value} ± {deviation}" for value, deviation in pairs]
+        return texts
+    return [f"{text} ± {error}" for text, error in zip(texts, row.deviations, strict=True)]
+
+
+@cache
+def _content() -> dict[str, Any]:
+    content: dict[str, Any] = read_json(str(files("diffenc.evals") / _FILE))
+    return content

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from diffenc._optional import require
 from diffenc.errors import ConfigError, near_matches
-from diffenc.evals.base import Problem
+from diffenc.evals.items import Problem
 from diffenc.storage.lines import parse_csv, parse_json_lines
 from diffenc.storage.names import printable, reason
 from diffenc.storage.reading import decode

@@ -1,29 +1,35 @@
-"""Published tables as data: JSON files beside the modules that read them."""
+"""Tables whose cells are text: for a terminal, and as Markdown."""
 
-from functools import cache
-from importlib.resources import files
-from typing import Any
-
-from diffenc.errors import ConfigError
-from diffenc.storage.reading import read_json
-
-_FILE = "paper_tables.json"
+from dataclasses import dataclass
 
 
-@cache
-def read_tables(package: str) -> dict[str, Any]:
-    """The file of a package: its `source`, and its `tables` by name."""
-    content: dict[str, Any] = read_json(str(files(package) / _FILE))
-    return content
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Table whose cells are text.
 
-
-def find_table(package: str, name: str) -> dict[str, Any]:
-    """A table by name.
-
-    Raises:
-        ConfigError: There is none of that name.
+    Attributes:
+        title: Description of the content.
+        columns: Headings of the columns; the first is that of the models.
+        rows: Rows of the table, each with one text per column.
     """
-    tables: dict[str, dict[str, Any]] = read_tables(package)["tables"]
-    if name not in tables:
-        raise ConfigError(f"there is no table {name!r}; known are {sorted(tables)}")
-    return tables[name]
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def to_markdown(self) -> str:
+        """Convert to Markdown, with numbers aligned to the right."""
+        lines = [self.columns, ("---", *["---:"] * (len(self.columns) - 1)), *self.rows]
+        body = "\n".join(
+            f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines
+        )
+        return f"**{self.title}**\n\n{body}\n"
+
+    def transposed(self, head: str) -> "Table":
+        """Swap rows and columns; `head` is the heading of the new first column."""
+        names = tuple(row[0] for row in self.rows)
+        rows = tuple(
+            (column, *(row[index] for row in self.rows))
+            for index, column in enumerate(self.columns[1:], start=1)
+        )
+        return Table(self.title, (head, *names), rows)

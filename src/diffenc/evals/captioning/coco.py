@@ -8,13 +8,14 @@ Source:
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from diffenc.errors import ConfigError
-from diffenc.evals.base import Picture, Problem
 from diffenc.evals.captioning.data import CaptionItem, CaptionSet, check_ids
 from diffenc.evals.files import DatasetFiles
+from diffenc.evals.items import Picture, Problem
 from diffenc.storage.names import expanded, is_file, is_folder, printable
 from diffenc.storage.reading import DATA_BYTES, read_json
 
@@ -108,16 +109,14 @@ def load_karpathy(
         )
         if None in texts:
             problems.append(Problem("broken sentences", f"image {name}"))
-        found = [text for text in texts if text is not None]
-        entries.append((name, f"{folder}/{file}" if folder else file, found))
+        captions = [text for text in texts if text is not None]
+        entries.append((name, f"{folder}/{file}" if folder else file, captions))
     if not entries and not problems:
         raise ConfigError(f"{path} has no split {split!r}; it has {sorted(there)}")
     made = _caption_set(f"karpathy-{split}", path, entries, images, problems, image_ids)
     if split in ("val", "test") and len(entries) != _KARPATHY_SIZE:
         note = f"{len(entries)} images where Karpathy's {split} has {_KARPATHY_SIZE}"
-        made = CaptionSet(
-            made.name, made.source, made.items, False, made.problems, (*made.notes, note)
-        )
+        return replace(made, expected=None, notes=(*made.notes, note))
     return made
 
 
@@ -149,11 +148,11 @@ def load_coco(data: _Path, *, annotations: _Path | None = None, split: str = "te
 def _annotations_in(folder: Path) -> Path:
     places = (folder, folder / "annotations")
     for pattern in ("dataset_coco.json", "captions_*.json"):
-        found = sorted({path for place in places for path in place.glob(pattern)})
-        if len(found) == 1:
-            return found[0]
-        if found:
-            names = ", ".join(path.name for path in found)
+        candidates = sorted({path for place in places for path in place.glob(pattern)})
+        if len(candidates) == 1:
+            return candidates[0]
+        if candidates:
+            names = ", ".join(path.name for path in candidates)
             raise ConfigError(f"{folder} holds {names}; say which by --annotations (annotations=)")
     raise ConfigError(
         f"{folder} holds neither dataset_coco.json nor captions_*.json; put one there, or name it "
@@ -169,23 +168,23 @@ def _caption_set(
     problems: list[Problem],
     image_ids: Sequence[int | str] | None,
 ) -> CaptionSet:
-    found: dict[str, _Entry] = {}
+    by_id: dict[str, _Entry] = {}
     for entry in entries:
-        if entry[0] in found:
+        if entry[0] in by_id:
             problems.append(Problem("ids that occur twice", f"image {entry[0]}"))
-        found.setdefault(entry[0], entry)
-    wanted = None if image_ids is None else [str(each) for each in image_ids]
-    if wanted is not None:
-        check_ids(wanted, set(found), str(path))
+        by_id.setdefault(entry[0], entry)
+    requested_ids = None if image_ids is None else [str(each) for each in image_ids]
+    if requested_ids is not None:
+        check_ids(requested_ids, set(by_id), str(path))
     files = DatasetFiles(images)
-    chosen = set(wanted or found)
+    chosen = set(requested_ids or by_id)
     items, bare = [], 0
-    for image_id, file, captions in found.values():
+    for image_id, file, captions in by_id.values():
         if image_id not in chosen:
             continue
         if not captions:
             bare += 1
-            if wanted is not None:
+            if requested_ids is not None:
                 problems.append(Problem("images without captions", f"image {image_id}"))
             continue
         picture = files.picture(file)
@@ -195,11 +194,18 @@ def _caption_set(
             reader = files.reader(picture)
             items.append(CaptionItem(image_id, Picture(picture, reader), tuple(captions)))
     notes = []
-    if bare and wanted is None:
+    if bare and requested_ids is None:
         notes.append(f"{bare} images have no captions and are left out")
-    if wanted is not None and len(wanted) < len(found):
-        notes.append(f"{len(wanted)} of {len(found)} images; CIDEr depends on which ones")
-    return CaptionSet(name, str(path), tuple(items), wanted is None, tuple(problems), tuple(notes))
+    if requested_ids is not None and len(requested_ids) < len(by_id):
+        notes.append(f"{len(requested_ids)} of {len(by_id)} images; CIDEr depends on which ones")
+    return CaptionSet(
+        name=name,
+        source=str(path),
+        items=tuple(items),
+        expected=len(items) if requested_ids is None else None,
+        problems=tuple(problems),
+        notes=tuple(notes),
+    )
 
 
 def _read_json(path: Path, keys: Sequence[str]) -> Mapping[str, Any]:

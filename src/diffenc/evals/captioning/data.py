@@ -1,11 +1,10 @@
 """Pictures and the captions that people gave them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from diffenc.errors import ConfigError
-from diffenc.evals.answering.base import check_positive
-from diffenc.evals.base import Picture, Problem
+from diffenc.evals.items import Benchmark, Picture, check_positive
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,26 +21,15 @@ class CaptionItem:
     picture: Picture
     references: tuple[str, ...]
 
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """The one picture."""
+        return (self.picture,)
 
-@dataclass(frozen=True, slots=True)
-class CaptionSet:
-    """Pictures with captions.
 
-    Attributes:
-        name: Name of the set in files and tables.
-        source: Origin of the pictures and captions, named in reports and messages.
-        items: Pictures with captions, in the order of the dataset.
-        published: Whether results may be compared with the paper's.
-        problems: Faults in the files of the dataset.
-        notes: Remarks that do not stop an evaluation.
-    """
-
-    name: str
-    source: str
-    items: tuple[CaptionItem, ...]
-    published: bool = False
-    problems: tuple[Problem, ...] = ()
-    notes: tuple[str, ...] = ()
+@dataclass(frozen=True, kw_only=True)
+class CaptionSet(Benchmark[CaptionItem]):
+    """Pictures with captions, in the order of the dataset."""
 
     def select(
         self, image_ids: Sequence[int | str] | None = None, *, limit: int | None = None
@@ -63,10 +51,8 @@ class CaptionSet:
         if limit is not None:
             check_positive(limit=limit)
             items = items[:limit]
-        if len(items) == len(self.items):
-            return self
         note = f"{len(items)} of {len(self.items)} images; CIDEr depends on which ones"
-        return replace(self, items=items, notes=(*self.notes, note))
+        return self.with_items(items, note)
 
 
 def check_ids(wanted: Sequence[str], known: "set[str]", source: str) -> None:

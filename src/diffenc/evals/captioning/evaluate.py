@@ -1,17 +1,13 @@
 """Let a model caption pictures, feed its captions back as prompts, and compare with references."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from diffenc._version import __version__
 from diffenc.errors import ConfigError
-from diffenc.evals.answering.asking import Asker, opened_asker
-from diffenc.evals.answering.base import Answerer, Query, Reading, check_positive
-from diffenc.evals.answering.paper import published_table
-from diffenc.evals.answering.pictures import left_out, whole_items
-from diffenc.evals.base import Problem
+from diffenc.evals.answerers import Answerer
+from diffenc.evals.asking import AnswerEvaluation, Asker, Query, asking
 from diffenc.evals.captioning.data import CaptionItem, CaptionSet
 from diffenc.evals.captioning.metrics import (
     METRICS,
@@ -24,10 +20,14 @@ from diffenc.evals.captioning.metrics import (
 )
 from diffenc.evals.captioning.tokens import Tokenizer
 from diffenc.evals.inspection import Progress
-from diffenc.evals.report import Table
+from diffenc.evals.items import check_positive
+from diffenc.evals.paper import published_table
+from diffenc.evals.tables import Table
 
 QUESTION = "Provide a one-sentence caption for the provided image."
 """LLaVA's; the paper does not state its own."""
+
+NO_PICTURE = "picture that can be captioned"
 
 Prompts = Mapping[str, str] | Callable[[CaptionItem], str]
 """Prompt of the encoder for each image: by image id, or as a function of the item."""
@@ -51,31 +51,18 @@ class CaptionPass:
     scores: CaptionScores | None
 
 
-@dataclass(frozen=True)
-class CaptionEvaluation:
+@dataclass(frozen=True, kw_only=True)
+class CaptionEvaluation(AnswerEvaluation[CaptionItem]):
     """Captions of a model in one pass or more.
 
     Attributes:
-        model: Name of the model, as it appears in the report.
-        description: Everything that the captions depend on, as JSON values.
-        data: Data set that was captioned.
-        items: Items that could be captioned.
         question: Text that the language model was asked.
         passes: Rounds in order; from the second on, the captions of the round before were the
             prompts.
-        problems: Reasons why other items were left out.
-        fresh: Number of captions that were generated in this run; the others were in the results
-            file.
     """
 
-    model: str
-    description: Mapping[str, Any]
-    data: CaptionSet
-    items: tuple[CaptionItem, ...]
     question: str
     passes: tuple[CaptionPass, ...]
-    problems: tuple[Problem, ...] = ()
-    fresh: int = field(default=0, compare=False)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -85,17 +72,12 @@ class CaptionEvaluation:
         empty = [f"pass {p.number}: {p.scores.empty}" for p in self.passes if p.scores]
         some = any(p.scores.empty for p in self.passes if p.scores)
         bare = (f"captions without a word count as 0: {', '.join(empty)}",) if some else ()
-        return (*left_out(self.problems), *self.data.notes, *words, *bare)
+        return (*super().notes, *words, *bare)
 
     def to_dict(self) -> dict[str, Any]:
         """Every number, as JSON holds it."""
         return {
-            "version": __version__,
-            "data": self.data.name,
-            "source": self.data.source,
-            "items": len(self.items),
-            "model": self.model,
-            "description": dict(self.description),
+            **super().to_dict(),
             "question": self.question,
             "passes": [asdict(each) for each in self.passes],
             "notes": list(self.notes),
@@ -147,76 +129,48 @@ def evaluate_captions(
     """
     check_positive(passes=passes)
     require_metrics(metrics, tokenizer)
-    items, reading = whole_captioned(data, skip_broken=skip_broken)
-    references = {item.id: item.references for item in items}
-    given = first_prompts(items, prompts)
-    made: list[CaptionPass] = []
-    with opened_asker(
+    references = {item.id: item.references for item in data.items}
+    rounds: list[CaptionPass] = []
+    with asking(
+        data,
         model,
-        reading.digests,
-        results,
-        task=f"captions of {data.name}",
-        source=data.source,
+        results=results,
         batch_size=batch_size,
-        progress=progress,
         skip_broken=skip_broken,
+        progress=progress,
+        protocol=f"captions of {data.name}",
+        lacking=NO_PICTURE,
     ) as asker:
+        texts = first_prompts(asker.items, prompts)
         for number in range(1, passes + 1):
-            captions = caption_images(asker, items, question, given, part=f"pass {number}")
-            items = asker.whole(items)
+            captions = caption_images(asker, question, texts, part=f"pass {number}")
             scores = None
             if metrics:
-                shown = {item.id: references[item.id] for item in items}
+                shown = {item.id: references[item.id] for item in asker.items}
                 scores = score_captions(shown, captions, metrics=metrics, tokenizer=tokenizer)
-            made.append(CaptionPass(number, given or {}, captions, scores))
-            given = captions
+            rounds.append(CaptionPass(number, texts or {}, captions, scores))
+            texts = captions
     return CaptionEvaluation(
-        model=model.name,
-        description=dict(model.description),
-        data=data,
-        items=items,
-        question=question,
-        passes=tuple(made),
-        problems=(*reading.problems, *asker.broken.values(), *asker.strangers()),
-        fresh=asker.fresh,
-    )
-
-
-def whole_captioned(
-    data: CaptionSet, *, skip_broken: bool
-) -> tuple[tuple[CaptionItem, ...], Reading]:
-    """Items whose picture can be read, and what was found.
-
-    Raises:
-        ConfigError: There are problems and they are not to be skipped, or no item is left.
-    """
-    return whole_items(
-        data.items,
-        lambda item: [item.picture],
-        source=data.source,
-        problems=data.problems,
-        skip_broken=skip_broken,
-        otherwise="picture that can be captioned",
+        benchmark=data, question=question, passes=tuple(rounds), **asker.facts()
     )
 
 
 def caption_images(
-    asker: Asker,
-    items: Sequence[CaptionItem],
+    asker: Asker[CaptionItem],
     question: str,
     prompts: Mapping[str, str] | None,
     *,
     part: str,
 ) -> dict[str, str]:
-    """Ask for one caption per item; returns them by id, without spaces around.
+    """Ask for one caption per item of the asker; returns them by id, without spaces around.
 
     Raises:
         ConfigError: The file holds captions made from something else.
         ShapeError: The model returns something else than one text per question.
     """
     queries = [
-        Query(item.id, (item.picture,), question, None if prompts is None else prompts[item.id])
-        for item in items
+        Query(item.id, item.pictures, question, None if prompts is None else prompts[item.id])
+        for item in asker.items
     ]
     answers = asker.ask(queries, part=part)
     return {name: answer.strip() for name, answer in answers.items()}
@@ -257,7 +211,7 @@ def caption_table(evaluations: Sequence[CaptionEvaluation], *, paper: bool | Non
         values = [one.scores.values.get(metric) for metric in metrics]
         rows.append((name, *("–" if value is None else f"{value:.2f}" for value in values)))
     titles = tuple(TITLES[metric] for metric in metrics)
-    if first.data.published if paper is None else paper:
+    if first.benchmark.published if paper is None else paper:
         rows += published_table("captions").beside(titles)
-    title = f"captions of {first.data.name}, {len(first.items)} images, metrics times 100"
+    title = f"captions of {first.benchmark.name}, {len(first.items)} images, metrics times 100"
     return Table(title, ("model", *titles), tuple(rows))

@@ -1,9 +1,8 @@
 """Captions on the miniature world: references are paraphrases, all of them true."""
 
 from diffenc.errors import ConfigError
-from diffenc.evals.answering.base import check_positive
-from diffenc.evals.base import Picture
 from diffenc.evals.captioning.data import CaptionItem, CaptionSet
+from diffenc.evals.items import Picture, check_positive
 from diffenc.shapes import captions, render, sample_scenes
 
 CAPTIONS_SEED = 961_000
@@ -34,4 +33,4 @@ def shapes_captions(
         texts = captions(scene, references, seed=seed + index)
         picture = Picture(f"scene {index} of seed {seed}", render(scene, size))
         items.append(CaptionItem(str(index), picture, tuple(texts)))
-    return CaptionSet("shapes-captions", f"shapes, seed {seed}", tuple(items))
+    return CaptionSet(name="shapes-captions", source=f"shapes, seed {seed}", items=tuple(items))

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from diffenc.evals.base import Picture, Problem
+from diffenc.evals.items import Benchmark, Picture
 
 Score = Literal["pairs", "tasks"]
 
@@ -38,29 +38,16 @@ class ChoiceItem:
     labels: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class ChoiceBenchmark:
+@dataclass(frozen=True, kw_only=True)
+class ChoiceBenchmark(Benchmark[ChoiceItem]):
     """Questions with options.
 
     Attributes:
-        name: Name of the benchmark whose rules apply, such as "mmvp" or "blink".
-        source: Origin of the items, named in reports and messages.
-        items: Items that could be read.
         score: Rule of the overall result: the share of "pairs" whose two answers are both right, or
             the mean of the accuracies of "tasks".
         groups: Names of all groups of the published benchmark, in its order; empty for a benchmark
             with other groups.
-        expected: Number of items of the published benchmark; None for other data, such as
-            miniatures.
-        problems: Faults in the files of the benchmark.
-        notes: Remarks that do not stop an evaluation.
     """
 
-    name: str
-    source: str
-    items: tuple[ChoiceItem, ...]
     score: Score
     groups: tuple[str, ...] = ()
-    expected: int | None = None
-    problems: tuple[Problem, ...] = ()
-    notes: tuple[str, ...] = ()

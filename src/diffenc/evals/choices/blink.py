@@ -11,10 +11,9 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from diffenc.errors import ConfigError
-from diffenc.evals.answering.pictures import picture_of
-from diffenc.evals.base import Problem
 from diffenc.evals.choices.base import LETTER_INSTRUCTION, ChoiceBenchmark, ChoiceItem
 from diffenc.evals.files import resolve_data
+from diffenc.evals.items import Problem, picture_of
 from diffenc.evals.rows import Column, Row, plain_name, read_parquet, rows_of
 
 REPOSITORIES = ("BLINK-Benchmark/BLINK",)

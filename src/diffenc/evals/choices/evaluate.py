@@ -1,22 +1,20 @@
 """Ask a model questions with options, read its answers, and count."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from diffenc._version import __version__
-from diffenc.evals.answering.asking import opened_asker
-from diffenc.evals.answering.base import Answerer, Query
-from diffenc.evals.answering.paper import PublishedTable, published_table
-from diffenc.evals.answering.pictures import left_out, whole_items
-from diffenc.evals.base import Problem
+from diffenc.evals.answerers import Answerer
+from diffenc.evals.asking import AnswerEvaluation, Query, asking
 from diffenc.evals.choices.base import ChoiceBenchmark, ChoiceItem
 from diffenc.evals.choices.extraction import Rule, extract_choice
 from diffenc.evals.inspection import Progress
-from diffenc.evals.metrics import Result
-from diffenc.evals.report import Table, percent
+from diffenc.evals.paper import PublishedTable, published_table
+from diffenc.evals.results import Result, mean, percent
+from diffenc.evals.tables import Table
 
 Reader = Callable[[str, Sequence[str]], tuple[int, Rule] | None]
 """Function from an answer and its options to the option's index; see `extract_choice`."""
@@ -39,41 +37,30 @@ class Choice:
     right: bool
 
 
-@dataclass(frozen=True)
-class ChoiceEvaluation:
-    """Answers of a model to a benchmark.
+@dataclass(frozen=True, kw_only=True)
+class ChoiceEvaluation(AnswerEvaluation[ChoiceItem]):
+    """Answers of a model to questions with options.
 
     Attributes:
-        model: Name of the model, as it appears in the report.
-        description: Everything that the answers depend on, as JSON values.
         benchmark: Benchmark whose questions were asked.
-        items: Items that could be asked.
         choices: Answer of the model to each item and how it was read, by id of the item.
-        problems: Reasons why other items were left out.
-        fresh: Number of questions that were asked in this run; the others were answered in the
-            results file.
     """
 
-    model: str
-    description: Mapping[str, Any]
     benchmark: ChoiceBenchmark
-    items: tuple[ChoiceItem, ...]
     choices: Mapping[str, Choice]
-    problems: tuple[Problem, ...] = ()
-    fresh: int = field(default=0, compare=False)
 
     @property
     def overall(self) -> float:
         """The benchmark's own number, in percent: of pairs, or the mean over tasks."""
         groups = self.by_group()
         if self.benchmark.score == "tasks":
-            return _mean([result.mean for result in groups.values()])
-        return _mean([100.0 * (result.mean == 100) for result in groups.values()])
+            return mean([result.mean for result in groups.values()])
+        return mean([100.0 * (result.mean == 100) for result in groups.values()])
 
     @property
     def accuracy(self) -> float:
         """Percentage of single questions that are answered rightly."""
-        return _mean([100.0 * self.choices[item.id].right for item in self.items])
+        return mean([100.0 * self.choices[item.id].right for item in self.items])
 
     @property
     def chance(self) -> float:
@@ -82,8 +69,8 @@ class ChoiceEvaluation:
         for item in self.items:
             groups.setdefault(item.group, []).append(1 / len(item.options))
         if self.benchmark.score == "tasks":
-            return 100 * _mean([_mean(each) for each in groups.values()])
-        return 100 * _mean([_product(each) for each in groups.values()])
+            return 100 * mean([mean(each) for each in groups.values()])
+        return 100 * mean([math.prod(each) for each in groups.values()])
 
     @property
     def unread(self) -> int:
@@ -97,12 +84,12 @@ class ChoiceEvaluation:
 
     def by_group(self) -> dict[str, Result]:
         """Accuracy of each pair or task, in the benchmark's order."""
-        found: dict[str, list[bool]] = {}
+        right: dict[str, list[bool]] = {}
         for item in self.items:
-            found.setdefault(item.group, []).append(self.choices[item.id].right)
-        order = [*(name for name in self.benchmark.groups if name in found)]
-        order += [name for name in found if name not in order]
-        return {name: Result((100 * _mean(found[name]),), len(found[name])) for name in order}
+            right.setdefault(item.group, []).append(self.choices[item.id].right)
+        known = [name for name in self.benchmark.groups if name in right]
+        order = dict.fromkeys([*known, *right])
+        return {name: Result((100 * mean(right[name]),), len(right[name])) for name in order}
 
     def by_label(self, kind: str) -> dict[str, float]:
         """The benchmark's own number over the items of each label of a kind."""
@@ -110,8 +97,9 @@ class ChoiceEvaluation:
         return {label: self._of(kind, label).overall for label in labels}
 
     def _of(self, kind: str, label: str) -> "ChoiceEvaluation":
-        items = tuple(item for item in self.items if item.labels.get(kind) == label)
-        return ChoiceEvaluation(self.model, {}, self.benchmark, items, self.choices)
+        return replace(
+            self, items=tuple(item for item in self.items if item.labels.get(kind) == label)
+        )
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -122,18 +110,13 @@ class ChoiceEvaluation:
             f"answers read by {read or 'no rule'}; {self.unread} unread, which count as wrong "
             f"({100 * self.unread_share:.1f} percent of {len(self.items)})"
         )
-        return (*left_out(self.problems), *self.benchmark.notes, said)
+        return (*super().notes, said)
 
     def to_dict(self) -> dict[str, Any]:
         """Every number and answer, as JSON holds it."""
         return {
-            "version": __version__,
-            "benchmark": self.benchmark.name,
-            "source": self.benchmark.source,
+            **super().to_dict(),
             "score": self.benchmark.score,
-            "items": len(self.items),
-            "model": self.model,
-            "description": dict(self.description),
             "overall": self.overall,
             "accuracy": self.accuracy,
             "chance": self.chance,
@@ -179,40 +162,25 @@ def evaluate_choices(
         OutputError: The results file cannot be written.
         ShapeError: The model returns something else than one text per question.
     """
-    keep = _whole_pairs if benchmark.score == "pairs" else tuple
-    items, reading = whole_items(
-        benchmark.items,
-        lambda item: item.pictures,
-        source=benchmark.source,
-        problems=benchmark.problems,
-        skip_broken=skip_broken,
-        otherwise="question that can be asked",
-        keep=keep,
-    )
-    queries = [
-        Query(item.id, item.pictures, item.text, None if prompts is None else prompts(item))
-        for item in items
-    ]
-    with opened_asker(
+    with asking(
+        benchmark,
         model,
-        reading.digests,
-        results,
-        task=benchmark.name,
-        source=benchmark.source,
+        results=results,
         batch_size=batch_size,
-        progress=progress,
         skip_broken=skip_broken,
+        progress=progress,
+        keep=_whole_pairs if benchmark.score == "pairs" else tuple,
     ) as asker:
-        answers = asker.ask(queries)
-        items = tuple(keep(asker.whole(items)))
+        answers = asker.ask(
+            [
+                Query(item.id, item.pictures, item.text, None if prompts is None else prompts(item))
+                for item in asker.items
+            ]
+        )
     return ChoiceEvaluation(
-        model=model.name,
-        description=dict(model.description),
         benchmark=benchmark,
-        items=items,
-        choices={item.id: _choice(item, answers[item.id], reader) for item in items},
-        problems=(*reading.problems, *asker.broken.values(), *asker.strangers()),
-        fresh=asker.fresh,
+        choices={item.id: _choice(item, answers[item.id], reader) for item in asker.items},
+        **asker.facts(),
     )
 
 
@@ -235,13 +203,13 @@ def choice_table(evaluations: Sequence[ChoiceEvaluation], *, paper: bool | None 
     columns = (*groups, "questions", own)
     rows = []
     for each in evaluations:
-        found = each.by_group()
-        cells = [percent(found[group].mean) for group in groups]
+        results = each.by_group()
+        cells = [results[group].text for group in groups]
         rows.append((each.model, *cells, percent(each.accuracy), percent(each.overall)))
     chances = [_chance(first, group) for group in groups]
-    questions = 100 * _mean([1 / len(item.options) for item in first.items])
+    questions = 100 * mean([1 / len(item.options) for item in first.items])
     rows.append(("chance", *map(percent, chances), percent(questions), percent(first.chance)))
-    if first.benchmark.expected is not None if paper is None else paper:
+    if first.benchmark.published if paper is None else paper:
         rows += _paper_rows(published_table("vqa"), name, groups)
     title = f"{name}, {len(first.items)} questions, percent{_unread(evaluations)}"
     return Table(title, ("model", *columns), tuple(rows))
@@ -263,9 +231,9 @@ def _paper_rows(table: PublishedTable, name: str, groups: Sequence[str]) -> list
         by_task = published_table("blink")
         rows = by_task.beside(tuple(groups))
         whole = set(groups) == set(by_task.columns)
-        means = [_mean([v for v in row.values if v is not None]) for row in by_task.rows]
-        own = [percent(mean) if whole else "–" for mean in means]
-        return [(*row, "–", mean) for row, mean in zip(rows, own, strict=True)]
+        means = [mean([v for v in row.values if v is not None]) for row in by_task.rows]
+        overall = [percent(each) if whole else "–" for each in means]
+        return [(*row, "–", each) for row, each in zip(rows, overall, strict=True)]
     column = {"mmvp": "MMVP"}.get(name, name)
     return [(head, "–", value) for head, value in table.beside((column,))]
 
@@ -277,15 +245,4 @@ def _choice(item: ChoiceItem, answer: str, reader: Reader) -> Choice:
 
 
 def _chance(evaluation: ChoiceEvaluation, group: str) -> float:
-    return 100 * _mean([1 / len(i.options) for i in evaluation.items if i.group == group])
-
-
-def _product(values: Sequence[float]) -> float:
-    found = 1.0
-    for value in values:
-        found *= value
-    return found
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    return 100 * mean([1 / len(i.options) for i in evaluation.items if i.group == group])

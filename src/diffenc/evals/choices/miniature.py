@@ -5,9 +5,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from diffenc.errors import ConfigError
-from diffenc.evals.answering.base import check_positive
-from diffenc.evals.base import Picture
 from diffenc.evals.choices.base import ChoiceBenchmark, ChoiceItem
+from diffenc.evals.items import Picture, check_positive
 from diffenc.shapes import (
     ContrastPair,
     Question,
@@ -58,7 +57,9 @@ def shapes_mmvp(
                     source=f"mmvp, seed {seed}",
                 )
             )
-    return ChoiceBenchmark("mmvp", f"shapes, seed {seed}", tuple(items), "pairs")
+    return ChoiceBenchmark(
+        name="mmvp", source=f"shapes, seed {seed}", items=tuple(items), score="pairs"
+    )
 
 
 def shapes_blink(
@@ -94,8 +95,13 @@ def shapes_blink(
                     source=f"blink, seed {seed}",
                 )
             )
-    tasks = tuple(_TASKS)
-    return ChoiceBenchmark("blink", f"shapes, seed {seed}", tuple(items), "tasks", groups=tasks)
+    return ChoiceBenchmark(
+        name="blink",
+        source=f"shapes, seed {seed}",
+        items=tuple(items),
+        score="tasks",
+        groups=tuple(_TASKS),
+    )
 
 
 _Asked = tuple[list[Scene], str, list[str], str]

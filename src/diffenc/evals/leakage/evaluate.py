@@ -1,18 +1,14 @@
 """The protocol of mismatched captions: is the image described, or its foreign prompt?"""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from diffenc._version import __version__
-from diffenc.evals.answering.asking import opened_asker
-from diffenc.evals.answering.base import Answerer
-from diffenc.evals.answering.paper import published_table
-from diffenc.evals.answering.pictures import left_out
-from diffenc.evals.base import Problem
+from diffenc.evals.answerers import Answerer
+from diffenc.evals.asking import AnswerEvaluation, asking
 from diffenc.evals.captioning.data import CaptionItem, CaptionSet
-from diffenc.evals.captioning.evaluate import QUESTION, caption_images, whole_captioned
+from diffenc.evals.captioning.evaluate import NO_PICTURE, QUESTION, caption_images
 from diffenc.evals.captioning.metrics import (
     METRICS,
     TITLES,
@@ -25,19 +21,16 @@ from diffenc.evals.captioning.metrics import (
 from diffenc.evals.captioning.tokens import Tokenizer
 from diffenc.evals.inspection import Progress
 from diffenc.evals.leakage.derangement import mismatched_prompts
-from diffenc.evals.leakage.readout import PromptReadout, ordered, prompt_readout
-from diffenc.evals.report import Table
+from diffenc.evals.leakage.readout import PromptReadout, prompt_readout
+from diffenc.evals.paper import published_table
+from diffenc.evals.tables import Table
 
 
-@dataclass(frozen=True)
-class LeakageEvaluation:
+@dataclass(frozen=True, kw_only=True)
+class LeakageEvaluation(AnswerEvaluation[CaptionItem]):
     """Captions of a model for images, under captions of other images as prompts.
 
     Attributes:
-        model: Name of the model, as it appears in the report.
-        description: Everything that the captions depend on, as JSON values.
-        data: Data set that the images come from.
-        items: Items that could be captioned.
         seed: Seed of the choice of foreign prompts.
         prompts: Foreign prompt of each image, by id.
         captions: Caption that the model gave each image under its foreign prompt, by id.
@@ -48,14 +41,8 @@ class LeakageEvaluation:
             caption has in common with any other. None if no metric was asked for.
         against_image: Scores of the captions against the image's own references. High is good. None
             if no metric was asked for.
-        problems: Reasons why other items were left out.
-        fresh: Number of captions that were generated in this run.
     """
 
-    model: str
-    description: Mapping[str, Any]
-    data: CaptionSet
-    items: tuple[CaptionItem, ...]
     seed: int
     prompts: Mapping[str, str]
     captions: Mapping[str, str]
@@ -63,33 +50,26 @@ class LeakageEvaluation:
     against_prompt: CaptionScores | None
     floor: CaptionScores | None
     against_image: CaptionScores | None
-    problems: tuple[Problem, ...] = ()
-    fresh: int = field(default=0, compare=False)
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Remarks on data and images that were left out."""
         skipped = self.readout.skipped
         bare = (f"{skipped} images whose prompts hold no foreign word",) if skipped else ()
-        return (*left_out(self.problems), *self.data.notes, *bare)
+        return (*super().notes, *bare)
 
     def to_dict(self) -> dict[str, Any]:
         """Every number, as JSON holds it."""
         scores = {
-            name: None if found is None else asdict(found)
-            for name, found in (
+            name: None if each is None else asdict(each)
+            for name, each in (
                 ("against_prompt", self.against_prompt),
                 ("floor", self.floor),
                 ("against_image", self.against_image),
             )
         }
         return {
-            "version": __version__,
-            "data": self.data.name,
-            "source": self.data.source,
-            "items": len(self.items),
-            "model": self.model,
-            "description": dict(self.description),
+            **super().to_dict(),
             "seed": self.seed,
             "readout": asdict(self.readout),
             **scores,
@@ -143,28 +123,27 @@ def evaluate_leakage(
         The mismatched captions of the paper's table 6; how it draws them is not stated.
     """
     require_metrics(metrics, tokenizer)
-    items, reading = whole_captioned(data, skip_broken=skip_broken)
-    ids = [item.id for item in items]
-    foreign = [
-        dict(zip(ids, each.prompts, strict=True)) for each in mismatched_prompts(items, seed=seed)
-    ]
-    with opened_asker(
+    with asking(
+        data,
         model,
-        reading.digests,
-        results,
-        task=f"leakage on {data.name}",
-        source=data.source,
+        results=results,
         batch_size=batch_size,
-        progress=progress,
         skip_broken=skip_broken,
+        progress=progress,
+        protocol=f"leakage on {data.name}",
+        lacking=NO_PICTURE,
     ) as asker:
-        said = [
-            caption_images(asker, items, question, prompts, part=f"{part}, seed {seed}")
-            for part, prompts in zip(("mismatched", "control"), foreign, strict=True)
-        ]
-        items = asker.whole(items)
-    ids = [item.id for item in items]
-    said = [{name: each[name] for name in ids} for each in said]
+        drawn = mismatched_prompts(asker.items, seed=seed)
+        every = [item.id for item in asker.items]
+        foreign, control = (dict(zip(every, each.prompts, strict=True)) for each in drawn)
+        captions = caption_images(asker, question, foreign, part=f"mismatched, seed {seed}")
+        compared = caption_images(asker, question, control, part=f"control, seed {seed}")
+    ids = [item.id for item in asker.items]
+    captions, compared, foreign, control = (
+        {name: texts[name] for name in ids} for texts in (captions, compared, foreign, control)
+    )
+    prompts = {name: [text] for name, text in foreign.items()}
+    references = {item.id: item.references for item in asker.items}
 
     def scores(
         references: Mapping[str, Sequence[str]], captions: Mapping[str, str]
@@ -173,25 +152,20 @@ def evaluate_leakage(
             return None
         return score_captions(references, captions, metrics=metrics, tokenizer=tokenizer)
 
-    prompt = {name: [foreign[0][name]] for name in ids}
     return LeakageEvaluation(
-        model=model.name,
-        description=dict(model.description),
-        data=data,
-        items=items,
+        benchmark=data,
         seed=seed,
-        prompts={name: foreign[0][name] for name in ids},
-        captions=said[0],
+        prompts=foreign,
+        captions=captions,
         readout=prompt_readout(
-            (ordered(foreign[0], ids), ordered(foreign[1], ids)),
-            (ordered(said[0], ids), ordered(said[1], ids)),
-            [item.references for item in items],
+            (tuple(foreign.values()), tuple(control.values())),
+            (tuple(captions.values()), tuple(compared.values())),
+            list(references.values()),
         ),
-        against_prompt=scores(prompt, said[0]),
-        floor=scores(prompt, said[1]),
-        against_image=scores({item.id: item.references for item in items}, said[0]),
-        problems=(*reading.problems, *asker.broken.values(), *asker.strangers()),
-        fresh=asker.fresh,
+        against_prompt=scores(prompts, captions),
+        floor=scores(prompts, compared),
+        against_image=scores(references, captions),
+        **asker.facts(),
     )
 
 
@@ -211,21 +185,21 @@ def leakage_table(
     columns = tuple(f"{TITLES[m]} ({kind})" for kind in kinds for m in metrics)
     rows = []
     for name, each in evaluations:
-        found = (each.against_prompt, each.floor, each.against_image)
-        values = [f"{part.values[m]:.2f}" for part in found if part for m in metrics]
+        parts = (each.against_prompt, each.floor, each.against_image)
+        values = [f"{part.values[m]:.2f}" for part in parts if part for m in metrics]
         rows.append((name, _readout(each.readout), *values))
-    if metrics and (first.data.published if paper is None else paper):
+    if metrics and (first.benchmark.published if paper is None else paper):
         plain = tuple(TITLES[metric] for metric in metrics)
         blank = ["–"] * (len(columns) - len(plain))
         rows += [
             (head, "–", *cells, *blank) for head, *cells in published_table("leakage").beside(plain)
         ]
     title = (
-        f"captions under prompts of other images, {first.data.name}, {len(first.items)} images: "
-        "prompt readout from -1 to 1 (0: the prompt is not read), metrics times 100"
+        f"captions under prompts of other images, {first.benchmark.name}, {len(first.items)} "
+        "images: prompt readout from -1 to 1 (0: the prompt is not read), metrics times 100"
     )
     return Table(title, ("model", "prompt readout", *columns), tuple(rows))
 
 
-def _readout(found: PromptReadout) -> str:
-    return f"{found.value:.3f}" + ("" if found.error is None else f" ± {found.error:.3f}")
+def _readout(readout: PromptReadout) -> str:
+    return f"{readout.value:.3f}" + ("" if readout.error is None else f" ± {readout.error:.3f}")

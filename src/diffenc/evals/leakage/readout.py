@@ -1,7 +1,7 @@
 """One number for how much of a prompt is said."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from diffenc.errors import ConfigError
@@ -96,11 +96,6 @@ def prompt_readout(
         images=len(rows),
         skipped=len(references) - len(rows),
     )
-
-
-def ordered(texts: Mapping[str, str], ids: Sequence[str]) -> list[str]:
-    """Texts in the order of their ids."""
-    return [texts[name] for name in ids]
 
 
 def _of_image(

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from diffenc.errors import ConfigError
-from diffenc.evals.answering.base import Answerer, FunctionAnswerer
+from diffenc.evals.answerers import Answerer, FunctionAnswerer
 from diffenc.evals.captioning.data import CaptionSet
 from diffenc.evals.leakage.evaluate import LeakageEvaluation, evaluate_leakage, leakage_table
-from diffenc.evals.report import Table
+from diffenc.evals.tables import Table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from diffenc.errors import ConfigError
-from diffenc.evals.base import Picture, Problem
 from diffenc.evals.files import DatasetFiles, resolve_data
+from diffenc.evals.items import Benchmark, Picture, Problem
 from diffenc.evals.rows import Column, Row, TableRows, read_jsonl
 from diffenc.storage.reading import decode, parse_json
 from diffenc.storage.schema import checked
@@ -49,30 +49,22 @@ class BenchItem:
     context: str
     reference: str
 
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """The one picture."""
+        return (self.picture,)
 
-@dataclass(frozen=True, slots=True)
-class LlavaBench:
+
+@dataclass(frozen=True, kw_only=True)
+class LlavaBench(Benchmark[BenchItem]):
     """Open questions with reference answers.
 
     Attributes:
-        name: Name of the benchmark in files and tables.
-        source: Origin of the questions, named in reports and messages.
-        items: Items that could be read.
         rules: Instruction of the judge and name of those who answer, by category, from a
             `rule.json` among the files; without one, diffenc's own wording is taken.
-        expected: Number of items of the published benchmark; None for other data, such as
-            miniatures.
-        problems: Faults in the files of the benchmark.
-        notes: Remarks that do not stop an evaluation.
     """
 
-    name: str
-    source: str
-    items: tuple[BenchItem, ...]
     rules: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    expected: int | None = None
-    problems: tuple[Problem, ...] = ()
-    notes: tuple[str, ...] = ()
 
 
 def load_llava_bench(

@@ -2,21 +2,19 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from diffenc._version import __version__
 from diffenc.errors import ConfigError
-from diffenc.evals.answering.asking import Asker, opened_asker
-from diffenc.evals.answering.base import Answerer, Query, check_positive, digest_of
-from diffenc.evals.answering.paper import published_table
-from diffenc.evals.answering.pictures import left_out, whole_items
-from diffenc.evals.base import Problem
+from diffenc.evals.answerers import Answerer
+from diffenc.evals.asking import AnswerEvaluation, Asker, Query, asking
 from diffenc.evals.inspection import Progress
+from diffenc.evals.items import check_positive, digest_of
 from diffenc.evals.llava_bench.data import CATEGORIES, BenchItem, LlavaBench
 from diffenc.evals.llava_bench.judge import RULE, Case, Judge, JudgeError, read_scores
-from diffenc.evals.report import Table
+from diffenc.evals.paper import published_table
+from diffenc.evals.tables import Table
 
 _LONGEST = 60.0  # seconds between two attempts
 
@@ -36,34 +34,24 @@ class Review:
     reply: str
 
 
-@dataclass(frozen=True)
-class BenchEvaluation:
+@dataclass(frozen=True, kw_only=True)
+class BenchEvaluation(AnswerEvaluation[BenchItem]):
     """Answers of a model and their reviews by a judge.
 
     Attributes:
-        model: Name of the model, as it appears in the report.
-        description: Everything that the answers depend on, as JSON values.
-        judge: Name of the judge; numbers of different judges do not compare.
         benchmark: Benchmark whose questions were asked.
-        items: Items that could be asked.
+        judge: Name of the judge; numbers of different judges do not compare.
         answers: Answer of the model to each item, by id.
         reviews: Review of each answer, by id; items whose review failed are missing, and count in
             no number.
         failures: Reason why the last attempt at a review failed, by id of the item.
-        problems: Reasons why other items were left out.
-        fresh: Number of answers and reviews that are new; the others were in the results file.
     """
 
-    model: str
-    description: Mapping[str, Any]
-    judge: str
     benchmark: LlavaBench
-    items: tuple[BenchItem, ...]
+    judge: str
     answers: Mapping[str, str]
     reviews: Mapping[str, Review]
     failures: Mapping[str, str]
-    problems: tuple[Problem, ...] = ()
-    fresh: int = field(default=0, compare=False)
 
     @property
     def complete(self) -> bool:
@@ -87,14 +75,14 @@ class BenchEvaluation:
         return {name: self._ratio(name) for name in (*order, *(n for n in there if n not in order))}
 
     def _ratio(self, category: str | None) -> float | None:
-        found = [
+        reviews = [
             self.reviews[item.id]
             for item in self.items
             if item.id in self.reviews and category in (None, item.category)
         ]
-        if not found:
+        if not reviews:
             return None
-        return 100 * sum(r.candidate for r in found) / sum(r.reference for r in found)
+        return 100 * sum(r.candidate for r in reviews) / sum(r.reference for r in reviews)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -107,18 +95,13 @@ class BenchEvaluation:
             "tries them again",
         )
         judge = f"judge {self.judge}; numbers of different judges do not compare"
-        notes = (*left_out(self.problems), *self.benchmark.notes, judge)
+        notes = (*super().notes, judge)
         return (*notes, *lacking) if self.failures else notes
 
     def to_dict(self) -> dict[str, Any]:
         """Every number, answer and review, as JSON holds it."""
         return {
-            "version": __version__,
-            "benchmark": self.benchmark.name,
-            "source": self.benchmark.source,
-            "items": len(self.items),
-            "model": self.model,
-            "description": dict(self.description),
+            **super().to_dict(),
             "judge": self.judge,
             "overall": self.overall,
             "categories": self.by_category(),
@@ -177,56 +160,47 @@ def evaluate_llava_bench(
     check_positive(attempts=attempts)
     if model.name == judge.name:
         raise ConfigError(f"model and judge are both called {judge.name!r}; rename one of them")
-    items, reading = whole_items(
-        benchmark.items,
-        lambda item: [item.picture],
-        source=benchmark.source,
-        problems=benchmark.problems,
-        skip_broken=skip_broken,
-        otherwise="question that can be asked",
-    )
-    queries = [
-        Query(item.id, (item.picture,), item.question, None if prompts is None else prompts(item))
-        for item in items
-    ]
-    with opened_asker(
+    with asking(
+        benchmark,
         model,
-        reading.digests,
-        results,
-        task=benchmark.name,
-        source=benchmark.source,
+        results=results,
         batch_size=batch_size,
-        progress=progress,
         skip_broken=skip_broken,
+        progress=progress,
     ) as asker:
-        answers = asker.ask(queries)
-        items = asker.whole(items)
-        court = _Court(judge, asker, attempts, wait, sleep)
-        for done, item in enumerate(items, start=1):
-            court.decide(item, _case(item, answers[item.id], benchmark))
+        answers = asker.ask(
+            [
+                Query(
+                    *(item.id, item.pictures, item.question),
+                    None if prompts is None else prompts(item),
+                )
+                for item in asker.items
+            ]
+        )
+        reviewer = _Reviewer(judge, asker, attempts, wait, sleep)
+        for done, item in enumerate(asker.items, start=1):
+            reviewer.review(item, _case(item, answers[item.id], benchmark))
             if progress is not None:
-                progress(done, len(items))
+                progress(done, len(asker.items))
+    facts = asker.facts()
+    facts["fresh"] += reviewer.fresh
     return BenchEvaluation(
-        model=model.name,
-        description=dict(model.description),
-        judge=judge.name,
         benchmark=benchmark,
-        items=items,
+        judge=judge.name,
         answers=answers,
-        reviews=court.reviews,
-        failures=court.failures,
-        problems=(*reading.problems, *asker.broken.values(), *asker.strangers()),
-        fresh=asker.fresh + court.fresh,
+        reviews=reviewer.reviews,
+        failures=reviewer.failures,
+        **facts,
     )
 
 
-class _Court:
+class _Reviewer:
     """Reviews of one model's answers by one judge, from the file or asked for."""
 
     def __init__(
         self,
         judge: Judge,
-        asker: Asker,
+        asker: Asker[BenchItem],
         attempts: int,
         wait: float,
         sleep: Callable[[float], object],
@@ -237,9 +211,9 @@ class _Court:
         self._judge, self._model, self._file = judge, asker.model.name, asker.file
         self._attempts, self._wait, self._sleep = attempts, wait, sleep
         if self._file is not None:
-            self._file.add_speaker(judge.name, judge.description)
+            self._file.add_model(judge.name, judge.description)
 
-    def decide(self, item: BenchItem, case: Case) -> None:
+    def review(self, item: BenchItem, case: Case) -> None:
         """Take the review from the file, or ask for one."""
         key = (self._judge.name, f"review of {self._model}", item.id)
         digest = digest_of(case.prompt)
@@ -289,11 +263,11 @@ def bench_table(evaluations: Sequence[BenchEvaluation], *, paper: bool | None = 
     columns = (*categories, "all")
     rows = []
     for each in evaluations:
-        found = {**each.by_category(), "all": each.overall}
-        cells = ("–" if found.get(c) is None else f"{found[c]:.1f}" for c in columns)
+        ratios = {**each.by_category(), "all": each.overall}
+        cells = ("–" if ratios.get(c) is None else f"{ratios[c]:.1f}" for c in columns)
         reviewed = "" if each.complete else f" ({len(each.reviews)} of {len(each.items)} reviewed)"
         rows.append((f"{each.model}{reviewed}", *cells))
-    if first.benchmark.expected is not None if paper is None else paper:
+    if first.benchmark.published if paper is None else paper:
         rows += published_table("vqa").beside(columns)
     title = (
         f"{first.benchmark.name}, {len(first.items)} questions, judge {first.judge}: 100 x mean "

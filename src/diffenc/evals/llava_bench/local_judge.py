@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from diffenc.errors import BackboneError
-from diffenc.evals.answering.base import check_positive
+from diffenc.evals.items import check_positive
 from diffenc.evals.llava_bench.judge import SYSTEM, Case, JudgeError
 from diffenc.inputs.tokenizing import token_ids
 from diffenc.mllm.language import context_of, filler_id, load_language_model

@@ -2,8 +2,7 @@
 
 import random
 
-from diffenc.evals.answering.base import check_positive
-from diffenc.evals.base import Picture
+from diffenc.evals.items import Picture, check_positive
 from diffenc.evals.llava_bench.data import BenchItem, LlavaBench
 from diffenc.shapes import caption, captions, questions, render, sample_scenes
 
@@ -42,4 +41,4 @@ def shapes_llava_bench(scenes: int = 20, *, seed: int = BENCH_SEED) -> LlavaBenc
         ):
             name = f"{index + 1}-{category}"
             items.append(BenchItem(name, picture, question, category, context, answer))
-    return LlavaBench("llava-bench", f"shapes, seed {seed}", tuple(items))
+    return LlavaBench(name="llava-bench", source=f"shapes, seed {seed}", items=tuple(items))

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from diffenc.evals.answering.base import FunctionAnswerer
+from diffenc.evals.answerers import FunctionAnswerer
 from diffenc.evals.captioning.evaluate import evaluate_captions
 from diffenc.evals.captioning.metrics import score_captions
 from diffenc.evals.captioning.miniature import shapes_captions

@@ -6,7 +6,7 @@ from typing import Any
 
 from diffenc.config import check_choice
 from diffenc.errors import ConfigError, near_matches
-from diffenc.evals.answering.paper import published_tables
+from diffenc.evals.paper import published_tables
 from diffenc.studies.vlm.claims import Key
 from diffenc.studies.vlm.findings import Finding
 from diffenc.studies.vlm.prompting import parse_prompting

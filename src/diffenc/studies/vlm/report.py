@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Iterator
 
-from diffenc.evals.answering.paper import published_source, published_table
+from diffenc.evals.paper import published_source, published_table
 from diffenc.studies.markdown import section
 from diffenc.studies.vlm.findings import RULE, DecidedFinding
 from diffenc.studies.vlm.results import VlmStudy

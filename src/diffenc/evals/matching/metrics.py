@@ -1,8 +1,6 @@
 """Text, image and group score of items with two pictures and two captions."""
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -10,7 +8,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from diffenc.errors import NonFiniteError, ShapeError
-from diffenc.evals.base import Average, Item
+from diffenc.evals.matching.base import Average, Item
+from diffenc.evals.results import Result, mean
 
 Metric = Literal["text", "image", "group"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
@@ -56,37 +55,6 @@ def tied(scores: Float[Tensor, "*trials items 2 2"]) -> Bool[Tensor, " items"]:
     return equal.any(dim=0)
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
-    """A percentage over several trials.
-
-    Attributes:
-        trials: Percentage of each trial, 0 to 100.
-        items: Number of items that each percentage is made from.
-    """
-
-    trials: tuple[float, ...]
-    items: int
-
-    @property
-    def mean(self) -> float:
-        """Mean over trials."""
-        return sum(self.trials) / len(self.trials)
-
-    @property
-    def std(self) -> float | None:
-        """Sample standard deviation over trials (ddof 1); None for one trial."""
-        if len(self.trials) < 2:
-            return None
-        return math.sqrt(sum((t - self.mean) ** 2 for t in self.trials) / (len(self.trials) - 1))
-
-    @property
-    def sampling_error(self) -> float:
-        """Half of the 95 % interval from the number of items alone: 1.96 sqrt(p (1 - p) / n)."""
-        share = self.mean / 100
-        return 196 * math.sqrt(max(0.0, share * (1 - share)) / self.items)
-
-
 Results = Mapping[Metric, Result]
 
 
@@ -125,6 +93,4 @@ def _result(right: Bool[Tensor, "trials items"]) -> Result:
 
 def _mean_of(results: Sequence[Result]) -> Result:
     trials = zip(*(result.trials for result in results), strict=True)
-    return Result(
-        tuple(sum(values) / len(values) for values in trials), sum(r.items for r in results)
-    )
+    return Result(tuple(mean(values) for values in trials), sum(r.items for r in results))

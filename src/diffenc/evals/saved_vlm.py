@@ -13,7 +13,8 @@ import torch
 
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import BackboneError, ConfigError
-from diffenc.evals.answering.base import Images, check_positive
+from diffenc.evals.answerers import Images
+from diffenc.evals.items import check_positive
 from diffenc.fusion import FusedEncoder
 from diffenc.mllm.model import DiffusionVLM
 from diffenc.mllm.model_folder import CONFIG_FILE, ENCODER, is_saved, read_saved

@@ -1,12 +1,12 @@
-"""JSON lines that are appended one by one, so that an interrupted run goes on where it stopped."""
+"""Scores and answers on disk, one line each, so that nothing is computed or asked twice."""
 
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, ClassVar, TypeVar
+from typing import IO, Any, TypeVar
 
 from diffenc._version import __version__
 from diffenc.config import check_choice
@@ -17,57 +17,96 @@ from diffenc.storage.schema import checked
 from diffenc.storage.writing import locked, reporting
 
 # `Self` is not known to the check of annotations at run time (make test-shapes).
-_File = TypeVar("_File", bound="JsonLinesFile")
+_File = TypeVar("_File", bound="RecordsFile")
 
 _NONE = object()
 
 _AGAIN = "again"
 """Key of a line that replaces an earlier one; any other second line is a copy."""
 
+_INSTEAD = "Take another file, or begin anew with --force"
+_INSTEAD_OF_NAME = "Take another file or another name, or begin anew with --force"
+
 Key = tuple[str, int | str, str]
 """Name of the model, trial or part of the protocol, id of the item."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wording:
-    """Names that a kind of file gives its lines, and the words of its error messages.
+class RecordKind:
+    """What a kind of file holds.
 
     Attributes:
         header: Type of the first line.
         line: Type of the lines that hold values.
-        keys: Names under which a line holds the three parts of its key.
+        part: Name under which a line holds the middle part of its key.
+        part_type: Type of that part.
         value: Name under which a line holds its value.
-        foreign: Predicate that describes a file of another kind: "it ...".
-        other_run: Predicate that describes a file with another header: "it ...".
-        values: Noun for the values of a model, in the plural.
+        value_type: Type of the values.
+        plural: Noun for the values of a model, in the plural.
         made_from: Noun phrase for the data that values are made from.
-        again: Command that deals with the item of a deleted line.
-        instead: Advice for a file of another run.
-        instead_of_name: Advice for another model by the same name.
+        check: Function that refuses values of that type that are none of this kind.
     """
 
     header: str
     line: str
-    keys: tuple[str, str, str]
+    part: str
+    part_type: type
     value: str
-    foreign: str
-    other_run: str
-    values: str
+    value_type: Any
+    plural: str
     made_from: str
-    again: str
-    instead: str
-    instead_of_name: str
+    check: Callable[[Any], None] = lambda value: None
+
+    @property
+    def keys(self) -> tuple[str, str, str]:
+        """Names under which a line holds the three parts of its key."""
+        return ("model", self.part, "item")
 
 
-class JsonLinesFile:
-    """A header, one line each model, and a line each value as it comes.
+def _check_scores(scores: Any) -> None:
+    if len(scores) != 2 or any(len(row) != 2 for row in scores):
+        raise ConfigError(f"scores must be of two pictures and two captions, got {scores}")
+    if len({len(parts) for row in scores for parts in row if isinstance(parts, list)}) > 1:
+        raise ConfigError(f"scores must all have as many parts, got {scores}")
 
-    Lines are appended whole; a last line that was torn by a crash is removed when the file is
-    opened. What a value was made from is kept as a digest, so that it is never taken for another.
-    While one program has the file open, no other one opens it.
+
+SCORES = RecordKind(
+    header="benchmark",
+    line="score",
+    part="seed",
+    part_type=int,
+    value="scores",
+    value_type=list[list[float]] | list[list[list[float]]],
+    plural="scores",
+    made_from="the pictures or captions",
+    check=_check_scores,
+)
+"""Scores `[[s(image 0, text 0), s(0, 1)], [s(1, 0), s(1, 1)]]` of an item in one trial."""
+
+ANSWERS = RecordKind(
+    header="answers",
+    line="answer",
+    part="part",
+    part_type=str,
+    value="answer",
+    value_type=str,
+    plural="answers",
+    made_from="the question, prompt or pictures",
+)
+"""Answers of a model, or a judge's reviews of them, by part of the protocol."""
+
+
+class RecordsFile:
+    """JSON lines: what is measured, by whom, and every value as it comes.
+
+    The first line describes the task, one line each model, and every other line holds one value. A
+    digest says what a value was made from, so that it is never taken for another. Lines are
+    appended whole; a last line that was torn by a crash is removed when the file is opened. While
+    one program has the file open, no other one opens it.
 
     Args:
         path: Path of the file, which is created if it does not exist.
+        kind: What the file holds: `SCORES` or `ANSWERS`.
         header: Facts that must equal those of an existing file for its values to be reused.
         source: Origin of the items; written into the file, not compared.
 
@@ -76,15 +115,13 @@ class JsonLinesFile:
         OutputError: It cannot be read or written, or another program has it open.
     """
 
-    wording: ClassVar[Wording]
-    parts: ClassVar[type]
-    """Type of the middle part of keys."""
-
-    def __init__(self, path: Path, header: Mapping[str, Any], *, source: str) -> None:
-        self.path = path
+    def __init__(
+        self, path: Path, kind: RecordKind, header: Mapping[str, Any], *, source: str = ""
+    ) -> None:
+        self.path, self.kind = path, kind
         self._models: dict[str, Any] = {}
         self._values: dict[Key, tuple[str, Any]] = {}
-        header = {"type": self.wording.header, "format": 1, **header}
+        header = {"type": kind.header, "format": 1, **header}
         with ExitStack() as stack:
             stack.enter_context(locked(path.parent, name=path.name, purpose="writing to it"))
             self._read(header)
@@ -113,15 +150,15 @@ class JsonLinesFile:
         Raises:
             ConfigError: The file holds one that was made from something else.
         """
-        found = self._values.get(key)
-        if found is None:
+        entry = self._values.get(key)
+        if entry is None:
             return None
-        if found[0] != digest:
+        if entry[0] != digest:
             raise ConfigError(
-                f"{self.path} was made from other data: {self.wording.made_from} of item "
-                f"{key[2]!r} differ. {self.wording.instead}"
+                f"{self.path} was made from other data: {self.kind.made_from} of item "
+                f"{key[2]!r} differ. {_INSTEAD}"
             )
-        return found[1]
+        return entry[1]
 
     def add(self, key: Key, digest: str, value: Any, **more: Any) -> None:
         """Append a value, which takes the place of one by that key; `more` is for readers.
@@ -131,19 +168,15 @@ class JsonLinesFile:
         """
         again = {_AGAIN: True} if key in self._values else {}
         self._values[key] = (digest, value)
-        line = {"type": self.wording.line, **dict(zip(self.wording.keys, key, strict=True))}
-        self._write({**line, **again, "digest": digest, **more, self.wording.value: value})
+        line = {"type": self.kind.line, **dict(zip(self.kind.keys, key, strict=True))}
+        self._write({**line, **again, "digest": digest, **more, self.kind.value: value})
 
     def others(self, model: str, items: Collection[str]) -> list[str]:
         """Items for which the file holds values of a model, other than these."""
         there = (item for name, _, item in self._values if name == model and item not in items)
         return list(dict.fromkeys(there))
 
-    def check_value(self, value: Any) -> Any:
-        """A value of a line, or a `ConfigError` where it is none of this kind of file."""
-        raise NotImplementedError
-
-    def _add_model(self, name: str, description: Mapping[str, Any]) -> None:
+    def add_model(self, name: str, description: Mapping[str, Any]) -> None:
         """Note what a model's values depend on.
 
         Raises:
@@ -156,15 +189,15 @@ class JsonLinesFile:
             self._write({"type": "model", "name": name, "description": plain})
         elif known != plain:
             raise ConfigError(
-                f"{self.path} holds {self.wording.values} of {name!r} in another configuration: "
-                f"{'; '.join(differences(known, plain))}. {self.wording.instead_of_name}"
+                f"{self.path} holds {self.kind.plural} of {name!r} in another configuration: "
+                f"{'; '.join(differences(known, plain))}. {_INSTEAD_OF_NAME}"
             )
 
     def _read(self, header: Mapping[str, Any]) -> None:
         there = is_file(self.path)
         content = read_bytes(self.path, error=OutputError, most=DATA_BYTES) if there else b""
         whole, _, torn = content.rpartition(b"\n")
-        start = f'{{"type": "{self.wording.header}"'.encode()
+        start = f'{{"type": "{self.kind.header}"'.encode()
         if not whole and not (torn.startswith(start) or start.startswith(torn)):
             raise self._foreign()
         lines = [self._parse(n, line) for n, line in enumerate(whole.split(b"\n"), 1) if whole]
@@ -182,8 +215,8 @@ class JsonLinesFile:
             raise self._foreign()
         if there != header:
             raise ConfigError(
-                f"{self.path} {self.wording.other_run}: {'; '.join(differences(there, header))}. "
-                f"{self.wording.instead}"
+                f"{self.path} belongs to another run: {'; '.join(differences(there, header))}. "
+                f"{_INSTEAD}"
             )
 
     def _parse(self, number: int, line: bytes) -> dict[str, Any]:
@@ -196,18 +229,19 @@ class JsonLinesFile:
         return value
 
     def _take(self, number: int, line: Mapping[str, Any]) -> None:
-        wording = self.wording
+        kind = self.kind
         try:
             if line["type"] == "model":
                 name = checked(line["name"], str, "name")
                 copy = name in self._models
                 self._models[name] = checked(line["description"], dict[str, Any], "description")
             else:
-                check_choice("type", line["type"], [wording.line])
-                kinds = zip(wording.keys, (str, self.parts, str), strict=True)
-                key: Any = tuple(checked(line[name], kind, name) for name, kind in kinds)
+                check_choice("type", line["type"], [kind.line])
+                types = zip(kind.keys, (str, kind.part_type, str), strict=True)
+                key: Any = tuple(checked(line[name], type_, name) for name, type_ in types)
                 copy = key in self._values and line.get(_AGAIN) is not True
-                value = self.check_value(line[wording.value])
+                value = checked(line[kind.value], kind.value_type, kind.value)
+                kind.check(value)
                 self._values[key] = (checked(line["digest"], str, "digest"), value)
         except KeyError as error:
             raise self._broken(number, f"it lacks {error}") from error
@@ -217,12 +251,14 @@ class JsonLinesFile:
             raise self._broken(number, "a line before it stands for the same")
 
     def _foreign(self) -> ConfigError:
-        return ConfigError(f"{self.path} {self.wording.foreign}: take another name")
+        return ConfigError(
+            f"{self.path} is no file of {self.kind.plural} of diffenc: take another name"
+        )
 
     def _broken(self, number: int, why: str) -> ConfigError:
         return ConfigError(
             f"line {number} of {self.path} is broken: {why}. Delete that line to "
-            f"{self.wording.again}"
+            f"make its {self.kind.value} again, or begin anew with --force"
         )
 
     def _write(self, line: Mapping[str, Any]) -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from diffenc._optional import require
-from diffenc.evals.draws import DrawStudy
-from diffenc.evals.metrics import CHANCE, METRICS, Metric
-from diffenc.evals.timesteps import TimestepStudy
+from diffenc.evals.matching.draws import DrawStudy
+from diffenc.evals.matching.metrics import CHANCE, METRICS, Metric
+from diffenc.evals.matching.timesteps import TimestepStudy
 
 _COLORS: dict[Metric, str] = {"text": "#0b6e99", "image": "#c2571a", "group": "#4f4f57"}
 _MARKS: dict[Metric, str] = {"text": "o", "image": "s", "group": "^"}

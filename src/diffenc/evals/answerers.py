@@ -1,15 +1,12 @@
-"""Interface of models that answer questions on pictures, and the questions of a benchmark."""
+"""Interface of models that answer questions on pictures."""
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from PIL import Image
 
-from diffenc.errors import ConfigError, ShapeError
-from diffenc.evals.base import Picture, Problem
+from diffenc.errors import ShapeError
 
 Images = Sequence[Sequence[Image.Image]]
 """Per question its pictures, one or several, upright and RGB."""
@@ -83,50 +80,6 @@ class FunctionAnswerer:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Query:
-    """One question to a model.
-
-    Attributes:
-        id: Id of the question, unique in its benchmark.
-        pictures: Pictures that the question is about, one or several.
-        question: Text for the language model.
-        prompt: Text for the vision encoder; None leaves the choice to the model.
-    """
-
-    id: str
-    pictures: tuple[Picture, ...]
-    question: str
-    prompt: str | None = None
-
-    def digest(self, picture_digests: Mapping[str, str]) -> str:
-        """Return a digest of everything that the answer is made from."""
-        parts = [self.question, self.prompt, *(picture_digests[p.name] for p in self.pictures)]
-        return digest_of(parts)
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """Result of reading every picture once.
-
-    Attributes:
-        digests: Digest of the content of each picture that can be read, by name of the picture.
-        problems: Pictures that cannot be read, together with the problems that were known before.
-    """
-
-    digests: Mapping[str, str]
-    problems: tuple[Problem, ...]
-
-    def whole(self, pictures: Sequence[Picture]) -> bool:
-        """Whether all of these can be read."""
-        return all(picture.name in self.digests for picture in pictures)
-
-
-def digest_of(value: Any) -> str:
-    """Return a digest of any value that JSON can hold."""
-    return hashlib.sha256(json.dumps(value, ensure_ascii=False).encode()).hexdigest()[:16]
-
-
 def check_answers(answers: Sequence[str], count: int, name: str) -> list[str]:
     """Check that there is one text per question.
 
@@ -141,10 +94,3 @@ def check_answers(answers: Sequence[str], count: int, name: str) -> list[str]:
             raise ShapeError(f"{name} must answer in text, got {type(answer).__name__}")
     # Half a surrogate pair cannot be kept in a file, and a resumed answer equals a fresh one.
     return [answer.encode("utf-8", "replace").decode() for answer in answers]
-
-
-def check_positive(**numbers: int) -> None:
-    """Raise a `ConfigError` unless each is an int of 1 or more."""
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{name} must be an int of 1 or more, got {value!r}")

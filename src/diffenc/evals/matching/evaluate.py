@@ -11,10 +11,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffenc.errors import ConfigError, ImageError, NonFiniteError, ShapeError
-from diffenc.evals.base import Benchmark, Item, Matcher, Problem, check_unique
-from diffenc.evals.inspection import Inspection, Progress, inspect, summary
-from diffenc.evals.metrics import Results, by_label, correct, overall
-from diffenc.evals.results_file import ResultsFile
+from diffenc.evals.inspection import Progress, summary, unreadable
+from diffenc.evals.items import Problem, check_unique
+from diffenc.evals.matching.base import Item, Matcher, MatchingBenchmark
+from diffenc.evals.matching.inspection import Inspection, inspect
+from diffenc.evals.matching.metrics import Results, by_label, correct, overall
+from diffenc.evals.records import SCORES, RecordsFile
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Evaluation:
             file.
     """
 
-    benchmark: Benchmark
+    benchmark: MatchingBenchmark
     items: tuple[Item, ...]
     scores: Mapping[str, Tensor]
     seeds: Mapping[str, tuple[int, ...]]
@@ -69,7 +71,7 @@ def results_of(scores: Float[Tensor, "trials items 2 2"], evaluation: Evaluation
 
 
 def evaluate(
-    benchmark: Benchmark,
+    benchmark: MatchingBenchmark,
     matchers: Sequence[Matcher],
     *,
     trials: int = 3,
@@ -113,20 +115,20 @@ def evaluate(
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"models must be one or more, each with a name of its own; got {names}")
     check_unique((item.id for item in benchmark.items), benchmark.source)
-    found = inspection or inspect(benchmark, matchers)
-    found.check(benchmark.source, skip_broken=skip_broken)
+    inspection = inspection or inspect(benchmark, matchers)
+    inspection.check(benchmark.source, skip_broken=skip_broken)
     seeds = {
         matcher.name: tuple(range(seed, seed + (1 if matcher.deterministic else trials)))
         for matcher in matchers
     }
-    with nullcontext() if results is None else ResultsFile(results, benchmark) as file:
+    with nullcontext() if results is None else scores_file(results, benchmark) as file:
         for matcher in matchers:
             if file is not None:
-                file.add_matcher(matcher)
-        run = _Run(benchmark, found, file, seeds, skip_broken, progress)
+                file.add_model(matcher.name, matcher.description)
+        run = _Run(benchmark, inspection, file, seeds, skip_broken, progress)
         rows = {matcher.name: run.score(matcher) for matcher in matchers}
-        others = {name: file.others(name, found.digests) if file else [] for name in names}
-    items = tuple(item for item in found.items if item.id not in run.broken)
+        others = {name: file.others(name, inspection.digests) if file else [] for name in names}
+    items = tuple(item for item in inspection.items if item.id not in run.broken)
     if not items:
         raise ConfigError(f"no item of {benchmark.source} is left: {summary(run.broken.values())}")
     return Evaluation(
@@ -138,9 +140,9 @@ def evaluate(
         },
         seeds=seeds,
         descriptions={matcher.name: dict(matcher.description) for matcher in matchers},
-        problems=(*found.problems, *run.broken.values()),
+        problems=(*inspection.problems, *run.broken.values()),
         notes=(
-            *found.notes,
+            *inspection.notes,
             *(
                 f"scores of {name} for {len(ids)} items that are not scored here are in "
                 f"{results} ({', '.join(ids[:3])}{', ...' * (len(ids) > 3)})"
@@ -152,14 +154,20 @@ def evaluate(
     )
 
 
+def scores_file(path: Path, benchmark: MatchingBenchmark) -> RecordsFile:
+    """The file of a benchmark's scores, opened for one program; close it."""
+    header = {"benchmark": benchmark.name, "template": benchmark.template}
+    return RecordsFile(Path(path), SCORES, header, source=benchmark.source)
+
+
 class _Run:
     """Progress and results of one call of `evaluate`."""
 
     def __init__(
         self,
-        benchmark: Benchmark,
-        found: Inspection,
-        file: ResultsFile | None,
+        benchmark: MatchingBenchmark,
+        inspection: Inspection,
+        file: RecordsFile | None,
         seeds: Mapping[str, Sequence[int]],
         skip_broken: bool,
         progress: Progress | None,
@@ -167,24 +175,24 @@ class _Run:
         self.fresh = 0
         self.broken: dict[str, Problem] = {}
         self._skip_broken = skip_broken
-        self._benchmark, self._found, self._file = benchmark, found, file
+        self._benchmark, self._inspection, self._file = benchmark, inspection, file
         self._seeds, self._progress = seeds, progress
         keys = [
             (name, seed, item.id)
             for name, each in seeds.items()
-            for item in found.items
+            for item in inspection.items
             for seed in each
         ]
         self._total = len(keys)
-        there = [file.get(key, found.digests[key[2]]) for key in keys] if file else []
-        self._done = sum(scores is not None for scores in there)
+        known = [file.get(key, inspection.digests[key[2]]) for key in keys] if file else []
+        self._done = sum(scores is not None for scores in known)
         if progress is not None:
             progress(self._done, self._total)
 
     def score(self, matcher: Matcher) -> dict[str, Tensor]:
         """Scores (trials 2 2 ...) of a model by item, without those of broken pictures."""
         rows: dict[str, Tensor] = {}
-        for item in self._found.items:
+        for item in self._inspection.items:
             if item.id in self.broken:
                 continue
             try:
@@ -192,30 +200,29 @@ class _Run:
             except ImageError as error:  # it could be read when all were looked at
                 if not self._skip_broken:
                     raise
-                detail = str(error).removeprefix("cannot read the image ")
-                self.broken[item.id] = Problem("unreadable pictures", f"id {item.id}", detail)
+                self.broken[item.id] = unreadable(f"id {item.id}", error)
         if len({row.shape for row in rows.values()}) > 1:
             shapes = sorted({*map(_shape, rows.values())})
             raise ShapeError(f"{matcher.name} scored items in shapes {shapes}")
         return rows
 
     def _item(self, matcher: Matcher, item: Item) -> Tensor:
-        digest, trials = self._found.digests[item.id], []
+        digest, trials = self._inspection.digests[item.id], []
         images = None
         for seed in self._seeds[matcher.name]:
             key = (matcher.name, seed, item.id)
-            there = self._file.get(key, digest) if self._file else None
-            if there is None:
+            values = self._file.get(key, digest) if self._file else None
+            if values is None:
                 images = images or [picture.open() for picture in item.pictures]
                 scores = matcher(images, self._benchmark.texts(item), seed=seed)
-                there = _checked(scores, matcher.name, item.id).tolist()
+                values = _checked(scores, matcher.name, item.id).tolist()
                 if self._file:
-                    self._file.add(key, digest, there)
+                    self._file.add(key, digest, values)
                 self.fresh += 1
                 self._done += 1
                 if self._progress is not None:
                     self._progress(self._done, self._total)
-            trials.append(torch.tensor(there, dtype=torch.float64, device="cpu"))
+            trials.append(torch.tensor(values, dtype=torch.float64, device="cpu"))
         return torch.stack(trials)
 
 

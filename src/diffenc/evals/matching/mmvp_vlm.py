@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 
 from diffenc.errors import ConfigError
-from diffenc.evals.base import Benchmark, Item, Picture, Problem
 from diffenc.evals.files import PICTURE_SUFFIXES, DatasetFiles, resolve_data
+from diffenc.evals.items import Picture, Problem
+from diffenc.evals.matching.base import Item, MatchingBenchmark
 from diffenc.evals.rows import Column, Row, plain_name, read_csv, whole_number
 
 REPOSITORIES = ("MMVP/MMVP_VLM",)
@@ -39,7 +40,7 @@ _FOLDERS = ("mllmvlmimages", "mmvpvlmimages")
 _KNOWN = {plain_name(name): name for name in PATTERNS}
 
 
-def load_mmvp_vlm(data: "str | os.PathLike[str]") -> Benchmark:
+def load_mmvp_vlm(data: "str | os.PathLike[str]") -> MatchingBenchmark:
     """Read MMVP-VLM; nothing is downloaded.
 
     Read are `Questions.csv` and the pictures `<folder>/<Type>/<Question ID>.jpg`, with the names of
@@ -73,7 +74,7 @@ def load_mmvp_vlm(data: "str | os.PathLike[str]") -> Benchmark:
     unknown = sorted({row.text("Type") for row in questions.values()} - set(PATTERNS))
     unknown = [kind for kind in unknown if plain_name(kind) not in _KNOWN]
     notes = [f"types that the benchmark does not have: {unknown}"] if unknown else []
-    return Benchmark(
+    return MatchingBenchmark(
         name="mmvp-vlm",
         source=str(files.source),
         items=tuple(items),

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffenc.errors import BackboneError
-from diffenc.evals.matchers import short_name, weights_digest
+from diffenc.evals.matching.matchers import short_name, weights_digest
 from diffenc.inputs.prompts import tokenize
 from diffenc.inputs.tokenizing import fit_rows, token_ids
 from diffenc.storage.pretrained import load_whole, loading, model_config, model_folder

@@ -10,9 +10,9 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from diffenc.errors import ConfigError
-from diffenc.evals.answering.pictures import picture_of
-from diffenc.evals.base import Benchmark, Item, Picture, Problem
 from diffenc.evals.files import DatasetFiles, resolve_data
+from diffenc.evals.items import Picture, Problem, picture_of
+from diffenc.evals.matching.base import Item, MatchingBenchmark
 from diffenc.evals.rows import Column, Row, TableRows, read_csv, read_jsonl, read_parquet, rows_of
 from diffenc.storage.reading import decode, parse_json
 from diffenc.storage.schema import checked
@@ -39,7 +39,7 @@ _HARD = "why_winoground_hard.json"
 _Find = Callable[[Any, str], Picture | None]
 
 
-def load_winoground(data: "str | os.PathLike[str]") -> Benchmark:
+def load_winoground(data: "str | os.PathLike[str]") -> MatchingBenchmark:
     """Read Winoground; nothing is downloaded.
 
     These layouts are read, in a folder, in folders in it, or in a .zip file: the Hub's parquet
@@ -80,7 +80,7 @@ def load_winoground(data: "str | os.PathLike[str]") -> Benchmark:
     return _benchmark(rows, find, str(files.source), tuple(faults), main.notes, expected=ITEMS)
 
 
-def winoground_from_rows(rows: Sequence[Mapping[str, Any]]) -> Benchmark:
+def winoground_from_rows(rows: Sequence[Mapping[str, Any]]) -> MatchingBenchmark:
     """Winoground from rows in memory, such as split "test" of `datasets.load_dataset`.
 
     Args:
@@ -141,7 +141,7 @@ def _benchmark(
     notes: Sequence[str],
     *,
     expected: int,
-) -> Benchmark:
+) -> MatchingBenchmark:
     found: dict[str, Item] = {}
     faults = list(problems)
     for row in rows:
@@ -149,7 +149,7 @@ def _benchmark(
         item = _item(row, find, faults)
         if item is not None and item.id not in found:
             found[item.id] = item
-    return Benchmark(
+    return MatchingBenchmark(
         name="winoground",
         source=source,
         items=tuple(found.values()),

@@ -1,14 +1,16 @@
 """Results as tables: for a terminal, as Markdown, as JSON."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from diffenc._version import __version__
-from diffenc.evals.evaluate import Evaluation
 from diffenc.evals.inspection import summary
-from diffenc.evals.metrics import CHANCE, METRICS, Metric, Result, Results, tied
-from diffenc.evals.paper import PaperRow, paper_table
+from diffenc.evals.matching.evaluate import Evaluation
+from diffenc.evals.matching.metrics import CHANCE, METRICS, Metric, Results, tied
+from diffenc.evals.paper import PublishedTable, published_table
+from diffenc.evals.results import Result, percent
+from diffenc.evals.tables import Table
 
 _MEANING: Mapping[Metric, str] = {
     "text": "text score: each picture prefers its own caption",
@@ -18,38 +20,6 @@ _MEANING: Mapping[Metric, str] = {
 _OFFICIAL: Mapping[str, Metric | None] = {"mmvp-vlm": "image", "winoground": None}
 
 
-@dataclass(frozen=True, slots=True)
-class Table:
-    """Table whose cells are text.
-
-    Attributes:
-        title: Description of the content.
-        columns: Headings of the columns; the first is that of the models.
-        rows: Rows of the table, each with one text per column.
-    """
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-    def to_markdown(self) -> str:
-        """Convert to Markdown, with numbers aligned to the right."""
-        lines = [self.columns, ("---", *["---:"] * (len(self.columns) - 1)), *self.rows]
-        body = "\n".join(
-            f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines
-        )
-        return f"**{self.title}**\n\n{body}\n"
-
-    def transposed(self, head: str) -> "Table":
-        """Swap rows and columns; `head` is the heading of the new first column."""
-        names = tuple(row[0] for row in self.rows)
-        rows = tuple(
-            (column, *(row[index] for row in self.rows))
-            for index, column in enumerate(self.columns[1:], start=1)
-        )
-        return Table(self.title, (head, *names), rows)
-
-
 def tables(evaluation: Evaluation, *, paper: bool | None = None) -> list[Table]:
     """All tables of an evaluation: overall, then split by labels, one per score.
 
@@ -57,8 +27,7 @@ def tables(evaluation: Evaluation, *, paper: bool | None = None) -> list[Table]:
         evaluation: Evaluation to report.
         paper: Whether the paper's rows are added; None adds them unless the items are miniatures.
     """
-    real = evaluation.benchmark.expected is not None
-    with_paper = real if paper is None else paper
+    with_paper = evaluation.benchmark.published if paper is None else paper
     return [_overall(evaluation, with_paper), *_split(evaluation, with_paper)]
 
 
@@ -90,8 +59,8 @@ def to_markdown(evaluation: Evaluation, *, command: str = "", paper: bool | None
     lines.append(f"{_reading(evaluation)}\n")
     lines += [table.to_markdown() for table in tables(evaluation, paper=paper)]
     lines += [table.to_markdown() for table in tag_tables(evaluation)]
-    if paper or (paper is None and benchmark.expected is not None):
-        lines += [f"{note}\n" for note in paper_table(benchmark.name).notes]
+    if benchmark.published if paper is None else paper:
+        lines += [f"{note}\n" for note in published_table(benchmark.name).notes]
     lines += [f"- {note}" for note in remarks(evaluation)]
     lines.append(f"\nMade with diffenc {__version__}.")
     return "\n".join(lines) + "\n"
@@ -100,6 +69,7 @@ def to_markdown(evaluation: Evaluation, *, command: str = "", paper: bool | None
 def to_dict(evaluation: Evaluation) -> dict[str, Any]:
     """Every number, per model, label and trial, as JSON holds it."""
     benchmark = evaluation.benchmark
+    published = published_table(benchmark.name)
     return {
         "version": __version__,
         "benchmark": benchmark.name,
@@ -125,9 +95,9 @@ def to_dict(evaluation: Evaluation) -> dict[str, Any]:
             }
             for name in evaluation.scores
         },
-        "paper": [asdict(row) for row in paper_table(benchmark.name).rows],
-        "paper_columns": list(paper_table(benchmark.name).columns),
-        "paper_notes": list(paper_table(benchmark.name).notes),
+        "paper": [asdict(row) for row in published.rows],
+        "paper_columns": list(published.columns),
+        "paper_notes": list(published.notes),
     }
 
 
@@ -144,15 +114,6 @@ def remarks(evaluation: Evaluation) -> list[str]:
         if scores.ndim == 4 and (count := int(tied(scores).sum()))
     ]
     return [*left_out, *evaluation.notes, *ties]
-
-
-def percent(mean: float, deviation: float | None = None) -> str:
-    """``"31.9 ± 2.7"``."""
-    return f"{mean:.1f}" if deviation is None else f"{mean:.1f} ± {deviation:.1f}"
-
-
-def _cell(result: Result) -> str:
-    return percent(result.mean, result.std)
 
 
 def _numbers(results: Results) -> dict[str, Any]:
@@ -190,12 +151,14 @@ def _reading(evaluation: Evaluation) -> str:
 
 def _overall(evaluation: Evaluation, with_paper: bool) -> Table:
     rows = [
-        (name, *(_cell(evaluation.results(name)[metric]) for metric in METRICS))
+        (name, *(evaluation.results(name)[metric].text for metric in METRICS))
         for name in evaluation.scores
     ]
     rows.append(("chance", *(percent(CHANCE[metric]) for metric in METRICS)))
     if with_paper and evaluation.benchmark.name == "winoground":
-        rows += [_paper_row(row) for row in paper_table("winoground").rows]
+        rows += [
+            (f"paper: {row.label}", *row.percents) for row in published_table("winoground").rows
+        ]
     title = f"{evaluation.benchmark.name}, {len(evaluation.items)} items, percent"
     return Table(title, ("model", *METRICS), tuple(rows))
 
@@ -203,11 +166,11 @@ def _overall(evaluation: Evaluation, with_paper: bool) -> Table:
 def _split(evaluation: Evaluation, with_paper: bool) -> list[Table]:
     """One table per score: models down, labels across."""
     benchmark = evaluation.benchmark
-    found = {name: evaluation.by_label(name) for name in evaluation.scores}
-    labels = list(next(iter(found.values())))
+    by_label = {name: evaluation.by_label(name) for name in evaluation.scores}
+    labels = list(next(iter(by_label.values())))
     if not labels:
         return []
-    paper = paper_table("mmvp-vlm") if benchmark.name == "mmvp-vlm" else None
+    paper = published_table("mmvp-vlm") if benchmark.name == "mmvp-vlm" else None
     order = [label for label in (paper.columns if paper else ()) if label in labels]
     labels = [*order, *(label for label in labels if label not in order)]
     made = []
@@ -215,22 +178,20 @@ def _split(evaluation: Evaluation, with_paper: bool) -> list[Table]:
         rows = [
             (
                 name,
-                *(_cell(split[label][metric]) for label in labels),
-                _cell(evaluation.results(name)[metric]),
+                *(split[label][metric].text for label in labels),
+                evaluation.results(name)[metric].text,
             )
-            for name, split in found.items()
+            for name, split in by_label.items()
         ]
         rows.append(("chance", *[percent(CHANCE[metric])] * (len(labels) + 1)))
         official = metric == _OFFICIAL[benchmark.name]
         if with_paper and official and paper and paper.columns[:-1] == tuple(labels):
-            rows += [_paper_row(row) for row in paper.rows]
+            rows += _paper_rows(paper)
         title = f"{_MEANING[metric]}, by {benchmark.label_kind}"
         title += " (the benchmark's own)" if official else ""
         made.append(Table(title, ("model", *labels, "all"), tuple(rows)))
     return made
 
 
-def _paper_row(row: PaperRow) -> tuple[str, ...]:
-    deviations: Sequence[float | None] = row.deviations or [None] * len(row.values)
-    cells = (percent(*pair) for pair in zip(row.values, deviations, strict=True))
-    return (f"paper: {row.label}", *cells)
+def _paper_rows(table: PublishedTable) -> list[tuple[str, ...]]:
+    return [(f"paper: {row.label}", *row.percents) for row in table.rows]

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffenc.errors import ConfigError
-from diffenc.evals.evaluate import Evaluation, results_of
-from diffenc.evals.metrics import CHANCE, METRICS, Metric, Result, Results, by_label, correct
-from diffenc.evals.paper import paper_table
-from diffenc.evals.report import Table, percent
+from diffenc.evals.matching.evaluate import Evaluation, results_of
+from diffenc.evals.matching.metrics import CHANCE, METRICS, Metric, Results, by_label, correct
+from diffenc.evals.paper import published_table
+from diffenc.evals.results import percent
+from diffenc.evals.tables import Table
 
 ENSEMBLE = (189, 389, 589, 789, 989)
 GRID = (89, 189, 289, 389, 489, 589, 689, 789, 889, 989)
@@ -102,7 +103,7 @@ def timestep_study(
 def timestep_tables(study: TimestepStudy) -> list[Table]:
     """Overall by score, then per score by label, and the paper's table where it is comparable."""
     rows = [
-        (name, *(_cell(results[metric]) for metric in METRICS))
+        (name, *(results[metric].text for metric in METRICS))
         for name, results in study.overall.items()
     ]
     rows.append(("chance", *(percent(CHANCE[metric]) for metric in METRICS)))
@@ -111,11 +112,9 @@ def timestep_tables(study: TimestepStudy) -> list[Table]:
     for metric in METRICS if labels else ():
         made.append(_label_table(study, metric, labels))
     benchmark = study.evaluation.benchmark
-    if benchmark.name == "mmvp-vlm" and benchmark.expected is not None:
-        table = paper_table("timesteps")
-        paper = tuple(
-            (row.label, *_with_deviations(row.values, row.deviations)) for row in table.rows
-        )
+    if benchmark.name == "mmvp-vlm" and benchmark.published:
+        table = published_table("timesteps")
+        paper = tuple((row.label, *row.percents) for row in table.rows)
         made.append(Table(f"paper, {table.title}", ("timestep", *table.columns), paper))
     return made
 
@@ -124,20 +123,10 @@ def _label_table(study: TimestepStudy, metric: Metric, labels: Sequence[str]) ->
     rows = tuple(
         (
             name,
-            *(_cell(study.labels[name][label][metric]) for label in labels),
-            _cell(results[metric]),
+            *(study.labels[name][label][metric].text for label in labels),
+            results[metric].text,
         )
         for name, results in study.overall.items()
     )
     title = f"{metric} score by timestep and {study.evaluation.benchmark.label_kind}, percent"
     return Table(title, ("timestep", *labels, "all"), rows)
-
-
-def _with_deviations(values: Sequence[float], deviations: Sequence[float] | None) -> list[str]:
-    given: Sequence[float | None] = deviations or [None] * len(values)
-    pairs = zip(values, given, strict=True)
-    return [percent(value, deviation) for value, deviation in pairs]
-
-
-def _cell(result: Result) -> str:
-    return percent(result.mean, result.std)

@@ -1,7 +1,8 @@
 """Both benchmarks on the miniature world: they need no download, and their truth is known."""
 
 from diffenc.errors import ConfigError
-from diffenc.evals.base import Benchmark, BenchmarkName, Item, Picture
+from diffenc.evals.items import Picture
+from diffenc.evals.matching.base import BenchmarkName, Item, MatchingBenchmark
 from diffenc.shapes import ContrastPair, mmvp_pairs, render, winoground_items
 
 SHAPES_SEED = 960_000
@@ -12,7 +13,7 @@ REFERENCE_SEED = 970_000
 
 def shapes_benchmark(
     name: BenchmarkName, *, per_label: int | None = None, seed: int = SHAPES_SEED
-) -> Benchmark:
+) -> MatchingBenchmark:
     """A benchmark in miniature: coloured shapes of 64 pixels, made from a seed.
 
     Args:
@@ -35,7 +36,7 @@ def shapes_benchmark(
         pairs, kind = mmvp_pairs(count, seed=seed), "pattern"
     else:
         raise ConfigError(f"benchmark must be 'winoground' or 'mmvp-vlm', got {name!r}")
-    return Benchmark(
+    return MatchingBenchmark(
         name=name,
         source=f"shapes, seed {seed}",
         items=tuple(_item(pair, index % count, kind) for index, pair in enumerate(pairs)),

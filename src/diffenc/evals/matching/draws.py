@@ -10,9 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffenc.errors import ConfigError
-from diffenc.evals.evaluate import Evaluation, results_of
-from diffenc.evals.metrics import METRICS, Metric
-from diffenc.evals.report import Table, percent
+from diffenc.evals.matching.evaluate import Evaluation, results_of
+from diffenc.evals.matching.metrics import METRICS, Metric
+from diffenc.evals.results import percent
+from diffenc.evals.tables import Table
 
 _LEAST_GROUPS = 3
 _REGROUPINGS = 100

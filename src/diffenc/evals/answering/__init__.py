@@ -1,1 +1,0 @@
-"""Common parts of benchmarks of models that answer: the model, saved answers, the paper's rows."""

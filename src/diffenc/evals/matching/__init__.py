@@ -1,0 +1,1 @@
+"""Pictures and captions matched by scores: Winoground, MMVP-VLM, and both in miniature."""
