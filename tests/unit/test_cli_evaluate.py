@@ -5,9 +5,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from diffenc.cli import evaluate_run
 from diffenc.cli.main import app
-from diffenc.evals import matchers as matchers_module
+from diffenc.cli.progress import progress_bar
+from diffenc.evals.matching import matchers as matchers_module
 from evals_data import mmvp_vlm, read_lines, winoground_jsonl
 
 FAST = ("--timesteps", "100,700", "--device", "cpu")
@@ -52,7 +52,7 @@ def test_several_scores_in_one_run(model, tiny_sd_folder, tmp_path, calls):
     described = content["models"][f"{name} paper"]["description"]
     assert described["config"]["timesteps"] == [100, 700]
     page = (tmp_path / "out/report.md").read_text(encoding="utf-8")
-    command = "diffenc evaluate winoground --data shapes --model "
+    command = "diffenc evaluate winoground --data shapes --per-label 1 --model "
     assert command in page
     assert "--preset paper --preset calibrated+shared-query --trials 2" in page
     assert len(calls) == 2 * 5 * 2
@@ -193,7 +193,7 @@ def test_the_draw_study_writes_table_and_picture(model, tmp_path, calls):
         (["winoground", *MINI, "--timesteps", "1000"], "timesteps must be ints in [0, 1000)"),
         (["winoground", *MINI, "--template", "a photo"], "must hold {}"),
         (["winoground", *MINI, "--clip", "no-such-clip"], "cannot load a CLIP from"),
-        (["winoground", "--data", ".", "--per-label", 2], "belong to --data shapes"),
+        (["winoground", "--data", ".", "--per-label", 2], "belongs to --data shapes"),
         (["timesteps", "blink", "--data", "shapes"], "benchmark must be one of"),
         (["timesteps", "winoground", *MINI, "--ensemble", "5"], "the ensemble must be some of"),
         (["draws", "winoground", *MINI, "--noises", 5], "--noises"),
@@ -217,7 +217,7 @@ def test_output_that_cannot_be_written_is_told_before_the_model_is_loaded(tmp_pa
 
 def test_the_bar_begins_with_what_is_there(monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    with evaluate_run.progress_bar("scoring", unit="items") as update:
+    with progress_bar("scoring", unit="items") as update:
         update(40, 50)
         update(45, 50)
     assert "45/50" in capsys.readouterr().err

@@ -16,8 +16,8 @@ from answers_data import (
     write_blink,
     write_picture,
 )
-from diffenc.cli import evaluate_run
 from diffenc.cli.main import app
+from diffenc.cli.progress import progress_bar
 from diffenc.encoder import DiffusionEncoder
 from diffenc.evals.captioning import shapes_captions
 from diffenc.evals.choices import shapes_mmvp
@@ -178,7 +178,7 @@ class TestCaptions:
         arguments = ("captions", models / "clip", "--data", "coco", "--json")
         assert list(json.loads(done(*arguments).stdout)["passes"][0]["captions"]) == ["42", "7"]
         other = done(*arguments, "--split", "restval", "-o", "other.jsonl")
-        assert json.loads(other.stdout)["data"] == "karpathy-restval"
+        assert json.loads(other.stdout)["benchmark"] == "karpathy-restval"
 
     def test_metrics_that_cannot_run_are_told_first(self, models, no_model, monkeypatch):
         arguments = ("captions", models / "clip", "--data", "shapes", "--metric", "cider")
@@ -334,8 +334,8 @@ class TestLeakage:
         [
             ("clip", "1.5", "reads no text"),
             ("both", "1.5", "gives 'concat' features"),
-            ("sd", "much", "a guidance scale is a number"),
-            ("sd", "nan", "a guidance scale is a number"),
+            ("sd", "much", "--guidance-scale takes numbers with commas"),
+            ("sd", "nan", "--guidance-scale takes numbers with commas"),
             ("sd", ",", "names no number"),
             ("sd", "1,1.0", "once each"),
         ],
@@ -547,13 +547,13 @@ def test_a_policy_of_training_that_does_not_fit_says_how_to_choose(models, no_mo
 def test_a_file_that_holds_something_else_is_left_alone(models, no_model, tmp_path):
     (tmp_path / "notes.jsonl").write_text('{"mine": 1}\n')
     result = run("mmvp", models / "clip", "--data", "shapes", "-o", "notes.jsonl")
-    refused(result, "holds no answers: take another name")
+    refused(result, "is no file of answers of diffenc: take another name")
     assert (tmp_path / "notes.jsonl").read_text() == '{"mine": 1}\n'
 
 
 def test_the_bar_begins_anew_with_each_part(monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    with evaluate_run.progress_bar("pass 1", "pass 2", unit="answers") as update:
+    with progress_bar("pass 1", "pass 2", unit="answers") as update:
         for done_now, total in ((4, 4), (1, 3), (3, 3)):
             update(done_now, total)
     shown = capsys.readouterr().err

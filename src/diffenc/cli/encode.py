@@ -222,6 +222,16 @@ def parse_timestep(text: str) -> int | tuple[int, ...]:
     return int(text) if len(steps) == 1 else tuple(int(step) for step in steps)
 
 
+def parse_timesteps(text: str) -> tuple[int, ...]:
+    """Read ``"50"`` as (50,) and ``"50,261"`` as (50, 261).
+
+    Raises:
+        ConfigError: Anything else.
+    """
+    steps = parse_timestep(text)
+    return (steps,) if isinstance(steps, int) else steps
+
+
 def _check_inputs(
     images: "Sequence[Path]",
     prompts: "Sequence[str] | None",

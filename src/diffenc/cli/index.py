@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from diffenc.cli.options import (
+    AsJson,
     Debug,
     Device,
     Dtype,
@@ -21,7 +22,6 @@ from diffenc.cli.options import (
 )
 from diffenc.cli.pictures import PictureFiles
 from diffenc.cli.score_options import (
-    AsJson,
     BatchSize,
     CalibrationOption,
     Layers,

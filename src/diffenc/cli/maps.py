@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from diffenc.cli.fields import split_names
 from diffenc.cli.files import check_output, write_whole
 from diffenc.cli.options import Debug, Device, Dtype, Force, Model, Variant
 from diffenc.cli.score_options import (
@@ -14,7 +15,6 @@ from diffenc.cli.score_options import (
     Size,
     Timesteps,
     load_scorer,
-    split_names,
 )
 from diffenc.cli.tables import print_table
 from diffenc.errors import ConfigError

@@ -4,19 +4,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from diffenc.config import check_choice
-
 if TYPE_CHECKING:
     import torch
-
-_DTYPES = {
-    "float32": "float32",
-    "float16": "float16",
-    "bfloat16": "bfloat16",
-    "fp32": "float32",
-    "fp16": "float16",
-    "bf16": "bfloat16",
-}
 
 
 class _Switch:
@@ -62,6 +51,7 @@ SkipBroken = Annotated[
         "--skip-broken", help="Go on without pictures that cannot be read, and tell which."
     ),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Variant = Annotated[
     str | None,
     typer.Option(
@@ -72,32 +62,21 @@ Variant = Annotated[
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace the output file if it exists.")]
 
 
+MINIATURE_NOTE = "The items are coloured shapes of 64 pixels; they say nothing of photographs."
+
+
 def to_dtype(name: str) -> "torch.dtype":
-    """The dtype of that name.
+    """The dtype of that name, see `named_dtype`."""
+    from diffenc.models.device import named_dtype
 
-    Raises:
-        ConfigError: There is none.
-    """
-    check_choice("dtype", name, list(_DTYPES))
-    import torch
-
-    dtype: torch.dtype = getattr(torch, _DTYPES[name])
-    return dtype
+    return named_dtype(name)
 
 
 def to_device(name: str) -> "torch.device":
-    """The device of that name, "auto" being CUDA where there is one.
+    """The device of that name, see `named_device`."""
+    from diffenc.models.device import named_device
 
-    Raises:
-        ConfigError: No such device here.
-    """
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    from diffenc.models.device import check_placement
-
-    return check_placement(name, torch.float32)
+    return named_device(name)
 
 
 def quiet_libraries() -> None:

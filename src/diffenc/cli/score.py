@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from diffenc._version import __version__
-from diffenc.cli.options import Debug, Device, Dtype, Model, SkipBroken, Variant
+from diffenc.cli.options import AsJson, Debug, Device, Dtype, Model, SkipBroken, Variant
 from diffenc.cli.pictures import PictureFiles
 from diffenc.cli.score_options import (
-    AsJson,
     BatchSize,
     CalibrationOption,
     Layers,

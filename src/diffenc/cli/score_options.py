@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffenc.cli.encode import parse_size, parse_timestep
+from diffenc.cli.fields import split_names
 from diffenc.cli.options import quiet_libraries, to_device, to_dtype
 
 if TYPE_CHECKING:
@@ -58,13 +59,6 @@ ResizeOption = Annotated[
     str | None, typer.Option(metavar="WORD", help="squash (default), crop, pad or none.")
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows per call of the U-Net.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-
-
-def split_names(entries: list[str] | None) -> tuple[str, ...] | None:
-    """Names of an option that takes commas and repetition."""
-    names = tuple(name for entry in entries or () for name in entry.split(",") if name)
-    return names or None
 
 
 def load_scorer(

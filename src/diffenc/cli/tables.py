@@ -2,11 +2,15 @@
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as DrawnTable
+
+if TYPE_CHECKING:
+    from diffenc.evals.tables import Table
 
 
 def print_table(
@@ -28,12 +32,20 @@ def print_table(
     if not sys.stdout.isatty():
         _print_plain(title, columns, texts, right)
         return
-    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", title_style="bold")
+    drawn = DrawnTable(title=title, box=SIMPLE_HEAD, title_justify="left", title_style="bold")
     for column in columns:
-        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        drawn.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for text in texts:
-        table.add_row(*text)
-    Console(markup=False, emoji=False, highlight=False).print(table)
+        drawn.add_row(*text)
+    Console(markup=False, emoji=False, highlight=False).print(drawn)
+
+
+def print_tables(tables: "Sequence[Table]", notes: Sequence[str]) -> None:
+    """Print tables, then notes on standard error."""
+    for table in tables:
+        print_table(table.title, table.columns, table.rows, right=table.columns[1:])
+    for note in notes:
+        typer.echo(f"note: {note}", err=True)
 
 
 def _print_plain(

@@ -114,6 +114,11 @@ class Benchmark(Generic[ItemT]):
         """Whether results may stand beside the paper's."""
         return self.expected is not None
 
+    def limited(self: _Self, count: int) -> _Self:
+        """The same benchmark with its first items alone, and a note if any is missing."""
+        items = self.items[:count]
+        return self.with_items(items, f"{len(items)} of {len(self.items)} questions, by --limit")
+
     def with_items(self: _Self, items: Sequence[ItemT], note: str) -> _Self:
         """The same benchmark with some of its items, and a note if any is missing."""
         if len(items) == len(self.items):

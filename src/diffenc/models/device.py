@@ -6,6 +6,7 @@ from typing import TypeAlias
 import torch
 from torch.nn import functional as F
 
+from diffenc.config import check_choice
 from diffenc.errors import ConfigError
 from diffenc.storage.names import printable
 from diffenc.storage.names import reason as reason_of
@@ -55,6 +56,29 @@ def as_dtype(dtype: Dtype) -> torch.dtype:
             f"{dtype if isinstance(dtype, torch.dtype) else printable(repr(dtype))}"
         )
     return dtype
+
+
+def named_device(name: str) -> torch.device:
+    """The device of a name, "auto" being CUDA where there is one.
+
+    Raises:
+        ConfigError: No such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return check_placement(name, torch.float32)
+
+
+def named_dtype(name: str) -> torch.dtype:
+    """The floating point type of a name, such as "bfloat16" or "bf16".
+
+    Raises:
+        ConfigError: There is none.
+    """
+    long = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+    names = long | {word.replace("float", "fp").replace("bfp", "bf"): d for word, d in long.items()}
+    check_choice("dtype", name, list(names))
+    return names[name]
 
 
 def _as_device(device: "str | int | torch.device") -> torch.device:

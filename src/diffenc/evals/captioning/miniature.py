@@ -3,10 +3,14 @@
 from diffenc.errors import ConfigError
 from diffenc.evals.captioning.data import CaptionItem, CaptionSet
 from diffenc.evals.items import Picture, check_positive
+from diffenc.mllm.training.miniature import REQUEST
 from diffenc.shapes import captions, render, sample_scenes
 
 CAPTIONS_SEED = 961_000
 """Seed of the bundled set; no bundled model was trained on seeds from 900,000 up."""
+
+SHAPES_QUESTION = REQUEST
+"""What models that were trained on the miniature's conversations are asked for a caption."""
 
 
 def shapes_captions(

@@ -1,7 +1,7 @@
 """MMVP and BLINK on the miniature world: they need no download, and their truth is known."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from diffenc.errors import ConfigError
@@ -63,7 +63,11 @@ def shapes_mmvp(
 
 
 def shapes_blink(
-    per_task: int = 30, *, seed: int = CHOICES_SEED, instruction: str = ""
+    per_task: int = 30,
+    *,
+    seed: int = CHOICES_SEED,
+    instruction: str = "",
+    tasks: Sequence[str] | None = None,
 ) -> ChoiceBenchmark:
     """Four tasks on one, two and three pictures of coloured shapes.
 
@@ -76,13 +80,18 @@ def shapes_blink(
         seed: Seed of the scenes; choose settings on another seed than the one you report.
         instruction: Text that follows the question and its options, on a line of its own; "" adds
             nothing.
+        tasks: Names of the tasks to make; None makes all four.
 
     Raises:
-        ConfigError: Fewer than one question per task.
+        ConfigError: Fewer than one question per task, or an unknown task.
     """
     check_positive(per_task=per_task)
+    if unknown := [name for name in tasks or () if name not in _TASKS]:
+        raise ConfigError(f"unknown tasks {unknown}; the miniature has {list(_TASKS)}")
     items = []
     for task, make in _TASKS.items():
+        if tasks is not None and task not in tasks:
+            continue
         for index in range(per_task):
             rng = random.Random(f"blink/{seed}/{task}/{index}")
             scenes, question, options, answer = make(rng)

@@ -57,6 +57,17 @@ class LeakageSweep:
         labels = [setting.label for setting in self.settings]
         return leakage_table(list(zip(labels, self.evaluations, strict=True)), paper=paper)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Every number, as JSON holds it."""
+        pairs = zip(self.settings, self.evaluations, strict=True)
+        return {
+            "curve": self.curve(self.settings[0].prompt_dropout),
+            "settings": [
+                {"guidance_scale": setting.guidance_scale, **evaluation.to_dict()}
+                for setting, evaluation in pairs
+            ],
+        }
+
     def curve(self, prompt_dropout: float = 0.0) -> list[tuple[float, float]]:
         """Guidance scale and prompt readout of settings with that dropout, by scale."""
         return sorted(

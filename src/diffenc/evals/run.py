@@ -1,0 +1,91 @@
+"""Run a benchmark that a model answers: model, items, prompts of the encoder, answers, numbers."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffenc.errors import ConfigError, PromptError
+from diffenc.evals.saved_vlm import SavedVLM
+from diffenc.evals.task import Ask, AskOptions, AskTask, Outcome
+from diffenc.inputs.policies import PromptSample, parse_policy
+
+if TYPE_CHECKING:
+    from diffenc.evals.inspection import Progress
+
+_OWN_POLICY = "model"
+
+
+def run_task(
+    task: AskTask,
+    model: "str | os.PathLike[str]",
+    options: AskOptions | None = None,
+    *,
+    results: "Path | None" = None,
+    progress: "Progress | None" = None,
+) -> Outcome:
+    """Ask a saved model everything that a benchmark asks, and count.
+
+    Args:
+        task: Benchmark and its options, such as `Mmvp(data="shapes")`.
+        model: Folder that `DiffusionVLM.save_pretrained` or `diffenc train` wrote.
+        options: How the model is asked; None takes the defaults.
+        results: JSON lines file that keeps the answers, so that nothing is asked twice; None keeps
+            nothing.
+        progress: Function that is called with the number of answers of a part and the number of all
+            of them; None reports nothing.
+
+    Raises:
+        DiffencError: The model, the data or a library cannot be had, an option is not allowed, or
+            the file is of something else.
+    """
+    return prepare_task(task, model, options or AskOptions())(results, progress)
+
+
+def prepare_task(task: AskTask, model: "str | os.PathLike[str]", options: AskOptions) -> Ask:
+    """Check everything that can be checked before a model is loaded; the function that runs.
+
+    Raises:
+        DiffencError: See `run_task`.
+    """
+    task.check()
+    real, miniature = task.tokens
+    saved = SavedVLM(
+        model,
+        name=options.name,
+        max_new_tokens=options.max_new_tokens or (miniature if task.miniature else real),
+        device=options.torch_device,
+        dtype=options.torch_dtype,
+    )
+    if options.guidance_scale is not None:
+        saved = saved.guided(options.guidance_scale)
+    policy = task.prompt_policy
+    if policy is not None:
+        own = saved.prompt_policy.split("|")[0] if policy == _OWN_POLICY else policy
+        saved = saved.described(prompts=str(parse_policy(options.prompts or own)))
+    benchmark = task.load()
+    prompts: dict[str, str] = {}
+    if policy is not None:
+        samples = {item.id: task.sample(item) for item in benchmark.items}
+        prompts = _drawn_prompts(saved.description["prompts"], samples, options.seed)
+    return task.prepare(benchmark, saved, prompts, options)
+
+
+def _drawn_prompts(
+    policy: str, samples: Mapping[str, tuple[str, Sequence[str]]], seed: int
+) -> dict[str, str]:
+    """The encoder's prompt of each item, from its question and its captions.
+
+    Raises:
+        ConfigError: The policy needs what the items do not have.
+    """
+    draw = parse_policy(policy)
+    try:
+        return {
+            name: draw(
+                PromptSample(name, [{"from": "human", "value": question}], captions), seed=seed
+            )
+            for name, (question, captions) in samples.items()
+        }
+    except PromptError as error:
+        raise ConfigError(f"{error}. The policy is {str(draw)!r}; see --prompts") from error

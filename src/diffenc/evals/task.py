@@ -1,0 +1,210 @@
+"""A benchmark as one object: the options of a run, where its items come from, and how it is shown.
+
+Nothing here imports torch: the commands read fields and docstrings of tasks to make their options.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from diffenc.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from diffenc.evals.inspection import Progress
+    from diffenc.evals.items import Benchmark
+    from diffenc.evals.saved_vlm import SavedVLM
+    from diffenc.evals.tables import Table
+
+MINIATURE = "shapes"
+
+
+def option(
+    default: Any = None,
+    *,
+    metavar: str | None = None,
+    least: int | None = None,
+    flag: str | None = None,
+) -> Any:
+    """A field that a command line sets too.
+
+    Args:
+        default: Value where nothing is given.
+        metavar: Word that stands for the value in the command's help.
+        least: Smallest number that is allowed.
+        flag: Name of the option if it is not the field's: "--metric" for `metrics`.
+    """
+    facts = {"metavar": metavar, "least": least, "flag": flag}
+    return field(default=default, metadata={key: value for key, value in facts.items() if value})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A benchmark and the options of one run of it.
+
+    Attributes:
+        data: Folder or .zip file of the download, its Hub id if it is in the Hub's cache, or
+            shapes: the miniature. Nothing is downloaded.
+        limit: Number of items that are taken, from the first, to try it out. Default all.
+        data_seed: Seed of the scenes of the miniature; choose settings on another seed than the one
+            you report.
+    """
+
+    name: ClassVar[str]
+
+    data: str = field(metadata={"metavar": "PATH"})
+    limit: int | None = option(metavar="N", least=1)
+    data_seed: int | None = option()
+
+    @property
+    def miniature(self) -> bool:
+        """Whether the items are the miniature's."""
+        return self.data == MINIATURE
+
+    def load(self) -> "Benchmark[Any]":
+        """Read the items.
+
+        Raises:
+            ConfigError: There is no such data, or an option does not go with it.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run found, ready to be shown.
+
+    Attributes:
+        content: Every number, as JSON holds it.
+        tables: Tables for people.
+        notes: Remarks on data, readings and what was left out.
+        count: Number of answers that the numbers are made from.
+        fresh: Number of those that are new in this run.
+    """
+
+    content: Mapping[str, Any]
+    tables: Sequence["Table"]
+    notes: Sequence[str]
+    count: int
+    fresh: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskOptions:
+    """How a multimodal model is asked, the same for all benchmarks.
+
+    Attributes:
+        prompts: What the encoder reads: question, empty, or another policy, see the guide to
+            training. Default that of the model's training; for captions: empty.
+        guidance_scale: Guidance scale s of the encoder's features f_u + s (f_c - f_u). Default as
+            the model was trained.
+        seed: Seed of what is drawn at random: by the prompt policy, or who gets whose caption.
+        max_new_tokens: Largest number of tokens in an answer; default by the kind of question.
+        batch_size: Number of questions per call of the model.
+        skip_broken: Go on without pictures that cannot be read, and tell which.
+        name: Name of the model in tables and files; default its folder's.
+        paper: Show the paper's rows; default with real data alone.
+        device: Device: cpu, cuda, cuda:1, mps; auto is cuda where there is one.
+        dtype: Floating point type of the weights: float32, float16 or bfloat16.
+    """
+
+    prompts: str | None = option(metavar="POLICY")
+    guidance_scale: float | None = option(metavar="S")
+    seed: int = 0
+    max_new_tokens: int | None = option(metavar="N", least=1)
+    batch_size: int = option(8, least=1)
+    skip_broken: bool = False
+    name: str | None = option(metavar="TEXT")
+    paper: bool | None = None
+    device: str = option("auto", metavar="NAME")
+    dtype: str = option("float32", metavar="NAME")
+
+    @property
+    def torch_device(self) -> "torch.device":
+        """The device; "auto" is CUDA where there is one."""
+        from diffenc.models.device import named_device
+
+        return named_device(self.device)
+
+    @property
+    def torch_dtype(self) -> "torch.dtype":
+        """The floating point type of the weights."""
+        from diffenc.models.device import named_dtype
+
+        return named_dtype(self.dtype)
+
+    @property
+    def asking(self) -> dict[str, Any]:
+        """Keywords of every evaluation of answers."""
+        return {"batch_size": self.batch_size, "skip_broken": self.skip_broken}
+
+
+Ask = Callable[["Path | None", "Progress | None"], Outcome]
+"""Function that asks everything, given the file of answers and what reports progress."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskTask(Task):
+    """A benchmark that a model answers.
+
+    Class attributes tell how it is asked unless the options say otherwise: `tokens`, the largest
+    number of tokens in an answer on real data and on the miniature; `prompt_policy`, "model" for
+    the model's own without its noise and dropout, or None where the protocol has prompts itself;
+    and `without`, the fields of `AskOptions` that mean nothing here.
+    """
+
+    tokens: ClassVar[tuple[int, int]]
+    prompt_policy: ClassVar[str | None] = "model"
+    without: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the parts of the work, in order, for a progress bar."""
+        return ("asking",)
+
+    def check(self) -> None:
+        """Refuse options before a model is looked at.
+
+        Raises:
+            ConfigError: An option is not allowed.
+            MissingExtraError: A library is not installed.
+        """
+
+    def sample(self, item: Any) -> tuple[str, Sequence[str]]:
+        """Question and true captions of an item, from which a prompt policy makes its prompt."""
+        return item.question, ()
+
+    def prepare(
+        self,
+        benchmark: Any,
+        model: "SavedVLM",
+        prompts: Mapping[str, str],
+        options: AskOptions,
+    ) -> Ask:
+        """Make ready what the run needs, and return the function that runs.
+
+        Args:
+            benchmark: Result of `load`.
+            model: Model that is asked, not loaded yet.
+            prompts: Prompt of the encoder for each item, by id.
+            options: How the model is asked.
+
+        Raises:
+            DiffencError: Something cannot be had; nothing was asked yet.
+        """
+        raise NotImplementedError
+
+
+def refuse(owner: str, **options: object) -> None:
+    """Raise a `ConfigError` if any of these options was given.
+
+    Args:
+        owner: Description of what the options belong to, for the message.
+        options: Values of the options by name; None and False count as not given.
+    """
+    names = [name for name, value in options.items() if value is not None and value is not False]
+    if names:
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in names)
+        raise ConfigError(f"{flags} {'belong' if len(names) > 1 else 'belongs'} to {owner}")
