@@ -8,8 +8,8 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 from diffenc import DiffusionEncoder, __version__
-from diffenc.cli.encode import parse_size, parse_timestep
 from diffenc.cli.main import app
+from diffenc.cli.parsing import parse_size, parse_timestep
 from diffenc.errors import ConfigError
 from marks import wrong_type
 

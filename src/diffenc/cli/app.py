@@ -121,14 +121,14 @@ def _global_options(
     """Options before a command."""
 
 
-app.command()(demo)
-app.command()(encode)
-app.command()(info)
-app.command()(score)
-app.command()(maps)
-app.command()(index)
-app.command()(search)
-app.command()(train)
+app.command("demo")(demo)
+app.command("encode")(encode)
+app.command("info")(info)
+app.command("score")(score)
+app.command("maps")(maps)
+app.command("index")(index)
+app.command("search")(search)
+app.command("train")(train)
 app.command("shapes-data")(shapes_data)
 app.add_typer(evaluate, name="evaluate")
 app.add_typer(study, name="study")

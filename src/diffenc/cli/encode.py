@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffenc._version import __version__
+from diffenc.cli.fields import Changes, with_fields
 from diffenc.cli.files import check_output
 from diffenc.cli.options import (
     Debug,
@@ -25,6 +26,7 @@ from diffenc.cli.options import (
 )
 from diffenc.cli.pictures import PictureFiles
 from diffenc.cli.tables import print_table, readable_bytes
+from diffenc.config import EncoderConfig
 from diffenc.errors import ConfigError, ImageError, ShapeError
 
 if TYPE_CHECKING:
@@ -37,8 +39,9 @@ if TYPE_CHECKING:
     from diffenc.features import Features
 
 
-def encode(
+def _encode(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Picture files.")],
+    changes: dict[str, Any],
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="A .safetensors file.")
     ] = Path("features.safetensors"),
@@ -52,48 +55,6 @@ def encode(
         ),
     ] = None,
     model: Model = "shapes",
-    taps: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAMES",
-            help="Places in the U-Net, with commas or repeated; * stands for one part of a path. "
-            "See diffenc info.",
-        ),
-    ] = None,
-    timestep: Annotated[
-        str | None,
-        typer.Option(
-            metavar="T",
-            help="Noise level, 0 to 999, or several with commas, which add an axis after the "
-            "images; default 50.",
-        ),
-    ] = None,
-    draws: Annotated[
-        int | None, typer.Option(metavar="N", help="Noise tensors to average over; default 1.")
-    ] = None,
-    conditioning: Annotated[
-        str | None,
-        typer.Option(
-            metavar="WORD",
-            help="uncond, cond, cfg or concat; default cond with prompts, uncond without.",
-        ),
-    ] = None,
-    guidance_scale: Annotated[
-        float | None, typer.Option(metavar="S", help="Of cfg; default 1.5.")
-    ] = None,
-    size: Annotated[
-        str | None,
-        typer.Option(metavar="PIXELS", help="Side, or HEIGHTxWIDTH; default the model's own."),
-    ] = None,
-    resize: Annotated[
-        str | None, typer.Option(metavar="WORD", help="squash (default), crop, pad or none.")
-    ] = None,
-    long_prompts: Annotated[
-        str | None,
-        typer.Option(
-            metavar="WORD", help="truncate (default) or chunk: encode what is beyond the limit too."
-        ),
-    ] = None,
     unet: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Weights of another U-Net, a .safetensors file."),
@@ -110,7 +71,6 @@ def encode(
     tokenizer: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Of a single file, which holds none.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the noise; default 0.")] = None,
     maps: Annotated[
         bool, typer.Option("--maps/--no-maps", help="Write one feature map per tap.")
     ] = True,
@@ -132,26 +92,17 @@ def encode(
     cells, channels). The metadata entry "diffenc" holds, as JSON, the names of the images and of
     those left out, the prompts, the options and the version.
     """
-    options: dict[str, Any] = {
-        "taps": [name for entry in taps for name in entry.split(",") if name] if taps else None,
-        "timestep": None if timestep is None else parse_timestep(timestep),
-        "draws": draws,
-        "conditioning": conditioning,
-        "guidance_scale": guidance_scale,
-        "size": None if size is None else parse_size(size),
-        "resize": resize,
-        "long_prompts": long_prompts,
+    parts: dict[str, Any] = {
         "unet": unet,
         "vae": vae,
         "architecture": architecture,
         "tokenizer": tokenizer,
         "variant": variant,
-        "seed": seed,
     }
     check_output(output, suffixes=(".safetensors",), force=force)
     if not (maps or tokens):
         raise ConfigError("nothing to write: --no-maps needs --tokens")
-    _check_inputs(images, prompts, conditioning, guidance_scale)
+    _check_inputs(images, prompts, changes)
     files = PictureFiles(images, skip_broken)
     files.check()
 
@@ -165,7 +116,8 @@ def encode(
         model,
         device=to_device(device),
         dtype=to_dtype(dtype),
-        **{name: value for name, value in options.items() if value is not None},
+        **{name: value for name, value in parts.items() if value is not None},
+        **changes,
     )
     tensors: dict[str, torch.Tensor] = {}
     truncated: list[int] = []
@@ -198,50 +150,40 @@ def encode(
     files.report()
 
 
-def parse_size(text: str) -> int | tuple[int, int]:
-    """Read ``"512"`` as 512 and ``"384x512"`` as (384, 512).
-
-    Raises:
-        ConfigError: Anything else.
-    """
-    sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
-        raise ConfigError(f"size must be like 512 or 384x512 (height x width), got {text!r}")
-    return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
-
-
-def parse_timestep(text: str) -> int | tuple[int, ...]:
-    """Read ``"50"`` as 50 and ``"50,261"`` as (50, 261).
-
-    Raises:
-        ConfigError: Anything else.
-    """
-    steps = text.split(",")
-    if not all(step.strip().isdecimal() for step in steps):
-        raise ConfigError(f"timestep must be like 50 or 50,261, got {text!r}")
-    return int(text) if len(steps) == 1 else tuple(int(step) for step in steps)
-
-
-def parse_timesteps(text: str) -> tuple[int, ...]:
-    """Read ``"50"`` as (50,) and ``"50,261"`` as (50, 261).
-
-    Raises:
-        ConfigError: Anything else.
-    """
-    steps = parse_timestep(text)
-    return (steps,) if isinstance(steps, int) else steps
+_CHANGES = Changes(
+    EncoderConfig,
+    (
+        "taps",
+        "timestep",
+        "draws",
+        "conditioning",
+        "guidance_scale",
+        "size",
+        "resize",
+        "long_prompts",
+        "seed",
+    ),
+    {
+        "taps": "NAME,NAME",
+        "timestep": "T,T",
+        "draws": "N",
+        "guidance_scale": "S",
+        "size": "PIXELS|HxW",
+    },
+)
+encode = with_fields(_encode, {"changes": _CHANGES})
 
 
 def _check_inputs(
     images: "Sequence[Path]",
     prompts: "Sequence[str] | None",
-    conditioning: str | None,
-    guidance_scale: float | None,
+    changes: "Mapping[str, Any]",
 ) -> None:
     """Find what is wrong with the input before a model is loaded."""
+    conditioning = changes.get("conditioning")
     if not prompts and conditioning not in (None, "uncond"):
         raise ConfigError(f"conditioning {conditioning!r} needs --prompt; got none")
-    if guidance_scale is not None and conditioning != "cfg":
+    if "guidance_scale" in changes and conditioning != "cfg":
         raise ConfigError("--guidance-scale is read by --conditioning cfg alone; pass that too")
     from diffenc.inputs.prompts import match_batch
 

@@ -12,6 +12,7 @@ from diffenc.cli.fields import summary_of, with_fields
 from diffenc.cli.files import check_output, write_whole
 from diffenc.cli.noted import NotedCommand, command_line
 from diffenc.cli.options import MINIATURE_NOTE, AsJson, Debug, quiet_libraries
+from diffenc.cli.parsing import parse_timesteps
 from diffenc.cli.progress import progress_bar
 from diffenc.cli.tables import print_tables
 from diffenc.config import check_choice
@@ -108,7 +109,6 @@ def timesteps_study(
 
     As in the paper's table 2, by kind or pattern, in all three ways, and with a picture.
     """
-    from diffenc.cli.encode import parse_timesteps
     from diffenc.evals.matching.plots import need_plots, plot_timesteps
     from diffenc.evals.matching.timesteps import ENSEMBLE, GRID, timestep_study, timestep_tables
 

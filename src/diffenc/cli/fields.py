@@ -8,30 +8,49 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
 
-from diffenc.cli.encode import parse_size, parse_timesteps
+from diffenc.cli.parsing import parse_size, parse_timestep, parse_timesteps
 from diffenc.errors import ConfigError
 
 Command = Callable[..., None]
+Reader = Callable[[Any], Any]
+"""Function from what the command line gives to the value of a field."""
 
+_SETS = ("all", "discffusion")
 _ATTRIBUTE = re.compile(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", re.MULTILINE)
 
 
+@dataclass(frozen=True)
+class Changes:
+    """Some fields of a config that a model or a preset has already: what is not given stays.
+
+    Attributes:
+        kind: Class of the config.
+        names: Fields that are options, in their order.
+        metavars: Word that stands for a value in the help, by name of the field.
+    """
+
+    kind: type
+    names: tuple[str, ...]
+    metavars: Mapping[str, str] = field(default_factory=dict)
+
+
 def with_fields(
-    command: Command, kinds: Mapping[str, type], *, without: Collection[str] = ()
+    command: Command, kinds: Mapping[str, type | Changes], *, without: Collection[str] = ()
 ) -> Command:
     """Make a command whose options are the fields of dataclasses, and whatever else it takes.
 
     Args:
-        command: Function that is called with one object for each dataclass, and its own parameters.
+        command: Function that is called with one object for each dataclass, a mapping of what is
+            given for each `Changes`, and its own parameters.
         kinds: Dataclass of each parameter that gets an object.
         without: Names of fields that are no options; they keep their defaults.
 
@@ -39,26 +58,21 @@ def with_fields(
         The function as the command line calls it.
     """
     options: list[Parameter] = []
-    readers: dict[str, dict[str, Callable[[Any], Any]]] = {}
+    readers: dict[str, dict[str, Reader]] = {}
     for parameter, kind in kinds.items():
-        hints, helps = get_type_hints(kind), attribute_texts(kind)
-        readers[parameter] = {}
-        for field in fields(kind):
-            if field.name in without:
-                continue
-            type_, read = _typed(hints[field.name], _flag(field))
-            readers[parameter][field.name] = read
-            options.append(_option(field, type_, helps.get(field.name, "")))
+        shown, readers[parameter] = _options(kind, without)
+        options += shown
     own = [each for each in signature(command).parameters.values() if each.name not in kinds]
 
     @wraps(command)
     def run(**values: Any) -> None:
-        objects = {
-            parameter: kinds[parameter](
-                **{name: read(values.pop(name)) for name, read in readers[parameter].items()}
-            )
-            for parameter in kinds
-        }
+        objects = {}
+        for parameter, kind in kinds.items():
+            own_values = {name: values.pop(name) for name in readers[parameter]}
+            if isinstance(kind, Changes):
+                own_values = {name: each for name, each in own_values.items() if each is not None}
+            read = {name: readers[parameter][name](each) for name, each in own_values.items()}
+            objects[parameter] = read if isinstance(kind, Changes) else kind(**read)
         command(**objects, **values)
 
     positional = [each for each in own if isinstance(_declared(each), type(typer.Argument()))]
@@ -67,6 +81,31 @@ def with_fields(
     run.__signature__ = Signature(shown)  # type: ignore[attr-defined]  # what Typer looks at
     run.__annotations__ = {each.name: each.annotation for each in shown}
     return run
+
+
+def _options(
+    kind: type | Changes, without: Collection[str]
+) -> tuple[list[Parameter], dict[str, Reader]]:
+    """Options and readers of the fields of a class."""
+    class_ = kind.kind if isinstance(kind, Changes) else kind
+    hints, texts = get_type_hints(class_), attribute_texts(class_)
+    by_name = {each.name: each for each in fields(class_)}
+    names = kind.names if isinstance(kind, Changes) else tuple(by_name)
+    options, readers = [], {}
+    for name in names:
+        if name in without:
+            continue
+        type_, readers[name] = _typed(hints[name], _flag(by_name[name]))
+        if isinstance(kind, Changes):
+            metadata = {"metavar": kind.metavars.get(name) or _words(hints[name])}
+            changed: Any = field(default=None, metadata=metadata)
+            changed.name = name
+            options.append(
+                _option(changed, type_ | None, _for_terminal(texts[name]) + _default(by_name[name]))
+            )
+        else:
+            options.append(_option(by_name[name], type_, texts.get(name, "")))
+    return options, readers
 
 
 def attribute_texts(kind: type) -> dict[str, str]:
@@ -90,31 +129,64 @@ def split_names(entries: list[str] | None) -> tuple[str, ...] | None:
     return names or None
 
 
+def _words(hint: Any) -> str | None:
+    """The words that a field takes, for the help; None if it takes others."""
+    literals = [each for each in _members(hint) if get_origin(each) is Literal]
+    words = dict.fromkeys(str(word) for each in literals for word in get_args(each))
+    if literals and NoneType in _members(hint):
+        words["none"] = None
+    return "|".join(words) or None
+
+
+def _for_terminal(text: str) -> str:
+    """A docstring's line without the marks of Python."""
+    text = re.sub(r"\bNone (?:takes|is) ", "Default: ", text.replace("`", ""))
+    return re.sub(r"\bNone\b", "none", text)
+
+
+def _default(each: "Field[Any]") -> str:
+    """What a config has where nothing is given, for the end of a help text."""
+    if each.default is None or each.default == ():
+        return ""
+    value = each.default
+    text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return f" [default: {text}]"
+
+
+def _names_or_word(entries: list[str] | None) -> str | tuple[str, ...] | None:
+    """Names, or the one word that stands for a set of them."""
+    names = split_names(entries)
+    return names[0] if names is not None and len(names) == 1 and names[0] in _SETS else names
+
+
 def _declared(parameter: Parameter) -> Any:
     return next(iter(getattr(parameter.annotation, "__metadata__", ())), None)
 
 
-def _flag(field: "Field[Any]") -> str:
-    return str(field.metadata.get("flag") or f"--{field.name.replace('_', '-')}")
+def _flag(each: "Field[Any]") -> str:
+    return str(each.metadata.get("flag") or f"--{each.name.replace('_', '-')}")
 
 
-def _option(field: "Field[Any]", type_: Any, text: str) -> Parameter:
-    flags = _flag(field).split("/")
+def _option(each: "Field[Any]", type_: Any, text: str) -> Parameter:
+    flags = _flag(each).split("/")
     if type_ == bool | None:
         flags = [f"{flags[0]}/--no-{flags[0].removeprefix('--')}"]
-    facts: dict[str, Any] = {
-        "metavar": field.metadata.get("metavar"),
-        "min": field.metadata.get("least"),
-    }
-    option = typer.Option(*flags, help=text, **facts)
-    default = Parameter.empty if field.default is MISSING else field.default
+    facts: dict[str, Any] = {"min": each.metadata.get("least")}
+    option = typer.Option(*flags, help=text, metavar=each.metadata.get("metavar"), **facts)
+    default = Parameter.empty if each.default is MISSING else each.default
     annotation = Annotated[type_, option]
-    return Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+    return Parameter(each.name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def _typed(hint: Any, flag: str) -> tuple[Any, Callable[[Any], Any]]:
     """The type that the command line reads, and the function that makes the field's value of it."""
     members = [each for each in _members(hint) if each is not NoneType]
+    if any(get_origin(each) is Literal for each in members):
+        words = {word for each in members for word in get_args(each)}
+        optional = NoneType in _members(hint) and "none" not in words
+        return str | None, lambda word: None if optional and word == "none" else word
+    if members == [str, tuple[str, ...]]:
+        return list[str] | None, _names_or_word
     if members == [tuple[str, ...]]:
         return list[str] | None, split_names
     if members == [tuple[Path, ...]]:
@@ -123,6 +195,8 @@ def _typed(hint: Any, flag: str) -> tuple[Any, Callable[[Any], Any]]:
         return list[str] | None, lambda entries: _numbers(entries, flag)
     if members == [tuple[int, ...]]:
         return str | None, lambda text: None if text is None else parse_timesteps(text)
+    if members == [int, tuple[int, ...]]:
+        return str | None, lambda text: None if text is None else parse_timestep(text)
     if members == [int, tuple[int, int]]:
         return str | None, lambda text: None if text is None else parse_size(text)
     return hint, lambda value: value

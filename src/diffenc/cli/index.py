@@ -4,10 +4,11 @@ import json
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from diffenc.cli.fields import with_fields
 from diffenc.cli.options import (
     AsJson,
     Debug,
@@ -21,23 +22,13 @@ from diffenc.cli.options import (
     to_dtype,
 )
 from diffenc.cli.pictures import PictureFiles
-from diffenc.cli.score_options import (
-    BatchSize,
-    CalibrationOption,
-    Layers,
-    References,
-    ResizeOption,
-    Seed,
-    Size,
-    Texts,
-    Timesteps,
-    load_scorer,
-)
+from diffenc.cli.scorers import References, Texts, load_scorer, scorer_changes
 from diffenc.cli.tables import print_table, readable_bytes
 
 
-def index(
+def _index(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Picture files.")],
+    changes: dict[str, Any],
     output: Annotated[
         Path,
         typer.Option(
@@ -48,14 +39,7 @@ def index(
         ),
     ] = Path("bank"),
     model: Model = "shapes",
-    calibration: CalibrationOption = None,
     references: References = None,
-    timesteps: Timesteps = None,
-    layers: Layers = None,
-    size: Size = None,
-    resize: ResizeOption = None,
-    seed: Seed = None,
-    batch_size: BatchSize = 16,
     skip_broken: SkipBroken = False,
     force: Annotated[
         bool, typer.Option("--force", "-f", help="Begin anew where the folder holds a bank.")
@@ -78,19 +62,12 @@ def index(
         PictureFiles(images).check()
     scorer = load_scorer(
         model,
+        {**changes, "mode": "shared-query"},
         device=device,
         dtype=dtype,
-        variant=variant,
         preset="calibrated",
-        calibration=calibration,
+        variant=variant,
         references=references,
-        timesteps=timesteps,
-        layers=layers,
-        size=size,
-        mode="shared-query",
-        resize=resize,
-        seed=seed,
-        batch_size=batch_size,
     )
     typer.echo(
         f"{len(images)} images, {len(scorer.layers)} layers, {len(scorer.config.steps)} timesteps: "
@@ -124,6 +101,10 @@ def index(
     written = sum(path.stat().st_size for path in output.iterdir())
     left_out = f", {len(bank.skipped)} images left out" if bank.skipped else ""
     typer.echo(f"wrote {output} ({readable_bytes(written)}){left_out}")
+
+
+_CHANGES = ("calibration", "timesteps", "layers", "size", "resize", "seed", "batch_size")
+index = with_fields(_index, {"changes": scorer_changes(*_CHANGES)})
 
 
 def search(

@@ -1,23 +1,16 @@
 """`diffenc maps`: where in an image the words of a text are seen."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diffenc.cli.fields import split_names
+from diffenc.cli.fields import split_names, with_fields
 from diffenc.cli.files import check_output, write_whole
 from diffenc.cli.options import Debug, Device, Dtype, Force, Model, Variant
-from diffenc.cli.score_options import (
-    Layers,
-    ResizeOption,
-    Seed,
-    Size,
-    Timesteps,
-    load_scorer,
-)
+from diffenc.cli.parsing import parse_heads
+from diffenc.cli.scorers import load_scorer, scorer_changes
 from diffenc.cli.tables import print_table
-from diffenc.errors import ConfigError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,9 +19,10 @@ _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _COLUMNS, _SIDE = 4, 256
 
 
-def maps(
+def _maps(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture file.")],
     text: Annotated[str, typer.Option("--text", "-t", metavar="TEXT", help="The prompt.")],
+    changes: dict[str, Any],
     words: Annotated[
         list[str] | None,
         typer.Option(
@@ -42,14 +36,16 @@ def maps(
     preset: Annotated[
         str | None, typer.Option(metavar="NAME", help="daam: that program's definition.")
     ] = None,
-    layers: Layers = None,
+    layers: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Cross-attentions or blocks, with commas or repeated: mid_block, up_blocks.1.",
+        ),
+    ] = None,
     heads: Annotated[
         str | None, typer.Option(metavar="N,N", help="Heads that count; default all.")
     ] = None,
-    timesteps: Timesteps = None,
-    size: Size = None,
-    resize: ResizeOption = None,
-    seed: Seed = None,
     device: Device = "auto",
     dtype: Dtype = "float32",
     variant: Variant = None,
@@ -65,17 +61,9 @@ def maps(
 
     picture = load_image(image)
     scorer = load_scorer(
-        model,
-        device=device,
-        dtype=dtype,
-        variant=variant,
-        preset="paper",
-        timesteps=timesteps,
-        size=size,
-        resize=resize,
-        seed=seed,
+        model, changes, device=device, dtype=dtype, preset="paper", variant=variant
     )
-    found = scorer.word_maps(
+    heat_maps = scorer.word_maps(
         picture,
         text,
         words or None,
@@ -86,7 +74,7 @@ def maps(
     from diffenc.viz import Panel, figure
 
     panels: list[Panel | None] = [Panel(picture, image.name)]
-    for word, heat in found.items():
+    for word, heat in heat_maps.items():
         over = heat.to_pil(_fit(heat.picture or picture), overlay=True)
         panels.append(Panel(over, word, legend=heat))
     rows = [panels[start : start + _COLUMNS] for start in range(0, len(panels), _COLUMNS)]
@@ -103,23 +91,14 @@ def maps(
         ("word", "cells", "lowest", "highest"),
         [
             (word, " x ".join(map(str, heat.array.shape)), f"{heat.low:.4g}", f"{heat.high:.4g}")
-            for word, heat in found.items()
+            for word, heat in heat_maps.items()
         ],
         right=("lowest", "highest"),
     )
     typer.echo(f"wrote {output}")
 
 
-def parse_heads(text: str) -> tuple[int, ...]:
-    """Read ``"0,3"`` as (0, 3).
-
-    Raises:
-        ConfigError: Anything else.
-    """
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() for part in parts):
-        raise ConfigError(f"heads must be like 0 or 0,3, got {text!r}")
-    return tuple(map(int, parts))
+maps = with_fields(_maps, {"changes": scorer_changes("timesteps", "size", "resize", "seed")})
 
 
 def _fit(picture: "Image") -> tuple[int, int]:

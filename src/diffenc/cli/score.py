@@ -3,27 +3,15 @@
 import json
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from diffenc._version import __version__
+from diffenc.cli.fields import with_fields
 from diffenc.cli.options import AsJson, Debug, Device, Dtype, Model, SkipBroken, Variant
 from diffenc.cli.pictures import PictureFiles
-from diffenc.cli.score_options import (
-    BatchSize,
-    CalibrationOption,
-    Layers,
-    Mode,
-    Preset,
-    References,
-    ResizeOption,
-    Seed,
-    Size,
-    Texts,
-    Timesteps,
-    load_scorer,
-)
+from diffenc.cli.scorers import Preset, References, Texts, load_scorer, scorer_changes
 from diffenc.cli.tables import print_table
 from diffenc.errors import ImageError
 
@@ -33,12 +21,12 @@ if TYPE_CHECKING:
     from diffenc.scoring.result import Scores
 
 
-def score(
+def _score(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Picture files.")],
     texts: Texts,
+    changes: dict[str, Any],
     model: Model = "shapes",
     preset: Preset = "calibrated",
-    mode: Mode = None,
     trials: Annotated[int, typer.Option(min=1, help="Scores with other noise, averaged.")] = 1,
     screen: Annotated[
         int | None,
@@ -46,14 +34,7 @@ def score(
             min=1, metavar="N", help="Drop texts that fall behind; score N per image to the end."
         ),
     ] = None,
-    calibration: CalibrationOption = None,
     references: References = None,
-    timesteps: Timesteps = None,
-    layers: Layers = None,
-    size: Size = None,
-    resize: ResizeOption = None,
-    seed: Seed = None,
-    batch_size: BatchSize = 16,
     as_json: AsJson = False,
     device: Device = "auto",
     dtype: Dtype = "float32",
@@ -71,19 +52,12 @@ def score(
     files.check()  # what cannot be read is told before the model is loaded
     scorer = load_scorer(
         model,
+        changes,
         device=device,
         dtype=dtype,
-        variant=variant,
         preset=preset,
-        calibration=calibration,
+        variant=variant,
         references=references,
-        timesteps=timesteps,
-        layers=layers,
-        size=size,
-        mode=mode,
-        resize=resize,
-        seed=seed,
-        batch_size=batch_size,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # cut texts are told below
@@ -101,6 +75,10 @@ def score(
         typer.echo(
             f"warning: {cut} texts are longer than the text encoder reads and were cut", err=True
         )
+
+
+_CHANGES = ("mode", "calibration", "timesteps", "layers", "size", "resize", "seed", "batch_size")
+score = with_fields(_score, {"changes": scorer_changes(*_CHANGES)})
 
 
 def _scores(files: PictureFiles, score_files: "Callable[[list[str]], Scores]") -> "Scores":

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from diffenc.cli.encode import parse_timestep
 from diffenc.cli.noted import NotedCommand, command_line
 from diffenc.cli.options import (
     Debug,
@@ -17,6 +16,7 @@ from diffenc.cli.options import (
     to_device,
     to_dtype,
 )
+from diffenc.cli.parsing import parse_timestep
 from diffenc.cli.study_options import Backbone, Output, Quick, Seeds
 from diffenc.cli.study_run import (
     made_with,
