@@ -1,6 +1,7 @@
 import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +23,11 @@ from diffenc.encoder import DiffusionEncoder
 from diffenc.evals.captioning import shapes_captions
 from diffenc.evals.choices import shapes_mmvp
 from diffenc.evals.choices.base import LETTER_INSTRUCTION
+from diffenc.evals.run import run_task
+from diffenc.evals.task import AskOptions
+from diffenc.evals.tasks.mmvp import Mmvp
 from diffenc.mllm import DiffusionVLM, VisionTokens
+from diffenc.mllm.training.miniature import write_miniature
 from evals_data import read_lines
 from vlm_builders import save_tiny_lm, save_tiny_vision
 
@@ -156,6 +161,24 @@ class TestCaptions:
         prompts = [prompt for _, prompt, _ in speech.asked]
         assert prompts[:6] != prompts[6:]
 
+    @pytest.mark.parametrize("command", ["captions", "leakage"])
+    def test_the_miniature_is_asked_what_its_models_learnt(self, models, speech, tmp_path, command):
+        """A request for a sentence that was never trained is answered with a word or none."""
+        arguments = (command, models / "clip", "--data")
+        done(*arguments, "shapes", "--limit", 4)
+        learnt = json.loads(write_miniature(tmp_path / "made", scenes=1)["align"].read_text())
+        asked = {question for question, _, _ in speech.asked}
+        assert asked == {learnt[0]["conversations"][0]["value"].replace("<image>", "").strip()}
+        speech.asked.clear()
+        done(*arguments, "shapes", "--limit", 4, "--question", "what is it?", "-o", "b.jsonl")
+        assert {question for question, _, _ in speech.asked} == {"what is it?"}
+        speech.asked.clear()
+        coco(tmp_path / "coco")
+        done(*arguments, "coco", "-o", "c.jsonl")
+        assert {question for question, _, _ in speech.asked} == {
+            "Provide a one-sentence caption for the provided image."
+        }
+
     def test_coco_and_the_paper_beside_it(self, models, speech, tmp_path):
         pytest.importorskip("pycocoevalcap")
         coco(tmp_path / "coco")
@@ -272,6 +295,55 @@ class TestFile:
 
         monkeypatch.setattr(DiffusionVLM, "from_pretrained", load)
         assert "8 of 8 answers were there" in done("mmvp", models / "clip", *self.ARGUMENTS).stdout
+
+
+class TestGuidance:
+    @pytest.mark.parametrize("command", ["captions", "mmvp", "blink", "llava-bench"])
+    def test_every_command_that_asks_can_guide(self, models, speech, command):
+        scales = set()
+
+        def says(images, question, prompt, vlm):
+            scales.add((vlm.encoder.config.conditioning, vlm.encoder.config.guidance_scale))
+            return "a"
+
+        speech.says = says
+        arguments = (command, models / "sd", "--data", "shapes", "--limit", 2, "--prompts", "empty")
+        done(*arguments, "--guidance-scale", 4.5)
+        assert scales == {("cfg", 4.5)}
+        description = read_lines(f"{command}-results.jsonl")[1]["description"]
+        assert description["guidance_scale"] == 4.5
+        refused(run(*arguments), "guidance_scale is null, was 4.5")
+
+    def test_a_model_that_reads_no_text_has_nothing_to_guide(self, models, no_model):
+        arguments = ("mmvp", models / "clip", "--data", "shapes", "--guidance-scale", 2)
+        refused(run(*arguments), "reads no text")
+
+
+class TestLibrary:
+    """The commands are a call of the library away."""
+
+    def test_a_task_is_run_without_files(self, models, speech, tmp_path):
+        speech.says = lambda *_: "a"
+        steps = []
+        outcome = run_task(
+            Mmvp(data="shapes", limit=4),
+            models / "clip",
+            AskOptions(batch_size=2, prompts="empty"),
+            progress=lambda *counts: steps.append(counts),
+        )
+        assert (outcome.count, outcome.fresh) == (4, 4)
+        assert list(outcome.content["answers"]) == ["1", "2", "3", "4"]
+        assert outcome.tables[0].columns == ("model", "questions", "pairs")
+        assert steps == [(0, 4), (2, 4), (4, 4)]
+        assert {prompt for _, prompt, _ in speech.asked} == {""}
+        assert list(tmp_path.iterdir()) == []
+
+    def test_answers_of_the_command_are_those_of_the_call(self, models, speech):
+        done("mmvp", models / "clip", "--data", "shapes", "--limit", 4, "-o", "a.jsonl")
+        speech.asked.clear()
+        task = Mmvp(data="shapes", limit=4)
+        outcome = run_task(task, models / "clip", results=Path("a.jsonl"))
+        assert (outcome.fresh, speech.asked) == (0, [])
 
 
 class TestLeakage:

@@ -64,12 +64,11 @@ def _encode(
     ] = None,
     architecture: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME", help="Of a single file: the alias or folder with its configs."
-        ),
+        typer.Option(metavar="NAME", help="Alias or folder with the configs of a single file."),
     ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Of a single file, which holds none.")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Tokenizer of a single file, which holds none."),
     ] = None,
     maps: Annotated[
         bool, typer.Option("--maps/--no-maps", help="Write one feature map per tap.")

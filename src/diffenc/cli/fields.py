@@ -120,7 +120,8 @@ def attribute_texts(kind: type) -> dict[str, str]:
 
 def summary_of(kind: type) -> str:
     """The docstring of a class without its sections."""
-    return re.split(r"\n(?:Attributes|Args|Raises):\n", inspect.cleandoc(kind.__doc__ or ""))[0]
+    text = inspect.cleandoc(kind.__doc__ or "")
+    return re.split(r"\n(?:Attributes|Args|Raises):\n", text)[0].strip()
 
 
 def split_names(entries: list[str] | None) -> tuple[str, ...] | None:
@@ -140,7 +141,7 @@ def _words(hint: Any) -> str | None:
 
 def _for_terminal(text: str) -> str:
     """A docstring's line without the marks of Python."""
-    text = re.sub(r"\bNone (?:takes|is) ", "Default: ", text.replace("`", ""))
+    text = re.sub(r"\bNone (?:takes|is) ", "default: ", text.replace("`", ""))
     return re.sub(r"\bNone\b", "none", text)
 
 

@@ -43,7 +43,10 @@ Device = Annotated[
     typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, mps; auto is cuda where there is one."),
 ]
 Dtype = Annotated[
-    str, typer.Option(metavar="NAME", help="Of the weights: float32, float16 or bfloat16.")
+    str,
+    typer.Option(
+        metavar="NAME", help="Floating point type of the weights: float32, float16 or bfloat16."
+    ),
 ]
 SkipBroken = Annotated[
     bool,
