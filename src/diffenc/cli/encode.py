@@ -1,8 +1,6 @@
 """`diffenc encode`: features of image files, written as safetensors."""
 
 import json
-import sys
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,6 +23,7 @@ from diffenc.cli.options import (
     to_dtype,
 )
 from diffenc.cli.pictures import PictureFiles
+from diffenc.cli.progress import progress_bar
 from diffenc.cli.tables import print_table, readable_bytes
 from diffenc.config import EncoderConfig
 from diffenc.errors import ConfigError, ImageError, ShapeError
@@ -208,27 +207,15 @@ def _passes(
     Raises:
         ImageError: A picture broke after it was checked and shall not be skipped, or all did.
     """
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        *Progress.get_default_columns()[:2],
-        MofNCompleteColumn(),
-        TextColumn("images"),
-        TimeRemainingColumn(),
-    )
     places = files.kept
-    quiet = not sys.stderr.isatty() or len(places) <= batch_size
-    console = Console(stderr=True)
-    progress = Progress(*columns, console=console, disable=quiet, transient=True)
-    task = progress.add_task("encoding", total=len(places))
-    with nullcontext() if quiet else progress:  # rich before 15 ends even a disabled one's line
+    with progress_bar("encoding", unit="images") as progress:
         for start in range(0, len(places), batch_size):
             pictures = _opened(files, places[start : start + batch_size])
             if pictures:
                 texts = _texts(prompts, list(pictures)) or None
                 yield encoder.extract(list(pictures.values()), texts)
-            progress.update(task, completed=min(start + batch_size, len(places)))
+            if progress is not None and len(places) > batch_size:
+                progress(min(start + batch_size, len(places)), len(places))
     files.require_some()
 
 

@@ -1,8 +1,6 @@
 """`diffenc index` and `diffenc search`: images once, then any text without them."""
 
 import json
-import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +20,7 @@ from diffenc.cli.options import (
     to_dtype,
 )
 from diffenc.cli.pictures import PictureFiles
+from diffenc.cli.progress import progress_bar
 from diffenc.cli.scorers import References, Texts, load_scorer, scorer_changes
 from diffenc.cli.tables import print_table, readable_bytes
 
@@ -73,28 +72,23 @@ def _index(
         f"{len(images)} images, {len(scorer.layers)} layers, {len(scorer.config.steps)} timesteps: "
         f"{readable_bytes(scorer.index_bytes(len(images)))}"
     )
-    from rich.console import Console
-    from rich.progress import Progress
-
-    quiet = not sys.stderr.isatty()
-    progress = Progress(console=Console(stderr=True), disable=quiet, transient=True)
-    task = progress.add_task("reading", total=len(images))
     goes_on = is_begun(output) and not force
+    with progress_bar("reading", unit="images") as show:
 
-    def tell(done: int) -> None:
-        nonlocal goes_on
-        if goes_on and done:
-            typer.echo(f"going on with {output}: {done} images are in it", err=True)
-        goes_on = False
-        progress.update(task, completed=done)
+        def report(done: int) -> None:
+            nonlocal goes_on
+            if goes_on and done:
+                typer.echo(f"going on with {output}: {done} images are in it", err=True)
+            goes_on = False
+            if show is not None:
+                show(done, len(images))
 
-    with nullcontext() if quiet else progress:  # rich before 15 ends even a disabled one's line
         bank = scorer.build_index(
             [str(image) for image in images],
             output,
             skip_broken=skip_broken,
             overwrite=force,
-            progress=tell,
+            progress=report,
         )
     for name, why in bank.skipped:
         typer.echo(f"left out {name}: {why}", err=True)
