@@ -101,11 +101,11 @@ app = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> bool:
-    if wanted:
+def _print_version(requested: bool) -> bool:
+    if requested:
         typer.echo(f"diffenc {__version__}")
         raise typer.Exit
-    return wanted
+    return requested
 
 
 @app.callback()

@@ -233,8 +233,8 @@ def _opened(files: PictureFiles, places: "Sequence[int]") -> "dict[int, Image]":
 
 
 def _to_write(features: "Features", *, maps: bool, tokens: bool) -> "Mapping[str, Tensor]":
-    found = dict(features) if maps else {}
-    return {**found, "tokens": features.tokens()} if tokens else found
+    tensors = dict(features) if maps else {}
+    return {**tensors, "tokens": features.tokens()} if tokens else tensors
 
 
 def _fill(tensors: "dict[str, Tensor]", name: str, rows: "Tensor", start: int, count: int) -> None:

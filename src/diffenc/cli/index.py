@@ -119,14 +119,14 @@ def search(
     from diffenc.scoring.query_bank import QueryBank
 
     opened = QueryBank.load(bank, backbone=model, device=to_device(device), dtype=to_dtype(dtype))
-    found = opened.search(texts, top=top)
+    hits = opened.search(texts, top=top)
     if as_json:
         content = {
             text: [{"name": r.name, "index": r.index, "score": r.score} for r in results]
-            for text, results in zip(texts, found, strict=True)
+            for text, results in zip(texts, hits, strict=True)
         }
         typer.echo(json.dumps(content, indent=2))
         return
-    for text, results in zip(texts, found, strict=True):
+    for text, results in zip(texts, hits, strict=True):
         rows = [(place, r.name, f"{r.score:.4f}") for place, r in enumerate(results, start=1)]
         print_table(text, ("", "image", "score"), rows, right=("", "score"))

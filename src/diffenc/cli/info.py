@@ -118,7 +118,7 @@ def describe(model: str) -> dict[str, Any]:
     from diffenc.models.sources import single_file
     from diffenc.models.taps import count_parameters
 
-    told = read(model)
+    architecture = read(model)
     aliases = {source.alias: source for source in list_backbones()}
     if model in aliases:
         folder = _here(aliases[model])
@@ -126,20 +126,20 @@ def describe(model: str) -> dict[str, Any]:
         folder = single_file(model) or resolve_folder(model, weights=False)
     parts = [
         _component(name, config, folder)
-        for name, config in told.configs.items()
+        for name, config in architecture.configs.items()
         if name != "scheduler"
     ]
-    truncated = count_parameters(told.configs["unet"], told.default_taps)
+    truncated = count_parameters(architecture.configs["unet"], architecture.default_taps)
     return {
         "model": model,
         "folder": None if folder is None else str(folder),
-        "family": told.family,
-        "default_size": told.default_size,
-        "latent_reduction": told.reduction,
-        "prediction_type": told.configs["scheduler"].get("prediction_type", "epsilon"),
+        "family": architecture.family,
+        "default_size": architecture.default_size,
+        "latent_reduction": architecture.reduction,
+        "prediction_type": architecture.configs["scheduler"].get("prediction_type", "epsilon"),
         "components": [_component_values(part) for part in parts],
         "truncated_unet_parameters": truncated,
-        "taps": [_tap_values(tap, told.default_taps) for tap in told.taps()],
+        "taps": [_tap_values(tap, architecture.default_taps) for tap in architecture.taps()],
     }
 
 
@@ -180,8 +180,8 @@ def _tap_values(tap: "TapInfo", default_taps: tuple[str, ...]) -> dict[str, Any]
     return {**asdict(tap), "default": tap.name in default_taps}
 
 
-def _print_description(found: dict[str, Any], every_tap: bool) -> None:
-    parts, size = found["components"], found["default_size"]
+def _print_description(facts: dict[str, Any], every_tap: bool) -> None:
+    parts, size = facts["components"], facts["default_size"]
     rows = [
         (
             part["name"],
@@ -200,11 +200,11 @@ def _print_description(found: dict[str, Any], every_tap: bool) -> None:
     parameters = sum(part["parameters"] for part in parts)
     rows.append(("all", "", f"{parameters:,}", *totals, readable_bytes(on_disk) if on_disk else ""))
     numbers = ("parameters", *dtypes, "on disk")
-    kept, whole = found["truncated_unet_parameters"], parts[0]["parameters"]
-    typer.echo(f"{found['model']}, {found['folder'] or 'to be downloaded when it is used'}")
+    kept, whole = facts["truncated_unet_parameters"], parts[0]["parameters"]
+    typer.echo(f"{facts['model']}, {facts['folder'] or 'to be downloaded when it is used'}")
     typer.echo(
-        f"{found['family']}, predicts {found['prediction_type']}, {size} px by default, one latent "
-        f"cell per {found['latent_reduction']} px\n"
+        f"{facts['family']}, predicts {facts['prediction_type']}, {size} px by default, one latent "
+        f"cell per {facts['latent_reduction']} px\n"
     )
     print_table("components", ("part", "class", *numbers), rows, right=numbers)
     typer.echo(
@@ -213,7 +213,7 @@ def _print_description(found: dict[str, Any], every_tap: bool) -> None:
     )
     shown = [
         tap
-        for tap in found["taps"]
+        for tap in facts["taps"]
         if every_tap or tap["default"] or _MAIN_TAPS.fullmatch(tap["name"])
     ]
     tap_rows = [
@@ -228,5 +228,5 @@ def _print_description(found: dict[str, Any], every_tap: bool) -> None:
     ]
     columns = ("tap", "channels", "reduction", f"cells at {size} px", "default")
     print_table("taps", columns, tap_rows, right=columns[1:4])
-    if len(shown) < len(found["taps"]):
-        typer.echo(f"{len(shown)} of {len(found['taps'])} taps shown; --all lists the others.")
+    if len(shown) < len(facts["taps"]):
+        typer.echo(f"{len(shown)} of {len(facts['taps'])} taps shown; --all lists the others.")

@@ -13,9 +13,9 @@ class _Switch:
 
     on = False
 
-    def turn(self, wanted: bool) -> bool:
-        self.on = self.on or wanted
-        return wanted
+    def turn(self, on: bool) -> bool:
+        self.on = self.on or on
+        return on
 
     def off(self) -> None:
         self.on = False

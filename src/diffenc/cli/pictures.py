@@ -53,14 +53,14 @@ class PictureFiles:
         if not kept:
             return False
         if len(kept) < _BAR_FROM:
-            found = broken_images(self.kept_paths)
+            broken = broken_images(self.kept_paths)
         else:
             with progress_bar("looking at pictures", unit="images") as progress:
-                found = broken_images(self.kept_paths, progress=progress)
-        for place, fault in found.items():
+                broken = broken_images(self.kept_paths, progress=progress)
+        for place, fault in broken.items():
             self.broken[kept[place]] = fault
         self.require_some()
-        return bool(found)
+        return bool(broken)
 
     def skip(self, place: int, error: ImageError) -> None:
         """Leave out a picture that broke after it was checked.
@@ -82,17 +82,17 @@ class PictureFiles:
 
         if not self.broken or (self.skip_broken and self.kept):
             return
-        told = describe_broken(self._faults(), len(self.paths))
+        summary = describe_broken(self._faults(), len(self.paths))
         hint = "; --skip-broken goes on without them" if self.kept else ""
-        raise ImageError(told + hint)
+        raise ImageError(summary + hint)
 
     def report(self) -> None:
         """Say on standard error what was left out."""
         from diffenc.inputs.images import describe_broken
 
         if self.broken:
-            told = describe_broken(self._faults(), len(self.paths))
-            typer.echo(f"warning: {told}; left out", err=True)
+            summary = describe_broken(self._faults(), len(self.paths))
+            typer.echo(f"warning: {summary}; left out", err=True)
 
     def _faults(self) -> list[str]:
         return [self.broken[place] for place in sorted(self.broken)]

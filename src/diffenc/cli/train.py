@@ -50,14 +50,14 @@ def train(
         raise ConfigError("--processes and --tflops are for --plan")
     from diffenc.mllm.training.config import TrainConfig
 
-    told = TrainConfig.read(config)
+    training = TrainConfig.read(config)
     quiet_libraries()
     if plan:
         from diffenc.mllm.training.plan import make_plan
 
         with progress_bar("looking at pictures", unit="pictures") as looking:
-            found = make_plan(told, processes=processes, tflops=tflops, looking=looking)
-        _print_plan(found)
+            plan_of_run = make_plan(training, processes=processes, tflops=tflops, looking=looking)
+        _print_plan(plan_of_run)
         return
     from diffenc.mllm.training.stages import is_first_process
     from diffenc.mllm.training.stages import train as run_stage
@@ -65,7 +65,9 @@ def train(
     # Each process of several has a device of its own, which the stage finds.
     chosen = None if device == "auto" else to_device(device)
     with _progress() as (progress, looking):
-        result = run_stage(told, resume=resume, device=chosen, progress=progress, looking=looking)
+        result = run_stage(
+            training, resume=resume, device=chosen, progress=progress, looking=looking
+        )
     if not is_first_process():
         return
     if result.data.broken:
@@ -125,30 +127,30 @@ def _progress() -> "Iterator[tuple[Progress | None, Callable[[int, int], None] |
         yield tell, look
 
 
-def _print_plan(found: "Plan") -> None:
-    guessed = " (told from letters: no tokenizer here)" if found.estimated_text else ""
+def _print_plan(plan: "Plan") -> None:
+    guessed = " (told from letters: no tokenizer here)" if plan.estimated_text else ""
     rows = [
-        ["samples", f"{found.data.samples:,}, {found.data.text_only:,} without a picture"],
-        ["pictures", f"{found.data.images:,} of {found.tokens_per_image} tokens"],
-        ["text", f"{found.text_tokens:.0f} tokens a sample{guessed}"],
-        ["longest", f"{found.longest:,} tokens; context {found.context or 'unknown'}"],
-        ["steps", f"{found.steps:,}"],
-        ["processes", f"{found.processes}, {found.accumulation} batches a step each"],
-        ["arithmetic", f"{_short(sum(found.flops.values()))}FLOP a sample"],
-        ["counted on", f"{_short(found.rate)}FLOP/s a process: {found.rate_source}"],
-        ["time", _duration(found.seconds)],
+        ["samples", f"{plan.data.samples:,}, {plan.data.text_only:,} without a picture"],
+        ["pictures", f"{plan.data.images:,} of {plan.tokens_per_image} tokens"],
+        ["text", f"{plan.text_tokens:.0f} tokens a sample{guessed}"],
+        ["longest", f"{plan.longest:,} tokens; context {plan.context or 'unknown'}"],
+        ["steps", f"{plan.steps:,}"],
+        ["processes", f"{plan.processes}, {plan.accumulation} batches a step each"],
+        ["arithmetic", f"{_short(sum(plan.flops.values()))}FLOP a sample"],
+        ["counted on", f"{_short(plan.rate)}FLOP/s a process: {plan.rate_source}"],
+        ["time", _duration(plan.seconds)],
     ]
-    print_table(f"plan: {found.stage}", ["what", "how much"], rows)
+    print_table(f"plan: {plan.stage}", ["what", "how much"], rows)
     parts = [
-        [name, _short(size), _short(found.trained[name]) if name in found.trained else "-"]
-        for name, size in found.parameters.items()
+        [name, _short(size), _short(plan.trained[name]) if name in plan.trained else "-"]
+        for name, size in plan.parameters.items()
     ]
     print_table("parameters", ["part", "all", "trained"], parts, right=["all", "trained"])
-    for title, table in (("memory of a process", found.memory), ("disk", found.disk)):
+    for title, table in (("memory of a process", plan.memory), ("disk", plan.disk)):
         lines = [[name, f"{size / 1e9:.2f} GB"] for name, size in table.items()]
         lines.append(["in all", f"{sum(table.values()) / 1e9:.2f} GB"])
         print_table(title, ["use", "size"], lines, right=["size"])
-    for warning in found.warnings():
+    for warning in plan.warnings():
         typer.echo(f"note: {warning}")
 
 

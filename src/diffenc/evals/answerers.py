@@ -87,8 +87,8 @@ def check_answers(answers: Sequence[str], count: int, name: str) -> list[str]:
         ShapeError: Another number, or something that is no text.
     """
     if isinstance(answers, str) or len(answers) != count:
-        given = "one text" if isinstance(answers, str) else f"{len(answers)} answers"
-        raise ShapeError(f"{name} must give one answer per question, {count} here; got {given}")
+        received = "one text" if isinstance(answers, str) else f"{len(answers)} answers"
+        raise ShapeError(f"{name} must give one answer per question, {count} here; got {received}")
     for answer in answers:
         if not isinstance(answer, str):
             raise ShapeError(f"{name} must answer in text, got {type(answer).__name__}")

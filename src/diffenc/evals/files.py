@@ -67,10 +67,10 @@ class DatasetFiles:
 
     def named(self, *endings: str) -> list[str]:
         """Files whose name, without folders and in any case, is one of these or "*" and an end."""
-        wanted = [ending.lower() for ending in endings]
+        lowered = [ending.lower() for ending in endings]
         return [
             name
-            for end in wanted
+            for end in lowered
             for name in self.names
             if (base := PurePosixPath(name).name.lower()) == end
             or (end.startswith("*") and base.endswith(end[1:]))
@@ -85,15 +85,13 @@ class DatasetFiles:
         path = PurePosixPath(value.strip().replace("\\", "/"))
         known = path.suffix.lower() in PICTURE_SUFFIXES
         stem = (path.stem if known else path.name).lower()
-        wanted = [part.lower() for part in path.parts[:-1] if part not in (".", "..")]
+        above = [part.lower() for part in path.parts[:-1] if part not in (".", "..")]
 
         def rank(name: str) -> tuple[int, bool, int, str]:
             place = PurePosixPath(name)
             parts = [part.lower() for part in place.parts[:-1]]
             shared = 0
-            while (
-                shared < min(len(parts), len(wanted)) and parts[-1 - shared] == wanted[-1 - shared]
-            ):
+            while shared < min(len(parts), len(above)) and parts[-1 - shared] == above[-1 - shared]:
                 shared += 1
             suffix = place.suffix.lower()
             other = known and suffix != path.suffix.lower()
@@ -158,8 +156,8 @@ def resolve_data(
         return DatasetFiles(label)
     known = {name.lower(): name for name in repositories}
     cached = label.lower() in known
-    if cached and (found := cached_dataset(known[label.lower()])):
-        return DatasetFiles(found)
+    if cached and (folder := cached_dataset(known[label.lower()])):
+        return DatasetFiles(folder)
     name = repositories[0]
     raise ConfigError(
         f"there is no {label!r} here: neither a folder, nor a .zip file"

@@ -86,12 +86,12 @@ def match_columns(
         ConfigError: One that is needed is missing; the message lists what is there.
     """
     names = [plain_name(str(name)) for name in header]
-    found = dict(zip(reversed(names), reversed(header), strict=True))
+    by_name = dict(zip(reversed(names), reversed(header), strict=True))
     picked: dict[str, str] = {}
     for column in columns:
         for name in (column.name, *column.also):
-            if plain_name(name) in found and found[plain_name(name)] not in picked.values():
-                picked[column.name] = found[plain_name(name)]
+            if plain_name(name) in by_name and by_name[plain_name(name)] not in picked.values():
+                picked[column.name] = by_name[plain_name(name)]
                 break
     if lacking := [c.name for c in columns if c.needed and c.name not in picked]:
         free = [name for name in header if name not in picked.values()]
@@ -143,20 +143,22 @@ def read_jsonl(content: bytes, columns: Sequence[Column], where: str) -> TableRo
     return _table(rows, *_columns_of(rows, columns, where), problems=problems)
 
 
-def rows_of(found: Iterable[Mapping[str, Any]], columns: Sequence[Column], where: str) -> TableRows:
+def rows_of(
+    source: Iterable[Mapping[str, Any]], columns: Sequence[Column], where: str
+) -> TableRows:
     """Rows that are in memory already, such as those of the `datasets` library.
 
     Raises:
         ConfigError: They are no list of tables, or a column is missing.
     """
-    if isinstance(found, Mapping):
+    if isinstance(source, Mapping):
         raise ConfigError(
-            f"{where} must be a list of tables, got {type(found).__name__} with the keys "
-            f"{printable([*found], 80)}; pass the rows of one of them"
+            f"{where} must be a list of tables, got {type(source).__name__} with the keys "
+            f"{printable([*source], 80)}; pass the rows of one of them"
         )
-    if not isinstance(found, Iterable):
-        raise ConfigError(f"{where} must be a list of tables, got {type(found).__name__}")
-    rows = [(f"{where}, row {number}", value) for number, value in enumerate(found)]
+    if not isinstance(source, Iterable):
+        raise ConfigError(f"{where} must be a list of tables, got {type(source).__name__}")
+    rows = [(f"{where}, row {number}", value) for number, value in enumerate(source)]
     return _table(rows, *_columns_of(rows, columns, where), problems=[])
 
 
@@ -185,14 +187,14 @@ def read_parquet(
         try:
             with parquet.ParquetFile(path) as file:
                 picked, notes = match_columns(list(file.schema_arrow.names), columns, where)
-                found = _parquet_rows(file, str(path), picked, pictures)
+                entries = _parquet_rows(file, str(path), picked, pictures)
         except ConfigError:
             raise
         except Exception as error:  # pyarrow has errors of its own
             raise ConfigError(f"cannot read {path}: {reason(error)}; download it again") from error
         own = dict(zip(picked, picked, strict=True))
-        placed = [(f"{where}, row {first + n}", row) for n, row in enumerate(found)]
-        first += len(found)
+        placed = [(f"{where}, row {first + n}", row) for n, row in enumerate(entries)]
+        first += len(entries)
         table = _table(placed, own, columns, notes, [])
         rows += table.rows
         problems += table.problems
@@ -271,7 +273,7 @@ def _table(
 ) -> TableRows:
     """Rows under the loader's names; those whose cells have another type are problems."""
     kinds = {column.name: _KINDS[column.kind] for column in columns}
-    found = []
+    rows_read = []
     for place, row in rows:
         cells = {name: row[actual] for name, actual in picked.items() if actual in row}
         wrong = [name for name in cells if not _fits(cells[name], *kinds[name])]
@@ -281,8 +283,8 @@ def _table(
             detail = f"{wrong[0]} is {what}, but {kind}"
             problems.append(Problem("broken rows", place, detail))
         else:
-            found.append(Row(place, cells))
-    return TableRows(tuple(found), tuple(problems), notes)
+            rows_read.append(Row(place, cells))
+    return TableRows(tuple(rows_read), tuple(problems), notes)
 
 
 def _fits(value: Any, *kinds: type) -> bool:

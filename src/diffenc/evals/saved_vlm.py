@@ -149,16 +149,16 @@ class _Weights:
     @cached_property
     def digest(self) -> str:
         """Return a digest of the names and contents of all files."""
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         for path in sorted(path for path in self.folder.rglob("*") if path.is_file()):
-            found.update(f"{path.relative_to(self.folder).as_posix()}\0".encode())
+            digest.update(f"{path.relative_to(self.folder).as_posix()}\0".encode())
             try:
                 with path.open("rb") as file:
                     while chunk := file.read(_CHUNK):
-                        found.update(chunk)
+                        digest.update(chunk)
             except OSError as error:
                 raise BackboneError(f"cannot read {path}: {reason(error)}") from error
-        return found.hexdigest()[:16]
+        return digest.hexdigest()[:16]
 
     def load(self, scale: float | None) -> DiffusionVLM:
         """The model, guided by this scale; None leaves it as it was trained."""

@@ -45,9 +45,9 @@ class CaptionSet(Benchmark[CaptionItem]):
         """
         items = self.items
         if image_ids is not None:
-            wanted = [str(name) for name in image_ids]
-            check_ids(wanted, {item.id for item in items}, self.source)
-            items = tuple(item for item in items if item.id in set(wanted))
+            names = [str(name) for name in image_ids]
+            check_ids(names, {item.id for item in items}, self.source)
+            items = tuple(item for item in items if item.id in set(names))
         if limit is not None:
             check_positive(limit=limit)
             items = items[:limit]
@@ -55,20 +55,20 @@ class CaptionSet(Benchmark[CaptionItem]):
         return self.with_items(items, note)
 
 
-def check_ids(wanted: Sequence[str], known: "set[str]", source: str) -> None:
+def check_ids(names: Sequence[str], known: "set[str]", source: str) -> None:
     """Refuse ids that are not there, all in one message, or that stand twice.
 
     Raises:
         ConfigError: There are such ids, or none at all.
     """
-    if not wanted:
+    if not names:
         raise ConfigError("image_ids is empty; leave it out to have all images")
-    if unknown := [name for name in dict.fromkeys(wanted) if name not in known]:
+    if unknown := [name for name in dict.fromkeys(names) if name not in known]:
         raise ConfigError(
-            f"{len(unknown)} of {len(wanted)} image ids are not in {source}: "
+            f"{len(unknown)} of {len(names)} image ids are not in {source}: "
             f"{', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}; its ids look like "
             f"{', '.join(sorted(known)[:3])}"
         )
-    if len(set(wanted)) < len(wanted):
-        double = next(name for name in wanted if wanted.count(name) > 1)
+    if len(set(names)) < len(names):
+        double = next(name for name in names if names.count(name) > 1)
         raise ConfigError(f"image_ids holds {double} twice; give each id once")

@@ -110,12 +110,12 @@ def score_captions(
     _check(references, captions, metrics)
     words = tokenize(references, tokenizer)
     said = tokenize({key: [captions[key]] for key in references}, tokenizer)
-    found = {metric: _run(metric, words, said) for metric in metrics}
+    results = {metric: _run(metric, words, said) for metric in metrics}
     return CaptionScores(
-        values={metric: 100 * value for metric, (value, _) in found.items()},
+        values={metric: 100 * value for metric, (value, _) in results.items()},
         images={
             metric: {key: 100 * value for key, value in zip(words, rows, strict=True)}
-            for metric, (_, rows) in found.items()
+            for metric, (_, rows) in results.items()
         },
         tokenizer=tokenizer,
         empty=sum(not texts[0] for texts in said.values()),
@@ -176,8 +176,8 @@ def _spice(scorer: Any, references: Any, said: Any) -> tuple[float, list[float]]
             f"SPICE failed: {error}. It was written for Java 8, wants 8 GB of memory and writes "
             "beside pycocoevalcap; leave it out of metrics where that cannot be had"
         ) from error
-    found = [float(image["All"]["f"]) for image in images]
-    rows = [row if math.isfinite(row) else 0.0 for row in found]  # nothing to compare: no match
+    scores = [float(image["All"]["f"]) for image in images]
+    rows = [row if math.isfinite(row) else 0.0 for row in scores]  # nothing to compare: no match
     return sum(rows) / len(rows), rows
 
 

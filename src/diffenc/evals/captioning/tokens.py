@@ -69,12 +69,12 @@ def tokenize(captions: Captions, tokenizer: Tokenizer) -> dict[str, list[str]]:
     module = require("pycocoevalcap.tokenizer.ptbtokenizer", extra="caption")
     rows = {key: [{"caption": text} for text in texts] for key, texts in plain.items()}
     try:
-        found = module.PTBTokenizer().tokenize(rows)
+        words = module.PTBTokenizer().tokenize(rows)
     except (OSError, subprocess.SubprocessError) as error:
         raise ConfigError(
             f"the tokenizer 'ptb' failed: {error}. It writes a file beside pycocoevalcap, which "
             "must be writable; tokenizer='simple' needs neither"
         ) from error
-    if {key: len(texts) for key, texts in found.items()} != {k: len(t) for k, t in rows.items()}:
+    if {key: len(texts) for key, texts in words.items()} != {k: len(t) for k, t in rows.items()}:
         raise ConfigError("the tokenizer 'ptb' lost captions: is its Java runtime sound?")
-    return {key: list(texts) for key, texts in found.items()}
+    return {key: list(texts) for key, texts in words.items()}

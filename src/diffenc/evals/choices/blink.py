@@ -74,7 +74,7 @@ def load_blink(
             are hidden.
         MissingExtraError: pyarrow is not installed.
     """
-    wanted = _tasks(tasks)
+    chosen = _tasks(tasks)
     files = resolve_data(data, REPOSITORIES)
     parts: defaultdict[str, list[str]] = defaultdict(list)
     for name in files.named("*.parquet"):
@@ -89,7 +89,7 @@ def load_blink(
         )
     rows: list[tuple[str, Row]] = []
     problems: list[Problem] = []
-    for task in wanted:
+    for task in chosen:
         if task not in parts:
             problems.append(Problem("missing tasks", task))
         for name in parts.get(task, ()):
@@ -99,7 +99,7 @@ def load_blink(
             table = read_parquet([place], _COLUMNS, PICTURES, name)
             problems += table.problems
             rows += [(task, row) for row in table.rows]
-    return _benchmark(rows, str(files.source), wanted, problems, instruction)
+    return _benchmark(rows, str(files.source), chosen, problems, instruction)
 
 
 def blink_from_rows(
@@ -117,12 +117,12 @@ def blink_from_rows(
     """
     if not isinstance(rows, Mapping) or not all(isinstance(name, str) for name in rows):
         raise ConfigError("rows must be a mapping from the names of tasks to their rows")
-    wanted = _tasks(list(rows))
-    by_task = {_KNOWN[plain_name(name)]: found for name, found in rows.items()}
-    tables = {task: rows_of(by_task[task], _COLUMNS, task) for task in wanted}
-    found = [(task, row) for task in wanted for row in tables[task].rows]
+    chosen = _tasks(list(rows))
+    by_task = {_KNOWN[plain_name(name)]: task_rows for name, task_rows in rows.items()}
+    tables = {task: rows_of(by_task[task], _COLUMNS, task) for task in chosen}
+    task_rows = [(task, row) for task in chosen for row in tables[task].rows]
     problems = [problem for table in tables.values() for problem in table.problems]
-    return _benchmark(found, "rows", wanted, problems, instruction)
+    return _benchmark(task_rows, "rows", chosen, problems, instruction)
 
 
 def _tasks(tasks: Sequence[str] | None) -> list[str]:
@@ -139,7 +139,7 @@ def _tasks(tasks: Sequence[str] | None) -> list[str]:
 def _benchmark(
     rows: Sequence[tuple[str, Row]],
     source: str,
-    wanted: Sequence[str],
+    chosen: Sequence[str],
     problems: list[Problem],
     instruction: str,
 ) -> ChoiceBenchmark:
@@ -148,23 +148,23 @@ def _benchmark(
             f"{source} holds questions whose answers are hidden, as those of BLINK's split test; "
             "use the split val"
         )
-    found: dict[str, ChoiceItem] = {}
+    items: dict[str, ChoiceItem] = {}
     for task, row in rows:
         item = _item(task, row, problems, instruction)
-        if item is not None and item.id in found:
+        if item is not None and item.id in items:
             problems.append(Problem("ids that occur twice", item.id, row.where))
         elif item is not None:
-            found[item.id] = item
+            items[item.id] = item
     notes = []
-    counts = {task: sum(item.group == task for item in found.values()) for task in wanted}
+    counts = {task: sum(item.group == task for item in items.values()) for task in chosen}
     if other := [f"{t}: {n} of {TASKS[t]}" for t, n in counts.items() if n != TASKS[t]]:
         notes.append(f"results are not those of the benchmark, {'; '.join(other)}")
-    if lacking := len(TASKS) - len(wanted):
+    if lacking := len(TASKS) - len(chosen):
         notes.append(f"{lacking} of {len(TASKS)} tasks are left out of the mean")
     return ChoiceBenchmark(
         name="blink",
         source=source,
-        items=tuple(found.values()),
+        items=tuple(items.values()),
         score="tasks",
         groups=tuple(TASKS),
         expected=sum(TASKS.values()),

@@ -43,10 +43,10 @@ def shapes_mmvp(
     items = []
     for index, pair in enumerate(mmvp_pairs(per_pattern, seed=seed)):
         rng = random.Random(f"mmvp questions/{seed}/{index}")
-        asked = _asked_of_both(pair, rng)
-        options = [question.answer for question in asked]
+        pair_questions = _asked_of_both(pair, rng)
+        options = [question.answer for question in pair_questions]
         rng.shuffle(options)
-        for turn, (scene, question) in enumerate(zip(pair.scenes, asked, strict=True)):
+        for turn, (scene, question) in enumerate(zip(pair.scenes, pair_questions, strict=True)):
             number = 2 * index + turn + 1
             items.append(
                 _item(
@@ -121,12 +121,12 @@ def _asked_of_both(pair: ContrastPair, rng: random.Random) -> tuple[Question, Qu
     """A question of the pair's kind that fits both scenes and is answered differently."""
     for _ in range(_TRIES):
         seeds = rng.randrange(1 << 30), rng.randrange(1 << 30)
-        asked = [
+        by_text = [
             {q.text: q for q in questions(scene, seed=seed) if q.kind == pair.kind}
             for scene, seed in zip(pair.scenes, seeds, strict=True)
         ]
-        for text in sorted(asked[0].keys() & asked[1].keys()):
-            first, second = asked[0][text], asked[1][text]
+        for text in sorted(by_text[0].keys() & by_text[1].keys()):
+            first, second = by_text[0][text], by_text[1][text]
             if first.answer != second.answer:
                 return first, second
     raise ConfigError(
@@ -137,9 +137,9 @@ def _asked_of_both(pair: ContrastPair, rng: random.Random) -> tuple[Question, Qu
 def _one_question(rng: random.Random, kind: str) -> tuple[Scene, Question]:
     while True:
         scene = sample_scene(rng)
-        found = [q for q in questions(scene, seed=rng.randrange(1 << 30)) if q.kind == kind]
-        if found:
-            return scene, rng.choice(found)
+        candidates = [q for q in questions(scene, seed=rng.randrange(1 << 30)) if q.kind == kind]
+        if candidates:
+            return scene, rng.choice(candidates)
 
 
 def _counting(rng: random.Random) -> _Asked:

@@ -175,16 +175,16 @@ def _benchmark(
         f"the answers of questions {', '.join(map(str, ERRATA))} are "
         + ("exchanged within their pairs (fix_errata)" if fix_errata else "as in the file")
     )
-    found = {number: items[number] for number in sorted(whole)}
-    alike = [n for n in found if n % 2 and found[n].answer == found[n + 1].answer]
+    paired = {number: items[number] for number in sorted(whole)}
+    alike = [n for n in paired if n % 2 and paired[n].answer == paired[n + 1].answer]
     if alike:
         notes.append(f"{len(alike)} pairs have the same answer twice, the first is {alike[0]}")
     if fix_errata:
-        found |= {n: _with_answer(found[n], found[_partner(n)]) for n in ERRATA if n in found}
+        paired |= {n: _with_answer(paired[n], paired[_partner(n)]) for n in ERRATA if n in paired}
     return ChoiceBenchmark(
         name="mmvp",
         source=source,
-        items=tuple(found.values()),
+        items=tuple(paired.values()),
         score="pairs",
         expected=ITEMS,
         problems=tuple(problems),

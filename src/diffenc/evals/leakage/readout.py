@@ -75,8 +75,8 @@ def prompt_readout(
     for index, own in enumerate(references):
         pair = [content_words(each[index]) for each in prompts]
         said = [content_words(each[index]) for each in captions]
-        if found := _of_image(pair, said, frozenset().union(*map(content_words, own))):
-            rows.append(found)
+        if shares := _of_image(pair, said, frozenset().union(*map(content_words, own))):
+            rows.append(shares)
     if not rows:
         raise ConfigError(
             "no prompt holds a word that is not among the references of its image; take other "
@@ -117,5 +117,5 @@ def _singular(word: str) -> str:
 
 
 def _mean(values: Iterable[float]) -> float:
-    found = list(values)
-    return sum(found) / len(found)
+    numbers = list(values)
+    return sum(numbers) / len(numbers)

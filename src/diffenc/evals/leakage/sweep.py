@@ -71,8 +71,8 @@ class LeakageSweep:
     def curve(self, prompt_dropout: float = 0.0) -> list[tuple[float, float]]:
         """Guidance scale and prompt readout of settings with that dropout, by scale."""
         return sorted(
-            (setting.guidance_scale, found.readout.value)
-            for setting, found in zip(self.settings, self.evaluations, strict=True)
+            (setting.guidance_scale, evaluation.readout.value)
+            for setting, evaluation in zip(self.settings, self.evaluations, strict=True)
             if setting.prompt_dropout == prompt_dropout
         )
 
@@ -102,10 +102,10 @@ def sweep_leakage(
         raise ConfigError(
             f"settings must be one or more, each once, got {[s.label for s in settings]}"
         )
-    found = []
+    evaluations = []
     for setting in settings:
         model = make(setting)
         named = FunctionAnswerer(f"{model.name}, {setting.label}", model.answer, model.description)
-        found.append(evaluate_leakage(data, named, results=results, **options))
+        evaluations.append(evaluate_leakage(data, named, results=results, **options))
         del model, named
-    return LeakageSweep(tuple(settings), tuple(found))
+    return LeakageSweep(tuple(settings), tuple(evaluations))

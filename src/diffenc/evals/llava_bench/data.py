@@ -130,11 +130,11 @@ def load_llava_bench(
     )
 
 
-def _read(files: DatasetFiles, wanted: str, columns: Sequence[Column]) -> TableRows:
-    names = files.named(wanted)
+def _read(files: DatasetFiles, file: str, columns: Sequence[Column]) -> TableRows:
+    names = files.named(file)
     if not names:
         raise ConfigError(
-            f"{files.source} is no LLaVA-Bench: it holds no {wanted}, but "
+            f"{files.source} is no LLaVA-Bench: it holds no {file}, but "
             f"{files.names[:5] or 'nothing'}; download the files of {REPOSITORIES[0]}"
         )
     name = min(names, key=lambda name: (name.count("/"), name))
@@ -202,8 +202,8 @@ def _rules(files: DatasetFiles, problems: list[Problem]) -> dict[str, tuple[str,
     if not names:
         return {}
     try:
-        found = parse_json(decode(files.reader(names[0])(), where=names[0]), where=names[0])
-        there = {name: found.get(f"llava_bench_{name}") for name in CATEGORIES}
+        content = parse_json(decode(files.reader(names[0])(), where=names[0]), where=names[0])
+        there = {name: content.get(f"llava_bench_{name}") for name in CATEGORIES}
         rules = {
             name: checked(rule, dict[str, str], f"llava_bench_{name}")
             for name, rule in there.items()

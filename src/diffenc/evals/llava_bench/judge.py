@@ -126,12 +126,12 @@ class WordJudge:
 
     def review(self, case: Case) -> str:
         """Two numbers."""
-        wanted, said = content_words(case.reference), content_words(case.candidate)
-        if not wanted:
+        true, said = content_words(case.reference), content_words(case.candidate)
+        if not true:
             texts = (case.reference, case.candidate)
-            wanted, said = (frozenset(re.findall(r"\w+", text.lower())) for text in texts)
-        both = len(wanted & said)
-        score = 2 * both / (len(wanted) + len(said)) if both else 0.0
+            true, said = (frozenset(re.findall(r"\w+", text.lower())) for text in texts)
+        both = len(true & said)
+        score = 2 * both / (len(true) + len(said)) if both else 0.0
         return f"10 {1 + 9 * score:.3f}"
 
 
@@ -233,8 +233,8 @@ class OpenAIJudge:
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as response:
                 content = decode(response.read(CONFIG_BYTES), where=self.url, error=JudgeError)
-            found = parse_json(content, where=f"the reply of {self.url}", error=JudgeError)
-            reply = found["choices"][0]["message"]["content"]
+            answer = parse_json(content, where=f"the reply of {self.url}", error=JudgeError)
+            reply = answer["choices"][0]["message"]["content"]
         except urllib.error.HTTPError as error:
             with error:
                 detail = error.read(300).decode("utf-8", "replace")

@@ -121,8 +121,8 @@ def _encode(tokenizer: Any, text: str) -> torch.Tensor:
     """Token ids (1 t); the chat template where there is one."""
     if not getattr(tokenizer, "chat_template", None):
         return torch.tensor(token_ids(tokenizer, [text]), dtype=torch.long, device="cpu")
-    asked = tokenizer.apply_chat_template(
+    tokens = tokenizer.apply_chat_template(
         [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
     )
-    ids = token_ids(tokenizer, [asked], special_tokens=False)
+    ids = token_ids(tokenizer, [tokens], special_tokens=False)
     return torch.tensor(ids, dtype=torch.long, device="cpu")

@@ -27,9 +27,9 @@ def shapes_llava_bench(scenes: int = 20, *, seed: int = BENCH_SEED) -> LlavaBenc
     items = []
     for index, scene in enumerate(sample_scenes(scenes, seed=seed)):
         rng = random.Random(f"bench/{seed}/{index}")
-        asked = questions(scene, seed=rng.randrange(1 << 30))
-        simple = next(q for q in asked if q.kind in ("color", "shape", "count"))
-        hard = [q for q in asked if q.kind in ("relation", "presence")]
+        candidates = questions(scene, seed=rng.randrange(1 << 30))
+        simple = next(q for q in candidates if q.kind in ("color", "shape", "count"))
+        hard = [q for q in candidates if q.kind in ("relation", "presence")]
         complex_ = next((q for q in hard if q.kind == "relation"), hard[0])
         described = caption(scene, rng)
         picture = Picture(f"scene {index} of bench, seed {seed}", render(scene))

@@ -86,14 +86,14 @@ class ClipMatcher:
         device = self.model.device
         whole = token_ids(self.tokenizer, texts)
         ids, mask = fit_rows(self.tokenizer, whole, to_longest=True)
-        found = self.model(
+        output = self.model(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             pixel_values=self.processor(images=list(images), return_tensors="pt")[
                 "pixel_values"
             ].to(device, self.model.dtype),
         )
-        scores: Tensor = found.logits_per_image.float().cpu()
+        scores: Tensor = output.logits_per_image.float().cpu()
         return scores
 
     def truncated(self, texts: Sequence[str]) -> Sequence[int]:

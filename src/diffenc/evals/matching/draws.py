@@ -142,12 +142,12 @@ def _row(scores: Tensor, count: int, evaluation: Evaluation) -> DrawRow:
     )
     split = order[:, : groups * count].unflatten(1, (groups, count))
     grouped = torch.stack([scores[way].mean(dim=1) for way in split])  # ways groups items 2 2
-    found = results_of(grouped.flatten(0, 1), evaluation)
+    results = results_of(grouped.flatten(0, 1), evaluation)
     single = results_of(scores, evaluation)
     return DrawRow(
         count=count,
         groups=groups,
-        draws={metric: _spread(found[metric].trials, groups) for metric in METRICS},
+        draws={metric: _spread(results[metric].trials, groups) for metric in METRICS},
         trials={
             metric: Spread(single[metric].mean, (single[metric].std or 0.0) / math.sqrt(count))
             for metric in METRICS

@@ -60,7 +60,7 @@ def inspect(
             items; None reports nothing.
     """
     problems, digests = list(benchmark.problems), {}
-    whole, seen = [], defaultdict(list)
+    whole, ids_by_digest = [], defaultdict(list)
     alike = 0
     for done, item in enumerate(benchmark.items):
         readings = []
@@ -71,7 +71,7 @@ def inspect(
                 problems.append(unreadable(f"id {item.id}", error))
         if len(readings) == 2:
             digests[item.id] = item.digest(readings)
-            seen[digests[item.id]].append(item.id)
+            ids_by_digest[digests[item.id]].append(item.id)
             alike += readings[0] == readings[1]
             whole.append(item)
         if progress is not None:
@@ -79,7 +79,7 @@ def inspect(
     notes = [*benchmark.notes, *_size_notes(benchmark, len(whole))]
     if alike:
         notes.append(f"{alike} items have the same picture twice and cannot be right")
-    notes += _doubles(whole, seen.values())
+    notes += _doubles(whole, ids_by_digest.values())
     notes += _cut(benchmark, whole, matchers)
     return Inspection(tuple(whole), digests, tuple(problems), tuple(notes))
 

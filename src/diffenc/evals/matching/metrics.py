@@ -69,7 +69,7 @@ def overall(
     split = by_label(right, items, label_kind)
     if average == "items" or not split:
         return {metric: _result(values) for metric, values in right.items()}
-    return {metric: _mean_of([found[metric] for found in split.values()]) for metric in METRICS}
+    return {metric: _mean_of([results[metric] for results in split.values()]) for metric in METRICS}
 
 
 def by_label(
@@ -77,13 +77,13 @@ def by_label(
 ) -> dict[str, Results]:
     """Percentages per label of a kind, in the order in which labels occur."""
     names = dict.fromkeys(label for item in items for label in item.labels.get(kind, ()))
-    found: dict[str, Results] = {}
+    results: dict[str, Results] = {}
     for name in names:
         rows = torch.tensor(
             [name in item.labels.get(kind, ()) for item in items], dtype=torch.bool, device="cpu"
         )
-        found[name] = {metric: _result(values[:, rows]) for metric, values in right.items()}
-    return found
+        results[name] = {metric: _result(values[:, rows]) for metric, values in right.items()}
+    return results
 
 
 def _result(right: Bool[Tensor, "trials items"]) -> Result:

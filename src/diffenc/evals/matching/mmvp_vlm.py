@@ -103,16 +103,16 @@ def _questions(rows: Sequence[Row], problems: list[Problem]) -> dict[int, Row]:
 
 def _pictures(files: DatasetFiles) -> Mapping[tuple[str, str], str]:
     """Pictures by type and number; those below a folder of a known name come first."""
-    found: dict[tuple[str, str], str] = {}
+    names: dict[tuple[str, str], str] = {}
     for name in files.names:
         path = PurePosixPath(name)
         if path.suffix.lower() not in PICTURE_SUFFIXES or len(path.parts) < 2:
             continue
         key = (plain_name(path.parts[-2]), path.stem.strip().lstrip("0"))
         known = any(plain_name(part) in _FOLDERS for part in path.parts[:-2])
-        if key not in found or known:
-            found[key] = name
-    return found
+        if key not in names or known:
+            names[key] = name
+    return names
 
 
 def _pairs(
@@ -135,16 +135,16 @@ def _pairs(
         captions = (rows[0].text("Statement"), rows[1].text("Statement"))
         if not all(captions):
             problems.append(Problem("missing captions", pair))
-        found = []
+        shown = []
         for number in (first, first + 1):
             name = pictures.get((plain_name(kinds[0]), str(number)))
             if name is None:
                 detail = f"{kinds[0]}/{number}.jpg"
                 problems.append(Problem("missing pictures", pair, detail))
             else:
-                found.append(Picture(name, files.reader(name)))
-        if len(found) == 2 and all(captions):
+                shown.append(Picture(name, files.reader(name)))
+        if len(shown) == 2 and all(captions):
             label = _KNOWN.get(plain_name(kinds[0]), kinds[0])
             labels = {"pattern": (label,)}
-            items.append(Item(f"{first}-{first + 1}", (found[0], found[1]), captions, labels))
+            items.append(Item(f"{first}-{first + 1}", (shown[0], shown[1]), captions, labels))
     return items

@@ -41,8 +41,8 @@ def tag_tables(evaluation: Evaluation) -> list[Table]:
         rows = []
         for label, first in next(iter(split.values())).items():
             cells = (
-                " / ".join(percent(found[label][metric].mean) for metric in METRICS)
-                for found in split.values()
+                " / ".join(percent(results[label][metric].mean) for metric in METRICS)
+                for results in split.values()
             )
             rows.append((label, str(first["text"].items), *cells))
         title = f"text / image / group score by {kind}, percent"
@@ -87,8 +87,8 @@ def to_dict(evaluation: Evaluation) -> dict[str, Any]:
                 "overall": _numbers(evaluation.results(name)),
                 "labels": {
                     kind: {
-                        label: _numbers(found)
-                        for label, found in evaluation.by_label(name, kind).items()
+                        label: _numbers(results)
+                        for label, results in evaluation.by_label(name, kind).items()
                     }
                     for kind in evaluation.label_kinds()
                 },

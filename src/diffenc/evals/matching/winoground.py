@@ -126,8 +126,8 @@ def _hard_tags(files: DatasetFiles) -> tuple[dict[str, list[str]], tuple[Problem
         return {}, ()
     try:
         text = decode(files.reader(names[0])(), where=names[0])
-        found = parse_json(text, where=names[0])
-        tags = checked(found, dict[str, str | list[str]], names[0])
+        content = parse_json(text, where=names[0])
+        tags = checked(content, dict[str, str | list[str]], names[0])
     except ConfigError as error:
         return {}, (Problem("broken rows", names[0], str(error)),)
     return {key: [tag] if isinstance(tag, str) else tag for key, tag in tags.items()}, ()
@@ -142,17 +142,17 @@ def _benchmark(
     *,
     expected: int,
 ) -> MatchingBenchmark:
-    found: dict[str, Item] = {}
+    items: dict[str, Item] = {}
     faults = list(problems)
     for row in rows:
-        faults += _row_problems(row, found)
+        faults += _row_problems(row, items)
         item = _item(row, find, faults)
-        if item is not None and item.id not in found:
-            found[item.id] = item
+        if item is not None and item.id not in items:
+            items[item.id] = item
     return MatchingBenchmark(
         name="winoground",
         source=source,
-        items=tuple(found.values()),
+        items=tuple(items.values()),
         label_kind="collapsed_tag",
         expected=expected,
         problems=tuple(faults),
@@ -160,10 +160,10 @@ def _benchmark(
     )
 
 
-def _row_problems(row: Row, found: Mapping[str, Item]) -> Iterator[Problem]:
+def _row_problems(row: Row, known: Mapping[str, Item]) -> Iterator[Problem]:
     if not row.text("id"):
         yield Problem("rows without an id", row.where)
-    elif row.text("id") in found:
+    elif row.text("id") in known:
         yield Problem("ids that occur twice", f"id {row.text('id')}", row.where)
     for column in ("caption_0", "caption_1"):
         if not row.text(column):
