@@ -17,7 +17,7 @@ from diffenc.denoiser.grids import middle_grid
 from diffenc.denoiser.lora.adapters import is_merged
 from diffenc.errors import ConfigError, OutputError
 from diffenc.features import Features, check_guidance
-from diffenc.inputs.images import Images, as_list, image_sizes, to_pixel_values
+from diffenc.inputs.images import Images, as_list, decoded, image_sizes, to_pixel_values
 from diffenc.inputs.prompts import PromptEmbeds, match_batch
 from diffenc.memory.object_watch import object_key
 from diffenc.models import Architecture, TapInfo, describe, load_backbone, model_name
@@ -432,7 +432,8 @@ class DiffusionEncoder(TrainableParts):
         conditioning = self._conditioning(conditioning, prompts)
         check_guidance(guidance_scale, conditioning)
         config, backbone = self.config, self.backbone
-        images = as_list(images)
+        several_readers = self.captioner is not None or config.original_size == "image"
+        images = decoded(images) if several_readers else as_list(images)
         pixel_values = to_pixel_values(
             images,
             size=config.size or backbone.default_size,

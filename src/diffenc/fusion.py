@@ -20,7 +20,7 @@ from diffenc.config import EncoderConfig, check_choice
 from diffenc.denoiser.grids import to_grid
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import BackboneError, ConfigError, OutputError, PromptError
-from diffenc.inputs.images import Images, as_list, to_pixel_values
+from diffenc.inputs.images import Images, decoded, to_pixel_values
 from diffenc.inputs.pictures.resizing import fit
 from diffenc.inputs.prompts import PromptEmbeds, match_batch
 from diffenc.memory.digests import is_marked, weights_mark
@@ -418,7 +418,7 @@ class FusedEncoder(nn.Module):
 
         The latter have an axis of timesteps where the diffusion encoder reads several.
         """
-        images = as_list(images)  # both read them: an iterator, or a stream, is read once
+        images = decoded(images)  # both read them
         clip = self.clip_stream(images)
         return clip, self.diffusion.extract(images, prompts).tokens(self.grid)
 

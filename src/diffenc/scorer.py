@@ -15,7 +15,7 @@ from diffenc.checks.arguments import texts as listed
 from diffenc.clip.vision_models import to_image, to_pictures
 from diffenc.config import check_choice
 from diffenc.errors import ConfigError, OutputError, PromptError, ShapeError
-from diffenc.inputs.images import Images, ImageSource, as_list
+from diffenc.inputs.images import Images, ImageSource, as_list, decoded
 from diffenc.passes.inputs import image_keys, posterior_of
 from diffenc.scoring.bank_build import SHARD_BYTES, bank_bytes, write_bank
 from diffenc.scoring.base import ConfiguredScorer
@@ -256,7 +256,7 @@ class CrossAttnScorer(ConfiguredScorer):
         """
         config = self.config
         text = one_text("text", text, error=PromptError)
-        images = as_list(image)
+        images = decoded(image)  # the scorer and the figure read it
         pixel_values = picture_values(self, images)
         if len(pixel_values) != 1:
             raise ShapeError(f"word maps are of one image, got {len(pixel_values)}")

@@ -1,9 +1,9 @@
 """Pictures of any kind to `pixel_values`: (b 3 height width), RGB, float32, in [-1, 1]."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeAlias, get_args
+from typing import Any, TypeAlias, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ __all__ = [
     "as_list_entry",
     "broken_images",
     "check_size",
+    "decoded",
     "describe_broken",
     "image_sizes",
     "load_image",
@@ -36,6 +37,8 @@ __all__ = [
 
 ImageSource: TypeAlias = "FileSource | np.ndarray | Tensor"
 Images: TypeAlias = "ImageSource | Sequence[ImageSource]"
+
+_Read = TypeVar("_Read")
 
 _NAMED = 20
 _AT_ONCE = 64
@@ -169,6 +172,15 @@ def check_size(size: int | tuple[int, int] | None, multiple: int) -> tuple[int, 
     return height, width
 
 
+def decoded(images: Images) -> list[ImageSource]:
+    """Pictures whose files are read now, once, for several readers; arrays and tensors as they are.
+
+    Raises:
+        ImageError: A file cannot be read.
+    """
+    return list(_each(as_list(images), _decoded))
+
+
 def image_sizes(images: Images) -> list[tuple[int, int]]:
     """(height, width) of pictures as they are before any resizing, in pixels, upright.
 
@@ -239,9 +251,17 @@ def _size(source: ImageSource) -> tuple[int, int]:
 
 def _read_all(pictures: Sequence[ImageSource]) -> Iterable[Float[Tensor, "3 _h _w"]]:
     """Values of pictures, one by one; an error says which of several it is about."""
+    return _each(pictures, _read)
+
+
+def _decoded(source: ImageSource) -> ImageSource:
+    return load_image(source) if isinstance(source, FILE_TYPES) else source
+
+
+def _each(pictures: Sequence[ImageSource], read: Callable[[ImageSource], _Read]) -> Iterator[_Read]:
     for place, picture in enumerate(pictures):
         try:
-            yield _read(picture)
+            yield read(picture)
         except ImageError as error:
             if len(pictures) == 1 or isinstance(picture, (str, Mapping)):
                 raise
