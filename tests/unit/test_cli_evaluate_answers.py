@@ -31,7 +31,7 @@ from diffenc.mllm.training.miniature import write_miniature
 from evals_data import read_lines
 from vlm_builders import save_tiny_lm, save_tiny_vision
 
-COMMANDS = ("captions", "leakage", "mmvp", "blink", "llava-bench")
+COMMANDS = ("captions", "leakage", "mmvp", "blink", "naturalbench", "llava-bench")
 
 
 @pytest.fixture(scope="module")
@@ -298,7 +298,9 @@ class TestFile:
 
 
 class TestGuidance:
-    @pytest.mark.parametrize("command", ["captions", "mmvp", "blink", "llava-bench"])
+    @pytest.mark.parametrize(
+        "command", ["captions", "mmvp", "blink", "naturalbench", "llava-bench"]
+    )
     def test_every_command_that_asks_can_guide(self, models, speech, command):
         scales = set()
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from diffenc.evals.items import Benchmark, Picture
 
-Score = Literal["pairs", "tasks"]
+Score = Literal["pairs", "tasks", "groups"]
 
 LETTER_INSTRUCTION = "Answer with the option's letter from the given choices directly."
 """As LLaVA-1.5 was trained to be asked (Liu et al. 2023, arXiv:2310.03744, section 3.2)."""
@@ -43,8 +43,9 @@ class ChoiceBenchmark(Benchmark[ChoiceItem]):
     """Questions with options.
 
     Attributes:
-        score: Rule of the overall result: the share of "pairs" whose two answers are both right, or
-            the mean of the accuracies of "tasks".
+        score: Rule of the overall result: the share of "pairs" whose two answers are both right,
+            the mean of the accuracies of "tasks", or the share of "groups" of two pictures and two
+            questions whose four answers are all right.
         groups: Names of all groups of the published benchmark, in its order; empty for a benchmark
             with other groups.
     """

@@ -4,17 +4,21 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from diffenc.evals.answerers import Answerer
 from diffenc.evals.asking import AnswerEvaluation, Query, asking
-from diffenc.evals.choices.base import ChoiceBenchmark, ChoiceItem
+from diffenc.evals.choices.base import ChoiceBenchmark, ChoiceItem, Score
 from diffenc.evals.choices.extraction import Rule, extract_choice
 from diffenc.evals.inspection import Progress
-from diffenc.evals.paper import PublishedTable, published_table
+from diffenc.evals.paper import published_table
 from diffenc.evals.results import Result, mean, percent
 from diffenc.evals.tables import Table
+
+GROUP_LABELS = ("question", "image")
+"""Labels of the questions of a group; all right by one of them is NaturalBench's Q or I."""
 
 Reader = Callable[[str, Sequence[str]], tuple[int, Rule] | None]
 """Function from an answer and its options to the option's index; see `extract_choice`."""
@@ -51,26 +55,46 @@ class ChoiceEvaluation(AnswerEvaluation[ChoiceItem]):
 
     @property
     def overall(self) -> float:
-        """The benchmark's own number, in percent: of pairs, or the mean over tasks."""
-        groups = self.by_group()
+        """The benchmark's own number, in percent: of pairs or groups, or the mean over tasks."""
         if self.benchmark.score == "tasks":
-            return mean([result.mean for result in groups.values()])
-        return mean([100.0 * (result.mean == 100) for result in groups.values()])
+            return mean([result.mean for result in self.by_group().values()])
+        return self.all_right()
 
     @property
     def accuracy(self) -> float:
         """Percentage of single questions that are answered rightly."""
         return mean([100.0 * self.choices[item.id].right for item in self.items])
 
+    def all_right(self, *labels: str) -> float:
+        """Percentage of sets of questions that are all answered rightly.
+
+        Args:
+            labels: Kinds of label that the questions of a set share beside their group: "question"
+                gives NaturalBench's question accuracy, "image" its image accuracy.
+        """
+        return self._sets(labels, lambda item: float(self.choices[item.id].right))
+
+    def chance_of(self, *labels: str) -> float:
+        """What independent guesses reach on average in `all_right`, in percent."""
+        return self._sets(labels, lambda item: 1 / len(item.options))
+
     @property
     def chance(self) -> float:
         """Overall result that independent guesses reach on average, in percent."""
+        if self.benchmark.score != "tasks":
+            return self.chance_of()
         groups: dict[str, list[float]] = {}
         for item in self.items:
             groups.setdefault(item.group, []).append(1 / len(item.options))
-        if self.benchmark.score == "tasks":
-            return 100 * mean([mean(each) for each in groups.values()])
-        return 100 * mean([math.prod(each) for each in groups.values()])
+        return 100 * mean([mean(each) for each in groups.values()])
+
+    def _sets(self, labels: Sequence[str], value: Callable[[ChoiceItem], float]) -> float:
+        """Mean over sets of the product of their questions' values, in percent."""
+        sets: dict[tuple[str, ...], list[float]] = {}
+        for item in self.items:
+            key = (item.group, *(item.labels[label] for label in labels))
+            sets.setdefault(key, []).append(value(item))
+        return 100 * mean([math.prod(each) for each in sets.values()])
 
     @property
     def unread(self) -> int:
@@ -101,6 +125,11 @@ class ChoiceEvaluation(AnswerEvaluation[ChoiceItem]):
             self, items=tuple(item for item in self.items if item.labels.get(kind) == label)
         )
 
+    def _group_accuracies(self) -> dict[str, float]:
+        if self.benchmark.score != "groups":
+            return {}
+        return {f"{label}_accuracy": self.all_right(label) for label in GROUP_LABELS}
+
     @property
     def notes(self) -> tuple[str, ...]:
         """Remarks on data, on how answers were read, and on items that were left out."""
@@ -120,6 +149,7 @@ class ChoiceEvaluation(AnswerEvaluation[ChoiceItem]):
             "overall": self.overall,
             "accuracy": self.accuracy,
             "chance": self.chance,
+            **self._group_accuracies(),
             "unread": self.unread,
             "unread_share": self.unread_share,
             "groups": {name: result.mean for name, result in self.by_group().items()},
@@ -169,7 +199,7 @@ def evaluate_choices(
         batch_size=batch_size,
         skip_broken=skip_broken,
         progress=progress,
-        keep=_whole_pairs if benchmark.score == "pairs" else tuple,
+        keep=_WHOLE[benchmark.score],
     ) as asker:
         answers = asker.ask(
             [
@@ -184,9 +214,16 @@ def evaluate_choices(
     )
 
 
-def _whole_pairs(items: Sequence[ChoiceItem]) -> list[ChoiceItem]:
+def _whole_groups(items: Sequence[ChoiceItem], size: int) -> list[ChoiceItem]:
     sizes = Counter(item.group for item in items)
-    return [item for item in items if sizes[item.group] == 2]
+    return [item for item in items if sizes[item.group] == size]
+
+
+_WHOLE: Mapping[Score, Callable[[Sequence[ChoiceItem]], Sequence[ChoiceItem]]] = {
+    "pairs": partial(_whole_groups, size=2),
+    "tasks": tuple,
+    "groups": partial(_whole_groups, size=4),
+}
 
 
 def choice_table(evaluations: Sequence[ChoiceEvaluation], *, paper: bool | None = None) -> Table:
@@ -197,22 +234,35 @@ def choice_table(evaluations: Sequence[ChoiceEvaluation], *, paper: bool | None 
         paper: Whether the paper's rows are added; None adds them unless the items are miniatures.
     """
     first = evaluations[0]
-    name, tasks = first.benchmark.name, first.benchmark.score == "tasks"
-    groups = tuple(first.by_group()) if tasks else ()
-    own = "mean of tasks" if tasks else "pairs"
-    columns = (*groups, "questions", own)
-    rows = []
-    for each in evaluations:
-        results = each.by_group()
-        cells = [results[group].text for group in groups]
-        rows.append((each.model, *cells, percent(each.accuracy), percent(each.overall)))
-    chances = [_chance(first, group) for group in groups]
-    questions = 100 * mean([1 / len(item.options) for item in first.items])
-    rows.append(("chance", *map(percent, chances), percent(questions), percent(first.chance)))
+    score = first.benchmark.score
+    tasks = tuple(first.by_group()) if score == "tasks" else ()
+    rows = [(each.model, *map(percent, _numbers(each, tasks))) for each in evaluations]
+    chances = [_chance(first, task) for task in tasks]
+    chances.append(100 * mean([1 / len(item.options) for item in first.items]))
+    if score == "groups":
+        chances += [first.chance_of(label) for label in GROUP_LABELS]
+    rows.append(("chance", *map(percent, (*chances, first.chance))))
     if first.benchmark.published if paper is None else paper:
-        rows += _paper_rows(published_table("vqa"), name, groups)
-    title = f"{name}, {len(first.items)} questions, percent{_unread(evaluations)}"
-    return Table(title, ("model", *columns), tuple(rows))
+        rows += _paper_rows(first.benchmark.name, tasks)
+    title = f"{first.benchmark.name}, {len(first.items)} questions, percent{_unread(evaluations)}"
+    return Table(title, ("model", *tasks, *_COLUMNS[score]), tuple(rows))
+
+
+_COLUMNS: Mapping[Score, tuple[str, ...]] = {
+    "pairs": ("questions", "pairs"),
+    "tasks": ("questions", "mean of tasks"),
+    "groups": ("answers", "questions", "images", "groups"),
+}
+
+
+def _numbers(evaluation: ChoiceEvaluation, tasks: Sequence[str]) -> list[float]:
+    """The numbers of a model's row, in the order of the columns."""
+    results = evaluation.by_group()
+    numbers = [results[task].mean for task in tasks]
+    numbers.append(evaluation.accuracy)
+    if evaluation.benchmark.score == "groups":
+        numbers += [evaluation.all_right(label) for label in GROUP_LABELS]
+    return [*numbers, evaluation.overall]
 
 
 def _unread(evaluations: Sequence[ChoiceEvaluation]) -> str:
@@ -225,17 +275,30 @@ def _unread(evaluations: Sequence[ChoiceEvaluation]) -> str:
     return f"; unread answers: {', '.join(counts)}" if counts else ""
 
 
-def _paper_rows(table: PublishedTable, name: str, groups: Sequence[str]) -> list[tuple[str, ...]]:
-    """Rows of table 8 by task, with the mean of each; of table 7 for MMVP."""
-    if groups:
-        by_task = published_table("blink")
-        rows = by_task.beside(tuple(groups))
-        whole = set(groups) == set(by_task.columns)
-        means = [mean([v for v in row.values if v is not None]) for row in by_task.rows]
-        overall = [percent(each) if whole else "–" for each in means]
-        return [(*row, "–", each) for row, each in zip(rows, overall, strict=True)]
-    column = {"mmvp": "MMVP"}.get(name, name)
-    return [(head, "–", value) for head, value in table.beside((column,))]
+def _paper_rows(name: str, tasks: Sequence[str]) -> list[tuple[str, ...]]:
+    """Rows of the draft's tables 7 and 8, and of both tables of the later version."""
+    columns = _PUBLISHED.get(name, (name,))
+    later = ("later-features", "later-fusion")
+    rows = [row for table in later for row in published_table(table).beside(columns)]
+    if not tasks:
+        draft = published_table("vqa").beside(columns) if name == "mmvp" else []
+        return [(head, "–", *values) for head, *values in (*draft, *rows)]
+    by_task = published_table("blink")
+    whole = set(tasks) == set(by_task.columns)
+    means = [mean([v for v in row.values if v is not None]) for row in by_task.rows]
+    draft = [
+        (*row, "–", percent(overall) if whole else "–")
+        for row, overall in zip(by_task.beside(tuple(tasks)), means, strict=True)
+    ]
+    blank = ["–"] * (len(tasks) + 1)
+    return [*draft, *((head, *blank, value) for head, value in rows if whole)]
+
+
+_PUBLISHED = {
+    "mmvp": ("MMVP",),
+    "blink": ("BLINK",),
+    "naturalbench": ("NaturalBench Q", "NaturalBench I", "NaturalBench G"),
+}
 
 
 def _choice(item: ChoiceItem, answer: str, reader: Reader) -> Choice:

@@ -17,6 +17,7 @@ from diffenc.shapes import (
     render,
     sample_scene,
 )
+from diffenc.shapes.captions import noun_phrase
 
 CHOICES_SEED = 962_000
 """Seed of the bundled sets; no bundled model was trained on seeds from 900,000 up."""
@@ -110,6 +111,62 @@ def shapes_blink(
         items=tuple(items),
         score="tasks",
         groups=tuple(_TASKS),
+    )
+
+
+def shapes_naturalbench(
+    per_kind: int = 20, *, seed: int = CHOICES_SEED, instruction: str = ""
+) -> ChoiceBenchmark:
+    """Groups of two near-same pictures and two questions, each answered yes of one picture alone.
+
+    Questions of presence ("is there a red circle?") in pictures whose objects differ in colour or
+    in shape.
+
+    Args:
+        per_kind: Number of groups for each of color and shape.
+        seed: Seed of the scenes; choose settings on another seed than the one you report.
+        instruction: Text that follows the question, on a line of its own; "" adds nothing.
+
+    Raises:
+        ConfigError: Fewer than one group.
+    """
+    check_positive(per_kind=per_kind)
+    items = []
+    for index, pair in enumerate(mmvp_pairs(per_kind, seed=seed, patterns=("color", "shape"))):
+        kinds = [{thing.kind: thing for thing in scene.objects} for scene in pair.scenes]
+        for question, own in enumerate(kinds):
+            other = kinds[1 - question]
+            thing = next(thing for kind, thing in own.items() if kind not in other)
+            text = f"is there {noun_phrase(shape=thing.shape, color=thing.color)}?"
+            for image, scene in enumerate(pair.scenes):
+                name = f"{index + 1}-q{question}-i{image}"
+                items.append(
+                    ChoiceItem(
+                        id=name,
+                        pictures=(
+                            Picture(
+                                f"picture {image} of group {index + 1}, naturalbench, seed {seed}",
+                                render(scene),
+                            ),
+                        ),
+                        question=text,
+                        text=f"{text}\n{instruction}" if instruction else text,
+                        options=("yes", "no"),
+                        answer=int(image != question),
+                        group=str(index + 1),
+                        labels={
+                            "question": str(question),
+                            "image": str(image),
+                            "type": "yes_no",
+                            "pattern": pair.kind,
+                        },
+                    )
+                )
+    return ChoiceBenchmark(
+        name="naturalbench",
+        source=f"shapes, seed {seed}",
+        items=tuple(items),
+        score="groups",
     )
 
 

@@ -7,8 +7,16 @@ from diffenc.evals.tasks.leakage import Leakage
 from diffenc.evals.tasks.llava_bench import LlavaBenchInTheWild
 from diffenc.evals.tasks.matching import MatchTask, MmvpVlm, Winoground
 from diffenc.evals.tasks.mmvp import Mmvp
+from diffenc.evals.tasks.naturalbench import NaturalBench
 
-ASK_TASKS: tuple[type[AskTask], ...] = (Captions, Leakage, Mmvp, Blink, LlavaBenchInTheWild)
+ASK_TASKS: tuple[type[AskTask], ...] = (
+    Captions,
+    Leakage,
+    Mmvp,
+    Blink,
+    NaturalBench,
+    LlavaBenchInTheWild,
+)
 """Benchmarks that a multimodal model answers."""
 
 MATCH_TASKS: tuple[type[MatchTask], ...] = (Winoground, MmvpVlm)
