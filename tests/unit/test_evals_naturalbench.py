@@ -79,8 +79,8 @@ def test_rows_become_four_questions_of_a_group():
 def test_another_instruction_or_none():
     plain = naturalbench_from_rows([row(0)], instruction="")
     assert plain.items[0].text == "Is the door open?"
-    told = naturalbench_from_rows([row(0)], instruction="Say it.")
-    assert told.items[0].text == "Is the door open? Say it."
+    other = naturalbench_from_rows([row(0)], instruction="Say it.")
+    assert other.items[0].text == "Is the door open? Say it."
 
 
 def stored(number):
@@ -93,9 +93,7 @@ def test_the_hubs_files_are_read(tmp_path):
     from pyarrow import parquet
 
     for part, indices in enumerate(((0, 1), (2,))):
-        rows = [
-            row(index, cell=lambda *place: {"bytes": encoded(picture(*place))}) for index in indices
-        ]
+        rows = [row(index, cell=stored) for index in indices]
         path = tmp_path / f"data/train-0000{part}-of-00002.parquet"
         path.parent.mkdir(exist_ok=True)
         parquet.write_table(pyarrow.Table.from_pylist(rows), path)
