@@ -13,6 +13,7 @@ import torch
 
 from diffenc.checks.arguments import entries
 from diffenc.denoiser.hooks import ForwardTaps
+from diffenc.denoiser.shape_pass import ShapePass
 from diffenc.denoiser.truncation import truncate
 from diffenc.errors import BackboneError, ConfigError, TapError, near_matches
 from diffenc.models.tap_names import gdf_name, is_literature_name, spelled_out
@@ -77,7 +78,7 @@ def _unet_taps(config: str, vae_reduction: int) -> tuple[TapInfo, ...]:
         unet = UNet2DConditionModel.from_config(loads(config)).float().eval()
     names = [name for name, _ in unet.named_modules() if _READABLE.fullmatch(name)]
     side = 64
-    with torch.no_grad(), ForwardTaps(unet, names) as taps:
+    with torch.no_grad(), ForwardTaps(unet, names) as taps, ShapePass():
         maps = taps.run(lambda: unet(**meta_inputs(unet.config, side)))
     latents = TapInfo(LATENTS, unet.config.in_channels, vae_reduction)
     return latents, *(
