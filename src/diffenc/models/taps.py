@@ -29,7 +29,7 @@ _BLOCK = rf"(\.resnets\.\d+(\.conv2)?|\.{_TRANSFORMER}|\.(up|down)samplers\.0)?"
 _READABLE = re.compile(rf"conv_in|(down_blocks\.\d+|up_blocks\.\d+|mid_block){_BLOCK}")
 
 LATENTS = "latents"
-"""Reads the VAE's latents, scaled and without noise; no module of the U-Net has this name."""
+"""Tap of the VAE's latents, scaled and without noise; no module of the U-Net has this name."""
 
 
 @dataclass(frozen=True, slots=True)
