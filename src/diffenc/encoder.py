@@ -63,9 +63,9 @@ class DiffusionEncoder(TrainableParts):
         use_cache: Whether to remember latents, prompts and unconditional features of frozen parts,
             so that a second question about an image costs only one conditional pass.
 
-    Example:
+    Examples:
         >>> encoder = DiffusionEncoder.from_pretrained("shapes")
-        >>> encoder(image, "what color is the circle?").shape
+        >>> encoder(picture, "what color is the circle?").shape
         torch.Size([1, 64, 224])
     """
 

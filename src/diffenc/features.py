@@ -15,7 +15,7 @@ from diffenc.denoiser.grids import to_tokens
 from diffenc.errors import ConfigError, TapError, near_matches
 
 Maps: TypeAlias = dict[str, Tensor]
-"""Per tap (b c h w), or (b t c h w) for several timesteps."""
+"""Feature maps by tap, each (b c h w), or (b t c h w) for several timesteps."""
 
 
 def check_guidance(guidance_scale: float | None, conditioning: str) -> None:

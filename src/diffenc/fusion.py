@@ -117,10 +117,10 @@ class FusedEncoder(nn.Module):
             timesteps, which only cross-attention takes in which CLIP asks.
         BackboneError: There is no model of that name.
 
-    Example:
-        >>> encoder = FusedEncoder("openai/clip-vit-large-patch14-336", "sd2.1-base")
-        >>> encoder(image, "what is on the table?").shape
-        torch.Size([1, 576, 3264])
+    Examples:
+        >>> encoder = FusedEncoder("shapes-clip", "shapes")
+        >>> encoder(picture, "what color is the circle?").shape
+        torch.Size([1, 64, 352])
 
     Source:
         Fusion of CLIP with conditional diffusion features: arXiv:2507.07106, whose draft does not

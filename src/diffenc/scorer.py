@@ -57,7 +57,7 @@ class CrossAttnScorer(ConfiguredScorer):
         use_cache: Whether to remember latents, prompts and rows of frozen models that were computed
             before.
 
-    Example:
+    Examples:
         >>> scorer = CrossAttnScorer.from_pretrained("shapes")
         >>> scorer([circle, square], ["a red circle", "a blue square"]).shape
         torch.Size([2, 2])

@@ -1,5 +1,7 @@
 """Names of taps in the literature, against the table of the paper and the lists of GDF."""
 
+import json
+
 import pytest
 import torch
 from PIL import Image
@@ -9,6 +11,7 @@ from diffenc.errors import ConfigError, TapError
 from diffenc.hosts.spec import TowerSpec
 from diffenc.models import describe, list_taps, match_taps
 from diffenc.models.tap_names import gdf_name
+from diffenc.models.taps import derived_taps
 
 TABLE_1 = {  # name: module path, channels, tokens of a picture of 512 x 512 pixels
     "D-L2-R0-B0-Cross-Q": ("down_blocks.2.attentions.0.transformer_blocks.0.attn2.to_q", 1280, 256),
@@ -96,3 +99,9 @@ def test_the_papers_preset_reads_its_best_layer_and_says_where_it_cannot(
     assert other.config.timestep == 10
     with pytest.raises(ConfigError, match=r"reads SD 2\.1 alone, and its draft reads SDXL"):
         DiffusionEncoder.from_pretrained(tiny_sdxl_folder, preset="mustafar")
+
+
+def test_the_bundled_models_places_are_those_that_a_pass_finds():
+    architecture = describe("shapes")
+    config = json.dumps(architecture.configs["unet"])
+    assert derived_taps(config, architecture.reduction) == architecture.taps()

@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from diffenc.models.taps import derived_taps
+
 INDEX = {
     "_class_name": "StableDiffusionPipeline",
     "_diffusers_version": "0.32.0",
@@ -56,6 +58,16 @@ def copy_weights(source: Path, target: Path, part: str) -> None:
     write_json(target / part / "config.json", config)
 
 
+def write_taps(folder: Path) -> None:
+    """Beside the model, channels and reduction of every readable place of its U-Net."""
+    config = (folder / "unet" / "config.json").read_text(encoding="utf-8")
+    vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
+    taps = derived_taps(config, 2 ** (len(vae["block_out_channels"]) - 1))
+    rows = [f"  {json.dumps(tap.name)}: [{tap.channels}, {tap.reduction}]" for tap in taps]
+    text = "{\n" + ",\n".join(rows) + "\n}\n"
+    (folder.parent / f"{folder.name}-taps.json").write_text(text, encoding="utf-8")
+
+
 def write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -70,6 +82,7 @@ def main() -> None:
     for part in ("tokenizer", "scheduler"):
         shutil.copytree(options.source / part, options.target / part, dirs_exist_ok=True)
     write_json(options.target / "model_index.json", INDEX)
+    write_taps(options.target)
     total = sum(file.stat().st_size for file in options.target.rglob("*.safetensors"))
     print(f"{total / 1e6:.1f} MB of weights in {options.target}")
 

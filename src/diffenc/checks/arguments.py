@@ -9,7 +9,7 @@ from typing import Any
 from diffenc.errors import ConfigError, DiffencError
 
 _LARGEST = 3.4e38
-"""In float32, in which numbers meet tensors."""
+"""Largest number that float32 holds, the type in which most numbers meet tensors."""
 
 
 def whole(

@@ -63,7 +63,7 @@ class ImplicitCaptioner(nn.Module):
     Raises:
         ConfigError: A width or a number below 1.
 
-    Example:
+    Examples:
         >>> captioner = ImplicitCaptioner(768, 1024)
         >>> captioner(torch.zeros(2, 768))[0].shape
         torch.Size([2, 77, 1024])

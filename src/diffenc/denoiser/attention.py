@@ -46,11 +46,14 @@ class CrossAttnTaps:
         TapError: No cross-attention by that name.
         ShapeError: No position, or one below 0.
 
-    Example:
+    Examples:
+        >>> from diffenc import load_backbone
+        >>> unet = load_backbone("shapes").unet
+        >>> noisy_latents, prompt_embeds = torch.zeros(1, 4, 16, 16), torch.zeros(1, 77, 128)
         >>> with CrossAttnTaps(unet, ["mid_block"], tokens=[2]) as taps:
-        ...     _ = unet(noisy_latents, timestep, prompt_embeds)
+        ...     _ = unet(noisy_latents, 50, prompt_embeds)
         >>> taps.maps()["mid_block.attentions.0.transformer_blocks.0.attn2"].shape
-        torch.Size([1, 1, 8, 8])
+        torch.Size([1, 1, 4, 4])
     """
 
     def __init__(

@@ -16,7 +16,8 @@ from diffenc.errors import ConfigError
 from diffenc.runtime.threads import for_this_thread
 
 _CHUNK = {"cpu": 2**18, "other": 2**26}
-"""Most products q·k that are held at a time: 1 MB, which a core's own cache takes, and 256 MB."""
+"""Largest number of products q·k held at a time, on a CPU (1 MB, which fits in a core's cache) and
+on other devices (256 MB)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,11 +61,11 @@ class DiffusionVisionTower(nn.Module):
         ConfigError: The spec does not parse.
         TapError: The model has no such tap.
 
-    Example:
+    Examples:
         >>> tower = DiffusionVisionTower("diffenc:shapes?t=50")
         >>> tower.hidden_size, tower.num_patches
         (224, 64)
-        >>> pixel_values = tower.image_processor(image, return_tensors="pt")["pixel_values"]
+        >>> pixel_values = tower.image_processor(picture, return_tensors="pt")["pixel_values"]
         >>> tower(pixel_values, ["what color is the circle?"]).shape
         torch.Size([1, 64, 224])
     """

@@ -302,9 +302,10 @@ def parse_policy(text: str) -> PromptPolicy:
     Raises:
         ConfigError: The text is of another form; the part that is wrong is named.
 
-    Example:
-        >>> parse_policy("question+caption | noisy | dropout(0.1)")
-        _Changed(...)
+    Examples:
+        >>> policy = parse_policy("question+caption | noisy | dropout(0.1)")
+        >>> str(policy)
+        'question+caption | noisy(0.3) | dropout(0.1)'
     """
     first, *others = text.split("|")
     parts = tuple(_source(part) for part in first.split("+"))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from diffenc.inputs.tokenizing import prompt_ids
 
 Mark = Mapping[str, list[float]]
-"""A few numbers of the weights or settings of each part of a model, by name of the part."""
+"""A few numbers of the weights, or the settings, of each part of a model, by the part's name."""
 
 _OTHER = 0.02
 _SAMPLE = 4096
@@ -43,7 +43,7 @@ _PASSING = frozenset(
         "use_cache",
     }
 )
-"""Attributes that change no result."""
+"""Attributes that have no effect on results."""
 
 
 def full_digest(module: nn.Module) -> str:

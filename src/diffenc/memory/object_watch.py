@@ -27,7 +27,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 _numbers = count(1)
 
 _BARE = frozenset(vars(nn.Module()))
-"""Attributes of every module: read by name where they count."""
+"""Attributes that every module has; those that affect results are read by name."""
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
 _LEAVES = (

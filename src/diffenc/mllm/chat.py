@@ -14,9 +14,9 @@ Turns = Sequence[Mapping[str, str]]
 
 IMAGE_MARK = "<image>"
 IMAGE_ID = -200
-"""Stands in `input_ids` where the tokens of one picture go; LLaVA's number."""
+"""Placeholder in `input_ids` for the tokens of one picture; the number that LLaVA uses."""
 IGNORE_ID = -100
-"""Label of a token that is not learnt."""
+"""Label of a token that the loss leaves out."""
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _V1_SYSTEM = (

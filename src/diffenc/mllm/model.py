@@ -30,7 +30,7 @@ from diffenc.runtime.inference import lasting, make_plain
 from diffenc.runtime.threads import lock_of
 
 CAPTION_REQUEST = "Provide a one-sentence caption for the provided image."
-"""What LLaVA's captioning evaluation asks."""
+"""Request for a caption, in the words of LLaVA's evaluation of captions."""
 
 
 class DiffusionVLM(PictureInputs):
@@ -60,10 +60,11 @@ class DiffusionVLM(PictureInputs):
         ConfigError: A part does not fit the others, or an option is not allowed.
         BackboneError: There is no model of that name.
 
-    Example:
-        >>> vlm = DiffusionVLM("shapes", "shapes-lm")
-        >>> vlm.generate(image, "what color is the circle?")
-        ['red']
+    Examples:
+        >>> vlm = DiffusionVLM("shapes", "shapes-lm")  # its projector is not trained yet
+        >>> answers = vlm.generate([circle, square], ["what color is it?", "what shape is it?"])
+        >>> len(answers)
+        2
 
     Source:
         "Multimodal Understanding using Stable Diffusion as a Task Aware Feature Extractor",

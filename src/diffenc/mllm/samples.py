@@ -13,7 +13,7 @@ from diffenc.inputs.policies import PromptPolicy, PromptSample, parse_policy
 from diffenc.mllm.chat import IMAGE_MARK, ChatTokens, Turns
 
 Pictures: TypeAlias = "ImageSource | Sequence[ImageSource] | None"
-"""Of one sample: one, several, or none."""
+"""Pictures of one sample: one, several, or None."""
 
 
 def pictures_of(entry: Pictures) -> list[ImageSource]:

@@ -8,7 +8,7 @@ from diffenc.models.schedules import make_scheduler
 from diffenc.models.variants import check_configs, pipeline_family
 
 PIPELINE = "pipeline"
-"""Under this name a backbone notes that its parts were a pipeline's, which no file can name."""
+"""Key in `Backbone.given` of a model whose parts came from a pipeline object, not from files."""
 
 _PARTS = {
     "sd": ("unet", "vae", "text_encoder", "tokenizer"),

@@ -9,7 +9,12 @@ SHAPES_TAPS = (
     "up_blocks.2.attentions.0",
 )
 
+_ASSETS = Path(str(files("diffenc.models"))) / "assets"
+
+SHAPES_TAPS_FILE = _ASSETS / "shapes-taps.json"
+"""Readable places of its U-Net in module order, each with its channels and its reduction."""
+
 
 def shapes_folder() -> Path:
     """The diffusers folder of the bundled model; `StableDiffusionPipeline` loads it too."""
-    return Path(str(files("diffenc.models") / "assets" / "shapes"))
+    return _ASSETS / "shapes"

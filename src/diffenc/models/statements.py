@@ -36,10 +36,10 @@ _KINDS = (  # beginnings of `modelspec.architecture` and of `ss_base_model_versi
 _VARIANTS = ("refiner", "inpaint", "depth", "unclip", "upscale", "pix2pix", "edit")
 
 MARKERS = ("v_pred", "ztsnr")
-"""Names of tensors that say something and weigh nothing."""
+"""Names of empty tensors that mark the kind of a model and are no weights."""
 
 Claim = tuple[str, Any]
-"""Where something is said, and what."""
+"""Place of a statement in the file, and its value."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,11 +13,14 @@ import torch
 
 from diffenc.checks.arguments import entries
 from diffenc.denoiser.hooks import ForwardTaps
+from diffenc.denoiser.shape_pass import ShapePass
 from diffenc.denoiser.truncation import truncate
 from diffenc.errors import BackboneError, ConfigError, TapError, near_matches
+from diffenc.models.shapes import SHAPES_TAPS_FILE, shapes_folder
 from diffenc.models.tap_names import gdf_name, is_literature_name, spelled_out
 from diffenc.runtime.inference import lasting
 from diffenc.storage.names import printable, reason
+from diffenc.storage.reading import read_json
 
 _TRANSFORMER = (
     r"attentions\.\d+(\.transformer_blocks\.\d+(\.attn1\.to_[qkv]|\.attn2\.to_q|\.ff(\.net\.0)?)?)?"
@@ -26,7 +29,7 @@ _BLOCK = rf"(\.resnets\.\d+(\.conv2)?|\.{_TRANSFORMER}|\.(up|down)samplers\.0)?"
 _READABLE = re.compile(rf"conv_in|(down_blocks\.\d+|up_blocks\.\d+|mid_block){_BLOCK}")
 
 LATENTS = "latents"
-"""Reads the VAE's latents, scaled and without noise; no module of the U-Net has this name."""
+"""Tap of the VAE's latents, scaled and without noise; no module of the U-Net has this name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,19 +51,15 @@ class TapInfo:
 def unet_taps(config: dict[str, Any], vae_reduction: int) -> tuple[TapInfo, ...]:
     """Every readable place of a U-Net with this config, in module order.
 
-    Shapes come from a pass on the meta device: no weights, no memory.
+    Shapes come from a pass on the meta device: no weights, no memory. Those of the bundled model
+    lie beside its weights.
 
     Args:
         config: A `UNet2DConditionModel` config as JSON holds it.
         vae_reduction: Image pixels per latent cell.
     """
-    from diffusers import UNet2DConditionModel
-
-    # With defaults filled in, a config file and a loaded model's config are one key of the cache.
-    arguments = signature(UNet2DConditionModel.__init__).parameters
-    whole = {name: config.get(name, arguments[name].default) for name in list(arguments)[1:]}
     try:
-        return _unet_taps(dumps(whole, sort_keys=True), vae_reduction)
+        return _unet_taps(_with_defaults(config), vae_reduction)
     except Exception as error:  # of any kind, by the value that is wrong
         raise BackboneError(
             f"no U-Net can be built by this config: {reason(error)}; pass one of a "
@@ -68,16 +67,46 @@ def unet_taps(config: dict[str, Any], vae_reduction: int) -> tuple[TapInfo, ...]
         ) from error
 
 
+def _with_defaults(config: dict[str, Any]) -> str:
+    """One text for a config file and the config of the model that it makes, as a key of caches."""
+    from diffusers import UNet2DConditionModel
+
+    arguments = signature(UNet2DConditionModel.__init__).parameters
+    whole = {name: config.get(name, arguments[name].default) for name in list(arguments)[1:]}
+    return dumps(whole, sort_keys=True)
+
+
 @cache
-@lasting
 def _unet_taps(config: str, vae_reduction: int) -> tuple[TapInfo, ...]:
+    bundled, taps = _bundled_taps()
+    if config == bundled and taps[0].reduction == vae_reduction:
+        return taps
+    return derived_taps(config, vae_reduction)
+
+
+@cache
+def _bundled_taps() -> tuple[str, tuple[TapInfo, ...]]:
+    """Config of the bundled U-Net, and its places as they are written down beside it."""
+    config = read_json(shapes_folder() / "unet" / "config.json", error=BackboneError)
+    table = read_json(SHAPES_TAPS_FILE, error=BackboneError)
+    return _with_defaults(config), tuple(TapInfo(name, *sizes) for name, sizes in table.items())
+
+
+@lasting
+def derived_taps(config: str, vae_reduction: int) -> tuple[TapInfo, ...]:
+    """Every readable place of a U-Net, by a pass on the meta device.
+
+    Args:
+        config: A `UNet2DConditionModel` config in JSON.
+        vae_reduction: Image pixels per latent cell.
+    """
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(loads(config)).float().eval()
     names = [name for name, _ in unet.named_modules() if _READABLE.fullmatch(name)]
     side = 64
-    with torch.no_grad(), ForwardTaps(unet, names) as taps:
+    with torch.no_grad(), ForwardTaps(unet, names) as taps, ShapePass():
         maps = taps.run(lambda: unet(**meta_inputs(unet.config, side)))
     latents = TapInfo(LATENTS, unet.config.in_channels, vae_reduction)
     return latents, *(

@@ -13,7 +13,7 @@ INPUTS = {
     8: "an InstructPix2Pix model",
     9: "an inpainting model",
 }
-"""What a U-Net is by the channels that it takes, where these are not latents alone."""
+"""Kind of a U-Net by its number of input channels, for those that take more than latents."""
 
 _FAMILIES = {
     "StableDiffusionPipeline": "sd",

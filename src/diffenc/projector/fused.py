@@ -34,9 +34,9 @@ class FusedProjector(SavedProjector):
     Raises:
         ConfigError: As `Projector`; an unknown `how`, or "tokens" without their number.
 
-    Example:
-        >>> projector = projector_for(fused, 4096)
-        >>> projector(fused(images, questions)).shape
+    Examples:
+        >>> projector = FusedProjector((1024, 1280), 4096, how="tokens", first_tokens=576)
+        >>> projector(torch.zeros(1, 576 + 256, 1024 + 1280)).shape
         torch.Size([1, 832, 4096])
 
     Source:

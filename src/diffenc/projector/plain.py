@@ -45,7 +45,7 @@ class Projector(SavedProjector):
         ConfigError: An unknown kind, a width below 1, an identity between different widths, or
             groups that do not add up to `in_features`.
 
-    Example:
+    Examples:
         >>> projector = Projector(1280, 4096)
         >>> projector(torch.zeros(1, 256, 1280)).shape
         torch.Size([1, 256, 4096])

@@ -29,7 +29,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 _STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 Shapes = tuple[tuple[int, int], ...]
-"""(cells, channels) of the queries of each layer."""
+"""Shape of the queries of each layer: (cells, channels)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from diffenc.storage.reading import read_json
 from diffenc.storage.writing import write_json
 
 ReadPicture = Callable[[ImageSource], Tensor]
-"""From a picture to `pixel_values` of one row."""
+"""Function that turns a picture into `pixel_values` of one row."""
 
 _LOCK = ".lock"
 _MOST_BYTES = 2**30

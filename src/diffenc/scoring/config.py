@@ -205,7 +205,7 @@ def discffusion_timesteps(steps: int) -> tuple[int, ...]:
     Raises:
         ConfigError: Out of range.
 
-    Example:
+    Examples:
         >>> discffusion_timesteps(5)
         (189, 389, 589, 789, 989)
 
@@ -227,7 +227,7 @@ def classifier_timesteps(steps: int, of: int | None = None) -> tuple[int, ...]:
     Raises:
         ConfigError: Out of range.
 
-    Example:
+    Examples:
         >>> classifier_timesteps(5, of=20)
         (125, 325, 525, 725, 925)
 
@@ -254,7 +254,7 @@ def itm_timesteps(steps: int) -> tuple[int, ...]:
     Raises:
         ConfigError: Out of range.
 
-    Example:
+    Examples:
         >>> itm_timesteps(5)
         (10, 210, 410, 610, 810)
 

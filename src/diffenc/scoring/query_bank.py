@@ -68,11 +68,14 @@ class QueryBank:
         names: Names of the bank's images, no two alike.
         skipped: Name of and reason for each broken image that was left out.
 
-    Example:
-        >>> bank = QueryBank.load("bank")
-        >>> (results,) = bank.search("a red circle", top=1)
-        >>> print(results[0].name)
-        circle.png
+    Examples:
+        >>> from diffenc import CrossAttnScorer
+        >>> scorer = CrossAttnScorer.from_pretrained("shapes")
+        >>> bank = scorer.build_index([circle, square], folder / "bank", names=["one", "two"])
+        >>> bank = QueryBank.load(folder / "bank")
+        >>> (results,) = bank.search("a red circle", top=2)
+        >>> sorted(result.name for result in results)
+        ['one', 'two']
     """
 
     def __init__(self, folder: Path, contents: BankContents, backbone: Backbone) -> None:

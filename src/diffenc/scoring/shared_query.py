@@ -24,7 +24,7 @@ from diffenc.scoring.passes import read_late_queries
 
 Step = tuple[int, int]
 Place = tuple[int, int]
-"""A picture and a step, as indices."""
+"""Index of a picture, and index of a step."""
 
 _TEXTS_AT_ONCE = 64
 

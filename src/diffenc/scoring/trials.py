@@ -20,7 +20,7 @@ from diffenc.scoring.screening import Candidates, successive_halving
 
 Step = tuple[int, int]
 Trial = tuple[Float[Tensor, "images texts"], Float[Tensor, "images texts timesteps"]]
-"""Scores under one noise, and the same before the mean over timesteps."""
+"""Scores under one draw of noise: their mean over timesteps, and those of each timestep."""
 
 
 class ScoreCall:

@@ -26,10 +26,10 @@ from diffenc.viz.heatmap import HeatMap
 __all__ = ["daam_maps", "heat_maps", "word_maps", "words_of"]
 
 _DAAM_CELLS = {512: 64, 768: 96, 1024: 64}
-"""Cells on a side, by the pixels that a model was made for."""
+"""Cells on a side of DAAM's grid, by the image size that a model was trained for."""
 
 _DAAM_SCALES = (0, 1, 2, 4, 16, 32, 64)
-"""How many times finer than a layer's map the grid may be; DAAM takes 8 for the middle block."""
+"""Allowed ratios of DAAM's grid to a layer's map; DAAM has 8 for the middle block."""
 
 
 def word_maps(

@@ -11,7 +11,7 @@ StrPath: TypeAlias = "str | os.PathLike[str]"
 
 
 SURROGATE = re.compile("[\ud800-\udfff]")
-"""Half of a surrogate pair, which no encoding writes."""
+"""Half of a surrogate pair, which no encoding can write."""
 
 
 def is_file(path: StrPath) -> bool:

@@ -7,6 +7,7 @@ who reads or downloads them.
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -264,7 +265,7 @@ def check_finite(
     if not value.is_floating_point() or value.numel() == 0 or value.is_meta:
         return
     # The extremes are NaN where any number is; ten times faster than `isfinite`, without a copy.
-    if not all(bool(extreme.isfinite()) for extreme in value.detach().aminmax()):
+    if not all(isfinite(extreme.item()) for extreme in value.detach().aminmax()):
         raise error(
             f"{where} holds NaN or infinity in {name!r} as {value.dtype}; the file is broken, or "
             "its weights need another dtype"

@@ -22,7 +22,7 @@ from diffenc.storage.weights import (
 
 _HALVES = ("text_model", "text_projection", "vision_model", "visual_projection", "logit_")
 _COUNTED = ("position_ids", "inv_freq", ".attn.bias", ".attn.masked_bias", "num_batches_tracked")
-"""Ends of the names of values that models count themselves, and some files hold."""
+"""Endings of the names of values that models make themselves, and that some files also hold."""
 
 
 def load_from(

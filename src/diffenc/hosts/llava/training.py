@@ -18,7 +18,14 @@ def train_with_prompts(
     """Prepare a fork's `train.train`, whose `train()` then shows prompts to the tower.
 
     Its models take prompts, its dataset draws them, its collator tokenizes them, and its trainer
-    writes the adapter beside every checkpoint.
+    writes the adapter beside every checkpoint. A script for LLaVA itself:
+
+    ```python
+    train_with_prompts("llava", "question")
+    from llava.train.train import train
+
+    train()
+    ```
 
     Args:
         package: Top-level module of the fork, as for `register`, which this calls.
@@ -27,11 +34,6 @@ def train_with_prompts(
 
     Raises:
         ConfigError: The package is not laid out as LLaVA's, or the policy does not parse.
-
-    Example:
-        >>> train_with_prompts("llava", "question")
-        >>> from llava.train.train import train
-        >>> train()
     """
     chosen = parse_policy(policy) if isinstance(policy, str) else policy
     done = register(package)

@@ -12,7 +12,7 @@ from diffenc.models import Architecture
 from diffenc.models.sources import lasting_source
 
 INSIDE = "checkpoint"
-"""A backbone source: the weights are part of the checkpoint."""
+"""Name of a backbone whose weights are part of the checkpoint."""
 
 
 class DiffEncConfig(PretrainedConfig):  # type: ignore[misc]  # transformers is seen as Any

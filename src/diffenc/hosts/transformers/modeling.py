@@ -50,8 +50,10 @@ class DiffEncModel(PreTrainedModel):  # type: ignore[misc]  # transformers is se
         tower: The tower that does the work; it holds the adapter.
         backbone: Diffusion model where it is part of the checkpoint; otherwise None.
 
-    Example:
+    Examples:
+        >>> from diffenc.hosts.transformers import DiffEncImageProcessor
         >>> model = DiffEncModel(DiffEncConfig("diffenc:shapes?t=50"))
+        >>> pixel_values = DiffEncImageProcessor(64)(picture, return_tensors="pt")["pixel_values"]
         >>> model(pixel_values, prompts=["what color is the circle?"]).last_hidden_state.shape
         torch.Size([1, 64, 224])
     """

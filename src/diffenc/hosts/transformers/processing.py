@@ -14,7 +14,7 @@ from diffenc.models.parts import load_tokenizer
 from diffenc.storage.names import is_folder
 
 FOLDER = "prompt_tokenizer"
-"""Of the tower's tokenizer, in the folder of a saved processor."""
+"""Name of the folder with the tower's tokenizer, inside the folder of a saved processor."""
 
 
 class _MakesPrompts:

@@ -15,7 +15,7 @@ from diffenc.errors import ImageError
 from diffenc.storage.names import exists, expanded, is_file, is_folder, printable, reason
 
 PICTURE_BYTES = 2**31
-"""Largest file that is read as a picture, in bytes, where it has to be read as a whole."""
+"""Largest size, in bytes, of a picture that has to be read as a whole."""
 
 _BYTES = 255
 _DEEP = 65535

@@ -11,7 +11,7 @@ from diffenc._typing import Resize
 from diffenc.config import check_choice
 
 Center = Literal["torchvision", "transformers"]
-"""Which of the two middle places a cut-out takes where its margin is odd, see `crop_offset`."""
+"""Library whose rule places a cut-out that has no exact middle, see `crop_offset`."""
 
 _LARGE = 4
 

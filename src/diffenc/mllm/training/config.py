@@ -230,7 +230,8 @@ LLAVA: dict[Stage, OptimConfig] = {
     "align": OptimConfig(learning_rate=1e-3, batch_size=256, device_batch_size=32),
     "instruct": OptimConfig(learning_rate=2e-5, batch_size=128, device_batch_size=16),
 }
-"""LLaVA-1.5's, from its published scripts: Liu et al. 2023, arXiv:2310.03744."""
+"""Options of LLaVA-1.5 for each stage, from its published scripts: Liu et al. 2023,
+arXiv:2310.03744."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -291,9 +292,11 @@ class TrainConfig:
         keep: Number of the newest checkpoints that are kept.
         log_steps: Number of steps between lines of the log.
 
-    Example:
-        >>> TrainConfig.read("align.toml").optim.learning_rate
-        0.001
+    Examples:
+        >>> data = DataConfig(annotations="captions.json", images="pictures")
+        >>> config = TrainConfig(stage="align", output="runs/align", data=data)
+        >>> config.optim.learning_rate, config.optim.batch_size
+        (0.001, 256)
     """
 
     stage: Stage

@@ -27,7 +27,7 @@ from diffenc.storage.names import expanded, is_file
 from diffenc.storage.reading import DATA_BYTES, parse_json, read_text
 
 BROKEN = "broken"
-"""Key of a batch under which the samples stand whose pictures broke after they were checked."""
+"""Key of a batch for the samples whose pictures could no longer be read after the first check."""
 
 _NAMED = 20
 

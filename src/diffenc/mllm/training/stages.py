@@ -40,11 +40,12 @@ from diffenc.storage.writing import locked, make_folder, write_json
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, float | None], None]
-"""Told after each step: steps done, steps in all, the last loss that was logged."""
+"""Function called after each step with the steps done, all steps, and the last logged loss."""
 
 MODEL_FOLDER, CONFIG_FILE = "model", "config.toml"
 LEFT_OUT_FILE = "left_out.json"
-"""Records of the annotations that a run began without; it goes on without the same."""
+"""Name of the file that lists the records left out when the run began; resuming leaves out the same
+ones."""
 # What may change between a run and its continuation.
 _FREE = ("output", "save_steps", "keep", "log_steps")
 _FREE_DATA = (
