@@ -8,6 +8,7 @@ __all__ = [
     "AnswerEvaluation",
     "Answerer",
     "Benchmark",
+    "ClipMatcher",
     "Evaluation",
     "FunctionAnswerer",
     "Item",
@@ -16,6 +17,7 @@ __all__ = [
     "Picture",
     "Problem",
     "SavedVLM",
+    "ScorerMatcher",
     "Table",
     "correct",
     "evaluate",
@@ -31,6 +33,7 @@ _HOMES = {
     "AnswerEvaluation": "asking",
     "Answerer": "answerers",
     "Benchmark": "items",
+    "ClipMatcher": "matching.clip",
     "Evaluation": "matching.evaluate",
     "FunctionAnswerer": "answerers",
     "Item": "matching.base",
@@ -39,6 +42,7 @@ _HOMES = {
     "Picture": "items",
     "Problem": "items",
     "SavedVLM": "saved_vlm",
+    "ScorerMatcher": "matching.matchers",
     "Table": "tables",
     "correct": "matching.metrics",
     "evaluate": "matching.evaluate",
@@ -53,7 +57,9 @@ if _TYPE_CHECKING:
     from diffenc.evals.asking import AnswerEvaluation
     from diffenc.evals.items import Benchmark, Picture, Problem
     from diffenc.evals.matching.base import Item, Matcher, MatchingBenchmark
+    from diffenc.evals.matching.clip import ClipMatcher
     from diffenc.evals.matching.evaluate import Evaluation, evaluate
+    from diffenc.evals.matching.matchers import ScorerMatcher
     from diffenc.evals.matching.metrics import METRICS, correct
     from diffenc.evals.matching.miniature import shapes_benchmark
     from diffenc.evals.matching.mmvp_vlm import load_mmvp_vlm

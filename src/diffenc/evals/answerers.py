@@ -54,7 +54,7 @@ class FunctionAnswerer:
         options: Keyword arguments of every call, such as `{"max_new_tokens": 64}`; they are added
             to the description.
 
-    Example:
+    Examples:
         >>> model = FunctionAnswerer("blind", lambda images, questions: ["yes"] * len(questions))
         >>> model.answer([[picture]], ["is there a circle?"])
         ['yes']

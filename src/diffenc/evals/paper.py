@@ -101,6 +101,10 @@ def published_table(name: str) -> PublishedTable:
 
     Raises:
         ConfigError: There is none of that name.
+
+    Examples:
+        >>> published_table("later-fusion").beside(("MMVP",))[-1]
+        ('paper: later version, cross-attention, s = 4', '30.7')
     """
     tables: dict[str, dict[str, Any]] = _content()["tables"]
     if name not in tables:

@@ -126,6 +126,13 @@ def evaluate_captions(
         MissingExtraError: A metric without pycocoevalcap.
         OutputError: The results file cannot be written.
         ShapeError: The model returns something else than one text per question.
+
+    Examples:
+        >>> from diffenc.evals import FunctionAnswerer
+        >>> from diffenc.evals.captioning import shapes_captions
+        >>> model = FunctionAnswerer("one", lambda images, questions: ["a circle"] * len(questions))
+        >>> evaluate_captions(shapes_captions(2), model, metrics=()).passes[0].captions
+        {'0': 'a circle', '1': 'a circle'}
     """
     check_positive(passes=passes)
     require_metrics(metrics, tokenizer)

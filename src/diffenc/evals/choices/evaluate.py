@@ -191,6 +191,14 @@ def evaluate_choices(
         ConfigError: Broken items, none that is whole, or a results file of something else.
         OutputError: The results file cannot be written.
         ShapeError: The model returns something else than one text per question.
+
+    Examples:
+        >>> from diffenc.evals import FunctionAnswerer
+        >>> from diffenc.evals.choices import shapes_naturalbench
+        >>> model = FunctionAnswerer("blind", lambda images, questions: ["yes"] * len(questions))
+        >>> evaluation = evaluate_choices(shapes_naturalbench(2), model)
+        >>> evaluation.accuracy, evaluation.all_right("question"), evaluation.overall
+        (50.0, 0.0, 0.0)
     """
     with asking(
         benchmark,

@@ -129,6 +129,11 @@ def shapes_naturalbench(
 
     Raises:
         ConfigError: Fewer than one group.
+
+    Examples:
+        >>> group = shapes_naturalbench(1).items[:4]
+        >>> [(item.text, item.options[item.answer]) for item in group[:2]]
+        [('is there a purple square?', 'yes'), ('is there a purple square?', 'no')]
     """
     check_positive(per_kind=per_kind)
     items = []

@@ -108,6 +108,13 @@ def evaluate(
         OutputError: The results file cannot be written.
         ShapeError: A model returns something else than (images, texts).
         NonFiniteError: A model returns NaN or infinity.
+
+    Examples:
+        >>> from diffenc.evals import ClipMatcher, shapes_benchmark
+        >>> clip = ClipMatcher.from_pretrained("shapes-clip")
+        >>> evaluation = evaluate(shapes_benchmark("winoground", per_label=1), [clip])
+        >>> evaluation.results("shapes-clip")["group"].items
+        5
     """
     if isinstance(trials, bool) or not isinstance(trials, int) or trials < 1:
         raise ConfigError(f"trials must be an int of 1 or more, got {trials!r}")
