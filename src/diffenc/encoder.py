@@ -20,7 +20,7 @@ from diffenc.features import Features, check_guidance
 from diffenc.inputs.images import Images, as_list, decoded, image_sizes, to_pixel_values
 from diffenc.inputs.prompts import PromptEmbeds, match_batch
 from diffenc.memory.object_watch import object_key
-from diffenc.models import Architecture, TapInfo, describe, load_backbone, model_name
+from diffenc.models import Architecture, TapInfo, load_backbone, model_name
 from diffenc.models.base import Backbone, States
 from diffenc.models.device import Device, Dtype
 from diffenc.models.encoder_folder import (
@@ -218,22 +218,25 @@ class DiffusionEncoder(TrainableParts):
             options["taps"] = tap_patterns(options["taps"])
         if isinstance(name, Backbone) and truncate:
             raise ConfigError("a Backbone is not truncated; pass the name that it is loaded by")
-        told: Backbone | Architecture
-        if isinstance(name, Backbone):
-            told = name
-        else:
-            named = ("architecture", "prediction_type", "unet", "vae")
-            told = describe(name, **{part: parts[part] for part in named})
-        published = {} if preset is None else preset_options(text("preset", preset), told.family)
-        config = EncoderConfig.from_dict({**config.to_dict(), **published, **options})
-        # Taps are checked before weights are loaded.
-        taps = told.match_taps(config.taps or told.default_taps)
-        keep = [tap.name for tap in taps] if truncate else None
+
+        def choose_taps(model: Backbone | Architecture) -> list[str] | None:
+            """Make the config and check its taps, before weights are loaded."""
+            nonlocal config
+            published = (
+                {} if preset is None else preset_options(text("preset", preset), model.family)
+            )
+            config = EncoderConfig.from_dict({**config.to_dict(), **published, **options})
+            taps = model.match_taps(config.taps or model.default_taps)
+            return [tap.name for tap in taps] if truncate else None
+
+        is_loaded = isinstance(name, Backbone)
+        if is_loaded:
+            choose_taps(name)
         backbone = load_backbone(
             name,
             device=device,
             dtype=dtype,
-            keep_taps=keep,
+            keep_taps=None if is_loaded else choose_taps,
             channels_last=channels_last,
             variant=variant,
             **parts,

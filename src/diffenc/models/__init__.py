@@ -1,10 +1,10 @@
 """Models by name: aliases, Hub ids, local folders, single files; and by their parts."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -47,6 +47,7 @@ from diffenc.models.variants import check_configs
 from diffenc.runtime.defaults import torch_defaults
 from diffenc.runtime.inference import lasting
 from diffenc.storage.names import checked_path, is_folder, printable
+from diffenc.storage.reading import reading_once
 from diffenc.storage.weights import check_variant
 
 __all__ = [
@@ -71,6 +72,11 @@ def list_backbones() -> tuple[BackboneSource, ...]:
     return tuple(SOURCES.values())
 
 
+ChooseTaps: TypeAlias = Callable[[Architecture], Sequence[str] | None]
+"""Function from what a model's configs tell to the taps that are kept; None keeps all."""
+
+
+@reading_once()
 @torch_defaults()
 @lasting
 def load_backbone(
@@ -78,7 +84,7 @@ def load_backbone(
     *,
     dtype: Dtype = None,
     device: Device = None,
-    keep_taps: Sequence[str] | None = None,
+    keep_taps: Sequence[str] | ChooseTaps | None = None,
     architecture: "str | os.PathLike[str] | None" = None,
     prediction_type: Prediction | None = None,
     channels_last: bool | None = None,
@@ -103,7 +109,8 @@ def load_backbone(
         device: Device of the parts. None is the CPU, or the device that a pipeline or a `Backbone`
             is already on.
         keep_taps: Readable places of the U-Net, see `list_taps`; what lies behind the last of them
-            is neither loaded nor run. None loads everything.
+            is neither loaded nor run. None loads everything. A function is asked, with what the
+            configs tell, before any weight is read.
         architecture: Alias or diffusers folder whose configs describe a single file, where the file
             does not show that itself.
         prediction_type: Kind of the U-Net's prediction: "epsilon", "v_prediction" or "sample". None
@@ -156,6 +163,8 @@ def load_backbone(
     name = name if is_pipeline(name) else model_name(name)
     architecture = None if architecture is None else model_name(architecture)
     told = _described(name, architecture, prediction_type, given)
+    if callable(keep_taps):
+        keep_taps = keep_taps(told)
     if keep_taps is not None:
         keep_taps = [tap.name for tap in told.match_taps(keep_taps)]
     second = [part for part in given.references() if part.endswith("_2")]
@@ -183,7 +192,7 @@ def load_backbone(
             name=name,
             dtype=kind,
             device=place,
-            own_taps=_own_taps(name),
+            described=told,
             keep_taps=keep_taps,
             given=given,
             variant=variant,
@@ -316,6 +325,7 @@ def describe(
     return _described(name, architecture, prediction_type, GivenParts(unet=unet, vae=vae))
 
 
+@reading_once()
 @lasting
 def _described(
     name: Any,

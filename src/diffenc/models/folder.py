@@ -111,7 +111,7 @@ def load_folder(
     name: str,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-    own_taps: tuple[str, ...] | None = None,
+    described: Architecture,
     keep_taps: Sequence[str] | None = None,
     given: GivenParts | None = None,
     variant: str | None = None,
@@ -124,8 +124,7 @@ def load_folder(
         dtype: Floating point type of the U-Net and the text encoders; the VAE stays in float32
             where half precision overflows.
         device: Device of the parts.
-        own_taps: Taps that the encoder reads by default; None takes those of the family's "gdf"
-            preset.
+        described: What the configs tell, with what is given in the place of parts.
         keep_taps: Module paths of the U-Net; what lies behind the last of them is not loaded. None
             loads everything.
         given: Parts that take the place of the folder's; None takes all from the folder.
@@ -138,11 +137,11 @@ def load_folder(
     """
     given = given or GivenParts()
     family, index = read_model_index(folder)
-    told = given.described(read_architecture(folder, own_taps=own_taps))
-    named = part_variants(folder, weighty_parts(folder), variant)
+    weighty = [part for part in _PARTS[family] if _has_weights(part)]
+    named = part_variants(folder, weighty, variant)
     parts, halves = {}, []
     for part in _PARTS[family]:
-        loaded = given.load(part, told, dtype=dtype, keep_taps=keep_taps)
+        loaded = given.load(part, described, dtype=dtype, keep_taps=keep_taps)
         if loaded is None and part in named:
             loaded, taken = load_stored(
                 folder / part, part, dtype, variant=named[part], keep_taps=keep_taps
@@ -159,7 +158,7 @@ def load_folder(
         )
     if family == "sdxl":
         parts["force_zeros"] = bool(index.get("force_zeros_for_empty_prompt", True))
-    return assemble(name, told, parts, device)
+    return assemble(name, described, parts, device)
 
 
 def assemble(
@@ -187,7 +186,11 @@ def weighty_parts(folder: Path) -> list[str]:
         BackboneError: See `read_model_index`.
     """
     family, _ = read_model_index(folder)
-    return [part for part in _PARTS[family] if not part.startswith(("tokenizer", "scheduler"))]
+    return [part for part in _PARTS[family] if _has_weights(part)]
+
+
+def _has_weights(part: str) -> bool:
+    return not part.startswith(("tokenizer", "scheduler"))
 
 
 def part_variants(

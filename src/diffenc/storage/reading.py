@@ -7,6 +7,9 @@ import json
 import math
 import os
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from diffenc.errors import ConfigError, DiffencError
@@ -20,6 +23,24 @@ DATA_BYTES = 8 * 2**30
 
 _DEPTH = 100
 _INTEGER = 2**64
+_contents: ContextVar[dict[str, bytes] | None] = ContextVar("files of this block", default=None)
+
+
+@contextmanager
+def reading_once() -> Iterator[None]:
+    """Read each file of the block once: whatever asks again gets the same content.
+
+    A model's configs are asked by several checks, one after the other. Blocks may lie in each
+    other; the outermost one counts, and forgets at its end.
+    """
+    if _contents.get() is not None:
+        yield
+        return
+    token = _contents.set({})
+    try:
+        yield
+    finally:
+        _contents.reset(token)
 
 
 def read_bytes(
@@ -35,6 +56,17 @@ def read_bytes(
     Raises:
         DiffencError: `error`: the file is missing, unreadable or too large.
     """
+    known = _contents.get()
+    key = os.fspath(path)
+    if known is not None and key in known and len(known[key]) <= most:
+        return known[key]
+    content = _read(path, error, most)
+    if known is not None and len(content) <= CONFIG_BYTES:
+        known[key] = content
+    return content
+
+
+def _read(path: StrPath, error: type[DiffencError], most: int) -> bytes:
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
         # Opened without waiting: a pipe that nobody writes to would stop the program for good.

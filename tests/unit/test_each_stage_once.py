@@ -1,4 +1,4 @@
-"""A picture's file is decoded once per call, however many parts of the call read it."""
+"""Each stage once: a picture is decoded once per call, a model's files are read once per load."""
 
 from collections import Counter
 from pathlib import Path
@@ -7,9 +7,12 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from diffenc import CrossAttnScorer, DiffusionEncoder, DiffusionVLM, FusedEncoder
+from diffenc import CrossAttnScorer, DiffusionEncoder, DiffusionVLM, FusedEncoder, models
 from diffenc.errors import ImageError
+from diffenc.models import describe, load_backbone
+from diffenc.models import folder as folder_of_models
 from diffenc.shapes import render, sample_scenes
+from diffenc.storage import reading
 from vlm_builders import save_tiny_lm
 
 
@@ -99,3 +102,32 @@ def test_a_file_that_breaks_says_which_of_several(captioned, files):
     Path(files[1]).write_bytes(b"no picture")
     with pytest.raises(ImageError, match=r"1\.png"):
         captioned(files, "a red circle")
+
+
+@pytest.mark.parametrize("load", [DiffusionEncoder.from_pretrained, load_backbone, describe])
+def test_each_file_of_a_model_is_read_once_per_load(monkeypatch, tiny_sd_folder, load):
+    counts = Counter()
+    read = reading._read
+
+    def count(path, *args):
+        counts[str(path)] += 1
+        return read(path, *args)
+
+    monkeypatch.setattr(reading, "_read", count)
+    load(tiny_sd_folder)
+    assert len(counts) >= 5
+    assert set(counts.values()) == {1}
+
+
+def test_a_model_is_described_once_per_load(monkeypatch, tiny_sd_folder):
+    counts = Counter()
+    read = folder_of_models.read_architecture
+
+    def count(folder, **options):
+        counts[str(folder)] += 1
+        return read(folder, **options)
+
+    monkeypatch.setattr(models, "read_architecture", count)
+    monkeypatch.setattr(folder_of_models, "read_architecture", count)
+    DiffusionEncoder.from_pretrained(tiny_sd_folder, truncate=True)
+    assert counts == {str(tiny_sd_folder): 1}
