@@ -199,7 +199,7 @@ class DiffusionEncoder(TrainableParts):
         }
         truncate, trainable = flag("truncate", truncate), flag("trainable", trainable)
         config, contents, folder = EncoderConfig(), None, Path()
-        given = [part for part, value in parts.items() if value is not None]
+        replaced = [part for part, value in parts.items() if value is not None]
         if isinstance(name, (str, os.PathLike)) and is_saved(model_name(name)):
             folder = Path(lasting_source(name))
             config, contents = read_config(folder)
@@ -208,7 +208,7 @@ class DiffusionEncoder(TrainableParts):
             truncate = truncate or contents.truncated
             variant = contents.variant if variant is None else variant
             if variant != contents.variant:  # other weights, as the caller wants them
-                given += contents.mark
+                replaced += contents.mark
         if clip is not None and not (contents and contents.captioner):
             raise ConfigError(
                 "clip= is for the captioner of a saved encoder, and this model holds none; call "
@@ -243,7 +243,7 @@ class DiffusionEncoder(TrainableParts):
         )
         encoder = cls(backbone, config, use_cache=use_cache)
         if contents is not None:
-            check_mark(backbone, contents.mark, folder, given=given)
+            check_mark(backbone, contents.mark, folder, exchanged=replaced)
             encoder._restore(folder, contents, clip=clip, trainable=trainable)
         return encoder
 
@@ -491,14 +491,14 @@ class DiffusionEncoder(TrainableParts):
 
     def _original_sizes(self, images: Images, batch: int) -> list[tuple[int, int]] | None:
         """Size of each picture for SDXL, (height, width); None leaves the processed size."""
-        told = self.config.original_size
-        if told is None:
+        original = self.config.original_size
+        if original is None:
             return None
-        return image_sizes(images) if told == "image" else [told] * batch
+        return image_sizes(images) if original == "image" else [original] * batch
 
-    def _conditioning(self, wanted: Conditioning | None, prompts: object) -> Conditioning:
+    def _conditioning(self, conditioning: Conditioning | None, prompts: object) -> Conditioning:
         unprompted = prompts is None and self.captioner is None
-        chosen = self.config.conditioning if wanted is None else wanted
+        chosen = self.config.conditioning if conditioning is None else conditioning
         if chosen is None:
             chosen = "uncond" if unprompted else "cond"
         check_choice("conditioning", chosen, get_args(Conditioning))

@@ -123,12 +123,13 @@ class Features(Mapping[str, Tensor]):
         """
         return sorted(self._maps.values(), key=lambda m: m.shape[-2] * m.shape[-1], reverse=True)
 
-    def _half(self, name: str, wanted: Conditioning) -> Maps:
+    def _half(self, name: str, conditioning: Conditioning) -> Maps:
         half = self._halves[name]
         if half is None:
             raise ConfigError(
-                f"conditioning {wanted!r} needs the {name} features, which were not computed; "
-                "pass prompts and conditioning='cfg' or 'concat' to `extract` to have both"
+                f"conditioning {conditioning!r} needs the {name} features, which were not "
+                "computed; pass prompts and conditioning='cfg' or 'concat' to `extract` to have "
+                "both"
             )
         return half
 

@@ -209,11 +209,13 @@ class CrossAttnScorer(ConfiguredScorer):
             ShapeError: No item, or items of another shape.
             ConfigError: A score with an error part, which belongs to no layer.
         """
-        found = [self.layer_scores(images, texts, seed=seed) for images, texts in _pairs_of(items)]
-        if len({scores.shape for scores in found}) != 1:
-            shapes = sorted({tuple(scores.shape[1:]) for scores in found})
+        layer_scores = [
+            self.layer_scores(images, texts, seed=seed) for images, texts in _pairs_of(items)
+        ]
+        if len({scores.shape for scores in layer_scores}) != 1:
+            shapes = sorted({tuple(scores.shape[1:]) for scores in layer_scores})
             raise ShapeError(f"items must be of one shape (images, texts), got {shapes}")
-        weights = fit_layer_weights(torch.stack(found))
+        weights = fit_layer_weights(torch.stack(layer_scores))
         self.config = replace(self.config, layer_weights=weights)
         return weights
 

@@ -51,12 +51,12 @@ def wholes(
     """One or several whole numbers in an order; see `whole`."""
     if isinstance(value, (str, bytes, Set, Mapping)) or not isinstance(value, Iterable):
         raise error(f"{name} must be a list or a tuple of ints, got {shown(value)}")
-    found = tuple(
+    numbers = tuple(
         whole(f"an entry of {name}", each, least=least, error=error) for each in entries(value)
     )
-    if not found:
+    if not numbers:
         raise error(f"{name} must hold one int or more, got none")
-    return found
+    return numbers
 
 
 def number(name: str, value: Any, *, error: type[DiffencError] = ConfigError) -> float:
@@ -112,10 +112,10 @@ def texts(name: str, value: Any, *, error: type[DiffencError] = ConfigError) -> 
         return (text(name, value, error=error),)
     if isinstance(value, (bytes, bytearray, Set, Mapping)) or not isinstance(value, Iterable):
         raise error(f"{name} must be a text or a list of texts, got {shown(value)}")
-    found = tuple(text(f"an entry of {name}", each, error=error) for each in entries(value))
-    if not found:
+    checked_texts = tuple(text(f"an entry of {name}", each, error=error) for each in entries(value))
+    if not checked_texts:
         raise error(f"{name} must be one text or more, got none")
-    return found
+    return checked_texts
 
 
 def sides(name: str, value: Any) -> tuple[int, int]:

@@ -132,9 +132,9 @@ class ImplicitCaptioner(nn.Module):
             OutputError: The folder cannot be written.
         """
         target = begin_folder(checked_path("a captioner", folder, error=OutputError), _CONFIG_FILE)
-        told = {**self.options, "clip": None if clip is None else clip.reference(target)}
+        content = {**self.options, "clip": None if clip is None else clip.reference(target)}
         write_tensors(target / _WEIGHTS_FILE, self.state_dict())
-        write_json(target / _CONFIG_FILE, told)
+        write_json(target / _CONFIG_FILE, content)
 
     @classmethod
     @lasting
@@ -214,10 +214,10 @@ class ClipEmbedder(nn.Module):
                 "processor must be an image processor of transformers or a dict of its values, got "
                 f"{shown(processor)}"
             )
-        told = processor if isinstance(processor, dict) else getattr(processor, "__dict__", {})
-        self.mean = tuple(map(float, told.get("image_mean") or _OPENAI_MEAN))
-        self.std = tuple(map(float, told.get("image_std") or _OPENAI_STD))
-        self.crops = bool(told.get("do_center_crop", True))
+        settings = processor if isinstance(processor, dict) else getattr(processor, "__dict__", {})
+        self.mean = tuple(map(float, settings.get("image_mean") or _OPENAI_MEAN))
+        self.std = tuple(map(float, settings.get("image_std") or _OPENAI_STD))
+        self.crops = bool(settings.get("do_center_crop", True))
         own = getattr(model.config, "_name_or_path", "") or None
         name = own if name is None else name
         self.name = None if name is None else lasting_name(name)

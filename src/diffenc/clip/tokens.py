@@ -128,10 +128,10 @@ class ClipTokens(VisionModel):
 
         label = os.fspath(checked_path("a CLIP", name, error=BackboneError))
         with loading("a CLIP", label, instead=_INSTEAD):
-            found = model_config(name).model_type
-            kind = found.removesuffix("_vision_model")
+            model_type = model_config(name).model_type
+            kind = model_type.removesuffix("_vision_model")
             if kind not in _VISION:
-                raise BackboneError(f"{label!r} is of the kind {found!r}; {_TAKEN}")
+                raise BackboneError(f"{label!r} is of the kind {model_type!r}; {_TAKEN}")
             model = load_whole(getattr(transformers, _VISION[kind]), label, dtype=dtype)
             if image_processor is None:
                 image_processor = load_image_processor(label)
@@ -225,15 +225,15 @@ class ClipTokens(VisionModel):
                 for part in pixel_values.split(batch_size or len(pixel_values))
             ]
             tokens = torch.cat([part.hidden_states[self.layer] for part in parts])
-        wanted = self.side**2
-        if tokens.shape[1] not in (wanted, wanted + 1):
+        expected = self.side**2
+        if tokens.shape[1] not in (expected, expected + 1):
             raise ShapeError(
                 f"the model gives {tokens.shape[1]} tokens for {self.side} x {self.side} patches; "
-                f"its grid cannot be matched, {wanted} tokens can, or {wanted + 1} with a class "
-                "token"
+                f"its grid cannot be matched, {expected} tokens can, or {expected + 1} with a "
+                "class token"
             )
         require_finite(tokens, f"tokens of layer {self.layer} of CLIP", "try float32 or bfloat16")
-        return tokens[:, -wanted:]
+        return tokens[:, -expected:]
 
     def _parameters_read(self) -> Iterator[nn.Parameter]:
         """What the layer depends on: a parameter without a gradient stops DDP."""
@@ -264,11 +264,11 @@ def to_maps(tokens: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Float[Tens
 
 def _vision_part(model: nn.Module) -> nn.Module:
     """The vision model, able to save itself."""
-    found = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    kind = str(found).removesuffix("_vision_model").removesuffix("_vision_transformer")
+    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    kind = str(model_type).removesuffix("_vision_model").removesuffix("_vision_transformer")
     if kind not in _VISION:
-        raise ConfigError(f"clip is of the kind {found!r}; {_TAKEN}")
-    if found != kind:
+        raise ConfigError(f"clip is of the kind {model_type!r}; {_TAKEN}")
+    if model_type != kind:
         return model
     part: nn.Module = model.vision_model  # type: ignore[assignment]
     if hasattr(part, "save_pretrained"):

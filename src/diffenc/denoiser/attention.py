@@ -260,8 +260,8 @@ def match_layers(unet: nn.Module, layers: str | Sequence[str] | None = None) -> 
     known = cross_attention_layers(unet)
     if isinstance(layers, str) and layers == "discffusion":
         return _last_of_each_stage(known)
-    wanted = set(_match(None if isinstance(layers, str) and layers == "all" else layers, known))
-    return tuple(name for name in known if name in wanted)
+    chosen = set(_match(None if isinstance(layers, str) and layers == "all" else layers, known))
+    return tuple(name for name in known if name in chosen)
 
 
 def _last_of_each_stage(known: Sequence[str]) -> tuple[str, ...]:
@@ -277,20 +277,20 @@ def _last_of_each_stage(known: Sequence[str]) -> tuple[str, ...]:
 def _attentions(unet: nn.Module) -> dict[str, tuple[nn.Module, Any]]:
     """Attentions by module path, each after the transformer that flattens the map around it."""
     modules = dict(unet.named_modules())
-    found = {}
+    attentions = {}
     for stage in ("down_blocks", "mid_block", "up_blocks"):  # registered in another order
         for path, transformer in modules.items():
             if path.startswith(stage) and type(transformer).__name__ == "Transformer2DModel":
                 for name, module in transformer.named_modules(prefix=path):
                     if name.endswith(".attn2"):
-                        found[name] = (transformer, module)
-    return found
+                        attentions[name] = (transformer, module)
+    return attentions
 
 
 def _match(layers: Sequence[str] | None, known: Sequence[str]) -> list[str]:
     if layers is None:
         return list(known)
-    found: dict[str, None] = {}
+    matches: dict[str, None] = {}
     for layer in texts("layers", layers, error=TapError):
         inside = [name for name in known if f"{name}.".startswith(f"{layer}.")]
         if not inside:
@@ -299,5 +299,5 @@ def _match(layers: Sequence[str] | None, known: Sequence[str]) -> list[str]:
                 f"there is no cross-attention in {shown(layer)}.{near_matches(layer, known)} "
                 f"The U-Net has it in {blocks}."
             )
-        found.update(dict.fromkeys(inside))
-    return list(found)
+        matches.update(dict.fromkeys(inside))
+    return list(matches)

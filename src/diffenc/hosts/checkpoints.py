@@ -49,8 +49,10 @@ def find_adapter(
     elif is_folder(path):
         names = [ADAPTER_FILE, "non_lora_trainables.bin"]
         patterns = ["*.safetensors", "pytorch_model*.bin"]
-        found = [each for pattern in patterns for each in sorted(path.glob(pattern))]
-        files = list(dict.fromkeys([path / name for name in names if is_file(path / name)] + found))
+        candidates = [each for pattern in patterns for each in sorted(path.glob(pattern))]
+        files = list(
+            dict.fromkeys([path / name for name in names if is_file(path / name)] + candidates)
+        )
     else:
         raise BackboneError(f"no such adapter file or checkpoint folder: {path}")
     state: dict[str, Tensor] = {}

@@ -66,8 +66,8 @@ class HiddenEncoder:
 
         The weights of a trainable adapter are left alone: they are the tower's.
         """
-        wanted = self.fixed or (dtype if dtype in DTYPES else self.dtype)
-        self.device, self.dtype = device, _computable(device, wanted)
+        target = self.fixed or (dtype if dtype in DTYPES else self.dtype)
+        self.device, self.dtype = device, _computable(device, target)
         if self.encoder is None:
             return
         with self.encoder.backbone.lock:

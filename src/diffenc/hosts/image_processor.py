@@ -35,8 +35,8 @@ class TowerImageProcessor(BaseImageProcessor):  # type: ignore[misc]  # untyped
         super().__init__()
         side = size
         if not isinstance(size, int):
-            told = dict(size)
-            side = told.get("shortest_edge") or told.get("height")
+            sides = dict(size)
+            side = sides.get("shortest_edge") or sides.get("height")
         if not isinstance(side, int) or side < 1 or resize == "none":
             raise ConfigError(
                 f"size must be a side in pixels and resize 'squash', 'crop' or 'pad', got {size!r} "

@@ -19,12 +19,12 @@ def spec_of(cfg: Any) -> str | None:
 
 def towers_of(model: nn.Module) -> Iterator[DiffusionVisionTower]:
     """Every tower of a host's model, those that it keeps in lists included."""
-    seen: set[int] = set()
+    visited: set[int] = set()
     for module in model.modules():
         held = [module, *(item for value in vars(module).values() for item in _listed(value))]
         for candidate in held:
-            if isinstance(candidate, DiffusionVisionTower) and id(candidate) not in seen:
-                seen.add(id(candidate))
+            if isinstance(candidate, DiffusionVisionTower) and id(candidate) not in visited:
+                visited.add(id(candidate))
                 yield candidate
 
 

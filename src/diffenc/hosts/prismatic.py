@@ -113,8 +113,8 @@ class PrismaticBackbone(nn.Module):
             raise ShapeError(f"pixel_values must hold {PIXELS!r}, got {sorted(pixel_values)}")
         packed = pixel_values.get(PROMPT)
         tokens = None if packed is None else unpack_prompts(packed, self.featurizer)
-        told: Tensor = self.featurizer(pixel_values[PIXELS], tokens)
-        return told
+        prompted: Tensor = self.featurizer(pixel_values[PIXELS], tokens)
+        return prompted
 
 
 def _nothing(module: nn.Module) -> bool:
@@ -145,10 +145,10 @@ class PrismaticTransform:
         """
         pixel_values = self._process.preprocess(image, return_tensors="pt")[PIXELS][0]
         scope = current_scope()
-        wanted = prompt if prompt is not None or scope is None else scope.prompts
-        if wanted is None:
+        chosen = prompt if prompt is not None or scope is None else scope.prompts
+        if chosen is None:
             return {PIXELS: pixel_values, PROMPT: torch.zeros_like(pixel_values)}
-        tokens = self._tokenizer(wanted).rows(1)
+        tokens = self._tokenizer(chosen).rows(1)
         return {PIXELS: pixel_values, PROMPT: pack_prompts(tokens, pixel_values.shape[-1])[0]}
 
 
@@ -178,9 +178,11 @@ def unpack_prompts(
     values = packed.flatten(1)[:, : 4 * length].round().long().cpu()
     low, middle, high, mask = values.split(length, dim=1)
     ids = low + _BASE * middle + _BASE**2 * high
-    told = mask.sum(dim=1, keepdim=True) > 0
+    prompted = mask.sum(dim=1, keepdim=True) > 0
     null_mask = null.mask if tower.spec.null else torch.zeros_like(null.mask)
-    return PromptTokens(torch.where(told, ids, null.ids), torch.where(told, mask, null_mask))
+    return PromptTokens(
+        torch.where(prompted, ids, null.ids), torch.where(prompted, mask, null_mask)
+    )
 
 
 def register(specs: Mapping[str, str], package: str = "prismatic") -> None:

@@ -140,8 +140,8 @@ class PromptTokenizer:
         """The model's own."""
         if self._tokenizer is None:
             tokenizer = load_tokenizer(resolve_folder(self.model, weights=False))
-            told = describe(self.model).configs["text_encoder"]
-            limit = told.get("max_position_embeddings", 77)
+            text_config = describe(self.model).configs["text_encoder"]
+            limit = text_config.get("max_position_embeddings", 77)
             tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
             self._tokenizer = tokenizer
         return self._tokenizer
@@ -264,5 +264,5 @@ def resolve_prompts(
         PromptError: They are neither one nor as many as the images.
     """
     scope = current_scope()
-    found = explicit if explicit is not None else scope.prompts if scope is not None else None
-    return None if found is None else tokenizer(found).rows(images)
+    prompts = explicit if explicit is not None else scope.prompts if scope is not None else None
+    return None if prompts is None else tokenizer(prompts).rows(images)

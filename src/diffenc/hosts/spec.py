@@ -210,8 +210,8 @@ class TowerSpec:
     @cached_property
     def tap_infos(self) -> tuple[TapInfo, ...]:
         """Name, channels and reduction of each tap."""
-        told = self.architecture
-        return told.match_taps(self.taps or told.default_taps)
+        architecture = self.architecture
+        return architecture.match_taps(self.taps or architecture.default_taps)
 
     @property
     def companion(self) -> Companion | None:
@@ -283,13 +283,13 @@ class TowerSpec:
 def _read_part(text: str, start: int, part: str, values: dict[str, Any]) -> None:
     """Add what ``key=value`` says to `values`."""
     key, equals, written = part.partition("=")
-    wanted = _SYNONYMS.get(key, key)
-    if not equals or wanted not in _KEYS:
+    option = _SYNONYMS.get(key, key)
+    if not equals or option not in _KEYS:
         hint = near_matches(key, [*_KEYS, *_SYNONYMS])
         raise _at(text, start, len(part), f"expected key=value with one of {list(_KEYS)}.{hint}")
-    attribute = _KEYS[wanted]
+    attribute = _KEYS[option]
     if attribute in values:
-        raise _at(text, start, len(part), f"{wanted!r} is said twice")
+        raise _at(text, start, len(part), f"{option!r} is said twice")
     try:
         values[attribute] = _read(attribute, written)
     except ValueError as error:

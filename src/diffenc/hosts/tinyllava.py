@@ -35,9 +35,9 @@ class TinyTowerConfig(PretrainedConfig):  # type: ignore[misc]  # untyped
     def __init__(self, spec: str = "", **kwargs: Any) -> None:
         self.spec = spec
         if spec:
-            told = TowerSpec.parse(spec)
-            kwargs["hidden_size"], kwargs["image_size"] = told.hidden_size, told.image_size
-            kwargs["patch_size"] = told.patch_size
+            parsed = TowerSpec.parse(spec)
+            kwargs["hidden_size"], kwargs["image_size"] = parsed.hidden_size, parsed.image_size
+            kwargs["patch_size"] = parsed.patch_size
         super().__init__(**kwargs)
 
     @property

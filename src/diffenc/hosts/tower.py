@@ -242,13 +242,13 @@ class DiffusionVisionTower(nn.Module):
             ConfigError: It is the adapter of another spec, or this spec has no rank.
         """
         adapter = self._require_adapter()
-        found = find_adapter(source, self.spec)
-        if found is None:
+        folder = find_adapter(source, self.spec)
+        if folder is None:
             return False
         if adapter.problem():
             adapter.reset()
             adapter.to(self._hidden.device)
-        load_state(adapter, found[1], found[0])
+        load_state(adapter, folder[1], folder[0])
         if self.is_loaded:
             self.encoder.clear_cache()
         return True

@@ -46,7 +46,7 @@ class PromptSample:
         Raises:
             PromptError: A turn is not of that form, or no turn is the human's, or none has words.
         """
-        found = []
+        questions = []
         for index, turn in enumerate(self.conversation):
             if not isinstance(turn, Mapping) or not isinstance(turn.get("value"), str):
                 raise PromptError(
@@ -54,13 +54,13 @@ class PromptSample:
                     f'{{"from": "human" or "gpt", "value": text}}, got {turn!r}'
                 )
             if turn.get("from") in ("human", "user"):
-                found.append(strip_template(turn["value"]))
-        if not any(found):
+                questions.append(strip_template(turn["value"]))
+        if not any(questions):
             raise PromptError(
                 f"sample {self.key!r} has no question: none of its {len(self.conversation)} turns "
                 'is from "human" and has words; use the policy "caption" or "empty" for such data'
             )
-        return [question for question in found if question]
+        return [question for question in questions if question]
 
 
 def strip_template(text: str) -> str:
@@ -152,8 +152,8 @@ class Question(PromptPolicy):
 
     def draw(self, sample: PromptSample, rng: random.Random) -> str:
         """A question; raises `PromptError` where there is none."""
-        asked = sample.questions()
-        return rng.choice(asked) if self.which == "random" else asked[0]
+        candidates = sample.questions()
+        return rng.choice(candidates) if self.which == "random" else candidates[0]
 
     def __str__(self) -> str:
         return "question" if self.which == "random" else "question(first)"

@@ -204,14 +204,14 @@ def _mark(tokenizer: Any, backend: Any) -> Hashable:
 
 def _vectors(added: Mapping[str, int]) -> dict[int, list[int]]:
     """Ids of the other vectors of each textual inversion, by the id of its first one."""
-    found = {}
+    vectors = {}
     for name, index in added.items():
         others: list[int] = []
         while (other := added.get(f"{name}_{len(others) + 1}")) is not None:
             others.append(other)
         if others:
-            found[index] = others
-    return found
+            vectors[index] = others
+    return vectors
 
 
 def _expanded(row: Sequence[int], vectors: Mapping[int, list[int]]) -> list[list[int]]:

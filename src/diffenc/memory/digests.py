@@ -71,15 +71,15 @@ def weights_mark(module: nn.Module) -> list[float]:
     """
     known = list(_lasting(module))
     step = max(1, (len(known) - 1) // (_WEIGHTS - 1))
-    found = []
+    numbers = []
     for weight in known[::step][:_WEIGHTS]:
         flat = weight.detach().flatten()
         values = flat[:: max(1, len(flat) // _SAMPLE)][:_SAMPLE].cpu().double()
         pattern = torch.cos(torch.arange(len(values), dtype=torch.float64, device="cpu"))
         size, unit = float(values.norm()), math.sqrt(len(values))
         along = float(values @ pattern) / (size * float(pattern.norm()) or 1.0)
-        found += [round(unit * math.log(size or 1.0), 6), round(unit * along, 6)]
-    return found
+        numbers += [round(unit * math.log(size or 1.0), 6), round(unit * along, 6)]
+    return numbers
 
 
 def is_marked(module: nn.Module, mark: object) -> bool:

@@ -61,12 +61,12 @@ class PictureInputs(nn.Module):
             prompts: Prompts, one for each picture; None is unconditional.
         """
         step = self.image_batch_size or len(images)
-        found = []
+        tokens = []
         for first in range(0, len(images), step):
             part = list(images[first : first + step])
             texts = None if prompts is None else list(prompts[first : first + step])
-            found.append(self.encoder(part, texts))
-        return torch.cat(found)
+            tokens.append(self.encoder(part, texts))
+        return torch.cat(tokens)
 
     def _embed(
         self,
@@ -145,10 +145,10 @@ def _check_places(
 
 
 def _too_long(length: int, more: int, context: int, pictures: int = 0, each: int = 0) -> ShapeError:
-    told = f", {pictures} x {each} of them of pictures" if pictures else ""
-    asked = f" and {more} new ones" if more else ""
+    of_pictures = f", {pictures} x {each} of them of pictures" if pictures else ""
+    of_new = f" and {more} new ones" if more else ""
     return ShapeError(
-        f"the longest sample has {length} tokens{told}{asked}; the language model holds "
+        f"the longest sample has {length} tokens{of_pictures}{of_new}; the language model holds "
         f"{context}. Use a coarser grid (grid= of the encoder), fewer pictures, a shorter text or "
         "fewer new tokens"
     )

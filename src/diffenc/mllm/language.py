@@ -82,9 +82,9 @@ def context_of(language_model: Any) -> int | None:
     """How many tokens a language model holds; None where its config does not say."""
     config = language_model.config
     for name in ("max_position_embeddings", "n_positions", "n_ctx"):
-        found = getattr(config, name, None)
-        if isinstance(found, int) and found > 0:
-            return found
+        length = getattr(config, name, None)
+        if isinstance(length, int) and length > 0:
+            return length
     return None
 
 
@@ -95,9 +95,9 @@ def filler_id(tokenizer: Any) -> int:
         ConfigError: The tokenizer has neither a pad token nor an end of sequence.
     """
     for name in ("pad_token_id", "eos_token_id"):
-        found = getattr(tokenizer, name, None)
-        if isinstance(found, int):
-            return found
+        token_id = getattr(tokenizer, name, None)
+        if isinstance(token_id, int):
+            return token_id
     raise ConfigError(
         "the tokenizer has neither a pad token nor an end-of-sequence token; set "
         "tokenizer.pad_token to a token that texts do not use"

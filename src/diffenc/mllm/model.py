@@ -103,8 +103,8 @@ class DiffusionVLM(PictureInputs):
         self.image_batch_size = image_batch_size
         width = width_of(language_model)
         if projector is None:
-            seen: Any = encoder
-            projector = projector_for(seen, width)
+            reader: Any = encoder
+            projector = projector_for(reader, width)
         self.projector = projector
         make_plain(self)
         if projector.out_features != width:
@@ -248,8 +248,8 @@ class DiffusionVLM(PictureInputs):
     def _no_gradient(self) -> Tensor | float:
         """Zero, to which everything trained contributes: DDP waits for every gradient."""
         parts = (self.encoder, self.projector)
-        found = [p for part in parts for p in part.parameters() if p.requires_grad]
-        return sum((p.float().sum() * 0 for p in found), start=0.0)
+        trained = [p for part in parts for p in part.parameters() if p.requires_grad]
+        return sum((p.float().sum() * 0 for p in trained), start=0.0)
 
     @torch.no_grad()
     def generate(
@@ -285,8 +285,10 @@ class DiffusionVLM(PictureInputs):
             ShapeError: More tokens than the context holds.
             NonFiniteError: The projector or the language model gave NaN.
         """
-        asked, shown = samples_of(images, questions)
-        turns = [with_marks(each, len(own)) for each, own in zip(asked, shown, strict=True)]
+        question_texts, shown = samples_of(images, questions)
+        turns = [
+            with_marks(each, len(own)) for each, own in zip(question_texts, shown, strict=True)
+        ]
         texts = prompts_of(self.prompt_policy, turns, prompts)
         encoded = [self.chat.encode(each) for each in turns]
         ids, mask = pad(encoded, self.device)
@@ -351,9 +353,9 @@ def _require_numbers(_: Tensor, scores: Tensor) -> Tensor:
 
 def _loss(logits: Tensor, labels: Tensor, count: Tensor | int | None) -> Tensor:
     """Cross-entropy of the next token where there is a label, in float32."""
-    wanted = labels[:, 1:]
-    learnt = wanted != IGNORE_ID
-    summed = F.cross_entropy(logits[:, :-1][learnt].float(), wanted[learnt], reduction="sum")
+    targets = labels[:, 1:]
+    learnt = targets != IGNORE_ID
+    summed = F.cross_entropy(logits[:, :-1][learnt].float(), targets[learnt], reduction="sum")
     if count is None:
         return summed / learnt.sum().clamp(min=1)
     if isinstance(count, Tensor):

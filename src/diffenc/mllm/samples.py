@@ -26,22 +26,22 @@ def pictures_of(entry: Pictures) -> list[ImageSource]:
 def samples_of(images: Any, questions: Any) -> tuple[list[Turns], list[list[ImageSource]]]:
     """Conversations, and the pictures of each."""
     single = isinstance(questions, str)
-    asked = [questions] if single else list(questions)
-    if not asked:
+    texts = [questions] if single else list(questions)
+    if not texts:
         raise PromptError("there is no question; pass one or more")
     if images is None:
-        images = [None] * len(asked)
+        images = [None] * len(texts)
     elif single or not isinstance(images, (list, tuple)):
         images = [images]
     shown = [pictures_of(entry) for entry in images]
-    if len(shown) != len(asked):
+    if len(shown) != len(texts):
         raise PromptError(
-            f"pictures for {len(shown)} questions, and {len(asked)} questions; pass for each "
+            f"pictures for {len(shown)} questions, and {len(texts)} questions; pass for each "
             "question a picture, a list of pictures, or None"
         )
     turns: list[Turns] = [
         [{"from": "human", "value": each}] if isinstance(each, str) else list(each)
-        for each in asked
+        for each in texts
     ]
     for each in turns:
         if not each or each[-1].get("from") not in ("human", "user"):
@@ -51,15 +51,15 @@ def samples_of(images: Any, questions: Any) -> tuple[list[Turns], list[list[Imag
 
 def with_marks(turns: Turns, pictures: int) -> list[dict[str, str]]:
     """The conversation with a place for each picture, before its first turn where it has none."""
-    found = [dict(turn) for turn in turns]
-    places = sum(turn["value"].count(IMAGE_MARK) for turn in found)
+    copies = [dict(turn) for turn in turns]
+    places = sum(turn["value"].count(IMAGE_MARK) for turn in copies)
     if not places and pictures:
-        found[0]["value"] = f"{IMAGE_MARK}\n" * pictures + found[0]["value"]
+        copies[0]["value"] = f"{IMAGE_MARK}\n" * pictures + copies[0]["value"]
     elif places != pictures:
         raise PromptError(
             f"a question shows {places} pictures ({IMAGE_MARK}) and comes with {pictures}"
         )
-    return found
+    return copies
 
 
 def prompts_of(

@@ -150,20 +150,20 @@ class VisionTokens(VisionModel):
             NonFiniteError: NaN or infinity in the tokens.
         """
         if isinstance(self.model, ClipTokens):
-            found: Tensor = self.model(images)
-            return found
+            hidden: Tensor = self.model(images)
+            return hidden
         pixel_values = self.image_processor(images=to_pictures(images), return_tensors="pt")
         inputs = pixel_values["pixel_values"].to(self.device, self.dtype)
         with lock_of(self.model), torch.no_grad():
             states = self.model(inputs, output_hidden_states=True).hidden_states[self.layer]
-        wanted = self.side**2
-        if states.ndim != 3 or states.shape[1] < wanted:
+        expected = self.side**2
+        if states.ndim != 3 or states.shape[1] < expected:
             raise ShapeError(
                 f"{self.name or type(self.model).__name__} gives {tuple(states.shape)} for "
                 f"{self.side} x {self.side} patches; its tokens cannot be told apart"
             )
         require_finite(states, f"states of layer {self.layer}", "try float32 or bfloat16")
-        tokens: Tensor = states[:, -wanted:]
+        tokens: Tensor = states[:, -expected:]
         return tokens
 
 
@@ -185,8 +185,8 @@ def tokens_per_image(encoder: nn.Module) -> int | None:
         second = own if own is not None else tokens_per_image(diffusion)
         return None if second is None else encoder.clip_tokens + second
     if not isinstance(encoder, DiffusionEncoder):
-        found: int | None = getattr(encoder, "num_tokens", None)
-        return found
+        count: int | None = getattr(encoder, "num_tokens", None)
+        return count
     config, backbone = encoder.config, encoder.backbone
     if config.grid is not None:
         height, width = (config.grid,) * 2 if isinstance(config.grid, int) else config.grid
@@ -219,10 +219,10 @@ def grid_tokens(size: int | tuple[int, int], vae: int, reductions: Sequence[int]
 
 def _processed_side(image_processor: Any) -> int:
     """Side of the square that an image processor makes."""
-    told = getattr(image_processor, "crop_size", None)
-    if not getattr(image_processor, "do_center_crop", told is not None) or not told:
-        told = getattr(image_processor, "size", None)
-    values = dict(told) if told is not None and not isinstance(told, int) else {"height": told}
+    size = getattr(image_processor, "crop_size", None)
+    if not getattr(image_processor, "do_center_crop", size is not None) or not size:
+        size = getattr(image_processor, "size", None)
+    values = dict(size) if size is not None and not isinstance(size, int) else {"height": size}
     sides = {value for value in values.values() if value is not None}
     if len(sides) != 1 or "shortest_edge" in values:
         raise ConfigError(

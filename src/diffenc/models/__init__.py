@@ -141,7 +141,7 @@ def load_backbone(
             model contradicts itself.
         TapError: One of `keep_taps` names nothing.
     """
-    given = GivenParts(
+    replaced = GivenParts(
         unet=unet,
         vae=vae,
         text_encoder=text_encoder,
@@ -151,7 +151,7 @@ def load_backbone(
     )
     if isinstance(name, Backbone):
         options = (keep_taps, architecture, prediction_type, variant)
-        if given.references() or any(option is not None for option in options):
+        if replaced.references() or any(option is not None for option in options):
             raise ConfigError(
                 "a Backbone has its parts and is not truncated; pass the name that it is loaded "
                 "by, or build another one of your parts"
@@ -162,43 +162,46 @@ def load_backbone(
     variant = check_variant(variant)
     name = name if is_pipeline(name) else model_name(name)
     architecture = None if architecture is None else model_name(architecture)
-    told = _described(name, architecture, prediction_type, given)
+    described = _described(name, architecture, prediction_type, replaced)
     if callable(keep_taps):
-        keep_taps = keep_taps(told)
+        keep_taps = keep_taps(described)
     if keep_taps is not None:
-        keep_taps = [tap.name for tap in told.match_taps(keep_taps)]
-    second = [part for part in given.references() if part.endswith("_2")]
-    if second and told.family != "sdxl":
+        keep_taps = [tap.name for tap in described.match_taps(keep_taps)]
+    second = [part for part in replaced.references() if part.endswith("_2")]
+    if second and described.family != "sdxl":
         raise ConfigError(f"{second[0]} is SDXL's; this model has one text encoder: leave it out")
     if is_pipeline(name):
-        if given.references():
+        if replaced.references():
             raise ConfigError(
-                f"a pipeline has its parts; put {', '.join(given.references())} into the pipeline"
+                f"a pipeline has its parts; put {', '.join(replaced.references())} into the "
+                "pipeline"
             )
         if variant is not None:
             raise ConfigError("variant= is for a folder of files; a pipeline has its weights")
-        backbone = _of_pipeline(name, told, keep_taps, place if device else None, dtype and kind)
+        backbone = _of_pipeline(
+            name, described, keep_taps, place if device else None, dtype and kind
+        )
         return backbone if channels_last is None else arrange(backbone, channels_last)
     path = single_file(name)
     if path is not None and variant is not None:
         raise ConfigError(f"variant= is for a folder of several files; {path} is one file")
     if path is not None:
         backbone = _load_single_file(
-            path, architecture, prediction_type, told, given, kind, place, keep_taps
+            path, architecture, prediction_type, described, replaced, kind, place, keep_taps
         )
     else:
         backbone = load_folder(
-            resolve_folder(name, dtype=kind, variant=variant, without=given.references()),
+            resolve_folder(name, dtype=kind, variant=variant, without=replaced.references()),
             name=name,
             dtype=kind,
             device=place,
-            described=told,
+            described=described,
             keep_taps=keep_taps,
-            given=given,
+            replaced=replaced,
             variant=variant,
         )
-        backbone.scheduler = make_scheduler(told.configs["scheduler"])
-    backbone.given, backbone.variant = given.references(), variant
+        backbone.scheduler = make_scheduler(described.configs["scheduler"])
+    backbone.given, backbone.variant = replaced.references(), variant
     if architecture is not None:
         backbone.given["architecture"] = architecture
     if prediction_type is not None:
@@ -224,20 +227,20 @@ def _check_place(backbone: Backbone, device: Device, dtype: Dtype) -> None:
 
 def _of_pipeline(
     pipeline: Any,
-    told: Architecture,
+    described: Architecture,
     keep_taps: Sequence[str] | None,
     device: torch.device | None,
     dtype: Any,
 ) -> Backbone:
     parts = pipeline_parts(pipeline)
-    parts["scheduler"] = make_scheduler(told.configs["scheduler"])
+    parts["scheduler"] = make_scheduler(described.configs["scheduler"])
     modules = {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
     for name, module in modules.items():
         parts[name] = module if dtype is None else cast_part(module, dtype)
     if keep_taps is not None:
         parts["unet"] = truncate(parts["unet"], keep_taps)
     place = parts["unet"].device if device is None else device
-    backbone = assemble(pipeline_name(pipeline), told, parts, place)
+    backbone = assemble(pipeline_name(pipeline), described, parts, place)
     backbone.given = {PIPELINE: None}
     return backbone
 
@@ -246,27 +249,27 @@ def _load_single_file(
     path: Path,
     architecture: "str | os.PathLike[str] | None",
     prediction_type: str | None,
-    told: Architecture,
-    given: GivenParts,
+    described: Architecture,
+    replaced: GivenParts,
     dtype: torch.dtype,
     device: torch.device,
     keep_taps: Sequence[str] | None,
 ) -> Backbone:
     opened = SingleFile(path)
     alias = opened.known_alias(prediction_type) if architecture is None else os.fspath(architecture)
-    parts: dict[str, Any] = {"scheduler": make_scheduler(told.configs["scheduler"])}
-    for part in (part for part in told.configs if part != "scheduler"):
-        loaded = given.load(part, told, dtype=dtype, keep_taps=keep_taps)
+    parts: dict[str, Any] = {"scheduler": make_scheduler(described.configs["scheduler"])}
+    for part in (part for part in described.configs if part != "scheduler"):
+        loaded = replaced.load(part, described, dtype=dtype, keep_taps=keep_taps)
         if loaded is None:
-            overflows = part == "vae" and told.configs[part].get("force_upcast", False)
+            overflows = part == "vae" and described.configs[part].get("force_upcast", False)
             kept = torch.float32 if overflows and dtype == torch.float16 else dtype
-            loaded = opened.part(part, told, dtype=kept, keep_taps=keep_taps)
+            loaded = opened.part(part, described, dtype=kept, keep_taps=keep_taps)
         parts[part] = loaded
-    for part in ("tokenizer", "tokenizer_2")[: 2 if told.family == "sdxl" else 1]:
-        loaded = _tokenizer_of_file(path, part, alias, given, told)
+    for part in ("tokenizer", "tokenizer_2")[: 2 if described.family == "sdxl" else 1]:
+        loaded = _tokenizer_of_file(path, part, alias, replaced, described)
         encoder = parts[part.replace("tokenizer", "text_encoder")]
         parts[part] = fitting_tokenizer(loaded, encoder, _PAD_TOKENS.get((alias, part)))
-    return assemble(str(path), told, parts, device)
+    return assemble(str(path), described, parts, device)
 
 
 # What the published tokenizers pad with; those of other models that share the words may differ.
@@ -280,10 +283,10 @@ _PAD_TOKENS = {
 
 
 def _tokenizer_of_file(
-    path: Path, part: str, alias: str, given: GivenParts, told: Architecture
+    path: Path, part: str, alias: str, replaced: GivenParts, described: Architecture
 ) -> Any:
     """The given one, that of the folder with the configs, or one that the Hub's cache has."""
-    for source in (getattr(given, part), given.tokenizer):
+    for source in (getattr(replaced, part), replaced.tokenizer):
         if source is not None:
             is_path = isinstance(source, (str, os.PathLike))
             return load_tokenizer(source, part) if is_path else source
@@ -331,7 +334,7 @@ def _described(
     name: Any,
     architecture: "str | os.PathLike[str] | None",
     prediction_type: str | None,
-    given: GivenParts,
+    replaced: GivenParts,
 ) -> Architecture:
     """The configs of a model as it is read: with what its files say and what the caller says."""
     if prediction_type is not None:
@@ -342,17 +345,17 @@ def _described(
     path = None if is_pipeline(name) else single_file(name)
     if path is None and architecture is not None:
         raise ConfigError(f"architecture= is for a single file; {label!r} has configs of its own")
-    told = _own_configs(name, path, architecture, prediction_type)
-    check_configs(told.configs, label)
-    told = given.described(told)
-    check_configs(told.configs, label)
-    scheduler = told.configs["scheduler"]
+    described = _own_configs(name, path, architecture, prediction_type)
+    check_configs(described.configs, label)
+    described = replaced.described(described)
+    check_configs(described.configs, label)
+    scheduler = described.configs["scheduler"]
     if prediction_type is not None:
         scheduler = {**scheduler, "prediction_type": prediction_type}
-    elif (stated := given.statements()) is not None:
+    elif (stated := replaced.statements()) is not None:
         scheduler = stated.scheduler(scheduler, prediction_type=None, chosen=True)
     make_scheduler(scheduler, where=f"the scheduler of {label}")
-    return replace(told, configs={**told.configs, "scheduler": scheduler})
+    return replace(described, configs={**described.configs, "scheduler": scheduler})
 
 
 def _own_configs(
@@ -368,18 +371,20 @@ def _own_configs(
         chosen = architecture is not None
         name = architecture if chosen else opened.known_alias(prediction_type)
         model_name(name)
-    told = known_architecture(os.fspath(name))
-    if told is None and opened is not None and not is_folder(name):
+    described = known_architecture(os.fspath(name))
+    if described is None and opened is not None and not is_folder(name):
         shown = printable(os.fspath(name))
         raise BackboneError(
             f"unknown architecture {shown!r}.{near_matches(shown, SOURCES)} "
             "Pass 'sd1.5', 'sd2.1-base', 'sd2.1', 'sdxl', or a diffusers folder."
         )
-    if told is None:
-        told = read_architecture(resolve_folder(name, weights=False), own_taps=_own_taps(name))
+    if described is None:
+        described = read_architecture(resolve_folder(name, weights=False), own_taps=_own_taps(name))
     if opened is None:
-        return told
-    return opened.described(told, prediction_type=prediction_type, chosen=architecture is not None)
+        return described
+    return opened.described(
+        described, prediction_type=prediction_type, chosen=architecture is not None
+    )
 
 
 def model_name(name: object) -> str:

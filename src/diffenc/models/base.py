@@ -173,8 +173,8 @@ class Backbone(nn.Module):
         self.unet, self.vae, self.scheduler = unet, vae, scheduler
         self.given: dict[str, str | None] = {}
         self.variant: str | None = None
-        told = Architecture({"unet": dict(unet.config), "vae": dict(vae.config)})
-        self.default_size = told.default_size if default_size is None else default_size
+        described = Architecture({"unet": dict(unet.config), "vae": dict(vae.config)})
+        self.default_size = described.default_size if default_size is None else default_size
         if default_taps is None:
             default_taps = preset_options("gdf", self.family)["taps"]
         self.default_taps = default_taps
@@ -420,11 +420,11 @@ class Backbone(nn.Module):
             if values is not None:
                 require_finite(values, f"{name} that were passed", "encode the texts again")
         width = embeds.prompt_embeds.shape[-1]
-        wanted = text_width(self.unet)
-        if width != wanted:
+        expected = text_width(self.unet)
+        if width != expected:
             raise ShapeError(
-                f"prompt embeddings have width {width}, the U-Net of {self.name!r} reads {wanted}; "
-                "encode the texts with this backbone's `embed`"
+                f"prompt embeddings have width {width}, the U-Net of {self.name!r} reads "
+                f"{expected}; encode the texts with this backbone's `embed`"
             )
         pooled = self.unet.config.addition_embed_type == "text_time"
         if pooled and (embeds.pooled_prompt_embeds is None or embeds.time_ids is None):

@@ -180,7 +180,7 @@ def _kinds(name: str) -> dict[str, set[type]]:
 
     hints = get_type_hints(getattr(diffusers, name).__init__)
     kinds = {key: set(_plain_types(hint)) for key, hint in hints.items() if key != "return"}
-    return {key: found for key, found in kinds.items() if found}
+    return {key: types for key, types in kinds.items() if types}
 
 
 def _plain_types(hint: Any) -> Iterator[type]:

@@ -94,10 +94,13 @@ def write_config(folder: Path, config: EncoderConfig, contents: Contents) -> Non
     Raises:
         OutputError: The folder cannot be written.
     """
-    told = asdict(contents)
-    told["backbone"] = stored_name(contents.backbone, folder)
-    told["parts"] = stored_parts(contents.parts, folder)
-    plain = {"backbone": told.pop("backbone"), **{k: v for k, v in told.items() if v or v == ""}}
+    content = asdict(contents)
+    content["backbone"] = stored_name(contents.backbone, folder)
+    content["parts"] = stored_parts(contents.parts, folder)
+    plain = {
+        "backbone": content.pop("backbone"),
+        **{k: v for k, v in content.items() if v or v == ""},
+    }
     write_json(folder / CONFIG_FILE, {**plain, **config.to_dict()})
 
 
@@ -111,8 +114,8 @@ def read_config(folder: Path) -> tuple[EncoderConfig, Contents]:
     known = Contents.__dataclass_fields__
     try:
         values = read_json(path)
-        told = {key: values.pop(key) for key in list(values) if key in known}
-        contents: Contents = make(Contents, told)
+        content = {key: values.pop(key) for key in list(values) if key in known}
+        contents: Contents = make(Contents, content)
         named = [f"{LORA_FOLDER}/{name}" for name in contents.lora]
         for name in named:
             inside(folder, name)
@@ -155,7 +158,7 @@ def read_parts(parts: Mapping[str, str | None], folder: Path) -> dict[str, str |
 
 
 def check_mark(
-    backbone: Backbone, mark: Mapping[str, Any], folder: Path, *, given: Collection[str] = ()
+    backbone: Backbone, mark: Mapping[str, Any], folder: Path, *, exchanged: Collection[str] = ()
 ) -> None:
     """Raise a `BackboneError` unless a loaded model is the one that was saved.
 
@@ -163,10 +166,10 @@ def check_mark(
         backbone: Model that was loaded.
         mark: Numbers of the parts of the saved one.
         folder: Folder it was saved to.
-        given: Parts that the caller put in their place.
+        exchanged: Parts that the caller put in their place.
     """
     own = backbone.mark()
-    replaced = {*given}
+    replaced = {*exchanged}
     if {"unet", "prediction_type", "architecture"} & replaced:
         replaced.add("scheduler")  # they say what is predicted
     others = [
@@ -190,14 +193,14 @@ def check_mark(
 
 
 def merge_parts(
-    saved: Mapping[str, str | None], given: Mapping[str, Any], folder: Path
+    saved: Mapping[str, str | None], replaced: Mapping[str, Any], folder: Path
 ) -> dict[str, Any]:
     """The caller's parts, and for those left out the paths that were saved.
 
     Raises:
         ConfigError: A part was saved that was an object, and the caller does not give it.
     """
-    merged = {**saved, **{name: part for name, part in given.items() if part is not None}}
+    merged = {**saved, **{name: part for name, part in replaced.items() if part is not None}}
     if lost := [name for name, part in merged.items() if part is None]:
         raise ConfigError(
             f"{folder} was saved with {', '.join(lost)} given as an object, which a config cannot "

@@ -113,7 +113,7 @@ def load_folder(
     device: str | torch.device = "cpu",
     described: Architecture,
     keep_taps: Sequence[str] | None = None,
-    given: GivenParts | None = None,
+    replaced: GivenParts | None = None,
     variant: str | None = None,
 ) -> Backbone:
     """Load every part of a diffusers folder that is not given.
@@ -127,7 +127,7 @@ def load_folder(
         described: What the configs tell, with what is given in the place of parts.
         keep_taps: Module paths of the U-Net; what lies behind the last of them is not loaded. None
             loads everything.
-        given: Parts that take the place of the folder's; None takes all from the folder.
+        replaced: Parts that take the place of the folder's; None takes all from the folder.
         variant: Word in the names of the weight files, such as "fp16"; parts without such files are
             read from those that they have. "" names the files without a word. None takes these, and
             those in half precision where there are no others or float16 is asked for.
@@ -135,13 +135,13 @@ def load_folder(
     Raises:
         BackboneError: The folder is missing, incomplete or broken, or names another kind of model.
     """
-    given = given or GivenParts()
+    replaced = replaced or GivenParts()
     family, index = read_model_index(folder)
     weighty = [part for part in _PARTS[family] if _has_weights(part)]
     named = part_variants(folder, weighty, variant)
     parts, halves = {}, []
     for part in _PARTS[family]:
-        loaded = given.load(part, described, dtype=dtype, keep_taps=keep_taps)
+        loaded = replaced.load(part, described, dtype=dtype, keep_taps=keep_taps)
         if loaded is None and part in named:
             loaded, taken = load_stored(
                 folder / part, part, dtype, variant=named[part], keep_taps=keep_taps
@@ -162,7 +162,7 @@ def load_folder(
 
 
 def assemble(
-    name: str, told: Architecture, parts: dict[str, Any], device: str | torch.device
+    name: str, described: Architecture, parts: dict[str, Any], device: str | torch.device
 ) -> Backbone:
     """A backbone of loaded parts, on a device.
 
@@ -176,7 +176,7 @@ def assemble(
     for part, module in parts.items():
         if isinstance(module, torch.nn.Module):
             parts[part] = module.to(device)
-    return make_backbone(name, told, parts)
+    return make_backbone(name, described, parts)
 
 
 def weighty_parts(folder: Path) -> list[str]:

@@ -20,8 +20,8 @@ def arrange(backbone: Backbone, channels_last: bool | None = None) -> Backbone:
     """
     if channels_last is not None:
         channels_last = flag("channels_last", channels_last)
-    wanted = DEFAULT if channels_last is None else dict.fromkeys(DEFAULT, channels_last)
-    for part, last in wanted.items():
+    formats = DEFAULT if channels_last is None else dict.fromkeys(DEFAULT, channels_last)
+    for part, last in formats.items():
         set_format(getattr(backbone, part), channels_last=last)
     return backbone
 

@@ -88,10 +88,10 @@ def text_width(unet: Any) -> int:
 def check_width(unet: Any, encoders: Sequence[Any]) -> None:
     """Raise a `BackboneError` unless text encoders give states of the width that a U-Net reads."""
     width = sum(encoder.config.hidden_size for encoder in encoders)
-    wanted = text_width(unet)
-    if width != wanted:
+    expected = text_width(unet)
+    if width != expected:
         raise BackboneError(
-            f"the text encoders give states of width {width} and the U-Net takes {wanted}; they "
+            f"the text encoders give states of width {width} and the U-Net takes {expected}; they "
             "belong to different models"
         )
 

@@ -66,7 +66,7 @@ class GivenParts:
             if (value := getattr(self, field.name)) is not None
         }
 
-    def described(self, told: Architecture) -> Architecture:
+    def described(self, described: Architecture) -> Architecture:
         """A model's configs, with those of the U-Net and the VAE that are given as modules."""
         modules = {"unet": self.unet, "vae": self.vae}
         configs = {
@@ -74,7 +74,7 @@ class GivenParts:
         }
         if _is_path(self.vae) and is_folder(self.vae):
             configs["vae"] = read_vae_config(_subfolder(Path(self.vae), "vae"))
-        return replace(told, configs={**told.configs, **configs})
+        return replace(described, configs={**described.configs, **configs})
 
     def statements(self) -> Statements | None:
         """What the given weights of a U-Net say of themselves; None where they are none.
@@ -94,13 +94,18 @@ class GivenParts:
         return Statements.read(names, metadata, os.fspath(self.unet))
 
     def load(
-        self, name: str, told: Architecture, *, dtype: torch.dtype, keep_taps: Sequence[str] | None
+        self,
+        name: str,
+        described: Architecture,
+        *,
+        dtype: torch.dtype,
+        keep_taps: Sequence[str] | None,
     ) -> Any:
         """The part of that name, or None where it is not given.
 
         Args:
             name: Name of the attribute that holds the part, such as "vae".
-            told: Configs of the model that the part goes to.
+            described: Configs of the model that the part goes to.
             dtype: Floating point type of the part's weights; a VAE that overflows in float16 is put
                 in float32.
             keep_taps: Module paths of the U-Net; what lies behind the last of them is left out.
@@ -109,27 +114,32 @@ class GivenParts:
         Raises:
             BackboneError: It cannot be read, or does not fit.
         """
-        given = getattr(self, name, None)
-        if given is None:
+        replacement = getattr(self, name, None)
+        if replacement is None:
             return None
         if name.startswith("tokenizer"):
-            return load_tokenizer(given) if _is_path(given) else given
-        if isinstance(given, nn.Module):
-            check_weights(given, f"the given {name}")  # a cast would hide what they were
+            return load_tokenizer(replacement) if _is_path(replacement) else replacement
+        if isinstance(replacement, nn.Module):
+            check_weights(replacement, f"the given {name}")  # a cast would hide what they were
             return cast_part(
-                given if keep_taps is None or name != "unet" else truncate(given, keep_taps), dtype
+                replacement
+                if keep_taps is None or name != "unet"
+                else truncate(replacement, keep_taps),
+                dtype,
             )
         if name == "unet":
-            state = unet_state(given, told.configs["unet"])
+            state = unet_state(replacement, described.configs["unet"])
             what = "the given U-Net"
             return load_unet(
-                told.configs["unet"], state, what=what, dtype=dtype, keep_taps=keep_taps
+                described.configs["unet"], state, what=what, dtype=dtype, keep_taps=keep_taps
             )
-        if not _is_path(given):
-            raise BackboneError(f"{name} must be a model or a path, got {type(given).__name__}")
+        if not _is_path(replacement):
+            raise BackboneError(
+                f"{name} must be a model or a path, got {type(replacement).__name__}"
+            )
         if name == "vae":
-            return _load_vae(Path(given), told.configs["vae"], dtype)
-        return load_stored(_subfolder(Path(given), name), name, dtype)[0]
+            return _load_vae(Path(replacement), described.configs["vae"], dtype)
+        return load_stored(_subfolder(Path(replacement), name), name, dtype)[0]
 
 
 def _is_part(name: str, value: object) -> bool:

@@ -162,7 +162,7 @@ class SingleFile:
     def part(
         self,
         name: str,
-        told: Architecture,
+        described: Architecture,
         *,
         dtype: torch.dtype,
         keep_taps: Sequence[str] | None = None,
@@ -171,7 +171,7 @@ class SingleFile:
 
         Args:
             name: Name of the part: "unet", "vae", "text_encoder" or "text_encoder_2".
-            told: Configs that the file is read by.
+            described: Configs that the file is read by.
             dtype: Floating point type of the weights.
             keep_taps: Module paths of the U-Net; what lies behind the last of them is left out.
                 None keeps all.
@@ -179,7 +179,7 @@ class SingleFile:
         Raises:
             BackboneError: The file lacks it, or its weights do not fit the configs.
         """
-        config, what = told.configs[name], f"{name} of {self.path}"
+        config, what = described.configs[name], f"{name} of {self.path}"
         if name == "unet":
             inner = {key.removeprefix(_UNET): value for key, value in self.state(_UNET).items()}
             state = convert_unet(inner, config)
@@ -217,10 +217,10 @@ class SingleFile:
             if name in layout and any(key.startswith(layout[name]) for key in self.names)
         ]
         if not prefixes:
-            wanted = " or ".join(
+            expected = " or ".join(
                 repr(layout[name]) for layout in _TEXT_ENCODERS.values() if name in layout
             )
-            raise BackboneError(self._lacks("a text encoder", wanted, name))
+            raise BackboneError(self._lacks("a text encoder", expected, name))
         state = _rename_text(self.state(prefixes[0]), prefixes[0], config)
         with torch.device("meta"):
             names = build_part(name, config).state_dict().keys()
@@ -252,20 +252,20 @@ def _rename_text(state: State, prefix: str, config: dict[str, Any]) -> State:
     return converted
 
 
-def _fit_names(state: State, wanted: Any) -> State:
+def _fit_names(state: State, expected: Any) -> State:
     """Names as this version of transformers has them, and no layers behind those that are read.
 
     `CLIPTextModel` lost the prefix "text_model." in transformers 5.6; Stable Diffusion 2 reads one
     layer less than its files hold, and no projection.
     """
-    if not any(name.startswith("text_model.") for name in wanted):
+    if not any(name.startswith("text_model.") for name in expected):
         state = {key.removeprefix("text_model."): value for key, value in state.items()}
-    layers = {".".join(name.split(".")[:-2]) for name in wanted if ".layers." in name}
+    layers = {".".join(name.split(".")[:-2]) for name in expected if ".layers." in name}
     deepest = max((int(_layer(name)) for name in layers), default=-1)
     return {
         key: value
         for key, value in state.items()
-        if (int(_layer(key)) <= deepest if ".layers." in key else key in wanted)
+        if (int(_layer(key)) <= deepest if ".layers." in key else key in expected)
     }
 
 

@@ -144,9 +144,9 @@ def cached_folder(alias: str, file: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     for hub_id in SOURCES[alias].hub_ids:
-        found = try_to_load_from_cache(hub_id, file)
-        if isinstance(found, str):
-            return Path(found).parent
+        path = try_to_load_from_cache(hub_id, file)
+        if isinstance(path, str):
+            return Path(path).parent
     return None
 
 

@@ -193,13 +193,13 @@ def match_taps(patterns: Sequence[str], known: Sequence[TapInfo]) -> tuple[TapIn
         TapError: A pattern names nothing; the message offers near matches.
         ConfigError: There is no pattern, or something that is none.
     """
-    found: dict[str, TapInfo] = {}
+    matched: dict[str, TapInfo] = {}
     for pattern in tap_patterns(patterns):
         matches = (
             _named(pattern, known) if is_literature_name(pattern) else _globbed(pattern, known)
         )
-        found.update((tap.name, tap) for tap in matches)
-    return tuple(found.values())
+        matched.update((tap.name, tap) for tap in matches)
+    return tuple(matched.values())
 
 
 def _globbed(pattern: str, known: Sequence[TapInfo]) -> list[TapInfo]:

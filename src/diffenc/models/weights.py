@@ -61,7 +61,7 @@ def unet_state(source: "str | os.PathLike[str] | State", config: dict[str, Any])
         BackboneError: No U-Net among them, or several.
     """
     state = read_state(source)
-    found = [
+    prefixes = [
         (key.removesuffix(first), first)
         for first in (_DIFFUSERS_UNET, LDM_UNET)
         for key in state
@@ -69,19 +69,19 @@ def unet_state(source: "str | os.PathLike[str] | State", config: dict[str, Any])
     ]
     label = "the state dict" if isinstance(source, Mapping) else os.fspath(source)
     # VAEs have a conv_in of their own, inside an encoder and a decoder.
-    found = [
+    prefixes = [
         (prefix, first)
-        for prefix, first in found
+        for prefix, first in prefixes
         if f"{prefix}time_embedding.linear_1.weight" in state
         or f"{prefix}time_embed.0.weight" in state
     ]
-    if len(found) != 1:
-        what = "no U-Net" if not found else f"several U-Nets, under {[p for p, _ in found]}"
+    if len(prefixes) != 1:
+        what = "no U-Net" if not prefixes else f"several U-Nets, under {[p for p, _ in prefixes]}"
         raise BackboneError(
             f"{label} holds {what}; expected is {_DIFFUSERS_UNET!r} or {LDM_UNET!r} once, with or "
             f"without a prefix. Its first names are {sorted(state)[:3]}."
         )
-    prefix, first = found[0]
+    prefix, first = prefixes[0]
     inner = {key.removeprefix(prefix): key for key in state if key.startswith(prefix)}
     own = renamed(state, {name: key for name, key in inner.items() if name not in MARKERS})
     return own if first == _DIFFUSERS_UNET else convert_unet(own, config)
@@ -198,14 +198,14 @@ def check_state(
     Raises:
         BackboneError: A weight is missing, unknown, of another shape, or no floating number.
     """
-    wanted = model.state_dict()
+    expected = model.state_dict()
     kinds = {
         name: _kind(state, name)
-        for name, value in wanted.items()
+        for name, value in expected.items()
         if name in state and value.is_floating_point()
     }
     check_kinds(kinds, what)
-    for name, value in wanted.items():
+    for name, value in expected.items():
         if name not in state:
             continue
         shape = state.shape(name) if isinstance(state, StoredWeights) else tuple(state[name].shape)
@@ -214,8 +214,8 @@ def check_state(
                 f"{what} does not fit this model: {name!r} is {shape}, needed is "
                 f"{tuple(value.shape)}; is it made for another backbone?"
             )
-    missing = sorted(set(wanted if needed is None else needed) - state.keys())
-    unknown = sorted(state.keys() - wanted.keys())
+    missing = sorted(set(expected if needed is None else needed) - state.keys())
+    unknown = sorted(state.keys() - expected.keys())
     if missing or unknown:
         counts = [
             f"{verb} {len(names)} weights, such as {names[0]!r}"
@@ -237,7 +237,7 @@ _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": 
 _OLD_NAME = re.compile(r"(.*\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)")
 
 
-def fit_diffusers(state: State, wanted: Collection[str]) -> State:
+def fit_diffusers(state: State, expected: Collection[str]) -> State:
     """Weights under the names that diffusers' models have today.
 
     Its first versions called the projections of the attention in VAEs otherwise.
@@ -246,14 +246,14 @@ def fit_diffusers(state: State, wanted: Collection[str]) -> State:
     for own in state:
         old = _OLD_NAME.fullmatch(own)
         new = f"{old[1]}.{_OLD_ATTENTION[old[2]]}.{old[3]}" if old else own
-        names[new if new in wanted and new not in state else own] = own
+        names[new if new in expected and new not in state else own] = own
     return renamed(state, names)
 
 
 _BESIDE_TEXT = ("vision_model.", "visual_projection.", "logit_scale")
 
 
-def fit_text_encoder(state: State, wanted: Collection[str]) -> State:
+def fit_text_encoder(state: State, expected: Collection[str]) -> State:
     """Weights of a CLIP's text encoder under the names of this version of transformers.
 
     `CLIPTextModel` lost the prefix "text_model." in transformers 5.6. The positions are no weights,
@@ -262,7 +262,7 @@ def fit_text_encoder(state: State, wanted: Collection[str]) -> State:
     Raises:
         BackboneError: A weight is there twice, with the prefix and without.
     """
-    plain = {name.removeprefix("text_model."): name for name in wanted}
+    plain = {name.removeprefix("text_model."): name for name in expected}
     names: dict[str, str] = {}
     for own in state:
         bare = own.removeprefix("text_model.")

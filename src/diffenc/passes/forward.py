@@ -63,14 +63,14 @@ def read_taps(
     size = min(batch_size or rows, rows)
     if compiled is None:
         compiled = compiled_taps(backbone, taps)
-    found: list[dict[str, Tensor]] = []
+    readings: list[dict[str, Tensor]] = []
     start = 0
     with torch.set_grad_enabled(grad), backbone.lock:
         while start < rows:
             stop = min(start + size, rows)
             try:
                 part = slice(start, stop)
-                found.append(
+                readings.append(
                     _read(
                         backbone,
                         noisy_latents[part],
@@ -93,7 +93,11 @@ def read_taps(
             f"{size}. Pass batch_size={size} to begin there.",
             stacklevel=2,
         )
-    maps = found[0] if len(found) == 1 else {t: torch.cat([m[t] for m in found]) for t in taps}
+    maps = (
+        readings[0]
+        if len(readings) == 1
+        else {t: torch.cat([m[t] for m in readings]) for t in taps}
+    )
     # A U-Net in channels_last gives such maps, which callers could not reshape as they expect.
     maps = {name: features.contiguous() for name, features in maps.items()}
     for name, features in maps.items():

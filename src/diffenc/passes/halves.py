@@ -62,14 +62,14 @@ def read_halves(
     states = states or backbone.states()
     state = states.features if uncond is not None and keys is not None else None
     compiled = compiled_taps(backbone, [tap for tap in taps if tap != LATENTS], states)
-    found: list[Maps] = []
+    parts: list[Maps] = []
 
     def read(missing: list[int]) -> list[Entry]:
         texts = [uncond.take(missing)] if uncond is not None and missing else []
         texts += [cond] if cond is not None else []
         shown = [*missing, *range(batch if cond is not None else 0)]
-        found.append(_read_rows(backbone, config, taps, posteriors, shown, texts, compiled))
-        return [tuple(found[0][name][row] for name in taps) for row in range(len(missing))]
+        parts.append(_read_rows(backbone, config, taps, posteriors, shown, texts, compiled))
+        return [tuple(parts[0][name][row] for name in taps) for row in range(len(missing))]
 
     halves: dict[str, Maps | None] = {"uncond": None, "cond": None}
     if uncond is not None:
@@ -85,9 +85,9 @@ def read_halves(
             name: torch.stack([row[tap] for row in rows]) for tap, name in enumerate(taps)
         }
     if cond is not None:
-        if not found:  # nothing was missing
+        if not parts:  # nothing was missing
             read([])
-        halves["cond"] = {name: found[0][name][-batch:].clone() for name in taps}
+        halves["cond"] = {name: parts[0][name][-batch:].clone() for name in taps}
     return halves
 
 
@@ -119,14 +119,14 @@ def _read_rows(
         for d in range(draws)
     ]
     repeats = len(steps) * draws
-    found: Maps = {}
+    maps: Maps = {}
     if names := [tap for tap in taps if tap != LATENTS]:
         noisy_latents = [
             _noised(backbone, config, clean[draw], step, draw)
             for step in steps
             for draw in range(draws)
         ]
-        found = read_taps(
+        maps = read_taps(
             backbone,
             torch.cat(noisy_latents),
             torch.tensor(steps, dtype=torch.long, device="cpu").repeat_interleave(draws * rows),
@@ -136,15 +136,13 @@ def _read_rows(
             compiled=compiled,
         )
     if LATENTS in taps:
-        found[LATENTS] = torch.cat(clean * len(steps)).to(backbone.device, backbone.dtype)
-        require_finite(found[LATENTS], "latents", "load the model with dtype=torch.float32")
+        maps[LATENTS] = torch.cat(clean * len(steps)).to(backbone.device, backbone.dtype)
+        require_finite(maps[LATENTS], "latents", "load the model with dtype=torch.float32")
     one = isinstance(config.timestep, int)
     if repeats == 1 and one:
-        return {name: found[name] for name in taps}
+        return {name: maps[name] for name in taps}
     split = "(t d b) c h w -> b t d c h w"
-    means = {
-        name: rearrange(found[name], split, t=len(steps), d=draws).mean(dim=2) for name in taps
-    }
+    means = {name: rearrange(maps[name], split, t=len(steps), d=draws).mean(dim=2) for name in taps}
     return {name: mean[:, 0] for name, mean in means.items()} if one else means
 
 

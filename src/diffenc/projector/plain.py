@@ -141,14 +141,14 @@ class Projector(SavedProjector):
             ShapeError: It holds a projector of another kind or width.
         """
         read = read_tensors if Path(path).suffix == ".safetensors" else read_pickled
-        found = read(path, finite=True)
+        weights = read(path, finite=True)
         state = {
             f"layers.{key.rpartition('mm_projector.')[2]}": value
-            for key, value in found.items()
+            for key, value in weights.items()
             if "mm_projector." in key
         }
         if not state:
-            some = sorted(found)[:3]
+            some = sorted(weights)[:3]
             raise ConfigError(f"{path} holds no mm_projector; its first keys are {some}")
         load_weights(self, state, str(path))
 

@@ -66,14 +66,14 @@ class References:
 
 
 def reference_pixels(
-    config: ScorerConfig, size: tuple[int, int], given: References | None
+    config: ScorerConfig, size: tuple[int, int], pictures: References | None
 ) -> Float[Tensor, "r 3 height width"]:
     """Reference pictures of a config, none where it has no calibration.
 
     Args:
         config: Config of the scorer.
         size: Size of the pictures in pixels, (height, width).
-        given: Reference pictures that the user gave to the scorer, or None.
+        pictures: Reference pictures that the user gave to the scorer, or None.
 
     Raises:
         ConfigError: The config wants the user's, and there are none or others.
@@ -84,13 +84,13 @@ def reference_pixels(
         return torch.zeros(1, 3, *size, dtype=torch.float32, device="cpu")
     if config.calibration == "neutral":
         return neutral_pictures(size)
-    if given is None or given.digest != config.reference_digest:
-        have = "none" if given is None else f"others ({given.digest})"
+    if pictures is None or pictures.digest != config.reference_digest:
+        have = "none" if pictures is None else f"others ({pictures.digest})"
         raise ConfigError(
             f"calibration 'given' needs the reference images {config.reference_digest}, and there "
             f"are {have}: call scorer.calibrate(images), or use calibration='gray'"
         )
-    return given.pixel_values(size)
+    return pictures.pixel_values(size)
 
 
 def neutral_pictures(size: tuple[int, int]) -> Float[Tensor, "8 3 height width"]:

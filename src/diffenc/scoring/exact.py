@@ -18,7 +18,7 @@ _Row = tuple[int, int, int]  # picture, step, text: neighbours share latents
 
 def exact_scores(
     inputs: ScoreInputs,
-    wanted: Bool[Tensor, "pictures texts"],
+    chosen: Bool[Tensor, "pictures texts"],
     steps: Sequence[Step],
     mix: Float[Tensor, "layers out"],
     *,
@@ -28,23 +28,23 @@ def exact_scores(
 
     Args:
         inputs: Pictures and texts.
-        wanted: Mask of the pairs that are scored; nothing else is computed but the unconditional
+        chosen: Mask of the pairs that are scored; nothing else is computed but the unconditional
             rows that they need.
         steps: Steps, each a (timestep, draw).
         mix: Weights with which the attention parts of the layers are multiplied.
         memory: Cache of rows that were computed before.
 
     Returns:
-        Scores in float32 on the CPU; NaN for pairs that are not wanted.
+        Scores in float32 on the CPU; NaN for pairs that are not chosen.
 
     Raises:
         NonFiniteError: NaN or infinity came out of the U-Net.
     """
     config = inputs.config
     empty = inputs.texts.index(None) if config.needs_uncond else None
-    needed = wanted.clone()
+    needed = chosen.clone()
     if empty is not None:
-        needed[:, empty] |= wanted.any(dim=1)
+        needed[:, empty] |= chosen.any(dim=1)
     table = _statistics(inputs, needed, steps, memory)
     attention, squared = table[..., :-1], table[..., -1:]
     scores = torch.zeros(*table.shape[:3], mix.shape[1], dtype=torch.float32, device="cpu")
@@ -55,7 +55,7 @@ def exact_scores(
         scores = scores + mixed
     if config.error_term is not None:
         scores = scores + _error_part(inputs, squared, empty)
-    return scores.masked_fill(~wanted[:, :, None, None], torch.nan)
+    return scores.masked_fill(~chosen[:, :, None, None], torch.nan)
 
 
 def _error_part(inputs: ScoreInputs, squared: Tensor, empty: int | None) -> Tensor:

@@ -52,10 +52,10 @@ def fit_layer_weights(
     Raises:
         ShapeError: See `margins`.
     """
-    found = margins(layer_scores).double()
-    scale = found.square().mean(dim=0).sqrt()
+    gaps = margins(layer_scores).double()
+    scale = gaps.square().mean(dim=0).sqrt()
     usable = scale > 0
-    scaled = found / scale.where(usable, 1.0)
+    scaled = gaps / scale.where(usable, 1.0)
     # The gradient's Lipschitz constant: a step of its inverse never overshoots.
     bound = torch.linalg.matrix_norm(scaled, 2) ** 2 / (4 * len(scaled)) + 2 * _RIDGE
     weights = torch.zeros(len(scale), dtype=torch.float64, device="cpu")

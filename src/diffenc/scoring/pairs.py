@@ -47,20 +47,20 @@ def pair_scores(
         for rows in (inputs.picture_rows, inputs.text_rows)
     )
     images, references = pictures[:count], pictures[count:]
-    asked, others = columns[:texts], columns[texts:]
+    own, others = columns[:texts], columns[texts:]
     shape = (int(pictures.max()) + 1, len(inputs.texts))
-    wanted = torch.zeros(shape, dtype=torch.bool, device="cpu")
+    chosen = torch.zeros(shape, dtype=torch.bool, device="cpu")
     of_pairs = pairs.nonzero().T
-    wanted[images[of_pairs[0]], asked[of_pairs[1]]] = True
-    wanted[references[:, None], asked[pairs.any(dim=0)]] = True
-    wanted[images[pairs.any(dim=1)][:, None], others] = True
+    chosen[images[of_pairs[0]], own[of_pairs[1]]] = True
+    chosen[references[:, None], own[pairs.any(dim=0)]] = True
+    chosen[images[pairs.any(dim=1)][:, None], others] = True
     if inputs.config.mode == "exact":
-        scores = exact_scores(inputs, wanted, steps, mix, memory=rows)
+        scores = exact_scores(inputs, chosen, steps, mix, memory=rows)
     else:
-        scores = shared_query_scores(inputs, wanted, steps, mix, memory=queries)
-    result = scores[images[:, None], asked]
+        scores = shared_query_scores(inputs, chosen, steps, mix, memory=queries)
+    result = scores[images[:, None], own]
     if len(references):
-        result = result - scores[references[:, None], asked].mean(dim=0)
+        result = result - scores[references[:, None], own].mean(dim=0)
     if len(others):
         result = result - scores[images[:, None], others].mean(dim=1, keepdim=True)
     return result.masked_fill(~pairs[:, :, None, None], torch.nan)

@@ -190,10 +190,10 @@ class QueryBank:
         mix = layer_mix(config.layer_weights, len(attentions))
         rows = []
         for queries in self._rows():
-            wanted = torch.ones(len(queries), len(every), dtype=torch.bool, device="cpu")
+            chosen = torch.ones(len(queries), len(every), dtype=torch.bool, device="cpu")
             pooling = pooling_of(config)
             part = score_queries(
-                backbone, queries, attentions, embeds, pooling, mix, mask=mask, wanted=wanted
+                backbone, queries, attentions, embeds, pooling, mix, mask=mask, chosen=chosen
             )
             rows.append(part[..., 0])
         steps = len(config.steps)
@@ -221,11 +221,11 @@ class QueryBank:
         if top < 1:
             raise ConfigError(f"top must be 1 or more, got {top}")
         scores = self.scores(texts)
-        found = []
+        hits = []
         for column in scores.T:
             best = column.argsort(descending=True, stable=True)[:top].tolist()
-            found.append([SearchResult(self.names[i], i, float(column[i])) for i in best])
-        return found
+            hits.append([SearchResult(self.names[i], i, float(column[i])) for i in best])
+        return hits
 
     def _rows(self) -> Iterator[list[tuple[Tensor, ...]]]:
         """Queries per image and step, references last, a few images at a time."""

@@ -31,7 +31,7 @@ _TEXTS_AT_ONCE = 64
 
 def shared_query_scores(
     inputs: ScoreInputs,
-    wanted: Bool[Tensor, "pictures texts"],
+    chosen: Bool[Tensor, "pictures texts"],
     steps: Sequence[Step],
     mix: Float[Tensor, "layers out"],
     *,
@@ -45,7 +45,7 @@ def shared_query_scores(
 
     Args:
         inputs: Pictures and texts.
-        wanted: Mask of the pairs that are scored.
+        chosen: Mask of the pairs that are scored.
         steps: Steps, each a (timestep, draw).
         mix: Weights with which the scores of the layers are multiplied.
         memory: Cache of queries that were read before.
@@ -58,13 +58,13 @@ def shared_query_scores(
     """
     config, backbone = inputs.config, inputs.backbone
     empty = inputs.texts.index(None) if config.include_uncond else None
-    needed = wanted.clone()
+    needed = chosen.clone()
     if empty is not None:
-        needed[:, empty] |= wanted.any(dim=1)
+        needed[:, empty] |= chosen.any(dim=1)
     scores = torch.full(
-        (*wanted.shape, len(steps), mix.shape[1]), torch.nan, dtype=torch.float32, device="cpu"
+        (*chosen.shape, len(steps), mix.shape[1]), torch.nan, dtype=torch.float32, device="cpu"
     )
-    places = [(p, s) for p in range(len(wanted)) for s in range(len(steps)) if wanted[p].any()]
+    places = [(p, s) for p in range(len(chosen)) for s in range(len(steps)) if chosen[p].any()]
     attentions = chosen_attentions(backbone, config.layers)
 
     def run(part: Sequence[Place]) -> None:
@@ -77,7 +77,7 @@ def shared_query_scores(
             pooling_of(config),
             mix,
             mask=inputs.mask,
-            wanted=torch.stack([needed[picture] for picture, _ in part]),
+            chosen=torch.stack([needed[picture] for picture, _ in part]),
         )
         for (picture, step), row in zip(part, rows, strict=True):
             scores[picture, :, step] = row
@@ -86,8 +86,8 @@ def shared_query_scores(
         pass
     if empty is not None:
         scores = (scores + scores[:, empty, None]) / 2
-    check_finite(scores[wanted], backbone)
-    return scores.masked_fill(~wanted[:, :, None, None], torch.nan)
+    check_finite(scores[chosen], backbone)
+    return scores.masked_fill(~chosen[:, :, None, None], torch.nan)
 
 
 def chosen_attentions(backbone: Backbone, layers: str | Sequence[str]) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def score_queries(
     mix: Float[Tensor, "layers out"],
     *,
     mask: Bool[Tensor, "texts l"] | None,
-    wanted: Bool[Tensor, "rows texts"],
+    chosen: Bool[Tensor, "rows texts"],
 ) -> Float[Tensor, "rows texts out"]:
     """Score queries under texts, whose keys are projected here.
 
@@ -161,12 +161,12 @@ def score_queries(
         pooling: Way in which the products of queries and keys are pooled.
         mix: Weights with which the scores of the layers are multiplied.
         mask: Mask of the tokens that count, per text; None counts all.
-        wanted: Mask of the pairs that are scored; the others stay NaN.
+        chosen: Mask of the pairs that are scored; the others stay NaN.
     """
     device, dtype = backbone.device, backbone.dtype
-    scores = torch.zeros(*wanted.shape, mix.shape[1], dtype=torch.float32, device="cpu")
-    for start in range(0, wanted.shape[1], _TEXTS_AT_ONCE):
-        stop = min(start + _TEXTS_AT_ONCE, wanted.shape[1])
+    scores = torch.zeros(*chosen.shape, mix.shape[1], dtype=torch.float32, device="cpu")
+    for start in range(0, chosen.shape[1], _TEXTS_AT_ONCE):
+        stop = min(start + _TEXTS_AT_ONCE, chosen.shape[1])
         texts = torch.arange(start, stop, dtype=torch.long, device="cpu")
         part = embeds.select(start, start + len(texts)).to(device, dtype)
         states, present = part.prompt_embeds, tokens_present(part)
@@ -175,7 +175,7 @@ def score_queries(
             with torch.no_grad():
                 keys = attn.to_k(states)
             for row, per_layer in enumerate(queries):
-                kept = wanted[row, texts].nonzero().flatten()
+                kept = chosen[row, texts].nonzero().flatten()
                 if not len(kept):
                     continue
                 values = crossed_scores(
@@ -188,7 +188,7 @@ def score_queries(
                     present=_rows(present, kept),
                 )
                 scores[row, texts[kept]] += values[0].cpu()[:, None] * mix[layer]
-    return scores.masked_fill(~wanted[..., None], torch.nan)
+    return scores.masked_fill(~chosen[..., None], torch.nan)
 
 
 def _rows(mask: Tensor | None, rows: Tensor) -> Tensor | None:

@@ -108,12 +108,12 @@ def captions(scene: Scene, count: int, *, seed: int = 0) -> list[str]:
         raise ConfigError(f"count must be 0 or more, got {count}")
     require_describable(scene)
     rng = random.Random(f"captions/{seed}")
-    found: dict[str, None] = {}
+    texts: dict[str, None] = {}
     for _ in range(count * 12):
-        found.setdefault(caption(scene, rng))
-        if len(found) == count:
+        texts.setdefault(caption(scene, rng))
+        if len(texts) == count:
             break
-    return list(found)
+    return list(texts)
 
 
 def _of_crowd(scene: Scene, rng: random.Random) -> str:

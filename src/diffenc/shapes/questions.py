@@ -50,9 +50,9 @@ def questions(scene: Scene, *, seed: int = 0) -> list[Question]:
     """
     require_describable(scene)
     rng = random.Random(f"questions/{seed}")
-    found = [question for make in _MAKERS for question in make(scene, rng)]
-    rng.shuffle(found)
-    return found
+    every = [question for make in _MAKERS for question in make(scene, rng)]
+    rng.shuffle(every)
+    return every
 
 
 def sample_question(scene: Scene, rng: random.Random) -> Question:
@@ -65,8 +65,8 @@ def sample_question(scene: Scene, rng: random.Random) -> Question:
     makers = list(_MAKERS)
     rng.shuffle(makers)
     for make in makers:
-        if found := list(make(scene, rng)):
-            return rng.choice(found)
+        if candidates := list(make(scene, rng)):
+            return rng.choice(candidates)
     raise AssertionError("questions of presence exist for every scene")
 
 
@@ -109,15 +109,15 @@ def conversation(scene: Scene, *, turns: int = 3, seed: int = 0) -> list[dict[st
     if turns < 1:
         raise ConfigError(f"a conversation has 1 turn or more, got {turns}")
     rng = random.Random(f"conversation/{seed}")
-    asked = questions(scene, seed=seed)
+    waiting = questions(scene, seed=seed)
     messages: list[dict[str, str]] = []
     described = False
-    while len(messages) < 2 * turns and (asked or not described):
-        if not described and (not asked or rng.random() < 1 / 3):
+    while len(messages) < 2 * turns and (waiting or not described):
+        if not described and (not waiting or rng.random() < 1 / 3):
             described = True
             text, answer = "describe the picture.", captions(scene, 1, seed=seed)[0]
         else:
-            question = asked.pop()
+            question = waiting.pop()
             text, answer = question.text, question.answer
         prefix = "" if messages else "<image>\n"
         messages += [{"from": "human", "value": prefix + text}, {"from": "gpt", "value": answer}]
@@ -156,9 +156,9 @@ def _ask_size(scene: Scene, rng: random.Random) -> Iterator[Question]:
 
 
 def _ask_count(scene: Scene, rng: random.Random) -> Iterator[Question]:
-    asked: list[SceneObject] = list(scene.objects)
+    things: list[SceneObject] = list(scene.objects)
     names: dict[str, tuple[int, ...]] = {"objects": tuple(range(len(scene.objects)))}
-    for thing in asked:
+    for thing in things:
         for shape, color in ((thing.shape, None), (None, thing.color), (thing.shape, thing.color)):
             name = plural(noun_phrase(shape=shape, color=color, article=False))
             names[name] = tuple(
@@ -206,9 +206,9 @@ def _ask_relation(scene: Scene, rng: random.Random) -> Iterator[Question]:
             if relation is None or None in names:
                 continue
             yes = rng.random() < 0.5
-            asked = relation if yes else INVERSE[relation]
+            relation_asked = relation if yes else INVERSE[relation]
             yield Question(
-                f"is the {names[0]} {asked} the {names[1]}?",
+                f"is the {names[0]} {relation_asked} the {names[1]}?",
                 "yes" if yes else "no",
                 "relation",
                 ("yes", "no"),

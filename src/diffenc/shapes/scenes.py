@@ -133,10 +133,10 @@ class Scene:
 
     def groups(self) -> list[tuple[tuple[Color, Shape], list[int]]]:
         """Indices of the objects of each kind, in order of first appearance."""
-        found: dict[tuple[Color, Shape], list[int]] = {}
+        groups: dict[tuple[Color, Shape], list[int]] = {}
         for index, thing in enumerate(self.objects):
-            found.setdefault(thing.kind, []).append(index)
-        return list(found.items())
+            groups.setdefault(thing.kind, []).append(index)
+        return list(groups.items())
 
 
 def _dominates(dx: float, dy: float) -> bool:
@@ -183,9 +183,9 @@ def sample_scene(
         _check_word("relation", relation, RELATIONS)
         if count < 2:
             raise ConfigError(f"the relation {relation!r} needs two objects, got {count}")
-    for name, given in (("kinds", kinds), ("sizes", sizes)):
-        if given is not None and len(given) != count:
-            raise ConfigError(f"a scene of {count} needs {count} {name}, got {len(given)}")
+    for name, values in (("kinds", kinds), ("sizes", sizes)):
+        if values is not None and len(values) != count:
+            raise ConfigError(f"a scene of {count} needs {count} {name}, got {len(values)}")
     for size in sizes or ():
         _check_word("size", size, SIZES)
     if kinds is None:

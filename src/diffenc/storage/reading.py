@@ -166,8 +166,8 @@ def parse_json(
     except (ValueError, RecursionError, MemoryError) as failure:
         raise error(f"{where} is no JSON that can be read: {_in_words(failure)}") from failure
     if not isinstance(value, kind):
-        wanted = "an object in braces" if kind is dict else "a list in brackets"
-        raise error(f"{where} must hold {wanted}, got {_json_name(value)}")
+        expected = "an object in braces" if kind is dict else "a list in brackets"
+        raise error(f"{where} must hold {expected}, got {_json_name(value)}")
     return value
 
 

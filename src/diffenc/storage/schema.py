@@ -155,8 +155,8 @@ def _fit_list(value: Sequence[Any], hint: Any, where: str) -> tuple[Any, ...] | 
     if len(kinds) != len(value):
         _refuse(where, hint, value)
     pairs = zip(value, kinds, strict=True)
-    found = [fit(each, kind, f"{where}[{index}]") for index, (each, kind) in enumerate(pairs)]
-    return found if get_origin(hint) is list else tuple(found)
+    fitted = [fit(each, kind, f"{where}[{index}]") for index, (each, kind) in enumerate(pairs)]
+    return fitted if get_origin(hint) is list else tuple(fitted)
 
 
 def _refuse(where: str, hint: Any, value: Any) -> Any:

@@ -101,12 +101,12 @@ class CaptionerPart(nn.Module):
         """
         if self.captioner is not None:
             raise ConfigError("this encoder has a captioner already; one is enough")
-        captioner, told = ImplicitCaptioner.from_pretrained(folder)
-        if clip is None and told.get("name") is None:
+        captioner, content = ImplicitCaptioner.from_pretrained(folder)
+        if clip is None and content.get("name") is None:
             raise ConfigError(
                 f"{os.fspath(folder)} was saved with a CLIP that had no name; pass clip= again"
             )
-        embedder = _embedder(told["name"] if clip is None else clip, told)
+        embedder = _embedder(content["name"] if clip is None else clip, content)
         wants = {"image_width": embedder.width, **self._text_widths()}
         has = {key: captioner.options[key] for key in wants}
         if has != wants:
@@ -114,7 +114,7 @@ class CaptionerPart(nn.Module):
                 f"{os.fspath(folder)} holds a captioner for another backbone or another CLIP: its "
                 f"sizes are {has}, and here they are {wants}"
             )
-        if "mark" in told and not is_marked(embedder, told["mark"]):
+        if "mark" in content and not is_marked(embedder, content["mark"]):
             raise BackboneError(
                 f"{os.fspath(folder)} holds a captioner that listens to another CLIP than "
                 f"{embedder.name!r}, whose weights differ; put that CLIP back, or pass it as clip="

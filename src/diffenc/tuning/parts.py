@@ -52,7 +52,7 @@ class TrainableParts(LoraPart, CaptionerPart):
             state = "merged" if is_merged(unet) else "active"
             note = f" ({state})" if name == self.active_lora else ""
             adapters[f"LoRA {name!r}{note}"] = list(lora_parameters(unet, name).values())
-        of_lora = {parameter for found in adapters.values() for parameter in found}
+        of_lora = {parameter for parameters in adapters.values() for parameter in parameters}
         parts: dict[str, nn.Module | None] = {
             **self.backbone.parts(),
             "captioner": self.captioner,
@@ -78,10 +78,10 @@ class TrainableParts(LoraPart, CaptionerPart):
 
     def _precise(self) -> dict[str, nn.Parameter]:
         """Parameters that are never in float16."""
-        found = dict(self.captioner.named_parameters()) if self.captioner is not None else {}
+        parameters = dict(self.captioner.named_parameters()) if self.captioner is not None else {}
         for name in self.lora_names:
-            found |= lora_parameters(self.backbone.denoiser, name)
-        return found
+            parameters |= lora_parameters(self.backbone.denoiser, name)
+        return parameters
 
     @lasting
     def _apply(self, fn: Any, recurse: bool = True) -> "TrainableParts":

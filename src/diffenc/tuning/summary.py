@@ -8,7 +8,7 @@ from torch import nn
 def parameter_table(parts: Mapping[str, Sequence[nn.Parameter]]) -> str:
     """A line for each part: its name, parameters, how many of them train, and their dtypes."""
     lines = [f"{'part':28}{'parameters':>14}{'trained':>14}  dtype"]
-    return "\n".join([*lines, *(_row(name, found) for name, found in parts.items())])
+    return "\n".join([*lines, *(_row(name, parameters) for name, parameters in parts.items())])
 
 
 def _row(name: str, parameters: Sequence[nn.Parameter]) -> str:

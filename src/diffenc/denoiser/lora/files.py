@@ -32,7 +32,7 @@ def fingerprint(unet: nn.Module) -> list[float]:
     Size and one projection of each, in units in which rounding to half precision moves them by
     about 0.001, and other weights by more than `_OTHER`.
     """
-    found = []
+    numbers = []
     for path in ("conv_in", "time_embedding.linear_1", "down_blocks.0.resnets.0.conv1"):
         layer: Any = unet.get_submodule(path)
         weight = vars(layer).get("_unmerged_weight", layer.weight)  # as it was before a merge
@@ -40,8 +40,8 @@ def fingerprint(unet: nn.Module) -> list[float]:
         pattern = torch.cos(torch.arange(values.numel(), dtype=torch.float64, device="cpu"))
         size, unit = float(values.norm()), math.sqrt(values.numel())
         along = float(values @ pattern) / (size * float(pattern.norm()) or 1.0)
-        found += [unit * math.log(size or 1.0), unit * along]
-    return found
+        numbers += [unit * math.log(size or 1.0), unit * along]
+    return numbers
 
 
 def save_lora(
@@ -81,11 +81,11 @@ def save_lora(
     config: Any = copy.copy(unet.peft_config[name])  # type: ignore[index]
     # peft shortens paths to endings that are unique in this very model, and not in a longer one.
     config.target_modules = targets
-    told = {**(origin or {}), "fingerprint": fingerprint(unet)}
+    facts = {**(origin or {}), "fingerprint": fingerprint(unet)}
     target = begin_folder(checked_path("an adapter", folder, error=OutputError), _PEFT_CONFIG)
     write_tensors(target / _PEFT_WEIGHTS, peft)
     write_tensors(target / _DIFFUSERS_WEIGHTS, diffusers)
-    write_json(target / _ORIGIN, told)
+    write_json(target / _ORIGIN, facts)
     with reporting(target):
         config.save_pretrained(str(target))
 

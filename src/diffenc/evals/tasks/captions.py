@@ -66,10 +66,10 @@ class CaptionTask(AskTask):
 
     def sample(self, item: "CaptionItem") -> tuple[str, Sequence[str]]:
         """The question and the captions of a picture."""
-        return self.asked, item.references
+        return self.request, item.references
 
     @property
-    def asked(self) -> str:
+    def request(self) -> str:
         """Text that the language model is asked."""
         from diffenc.evals.captioning.evaluate import QUESTION
         from diffenc.evals.captioning.miniature import SHAPES_QUESTION
@@ -80,7 +80,7 @@ class CaptionTask(AskTask):
     def measuring(self) -> dict[str, Any]:
         """Keywords of both evaluations of captions."""
         return {
-            "question": self.asked,
+            "question": self.request,
             "metrics": self.metrics or (),
             "tokenizer": self.tokenizer,
         }

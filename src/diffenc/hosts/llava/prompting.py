@@ -170,16 +170,16 @@ def _prepare(original: Any) -> Any:
 
     @functools.wraps(original)
     def prepare_inputs_labels_for_multimodal(self: Any, *args: Any, **kwargs: Any) -> Any:
-        told = signature.bind(self, *args, **kwargs).arguments
-        images, input_ids = told.get("images"), told["input_ids"]
+        arguments = signature.bind(self, *args, **kwargs).arguments
+        images, input_ids = arguments.get("images"), arguments["input_ids"]
         scope = current_scope()
         decodes = images is None or input_ids is None or input_ids.shape[1] == 1
         if decodes or (scope is not None and scope.per == "image"):
             return original(self, *args, **kwargs)
-        samples = _unpadded(input_ids, told.get("attention_mask"))
-        labels = told.get("labels")
-        asked = samples if labels is None else _before_answers(samples, labels, told)
-        tokens = _sample_tokens(self, asked)
+        samples = _unpadded(input_ids, arguments.get("attention_mask"))
+        labels = arguments.get("labels")
+        prompted = samples if labels is None else _before_answers(samples, labels, arguments)
+        tokens = _sample_tokens(self, prompted)
         if tokens is None:
             return original(self, *args, **kwargs)
         rows = _per_image(tokens.rows(len(samples)), samples, images)  # type: ignore[arg-type]
@@ -225,9 +225,9 @@ def _unpadded(input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
     return [ids[mask.bool()] for ids, mask in zip(input_ids, attention_mask, strict=True)]
 
 
-def _before_answers(samples: list[Tensor], labels: Tensor, told: Any) -> list[Tensor]:
+def _before_answers(samples: list[Tensor], labels: Tensor, arguments: Any) -> list[Tensor]:
     """Samples up to the first label that is learnt: a prompt must not tell the answer."""
-    targets = _unpadded(labels, told.get("attention_mask"))
+    targets = _unpadded(labels, arguments.get("attention_mask"))
     cut = []
     for ids, target in zip(samples, targets, strict=True):
         learnt = (target >= 0).nonzero()

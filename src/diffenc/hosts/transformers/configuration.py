@@ -56,15 +56,15 @@ class DiffEncConfig(PretrainedConfig):  # type: ignore[misc]  # transformers is 
         default_taps: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        told = TowerSpec.parse(spec)
+        parsed = TowerSpec.parse(spec)
         if architecture is None:
-            architecture = told.architecture.configs
+            architecture = parsed.architecture.configs
         if default_taps is None:
-            default_taps = list(told.architecture.default_taps)
+            default_taps = list(parsed.architecture.default_taps)
         if backbone_source not in (None, INSIDE):
             backbone_source = lasting_source(backbone_source)
         # Another directory may read it: a folder by its whole path.
-        self.spec = str(told) if Path(told.model).is_absolute() else spec
+        self.spec = str(parsed) if Path(parsed.model).is_absolute() else spec
         self.backbone_source = backbone_source
         self.architecture = {part: dict(config) for part, config in architecture.items()}
         self.default_taps = list(default_taps)
@@ -95,8 +95,8 @@ class DiffEncConfig(PretrainedConfig):  # type: ignore[misc]  # transformers is 
         spec = TowerSpec.parse(self.spec)
         if self.backbone_source not in (None, INSIDE):
             spec = replace(spec, model=self.backbone_source)
-        told = Architecture(self.architecture, tuple(self.default_taps))
-        spec.__dict__["architecture"] = told  # a cached property: nothing is looked up
+        architecture = Architecture(self.architecture, tuple(self.default_taps))
+        spec.__dict__["architecture"] = architecture  # a cached property: nothing is looked up
         return spec
 
     @property

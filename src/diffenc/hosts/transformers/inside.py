@@ -96,9 +96,9 @@ def build_backbone(config: DiffEncConfig) -> Backbone:
 
     It may be built on the meta device, where hosts build; the schedule has its values even there.
     """
-    spec, told = config.tower_spec, config.tower_spec.architecture
+    spec, architecture = config.tower_spec, config.tower_spec.architecture
     parts: dict[str, Any] = {}
-    for name, values in told.configs.items():
+    for name, values in architecture.configs.items():
         if name == "scheduler":
             with torch.device("cpu"):
                 parts[name] = make_scheduler(values)
@@ -116,7 +116,7 @@ def build_backbone(config: DiffEncConfig) -> Backbone:
         for module in parts[part].modules():
             module._is_hf_initialized = True
     # Nothing is moved: hosts have weights on the meta device, and buffers there or not.
-    backbone = make_backbone(spec.model, told, parts)
+    backbone = make_backbone(spec.model, architecture, parts)
     return backbone if backbone.device.type == "meta" else arrange(backbone)
 
 
@@ -139,8 +139,8 @@ def check_marks(backbone: nn.Module, marks: Tensor) -> None:
     """
     weights = _weights(backbone)
     saved = marks.cpu().view(torch.float32)
-    found = mark(backbone).view(torch.float32)
-    same = torch.isclose(found, saved, rtol=2e-2, atol=1e-6)
+    own_marks = mark(backbone).view(torch.float32)
+    same = torch.isclose(own_marks, saved, rtol=2e-2, atol=1e-6)
     if marks.any() and same.all():
         return
     strange = [path for (path, _), right in zip(weights, same.tolist(), strict=True) if not right]

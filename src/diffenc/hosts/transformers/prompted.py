@@ -124,8 +124,8 @@ def _signed(function: Any, stock: Callable[..., Any]) -> Callable[..., Any]:
 
 def _image_token(config: Any) -> int:
     """Id of the image token, by either of the names that the config has had for it."""
-    found = getattr(config, "image_token_id", None)
-    return int(config.image_token_index if found is None else found)
+    token_id = getattr(config, "image_token_id", None)
+    return int(config.image_token_index if token_id is None else token_id)
 
 
 def zeros_like_features(tiles: Sequence[int], tokens: int) -> list[Tensor]:

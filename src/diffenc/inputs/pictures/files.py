@@ -83,8 +83,8 @@ def read_picture(path: "str | os.PathLike[str]") -> bytes:
         ImageError: It is no regular file, or cannot be read.
     """
     try:
-        found = find_file(path)
-        with found.open("rb") as file:
+        place = find_file(path)
+        with place.open("rb") as file:
             content = file.read(PICTURE_BYTES + 1)
     except _NameError as error:
         raise ImageError(str(error)) from None

@@ -84,18 +84,18 @@ def _started(config: TrainConfig, device: str | torch.device) -> DiffusionVLM:
     )
     if full:
         vlm.language_model.float()
-    found = _kind_of(vlm.encoder)
-    if found != model.kind:
+    kind = _kind_of(vlm.encoder)
+    if kind != model.kind:
         raise ConfigError(
-            f"{start} was trained with an encoder of the kind {found!r}, and model.kind is "
+            f"{start} was trained with an encoder of the kind {kind!r}, and model.kind is "
             f"{model.kind!r}; make them agree"
         )
     if isinstance(vlm.encoder, FusedEncoder):
         _check_how(vlm.encoder, model)
     default = ModelConfig()
     named = getattr(vlm.language_model, "name_or_path", "")
-    told = lasting_name(model.language_model)
-    if told not in (default.language_model, named) and named:
+    requested = lasting_name(model.language_model)
+    if requested not in (default.language_model, named) and named:
         raise ConfigError(
             f"{start} was trained with the language model {named!r}, and model.language_model is "
             f"{model.language_model!r}; leave that out, or begin with the earlier stage"

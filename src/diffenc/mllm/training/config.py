@@ -349,21 +349,21 @@ class TrainConfig:
         Raises:
             ConfigError: A key is unknown or missing, or a value is not allowed.
         """
-        told = dict(values)
-        stage = told.get("stage")
+        remaining = dict(values)
+        stage = remaining.get("stage")
         check_choice("stage", stage, get_args(Stage))
         assert stage in LLAVA
         tables: dict[str, Any] = {}
         for name, kind in (("model", ModelConfig), ("data", DataConfig), ("adapt", AdaptConfig)):
-            if name in told:
-                given = _table(told.pop(name), name)
+            if name in remaining:
+                table = _table(remaining.pop(name), name)
                 if name == "adapt" and stage == "instruct":
-                    given = {"language_model": "full", **given}
-                tables[name] = make(kind, given, name)
-        if "optim" in told:
-            given = _table(told.pop("optim"), "optim")
-            tables["optim"] = make(OptimConfig, {**asdict(LLAVA[stage]), **given}, "optim")
-        config: TrainConfig = make(cls, told, own=tables)
+                    table = {"language_model": "full", **table}
+                tables[name] = make(kind, table, name)
+        if "optim" in remaining:
+            table = _table(remaining.pop("optim"), "optim")
+            tables["optim"] = make(OptimConfig, {**asdict(LLAVA[stage]), **table}, "optim")
+        config: TrainConfig = make(cls, remaining, own=tables)
         return config
 
     @classmethod

@@ -86,9 +86,9 @@ class DataReport:
     def describe(self, examples: int = 3) -> str:
         """Counts, with a few examples of each problem."""
         parts = []
-        for kind, found in self.problems.items():
-            some = ", ".join(found[:examples]) + (", ..." if len(found) > examples else "")
-            parts.append(f"{len(found)} {kind} ({some})")
+        for kind, places in self.problems.items():
+            some = ", ".join(places[:examples]) + (", ..." if len(places) > examples else "")
+            parts.append(f"{len(places)} {kind} ({some})")
         return "; ".join(parts)
 
 
@@ -323,11 +323,11 @@ class ImageFile:
 
 def _of_picture(error: ImageError) -> ImageError:
     known = "cannot read the image "
-    told = str(error)
+    message = str(error)
     return ImageError(
-        f"cannot read the picture {told.removeprefix(known)}"
-        if told.startswith(known)
-        else f"cannot read the picture: {told}"
+        f"cannot read the picture {message.removeprefix(known)}"
+        if message.startswith(known)
+        else f"cannot read the picture: {message}"
     )
 
 
@@ -390,13 +390,13 @@ class BrokenLine:
 def _records(path: Path, limit: int | None) -> list[Any]:
     text = read_text(path, most=DATA_BYTES)
     if path.suffix.lower() not in (".jsonl", ".ndjson"):
-        found: Any = parse_json(text, object, where=str(path))
-        if not isinstance(found, list):
+        content: Any = parse_json(text, object, where=str(path))
+        if not isinstance(content, list):
             raise ConfigError(
                 f"{path} must hold a list of samples, as LLaVA's files do, got "
-                f"{type(found).__name__}"
+                f"{type(content).__name__}"
             )
-        return found[:limit]
+        return content[:limit]
     objects, broken = parse_json_lines(text, where=path.name)
     lines: dict[int, Any] = dict(objects)
     lines |= {number: BrokenLine(detail) for number, detail in broken}

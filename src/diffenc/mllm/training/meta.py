@@ -147,20 +147,20 @@ def meta_encoder(model: ModelConfig, *, unet_rank: int = 0) -> MetaEncoder:
     Raises:
         BackboneError: A config cannot be had.
     """
-    found = MetaEncoder()
+    encoder = MetaEncoder()
     if model.kind == "vision":
-        found.tokens = _add_vision(found, model.encoder)
-        return found
-    own = _add_diffusion(found, model, unet_rank)
+        encoder.tokens = _add_vision(encoder, model.encoder)
+        return encoder
+    own = _add_diffusion(encoder, model, unet_rank)
     if model.kind == "diffusion":
-        found.tokens = own
-        return found
-    clip = _add_vision(found, model.clip, trained=None if model.freeze_clip else model.layer)
+        encoder.tokens = own
+        return encoder
+    clip = _add_vision(encoder, model.clip, trained=None if model.freeze_clip else model.layer)
     if model.how in MIXED:
-        _add_mixer(found, model, clip, own)
+        _add_mixer(encoder, model, clip, own)
     else:
-        found.tokens = {"channel": clip, "interleave": 2 * clip}.get(model.how, clip + own)
-    return found
+        encoder.tokens = {"channel": clip, "interleave": 2 * clip}.get(model.how, clip + own)
+    return encoder
 
 
 def count(module: nn.Module) -> int:
@@ -175,18 +175,18 @@ def counted_flops(call: Callable[[], Any]) -> float:
     return float(counter.get_total_flops())
 
 
-def _add_diffusion(found: MetaEncoder, model: ModelConfig, unet_rank: int) -> int:
+def _add_diffusion(encoder: MetaEncoder, model: ModelConfig, unet_rank: int) -> int:
     """Add a diffusion model's parts; its tokens."""
     options = model.encoder_config()
-    told = describe(model.encoder)
-    taps = told.match_taps(options.taps or told.default_taps)
-    size = options.size or told.default_size
+    architecture = describe(model.encoder)
+    taps = architecture.match_taps(options.taps or architecture.default_taps)
+    size = options.size or architecture.default_size
     height, width = (size, size) if isinstance(size, int) else size
-    parts = build_on_meta(told)
+    parts = build_on_meta(architecture)
     unet, vae = parts["unet"], parts["vae"]
     texts = {name: part for name, part in parts.items() if name.startswith("text_encoder")}
     short: Any = truncate(unet, [tap.name for tap in taps])
-    side = max(height, width) // told.reduction
+    side = max(height, width) // architecture.reduction
     inputs = meta_inputs(unet.config, side)
     length = texts["text_encoder"].config.max_position_embeddings
     states = inputs["encoder_hidden_states"]
@@ -195,27 +195,27 @@ def _add_diffusion(found: MetaEncoder, model: ModelConfig, unet_rank: int) -> in
     halves = 2 if options.conditioning in ("cfg", "concat") else 1
     rows = halves * len(steps) * options.draws
     picture = torch.empty(1, 3, height, width, dtype=torch.float32, device="meta")
-    found.flops["unet"] = rows * counted_flops(lambda: short(**inputs))
-    found.flops["vae"] = counted_flops(lambda: vae.encoder(picture))
-    found.parameters |= {"unet": count(short), "vae": count(vae)}
+    encoder.flops["unet"] = rows * counted_flops(lambda: short(**inputs))
+    encoder.flops["vae"] = counted_flops(lambda: vae.encoder(picture))
+    encoder.parameters |= {"unet": count(short), "vae": count(vae)}
     for name, text in texts.items():
-        found.parameters[name] = count(text)
+        encoder.parameters[name] = count(text)
         embedded = text.get_input_embeddings().weight.numel()
-        found.flops[name] = 2.0 * (count(text) - embedded) * length
+        encoder.flops[name] = 2.0 * (count(text) - embedded) * length
     doubled = 2 if options.conditioning == "concat" else 1
     channels = tuple(tap.channels for tap in taps for _ in range(doubled))
-    found.groups = (*found.groups, *channels)
-    found.hidden_size += sum(channels)
-    found.pixels, found.text_width = height * width, states.shape[2]
+    encoder.groups = (*encoder.groups, *channels)
+    encoder.hidden_size += sum(channels)
+    encoder.pixels, encoder.text_width = height * width, states.shape[2]
     if unet_rank:
         reached = reached_projections(dict(unet.config), [tap.name for tap in taps])
         layers = [unet.get_submodule(path) for path in reached]
         sizes = sum(layer.in_features + layer.out_features for layer in layers)
-        found.trained["unet LoRA"] = unet_rank * sizes
+        encoder.trained["unet LoRA"] = unet_rank * sizes
     if model.captioner:
         vision = _vision_model(model.captioner)
-        found.parameters["captioner's CLIP"] = count(vision[0])
-        found.flops["captioner's CLIP"] = vision[1]
+        encoder.parameters["captioner's CLIP"] = count(vision[0])
+        encoder.flops["captioner's CLIP"] = vision[1]
         *_, last = texts.values()
         pooled = last.config.projection_dim if len(texts) > 1 else None
         captioner = ImplicitCaptioner(
@@ -225,44 +225,46 @@ def _add_diffusion(found: MetaEncoder, model: ModelConfig, unet_rank: int) -> in
             pooled_width=pooled,
             device="meta",
         )
-        found.trained["captioner"] = count(captioner)
+        encoder.trained["captioner"] = count(captioner)
     if options.grid is not None:
         return _cells(options.grid)
-    return grid_tokens(size, told.reduction, [tap.reduction for tap in taps])
+    return grid_tokens(size, architecture.reduction, [tap.reduction for tap in taps])
 
 
-def _add_mixer(found: MetaEncoder, model: ModelConfig, clip: int, own: int) -> None:
+def _add_mixer(encoder: MetaEncoder, model: ModelConfig, clip: int, own: int) -> None:
     """Add the weights that mix two streams, of so many tokens where each keeps its own grid."""
-    (first, *rest), how = found.groups, model.how
-    options: Any = {"config": model.mixing_config(), "text_width": found.text_width}
+    (first, *rest), how = encoder.groups, model.how
+    options: Any = {"config": model.mixing_config(), "text_width": encoder.text_width}
     mixer = make_mixer(how, (first,), rest, device="meta", **options)  # type: ignore[arg-type]
     tokens = own * len(model.encoder_config().timesteps) if how == "cross_attention" else clip
     place: dict[str, Any] = {"dtype": torch.float32, "device": "meta"}
     streams = torch.empty(1, clip, first, **place), torch.empty(1, tokens, sum(rest), **place)
-    text = torch.empty(1, found.text_width, **place) if mixer.text_width else None
-    found.flops["mixer"] = counted_flops(lambda: mixer(*streams, text))
-    found.trained["mixer"] = count(mixer)
-    found.groups, found.hidden_size = mixer.channels, mixer.width
+    text = torch.empty(1, encoder.text_width, **place) if mixer.text_width else None
+    encoder.flops["mixer"] = counted_flops(lambda: mixer(*streams, text))
+    encoder.trained["mixer"] = count(mixer)
+    encoder.groups, encoder.hidden_size = mixer.channels, mixer.width
     asks = mixer.config.asks if how == "cross_attention" else "clip"
-    found.tokens = clip if asks == "clip" else own
+    encoder.tokens = clip if asks == "clip" else own
 
 
 def _no_pictures(*_: Any, **__: Any) -> Any:
     raise AssertionError("a plan reads no pictures")
 
 
-def _add_vision(found: MetaEncoder, name: str, *, trained: int | None = None) -> int:
+def _add_vision(encoder: MetaEncoder, name: str, *, trained: int | None = None) -> int:
     """Add a vision model, of which what runs before a layer may train; its tokens."""
     vision, flops = _vision_model(name)
     config: Any = vision.config
     if trained is not None:
         read = ClipTokens(vision, _no_pictures, layer=trained, frozen=False)
-        found.trained["vision model"] = sum(p.numel() for p in read.parameters() if p.requires_grad)
-    found.parameters["vision model"] = count(vision)
-    found.flops["vision model"] = flops
-    found.groups = (config.hidden_size, *found.groups)
-    found.hidden_size += config.hidden_size
-    found.pixels = max(found.pixels, config.image_size**2)
+        encoder.trained["vision model"] = sum(
+            p.numel() for p in read.parameters() if p.requires_grad
+        )
+    encoder.parameters["vision model"] = count(vision)
+    encoder.flops["vision model"] = flops
+    encoder.groups = (config.hidden_size, *encoder.groups)
+    encoder.hidden_size += config.hidden_size
+    encoder.pixels = max(encoder.pixels, config.image_size**2)
     return int((config.image_size // config.patch_size) ** 2)
 
 

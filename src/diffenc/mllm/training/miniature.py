@@ -53,14 +53,14 @@ def write_miniature(
         for index, scene in enumerate(sample_scenes(scenes, seed=seed)):
             name = f"{index:06}.png"
             render(scene, size).save(paths["images"] / name)
-            told = captions(scene, _CAPTIONS, seed=index)
-            shared = {"id": f"{seed}-{index:06}", "image": name, "captions": told}
-            asked = [
+            texts = captions(scene, _CAPTIONS, seed=index)
+            shared = {"id": f"{seed}-{index:06}", "image": name, "captions": texts}
+            instructions = [
                 {"from": "human", "value": f"<image>\n{REQUEST}"},
-                {"from": "gpt", "value": told[0]},
+                {"from": "gpt", "value": texts[0]},
             ]
             talk = conversation(scene, turns=turns, seed=index)
-            records["align"].append({**shared, "conversations": asked})
+            records["align"].append({**shared, "conversations": instructions})
             records["instruct"].append({**shared, "conversations": talk})
     for name, content in records.items():
         write_json(paths[name], content, indent=1)

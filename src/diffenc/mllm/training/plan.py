@@ -84,17 +84,17 @@ class Plan:
 
     def warnings(self) -> list[str]:
         """What will not do as it is."""
-        found = []
+        notes = []
         if self.context is not None and self.longest > self.context:
-            found.append(
+            notes.append(
                 f"the longest sample has {self.longest} tokens and the language model holds "
                 f"{self.context}: what is beyond is cut"
             )
         if self.data.broken:
-            found.append(f"left out: {self.data.describe()}")
+            notes.append(f"left out: {self.data.describe()}")
         if self.data.samples and self.steps < 10:
-            found.append(f"only {self.steps} steps: a smaller optim.batch_size makes more")
-        return found
+            notes.append(f"only {self.steps} steps: a smaller optim.batch_size makes more")
+        return notes
 
 
 def make_plan(
@@ -221,18 +221,18 @@ def _flops(
     """Operations of one sample: forward, back, and what checkpointing computes again."""
     again = int(config.optimizing.gradient_checkpointing)
     through = 1 + again  # the gradient of what came in, and forward once more
-    found = {name: flops * pictures for name, flops in encoder.flops.items()}
+    parts = {name: flops * pictures for name, flops in encoder.flops.items()}
     if uses_cache(config) and not encoder.trained:
-        found = {name: flops / config.optimizing.epochs for name, flops in found.items()}
-    if encoder.trained.keys() - {"vision model", "mixer"} and "unet" in found:
-        found["unet"] *= 1 + through
+        parts = {name: flops / config.optimizing.epochs for name, flops in parts.items()}
+    if encoder.trained.keys() - {"vision model", "mixer"} and "unet" in parts:
+        parts["unet"] *= 1 + through
     for part in encoder.trained.keys() & {"vision model", "mixer"}:
-        found[part] *= 3  # the gradients of what came in and of the weights
+        parts[part] *= 3  # the gradients of what came in and of the weights
     forward = 2.0 * language.computing * tokens
     attention = 4.0 * language.layers * language.width * tokens**2
     full = config.adapting.language_model == "full"
-    found["language model"] = (forward + attention) * (1 + through + int(full))
-    return found
+    parts["language model"] = (forward + attention) * (1 + through + int(full))
+    return parts
 
 
 def _memory(
@@ -256,7 +256,7 @@ def _memory(
     at_once = min(batch, config.model.image_batch_size or batch)
     # The VAE's first level: 128 channels at full size, of which it holds about four tensors.
     encoding = at_once * encoder.pixels * 128 * 4 * width
-    found = {
+    parts = {
         "frozen weights": float(frozen * width),
         "trained weights": 4.0 * learnt,
         "gradients": 4.0 * learnt,
@@ -266,8 +266,8 @@ def _memory(
         "encoding": float(encoding),
     }
     if config.adapting.language_model == "full" and width == 2:
-        found["autocast copies"] = 2.0 * language.parameters
-    return found
+        parts["autocast copies"] = 2.0 * language.parameters
+    return parts
 
 
 def _disk(
@@ -275,14 +275,14 @@ def _disk(
 ) -> dict[str, float]:
     """Bytes, by use."""
     learnt = sum(trained.values())
-    found = {"model": 4.0 * learnt}
+    parts = {"model": 4.0 * learnt}
     if config.save_steps:
         # Weights and AdamW's two moments; the newest is written before the oldest goes.
-        found["checkpoints"] = 12.0 * learnt * (config.keep + 1)
+        parts["checkpoints"] = 12.0 * learnt * (config.keep + 1)
     if uses_cache(config) and not encoder.trained:
         each = encoder.tokens * encoder.hidden_size * _BYTES[config.optimizing.precision]
-        found["cache"] = min(float(report.images * each), config.data.cache_gb * 1e9)
-    return found
+        parts["cache"] = min(float(report.images * each), config.data.cache_gb * 1e9)
+    return parts
 
 
 def _rate(config: TrainConfig, tflops: float | None) -> tuple[float, str]:

@@ -134,12 +134,12 @@ def _train(
     from diffenc.mllm.training.trainer import check_same_run, check_same_weights
 
     folder = Path(config.output)
-    told = run_identity(config, samples)
+    identity = run_identity(config, samples)
     if checkpoint is not None:
-        check_same_run(checkpoint, told)
+        check_same_run(checkpoint, identity)
     device = _device(device)
     vlm = build_vlm(config, device=device)
-    told["weights"] = {
+    identity["weights"] = {
         part: weights_mark(module)
         for part, module in (("encoder", vlm.encoder), ("language model", vlm.language_model))
     }
@@ -153,7 +153,7 @@ def _train(
         _begin(folder, config)
         if checkpoint is None:
             write_json(folder / LEFT_OUT_FILE, report.left_out, indent=None)
-    trainer = _trainer(config, vlm, dataset, told, cache, device, progress, stop_after)
+    trainer = _trainer(config, vlm, dataset, identity, cache, device, progress, stop_after)
     _require_same(samples)
     try:
         with _quiet():
@@ -285,11 +285,11 @@ def make_cache(config: TrainConfig, vlm: DiffusionVLM) -> TokenCache | None:
 
 def run_identity(config: TrainConfig, samples: Sequence[TrainSample]) -> dict[str, Any]:
     """What a run and its continuation must share, flat; `weights` comes with the model."""
-    told = {key: value for key, value in config.lasting().to_dict().items() if key not in _FREE}
-    told["data"] = {k: v for k, v in told["data"].items() if k not in _FREE_DATA}
-    told["optim"] = {k: v for k, v in told["optim"].items() if k != "device_batch_size"}
+    settings = {key: value for key, value in config.lasting().to_dict().items() if key not in _FREE}
+    settings["data"] = {k: v for k, v in settings["data"].items() if k not in _FREE_DATA}
+    settings["optim"] = {k: v for k, v in settings["optim"].items() if k != "device_batch_size"}
     flat = {}
-    for key, value in told.items():
+    for key, value in settings.items():
         if isinstance(value, dict):
             flat.update({f"{key}.{inner}": each for inner, each in value.items()})
         else:
@@ -379,9 +379,9 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _device(wanted: str | torch.device | None) -> torch.device:
-    if wanted is not None:
-        return torch.device(wanted)
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is not None:
+        return torch.device(device)
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
@@ -391,7 +391,7 @@ def _trainer(
     config: TrainConfig,
     vlm: DiffusionVLM,
     dataset: ConversationDataset,
-    told: dict[str, Any],
+    identity: dict[str, Any],
     cache: TokenCache | None,
     device: torch.device,
     progress: Progress | None,
@@ -441,7 +441,7 @@ def _trainer(
         dataset,
         arguments,
         collator=collate,
-        told=told,
+        identity=identity,
         cache=cache,
         callbacks=[RunCallback(Path(config.output) / LOG_FILE, progress, stop_after)],
     )

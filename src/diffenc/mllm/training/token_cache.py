@@ -75,14 +75,14 @@ class TokenCache:
 
     def get(self, name: str) -> Tensor | None:
         """An entry, or None; counts a hit or a miss."""
-        found = self._waiting.get(name)
-        if found is None and name in self._places:
-            found = self._read(name)
-        if found is None:
+        tokens = self._waiting.get(name)
+        if tokens is None and name in self._places:
+            tokens = self._read(name)
+        if tokens is None:
             self.misses += 1
         else:
             self.hits += 1
-        return found
+        return tokens
 
     def put(self, name: str, tensor: Tensor) -> None:
         """Keep an entry, where there is room.

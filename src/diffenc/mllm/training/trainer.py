@@ -35,8 +35,8 @@ class VLMTrainer(Trainer):  # type: ignore[misc]  # transformers is seen as Any
         dataset: Samples that the model is trained on.
         args: transformers' `TrainingArguments`.
         collator: Function that makes a batch of samples.
-        told: Description of the run, as JSON holds it; training goes on only from checkpoints that
-            agree with it.
+        identity: Description of the run, as JSON holds it; training goes on only from checkpoints
+            that agree with it.
         cache: Cache of the frozen encoder's tokens; None keeps nothing.
         callbacks: Further callbacks of the trainer.
     """
@@ -48,7 +48,7 @@ class VLMTrainer(Trainer):  # type: ignore[misc]  # transformers is seen as Any
         args: Any,
         *,
         collator: Any,
-        told: dict[str, Any],
+        identity: dict[str, Any],
         cache: TokenCache | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
@@ -60,7 +60,7 @@ class VLMTrainer(Trainer):  # type: ignore[misc]  # transformers is seen as Any
             callbacks=callbacks,
         )
         self.model_accepts_loss_kwargs = True
-        self.vlm, self.told, self.cache = vlm, told, cache
+        self.vlm, self.identity, self.cache = vlm, identity, cache
         self.broken: dict[str, None] = {}  # in the order in which they were noticed
         precision = str(self.accelerator.mixed_precision)
         self._digest = "" if cache is None else encoder_digest(vlm.encoder, precision)
@@ -105,7 +105,7 @@ class VLMTrainer(Trainer):  # type: ignore[misc]  # transformers is seen as Any
         folder = make_folder(output_dir or self.args.output_dir)
         state = {name: value.cpu() for name, value in self.vlm.named_trainable_parameters()}
         write_tensors(folder / WEIGHTS_FILE, state)
-        write_json(folder / RUN_FILE, self.told)
+        write_json(folder / RUN_FILE, self.identity)
         if self.cache is not None:
             self.cache.flush()
         # A run that goes on from here begins with empty caches; what they hold decides which
@@ -164,15 +164,15 @@ def clear_caches(vlm: DiffusionVLM) -> None:
 
 def find_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint of a run; one whose writing was interrupted does not count."""
-    found = [
+    checkpoints = [
         (int(path.name.rpartition("-")[2]), path)
         for path in folder.glob("checkpoint-*")
         if path.name.rpartition("-")[2].isdecimal() and _is_whole(path)
     ]
-    return max(found)[1] if found else None
+    return max(checkpoints)[1] if checkpoints else None
 
 
-def check_same_run(checkpoint: Path, told: dict[str, Any]) -> None:
+def check_same_run(checkpoint: Path, identity: dict[str, Any]) -> None:
     """Raise unless a checkpoint is of this run.
 
     Raises:
@@ -183,7 +183,7 @@ def check_same_run(checkpoint: Path, told: dict[str, Any]) -> None:
         before = read_json(checkpoint / RUN_FILE)
     except ConfigError as error:
         raise ConfigError(f"{checkpoint} does not say what it was trained with: {error}") from error
-    now = parse_json(json.dumps(told), where="this run")
+    now = parse_json(json.dumps(identity), where="this run")
     if not ("sizes of the pictures" in before and "sizes of the pictures" in now):
         before.pop("sizes of the pictures", None), now.pop("sizes of the pictures", None)
     changed = [
