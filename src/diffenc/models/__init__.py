@@ -15,6 +15,7 @@ from diffenc.errors import BackboneError, ConfigError, near_matches
 from diffenc.models.base import Backbone
 from diffenc.models.configs import Architecture, known_architecture
 from diffenc.models.device import Device, Dtype, as_dtype, check_placement
+from diffenc.models.family_files import FAMILY_FILES
 from diffenc.models.folder import (
     assemble,
     load_folder,
@@ -168,7 +169,7 @@ def load_backbone(
     if keep_taps is not None:
         keep_taps = [tap.name for tap in described.match_taps(keep_taps)]
     second = [part for part in replaced.references() if part.endswith("_2")]
-    if second and described.family != "sdxl":
+    if second and second[0] not in FAMILY_FILES[described.family].parts:
         raise ConfigError(f"{second[0]} is SDXL's; this model has one text encoder: leave it out")
     if is_pipeline(name):
         if replaced.references():
@@ -265,7 +266,8 @@ def _load_single_file(
             kept = torch.float32 if overflows and dtype == torch.float16 else dtype
             loaded = opened.part(part, described, dtype=kept, keep_taps=keep_taps)
         parts[part] = loaded
-    for part in ("tokenizer", "tokenizer_2")[: 2 if described.family == "sdxl" else 1]:
+    family_parts = FAMILY_FILES[described.family].parts
+    for part in (each for each in family_parts if each.startswith("tokenizer")):
         loaded = _tokenizer_of_file(path, part, alias, replaced, described)
         encoder = parts[part.replace("tokenizer", "text_encoder")]
         parts[part] = fitting_tokenizer(loaded, encoder, _PAD_TOKENS.get((alias, part)))

@@ -147,6 +147,7 @@ class Backbone(nn.Module):
         variant: Variant of the weight files that was requested, see `load_backbone`.
         caches: Latents, prompts and unconditional features that were computed before.
         reads_sizes: Whether prompts tell the denoiser the size of their picture.
+        reads_pooled: Whether the denoiser reads a pooled state of the text beside the others.
         compiled: Compiled U-Net for each tuple of taps.
         lock: Held while a call reads the model or changes it, so that threads may share it. It is
             the U-Net's: backbones on one U-Net take turns.
@@ -155,6 +156,7 @@ class Backbone(nn.Module):
     family: str
     uncond_rule: Uncond = "empty"
     reads_sizes: bool = False
+    reads_pooled: bool = False
 
     def __init__(
         self,
@@ -168,7 +170,7 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         check_components(unet, vae, scheduler)
-        check_unet(unet.config, name, pooled=self.family == "sdxl")
+        check_unet(unet.config, name, pooled=self.reads_pooled)
         self.name = name
         self.unet, self.vae, self.scheduler = unet, vae, scheduler
         self.given: dict[str, str | None] = {}

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from diffenc.models.family_files import family_of_configs
 from diffenc.models.presets import preset_options
 from diffenc.models.taps import TapInfo, match_taps, unet_taps
 
@@ -138,8 +139,8 @@ class Architecture:
 
     @property
     def family(self) -> str:
-        """What it is shaped like: "sd" or "sdxl"."""
-        return "sdxl" if "text_encoder_2" in self.configs else "sd"
+        """Family that it is shaped like, such as "sd" or "sdxl"."""
+        return family_of_configs(self.configs)
 
     @property
     def reduction(self) -> int:

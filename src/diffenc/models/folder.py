@@ -12,6 +12,7 @@ from diffenc.models.base import Backbone
 from diffenc.models.config_checks import check_config
 from diffenc.models.configs import Architecture
 from diffenc.models.families import make_backbone
+from diffenc.models.family_files import FAMILY_FILES, PARTS
 from diffenc.models.parts import GivenParts, fitting_tokenizer, load_tokenizer
 from diffenc.models.schedules import make_scheduler
 from diffenc.models.stored import load_stored, read_plain, stem_of
@@ -21,22 +22,9 @@ from diffenc.storage.reading import read_json
 from diffenc.storage.remote_code import refuse_remote_code
 from diffenc.storage.weights import HALF, list_folder, variants
 
-_PARTS = {
-    "sd": ("unet", "vae", "scheduler", "text_encoder", "tokenizer"),
-    "sdxl": (
-        "unet",
-        "vae",
-        "scheduler",
-        "text_encoder",
-        "tokenizer",
-        "text_encoder_2",
-        "tokenizer_2",
-    ),
-}
-
 
 def read_model_index(folder: Path) -> tuple[str, dict[str, Any]]:
-    """Family ("sd" or "sdxl") and content of a folder's `model_index.json`.
+    """Family and content of a folder's `model_index.json`.
 
     Raises:
         BackboneError: No folder, no or a broken index, or a pipeline that diffenc cannot read.
@@ -57,13 +45,14 @@ def read_model_index(folder: Path) -> tuple[str, dict[str, Any]]:
     pipeline = index.get("_class_name") if isinstance(index, dict) else None
     if not isinstance(pipeline, str):
         raise BackboneError(f"{index_file} is broken: it names no pipeline under _class_name")
-    for part in sorted({part for parts in _PARTS.values() for part in parts}):
+    for part in sorted(PARTS):
         _check_origin(index.get(part), part, folder)
     family = pipeline_family(index, str(folder))
-    missing = [part for part in _PARTS[family] if not is_folder(folder / part)]
+    parts = FAMILY_FILES[family].parts
+    missing = [part for part in parts if not is_folder(folder / part)]
     if missing:
         raise BackboneError(f"{folder} is incomplete: it lacks {', '.join(missing)}")
-    for part in _PARTS[family]:
+    for part in parts:
         refuse_remote_code(folder / part)  # before the weights of another part are read
     return family, index
 
@@ -101,7 +90,8 @@ def read_architecture(folder: Path, *, own_taps: tuple[str, ...] | None = None) 
         BackboneError: The folder is missing, incomplete or broken.
     """
     family, _ = read_model_index(folder)
-    names = [part for part in _PARTS[family] if not part.startswith("tokenizer")]
+    parts = FAMILY_FILES[family].parts
+    names = [part for part in parts if not part.startswith("tokenizer")]
     return Architecture({name: read_config(folder, name) for name in names}, own_taps)
 
 
@@ -137,10 +127,10 @@ def load_folder(
     """
     replaced = replaced or GivenParts()
     family, index = read_model_index(folder)
-    weighty = [part for part in _PARTS[family] if _has_weights(part)]
-    named = part_variants(folder, weighty, variant)
+    files = FAMILY_FILES[family]
+    named = part_variants(folder, files.weighty, variant)
     parts, halves = {}, []
-    for part in _PARTS[family]:
+    for part in files.parts:
         loaded = replaced.load(part, described, dtype=dtype, keep_taps=keep_taps)
         if loaded is None and part in named:
             loaded, taken = load_stored(
@@ -156,9 +146,7 @@ def load_folder(
             "to float16, whatever they are computed in",
             stacklevel=2,
         )
-    if family == "sdxl":
-        parts["force_zeros"] = bool(index.get("force_zeros_for_empty_prompt", True))
-    return assemble(name, described, parts, device)
+    return assemble(name, described, {**parts, **files.options_in(index)}, device)
 
 
 def assemble(
@@ -186,11 +174,7 @@ def weighty_parts(folder: Path) -> list[str]:
         BackboneError: See `read_model_index`.
     """
     family, _ = read_model_index(folder)
-    return [part for part in _PARTS[family] if _has_weights(part)]
-
-
-def _has_weights(part: str) -> bool:
-    return not part.startswith(("tokenizer", "scheduler"))
+    return list(FAMILY_FILES[family].weighty)
 
 
 def part_variants(

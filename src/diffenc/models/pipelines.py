@@ -4,16 +4,12 @@ from typing import Any
 
 from diffenc.errors import BackboneError
 from diffenc.models.configs import Architecture
+from diffenc.models.family_files import FAMILY_FILES, PARTS
 from diffenc.models.schedules import make_scheduler
 from diffenc.models.variants import check_configs, pipeline_family
 
 PIPELINE = "pipeline"
 """Key in `Backbone.given` of a model whose parts came from a pipeline object, not from files."""
-
-_PARTS = {
-    "sd": ("unet", "vae", "text_encoder", "tokenizer"),
-    "sdxl": ("unet", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
-}
 
 
 def is_pipeline(value: object) -> bool:
@@ -27,7 +23,7 @@ def pipeline_name(pipeline: Any) -> str:
 
 
 def pipeline_parts(pipeline: Any) -> dict[str, Any]:
-    """Components of a pipeline that a backbone takes, with "force_zeros" for SDXL.
+    """Components of a pipeline that a backbone takes, with the options of its family.
 
     Args:
         pipeline: A `StableDiffusionPipeline` or `StableDiffusionXLPipeline`, or their img2img.
@@ -36,8 +32,8 @@ def pipeline_parts(pipeline: Any) -> dict[str, Any]:
         BackboneError: A pipeline of another class, or one that lacks a component.
     """
     where = pipeline_name(pipeline)
-    family = pipeline_family(_index(pipeline), where)
-    parts = {name: getattr(pipeline, name, None) for name in (*_PARTS[family], "scheduler")}
+    files = FAMILY_FILES[pipeline_family(_index(pipeline), where)]
+    parts = {name: getattr(pipeline, name, None) for name in files.parts}
     if missing := [name for name, part in parts.items() if part is None]:
         raise BackboneError(f"{where} lacks {', '.join(missing)}; make it with all of its parts")
     for name, part in parts.items():
@@ -50,9 +46,7 @@ def pipeline_parts(pipeline: Any) -> dict[str, Any]:
     scheduler: Any = parts["scheduler"]
     config = {**scheduler.config, "_class_name": type(scheduler).__name__}
     parts["scheduler"] = make_scheduler(config, where=f"the scheduler of {where}")
-    if family == "sdxl":
-        parts["force_zeros"] = bool(pipeline.config.get("force_zeros_for_empty_prompt", True))
-    return parts
+    return {**parts, **files.options_in(pipeline.config)}
 
 
 def pipeline_architecture(pipeline: Any) -> Architecture:
@@ -77,13 +71,12 @@ def _index(pipeline: Any) -> dict[str, Any]:
     kinds = [kind.__name__ for kind in type(pipeline).__mro__]
     index: dict[str, Any] = {
         name: (None, type(part).__name__)
-        for name in _PARTS["sdxl"]
-        if (part := getattr(pipeline, name, None)) is not None
+        for name in PARTS
+        if name != "scheduler" and (part := getattr(pipeline, name, None)) is not None
     }
     # A subclass made by the user is what it is made of.
-    own = [
-        kind for kind in kinds if kind in ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
-    ]
+    known = [files.pipelines[0] for files in FAMILY_FILES.values()]
+    own = [kind for kind in kinds if kind in known]
     index["_class_name"] = kinds[0] if not own else own[0]
     for option in ("force_zeros_for_empty_prompt", "requires_aesthetics_score"):
         if option in pipeline.config:

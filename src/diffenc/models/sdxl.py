@@ -37,7 +37,7 @@ class StableDiffusionXL(Backbone):
     """
 
     family = "sdxl"
-    reads_sizes = True
+    reads_sizes = reads_pooled = True
 
     def __init__(
         self,

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffenc.errors import BackboneError
+from diffenc.models.family_files import PIPELINES
 from diffenc.storage.names import printable
 
 INPUTS = {
@@ -15,12 +16,6 @@ INPUTS = {
 }
 """Kind of a U-Net by its number of input channels, for those that take more than latents."""
 
-_FAMILIES = {
-    "StableDiffusionPipeline": "sd",
-    "StableDiffusionImg2ImgPipeline": "sd",
-    "StableDiffusionXLPipeline": "sdxl",
-    "StableDiffusionXLImg2ImgPipeline": "sdxl",
-}
 _OTHERS = {  # by a part of the name of the pipeline
     "Inpaint": INPUTS[9],
     "Depth2Img": INPUTS[5],
@@ -60,7 +55,7 @@ _UNCONDITIONED: dict[str, tuple[Any, str]] = {
 
 
 def pipeline_family(index: Mapping[str, Any], where: str) -> str:
-    """What a pipeline is shaped like, "sd" or "sdxl", by its `model_index.json`.
+    """Family of a pipeline by its `model_index.json`.
 
     Args:
         index: Content of the file: the pipeline's class and options, library and class per part.
@@ -71,11 +66,11 @@ def pipeline_family(index: Mapping[str, Any], where: str) -> str:
             none.
     """
     kind = index.get("_class_name")
-    family = _FAMILIES.get(kind) if isinstance(kind, str) else None
+    family = PIPELINES.get(kind) if isinstance(kind, str) else None
     if family is None:
         reason = next((what for part, what in _OTHERS.items() if part in str(kind)), None)
         raise BackboneError(
-            f"{where} holds a {printable(kind)}; diffenc reads {sorted(_FAMILIES)}"
+            f"{where} holds a {printable(kind)}; diffenc reads {sorted(PIPELINES)}"
             + (f". This one is {reason}." if reason else "")
         )
     if family == "sdxl" and (index.get("requires_aesthetics_score") or _lacks_first(index)):

@@ -12,6 +12,7 @@ from torch import Tensor
 from diffenc.denoiser.lora.adapters import plain_state
 from diffenc.errors import OutputError
 from diffenc.models.base import Backbone
+from diffenc.models.family_files import FAMILY_FILES
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -33,11 +34,8 @@ def write_folder(backbone: Backbone, folder: Path) -> None:
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        index: dict[str, Any] = {
-            "_class_name": "StableDiffusionXLPipeline"
-            if backbone.family == "sdxl"
-            else "StableDiffusionPipeline"
-        }
+        pipeline = FAMILY_FILES[backbone.family].pipelines[0]
+        index: dict[str, Any] = {"_class_name": pipeline}
         parts = {**backbone.parts(), "scheduler": _for_pipelines(backbone.scheduler)}
         parts |= {name: part for name, part in vars(backbone).items() if "tokenizer" in name}
         for name, part in parts.items():
