@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from diffenc.cli.main import app
 from diffenc.studies.vlm import STUDIES
-from diffenc.studies.vlm.reading import bundled_text
+from diffenc.studies.vlm.plan_file import bundled_text
 from vlm_builders import save_tiny_lm
 
 PLAN = """

@@ -15,8 +15,8 @@ from diffenc.evals.evaluate import evaluate
 from diffenc.evals.metrics import correct
 from diffenc.evals.miniature import shapes_benchmark
 from diffenc.evals.results_file import ResultsFile
-from diffenc.studies.results import Spread
-from diffenc.studies.vlm.claims import parse_claim
+from diffenc.studies.spreads import Spread
+from diffenc.studies.vlm.findings import parse_claim
 from evals_data import RandomMatcher, read_lines
 
 

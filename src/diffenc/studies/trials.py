@@ -11,6 +11,10 @@ from diffenc.shapes.scenes import COLORS, SHAPES, Scene, SceneObject, sample_sce
 Property = Literal["color", "shape", "position", "count"]
 PROPERTIES: tuple[Property, ...] = get_args(Property)
 
+Conditioning = Literal["uncond", "question", "caption"]
+CONDITIONINGS: tuple[Conditioning, ...] = get_args(Conditioning)
+"""Kinds of text that a scene is read under."""
+
 CLASSES: dict[Property, int] = {
     "color": len(COLORS),
     "shape": len(SHAPES),
