@@ -359,8 +359,8 @@ class TestStudy:
     @pytest.mark.parametrize(
         ("bad", "message"),
         [
-            ({"scenes": 29}, "scenes must be 30 or more"),
-            ({"seeds": 0}, "seeds must be 1"),
+            ({"scenes": 29}, "scenes must be an int of 30 or more, got 29"),
+            ({"seeds": 0}, "seeds must be an int of 1"),
             ({"timesteps": []}, "timesteps must be one or more"),
             ({"timesteps": [50, 50]}, "each once"),
             ({"timesteps": [1000]}, r"\[0, 1000\)"),

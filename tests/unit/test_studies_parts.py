@@ -287,8 +287,8 @@ def test_without_a_clip_its_parts_are_missing_and_said_to_be(tiny_sd_folder, mon
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"scenes": 29}, "scenes must be 30 or more, got 29"),
-        ({"seeds": 0}, "seeds must be 1 or more"),
+        ({"scenes": 29}, "scenes must be an int of 30 or more, got 29"),
+        ({"seeds": 0}, "seeds must be an int of 1 or more"),
         ({"rank": 0}, "rank must be"),
         ({"epochs": 0}, "epochs must be"),
         ({"batch_size": 0}, "batch_size must be"),
@@ -375,4 +375,4 @@ def test_no_clip_and_existing_files(tiny_sd_folder, tmp_path) -> None:
     assert result.output.startswith("error: the output exists already")
     result = run("--scenes", "3", "-o", tmp_path, "--force", "--clip", "none")
     assert result.exit_code == 2
-    assert "scenes must be 30 or more" in result.output
+    assert "scenes must be an int of 30 or more" in result.output

@@ -1,7 +1,7 @@
 import pytest
 
 from diffenc.errors import ConfigError
-from diffenc.studies.settings import Done, chance_of, require_distinct, require_least
+from diffenc.studies.settings import Done, chance_of, require_distinct
 
 
 def test_what_is_done_is_added_up_and_told():
@@ -11,12 +11,6 @@ def test_what_is_done_is_added_up_and_told():
         done.add(count)
     assert told == [(2, 7), (6, 7), (7, 7)]
     Done(None, 7).add(3)
-
-
-def test_an_option_below_its_least_is_named():
-    require_least({"seeds": (1, 1), "scenes": (30, 30)})
-    with pytest.raises(ConfigError, match="scenes must be 30 or more, got 29"):
-        require_least({"seeds": (1, 1), "scenes": (29, 30)})
 
 
 @pytest.mark.parametrize("values", [[], [50, 50], ["a", "b", "a"]])

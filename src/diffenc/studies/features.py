@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from diffenc.checks.arguments import whole
 from diffenc.config import check_choice
 from diffenc.models.base import Backbone
 from diffenc.studies.focus import Focus, Measure, read_focus
@@ -23,7 +24,6 @@ from diffenc.studies.settings import (
     Progress,
     chance_of,
     require_distinct,
-    require_least,
 )
 from diffenc.studies.spreads import Spread, mean_of, over_seeds
 from diffenc.studies.trials import (
@@ -190,14 +190,10 @@ def study_features(
     Source:
         Linear probes as measure of what a layer holds: Alain and Bengio 2016, arXiv:1610.01644.
     """
-    require_least(
-        {
-            "scenes": (scenes, 30),
-            "focus_scenes": (focus_scenes, 0),
-            "seeds": (seeds, 1),
-            "batch_size": (batch_size, 1),
-        }
-    )
+    whole("scenes", scenes, least=30)
+    whole("focus_scenes", focus_scenes, least=0)
+    whole("seeds", seeds, least=1)
+    whole("batch_size", batch_size, least=1)
     for name in conditionings:
         check_choice("conditionings", name, CONDITIONINGS)
     require_distinct("timesteps", timesteps)

@@ -15,6 +15,7 @@ from einops import reduce
 from jaxtyping import Float
 from torch import Tensor
 
+from diffenc.checks.arguments import whole
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import ConfigError
 from diffenc.models.base import Backbone
@@ -33,7 +34,6 @@ from diffenc.studies.settings import (
     Progress,
     chance_of,
     require_distinct,
-    require_least,
 )
 from diffenc.studies.spreads import Spread, over_seeds
 from diffenc.studies.trials import CLASSES, Trial, sample_trials
@@ -204,7 +204,9 @@ def study_leakage_readout(
         Leakage of prompts: arXiv:2507.07106, abstract. Linear probes: Alain and Bengio 2016,
         arXiv:1610.01644.
     """
-    require_least({"scenes": (scenes, 30), "seeds": (seeds, 1), "batch_size": (batch_size, 1)})
+    whole("scenes", scenes, least=30)
+    whole("seeds", seeds, least=1)
+    whole("batch_size", batch_size, least=1)
     require_distinct("timesteps", timesteps)
     scales = tuple(sorted(float(scale) for scale in guidance_scales))
     if len(set(scales)) != len(scales) or not all(map(math.isfinite, scales)):

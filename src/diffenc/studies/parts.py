@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
+from diffenc.checks.arguments import whole
 from diffenc.clip.tokens import ClipTokens
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import BackboneError
 from diffenc.models.base import Backbone
 from diffenc.studies.parts_run import PartRun
 from diffenc.studies.probes import held_in, numerics
-from diffenc.studies.settings import Done, Progress, chance_of, require_least
+from diffenc.studies.settings import Done, Progress, chance_of
 from diffenc.studies.spreads import Spread, mean_of, over_seeds
 from diffenc.studies.token_readers import ASKED, PARTS, READERS, Part, Reader
 from diffenc.studies.trials import Property, sample_trials
@@ -186,17 +187,13 @@ def study_parts(
         >>> study.gain("cond", "uncond", "told")
         Spread(values=(...,))
     """
-    require_least(
-        {
-            "scenes": (scenes, 30),
-            "seeds": (seeds, 1),
-            "rank": (rank, 1),
-            "epochs": (epochs, 1),
-            "reader_epochs": (reader_epochs, 1),
-            "grid": (grid, 1),
-            "batch_size": (batch_size, 1),
-        }
-    )
+    whole("scenes", scenes, least=30)
+    whole("seeds", seeds, least=1)
+    whole("rank", rank, least=1)
+    whole("epochs", epochs, least=1)
+    whole("reader_epochs", reader_epochs, least=1)
+    whole("grid", grid, least=1)
+    whole("batch_size", batch_size, least=1)
     encoder = (
         DiffusionEncoder(model)
         if isinstance(model, Backbone)

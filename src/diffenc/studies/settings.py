@@ -1,10 +1,9 @@
 """Checks that every study makes before it begins, and the report of its progress."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-from diffenc.checks.arguments import whole
 from diffenc.errors import ConfigError
 
 Progress: TypeAlias = Callable[[int, int], object]
@@ -22,13 +21,6 @@ class Done:
         self._done += count
         if self._progress is not None:
             self._progress(self._done, self._total)
-
-
-def require_least(options: Mapping[str, tuple[int, int]]) -> None:
-    """Raise a `ConfigError` where an option's value, the first, is below its least, the second."""
-    for name, (value, least) in options.items():
-        if whole(name, value) < least:
-            raise ConfigError(f"{name} must be {least} or more, got {value}")
 
 
 def require_distinct(what: str, values: Sequence[Any]) -> None:

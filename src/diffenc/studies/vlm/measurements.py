@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from diffenc.checks.arguments import whole
 from diffenc.config import check_choice
 from diffenc.errors import ConfigError, near_matches
 
@@ -104,12 +105,8 @@ class Measurement:
         object.__setattr__(self, "label", self.label or self.name)
         where = f"measure.{self.name}"
         check_choice(f"{where}.kind", self.kind, list(FIGURES))
-        for name in ("items", "passes"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{where}.{name} must be an int of 1 or more, got {value!r}")
-        if self.items < 3:
-            raise ConfigError(f"{where}.items must be 3 or more, got {self.items}")
+        whole(f"{where}.items", self.items, least=3)
+        whole(f"{where}.passes", self.passes, least=1)
         if self.passes > 1 and self.kind != "captions":
             raise ConfigError(f'{where}.passes is for kind = "captions"')
         if self.kind == "leakage" and self.prompts != "none":

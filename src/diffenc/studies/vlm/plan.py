@@ -5,8 +5,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
+from diffenc.checks.arguments import whole
 from diffenc.config import check_choice
-from diffenc.errors import ConfigError, near_matches
+from diffenc.errors import ConfigError
 from diffenc.evals.answering.paper import published_tables
 from diffenc.mllm.training.config import Stage, TrainConfig
 from diffenc.storage.schema import checked
@@ -32,8 +33,8 @@ class StudyData:
     turns: int = 3
 
     def __post_init__(self) -> None:
-        if self.scenes < 1 or self.turns < 1:
-            raise ConfigError("data.scenes and data.turns must be 1 or more")
+        whole("data.scenes", self.scenes, least=1)
+        whole("data.turns", self.turns, least=1)
         if not 0 <= self.seed < 900_000:
             raise ConfigError(
                 f"data.seed must be 0 to 899999, got {self.seed}; from 900000 on scenes are held "
@@ -72,8 +73,7 @@ class StudyPlan:
     plots: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.seeds, bool) or not isinstance(self.seeds, int) or self.seeds < 1:
-            raise ConfigError(f"seeds must be an int of 1 or more, got {self.seeds!r}")
+        whole("seeds", self.seeds, least=1)
         _check(self)
 
     def pairs(self, missing: Collection[str] = ()) -> list[tuple[Training, Measurement]]:
@@ -224,65 +224,31 @@ def _check(plan: StudyPlan) -> None:
         raise ConfigError("a study needs one training and one measurement or more")
     for name in plan.paper:
         check_choice("paper", name, published_tables())
-    _check_trainings(plan)
-    _check_measurements(plan)
+    before: list[str] = []
+    for training in plan.trainings.values():
+        if training.start:
+            check_choice(
+                f"train.{training.name}.start: a training before it", training.start, before
+            )
+        before.append(training.name)
+        plan.config(training.name)
+    for measurement in plan.measurements.values():
+        for name in (*measurement.of, *filter(None, [measurement.writer])):
+            check_choice(f"measure.{measurement.name}: a training", name, before)
+        for name in filter(measurement.measures, before if measurement.options else ()):
+            plan.config(name, options=measurement.options)
     for finding in plan.findings:
         for claim in finding.claims:
             for key in claim.keys:
                 _check_key(plan, key, claim.text)
     kinds = sorted({each.kind for each in plan.measurements.values()})
-    drawn = [f"{kind}/{figure}" for kind in kinds for figure in FIGURES[kind]]
-    if wrong := [plot for plot in plan.plots if plot not in drawn]:
-        raise ConfigError(
-            f"plots: {wrong[0]!r} is not measured; known are {', '.join(drawn)}."
-            f"{near_matches(wrong[0], drawn)}"
-        )
+    for plot in plan.plots:
+        check_choice("plots", plot, [f"{kind}/{name}" for kind in kinds for name in FIGURES[kind]])
 
 
-def _check_trainings(plan: StudyPlan) -> None:
-    before: list[str] = []
-    for training in plan.trainings.values():
-        if training.start and training.start not in before:
-            known = f"those before it are {before}" if before else "there is none before it"
-            raise ConfigError(
-                f"train.{training.name}.start must name a training before it, got "
-                f"{training.start!r}; {known}.{near_matches(training.start, before)}"
-            )
-        before.append(training.name)
-        plan.config(training.name)
-
-
-def _check_measurements(plan: StudyPlan) -> None:
-    known = list(plan.trainings)
-    for measurement in plan.measurements.values():
-        for name in (*measurement.of, *filter(None, [measurement.writer])):
-            if name not in known:
-                raise ConfigError(
-                    f"measure.{measurement.name} names the training {name!r}; known are "
-                    f"{known}.{near_matches(name, known)}"
-                )
-        for name in known:
-            if measurement.options and measurement.measures(name):
-                plan.config(name, options=measurement.options)
-
-
-def _check_key(plan: StudyPlan, key: Key, where: str) -> None:
+def _check_key(plan: StudyPlan, key: Key, claim: str) -> None:
     training, name, figure = key
-    if training not in plan.trainings:
-        known = list(plan.trainings)
-        raise ConfigError(
-            f"{where!r}: no training {training!r}; known are {known}."
-            f"{near_matches(training, known)}"
-        )
-    measurement = plan.measurements.get(name)
-    if measurement is None or not measurement.measures(training):
-        known = [each.name for each in plan.measurements.values() if each.measures(training)]
-        raise ConfigError(
-            f"{where!r}: {name!r} is not measured of {training!r}; measured are {known}."
-            f"{near_matches(name, known)}"
-        )
-    if figure not in measurement.figures:
-        raise ConfigError(
-            f"{where!r}: {name!r} gives no {figure!r}; it gives {list(measurement.figures)}."
-            f"{near_matches(figure, measurement.figures)}"
-        )
+    check_choice(f"{claim!r}: a training", training, list(plan.trainings))
+    measured = {each.name: each for each in plan.measurements.values() if each.measures(training)}
+    check_choice(f"{claim!r}: a measurement of {training!r}", name, list(measured))
+    check_choice(f"{claim!r}: a figure of {name!r}", figure, measured[name].figures)
