@@ -21,17 +21,10 @@ from diffenc.studies.vlm.measurements import Measurement
 from diffenc.studies.vlm.plan import StudyData, StudyPlan
 from diffenc.studies.vlm.trainings import Shared, Training
 
-STUDIES = (
-    "guidance",
-    "leakage",
-    "prompts",
-    "conditioning",
-    "fusion",
-    "lora",
-    "captioner",
-    "refinement",
-)
-"""Names of the bundled studies."""
+_PLANS = files("diffenc.studies.vlm") / "plans"
+
+STUDIES = tuple(sorted(each.name.removesuffix(".toml") for each in _PLANS.iterdir()))
+"""Names of the bundled studies: each has a file in the folder `plans`."""
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
@@ -52,7 +45,7 @@ def bundled_text(name: str) -> str:
         ConfigError: There is none of that name.
     """
     check_choice("study", name, STUDIES)
-    return read_text(str(files("diffenc.studies.vlm") / "plans" / f"{name}.toml"))
+    return read_text(str(_PLANS / f"{name}.toml"))
 
 
 def read_plan(name: str, path: "str | os.PathLike[str]") -> StudyPlan:
