@@ -20,10 +20,10 @@ from diffenc.studies.charts import CellTable, draw_cells
 from diffenc.studies.features import FeatureStudy, Reading, study_features
 from diffenc.studies.features_page import best_table, draw_features, input_table, to_markdown
 from diffenc.studies.focus import Focus, contrast, read_focus
-from diffenc.studies.probes import pool, tap_order
+from diffenc.studies.probes import Done, pool, require_distinct, tap_order
 from diffenc.studies.readouts import PENALTIES, fit_readout
 from diffenc.studies.spreads import Spread
-from diffenc.studies.trials import CLASSES, PROPERTIES, Trial, sample_trials
+from diffenc.studies.trials import CLASSES, PROPERTIES, Trial, chance_of, sample_trials
 
 TAPS = ("conv_in", "mid_block", "up_blocks.1")
 
@@ -459,3 +459,24 @@ def test_a_trial_asks_about_one_object():
     trial = sample_trials(1, seed=0)[0]
     assert isinstance(trial, Trial)
     assert trial.thing is trial.scene.objects[trial.target]
+
+
+def test_what_is_done_is_added_up_and_told():
+    told = []
+    done = Done(lambda count, total: told.append((count, total)), 7)
+    for count in (2, 4, 1):
+        done.add(count)
+    assert told == [(2, 7), (6, 7), (7, 7)]
+    Done(None, 7).add(3)
+
+
+@pytest.mark.parametrize("values", [[], [50, 50], ["a", "b", "a"]])
+def test_values_are_some_and_each_once(values):
+    require_distinct("timesteps", (50, 261))
+    with pytest.raises(ConfigError, match="timesteps must be one or more, each once"):
+        require_distinct("timesteps", values)
+
+
+def test_chance_is_the_share_of_the_most_frequent_answer():
+    assert chance_of([3, 1, 3, 3]) == 0.75
+    assert chance_of([5]) == 1.0

@@ -31,11 +31,6 @@ study = typer.Typer(help="Experiments with a model, written as tables and pictur
 _QUICK = {"scenes": 30, "seeds": 1, "reader_epochs": 2, "rank": 2}
 
 
-@study.callback()
-def _several() -> None:
-    """Experiments with a model, written as tables and pictures."""
-
-
 @study.command(cls=NotedCommand)
 def features(
     output: Output = Path("feature-study"),

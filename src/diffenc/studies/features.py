@@ -11,23 +11,19 @@ from diffenc.config import check_choice
 from diffenc.models.base import Backbone
 from diffenc.studies.focus import Focus, Measure, read_focus
 from diffenc.studies.probes import (
+    Done,
     Place,
+    Progress,
     gather,
-    held_in,
-    held_out_accuracy,
+    held_out_accuracies,
+    held_out_chances,
     numerics,
     open_encoder,
-    with_seed,
-)
-from diffenc.studies.settings import (
-    Done,
-    Progress,
-    chance_of,
     require_distinct,
+    with_seed,
 )
 from diffenc.studies.spreads import Spread, mean_of, over_seeds
 from diffenc.studies.trials import (
-    CLASSES,
     CONDITIONINGS,
     PROPERTIES,
     Conditioning,
@@ -216,13 +212,8 @@ def study_features(
         trials = sample_trials(scenes, seed=seed)
         labels = {name: [trial.label(name) for trial in trials] for name in PROPERTIES}
         vectors = gather(seeded, trials, conditionings, done=done.add)
-        accuracies.append(
-            {
-                place: held_out_accuracy(rows, labels[place[0]], CLASSES[place[0]])
-                for place, rows in vectors.items()
-            }
-        )
-        chances.append({name: chance_of(labels[name][held_in(scenes) :]) for name in PROPERTIES})
+        accuracies.append(held_out_accuracies(vectors, labels))
+        chances.append(held_out_chances(labels))
         if focus_scenes:
             pairs = sample_trials(focus_scenes, seed=seed, least=2)
             focus.append(read_focus(seeded, pairs, done=done.add))

@@ -22,21 +22,21 @@ from diffenc.models.base import Backbone
 from diffenc.shapes.captions import noun_phrase
 from diffenc.shapes.scenes import COLORS, SHAPES, Color, Shape
 from diffenc.studies.probes import (
-    batches,
-    held_in,
-    held_out_accuracy,
-    numerics,
-    open_encoder,
-    with_seed,
-)
-from diffenc.studies.settings import (
     Done,
     Progress,
-    chance_of,
+    batches,
+    held_out_accuracies,
+    held_out_chances,
+    numerics,
+    open_encoder,
     require_distinct,
+    with_seed,
 )
 from diffenc.studies.spreads import Spread, over_seeds
-from diffenc.studies.trials import CLASSES, Trial, sample_trials
+from diffenc.studies.trials import (
+    Trial,
+    sample_trials,
+)
 
 Word = Literal["color", "shape"]
 WORDS: tuple[Word, ...] = get_args(Word)
@@ -227,18 +227,17 @@ def study_leakage_readout(
     for seed in range(seeds):
         seeded = with_seed(encoder, seed)
         prompts = sample_prompts(scenes, seed=seed)
-        vectors, ratios = _gather(seeded, sample_trials(scenes, seed=seed), prompts, done.add)
-        loudness.append(ratios)
+        halves, ratios = _gather(seeded, sample_trials(scenes, seed=seed), prompts, done.add)
+        vectors = {
+            (word, part, scale, *place): rows
+            for word in WORDS
+            for place, (uncond, cond) in halves.items()
+            for part, scale, rows in _parts(uncond, cond, scales)
+        }
         labels = {word: [_label(prompt, word) for prompt in prompts] for word in WORDS}
-        chances.append({word: chance_of(labels[word][held_in(scenes) :]) for word in WORDS})
-        accuracies.append(
-            {
-                (word, part, scale, *place): held_out_accuracy(rows, labels[word], CLASSES[word])
-                for word in WORDS
-                for place, (uncond, cond) in vectors.items()
-                for part, scale, rows in _parts(uncond, cond, scales)
-            }
-        )
+        accuracies.append(held_out_accuracies(vectors, labels))
+        loudness.append(ratios)
+        chances.append(held_out_chances(labels))
         seeded.clear_cache()
     readings, loud = over_seeds(accuracies), over_seeds(loudness)
     return LeakageReadout(

@@ -13,11 +13,19 @@ from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import BackboneError
 from diffenc.models.base import Backbone
 from diffenc.studies.parts_run import PartRun
-from diffenc.studies.probes import held_in, numerics
-from diffenc.studies.settings import Done, Progress, chance_of
+from diffenc.studies.probes import (
+    Done,
+    Progress,
+    held_in,
+    numerics,
+)
 from diffenc.studies.spreads import Spread, mean_of, over_seeds
 from diffenc.studies.token_readers import ASKED, PARTS, READERS, Part, Reader
-from diffenc.studies.trials import Property, sample_trials
+from diffenc.studies.trials import (
+    Property,
+    chance_of,
+    sample_trials,
+)
 
 COMPARISONS: tuple[tuple[Part, Part], ...] = (
     ("cond", "uncond"),

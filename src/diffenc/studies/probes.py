@@ -1,8 +1,8 @@
 """Frozen features of held-out scenes: places that are read, noise that is shared, and accuracy."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -14,21 +14,47 @@ from torch.nn import functional as F
 
 from diffenc.config import EncoderConfig
 from diffenc.encoder import DiffusionEncoder
+from diffenc.errors import ConfigError
 from diffenc.inputs.images import to_pixel_values
 from diffenc.models import TapInfo, describe, match_taps
 from diffenc.models.base import Backbone
 from diffenc.passes.inputs import image_keys, posterior_of
 from diffenc.shapes.render import masks, render
 from diffenc.studies.readouts import fit_readout
-from diffenc.studies.trials import PROPERTIES, Conditioning, Property, Trial
+from diffenc.studies.trials import CLASSES, PROPERTIES, Conditioning, Property, Trial, chance_of
 
 Place: TypeAlias = tuple[Property, Conditioning | None, str, int | None]
 """Property, text, tap and timestep; pixels and latents have neither text nor timestep."""
+
+Progress: TypeAlias = Callable[[int, int], object]
+"""Called with the number of scenes (or of rows of the U-Net) that are done and that of all."""
+
+Where = TypeVar("Where", bound=tuple[Any, ...])
+Name = TypeVar("Name", bound=str)
 
 _BLOCKS = ("conv_in", "down_blocks.*", "mid_block", "up_blocks.*")
 _STAGES = ("conv_in", "down_blocks", "mid_block", "up_blocks")
 _SHARING = 8  # trials under one noise, whatever the batch size: equal results for all of them
 _NOISES = 1_000_000  # seeds of noise per seed of the study
+
+
+class Done:
+    """Counter of the work that is done, which reports its progress."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress, self._total, self._done = progress, total, 0
+
+    def add(self, count: int) -> None:
+        """Count finished work, and report the progress."""
+        self._done += count
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+
+def require_distinct(what: str, values: Sequence[Any]) -> None:
+    """Raise a `ConfigError` unless there are values, each once."""
+    if not values or len(set(values)) != len(values):
+        raise ConfigError(f"{what} must be one or more, each once, got {list(values)}")
 
 
 def tap_order(
@@ -128,11 +154,27 @@ def batches(
             yield seeded, rows, [render(trial.scene, side) for trial in trials[rows]]
 
 
-def held_out_accuracy(features: Float[Tensor, "n c"], labels: Sequence[int], classes: int) -> float:
-    """Accuracy of a linear readout that is fitted to the first two thirds, on the others."""
-    split, answers = held_in(len(labels)), torch.tensor(labels, dtype=torch.long, device="cpu")
-    readout = fit_readout(features[:split], answers[:split], classes)
-    return readout.accuracy(features[split:], answers[split:])
+def held_out_accuracies(
+    vectors: Mapping[Where, Float[Tensor, "n c"]], labels: Mapping[Any, Sequence[int]]
+) -> dict[Where, float]:
+    """Accuracy of linear readouts that are fitted to the first two thirds, on the others.
+
+    Args:
+        vectors: One vector per scene for each place, which begins with the property to be read.
+        labels: Answer of each scene, by property.
+    """
+    accuracies = {}
+    for place, rows in vectors.items():
+        answers = torch.tensor(labels[place[0]], dtype=torch.long, device="cpu")
+        split = held_in(len(answers))
+        readout = fit_readout(rows[:split], answers[:split], CLASSES[place[0]])
+        accuracies[place] = readout.accuracy(rows[split:], answers[split:])
+    return accuracies
+
+
+def held_out_chances(labels: Mapping[Name, Sequence[int]]) -> dict[Name, float]:
+    """Share of the most frequent answer among the scenes that are not fitted to, by property."""
+    return {name: chance_of(answers[held_in(len(answers)) :]) for name, answers in labels.items()}
 
 
 def held_in(scenes: int) -> int:

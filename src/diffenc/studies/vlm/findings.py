@@ -8,7 +8,7 @@ measurement and name. Both sides may be sums and differences of figures and numb
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from diffenc.errors import ConfigError
 from diffenc.studies.spreads import Spread
@@ -19,7 +19,6 @@ Key = tuple[str, str, str]
 _EXAMPLE = '"cfg4/oracle/named - cfg4/honest/named > 0"'
 
 Verdict = Literal["holds", "does not show", "opposite", "undecided", "not run"]
-VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
 RULE = """\
 A finding is one comparison or several, each of a difference that is claimed to be above 0. It is \

@@ -88,17 +88,16 @@ def _captions(
 ) -> Measured:
     data = shapes_captions(measurement.items, seed=seed)
     scenes = _scenes(measurement.items, seed)
-    prompting = parse_prompting(measurement.prompts)
-    known = [item.references[0] for item in data.items]
-    if writer is not None:
-        known = writer([item.picture.open() for item in data.items])
-    prompts = {
-        item.id: prompting.text(caption=text) for item, text in zip(data.items, known, strict=True)
-    }
+    prompts = _prompts(
+        measurement,
+        writer,
+        lambda: [item.picture.open() for item in data.items],
+        captions=[item.references[0] for item in data.items],
+    )
     evaluation = evaluate_captions(
         data,
         _answerer(generate, CAPTION_TOKENS),
-        prompts=prompts,
+        prompts=dict(zip([item.id for item in data.items], prompts, strict=True)),
         passes=measurement.passes,
         question=REQUEST,
         metrics=(),
@@ -147,15 +146,14 @@ def _answers(
     scenes = list(sample_scenes(measurement.items, seed=seed))
     asked = [_one_question(scene, index, seed) for index, scene in enumerate(scenes)]
     pictures = [render(scene) for scene in scenes]
-    prompting = parse_prompting(measurement.prompts)
-    known = [captions(scene, 1, seed=seed + index)[0] for index, scene in enumerate(scenes)]
-    if writer is not None:
-        known = writer(pictures)
-    prompts = [
-        prompting.text(question=question.text, caption=text)
-        for question, text in zip(asked, known, strict=True)
-    ]
     texts = [question.text for question in asked]
+    prompts = _prompts(
+        measurement,
+        writer,
+        lambda: pictures,
+        captions=[captions(scene, 1, seed=seed + index)[0] for index, scene in enumerate(scenes)],
+        questions=texts,
+    )
     answers = _in_batches(generate, pictures, texts, prompts, ANSWER_TOKENS)
     right = [_plain(text) == q.answer for text, q in zip(answers, asked, strict=True)]
     unread = [_plain(text) not in q.choices for text, q in zip(answers, asked, strict=True)]
@@ -178,15 +176,18 @@ def _mmvp(
     measurement: Measurement, generate: Generate, seed: int, writer: Writer | None
 ) -> Measured:
     benchmark = shapes_mmvp(measurement.items, seed=seed)
-    prompting = parse_prompting(measurement.prompts)
-    known = [""] * len(benchmark.items)
-    if writer is not None:
-        known = writer([item.pictures[0].open() for item in benchmark.items])
-    written = dict(zip([item.id for item in benchmark.items], known, strict=True))
+    prompts = _prompts(
+        measurement,
+        writer,
+        lambda: [item.pictures[0].open() for item in benchmark.items],
+        captions=[""] * len(benchmark.items),
+        questions=[item.question for item in benchmark.items],
+    )
+    by_id = dict(zip([item.id for item in benchmark.items], prompts, strict=True))
     evaluation = evaluate_choices(
         benchmark,
         _answerer(generate, ANSWER_TOKENS),
-        prompts=lambda item: prompting.text(question=item.question, caption=written[item.id]),
+        prompts=lambda item: by_id[item.id],
         batch_size=_BATCH,
     )
     figures: Figures = {
@@ -208,6 +209,21 @@ _KINDS: Mapping[str, Callable[[Measurement, Generate, int, Writer | None], Measu
     "answers": _answers,
     "mmvp": _mmvp,
 }
+
+
+def _prompts(
+    measurement: Measurement,
+    writer: Writer | None,
+    pictures: Callable[[], Sequence[Image.Image]],
+    *,
+    captions: Sequence[str],
+    questions: Sequence[str] | None = None,
+) -> list[str]:
+    """Prompts of the encoder; captions are the writer's if there is one, else true."""
+    prompting = parse_prompting(measurement.prompts)
+    known = captions if writer is None else writer(pictures())
+    pairs = zip(questions or [""] * len(known), known, strict=True)
+    return [prompting.text(question=question, caption=caption) for question, caption in pairs]
 
 
 def write_captions(generate: Generate, pictures: Sequence[Image.Image]) -> list[str]:

@@ -15,7 +15,7 @@ from diffenc.studies.vlm.findings import Finding, Key
 from diffenc.studies.vlm.measurements import FIGURES, Measurement
 from diffenc.studies.vlm.trainings import Shared, Training
 
-_ANY = "any"
+_ANY, _BUNDLED_CLIP = "any", "shapes-clip"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,17 +183,13 @@ class StudyPlan:
         """
         shared, trainings = self.shared, dict(self.trainings)
         if language_model is not None:
-            model = {**shared.model, "language_model": language_model}
-            shared = replace(shared, model=model)
+            shared = replace(shared, model={**shared.model, "language_model": language_model})
         if clip is not None:
-            trainings = {name: each.with_clip(clip) for name, each in trainings.items()}
-            shared = shared.with_clip(clip)
-        return replace(
-            self,
-            seeds=self.seeds if seeds is None else seeds,
-            shared=shared,
-            trainings=trainings,
-        )
+            shared = replace(shared, model=_with_clip(shared.model, clip))
+            for name, each in trainings.items():
+                trainings[name] = replace(each, model=_with_clip(each.model, clip))
+        seeds = self.seeds if seeds is None else seeds
+        return replace(self, seeds=seeds, shared=shared, trainings=trainings)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON holds them."""
@@ -202,13 +198,19 @@ class StudyPlan:
     def quick(self) -> "StudyPlan":
         """A tiny one that shows that everything runs, and no more."""
         data = replace(self.data, scenes=min(self.data.scenes, 32))
+        align, instruct = (
+            {**each, "epochs": 1} for each in (self.shared.align, self.shared.instruct)
+        )
+        shared = replace(self.shared, align=align, instruct=instruct)
         measurements = {
             name: replace(each, items=3 if each.kind == "mmvp" else min(each.items, 8))
             for name, each in self.measurements.items()
         }
-        return replace(
-            self, seeds=1, data=data, shared=self.shared.quick(), measurements=measurements
-        )
+        return replace(self, seeds=1, data=data, shared=shared, measurements=measurements)
+
+
+def _with_clip(model: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {key: name if value == _BUNDLED_CLIP else value for key, value in model.items()}
 
 
 def _options(model: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -1,13 +1,11 @@
 """Trainings of a study, and what they have in common."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from diffenc.config import check_choice
 from diffenc.mllm.training.config import Stage
-
-_NAMED_CLIP = "shapes-clip"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,15 +23,6 @@ class Shared:
     align: Mapping[str, Any] = field(default_factory=dict)
     instruct: Mapping[str, Any] = field(default_factory=dict)
     adapt: Mapping[str, Any] = field(default_factory=dict)
-
-    def with_clip(self, name: str) -> "Shared":
-        """The same with another CLIP model instead of the bundled one."""
-        return replace(self, model=_with_clip(self.model, name))
-
-    def quick(self) -> "Shared":
-        """The same settings with one pass over the pictures."""
-        align, instruct = ({**each, "epochs": 1} for each in (self.align, self.instruct))
-        return replace(self, align=align, instruct=instruct)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,11 +64,3 @@ class Training:
     def learns_from(self) -> str:
         """Name of the file that it learns from: "align" or "instruct"."""
         return self.data or self.stage
-
-    def with_clip(self, name: str) -> "Training":
-        """The same with another CLIP model instead of the bundled one."""
-        return replace(self, model=_with_clip(self.model, name))
-
-
-def _with_clip(model: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return {key: name if value == _NAMED_CLIP else value for key, value in model.items()}
