@@ -14,10 +14,9 @@ from diffenc.shapes.scenes import COLORS, SHAPES
 from diffenc.studies import parts as parts_module
 from diffenc.studies.parts import COMPARISONS, PartStudy, study_parts
 from diffenc.studies.parts_page import accuracy_table, gain_table, norm_table, to_markdown
-from diffenc.studies.parts_run import PartRun
+from diffenc.studies.parts_run import PARTS, PartRun
 from diffenc.studies.token_readers import (
     ASKED,
-    PARTS,
     AnswerReader,
     Questions,
     TokenRows,

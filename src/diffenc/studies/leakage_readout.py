@@ -234,7 +234,10 @@ def study_leakage_readout(
             for place, (uncond, cond) in halves.items()
             for part, scale, rows in _parts(uncond, cond, scales)
         }
-        labels = {word: [_label(prompt, word) for prompt in prompts] for word in WORDS}
+        labels: dict[Word, list[int]] = {
+            "color": [COLORS.index(color) for color, _ in prompts],
+            "shape": [SHAPES.index(shape) for _, shape in prompts],
+        }
         accuracies.append(held_out_accuracies(vectors, labels))
         loudness.append(ratios)
         chances.append(held_out_chances(labels))
@@ -300,8 +303,3 @@ def _parts(
         ("difference", None, cond - uncond),
     ]
     return [*parts, *(("cfg", scale, torch.lerp(uncond, cond, scale)) for scale in scales)]
-
-
-def _label(named: tuple[Color, Shape], word: Word) -> int:
-    color, shape = named
-    return COLORS.index(color) if word == "color" else SHAPES.index(shape)

@@ -12,7 +12,7 @@ from diffenc.clip.tokens import ClipTokens
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import BackboneError
 from diffenc.models.base import Backbone
-from diffenc.studies.parts_run import PartRun
+from diffenc.studies.parts_run import PARTS, Part, PartRun
 from diffenc.studies.probes import (
     Done,
     Progress,
@@ -20,7 +20,7 @@ from diffenc.studies.probes import (
     numerics,
 )
 from diffenc.studies.spreads import Spread, mean_of, over_seeds
-from diffenc.studies.token_readers import ASKED, PARTS, READERS, Part, Reader
+from diffenc.studies.token_readers import ASKED, READERS, Reader
 from diffenc.studies.trials import (
     Property,
     chance_of,

@@ -3,8 +3,9 @@
 from diffenc.evals.report import Table
 from diffenc.studies.pages import page, section
 from diffenc.studies.parts import COMPARISONS, PartStudy
+from diffenc.studies.parts_run import Part
 from diffenc.studies.spreads import written
-from diffenc.studies.token_readers import ASKED, READERS, Part, Reader
+from diffenc.studies.token_readers import ASKED, READERS, Reader
 
 NAMES: dict[Part, str] = {
     "uncond": "no text",

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Literal, get_args
 
 import torch
 from PIL import Image
@@ -15,7 +16,6 @@ from diffenc.studies.token_readers import (
     ASKED,
     READERS,
     AnswerReader,
-    Part,
     Questions,
     Reader,
     TokenRows,
@@ -28,6 +28,19 @@ from diffenc.studies.token_readers import (
     shuffled,
 )
 from diffenc.studies.trials import Property, Trial
+
+Part = Literal[
+    "uncond",
+    "cond",
+    "concat",
+    "clip",
+    "clip+uncond",
+    "clip+cond",
+    "lora",
+    "lora-empty",
+    "captioner",
+]
+PARTS: tuple[Part, ...] = get_args(Part)
 
 _READER_RATE, _LORA_RATE, _CAPTIONER_RATE = 5e-3, 2e-3, 1e-2
 

@@ -27,7 +27,7 @@ Place: TypeAlias = tuple[Property, Conditioning | None, str, int | None]
 """Property, text, tap and timestep; pixels and latents have neither text nor timestep."""
 
 Progress: TypeAlias = Callable[[int, int], object]
-"""Called with the number of scenes (or of rows of the U-Net) that are done and that of all."""
+"""Function that is called with the number of scenes, or of rows, that are done and of all."""
 
 Where = TypeVar("Where", bound=tuple[Any, ...])
 Name = TypeVar("Name", bound=str)

@@ -17,19 +17,6 @@ from diffenc.shapes.render import masks
 from diffenc.shapes.scenes import COLORS, SHAPES
 from diffenc.studies.trials import CLASSES, Property, Trial
 
-Part = Literal[
-    "uncond",
-    "cond",
-    "concat",
-    "clip",
-    "clip+uncond",
-    "clip+cond",
-    "lora",
-    "lora-empty",
-    "captioner",
-]
-PARTS: tuple[Part, ...] = get_args(Part)
-
 Reader = Literal["told", "blind"]
 READERS: tuple[Reader, ...] = get_args(Reader)
 

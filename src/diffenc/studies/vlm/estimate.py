@@ -165,8 +165,8 @@ def _measurement(plan: StudyPlan, training: str, measurement: Measurement, costs
     config = plan.config(training, options=measurement.options)
     answers = measurement.items * measurement.passes
     answers *= {"leakage": 2, "mmvp": 12}.get(measurement.kind, 1)
-    asked = answers * (1 + (measurement.writer is not None))
-    seconds = asked * (_halves(config) * costs.encode + costs.answer)
+    texts = answers * (1 + (measurement.writer is not None))
+    seconds = texts * (_halves(config) * costs.encode + costs.answer)
     return Piece("measure", (training, measurement.name), answers, seconds)
 
 

@@ -144,9 +144,9 @@ def _answers(
     measurement: Measurement, generate: Generate, seed: int, writer: Writer | None
 ) -> Measured:
     scenes = list(sample_scenes(measurement.items, seed=seed))
-    asked = [_one_question(scene, index, seed) for index, scene in enumerate(scenes)]
+    chosen = [_one_question(scene, index, seed) for index, scene in enumerate(scenes)]
     pictures = [render(scene) for scene in scenes]
-    texts = [question.text for question in asked]
+    texts = [question.text for question in chosen]
     prompts = _prompts(
         measurement,
         writer,
@@ -155,19 +155,19 @@ def _answers(
         questions=texts,
     )
     answers = _in_batches(generate, pictures, texts, prompts, ANSWER_TOKENS)
-    right = [_plain(text) == q.answer for text, q in zip(answers, asked, strict=True)]
-    unread = [_plain(text) not in q.choices for text, q in zip(answers, asked, strict=True)]
+    right = [_plain(text) == q.answer for text, q in zip(answers, chosen, strict=True)]
+    unread = [_plain(text) not in q.choices for text, q in zip(answers, chosen, strict=True)]
     figures: Figures = {
         "all": _percent(right),
-        "guess": _percent_guessed(asked),
+        "guess": _percent_guessed(chosen),
         "unread": _percent(unread),
     }
     for kind in QUESTION_KINDS:
-        own = [is_right for is_right, q in zip(right, asked, strict=True) if q.kind == kind]
+        own = [is_right for is_right, q in zip(right, chosen, strict=True) if q.kind == kind]
         figures[kind] = _percent(own) if own else None
     examples = tuple(
         {"prompt": prompt, "question": question.text, "said": text, "true": question.answer}
-        for prompt, question, text in zip(prompts, asked, answers, strict=True)
+        for prompt, question, text in zip(prompts, chosen, answers, strict=True)
     )
     return Measured(figures, examples[:_EXAMPLES])
 
@@ -250,8 +250,8 @@ def _in_batches(
 
 
 def _answerer(generate: Generate, tokens: int) -> FunctionAnswerer:
-    def answer(images: Any, asked: list[str], prompts: list[str] | None = None) -> list[str]:
-        return generate(images, asked, prompts=prompts, max_new_tokens=tokens)
+    def answer(images: Any, questions: list[str], prompts: list[str] | None = None) -> list[str]:
+        return generate(images, questions, prompts=prompts, max_new_tokens=tokens)
 
     return FunctionAnswerer("model", answer)
 
@@ -276,13 +276,13 @@ def _one_question(scene: Scene, index: int, seed: int) -> Question:
     return rng.choice([question for question in every if question.kind == turn] or every)
 
 
-def _percent_guessed(asked: Sequence[Question]) -> float:
+def _percent_guessed(chosen: Sequence[Question]) -> float:
     """Percentage of right answers if the most frequent one of each kind is always given."""
     by_kind: dict[str, Counter[str]] = {}
-    for question in asked:
+    for question in chosen:
         by_kind.setdefault(question.kind, Counter())[question.answer] += 1
     best = sum(counts.most_common(1)[0][1] for counts in by_kind.values())
-    return 100 * best / len(asked)
+    return 100 * best / len(chosen)
 
 
 def _plain(text: str) -> str:
