@@ -181,8 +181,7 @@ def _part_tables(results: "PartStudy") -> "list[Table]":
 
 
 def _part_remarks(results: "PartStudy") -> list[str]:
-    remarks = []
-    for reason in dict.fromkeys(results.missing.values()):
-        missing = [part for part in results.missing if results.missing[part] == reason]
-        remarks.append(f"not studied: {', '.join(missing)} ({reason})")
-    return remarks
+    from diffenc.studies.pages import by_reason
+
+    missing = by_reason(results.missing).items()
+    return [f"not studied: {', '.join(parts)} ({reason})" for reason, parts in missing]

@@ -168,11 +168,10 @@ def _work_table(work: "Work") -> "Table":
 
 
 def _not_run(missing: Mapping[str, str]) -> list[str]:
-    lines = []
-    for reason in dict.fromkeys(missing.values()):
-        names = [name for name, why in missing.items() if why == reason]
-        lines.append(f"not run: {', '.join(names)} ({reason})")
-    return lines
+    from diffenc.studies.pages import by_reason
+
+    reasons = by_reason(missing).items()
+    return [f"not run: {', '.join(names)} ({reason})" for reason, names in reasons]
 
 
 def _write_config(name: str, path: Path, *, force: bool) -> None:

@@ -1,8 +1,12 @@
 """Pages of the studies: blocks of Markdown, of which other pages include some by name."""
 
 import textwrap
+from collections.abc import Mapping
+from typing import TypeVar
 
 from diffenc.evals.report import Table
+
+Name = TypeVar("Name", bound=str)
 
 
 def page(*blocks: str) -> str:
@@ -19,3 +23,11 @@ def section(name: str, *tables: Table) -> str:
 def paragraph(text: str) -> str:
     """A text in lines of 120 characters."""
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def by_reason(missing: Mapping[Name, str]) -> dict[str, list[Name]]:
+    """Names of what is missing, by the reason."""
+    reasons: dict[str, list[Name]] = {}
+    for name, reason in missing.items():
+        reasons.setdefault(reason, []).append(name)
+    return reasons

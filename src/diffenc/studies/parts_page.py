@@ -1,7 +1,7 @@
 """The study of the parts as tables, and as a page of Markdown."""
 
 from diffenc.evals.report import Table
-from diffenc.studies.pages import page, section
+from diffenc.studies.pages import by_reason, page, section
 from diffenc.studies.parts import COMPARISONS, PartStudy
 from diffenc.studies.parts_run import Part
 from diffenc.studies.spreads import written
@@ -85,15 +85,6 @@ def norm_table(study: PartStudy) -> Table:
     return Table("a probe through the projector", columns, tuple(rows))
 
 
-def missing_parts(study: PartStudy) -> list[str]:
-    """Sentences on what was not studied, one per reason."""
-    sentences = []
-    for reason in dict.fromkeys(study.missing.values()):
-        parts = [NAMES[part] for part in study.missing if study.missing[part] == reason]
-        sentences.append(f"Not studied: {'; '.join(parts)} ({reason}).")
-    return sentences
-
-
 def text_in_lora(study: PartStudy) -> str:
     """A sentence on how much of what LoRA gains is owed to the text; "" where it is not known."""
     clauses = []
@@ -129,7 +120,10 @@ def to_markdown(study: PartStudy, *, command: str, made_with: str) -> str:
         f"{'none' if study.clip is None else f'`{study.clip}`'}. {settings['seeds']} seeds of "
         f"{settings['scenes']} held-out scenes, of which two thirds are fitted to; LoRA of rank "
         f"{settings['rank']}; given as mean ± standard deviation over seeds. {made_with}",
-        *missing_parts(study),
+        *(
+            f"Not studied: {'; '.join(NAMES[part] for part in parts)} ({reason})."
+            for reason, parts in by_reason(study.missing).items()
+        ),
         "## Accuracy of the answers",
         _WHAT_IS_READ,
         section("accuracy", accuracy_table(study)),

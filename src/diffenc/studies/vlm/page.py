@@ -1,12 +1,12 @@
 """The page of a study, and its picture."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from diffenc.evals.answering.paper import published_source, published_table
 from diffenc.evals.report import Table
 from diffenc.studies.charts import Panel, Series, draw_panels
-from diffenc.studies.pages import page, paragraph, section
+from diffenc.studies.pages import by_reason, page, paragraph, section
 from diffenc.studies.spreads import written
 from diffenc.studies.vlm.findings import RULE, DecidedFinding
 from diffenc.studies.vlm.measurements import Measurement
@@ -125,13 +125,10 @@ def _setting(study: VlmStudy, made_with: str) -> str:
     )
 
 
-def _missing(study: VlmStudy) -> list[str]:
-    sentences = []
-    for reason in dict.fromkeys(study.missing.values()):
-        names = [name for name, why in study.missing.items() if why == reason]
+def _missing(study: VlmStudy) -> Iterator[str]:
+    for reason, names in by_reason(study.missing).items():
         labels = ", ".join(f"“{study.plan.trainings[name].label}”" for name in names)
-        sentences.append(f"**Not run:** {labels}, and what depends on them ({reason}).")
-    return [paragraph(sentence) for sentence in sentences]
+        yield paragraph(f"**Not run:** {labels}, and what depends on them ({reason}).")
 
 
 def _finding(decided: DecidedFinding) -> list[str]:
