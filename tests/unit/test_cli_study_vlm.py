@@ -94,6 +94,14 @@ def test_a_study_is_run_printed_and_written(config, language_model, tmp_path):
     assert "2 trainings, 2 of them done before" in forced.stdout
 
 
+def test_a_study_without_plots_writes_no_picture(config, language_model, tmp_path):
+    config.write_text(config.read_text("utf-8").replace('plots = ["captions/named"]', ""), "utf-8")
+    options = ("--config", config, "--language-model", language_model, "--seeds", 1)
+    result = run("guidance", "-o", tmp_path / "out", *options, "--work", tmp_path / "work")
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"guidance.md", "guidance.json"}
+
+
 def test_plan_tells_and_trains_nothing(config, language_model, tmp_path):
     options = ("--config", config, "--language-model", language_model, "--work", tmp_path / "work")
     result = run("guidance", "--plan", "-o", tmp_path / "out", *options)

@@ -20,7 +20,9 @@ from diffenc.studies.vlm.tables import (
 )
 
 
-def to_markdown(study: VlmStudy, *, command: str, made_with: str, picture: str | None) -> str:
+def to_markdown(
+    study: VlmStudy, *, command: str, made_with: str, picture: str | None = None
+) -> str:
     """A page of tables.
 
     Args:
