@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 from PIL import Image
@@ -62,7 +63,7 @@ def test_existing_files_are_refused_before_the_model_is_looked_at(tmp_path):
     [
         (("--timesteps", "fifty"), "timestep must be like"),
         pytest.param(("--texts", "uncond,answer"), "must be one of", marks=pytest.mark.wrong_type),
-        (("--scenes", "3"), "scenes must be 30 or more"),
+        (("--scenes", "3"), "scenes must be an int of 30 or more"),
         (("--taps", "mid_blok"), "no tap matches 'mid_blok'"),
     ],
 )
@@ -78,3 +79,10 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path):
     result = run("-o", tmp_path / "taken")
     assert result.exit_code == 2
     assert "cannot make the folder" in result.output
+
+
+def test_without_matplotlib_the_extra_is_named_before_the_model_is_looked_at(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = run("-b", tmp_path / "no-model", "-o", tmp_path)
+    assert result.exit_code == 2
+    assert "pip install 'diffenc[viz]'" in result.output

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from diffenc.cli.main import app
 from diffenc.studies.vlm import STUDIES
-from diffenc.studies.vlm.reading import bundled_text
+from diffenc.studies.vlm.plan_file import bundled_text
 from vlm_builders import save_tiny_lm
 
 PLAN = """
@@ -92,6 +92,14 @@ def test_a_study_is_run_printed_and_written(config, language_model, tmp_path):
     assert again.output.startswith("error: the output exists already")
     forced = run("guidance", "-o", folder, "--force", *options)
     assert "2 trainings, 2 of them done before" in forced.stdout
+
+
+def test_a_study_without_plots_writes_no_picture(config, language_model, tmp_path):
+    config.write_text(config.read_text("utf-8").replace('plots = ["captions/named"]', ""), "utf-8")
+    options = ("--config", config, "--language-model", language_model, "--seeds", 1)
+    result = run("guidance", "-o", tmp_path / "out", *options, "--work", tmp_path / "work")
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"guidance.md", "guidance.json"}
 
 
 def test_plan_tells_and_trains_nothing(config, language_model, tmp_path):

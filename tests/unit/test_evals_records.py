@@ -14,8 +14,8 @@ from diffenc.evals.matching.evaluate import evaluate, scores_file
 from diffenc.evals.matching.metrics import correct
 from diffenc.evals.matching.miniature import shapes_benchmark
 from diffenc.evals.records import ANSWERS, RecordsFile
-from diffenc.studies.results import Spread
-from diffenc.studies.vlm.claims import parse_claim
+from diffenc.studies.spreads import Spread
+from diffenc.studies.vlm.findings import parse_claim
 from evals_data import RandomMatcher, read_lines
 
 

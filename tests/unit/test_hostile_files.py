@@ -33,8 +33,8 @@ from diffenc.projector import FusedProjector, Projector
 from diffenc.scoring.config import ScorerConfig
 from diffenc.scoring.saved import read_scorer
 from diffenc.studies.vlm.measure import Measured
-from diffenc.studies.vlm.reading import bundled_text, read_plan
-from diffenc.studies.vlm.study import _read as read_measured
+from diffenc.studies.vlm.plan_file import bundled_text, read_plan
+from diffenc.studies.vlm.study import read_measured
 from evals_data import RandomMatcher, mmvp_vlm, winoground_jsonl, write_csv
 from hostile import Reader, changed
 

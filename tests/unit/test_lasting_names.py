@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -203,6 +204,11 @@ def test_the_name_of_cached_tokens_follows_every_value_and_setting():
     def slower(encoder):
         encoder.backbone.scheduler.alphas_cumprod[7] *= 0.99
 
+    def configured(conditioning):
+        return lambda encoder: setattr(
+            encoder, "config", replace(encoder.config, conditioning=conditioning)
+        )
+
     changes = [
         lambda encoder: None,
         one_value,
@@ -212,6 +218,10 @@ def test_the_name_of_cached_tokens_follows_every_value_and_setting():
         lambda encoder: encoder.backbone.unet.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4),
         lambda encoder: setattr(encoder.backbone, "uncond_rule", "zeros"),
         lambda encoder: encoder.bfloat16(),
+        *map(configured, ("uncond", "cfg", "concat")),
+        lambda encoder: setattr(encoder, "config", replace(encoder.config, timestep=7)),
+        lambda encoder: setattr(encoder, "config", replace(encoder.config, taps=("mid_block",))),
+        lambda encoder: setattr(encoder, "config", replace(encoder.config, guidance_scale=3.0)),
     ]
     digests = [changed(change) for change in changes]
     assert len(set(digests)) == len(changes)

@@ -2,10 +2,12 @@ import json
 import math
 import random
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from diffenc.config import EncoderConfig
@@ -14,14 +16,14 @@ from diffenc.errors import ConfigError, NonFiniteError, ShapeError, TapError
 from diffenc.models import load_backbone
 from diffenc.shapes import captions, questions
 from diffenc.shapes.render import masks, render
-from diffenc.studies.chart import CellTable, cell_chart
-from diffenc.studies.features import study_features, tap_order
-from diffenc.studies.focus import contrast, read_focus
+from diffenc.studies.charts import CellTable, draw_cells
+from diffenc.studies.features import FeatureStudy, Reading, study_features
+from diffenc.studies.features_page import best_table, draw_features, input_table, to_markdown
+from diffenc.studies.focus import Focus, contrast, read_focus
+from diffenc.studies.probes import Done, pool, require_distinct, tap_order
 from diffenc.studies.readouts import PENALTIES, fit_readout
-from diffenc.studies.report import best_columns, best_rows, heat_map, to_markdown
-from diffenc.studies.results import FeatureStudy, Focus, Reading, Spread
-from diffenc.studies.trials import CLASSES, PROPERTIES, Trial, sample_trials
-from diffenc.studies.vectors import pool
+from diffenc.studies.spreads import Spread
+from diffenc.studies.trials import CLASSES, PROPERTIES, Trial, chance_of, sample_trials
 
 TAPS = ("conv_in", "mid_block", "up_blocks.1")
 
@@ -357,8 +359,8 @@ class TestStudy:
     @pytest.mark.parametrize(
         ("bad", "message"),
         [
-            ({"scenes": 29}, "scenes must be 30 or more"),
-            ({"seeds": 0}, "seeds must be 1"),
+            ({"scenes": 29}, "scenes must be an int of 30 or more, got 29"),
+            ({"seeds": 0}, "seeds must be an int of 1"),
             ({"timesteps": []}, "timesteps must be one or more"),
             ({"timesteps": [50, 50]}, "each once"),
             ({"timesteps": [1000]}, r"\[0, 1000\)"),
@@ -392,18 +394,17 @@ def made_up() -> FeatureStudy:
 
 class TestReport:
     def test_best_place_and_gain_are_those_of_the_numbers(self):
-        (row,) = best_rows(made_up())
-        cells = dict(zip(best_columns(made_up()), row, strict=True))
-        assert cells["pixels"] == "0.60 ± 0.14"
-        assert cells["best with no text"] == "0.70 ± 0.14 at b, 50"
-        assert cells["gain of question"] == "+0.100 ± 0.000"  # (.1 + .1) / 2 and (.2 + 0) / 2
+        (inputs,), (without, question) = input_table(made_up()).rows, best_table(made_up()).rows
+        assert inputs == ("color", "0.20", "0.60 ± 0.14", "0.25 ± 0.00")
+        assert without == ("color", "no text", "0.70 ± 0.14", "b", "50", "")
+        assert question[-1] == "+0.100 ± 0.000"  # (.1 + .1) / 2 and (.2 + 0) / 2
 
     def test_markdown_tables_are_whole(self):
         text = to_markdown(made_up(), command="run it", made_with="By x.", picture="p.png")
         assert "`run it`" in text
         assert "](p.png)" in text
         tables = re.findall(r"(?:^\|.*\|\n)+", text, flags=re.MULTILINE)
-        assert len(tables) == 5
+        assert len(tables) == 6
         for table in tables:
             assert len({line.count("|") for line in table.splitlines()}) == 1
         assert "| `b` | 50 | 2.50 ± 0.71 | 1.00 ± 0.00 | 0.75 ± 0.35 |" in text
@@ -411,9 +412,11 @@ class TestReport:
     def test_json_is_plain(self):
         assert json.loads(json.dumps(made_up().to_dict()))["chance"] == {"color": 0.2}
 
-    def test_the_heat_map_shows_high_numbers_light(self):
-        picture = np.asarray(heat_map(made_up()).convert("L")).astype(float)
-        darker = np.asarray(heat_map(_with_best(made_up(), 0.2)).convert("L")).astype(float)
+    def test_the_heat_map_shows_high_numbers_light(self, tmp_path):
+        pytest.importorskip("matplotlib")
+        picture, darker = (
+            _drawn(study, tmp_path) for study in (made_up(), _with_best(made_up(), 0.2))
+        )
         assert picture.shape == darker.shape
         assert picture.mean() > darker.mean()
 
@@ -422,16 +425,24 @@ class TestReport:
         assert [plain.unit(v) for v in (-1, 0.25, 2)] == [0, 0.25, 1]
         assert CellTable("t", [[1.0]], 1, 4, logarithmic=True).unit(2.0) == pytest.approx(0.5)
 
-    def test_tables_that_do_not_fit_are_refused(self):
-        table = CellTable("t", [[0.1, 0.2]], 0, 1)
+    def test_tables_that_do_not_fit_are_refused(self, tmp_path):
+        def draw(*tables):
+            labels = {"rows": ["a"], "columns": ["x"], "title": "", "note": ""}
+            draw_cells([tables] if tables else [], tmp_path / "p.png", **labels)
+
         with pytest.raises(ShapeError, match="rows of"):
-            cell_chart([[table]], rows=["a"], columns=["x"], title="", note="")
+            draw(CellTable("t", [[0.1, 0.2]], 0, 1))
         with pytest.raises(ConfigError, match="low must be below"):
-            cell_chart(
-                [[CellTable("t", [[0.1]], 1, 1)]], rows=["a"], columns=["x"], title="", note=""
-            )
+            draw(CellTable("t", [[0.1]], 1, 1))
         with pytest.raises(ConfigError, match="one table or more"):
-            cell_chart([], rows=[], columns=[], title="", note="")
+            draw()
+        assert not list(tmp_path.iterdir())
+
+
+def _drawn(study: FeatureStudy, folder: Path) -> np.ndarray:
+    draw_features(study, folder / "p.png")
+    with Image.open(folder / "p.png") as picture:
+        return np.asarray(picture.convert("L")).astype(float)
 
 
 def _with_best(study: FeatureStudy, value: float) -> FeatureStudy:
@@ -448,3 +459,24 @@ def test_a_trial_asks_about_one_object():
     trial = sample_trials(1, seed=0)[0]
     assert isinstance(trial, Trial)
     assert trial.thing is trial.scene.objects[trial.target]
+
+
+def test_what_is_done_is_added_up_and_told():
+    told = []
+    done = Done(lambda count, total: told.append((count, total)), 7)
+    for count in (2, 4, 1):
+        done.add(count)
+    assert told == [(2, 7), (6, 7), (7, 7)]
+    Done(None, 7).add(3)
+
+
+@pytest.mark.parametrize("values", [[], [50, 50], ["a", "b", "a"]])
+def test_values_are_some_and_each_once(values):
+    require_distinct("timesteps", (50, 261))
+    with pytest.raises(ConfigError, match="timesteps must be one or more, each once"):
+        require_distinct("timesteps", values)
+
+
+def test_chance_is_the_share_of_the_most_frequent_answer():
+    assert chance_of([3, 1, 3, 3]) == 0.75
+    assert chance_of([5]) == 1.0

@@ -61,7 +61,8 @@ def test_prompts_know_nothing_of_scenes():
 def test_means_and_loudness_are_those_of_the_maps(backbone):
     trials, named = sample_trials(3, seed=0), sample_prompts(3, seed=0)
     config = EncoderConfig(taps=("mid_block",), timestep=(50,), batch_size=2)
-    vectors, ratios = _gather(backbone, config, trials, named, lambda count: None)
+    several = DiffusionEncoder(backbone, config)
+    vectors, ratios = _gather(several, trials, named, lambda count: None)
     encoder = DiffusionEncoder(backbone, EncoderConfig(taps=("mid_block",), timestep=50))
     change, size = [], []
     for row, (trial, (color, shape)) in enumerate(zip(trials, named, strict=True)):

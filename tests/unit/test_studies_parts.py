@@ -9,21 +9,23 @@ from typer.testing import CliRunner
 from diffenc import DiffusionEncoder
 from diffenc.cli.main import app
 from diffenc.errors import BackboneError, ConfigError
-from diffenc.shapes import masks, render
+from diffenc.shapes import masks
 from diffenc.shapes.scenes import COLORS, SHAPES
 from diffenc.studies import parts as parts_module
-from diffenc.studies.parts import study_parts
-from diffenc.studies.parts_norm import cell_kinds, norm_accuracy, scale_cases
-from diffenc.studies.parts_reader import (
+from diffenc.studies.parts import COMPARISONS, PartStudy, study_parts
+from diffenc.studies.parts_page import accuracy_table, gain_table, norm_table, to_markdown
+from diffenc.studies.parts_run import PARTS, PartRun
+from diffenc.studies.token_readers import (
+    ASKED,
     AnswerReader,
     Questions,
     TokenRows,
     accuracy_of,
+    cell_kinds,
     fit_reader,
+    norm_accuracy,
+    scale_cases,
 )
-from diffenc.studies.parts_report import gain_rows, norm_rows, part_rows, to_markdown
-from diffenc.studies.parts_results import ASKED, COMPARISONS, PARTS, PartStudy
-from diffenc.studies.parts_training import train_part
 from diffenc.studies.trials import CLASSES, sample_trials
 from vlm_builders import save_tiny_clip
 
@@ -148,8 +150,9 @@ def test_only_rows_behind_the_split_are_measured(questions) -> None:
 @pytest.mark.parametrize("part", ["lora", "lora-empty", "captioner"])
 def test_training_moves_what_is_added_and_nothing_else(tiny_sd_folder, clip_folder, part) -> None:
     encoder = DiffusionEncoder.from_pretrained(tiny_sd_folder, grid=4)
+    counts = []
     trials = sample_trials(6, seed=0, least=2)
-    questions = Questions.of(trials)
+    run = PartRun(encoder, trials, seed=0, reader_epochs=1, batch_size=4, done=counts.append)
     torch.manual_seed(0)
     if part == "captioner":
         encoder.add_captioner(clip_folder)
@@ -161,25 +164,12 @@ def test_training_moves_what_is_added_and_nothing_else(tiny_sd_folder, clip_fold
         torch.zeros(encoder.hidden_size),
         torch.ones(encoder.hidden_size),
         tokens=16,
-        queries=questions.count,
+        queries=run.questions.count,
         answers=19,
     )
     torch.nn.init.normal_(reader.value)
-    counts = []
-    train_part(
-        encoder,
-        {"told": reader},
-        questions,
-        [render(trial.scene, 64) for trial in trials],
-        prompts={"lora": questions.texts, "lora-empty": ("",) * 18, "captioner": None}[part],
-        split=12,
-        epochs=2,
-        batch_size=4,
-        grid=4,
-        rate=1e-2,
-        seed=0,
-        done=counts.append,
-    )
+    prompts = {"lora": run.questions.texts, "lora-empty": ("",) * 18, "captioner": None}[part]
+    run.train(encoder, {"told": reader}, prompts=prompts, epochs=2, rate=1e-2)
     after = encoder.state_dict()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == trained
@@ -282,7 +272,7 @@ def test_without_a_clip_its_parts_are_missing_and_said_to_be(tiny_sd_folder, mon
     assert set(found.missing) == {"clip", "clip+uncond", "clip+cond", "captioner"}
     page = to_markdown(found, command="c", made_with="m.")
     assert "Not studied: CLIP alone" in page
-    assert not any("CLIP" in cell for row in gain_rows(found) for cell in row)
+    assert not any("CLIP" in cell for row in gain_table(found).rows for cell in row)
 
     def unbundled(name: str) -> None:
         raise BackboneError("not bundled")
@@ -296,8 +286,8 @@ def test_without_a_clip_its_parts_are_missing_and_said_to_be(tiny_sd_folder, mon
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"scenes": 29}, "scenes must be 30 or more, got 29"),
-        ({"seeds": 0}, "seeds must be 1 or more"),
+        ({"scenes": 29}, "scenes must be an int of 30 or more, got 29"),
+        ({"seeds": 0}, "seeds must be an int of 1 or more"),
         ({"rank": 0}, "rank must be"),
         ({"epochs": 0}, "epochs must be"),
         ({"batch_size": 0}, "batch_size must be"),
@@ -346,10 +336,10 @@ def test_scales_are_tried_where_there_are_several_taps() -> None:
 
 def test_the_page_holds_every_number_of_the_tables(study) -> None:
     page = to_markdown(study, command="diffenc study parts", made_with="On a machine.")
-    for rows in (part_rows(study), gain_rows(study), norm_rows(study)):
-        for row in rows:
+    for table in (accuracy_table(study), gain_table(study), norm_table(study)):
+        for row in table.rows:
             assert f"| {' | '.join(row)} |" in page
-    assert len(gain_rows(study)) == len(COMPARISONS)
+    assert len(gain_table(study).rows) == len(COMPARISONS)
     for name in ("accuracy", "gains", "norms"):
         assert f"[start:{name}]" in page
     assert "`diffenc study parts`" in page
@@ -384,4 +374,4 @@ def test_no_clip_and_existing_files(tiny_sd_folder, tmp_path) -> None:
     assert result.output.startswith("error: the output exists already")
     result = run("--scenes", "3", "-o", tmp_path, "--force", "--clip", "none")
     assert result.exit_code == 2
-    assert "scenes must be 30 or more" in result.output
+    assert "scenes must be an int of 30 or more" in result.output

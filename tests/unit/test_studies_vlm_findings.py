@@ -3,9 +3,8 @@ import math
 import pytest
 
 from diffenc.errors import ConfigError
-from diffenc.studies.results import Spread
-from diffenc.studies.vlm.claims import parse_claim
-from diffenc.studies.vlm.findings import Finding, decide, decide_claim
+from diffenc.studies.spreads import Spread
+from diffenc.studies.vlm.findings import Finding, decide, decide_claim, parse_claim
 
 
 def table(**rows):

@@ -3,10 +3,8 @@ import pytest
 from diffenc.errors import ConfigError
 from diffenc.studies.vlm import STUDIES, bundled_plan, read_plan
 from diffenc.studies.vlm.estimate import Costs, work_of
-from diffenc.studies.vlm.plan import FIGURES
-from diffenc.studies.vlm.prompting import parse_prompting
-from diffenc.studies.vlm.reading import parse_plan
-from diffenc.studies.vlm.trainings import check_config, make_config, merged_model
+from diffenc.studies.vlm.measurements import FIGURES, parse_prompting
+from diffenc.studies.vlm.plan_file import parse_plan
 
 PLAN = """
 title = "A study"
@@ -75,10 +73,8 @@ def plan(old="", new=""):
 
 
 def config(name, **more):
-    told = plan()
-    files = {"align": "a.json", "instruct": "i.json"}
-    options = {"annotations": files, "images": "pictures", "output": "out", "seed": 3, **more}
-    return make_config(told.trainings, told.shared, name, **options)
+    files = {"align": "a.json", "instruct": "i.json", "images": "pictures"}
+    return plan().config(name, files=files, output="out", seed=3, **more)
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -92,7 +88,7 @@ def test_every_bundled_study_is_whole(name):
     starts = {each.start for each in told.trainings.values()}
     assert set(told.trainings) <= measured | writers | starts, "a training that nothing needs"
     for training in told.trainings:
-        made = check_config(told.trainings, told.shared, training)
+        made = told.config(training)
         assert made.optimizing.precision == "fp32"
         assert not made.optimizing.gradient_checkpointing
 
@@ -109,13 +105,8 @@ def test_studies_share_trainings():
     """They are found by what they are, so equal ones must be described equally."""
     leakage, refinement, guidance = map(bundled_plan, ("leakage", "refinement", "guidance"))
     for name in ("cfg1", "dropout", "clip"):
-        mine, other = (
-            check_config(each.trainings, each.shared, name) for each in (leakage, refinement)
-        )
-        assert mine == other
-    assert check_config(leakage.trainings, leakage.shared, "cfg4") == check_config(
-        guidance.trainings, guidance.shared, "cfg4"
-    )
+        assert leakage.config(name) == refinement.config(name)
+    assert leakage.config("cfg4") == guidance.config("cfg4")
 
 
 def test_a_training_gets_what_all_share_and_what_is_its_own():
@@ -139,13 +130,12 @@ def test_a_second_stage_takes_over_the_model_it_starts_from():
 
 def test_a_vision_model_takes_no_options_of_the_diffusion_model():
     assert config("writer").model.options == {}
-    told = plan()
-    assert merged_model(told.trainings, told.shared, "writer")["encoder"] == "shapes-clip"
+    assert plan().model("writer")["encoder"] == "shapes-clip"
 
 
 def test_tokens_of_an_encoder_that_learns_are_not_kept():
     told = plan('prompts = "question"', 'prompts = "question"\nadapt = { unet_rank = 2 }')
-    made = check_config(told.trainings, told.shared, "second")
+    made = told.config("second")
     assert (made.adapting.unet_rank, made.data.cache) == (2, "off")
 
 
@@ -171,7 +161,7 @@ def test_models_and_seeds_can_be_changed():
 def test_quick_is_one_pass_over_a_few_pictures():
     told = plan().quick()
     assert (told.seeds, told.data.scenes) == (1, 32)
-    assert check_config(told.trainings, told.shared, "second").optimizing.epochs == 1
+    assert told.config("second").optimizing.epochs == 1
     assert {each.items for each in told.measurements.values()} == {8}
 
 
@@ -210,54 +200,86 @@ def test_prompts_have_the_question_first(text, question, caption):
     ("old", "new", "message"),
     [
         ("[data]", "[data", "no TOML"),
-        ('title = "A study"', "", "title is missing"),
-        ('title = "A study"', "title = 3", "title, about must be a list of texts"),
-        ("[data]", "[datta]", "unknown key 'datta'.*Did you mean 'data'"),
-        ("scenes = 40", "scenes = 0", "must be 1 or more"),
+        ('title = "A study"', "", "a key is missing: title"),
+        ('title = "A study"', "title = 3", "title must be a text, got 3"),
+        ("[data]", "[datta]", "unknown key datta.*Did you mean 'data'"),
+        ("scenes = 40", "scenes = 0", "data.scenes must be an int of 1 or more, got 0"),
         ("scenes = 40", 'scenes = "many"', "data.scenes must be a whole number"),
         ("scenes = 40", "scenes = 40\nseed = 900000", "held out"),
-        ("scenes = 40", "szenes = 40", "data: unknown key 'szenes'"),
+        ("scenes = 40", "szenes = 40", "unknown key data.szenes.*Did you mean 'scenes'"),
         ('paper = ["guidance"]', 'paper = ["guidence"]', "Did you mean 'guidance'"),
         ('paper = ["guidance"]', 'paper = "guidance"', "paper must be a list of texts"),
         ('paper = ["guidance"]', "seeds = 0", "seeds must be an int of 1 or more"),
-        ("captions/named", "captions/nmaed", "plots: 'captions/nmaed' is not measured"),
-        ("captions/named", "mmvp/pairs", "plots: 'mmvp/pairs' is not measured"),
+        (
+            "captions/named",
+            "captions/nmaed",
+            "plots must be one of .*got 'captions/nmaed'.*Did you mean 'captions/named'",
+        ),
+        ("captions/named", "mmvp/pairs", "plots must be one of .*got 'mmvp/pairs'"),
         pytest.param(
             'stage = "instruct"',
             'stage = "instruckt"',
             "Did you mean 'instruct'",
             marks=pytest.mark.wrong_type,
         ),
-        ('stage = "instruct"', "", "train.second: stage is missing"),
+        ('stage = "instruct"', "", "a key is missing: train.second.stage"),
         ('start = "first"', 'start = "frist"', "Did you mean 'first'"),
-        ('start = "first"', 'start = "second"', "must name a training before it"),
+        (
+            'start = "first"',
+            'start = "second"',
+            "train.second.start: a training before it must be .*got 'second'",
+        ),
         ('prompts = "question"', 'prompts = "qestion"', "no source of a prompt policy"),
         ("guidance_scale = 4.5", "guidence_scale = 4.5", "train.first.*Did you mean 'guidance_sc"),
-        ("options = { guidance", "option = { guidance", "train.first: unknown key 'option'"),
+        (
+            "options = { guidance",
+            "option = { guidance",
+            "unknown key train.first.option.*Did you mean 'options'",
+        ),
         ("[train.first]", '[train."First one"]', "names have small letters"),
         ("[train.first]", "[train]\nfirst = 3\n[train.other]", "train.first must be a table"),
         ("batch_size = 4", "batch_size = 5", "train.*no multiple"),
         ("[align]", "[align]\nlearning = 3", "train.writer.*learning"),
         ('kind = "captions"', 'kind = "caption"', "Did you mean 'captions'"),
-        ('prompts = "by writer"', 'prompts = "by wrter"', "names the training 'wrter'"),
+        (
+            'prompts = "by writer"',
+            'prompts = "by wrter"',
+            "measure.honest: a training must be .*got 'wrter'.*Did you mean 'writer'",
+        ),
         ('prompts = "by writer"', 'prompts = "wrter"', "is no prompt"),
         ('prompts = "by writer"', 'prompts = "question"', 'without a "question"'),
         ('prompts = "by writer"', 'prompts = "oracle + by writer"', "two captions"),
-        ('of = ["first"]', 'of = ["fist"]', "names the training 'fist'"),
+        (
+            'of = ["first"]',
+            'of = ["fist"]',
+            "measure.honest: a training must be .*got 'fist'.*Did you mean 'first'",
+        ),
         ('of = ["first"]', 'of = "first"', "measure.honest.of must be a list"),
-        ("items = 10", "items = 2", "items must be 3 or more"),
+        ("items = 10", "items = 2", "items must be an int of 3 or more, got 2"),
         ("items = 10", "items = 1.5", "must be a whole number"),
         ("passes = 2", "passes = 0", "passes must be an int of 1 or more"),
         ('kind = "answers"', 'kind = "answers"\npasses = 2', 'passes is for kind = "captions"'),
         ('kind = "answers"', 'kind = "leakage"', "prompts of its own"),
         ("[measure.answers]", "[measure.answers]\noptions = { gid = 3 }", "unknown options"),
         ("[[finding]]", "[finding]", "two brackets"),
-        ('statement = "It helps."', "", "finding 1: statement is missing"),
-        ('statement = "It helps."', "statement = 3", "finding 1.*list of texts"),
-        ("holds_if", "holds_when", "finding 1: unknown key"),
-        ("first/honest/named.2", "frst/honest/named.2", "no training 'frst'"),
-        ("first/honest/named.2", "second/honest/named.2", "not measured of 'second'"),
-        ("first/honest/named.2", "first/honest/named.3", "gives no 'named.3'"),
+        ('statement = "It helps."', "", "a key is missing: finding 1.statement"),
+        ('statement = "It helps."', "statement = 3", "finding 1.statement must be a text, got 3"),
+        ("holds_if", "holds_when", "unknown key finding 1.holds_when"),
+        (
+            "first/honest/named.2",
+            "frst/honest/named.2",
+            "named.1': a training must be .*got 'frst'.*Did you mean 'first'",
+        ),
+        (
+            "first/honest/named.2",
+            "second/honest/named.2",
+            "a measurement of 'second' must be one of .'answers'., got 'honest'",
+        ),
+        (
+            "first/honest/named.2",
+            "first/honest/named.3",
+            "a figure of 'honest' must be .*got 'named.3'",
+        ),
         ("named.2 >", "named.2 is more than", "one < or >"),
     ],
 )
@@ -269,7 +291,7 @@ def test_what_is_wrong_is_named(old, new, message):
 def test_a_file_is_named_in_the_message(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text(PLAN.replace("[data]", "[datta]"), encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"mine\.toml: unknown key 'datta'"):
+    with pytest.raises(ConfigError, match=r"mine\.toml: unknown key datta"):
         read_plan("mine", path)
     with pytest.raises(ConfigError, match="cannot read"):
         read_plan("mine", tmp_path / "none.toml")
@@ -282,15 +304,8 @@ def test_an_unknown_study_is_refused():
 
 def test_a_second_kind_of_stage_may_learn_captions():
     told = plan('start = "first"', 'start = "first"\ndata = "align"')
-    made = make_config(
-        told.trainings,
-        told.shared,
-        "second",
-        annotations={"align": "a.json", "instruct": "i.json"},
-        images="pictures",
-        output="out",
-        seed=0,
-    )
+    files = {"align": "a.json", "instruct": "i.json", "images": "pictures"}
+    made = told.config("second", files=files)
     assert (made.stage, made.data.annotations) == ("instruct", "a.json")
     with pytest.raises(ConfigError, match=r"train\.second\.data must be one of"):
         plan('start = "first"', 'start = "first"\ndata = "captions"')

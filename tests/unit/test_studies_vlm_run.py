@@ -9,9 +9,8 @@ from safetensors.torch import load_file
 from diffenc.errors import BackboneError, ConfigError, OutputError
 from diffenc.studies.vlm import study_vlm
 from diffenc.studies.vlm.estimate import measure_costs, work_of
-from diffenc.studies.vlm.plots import plot_study
-from diffenc.studies.vlm.reading import parse_plan
-from diffenc.studies.vlm.report import to_markdown
+from diffenc.studies.vlm.page import draw_study, to_markdown
+from diffenc.studies.vlm.plan_file import parse_plan
 from diffenc.studies.vlm.tables import figure_tables
 from diffenc.studies.vlm.workshop import Workshop, fingerprint
 from vlm_builders import save_tiny_lm, save_tiny_vision
@@ -275,12 +274,12 @@ def test_a_page_tells_what_was_found_and_what_the_paper_has(run, tmp_path):
 
 def test_numbers_in_tables_are_means_with_deviations(run):
     found, _, _ = run
-    table = next(each for each in figure_tables(found) if each.title.startswith("Answers"))
+    tables = figure_tables(found)
+    table = tables["answers"]
     spread = found.figure(("second", "answers", "all"))
     row = dict(zip(table.columns, table.rows[0], strict=True))
     assert row["all"] == f"{spread.mean:.1f} ± {spread.deviation:.1f}"
-    captions = next(each for each in figure_tables(found) if each.title.startswith("Captions of"))
-    assert [row[1] for row in captions.rows] == ["own, pass 1", "own, pass 2"]
+    assert [row[1] for row in tables["captions"].rows] == ["own, pass 1", "own, pass 2"]
 
 
 def test_numbers_are_json(run):
@@ -294,7 +293,7 @@ def test_numbers_are_json(run):
 def test_a_picture_is_drawn(run, tmp_path):
     pytest.importorskip("matplotlib")
     found, _, _ = run
-    plot_study(found, tmp_path / "p.png")
+    draw_study(found, tmp_path / "p.png")
     with Image.open(tmp_path / "p.png") as picture:
         assert picture.width > picture.height > 300
 

@@ -94,9 +94,9 @@ def test_without_a_relation_there_is_no_share_of_right_ones():
 def test_an_object_is_counted_once():
     said = read_caption("two red circles and a red circle")
     assert said is not None
-    assert said.found(PAIR) == 1
+    assert said.shown(PAIR) == 1
     assert said.named(PAIR) == 1
-    assert said.found(TWINS) == 2
+    assert said.shown(TWINS) == 2
 
 
 def test_texts_that_are_no_captions_are_counted():

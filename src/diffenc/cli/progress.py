@@ -1,15 +1,20 @@
 """Progress of long work: a bar on a terminal, nothing anywhere else."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
+
+
+class Progress(Protocol):
+    """Function that is called with the work done, all work and, where it changes, its name."""
+
+    def __call__(self, done: float, total: float, title: str = "", /) -> None:
+        """Show it."""
 
 
 @contextmanager
-def progress_bar(
-    title: str, *others: str, unit: str
-) -> Iterator[Callable[[int, int], None] | None]:
+def progress_bar(title: str, *others: str, unit: str) -> Iterator[Progress | None]:
     """A bar with the time left on a terminal, nothing anywhere else.
 
     What is done when the bar is told for the first time does not count for the speed.
@@ -17,28 +22,30 @@ def progress_bar(
     Args:
         title: Name of the first piece of work.
         others: Names of the pieces of work after it; each begins when the one before is complete.
-        unit: Name of the things that are counted, in the plural.
+        unit: Name of the things that are counted, in the plural; "" shows a percentage.
     """
     if not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        *Progress.get_default_columns()[:2],
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        TimeRemainingColumn(),
+    from rich.progress import (
+        MofNCompleteColumn,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    from rich.progress import Progress as Bars
+
+    counts = (MofNCompleteColumn(), TextColumn(unit)) if unit else (TaskProgressColumn(),)
+    columns = (*Bars.get_default_columns()[:2], *counts, TimeRemainingColumn())
+    with Bars(*columns, console=Console(stderr=True), transient=True) as bar:
         titles = [title, *others]
         tasks: list[Any] = []
 
-        def update(done: int, total: int) -> None:
+        def update(done: float, total: float, title: str = "", /) -> None:
             if not tasks or bar.tasks[-1].finished:
                 name = titles[min(len(tasks), len(titles) - 1)]
-                tasks.append(bar.add_task(name, total=total, completed=done))
-            bar.update(tasks[-1], completed=done)
+                tasks.append(bar.add_task(name, total=total, completed=int(done)))
+            bar.update(tasks[-1], completed=done, description=title or None)
 
         yield update

@@ -1,45 +1,34 @@
 """`diffenc study`: experiments as one command each, written as tables and pictures."""
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from diffenc.cli.noted import NotedCommand, command_line
-from diffenc.cli.options import (
-    Debug,
-    Device,
-    Dtype,
-    Force,
-    quiet_libraries,
-    to_device,
-    to_dtype,
-)
+from diffenc.cli.noted import NotedCommand
+from diffenc.cli.options import Debug, Device, Dtype, Force, to_device, to_dtype
 from diffenc.cli.parsing import parse_timestep
-from diffenc.cli.study_options import Backbone, Output, Quick, Seeds
-from diffenc.cli.study_run import (
-    made_with,
-    output_paths,
-    progress_bar,
-    say_written,
-    write_study,
-)
+from diffenc.cli.study_report import Output, Quick, run_and_report
 from diffenc.cli.study_vlm import add_studies
-from diffenc.cli.tables import print_table
 
 if TYPE_CHECKING:
-    from diffenc.studies.parts_results import PartStudy
-    from diffenc.studies.results import FeatureStudy
+    from diffenc.evals.tables import Table
+    from diffenc.studies.features import FeatureStudy
+    from diffenc.studies.parts import PartStudy
+
+Backbone = Annotated[
+    str,
+    typer.Option(
+        *("--backbone", "--model", "-b", "-m"),
+        metavar="NAME",
+        help="Alias, Hub id or diffusers folder; see diffenc info.",
+    ),
+]
+Seeds = Annotated[int, typer.Option(help="Number of repetitions with other scenes and noise.")]
 
 study = typer.Typer(help="Experiments with a model, written as tables and pictures.")
 
 _QUICK = {"scenes": 30, "seeds": 1, "reader_epochs": 2, "rank": 2}
-
-
-@study.callback()
-def _several() -> None:
-    """Experiments with a model, written as tables and pictures."""
 
 
 @study.command(cls=NotedCommand)
@@ -62,15 +51,19 @@ def features(
         str,
         typer.Option(metavar="WORDS", help="Some of uncond, question and caption, with commas."),
     ] = "uncond,question,caption",
-    scenes: Annotated[int, typer.Option(help="Per seed, for the readouts; 30 or more.")] = 240,
+    scenes: Annotated[
+        int, typer.Option(help="Number of scenes per seed for the readouts, 30 or more.")
+    ] = 240,
     focus_scenes: Annotated[
-        int, typer.Option(help="Per seed, for where a text acts; 0 leaves that out.")
+        int,
+        typer.Option(help="Number of scenes per seed that show where a text acts; 0 for none."),
     ] = 60,
     seeds: Seeds = 3,
     size: Annotated[
-        int | None, typer.Option(metavar="PIXELS", help="Side; default the model's own.")
+        int | None,
+        typer.Option(metavar="PIXELS", help="Side of the pictures; default the model's own."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Scenes x timesteps per pass.")] = 48,
+    batch_size: Annotated[int, typer.Option(help="Number of scenes x timesteps per pass.")] = 48,
     device: Device = "auto",
     dtype: Dtype = "float32",
     force: Force = False,
@@ -83,16 +76,15 @@ def features(
     some minutes with the bundled model on one core.
     """
     steps = None if timesteps is None else parse_timestep(timesteps)
-    paths = output_paths(output, "features", (".md", ".json", ".png"), force=force)
     conditionings = tuple(name.strip() for name in texts.split(",") if name.strip())
 
     from diffenc.studies.features import TIMESTEPS, study_features
-    from diffenc.studies.report import heat_map, to_markdown
+    from diffenc.studies.features_page import draw_features, to_markdown
 
-    quiet_libraries()
-    start = time.perf_counter()
-    with progress_bar() as progress:
-        found = study_features(
+    run_and_report(
+        output,
+        "features",
+        lambda progress: study_features(
             backbone,
             taps=[name for entry in taps for name in entry.split(",") if name] if taps else None,
             timesteps=TIMESTEPS if steps is None else (steps,) if isinstance(steps, int) else steps,
@@ -105,20 +97,15 @@ def features(
             device=to_device(device),
             dtype=to_dtype(dtype),
             progress=progress,
-        )
-    made = made_with(time.perf_counter() - start, device)
-    page = to_markdown(
-        found,
-        command=command_line(),
-        made_with=made,
-        picture=paths[".png"].name,
+        ),
+        page=to_markdown,
+        tables=_feature_tables,
+        remarks=_feature_remarks,
+        draw=draw_features,
+        unit="scenes",
+        device=device,
+        force=force,
     )
-    content = {"made_with": made, **found.to_dict()}
-    write_study(paths, page=page, content=content, draw=heat_map(found).save)
-    _print_study(found)
-    if found.model == "shapes":
-        typer.echo("The bundled model knows coloured shapes only; so do the scenes of this study.")
-    say_written(paths)
 
 
 @study.command(cls=NotedCommand)
@@ -131,11 +118,11 @@ def parts(
             metavar="NAME", help="CLIP to fuse with: a folder, a Hub id, shapes-clip, or none."
         ),
     ] = "shapes-clip",
-    scenes: Annotated[int, typer.Option(help="Per seed; 30 or more.")] = 360,
+    scenes: Annotated[int, typer.Option(help="Number of scenes per seed, 30 or more.")] = 360,
     seeds: Seeds = 3,
-    rank: Annotated[int, typer.Option(help="Of LoRA.")] = 8,
-    epochs: Annotated[int, typer.Option(help="Of LoRA over the questions.")] = 1,
-    batch_size: Annotated[int, typer.Option(help="Rows per pass of the U-Net.")] = 16,
+    rank: Annotated[int, typer.Option(help="Rank of LoRA.")] = 8,
+    epochs: Annotated[int, typer.Option(help="Epochs of LoRA over the questions.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Number of rows per pass of the U-Net.")] = 16,
     quick: Quick = False,
     device: Device = "auto",
     dtype: Dtype = "float32",
@@ -147,16 +134,14 @@ def parts(
     Small readers answer questions about held-out scenes of coloured shapes from the tokens of each
     part. Takes up to ten minutes with the bundled model on one core.
     """
-    paths = output_paths(output, "parts", (".md", ".json"), force=force)
-
     from diffenc.studies.parts import study_parts
-    from diffenc.studies.parts_report import to_markdown
+    from diffenc.studies.parts_page import to_markdown
 
-    quiet_libraries()
-    start = time.perf_counter()
     options = {"scenes": scenes, "seeds": seeds, "rank": rank, "epochs": epochs}
-    with progress_bar("passes") as progress:
-        found = study_parts(
+    run_and_report(
+        output,
+        "parts",
+        lambda progress: study_parts(
             backbone,
             clip=None if clip == "none" else clip,
             batch_size=batch_size,
@@ -164,52 +149,39 @@ def parts(
             dtype=to_dtype(dtype),
             progress=progress,
             **{**options, **(_QUICK if quick else {})},
-        )
-    made = made_with(time.perf_counter() - start, device)
-    page = to_markdown(found, command=command_line(), made_with=made)
-    write_study(paths, page=page, content={"made_with": made, **found.to_dict()})
-    _print_parts(found)
-    say_written(paths)
+        ),
+        page=to_markdown,
+        tables=_part_tables,
+        remarks=_part_remarks,
+        unit="passes",
+        device=device,
+        force=force,
+    )
 
 
 add_studies(study)
 
 
-def _print_study(found: "FeatureStudy") -> None:
-    from diffenc.studies.report import FOCUS_COLUMNS, best_columns, best_rows, focus_rows
+def _feature_tables(results: "FeatureStudy") -> "list[Table]":
+    from diffenc.studies.features_page import best_table, focus_table, input_table
 
-    # One table per text: on one line they would not fit a terminal.
-    columns, rows = best_columns(found), best_rows(found)
-    print_table(
-        "accuracy of linear readouts, what the U-Net starts from",
-        columns[:4],
-        [row[:4] for row in rows],
-        right=columns[1:4],
-    )
-    for index, column in enumerate(columns[4:], start=4):
-        if column.startswith("best"):
-            shown = [0, index]
-            if index + 1 < len(columns) and columns[index + 1].startswith("gain"):
-                shown.append(index + 1)
-            heads = [columns[k].split(" with ")[0].split(" of ")[0] for k in shown]
-            print_table(
-                f"accuracy, {column.removeprefix('best ')}",
-                heads,
-                [[row[k] for k in shown] for row in rows],
-            )
-    if found.focus:
-        print_table("where a text acts", FOCUS_COLUMNS, focus_rows(found))
+    focus = [focus_table(results)] if results.focus else []
+    return [input_table(results), best_table(results), *focus]
 
 
-def _print_parts(found: "PartStudy") -> None:
-    from diffenc.studies import parts_report as report
+def _feature_remarks(results: "FeatureStudy") -> list[str]:
+    bundled = "The bundled model knows coloured shapes only; so do the scenes of this study."
+    return [bundled] if results.model == "shapes" else []
 
-    for title, columns, rows in (
-        ("accuracy of answers", report.part_columns(), report.part_rows(found)),
-        ("gains in mean accuracy", report.gain_columns(), report.gain_rows(found)),
-        ("a probe through the projector", report.norm_columns(), report.norm_rows(found)),
-    ):
-        print_table(title, columns, rows, right=columns[2:])
-    for reason in dict.fromkeys(found.missing.values()):
-        missing = [part for part in found.missing if found.missing[part] == reason]
-        typer.echo(f"not studied: {', '.join(missing)} ({reason})")
+
+def _part_tables(results: "PartStudy") -> "list[Table]":
+    from diffenc.studies.parts_page import accuracy_table, gain_table, norm_table
+
+    return [accuracy_table(results), gain_table(results), norm_table(results)]
+
+
+def _part_remarks(results: "PartStudy") -> list[str]:
+    from diffenc.studies.pages import by_reason
+
+    missing = by_reason(results.missing).items()
+    return [f"not studied: {', '.join(parts)} ({reason})" for reason, parts in missing]

@@ -1,21 +1,20 @@
 """`diffenc study guidance` and its like: train multimodal models, measure and compare them."""
 
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from diffenc.cli.noted import NotedCommand, command_line
+from diffenc.cli.files import check_output
+from diffenc.cli.noted import NotedCommand
 from diffenc.cli.options import Debug, Device, Force, quiet_libraries, to_device
-from diffenc.cli.study_options import Output, Quick
-from diffenc.cli.study_run import made_with, output_paths, say_written, work_bar, write_study
-from diffenc.cli.tables import print_table
+from diffenc.cli.study_report import Output, Quick, print_tables, run_and_report
 from diffenc.errors import ConfigError
 from diffenc.storage.writing import write_text
 
 if TYPE_CHECKING:
+    from diffenc.evals.tables import Table
     from diffenc.studies.vlm import StudyPlan, VlmStudy
     from diffenc.studies.vlm.estimate import Work
 
@@ -37,29 +36,29 @@ studies share trainings."""
 
 Config = Annotated[
     Path | None,
-    typer.Option(metavar="FILE.toml", help="A study of your own: see --write-config."),
+    typer.Option(metavar="FILE.toml", help="File of a study of your own; see --write-config."),
 ]
 WriteConfig = Annotated[
     Path | None,
-    typer.Option(metavar="FILE.toml", help="Write the study's file, to be edited; stop."),
+    typer.Option(metavar="FILE.toml", help="Copy of the study's file to be edited; no run."),
 ]
 WorkFolder = Annotated[
     Path,
     typer.Option(
-        metavar="FOLDER", help="Keeps trainings and figures; studies share it, runs go on in it."
+        metavar="FOLDER", help="Folder of trainings and figures, which studies share and go on in."
     ),
 ]
 SeedCount = Annotated[
-    int | None, typer.Option(min=1, help="Repetitions; default the plan's, three.")
+    int | None, typer.Option(min=1, help="Number of repetitions; default the plan's, three.")
 ]
 LanguageModel = Annotated[
-    str | None, typer.Option(metavar="NAME", help="A folder or Hub id, instead of the plan's.")
+    str | None, typer.Option(metavar="NAME", help="Folder or Hub id in place of the plan's.")
 ]
 Clip = Annotated[
-    str | None, typer.Option(metavar="NAME", help="A folder or Hub id, instead of shapes-clip.")
+    str | None, typer.Option(metavar="NAME", help="Folder or Hub id in place of shapes-clip.")
 ]
 PlanOnly = Annotated[
-    bool, typer.Option("--plan", help="Tell what is trained and measured, and how long; stop.")
+    bool, typer.Option("--plan", help="List of trainings and measurements with times; no run.")
 ]
 
 
@@ -89,107 +88,94 @@ def _command(name: str) -> Callable[..., None]:
             return
         from diffenc.studies.vlm import bundled_plan, read_plan
 
-        told = bundled_plan(name) if config is None else read_plan(name, config)
-        told = told.with_options(seeds=seeds, language_model=language_model, clip=clip)
+        study = bundled_plan(name) if config is None else read_plan(name, config)
+        study = study.with_options(seeds=seeds, language_model=language_model, clip=clip)
         if quick:
-            told = told.quick()
-        quiet_libraries()
+            study = study.quick()
         if plan:
-            _plan(told, work, device)
+            _print_plan(study, work, device)
         else:
-            _run(told, output, work, device, force=force)
+            _run(study, output, work, device, force=force)
 
     return run
 
 
 def _run(plan: "StudyPlan", output: Path, work: Path, device: str, *, force: bool) -> None:
     from diffenc.studies.vlm import study_vlm
-    from diffenc.studies.vlm.plots import need_plots, plot_study
-    from diffenc.studies.vlm.report import to_markdown
+    from diffenc.studies.vlm.page import draw_study, to_markdown
 
-    suffixes = (".md", ".json", ".png") if plan.plots else (".md", ".json")
-    paths = output_paths(output, plan.name, suffixes, force=force)
-    if plan.plots:
-        need_plots()
-    start = time.perf_counter()
-    with work_bar() as progress:
-        found = study_vlm(plan, work=work, device=to_device(device), progress=progress)
-    made = made_with(time.perf_counter() - start, device)
-    page = to_markdown(
-        found,
-        command=command_line(),
-        made_with=made,
-        picture=paths[".png"].name if plan.plots else None,
+    run_and_report(
+        output,
+        plan.name,
+        lambda progress: study_vlm(plan, work=work, device=to_device(device), progress=progress),
+        page=to_markdown,
+        tables=_tables,
+        remarks=_remarks,
+        draw=draw_study if plan.plots else None,
+        device=device,
+        force=force,
     )
-    write_study(
-        paths,
-        page=page,
-        content={"made_with": made, **found.to_dict()},
-        draw=(lambda path: plot_study(found, path)) if plan.plots else None,
-    )
-    _print_study(found)
-    say_written(paths)
 
 
-def _plan(plan: "StudyPlan", work: Path, device: str) -> None:
+def _tables(study: "VlmStudy") -> "list[Table]":
+    from diffenc.studies.vlm.tables import figure_tables, finding_table
+
+    return [*figure_tables(study).values(), finding_table(study)]
+
+
+def _remarks(study: "VlmStudy") -> list[str]:
+    there = study.trained - study.fresh
+    counts = f"{study.trained} trainings, {there} of them done before"
+    return [*_not_run(study.missing), counts]
+
+
+def _print_plan(plan: "StudyPlan", work: Path, device: str) -> None:
     from diffenc.studies.vlm.estimate import measure_costs, work_of
     from diffenc.studies.vlm.tables import measurement_table, training_table
     from diffenc.studies.vlm.workshop import Workshop
 
+    quiet_libraries()
     workshop = Workshop(plan, work, device=to_device(device))
     missing = workshop.missing()
     if len(missing) == len(plan.trainings):
         raise ConfigError(f"no training can be done: {next(iter(missing.values()))}")
-    told = work_of(plan, missing, measure_costs(workshop))
-    for table in (training_table(plan), measurement_table(plan)):
-        print_table(table.title, list(table.columns), [list(row) for row in table.rows])
-    _print_work(plan, told, workshop.count_trained())
-    _print_missing(missing)
-
-
-def _print_work(plan: "StudyPlan", work: "Work", done: int) -> None:
-    rows = []
-    for what, title in (("train", "trainings"), ("measure", "measurements")):
-        pieces = [piece for piece in work.pieces if piece.what == what]
-        unit = "steps" if what == "train" else "answers"
-        count = sum(piece.count for piece in pieces) * plan.seeds
-        seconds = sum(piece.seconds for piece in pieces) * plan.seeds
-        row = [title, str(len(pieces) * plan.seeds), f"{count:,} {unit}", _minutes(seconds)]
-        rows.append(row)
-    rows.append(["in all", "", "", _minutes(work.total)])
-    columns = ["what", "how many", "of", "time"]
-    print_table(f"{plan.seeds} seeds", columns, rows, right=["how many", "of", "time"])
+    all_work = work_of(plan, missing, measure_costs(workshop))
+    print_tables([training_table(plan), measurement_table(plan), _work_table(all_work)])
     typer.echo(
-        f"{done} trainings are there already. Times are told from a few pictures and a batch on "
-        "this machine, as if nothing were there; tokens of pictures that studies share are read "
-        "once."
+        f"{workshop.count_trained()} trainings are there already. Times are told from a few "
+        "pictures and a batch on this machine, as if nothing were there; tokens of pictures that "
+        "studies share are read once."
     )
+    for line in _not_run(missing):
+        typer.echo(line)
 
 
-def _print_study(found: "VlmStudy") -> None:
-    from diffenc.studies.vlm.tables import figure_tables, finding_table
+def _work_table(work: "Work") -> "Table":
+    from diffenc.evals.tables import Table
 
-    for table in (*figure_tables(found), finding_table(found)):
-        print_table(
-            table.title,
-            list(table.columns),
-            [list(row) for row in table.rows],
-            right=list(table.columns[2:]),
-        )
-    _print_missing(found.missing)
-    there = found.trained - found.fresh
-    typer.echo(f"{found.trained} trainings, {there} of them done before")
+    rows = []
+    for what, title, unit in (
+        ("train", "trainings", "steps"),
+        ("measure", "measurements", "answers"),
+    ):
+        pieces = [piece for piece in work.pieces if piece.what == what]
+        count = sum(piece.count for piece in pieces) * work.seeds
+        seconds = sum(piece.seconds for piece in pieces) * work.seeds
+        many = str(len(pieces) * work.seeds)
+        rows.append((title, many, f"{count:,} {unit}", _minutes(seconds)))
+    rows.append(("in all", "", "", _minutes(work.total)))
+    return Table(f"{work.seeds} seeds", ("what", "how many", "of", "time"), tuple(rows))
 
 
-def _print_missing(missing: Mapping[str, str]) -> None:
-    for reason in dict.fromkeys(missing.values()):
-        names = [name for name, why in missing.items() if why == reason]
-        typer.echo(f"not run: {', '.join(names)} ({reason})")
+def _not_run(missing: Mapping[str, str]) -> list[str]:
+    from diffenc.studies.pages import by_reason
+
+    reasons = by_reason(missing).items()
+    return [f"not run: {', '.join(names)} ({reason})" for reason, names in reasons]
 
 
 def _write_config(name: str, path: Path, *, force: bool) -> None:
-    from diffenc.cli.files import check_output
-    from diffenc.studies.vlm.reading import bundled_text
+    from diffenc.studies.vlm.plan_file import bundled_text
 
     check_output(path, suffixes=(".toml",), force=force)
     write_text(path, bundled_text(name))

@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -169,6 +170,8 @@ def _text(value: Any, depth: int = 8) -> str:
     if callable(getattr(value, "get_vocab", None)):
         return _tokenizer_text(value)
     inside = getattr(value, "__dict__", None)
+    if is_dataclass(value):  # one with slots has no __dict__
+        inside = {field.name: getattr(value, field.name) for field in fields(value)}
     name = type(value).__qualname__
     plain = not isinstance(value, type) and not callable(getattr(value, "__code__", None))
     if isinstance(value, nn.Module) or not inside or not plain or not depth or name in _STORES:

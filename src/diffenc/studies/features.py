@@ -1,42 +1,134 @@
 """What features carry, by place in the U-Net, noise level and text."""
 
-from collections.abc import Sequence
-from dataclasses import replace
-from statistics import mean
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from diffenc.config import EncoderConfig, check_choice
-from diffenc.encoder import DiffusionEncoder
-from diffenc.models import TapInfo, describe, match_taps
+from diffenc.checks.arguments import whole
+from diffenc.config import check_choice
 from diffenc.models.base import Backbone
-from diffenc.studies.focus import read_focus
-from diffenc.studies.readouts import fit_readout
-from diffenc.studies.results import (
-    CONDITIONINGS,
-    Conditioning,
-    FeatureStudy,
-    Focus,
-    Reading,
-    Spread,
-)
-from diffenc.studies.settings import (
+from diffenc.studies.focus import Focus, Measure, read_focus
+from diffenc.studies.probes import (
     Done,
+    Place,
     Progress,
-    chance_of,
+    gather,
+    held_out_accuracies,
+    held_out_chances,
+    numerics,
+    open_encoder,
     require_distinct,
-    require_least,
+    with_seed,
 )
-from diffenc.studies.trials import CLASSES, PROPERTIES, Property, Trial, sample_trials
-from diffenc.studies.vectors import Place, gather
+from diffenc.studies.spreads import Spread, mean_of, over_seeds
+from diffenc.studies.trials import (
+    CONDITIONINGS,
+    PROPERTIES,
+    Conditioning,
+    Property,
+    sample_trials,
+)
 
 TIMESTEPS = (10, 50, 261, 500, 800)
 """Default timesteps, from nearly clean to nearly noise; GDF reads at 50, DIFT at 261."""
 
-_BLOCKS = ("conv_in", "down_blocks.*", "mid_block", "up_blocks.*")
-_STAGES = ("conv_in", "down_blocks", "mid_block", "up_blocks")
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Accuracy of reading a property from one place.
+
+    Attributes:
+        property: Name of the property that is read.
+        conditioning: Kind of text that the features were made under; None for pixels and latents,
+            which depend on no text.
+        tap: Place in the U-Net, as a module path; "pixels" and "latents" are its input.
+        timestep: Scheduler step of the noise level; None for pixels and latents.
+        accuracy: Accuracy on scenes that the readout was not fitted to, 0 to 1.
+    """
+
+    property: Property
+    conditioning: Conditioning | None
+    tap: str
+    timestep: int | None
+    accuracy: Spread
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureStudy:
+    """Results of the study.
+
+    Attributes:
+        model: Name of the backbone.
+        taps: Places in the U-Net, in the order in which they run.
+        timesteps: Scheduler steps of the noise levels, in rising order.
+        readings: Accuracy of each property, text, tap and timestep.
+        focus: Effect of a text at each measure, tap and timestep where it can have one.
+        chance: Share of the most frequent answer among the test scenes, for each property, 0 to 1,
+            mean over seeds.
+        settings: Settings of the run: numbers of scenes and seeds, picture size and dtype.
+    """
+
+    model: str
+    taps: tuple[str, ...]
+    timesteps: tuple[int, ...]
+    readings: tuple[Reading, ...]
+    focus: tuple[Focus, ...]
+    chance: dict[Property, float]
+    settings: dict[str, Any]
+
+    def find(
+        self, name: Property, conditioning: Conditioning | None, tap: str, timestep: int | None
+    ) -> Spread | None:
+        """Accuracy at one place; None where it was not read."""
+        for reading in self.select(name, conditioning):
+            if (reading.tap, reading.timestep) == (tap, timestep):
+                return reading.accuracy
+        return None
+
+    def select(self, name: Property, conditioning: Conditioning | None) -> Iterator[Reading]:
+        """Readings of a property under a text, at all places."""
+        for reading in self.readings:
+            if (reading.property, reading.conditioning) == (name, conditioning):
+                yield reading
+
+    def best(self, name: Property, conditioning: Conditioning) -> Reading | None:
+        """The place from which a property is read best; None if that was not studied."""
+        readings = self.select(name, conditioning)
+        return max(readings, key=lambda reading: reading.accuracy.mean, default=None)
+
+    def gain(self, name: Property, conditioning: Conditioning) -> Spread | None:
+        """Accuracy under a text minus that without, mean over taps and timesteps, per seed."""
+        gains = [
+            reading.accuracy - base
+            for reading in self.select(name, conditioning)
+            if (base := self.find(name, "uncond", reading.tap, reading.timestep)) is not None
+        ]
+        return mean_of(gains) if gains else None
+
+    def focus_at(self, measure: Measure, tap: str, timestep: int) -> Focus | None:
+        """Focus at one place; None where no text has an effect."""
+        for entry in self.focus:
+            if (entry.measure, entry.tap, entry.timestep) == (measure, tap, timestep):
+                return entry
+        return None
+
+    @property
+    def conditionings(self) -> tuple[Conditioning, ...]:
+        """Kinds of text that were studied."""
+        studied = {reading.conditioning for reading in self.readings}
+        return tuple(name for name in CONDITIONINGS if name in studied)
+
+    @property
+    def properties(self) -> tuple[Property, ...]:
+        """Properties that were studied."""
+        studied = {reading.property for reading in self.readings}
+        return tuple(name for name in PROPERTIES if name in studied)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as JSON holds them."""
+        return asdict(self)
 
 
 def study_features(
@@ -94,124 +186,64 @@ def study_features(
     Source:
         Linear probes as measure of what a layer holds: Alain and Bengio 2016, arXiv:1610.01644.
     """
-    _check(timesteps, conditionings, scenes, focus_scenes, seeds, batch_size)
-    chosen = tap_order(_known_taps(model), taps, _default_taps(model))
-    steps = tuple(sorted(timesteps))
-    config = EncoderConfig(taps=chosen, timestep=steps, size=size, batch_size=batch_size)
-    encoder = (
-        DiffusionEncoder(model, config)
-        if isinstance(model, Backbone)
-        else DiffusionEncoder.from_pretrained(model, device=device, dtype=dtype, **config.to_dict())
-    )
-    done = Done(progress, seeds * (scenes + focus_scenes))
-    found: dict[Place, list[float]] = {}
-    chances: list[dict[Property, float]] = []
-    focus_of_seeds: list[list[Focus]] = []
-    for seed in range(seeds):
-        seeded = DiffusionEncoder(encoder.backbone, replace(config, seed=seed))
-        trials = sample_trials(scenes, seed=seed)
-        vectors = gather(seeded, trials, conditionings, done=done.add)
-        split = 2 * scenes // 3
-        for place, rows in vectors.items():
-            found.setdefault(place, []).append(_accuracy(rows, trials, place[0], split))
-        chances.append(
-            {name: chance_of([t.label(name) for t in trials[split:]]) for name in PROPERTIES}
-        )
-        if focus_scenes:
-            pairs = sample_trials(focus_scenes, seed=seed, least=2)
-            focus_of_seeds.append(read_focus(seeded, pairs, done=done.add))
-        seeded.clear_cache()
-    return FeatureStudy(
-        model=encoder.backbone.name,
-        taps=chosen,
-        timesteps=steps,
-        readings=tuple(Reading(*place, Spread(tuple(each))) for place, each in found.items()),
-        focus=_joined_focus(focus_of_seeds),
-        chance={name: mean(chance[name] for chance in chances) for name in PROPERTIES},
-        settings={
-            "scenes": scenes,
-            "focus_scenes": focus_scenes,
-            "seeds": seeds,
-            "size": size or encoder.backbone.default_size,
-            "dtype": str(encoder.dtype).removeprefix("torch."),
-        },
-    )
-
-
-def tap_order(
-    known: Sequence[TapInfo], wanted: Sequence[str] | None, default: Sequence[str]
-) -> tuple[str, ...]:
-    """Taps from the input of the U-Net to its output; what lies inside a block, before the block.
-
-    Args:
-        known: All taps of the model.
-        wanted: Module paths or globs of the taps to order; None is the blocks and `default`.
-        default: Default taps of the model.
-
-    Raises:
-        TapError: A tap does not exist.
-    """
-    index = {tap.name: place for place, tap in enumerate(known)}
-    patterns = [*_BLOCKS, *default] if wanted is None else wanted
-
-    def place(name: str) -> tuple[int, int, bool, int]:
-        stage, *rest = name.split(".")
-        numbered = bool(rest) and rest[0].isdecimal()
-        block = int(rest[0]) if numbered else 0
-        return _STAGES.index(stage), block, len(rest) == numbered, index[name]
-
-    return tuple(sorted((tap.name for tap in match_taps(patterns, known)), key=place))
-
-
-def _accuracy(
-    rows: Float[Tensor, "n c"], trials: Sequence[Trial], name: Property, split: int
-) -> float:
-    labels = torch.tensor([trial.label(name) for trial in trials], dtype=torch.long, device="cpu")
-    readout = fit_readout(rows[:split], labels[:split], CLASSES[name])
-    return readout.accuracy(rows[split:], labels[split:])
-
-
-def _joined_focus(of_seeds: Sequence[Sequence[Focus]]) -> tuple[Focus, ...]:
-    """One entry with a value per seed for each place that all seeds have."""
-    places: dict[tuple[str, str, int], list[Focus]] = {}
-    for entry in (entry for entries in of_seeds for entry in entries):
-        places.setdefault((entry.measure, entry.tap, entry.timestep), []).append(entry)
-    joined = []
-    for entries in places.values():
-        if len(entries) == len(of_seeds):
-            asked, control, preferred = (
-                Spread(tuple(value for entry in entries for value in getattr(entry, part).values))
-                for part in ("asked", "control", "preferred")
-            )
-            joined.append(replace(entries[0], asked=asked, control=control, preferred=preferred))
-    return tuple(joined)
-
-
-def _known_taps(model: "str | Backbone") -> tuple[TapInfo, ...]:
-    return model.taps() if isinstance(model, Backbone) else describe(model).taps()
-
-
-def _default_taps(model: "str | Backbone") -> tuple[str, ...]:
-    return model.default_taps if isinstance(model, Backbone) else describe(model).default_taps
-
-
-def _check(
-    timesteps: Sequence[int],
-    conditionings: Sequence[str],
-    scenes: int,
-    focus_scenes: int,
-    seeds: int,
-    batch_size: int,
-) -> None:
-    require_least(
-        {
-            "scenes": (scenes, 30),
-            "focus_scenes": (focus_scenes, 0),
-            "seeds": (seeds, 1),
-            "batch_size": (batch_size, 1),
-        }
-    )
+    whole("scenes", scenes, least=30)
+    whole("focus_scenes", focus_scenes, least=0)
+    whole("seeds", seeds, least=1)
+    whole("batch_size", batch_size, least=1)
     for name in conditionings:
         check_choice("conditionings", name, CONDITIONINGS)
     require_distinct("timesteps", timesteps)
     require_distinct("conditionings", conditionings)
+    encoder = open_encoder(
+        model,
+        taps=taps,
+        timesteps=timesteps,
+        size=size,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+    )
+    done = Done(progress, seeds * (scenes + focus_scenes))
+    accuracies: list[dict[Place, float]] = []
+    chances: list[dict[Property, float]] = []
+    focus: list[list[Focus]] = []
+    for seed in range(seeds):
+        seeded = with_seed(encoder, seed)
+        trials = sample_trials(scenes, seed=seed)
+        labels = {name: [trial.label(name) for trial in trials] for name in PROPERTIES}
+        vectors = gather(seeded, trials, conditionings, done=done.add)
+        accuracies.append(held_out_accuracies(vectors, labels))
+        chances.append(held_out_chances(labels))
+        if focus_scenes:
+            pairs = sample_trials(focus_scenes, seed=seed, least=2)
+            focus.append(read_focus(seeded, pairs, done=done.add))
+        seeded.clear_cache()
+    return FeatureStudy(
+        model=encoder.backbone.name,
+        taps=encoder.config.taps or (),
+        timesteps=encoder.config.timesteps,
+        readings=tuple(Reading(*place, each) for place, each in over_seeds(accuracies).items()),
+        focus=_joined(focus),
+        chance={name: each.mean for name, each in over_seeds(chances).items()},
+        settings={
+            "scenes": scenes,
+            "focus_scenes": focus_scenes,
+            "seeds": seeds,
+            **numerics(encoder),
+        },
+    )
+
+
+def _joined(seeds: Sequence[Sequence[Focus]]) -> tuple[Focus, ...]:
+    """One entry with a value per seed for each place that all seeds have."""
+    tables = [{(each.measure, each.tap, each.timestep): each for each in one} for one in seeds]
+    joined = []
+    for place, first in tables[0].items() if tables else ():
+        entries = [table[place] for table in tables if place in table]
+        if len(entries) == len(tables):
+            asked, control, preferred = (
+                Spread(tuple(value for entry in entries for value in getattr(entry, part).values))
+                for part in ("asked", "control", "preferred")
+            )
+            joined.append(replace(first, asked=asked, control=control, preferred=preferred))
+    return tuple(joined)

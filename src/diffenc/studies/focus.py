@@ -5,6 +5,8 @@ inside the mask of the first. What makes an object conspicuous under any text ca
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -22,8 +24,12 @@ from diffenc.passes.forward import read_attention
 from diffenc.passes.inputs import image_keys, posterior_of, prompts_of
 from diffenc.shapes.render import masks, render
 from diffenc.shapes.scenes import SceneObject
-from diffenc.studies.results import Focus, Measure, Spread
+from diffenc.studies.probes import per_pass, side_of
+from diffenc.studies.spreads import Spread
 from diffenc.studies.trials import Trial, phrase
+
+Measure = Literal["attention", "change"]
+MEASURES: tuple[Measure, ...] = get_args(Measure)
 
 _SILENT = 1e-4
 """A mean relative change below it is none: the text has not reached the tap, or only rounding."""
@@ -31,6 +37,30 @@ _SILENT = 1e-4
 _TIE = 1e-5  # a difference of logarithms that rounding makes, as on a map of one cell
 
 _Place = tuple[Measure, str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Focus:
+    """How much more a text acts inside the object that it names than elsewhere.
+
+    Attributes:
+        measure: Quantity that is measured. "attention": density of the words' cross-attention
+            inside the object's mask over its mean density in the picture. "change": mean |f_c -
+            f_u| inside over that outside.
+        tap: Place in the U-Net, as a module path.
+        timestep: Scheduler step of the noise level.
+        asked: Value for the object that the text names, as a geometric mean over scenes; 1 is no
+            preference.
+        control: Value inside the same masks under a text that names another object of the scene.
+        preferred: Share of scenes in which `asked` is above `control`, 0 to 1; 0.5 is chance.
+    """
+
+    measure: Measure
+    tap: str
+    timestep: int
+    asked: Spread
+    control: Spread
+    preferred: Spread
 
 
 def read_focus(
@@ -53,15 +83,12 @@ def read_focus(
         The claim: "Towards Multimodal Understanding via Stable Diffusion as a Task-Aware Feature
         Extractor", arXiv:2507.07106, abstract.
     """
-    config = encoder.config
-    side = config.size or encoder.backbone.default_size
-    assert isinstance(side, int)
-    per_pass = max(1, (config.batch_size or 1) // len(config.timesteps))
+    side, most = side_of(encoder), per_pass(encoder)
     asked: dict[_Place, list[Tensor]] = {}
     control: dict[_Place, list[Tensor]] = {}
     loudness: dict[_Place, float] = {}
-    for start in range(0, len(trials), per_pass):
-        batch = trials[start : start + per_pass]
+    for start in range(0, len(trials), most):
+        batch = trials[start : start + most]
         first = [trial.target for trial in batch]
         second = [(trial.target + 1) % len(trial.scene.objects) for trial in batch]
         inside = [_masks(batch, chosen, side) for chosen in (first, second)]
@@ -144,9 +171,9 @@ def _actions(
         tap: [name for name in layers if _within(name, tap) or _within(tap, name)]
         for tap in features
     }
-    wanted = [name for name in layers if any(name in inside for inside in around.values())]
-    for timestep in encoder.config.timesteps if wanted else ():
-        maps = _attention(encoder, images, texts, named, timestep, wanted)
+    read = [name for name in layers if any(name in inside for inside in around.values())]
+    for timestep in encoder.config.timesteps if read else ():
+        maps = _attention(encoder, images, texts, named, timestep, read)
         for tap, inside in around.items():
             if inside:
                 yield ("attention", tap, timestep), _on_finest([maps[name] for name in inside])
@@ -168,7 +195,7 @@ def _attention(
     backbone, config = encoder.backbone, encoder.config
     pixel_values = to_pixel_values(
         list(images),
-        size=config.size or backbone.default_size,
+        size=side_of(encoder),
         multiple=backbone.reduction,
     )
     with torch.no_grad():
@@ -181,15 +208,15 @@ def _attention(
     groups: dict[tuple[int, ...], list[int]] = {}  # rows whose words stand at the same positions
     for row, (text, thing) in enumerate(zip(texts, named, strict=True)):
         groups.setdefault(_positions(backbone, text, thing), []).append(row)
-    found: dict[str, list[Tensor]] = {}
+    maps_of: dict[str, list[Tensor]] = {}
     for positions, rows in groups.items():
         part = embeds.concat([embeds.select(row, row + 1) for row in rows])
         maps = read_attention(backbone, noisy_latents[rows], timestep, part, positions, layers)
         for name, values in maps.items():
-            found.setdefault(name, []).append(values.sum(dim=1).cpu())
+            maps_of.setdefault(name, []).append(values.sum(dim=1).cpu())
     places = [row for rows in groups.values() for row in rows]
     order = torch.tensor(places, dtype=torch.long, device="cpu").argsort()
-    return {name: torch.cat(parts)[order] for name, parts in found.items()}
+    return {name: torch.cat(parts)[order] for name, parts in maps_of.items()}
 
 
 def _positions(backbone: object, text: str, thing: SceneObject) -> tuple[int, ...]:

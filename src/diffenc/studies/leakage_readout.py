@@ -4,10 +4,10 @@ The prompt has nothing to do with the picture: its colour and its shape are draw
 read of it came through the text, so that features without a text give chance.
 """
 
+import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from statistics import mean
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,26 +15,28 @@ from einops import reduce
 from jaxtyping import Float
 from torch import Tensor
 
-from diffenc.config import EncoderConfig
+from diffenc.checks.arguments import whole
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import ConfigError
-from diffenc.models import load_backbone
 from diffenc.models.base import Backbone
 from diffenc.shapes.captions import noun_phrase
-from diffenc.shapes.render import render
 from diffenc.shapes.scenes import COLORS, SHAPES, Color, Shape
-from diffenc.studies.features import tap_order
-from diffenc.studies.readouts import fit_readout
-from diffenc.studies.results import Spread
-from diffenc.studies.settings import (
+from diffenc.studies.probes import (
     Done,
     Progress,
-    chance_of,
+    batches,
+    held_out_accuracies,
+    held_out_chances,
+    numerics,
+    open_encoder,
     require_distinct,
-    require_least,
+    with_seed,
 )
-from diffenc.studies.trials import Trial, sample_trials
-from diffenc.studies.vectors import batches
+from diffenc.studies.spreads import Spread, over_seeds
+from diffenc.studies.trials import (
+    Trial,
+    sample_trials,
+)
 
 Word = Literal["color", "shape"]
 WORDS: tuple[Word, ...] = get_args(Word)
@@ -46,7 +48,6 @@ SCALES = (1.5, 4.5, 7.0)
 """Guidance scales of the paper's table 5."""
 
 _Place = tuple[Word, Part, float | None, str, int]
-_NOISES = 1_000_000  # seeds of noise per seed of the study
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,23 +119,23 @@ class LeakageReadout:
         Raises:
             ConfigError: It was not read there.
         """
-        wanted = (word, part, guidance_scale, tap, timestep)
+        place = (word, part, guidance_scale, tap, timestep)
         for each in self.readings:
-            if (each.word, each.part, each.guidance_scale, each.tap, each.timestep) == wanted:
+            if (each.word, each.part, each.guidance_scale, each.tap, each.timestep) == place:
                 return each.accuracy
-        raise ConfigError(f"nothing was read at {wanted}; taps are {self.taps}")
+        raise ConfigError(f"nothing was read at {place}; taps are {self.taps}")
 
     def rows(self, word: Word) -> list[tuple[str, ...]]:
         """Cells of a table: tap and timestep, |f_c - f_u| / |f_u|, then percent per part."""
-        made = []
+        parts: list[tuple[Part, float | None]] = [("uncond", None), ("cond", None)]
+        parts += [("cfg", scale) for scale in self.guidance_scales]
+        parts.append(("difference", None))
+        rows = []
         for loud in self.loudness:
-            place = (loud.tap, loud.timestep)
-            found = [self.find(word, "uncond", *place), self.find(word, "cond", *place)]
-            found += [self.find(word, "cfg", *place, scale) for scale in self.guidance_scales]
-            found.append(self.find(word, "difference", *place))
-            cells = [_percent(each) for each in found]
-            made.append((loud.tap, str(loud.timestep), f"{loud.ratio.mean:.3f}", *cells))
-        return made
+            spreads = [self.find(word, part, loud.tap, loud.timestep, s) for part, s in parts]
+            cells = [f"{spread.percent:.1f}" for spread in spreads]
+            rows.append((loud.tap, str(loud.timestep), f"{loud.ratio.mean:.3f}", *cells))
+        return rows
 
     def columns(self) -> tuple[str, ...]:
         """Heads of `rows`."""
@@ -203,50 +204,54 @@ def study_leakage_readout(
         Leakage of prompts: arXiv:2507.07106, abstract. Linear probes: Alain and Bengio 2016,
         arXiv:1610.01644.
     """
-    _check(timesteps, guidance_scales, scenes, seeds, batch_size)
+    whole("scenes", scenes, least=30)
+    whole("seeds", seeds, least=1)
+    whole("batch_size", batch_size, least=1)
+    require_distinct("timesteps", timesteps)
     scales = tuple(sorted(float(scale) for scale in guidance_scales))
-    backbone = (
-        model if isinstance(model, Backbone) else load_backbone(model, device=device, dtype=dtype)
+    if len(set(scales)) != len(scales) or not all(map(math.isfinite, scales)):
+        raise ConfigError(f"guidance_scales must be finite, each once, got {list(scales)}")
+    encoder = open_encoder(
+        model,
+        taps=taps,
+        timesteps=timesteps,
+        size=size,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
     )
-    chosen = tap_order(backbone.taps(), taps, backbone.default_taps)
-    steps = tuple(sorted(timesteps))
-    config = EncoderConfig(taps=chosen, timestep=steps, size=size, batch_size=batch_size)
-    found: dict[_Place, list[float]] = {}
-    loud: dict[tuple[str, int], list[float]] = {}
-    chances: list[dict[Word, float]] = []
     done = Done(progress, seeds * scenes)
+    accuracies: list[dict[_Place, float]] = []
+    loudness: list[dict[tuple[str, int], float]] = []
+    chances: list[dict[Word, float]] = []
     for seed in range(seeds):
-        trials = sample_trials(scenes, seed=seed)
-        named = sample_prompts(scenes, seed=seed)
-        vectors, ratios = _gather(backbone, replace(config, seed=seed), trials, named, done.add)
-        for place, ratio in ratios.items():
-            loud.setdefault(place, []).append(ratio)
-        split = 2 * scenes // 3
-        for word in WORDS:
-            labels = torch.tensor(
-                [_label(each, word) for each in named], dtype=torch.long, device="cpu"
-            )
-            chances.append({word: chance_of(labels[split:].tolist())})
-            classes = len(COLORS if word == "color" else SHAPES)
-            for (tap, step), (uncond, cond) in vectors.items():
-                for part, scale, rows in _parts(uncond, cond, scales):
-                    readout = fit_readout(rows[:split], labels[:split], classes)
-                    accuracy = readout.accuracy(rows[split:], labels[split:])
-                    found.setdefault((word, part, scale, tap, step), []).append(accuracy)
+        seeded = with_seed(encoder, seed)
+        prompts = sample_prompts(scenes, seed=seed)
+        halves, ratios = _gather(seeded, sample_trials(scenes, seed=seed), prompts, done.add)
+        vectors = {
+            (word, part, scale, *place): rows
+            for word in WORDS
+            for place, (uncond, cond) in halves.items()
+            for part, scale, rows in _parts(uncond, cond, scales)
+        }
+        labels: dict[Word, list[int]] = {
+            "color": [COLORS.index(color) for color, _ in prompts],
+            "shape": [SHAPES.index(shape) for _, shape in prompts],
+        }
+        accuracies.append(held_out_accuracies(vectors, labels))
+        loudness.append(ratios)
+        chances.append(held_out_chances(labels))
+        seeded.clear_cache()
+    readings, loud = over_seeds(accuracies), over_seeds(loudness)
     return LeakageReadout(
-        model=backbone.name,
-        taps=chosen,
-        timesteps=steps,
+        model=encoder.backbone.name,
+        taps=encoder.config.taps or (),
+        timesteps=encoder.config.timesteps,
         guidance_scales=scales,
-        readings=tuple(PromptReading(*place, Spread(tuple(each))) for place, each in found.items()),
-        loudness=tuple(Loudness(*place, Spread(tuple(each))) for place, each in loud.items()),
-        chance={w: mean(c[w] for c in chances if w in c) for w in WORDS},
-        settings={
-            "scenes": scenes,
-            "seeds": seeds,
-            "size": size or backbone.default_size,
-            "dtype": str(next(backbone.denoiser.parameters()).dtype).removeprefix("torch."),
-        },
+        readings=tuple(PromptReading(*place, each) for place, each in readings.items()),
+        loudness=tuple(Loudness(*place, each) for place, each in loud.items()),
+        chance={word: each.mean for word, each in over_seeds(chances).items()},
+        settings={"scenes": scenes, "seeds": seeds, **numerics(encoder)},
     )
 
 
@@ -257,46 +262,36 @@ def sample_prompts(count: int, *, seed: int) -> list[tuple[Color, Shape]]:
 
 
 def _gather(
-    backbone: Backbone,
-    config: EncoderConfig,
+    encoder: DiffusionEncoder,
     trials: Sequence[Trial],
     named: Sequence[tuple[Color, Shape]],
     done: Callable[[int], object],
 ) -> tuple[dict[tuple[str, int], tuple[Tensor, Tensor]], dict[tuple[str, int], float]]:
     """Per tap and timestep the means of f_u and f_c over cells (n c), and how loud f_c - f_u is."""
-    side = config.size or backbone.default_size
-    assert isinstance(side, int)
     means: dict[tuple[str, int], tuple[list[Tensor], list[Tensor]]] = {}
     sizes: dict[tuple[str, int], list[tuple[float, float]]] = {}
-    per_pass = max(1, (config.batch_size or 1) // len(config.timesteps))
-    start = 0
-    for batch, noise in batches(trials, per_pass):
-        seeded = DiffusionEncoder(backbone, replace(config, seed=config.seed * _NOISES + noise))
-        prompts = [
-            noun_phrase(shape=shape, color=color)
-            for color, shape in named[start : start + len(batch)]
-        ]
-        images = [render(trial.scene, side) for trial in batch]
+    for seeded, rows, images in batches(encoder, trials):
+        prompts = [noun_phrase(shape=shape, color=color) for color, shape in named[rows]]
         features = seeded.extract(images, prompts, conditioning="cfg")
         uncond, cond = features.select("uncond"), features.select("cond")
         for tap in features:
-            for index, step in enumerate(config.timesteps):
+            for index, step in enumerate(encoder.config.timesteps):
                 pair = uncond[tap][:, index].float().cpu(), cond[tap][:, index].float().cpu()
-                rows = means.setdefault((tap, step), ([], []))
-                for kept, maps in zip(rows, pair, strict=True):
-                    kept.append(reduce(maps, "b c h w -> b c", "mean"))
-                change = float((pair[1] - pair[0]).norm(dim=1).mean())
-                size = float(pair[0].norm(dim=1).mean())
-                sizes.setdefault((tap, step), []).append((change * len(batch), size * len(batch)))
-        start += len(batch)
-        seeded.clear_cache()
-        done(len(batch))
-    joined = {place: (torch.cat(rows[0]), torch.cat(rows[1])) for place, rows in means.items()}
+                halves = means.setdefault((tap, step), ([], []))
+                for half, maps in zip(halves, pair, strict=True):
+                    half.append(reduce(maps, "b c h w -> b c", "mean"))
+                change = float((pair[1] - pair[0]).norm(dim=1).mean()) * len(images)
+                size = float(pair[0].norm(dim=1).mean()) * len(images)
+                sizes.setdefault((tap, step), []).append((change, size))
+        done(len(images))
+    vectors = {
+        place: (torch.cat(halves[0]), torch.cat(halves[1])) for place, halves in means.items()
+    }
     ratios = {
         place: sum(change for change, _ in each) / max(sum(size for _, size in each), 1e-12)
         for place, each in sizes.items()
     }
-    return joined, ratios
+    return vectors, ratios
 
 
 def _parts(
@@ -308,27 +303,3 @@ def _parts(
         ("difference", None, cond - uncond),
     ]
     return [*parts, *(("cfg", scale, torch.lerp(uncond, cond, scale)) for scale in scales)]
-
-
-def _label(named: tuple[Color, Shape], word: Word) -> int:
-    color, shape = named
-    return COLORS.index(color) if word == "color" else SHAPES.index(shape)
-
-
-def _percent(found: Spread) -> str:
-    deviation = "" if found.deviation is None else f" ± {100 * found.deviation:.1f}"
-    return f"{100 * found.mean:.1f}{deviation}"
-
-
-def _check(
-    timesteps: Sequence[int],
-    scales: Sequence[float],
-    scenes: int,
-    seeds: int,
-    batch_size: int,
-) -> None:
-    require_least({"scenes": (scenes, 30), "seeds": (seeds, 1), "batch_size": (batch_size, 1)})
-    require_distinct("timesteps", timesteps)
-    finite = all(abs(scale) < float("inf") for scale in scales)
-    if len(set(scales)) != len(scales) or not finite:
-        raise ConfigError(f"guidance_scales must be finite, each once, got {list(scales)}")

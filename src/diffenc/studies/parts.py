@@ -1,22 +1,147 @@
 """What each part between U-Net and language model adds to the answers that can be read."""
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from statistics import mean
+from typing import Any
 
 import torch
 
+from diffenc.checks.arguments import whole
 from diffenc.clip.tokens import ClipTokens
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import BackboneError
 from diffenc.models.base import Backbone
-from diffenc.studies.parts_reader import Questions
-from diffenc.studies.parts_results import ASKED, NormRow, Part, PartRow, PartStudy
-from diffenc.studies.parts_run import Found, PartRun
-from diffenc.studies.results import Spread
-from diffenc.studies.settings import Done, Progress, chance_of, require_least
-from diffenc.studies.trials import Property, sample_trials
+from diffenc.studies.parts_run import PARTS, Part, PartRun
+from diffenc.studies.probes import (
+    Done,
+    Progress,
+    held_in,
+    numerics,
+)
+from diffenc.studies.spreads import Spread, mean_of, over_seeds
+from diffenc.studies.token_readers import ASKED, READERS, Reader
+from diffenc.studies.trials import (
+    Property,
+    chance_of,
+    sample_trials,
+)
+
+COMPARISONS: tuple[tuple[Part, Part], ...] = (
+    ("cond", "uncond"),
+    ("concat", "uncond"),
+    ("concat", "cond"),
+    ("clip+cond", "clip"),
+    ("clip+cond", "cond"),
+    ("clip+cond", "clip+uncond"),
+    ("lora", "cond"),
+    ("lora-empty", "uncond"),
+    ("lora", "lora-empty"),
+    ("captioner", "uncond"),
+)
+"""Pairs of a part and the part that it is compared with."""
 
 _CLIP_PARTS: tuple[Part, ...] = ("clip", "clip+uncond", "clip+cond", "captioner")
+
+
+@dataclass(frozen=True, slots=True)
+class PartRow:
+    """Accuracy of reading answers from the tokens of one part.
+
+    Attributes:
+        part: Name of the part whose tokens are read.
+        reader: Kind of reader: "told" knows the question, as a language model does; "blind" knows
+            only which property is asked for, so the tokens must say which object is meant.
+        accuracy: Accuracy for each property, 0 to 1, on scenes that the reader was not fitted to.
+    """
+
+    part: Part
+    reader: Reader
+    accuracy: dict[Property, Spread]
+
+    @property
+    def mean(self) -> Spread:
+        """Mean over properties, per seed."""
+        return mean_of(list(self.accuracy.values()))
+
+
+@dataclass(frozen=True, slots=True)
+class NormRow:
+    """Accuracy of a probe of cells behind a projector with or without a layer norm per tap.
+
+    Attributes:
+        scales: Factor that each tap's features are multiplied by before the projector.
+        norm: Whether the projector has a layer norm per tap.
+        accuracy: Share of held-out cells whose object is named rightly, 0 to 1.
+    """
+
+    scales: tuple[float, ...]
+    norm: bool
+    accuracy: Spread
+
+
+@dataclass(frozen=True, slots=True)
+class PartStudy:
+    """Results of the study.
+
+    Attributes:
+        model: Name of the backbone.
+        clip: Name of the CLIP model; None if none was used.
+        taps: Places in the U-Net that the encoder reads.
+        rows: Accuracy of each part and reader.
+        norms: Accuracy with and without layer norms in the projector.
+        rms: Root mean square of each tap's features, mean over seeds.
+        chance: Share of the most frequent answer among the test questions, for each property, 0 to
+            1.
+        missing: Reason why a part was not studied, by name of the part.
+        settings: Settings of the run, such as numbers of scenes, seeds and epochs.
+    """
+
+    model: str
+    clip: str | None
+    taps: tuple[str, ...]
+    rows: tuple[PartRow, ...]
+    norms: tuple[NormRow, ...]
+    rms: tuple[float, ...]
+    chance: dict[Property, float]
+    missing: dict[Part, str]
+    settings: dict[str, Any]
+
+    def find(self, part: Part, reader: Reader) -> PartRow | None:
+        """Row of a part and reader; None if the part was not studied."""
+        for row in self.rows:
+            if (row.part, row.reader) == (part, reader):
+                return row
+        return None
+
+    def gain(self, part: Part, base: Part, reader: Reader) -> Spread | None:
+        """Mean accuracy of a part minus that of another, per seed."""
+        over, under = self.find(part, reader), self.find(base, reader)
+        return None if over is None or under is None else over.mean - under.mean
+
+    def lora_by_text(self, reader: Reader) -> Spread | None:
+        """Gain of LoRA with the question minus its gain with the empty prompt, per seed."""
+        with_text, without = (
+            self.gain("lora", "cond", reader),
+            self.gain("lora-empty", "uncond", reader),
+        )
+        return None if with_text is None or without is None else with_text - without
+
+    @property
+    def parts(self) -> Sequence[Part]:
+        """Parts that were studied."""
+        studied = {row.part for row in self.rows}
+        return [part for part in PARTS if part in studied]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as JSON holds them, with the gains."""
+        gains = [
+            {"part": part, "base": base, "reader": reader, "values": spread.values}
+            for part, base in COMPARISONS
+            for reader in READERS
+            if (spread := self.gain(part, base, reader)) is not None
+        ]
+        return {**asdict(self), "gains": gains}
 
 
 def study_parts(
@@ -70,7 +195,13 @@ def study_parts(
         >>> study.gain("cond", "uncond", "told")
         Spread(values=(...,))
     """
-    _check(scenes, seeds, rank, epochs, reader_epochs, grid, batch_size)
+    whole("scenes", scenes, least=30)
+    whole("seeds", seeds, least=1)
+    whole("rank", rank, least=1)
+    whole("epochs", epochs, least=1)
+    whole("reader_epochs", reader_epochs, least=1)
+    whole("grid", grid, least=1)
+    whole("batch_size", batch_size, least=1)
     encoder = (
         DiffusionEncoder(model)
         if isinstance(model, Backbone)
@@ -80,14 +211,14 @@ def study_parts(
     missing = _missing(clip)
     if missing:
         clip = None
-    split = 2 * scenes // 3
+    training = held_in(scenes) * len(ASKED) * epochs
     passes = scenes * 4  # two halves
-    passes += split * 3 * epochs + scenes * 3  # LoRA and its features
-    passes += split * 3 * epochs + scenes  # the same with an empty prompt
-    passes += 0 if clip is None else split * 3 * epochs + scenes
+    passes += training + scenes * 3  # LoRA and its features
+    passes += training + scenes  # the same with an empty prompt
+    passes += 0 if clip is None else training + scenes
     done = Done(progress, seeds * passes)
-    found: Found = {}
-    norms: dict[tuple[tuple[float, ...], bool], list[float]] = {}
+    accuracies: list[dict[tuple[Part, Reader], dict[Property, float]]] = []
+    norms: list[dict[tuple[tuple[float, ...], bool], float]] = []
     chances, rms = [], []
     for seed in range(seeds):
         run = PartRun(
@@ -98,29 +229,28 @@ def study_parts(
             batch_size=batch_size,
             done=done.add,
         )
-        for part, tokens in run.frozen(clip):
-            run.read(part, tokens, found)
-        run.lora(rank, epochs, found, asks=True)
-        run.lora(rank, epochs, found, asks=False)
+        run.read_frozen(clip)
+        run.train_lora(rank, epochs, asks=True)
+        run.train_lora(rank, epochs, asks=False)
         if clip is not None:
-            run.captioner(clip, 3 * epochs, found)
-        run.norms(norms)
+            run.train_captioner(clip, 3 * epochs)
+        accuracies.append(run.accuracies)
+        norms.append(run.probe_norms())
         rms.append(run.rms())
-        chances.append(_chances(run.questions, 3 * split))
+        tested = run.trials[run.scenes_to_fit :]
+        chances.append({name: chance_of([each.label(name) for each in tested]) for name in ASKED})
         encoder.clear_cache()
     return PartStudy(
         model=encoder.backbone.name,
         clip=clip,
         taps=tuple(tap.name for tap in encoder.feature_info),
         rows=tuple(
-            PartRow(
-                part, reader, {name: Spread(tuple(each[name] for each in values)) for name in ASKED}
-            )
-            for (part, reader), values in found.items()
+            PartRow(*names, over_seeds([each[names] for each in accuracies]))
+            for names in accuracies[0]
         ),
-        norms=tuple(NormRow(*case, Spread(tuple(values))) for case, values in norms.items()),
+        norms=tuple(NormRow(*case, each) for case, each in over_seeds(norms).items()),
         rms=tuple(mean(each) for each in zip(*rms, strict=True)),
-        chance={name: mean(chance[name] for chance in chances) for name in ASKED},
+        chance={name: each.mean for name, each in over_seeds(chances).items()},
         missing=missing,
         settings={
             "scenes": scenes,
@@ -130,7 +260,7 @@ def study_parts(
             "reader_epochs": reader_epochs,
             "grid": grid,
             "timestep": encoder.config.timestep,
-            "dtype": str(encoder.dtype).removeprefix("torch."),
+            "dtype": numerics(encoder)["dtype"],
         },
     )
 
@@ -145,24 +275,3 @@ def _missing(clip: str | None) -> dict[Part, str]:
             raise
         return dict.fromkeys(_CLIP_PARTS, str(error))
     return {}
-
-
-def _chances(questions: Questions, split: int) -> dict[Property, float]:
-    tested = questions.labels[split:]
-    return {name: chance_of(tested[k :: len(ASKED)].tolist()) for k, name in enumerate(ASKED)}
-
-
-def _check(
-    scenes: int, seeds: int, rank: int, epochs: int, reader_epochs: int, grid: int, batch_size: int
-) -> None:
-    require_least(
-        {
-            "scenes": (scenes, 30),
-            "seeds": (seeds, 1),
-            "rank": (rank, 1),
-            "epochs": (epochs, 1),
-            "reader_epochs": (reader_epochs, 1),
-            "grid": (grid, 1),
-            "batch_size": (batch_size, 1),
-        }
-    )

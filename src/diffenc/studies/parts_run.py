@@ -2,35 +2,63 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import TypeAlias
+from typing import Literal, get_args
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from diffenc.encoder import DiffusionEncoder
 from diffenc.fusion import FusedEncoder
 from diffenc.shapes.render import render
-from diffenc.studies.parts_norm import cell_kinds, norm_accuracy, scale_cases
-from diffenc.studies.parts_reader import (
+from diffenc.studies.probes import held_in, side_of, with_seed
+from diffenc.studies.token_readers import (
+    ASKED,
+    READERS,
     AnswerReader,
     Questions,
+    Reader,
     TokenRows,
     accuracy_of,
+    cell_kinds,
+    descend,
     fit_reader,
+    norm_accuracy,
+    scale_cases,
+    shuffled,
 )
-from diffenc.studies.parts_results import ASKED, READERS, Part, Reader
-from diffenc.studies.parts_training import train_part
 from diffenc.studies.trials import Property, Trial
 
-Found: TypeAlias = dict[tuple[Part, Reader], list[dict[Property, float]]]
-"""Accuracies per part and reader, one entry per seed."""
+Part = Literal[
+    "uncond",
+    "cond",
+    "concat",
+    "clip",
+    "clip+uncond",
+    "clip+cond",
+    "lora",
+    "lora-empty",
+    "captioner",
+]
+PARTS: tuple[Part, ...] = get_args(Part)
 
-_LORA_RATE, _CAPTIONER_RATE = 2e-3, 1e-2
+_READER_RATE, _LORA_RATE, _CAPTIONER_RATE = 5e-3, 2e-3, 1e-2
 
 
 class PartRun:
-    """Run of one seed: its scenes, and the answers read from the features of each part."""
+    """Run of one seed: its scenes, and the answers read from the features of each part.
+
+    Args:
+        encoder: Encoder whose model, taps, timestep and grid are studied.
+        trials: Scenes that are asked about, of which the first two thirds are fitted to.
+        seed: Seed of the noise, of what is initialised and of the order of rows.
+        reader_epochs: Number of epochs of the readers, and of the projectors.
+        batch_size: Number of rows per call of the U-Net.
+        done: Function that is called after each call of the U-Net with its number of rows.
+
+    Attributes:
+        accuracies: Share of right answers by part, reader and property.
+    """
 
     def __init__(
         self,
@@ -42,127 +70,146 @@ class PartRun:
         batch_size: int,
         done: Callable[[int], object],
     ) -> None:
-        self.encoder = DiffusionEncoder(encoder.backbone, replace(encoder.config, seed=seed))
-        side = encoder.config.size or encoder.backbone.default_size
-        assert isinstance(side, int)
-        self.side, self.trials, self.seed = side, trials, seed
-        self.pictures = [render(trial.scene, side) for trial in trials]
+        self.encoder = with_seed(encoder, seed)
+        self.side, self.trials, self.seed = side_of(encoder), trials, seed
+        self.pictures: list[Image.Image] = [render(trial.scene, self.side) for trial in trials]
         self.questions = Questions.of(trials)
-        self.split = 2 * len(trials) // 3
+        self.scenes_to_fit = held_in(len(trials))
+        self.rows_to_fit = len(ASKED) * self.scenes_to_fit
         self.reader_epochs, self.batch_size, self.done = reader_epochs, batch_size, done
         grid = encoder.config.grid
         assert isinstance(grid, int)
         self.grid = grid
         self.uncond = self.cond = torch.empty(0, dtype=torch.float32, device="cpu")
         self.readers: dict[Part, dict[Reader, AnswerReader]] = {}
+        self.accuracies: dict[tuple[Part, Reader], dict[Property, float]] = {}
 
-    def frozen(self, clip: str | None) -> "list[tuple[Part, tuple[Tensor, ...]]]":
-        """Tokens of the parts in which nothing is trained."""
+    def read_frozen(self, clip: str | None) -> None:
+        """Read the parts in which nothing is trained; those with CLIP if there is one."""
         self.uncond = self._tokens(self.encoder, asks=False)
         self.cond = self._tokens(self.encoder, asks=True)
-        parts: list[tuple[Part, tuple[Tensor, ...]]] = [
-            ("uncond", (self.uncond,)),
-            ("cond", (self.cond,)),
-            ("concat", (self.uncond, self.cond)),
-        ]
-        if clip is None:
-            return parts
-        fused = FusedEncoder(clip, self.encoder, grid=self.grid)
-        seen = self._clip_tokens(fused)
-        return [
-            *parts,
-            ("clip", (seen,)),
-            ("clip+uncond", (seen, self.uncond)),
-            ("clip+cond", (seen, self.cond)),
-        ]
+        self._read("uncond", self.uncond)
+        self._read("cond", self.cond)
+        self._read("concat", self.uncond, self.cond)
+        if clip is not None:
+            of_clip = self._clip_tokens(FusedEncoder(clip, self.encoder, grid=self.grid))
+            self._read("clip", of_clip)
+            self._read("clip+uncond", of_clip, self.uncond)
+            self._read("clip+cond", of_clip, self.cond)
 
-    def read(
-        self,
-        part: Part,
-        tokens: tuple[Tensor, ...],
-        found: Found,
-    ) -> None:
-        """Fit the readers to a part, and note how well they do."""
-        rows, split = TokenRows(tokens, len(self.questions.texts)), len(ASKED) * self.split
-        for reader in READERS:
-            model = fit_reader(
-                rows,
-                self.questions,
-                reader,
-                split=split,
-                epochs=self.reader_epochs,
-                seed=self.seed,
-            )
-            self.readers.setdefault(part, {})[reader] = model
-            accuracy = accuracy_of(model, rows, self.questions, reader, split=split)
-            found.setdefault((part, reader), []).append(accuracy)
-
-    def lora(self, rank: int, epochs: int, found: Found, *, asks: bool) -> None:
-        """Train LoRA with the question as prompt, or on the same rows with an empty one."""
+    def train_lora(self, rank: int, epochs: int, *, asks: bool) -> None:
+        """Train and read LoRA, with the question as prompt or, on the same rows, an empty one."""
         encoder = copy.deepcopy(self.encoder)  # the adapter would stay in the shared U-Net
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             encoder.add_lora(rank=rank)
         texts = self.questions.texts
-        prompts = texts if asks else ("",) * len(texts)
-        self._train(encoder, "cond" if asks else "uncond", epochs, prompts, rate=_LORA_RATE)
+        self.train(
+            encoder,
+            self.readers["cond" if asks else "uncond"],
+            prompts=texts if asks else ("",) * len(texts),
+            epochs=epochs,
+            rate=_LORA_RATE,
+        )
         part: Part = "lora" if asks else "lora-empty"
-        self.read(part, (self._tokens(encoder, asks=asks, plain=False),), found)
+        self._read(part, self._tokens(encoder, asks=asks, plain=False))
 
-    def captioner(self, clip: str, epochs: int, found: Found) -> None:
-        """Train the captioner with an empty prompt."""
+    def train_captioner(self, clip: str, epochs: int) -> None:
+        """Train the captioner with an empty prompt, and read it."""
         encoder = DiffusionEncoder(self.encoder.backbone, self.encoder.config)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             encoder.add_captioner(clip)
-        self._train(encoder, "uncond", epochs, None, rate=_CAPTIONER_RATE)
-        self.read("captioner", (self._tokens(encoder, asks=False, plain=False),), found)
+        readers = self.readers["uncond"]
+        self.train(encoder, readers, prompts=None, epochs=epochs, rate=_CAPTIONER_RATE)
+        self._read("captioner", self._tokens(encoder, asks=False, plain=False))
 
-    def norms(self, found: dict[tuple[tuple[float, ...], bool], list[float]]) -> None:
-        """Probe cells through projectors with and without norms."""
+    def probe_norms(self) -> dict[tuple[tuple[float, ...], bool], float]:
+        """Accuracy of a probe of cells through projectors without norms and with them, by scale."""
         kinds = cell_kinds(self.trials, self.side, self.grid)
-        for scales in scale_cases(len(self.encoder.token_channels)):
-            for norm in (False, True):
-                accuracy = norm_accuracy(
-                    self.uncond,
-                    kinds,
-                    self.encoder.token_channels,
-                    scales,
-                    norm=norm,
-                    split=self.split,
-                    epochs=self.reader_epochs,
-                    seed=self.seed,
-                )
-                found.setdefault((scales, norm), []).append(accuracy)
+        return {
+            (scales, norm): norm_accuracy(
+                self.uncond,
+                kinds,
+                self.encoder.token_channels,
+                scales,
+                norm=norm,
+                split=self.scenes_to_fit,
+                epochs=self.reader_epochs,
+                seed=self.seed,
+            )
+            for scales in scale_cases(len(self.encoder.token_channels))
+            for norm in (False, True)
+        }
 
     def rms(self) -> list[float]:
         """Root mean square of each tap's features."""
         taps = self.uncond.float().split(self.encoder.token_channels, dim=-1)
         return [float(tap.square().mean().sqrt()) for tap in taps]
 
-    def _train(
+    def train(
         self,
         encoder: DiffusionEncoder,
-        start: Part,
-        epochs: int,
-        prompts: Sequence[str] | None,
+        readers: dict[Reader, AnswerReader],
         *,
+        prompts: Sequence[str] | None,
+        epochs: int,
         rate: float,
     ) -> None:
-        train_part(
-            encoder,
-            copy.deepcopy(self.readers[start]),
-            self.questions,
-            self.pictures,
-            prompts=prompts,
-            split=len(ASKED) * self.split,
-            epochs=epochs,
-            batch_size=self.batch_size,
-            grid=self.grid,
-            rate=rate,
-            seed=self.seed,
-            done=self.done,
+        """Lower the loss of readers on the rows to fit, by what the encoder trains and by copies.
+
+        Args:
+            encoder: Encoder with LoRA or a captioner, which are trained in place.
+            readers: Readers that were fitted to the features that the encoder had before.
+            prompts: Prompts of the U-Net, one per row. None is the empty prompt for all rows; one
+                pass then serves the three questions to a scene.
+            epochs: Number of passes over these rows.
+            rate: Highest learning rate of the encoder's trainable weights.
+        """
+        models = {name: copy.deepcopy(each).requires_grad_(True) for name, each in readers.items()}
+        weights = [weight for model in models.values() for weight in model.parameters()]
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": list(encoder.trainable_parameters()), "lr": rate},
+                {"params": weights, "lr": _READER_RATE},
+            ],
+            weight_decay=0.0,
         )
+        count = self.scenes_to_fit if prompts is None else self.rows_to_fit
+        batches = shuffled(count, self.batch_size, epochs=epochs, seed=self.seed)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, [rate, _READER_RATE], total_steps=len(batches)
+        )
+
+        def loss(units: Tensor) -> Tensor:
+            tokens, rows = self._trained_tokens(encoder, units, prompts)
+            losses = [
+                self.questions.loss(model(tokens, self.questions.queries[reader][rows]), rows)
+                for reader, model in models.items()
+            ]
+            self.done(len(units))
+            return torch.stack(losses).sum()
+
+        encoder.train()
+        descend(optimizer, schedule, batches, loss)
+        encoder.eval().requires_grad_(False)
+
+    def _read(self, part: Part, *tokens: Tensor) -> None:
+        """Fit the readers to a part, and note how well they do."""
+        rows = TokenRows(tokens, len(self.questions.texts))
+        for reader in READERS:
+            model = fit_reader(
+                rows,
+                self.questions,
+                reader,
+                split=self.rows_to_fit,
+                epochs=self.reader_epochs,
+                seed=self.seed,
+            )
+            self.readers.setdefault(part, {})[reader] = model
+            self.accuracies[part, reader] = accuracy_of(
+                model, rows, self.questions, reader, split=self.rows_to_fit
+            )
 
     @torch.no_grad()
     def _tokens(self, encoder: DiffusionEncoder, *, asks: bool, plain: bool = True) -> Tensor:
@@ -193,3 +240,19 @@ class PartRun:
             for start in range(0, len(self.pictures), self.batch_size)
         ]
         return torch.cat(parts).float().cpu()
+
+    def _trained_tokens(
+        self, encoder: DiffusionEncoder, units: Tensor, prompts: Sequence[str] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens with a graph, and the rows that they serve."""
+        each = len(ASKED)
+        scenes = (units if prompts is None else units // each).tolist()
+        texts = "" if prompts is None else [prompts[row] for row in units.tolist()]
+        images = [self.pictures[scene] for scene in scenes]
+        features = encoder.extract(images, texts, conditioning="cond")
+        tokens = features.tokens(self.grid).float().cpu()
+        if prompts is not None:
+            return tokens, units
+        kinds = torch.arange(each, dtype=torch.long, device="cpu")
+        rows = (units[:, None] * each + kinds).flatten()
+        return tokens.repeat_interleave(each, dim=0), rows

@@ -1,6 +1,8 @@
 """Scenes with one object that is asked about, what is asked, and what is true."""
 
 import random
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -10,6 +12,10 @@ from diffenc.shapes.scenes import COLORS, SHAPES, Scene, SceneObject, sample_sce
 
 Property = Literal["color", "shape", "position", "count"]
 PROPERTIES: tuple[Property, ...] = get_args(Property)
+
+Conditioning = Literal["uncond", "question", "caption"]
+CONDITIONINGS: tuple[Conditioning, ...] = get_args(Conditioning)
+"""Kinds of text that a scene is read under."""
 
 CLASSES: dict[Property, int] = {
     "color": len(COLORS),
@@ -97,3 +103,8 @@ def sample_trials(count: int, *, seed: int, least: int = 1) -> list[Trial]:
         kinds = list(zip(rng.sample(COLORS, objects), rng.sample(SHAPES, objects), strict=True))
         trials.append(Trial(sample_scene(rng, kinds=kinds), rng.randrange(objects)))
     return trials
+
+
+def chance_of(labels: Sequence[int]) -> float:
+    """Share of the most frequent answer: what is right without looking."""
+    return max(Counter(labels).values()) / len(labels)

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,9 @@ from diffenc.mllm.training.config import TrainConfig
 from diffenc.mllm.training.data import collate
 from diffenc.mllm.training.stages import check_data, make_dataset
 from diffenc.studies.vlm.measure import CAPTION_TOKENS
-from diffenc.studies.vlm.plan import Measurement, StudyPlan
-from diffenc.studies.vlm.trainings import Training, check_config
+from diffenc.studies.vlm.measurements import Measurement
+from diffenc.studies.vlm.plan import StudyPlan
+from diffenc.studies.vlm.trainings import Training
 from diffenc.studies.vlm.workshop import Workshop
 
 _BACKWARD = 3.0
@@ -60,17 +61,20 @@ class Work:
     Attributes:
         pieces: Trainings and measurements of one seed.
         seeds: Number of seeds.
-        units: Estimated seconds of each piece with each seed, by the piece's names and the seed.
     """
 
     pieces: tuple[Piece, ...]
     seeds: int
-    units: Mapping[tuple[str, ...], float]
+
+    @property
+    def seconds(self) -> dict[tuple[str, ...], float]:
+        """Estimated seconds of each piece with one seed, by its name."""
+        return {piece.name: piece.seconds for piece in self.pieces}
 
     @property
     def total(self) -> float:
         """Seconds of everything."""
-        return sum(self.units.values())
+        return self.seeds * sum(piece.seconds for piece in self.pieces)
 
 
 def work_of(plan: StudyPlan, missing: Collection[str] = (), costs: Costs | None = None) -> Work:
@@ -82,20 +86,13 @@ def work_of(plan: StudyPlan, missing: Collection[str] = (), costs: Costs | None 
         costs: Measured durations; None assumes some that are good enough for a progress bar.
     """
     costs = costs or Costs()
-    pieces = [
-        _training(plan, training, costs)
-        for training in plan.trainings.values()
-        if training.name not in missing
-    ]
+    trainings = [each for each in plan.trainings.values() if each.name not in missing]
+    pieces = [_training(plan, each, costs) for each in trainings]
     pieces += [
         _measurement(plan, training.name, measurement, costs)
-        for training, measurement in plan.pairs()
-        if training.name not in missing and measurement.writer not in missing
+        for training, measurement in plan.pairs(missing)
     ]
-    units = {
-        (*piece.name, str(seed)): piece.seconds for piece in pieces for seed in range(plan.seeds)
-    }
-    return Work(tuple(pieces), plan.seeds, units)
+    return Work(tuple(pieces), plan.seeds)
 
 
 def measure_costs(workshop: Workshop) -> Costs:
@@ -107,9 +104,9 @@ def measure_costs(workshop: Workshop) -> Costs:
     plan = workshop.plan
     missing = workshop.missing()
     possible = [name for name in plan.trainings if name not in missing]
-    configs = [check_config(plan.trainings, plan.shared, name) for name in possible]
-    dearest = max(zip(configs, possible, strict=True), key=lambda pair: _halves(pair[0]))[1]
-    config = _of_first_stage(workshop, dearest)
+    dearest = max(possible, key=lambda name: _halves(plan.config(name)))
+    # The first training of the chain: a model that does not exist yet cannot be timed.
+    config = workshop.config(plan.ancestors(dearest)[0], 0)
     device = workshop.device or ("cuda" if torch.cuda.is_available() else "cpu")
     vlm = build_vlm(config, device=device)
     samples, _ = check_data(config)
@@ -129,10 +126,10 @@ def measure_costs(workshop: Workshop) -> Costs:
 
     with torch.no_grad():
         encode(rows[:2])  # what is loaded or compiled once
+        used = rows[batch:] if len(rows) > batch else rows
         start = time.perf_counter()
-        tokens = encode(rows[batch:]) if len(rows) > batch else encode(rows)
+        tokens = encode(used)
         encoding = (time.perf_counter() - start) / len(tokens)
-    used = rows[batch:] if len(rows) > batch else rows
     learn(used, tokens)
     start = time.perf_counter()
     learn(used, tokens)
@@ -150,13 +147,8 @@ def measure_costs(workshop: Workshop) -> Costs:
     return Costs(encoding / halves, learning, max(answering - encoding, 1e-3))
 
 
-def _of_first_stage(workshop: Workshop, name: str) -> TrainConfig:
-    """Config of the first training in a chain: a model that does not exist yet cannot be timed."""
-    return workshop.config(workshop.plan.ancestors(name)[0], 0)
-
-
 def _training(plan: StudyPlan, training: Training, costs: Costs) -> Piece:
-    config = check_config(plan.trainings, plan.shared, training.name)
+    config = plan.config(training.name)
     optim, scenes = config.optimizing, plan.data.scenes
     samples = scenes * optim.epochs
     steps = math.ceil(scenes / optim.batch_size) * optim.epochs
@@ -170,11 +162,11 @@ def _training(plan: StudyPlan, training: Training, costs: Costs) -> Piece:
 
 
 def _measurement(plan: StudyPlan, training: str, measurement: Measurement, costs: Costs) -> Piece:
-    config = check_config(plan.trainings, plan.shared, training, options=measurement.options)
+    config = plan.config(training, options=measurement.options)
     answers = measurement.items * measurement.passes
     answers *= {"leakage": 2, "mmvp": 12}.get(measurement.kind, 1)
-    asked = answers * (1 + (measurement.writer is not None))
-    seconds = asked * (_halves(config) * costs.encode + costs.answer)
+    texts = answers * (1 + (measurement.writer is not None))
+    seconds = texts * (_halves(config) * costs.encode + costs.answer)
     return Piece("measure", (training, measurement.name), answers, seconds)
 
 

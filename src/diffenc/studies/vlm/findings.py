@@ -1,15 +1,24 @@
-"""Whether a finding of the paper holds here: decided by the figures alone, by one stated rule."""
+"""Findings of the paper as comparisons of figures, and whether they hold by one stated rule.
+
+A comparison is written ``"cfg4/oracle/named > cfg1/oracle/named"``: a figure is named by training,
+measurement and name. Both sides may be sums and differences of figures and numbers, as in
+``"plain/honest/named - cure/honest/named < 5"``.
+"""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-from diffenc.studies.results import Spread
-from diffenc.studies.vlm.claims import Claim, Key
+from diffenc.errors import ConfigError
+from diffenc.studies.spreads import Spread
+
+Key = tuple[str, str, str]
+"""Training, measurement, figure."""
+
+_EXAMPLE = '"cfg4/oracle/named - cfg4/honest/named > 0"'
 
 Verdict = Literal["holds", "does not show", "opposite", "undecided", "not run"]
-VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
 RULE = """\
 A finding is one comparison or several, each of a difference that is claimed to be above 0. It is \
@@ -25,6 +34,109 @@ _LIMITS = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833)
 """Limits of Student's distribution, one-sided 5 %, for 1 to 9 degrees of freedom."""
 _NEAR_LIMIT = 3.0
 """Distance from an end of the scale, in points of 100, that counts as near."""
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """A figure or a number, with its sign.
+
+    Attributes:
+        sign: Sign of the term, 1 or -1.
+        key: Training, measurement and name of the figure; None for a plain number.
+        value: Value of the plain number; unused for a figure.
+    """
+
+    sign: int
+    key: Key | None
+    value: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Claim that one sum is larger than another.
+
+    Attributes:
+        text: Claim as it was written in the plan.
+        terms: Terms whose sum is claimed to be above 0.
+    """
+
+    text: str
+    terms: tuple[Term, ...]
+
+    @property
+    def keys(self) -> tuple[Key, ...]:
+        """The figures that decide it, each once."""
+        return tuple(dict.fromkeys(term.key for term in self.terms if term.key is not None))
+
+    def excess(self, figure: Callable[[Key], Spread | None]) -> Spread | None:
+        """Excess of the side claimed larger, per seed; None if a figure is missing."""
+        figures = {key: figure(key) for key in self.keys}
+        spreads = [spread for spread in figures.values() if spread is not None]
+        if len(spreads) < len(figures):
+            return None
+        seeds = min(len(spread.values) for spread in spreads)
+        values = {key: spread.values for key, spread in zip(figures, spreads, strict=True)}
+        return Spread(
+            tuple(
+                sum(
+                    term.sign * (values[term.key][seed] if term.key else term.value)
+                    for term in self.terms
+                )
+                for seed in range(seeds)
+            )
+        )
+
+
+def parse_claim(text: str) -> Claim:
+    """Read a comparison.
+
+    Raises:
+        ConfigError: It is of another form, or compares no figure.
+    """
+    words = text.split()
+    marks = [index for index, word in enumerate(words) if word in ("<", ">")]
+    if len(marks) != 1:
+        raise ConfigError(
+            f"{text!r} must hold one < or > between blanks, such as {_EXAMPLE}; got {len(marks)}"
+        )
+    left, right = (_side(text, part) for part in (words[: marks[0]], words[marks[0] + 1 :]))
+    more, less = (left, right) if words[marks[0]] == ">" else (right, left)
+    terms = (*more, *(Term(-term.sign, term.key, term.value) for term in less))
+    claim = Claim(text, terms)
+    if not claim.keys:
+        raise ConfigError(f"{text!r} compares no figure; write one as training/measurement/name")
+    return claim
+
+
+def _side(text: str, words: list[str]) -> tuple[Term, ...]:
+    """Terms between + and - marks."""
+    if words[:1] in (["-"], ["+"]):
+        words = ["0", *words]
+    values, marks = words[::2], words[1::2]
+    if len(values) != len(marks) + 1 or any(mark not in ("+", "-") for mark in marks):
+        raise ConfigError(
+            f"{text!r} must hold figures and numbers with + or - between blanks on both sides, "
+            f"such as {_EXAMPLE}"
+        )
+    signs = [1, *(1 if mark == "+" else -1 for mark in marks)]
+    terms = (_term(text, sign, word) for sign, word in zip(signs, values, strict=True))
+    return tuple(term for term in terms if term.key is not None or term.value)
+
+
+def _term(text: str, sign: int, word: str) -> Term:
+    parts = word.split("/")
+    if len(parts) == 3 and all(parts):
+        return Term(sign, (parts[0], parts[1], parts[2]))
+    try:
+        value = float(word)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):  # float() reads "nan", too
+        raise ConfigError(
+            f"{word!r} in {text!r} is neither a number nor a figure; a figure is written "
+            "training/measurement/name"
+        )
+    return Term(sign, None, value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +211,7 @@ def decide(finding: Finding, figure: Callable[[Key], Spread | None]) -> DecidedF
 
 def decide_claim(claim: Claim, figure: Callable[[Key], Spread | None]) -> Decision:
     """Apply the rule to a comparison."""
-    sides = {"/".join(key): found for key in claim.keys if (found := figure(key)) is not None}
+    sides = {"/".join(key): each for key in claim.keys if (each := figure(key)) is not None}
     excess = claim.excess(figure)
     if excess is None:
         return Decision(claim.text, None, None, "not run", sides)
@@ -125,7 +237,7 @@ def limit_of(excess: Spread) -> float | None:
 
 def _at_a_limit(decisions: tuple[Decision, ...]) -> list[str]:
     """Figures that have no room left: names and means."""
-    found = {}
+    full = {}
     for decision in decisions:
         if decision.verdict == "holds":
             continue
@@ -133,5 +245,5 @@ def _at_a_limit(decisions: tuple[Decision, ...]) -> list[str]:
             if name.rpartition("/")[2].startswith("cider"):  # has no end
                 continue
             if not _NEAR_LIMIT <= spread.mean <= 100 - _NEAR_LIMIT:
-                found[name] = f"{name} ({spread.mean:.1f})"
-    return list(found.values())
+                full[name] = f"{name} ({spread.mean:.1f})"
+    return list(full.values())

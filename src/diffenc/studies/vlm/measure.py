@@ -21,8 +21,7 @@ from diffenc.shapes.captions import captions
 from diffenc.shapes.questions import QUESTION_KINDS, Question, questions
 from diffenc.shapes.render import render
 from diffenc.shapes.scenes import Scene, sample_scenes
-from diffenc.studies.vlm.plan import Measurement
-from diffenc.studies.vlm.prompting import parse_prompting
+from diffenc.studies.vlm.measurements import Measurement, parse_prompting
 from diffenc.studies.vlm.truth import caption_figures
 
 HELD_OUT: Mapping[str, int] = {
@@ -84,47 +83,51 @@ def has_cider() -> bool:
     return find_spec("pycocoevalcap") is not None
 
 
-def _captions(told: Measurement, generate: Generate, seed: int, writer: Writer | None) -> Measured:
-    data = shapes_captions(told.items, seed=seed)
-    scenes = _scenes(told.items, seed)
-    wanted = parse_prompting(told.prompts)
-    known = [item.references[0] for item in data.items]
-    if writer is not None:
-        known = writer([item.picture.open() for item in data.items])
-    ids = [item.id for item in data.items]
-    given = {name: wanted.text(caption=text) for name, text in zip(ids, known, strict=True)}
-    found = evaluate_captions(
+def _captions(
+    measurement: Measurement, generate: Generate, seed: int, writer: Writer | None
+) -> Measured:
+    data = shapes_captions(measurement.items, seed=seed)
+    scenes = _scenes(measurement.items, seed)
+    prompts = _prompts(
+        measurement,
+        writer,
+        lambda: [item.picture.open() for item in data.items],
+        captions=[item.references[0] for item in data.items],
+    )
+    evaluation = evaluate_captions(
         data,
         _answerer(generate, CAPTION_TOKENS),
-        prompts=given,
-        passes=told.passes,
+        prompts=dict(zip([item.id for item in data.items], prompts, strict=True)),
+        passes=measurement.passes,
         question=REQUEST,
         metrics=(),
         batch_size=_BATCH,
     )
     references = {item.id: item.references for item in data.items}
     figures: Figures = {}
-    for each in found.passes:
+    for each in evaluation.passes:
         own = {**caption_figures(each.captions, scenes), "cider": _cider(references, each.captions)}
         figures.update(own)  # those of the last pass stay
-        if told.passes > 1:
+        if measurement.passes > 1:
             figures.update({f"{name}.{each.number}": value for name, value in own.items()})
-    last = found.passes[-1]
-    return Measured(figures, _examples(last.prompts, last.captions, known))
+    last = evaluation.passes[-1]
+    return Measured(figures, _examples(last.prompts, last.captions))
 
 
-def _leakage(told: Measurement, generate: Generate, seed: int, writer: Writer | None) -> Measured:
-    data = shapes_captions(told.items, seed=seed)
-    found = evaluate_leakage(
-        data,
+def _leakage(
+    measurement: Measurement, generate: Generate, seed: int, _writer: Writer | None
+) -> Measured:
+    evaluation = evaluate_leakage(
+        shapes_captions(measurement.items, seed=seed),
         _answerer(generate, CAPTION_TOKENS),
         seed=seed,
         question=REQUEST,
         metrics=(),
         batch_size=_BATCH,
     )
-    truth = caption_figures(found.captions, _scenes(told.items, seed))
-    readout = found.readout
+    prompts, texts = evaluation.prompts, evaluation.captions
+    truth = caption_figures(texts, _scenes(measurement.items, seed))
+    readout = evaluation.readout
     figures: Figures = {
         "read": 100 * readout.value,
         "said": 100 * readout.said,
@@ -132,68 +135,70 @@ def _leakage(told: Measurement, generate: Generate, seed: int, writer: Writer | 
         "named": truth["named"],
         "right": truth["right"],
         "unread": truth["unread"],
-        "cider": _cider({name: [text] for name, text in found.prompts.items()}, found.captions),
+        "cider": _cider({name: [text] for name, text in prompts.items()}, texts),
     }
-    own = [item.references[0] for item in data.items]
-    return Measured(figures, _examples(found.prompts, found.captions, own))
+    return Measured(figures, _examples(prompts, texts))
 
 
-def _answers(told: Measurement, generate: Generate, seed: int, writer: Writer | None) -> Measured:
-    scenes = list(sample_scenes(told.items, seed=seed))
-    asked = [_one_question(scene, index, seed) for index, scene in enumerate(scenes)]
+def _answers(
+    measurement: Measurement, generate: Generate, seed: int, writer: Writer | None
+) -> Measured:
+    scenes = list(sample_scenes(measurement.items, seed=seed))
+    chosen = [_one_question(scene, index, seed) for index, scene in enumerate(scenes)]
     pictures = [render(scene) for scene in scenes]
-    wanted = parse_prompting(told.prompts)
-    known = [captions(scene, 1, seed=seed + index)[0] for index, scene in enumerate(scenes)]
-    if writer is not None:
-        known = writer(pictures)
-    given = [
-        wanted.text(question=question.text, caption=text)
-        for question, text in zip(asked, known, strict=True)
-    ]
-    said: list[str] = []
-    for first in range(0, len(asked), _BATCH):
-        part = slice(first, first + _BATCH)
-        texts = [question.text for question in asked[part]]
-        shown = [[picture] for picture in pictures[part]]
-        said += generate(shown, texts, prompts=given[part], max_new_tokens=ANSWER_TOKENS)
-    right = [_plain(text) == q.answer for text, q in zip(said, asked, strict=True)]
-    unread = [_plain(text) not in q.choices for text, q in zip(said, asked, strict=True)]
+    texts = [question.text for question in chosen]
+    prompts = _prompts(
+        measurement,
+        writer,
+        lambda: pictures,
+        captions=[captions(scene, 1, seed=seed + index)[0] for index, scene in enumerate(scenes)],
+        questions=texts,
+    )
+    answers = _in_batches(generate, pictures, texts, prompts, ANSWER_TOKENS)
+    right = [_plain(text) == q.answer for text, q in zip(answers, chosen, strict=True)]
+    unread = [_plain(text) not in q.choices for text, q in zip(answers, chosen, strict=True)]
     figures: Figures = {
         "all": _percent(right),
-        "guess": _percent_guessed(asked),
+        "guess": _percent_guessed(chosen),
         "unread": _percent(unread),
     }
     for kind in QUESTION_KINDS:
-        own = [is_right for is_right, q in zip(right, asked, strict=True) if q.kind == kind]
+        own = [is_right for is_right, q in zip(right, chosen, strict=True) if q.kind == kind]
         figures[kind] = _percent(own) if own else None
     examples = tuple(
         {"prompt": prompt, "question": question.text, "said": text, "true": question.answer}
-        for prompt, question, text in zip(given, asked, said, strict=True)
+        for prompt, question, text in zip(prompts, chosen, answers, strict=True)
     )
     return Measured(figures, examples[:_EXAMPLES])
 
 
-def _mmvp(told: Measurement, generate: Generate, seed: int, writer: Writer | None) -> Measured:
-    benchmark = shapes_mmvp(told.items, seed=seed)
-    wanted = parse_prompting(told.prompts)
-    known = [""] * len(benchmark.items)
-    if writer is not None:
-        known = writer([item.pictures[0].open() for item in benchmark.items])
-    written = dict(zip([item.id for item in benchmark.items], known, strict=True))
-    found = evaluate_choices(
+def _mmvp(
+    measurement: Measurement, generate: Generate, seed: int, writer: Writer | None
+) -> Measured:
+    benchmark = shapes_mmvp(measurement.items, seed=seed)
+    prompts = _prompts(
+        measurement,
+        writer,
+        lambda: [item.pictures[0].open() for item in benchmark.items],
+        captions=[""] * len(benchmark.items),
+        questions=[item.question for item in benchmark.items],
+    )
+    by_id = dict(zip([item.id for item in benchmark.items], prompts, strict=True))
+    evaluation = evaluate_choices(
         benchmark,
         _answerer(generate, ANSWER_TOKENS),
-        prompts=lambda item: wanted.text(question=item.question, caption=written[item.id]),
+        prompts=lambda item: by_id[item.id],
         batch_size=_BATCH,
     )
     figures: Figures = {
-        "pairs": found.overall,
-        "questions": found.accuracy,
-        "chance": found.chance,
-        "unread": 100 * found.unread_share,
+        "pairs": evaluation.overall,
+        "questions": evaluation.accuracy,
+        "chance": evaluation.chance,
+        "unread": 100 * evaluation.unread_share,
     }
     examples = tuple(
-        {"question": item.text, "said": found.choices[item.id].answer} for item in found.items
+        {"question": item.text, "said": evaluation.choices[item.id].answer}
+        for item in evaluation.items
     )
     return Measured(figures, examples[:_EXAMPLES])
 
@@ -206,19 +211,47 @@ _KINDS: Mapping[str, Callable[[Measurement, Generate, int, Writer | None], Measu
 }
 
 
+def _prompts(
+    measurement: Measurement,
+    writer: Writer | None,
+    pictures: Callable[[], Sequence[Image.Image]],
+    *,
+    captions: Sequence[str],
+    questions: Sequence[str] | None = None,
+) -> list[str]:
+    """Prompts of the encoder; captions are the writer's if there is one, else true."""
+    prompting = parse_prompting(measurement.prompts)
+    known = captions if writer is None else writer(pictures())
+    pairs = zip(questions or [""] * len(known), known, strict=True)
+    return [prompting.text(question=question, caption=caption) for question, caption in pairs]
+
+
 def write_captions(generate: Generate, pictures: Sequence[Image.Image]) -> list[str]:
     """Captions of pictures by a model, with the empty prompt for its encoder."""
-    said: list[str] = []
-    for first in range(0, len(pictures), _BATCH):
-        part = [[picture] for picture in pictures[first : first + _BATCH]]
-        asked = [REQUEST] * len(part)
-        said += generate(part, asked, prompts=[""] * len(part), max_new_tokens=CAPTION_TOKENS)
-    return said
+    count = len(pictures)
+    return _in_batches(generate, pictures, [REQUEST] * count, [""] * count, CAPTION_TOKENS)
+
+
+def _in_batches(
+    generate: Generate,
+    pictures: Sequence[Image.Image],
+    texts: Sequence[str],
+    prompts: Sequence[str],
+    tokens: int,
+) -> list[str]:
+    answers: list[str] = []
+    for first in range(0, len(texts), _BATCH):
+        part = slice(first, first + _BATCH)
+        shown = [[picture] for picture in pictures[part]]
+        answers += generate(
+            shown, list(texts[part]), prompts=list(prompts[part]), max_new_tokens=tokens
+        )
+    return answers
 
 
 def _answerer(generate: Generate, tokens: int) -> FunctionAnswerer:
-    def answer(images: Any, asked: list[str], prompts: list[str] | None = None) -> list[str]:
-        return generate(images, asked, prompts=prompts, max_new_tokens=tokens)
+    def answer(images: Any, questions: list[str], prompts: list[str] | None = None) -> list[str]:
+        return generate(images, questions, prompts=prompts, max_new_tokens=tokens)
 
     return FunctionAnswerer("model", answer)
 
@@ -231,25 +264,25 @@ def _scenes(count: int, seed: int) -> dict[str, Scene]:
 def _cider(references: Mapping[str, Sequence[str]], said: Mapping[str, str]) -> float | None:
     if not has_cider():
         return None
-    found = score_captions(references, said, metrics=("cider",), tokenizer="simple")
-    return found.values["cider"]
+    scores = score_captions(references, said, metrics=("cider",), tokenizer="simple")
+    return scores.values["cider"]
 
 
 def _one_question(scene: Scene, index: int, seed: int) -> Question:
     """Kinds take turns, so that all are asked about equally often where scenes allow it."""
     rng = random.Random(f"answers/{seed}/{index}")
-    found = questions(scene, seed=rng.randrange(1 << 30))
+    every = questions(scene, seed=rng.randrange(1 << 30))
     turn = QUESTION_KINDS[index % len(QUESTION_KINDS)]
-    return rng.choice([question for question in found if question.kind == turn] or found)
+    return rng.choice([question for question in every if question.kind == turn] or every)
 
 
-def _percent_guessed(asked: Sequence[Question]) -> float:
+def _percent_guessed(chosen: Sequence[Question]) -> float:
     """Percentage of right answers if the most frequent one of each kind is always given."""
     by_kind: dict[str, Counter[str]] = {}
-    for question in asked:
+    for question in chosen:
         by_kind.setdefault(question.kind, Counter())[question.answer] += 1
     best = sum(counts.most_common(1)[0][1] for counts in by_kind.values())
-    return 100 * best / len(asked)
+    return 100 * best / len(chosen)
 
 
 def _plain(text: str) -> str:
@@ -260,8 +293,6 @@ def _percent(values: Sequence[bool]) -> float:
     return 100 * sum(values) / len(values)
 
 
-def _examples(
-    prompts: Mapping[str, str], said: Mapping[str, str], known: Sequence[str]
-) -> tuple[Mapping[str, str], ...]:
+def _examples(prompts: Mapping[str, str], said: Mapping[str, str]) -> tuple[Mapping[str, str], ...]:
     rows = ({"prompt": prompts.get(name, ""), "said": text} for name, text in said.items())
     return tuple(rows)[:_EXAMPLES]

@@ -1,27 +1,21 @@
 """Plan of a study: trainings, measurements and claims, checked before anything runs."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
+from diffenc.checks.arguments import whole
 from diffenc.config import check_choice
-from diffenc.errors import ConfigError, near_matches
+from diffenc.errors import ConfigError
 from diffenc.evals.paper import published_tables
-from diffenc.studies.vlm.claims import Key
-from diffenc.studies.vlm.findings import Finding
-from diffenc.studies.vlm.prompting import parse_prompting
-from diffenc.studies.vlm.trainings import Shared, Training, check_config
+from diffenc.mllm.training.config import Stage, TrainConfig
+from diffenc.storage.schema import checked
+from diffenc.studies.vlm.findings import Finding, Key
+from diffenc.studies.vlm.measurements import FIGURES, Measurement
+from diffenc.studies.vlm.trainings import Shared, Training
 
-FIGURES: Mapping[str, tuple[str, ...]] = {
-    "captions": ("named", "objects", "right", "relations", "cider", "unread"),
-    "leakage": ("read", "said", "base", "named", "right", "cider", "unread"),
-    "answers": (
-        *("all", "color", "shape", "size", "count", "position", "presence", "relation"),
-        *("guess", "unread"),
-    ),
-    "mmvp": ("pairs", "questions", "chance", "unread"),
-}
-"""Names of the figures that each kind of measurement gives; in percent, except "cider"."""
+_ANY, _BUNDLED_CLIP = "any", "shapes-clip"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,79 +33,13 @@ class StudyData:
     turns: int = 3
 
     def __post_init__(self) -> None:
-        if self.scenes < 1 or self.turns < 1:
-            raise ConfigError("data.scenes and data.turns must be 1 or more")
+        whole("data.scenes", self.scenes, least=1)
+        whole("data.turns", self.turns, least=1)
         if not 0 <= self.seed < 900_000:
             raise ConfigError(
                 f"data.seed must be 0 to 899999, got {self.seed}; from 900000 on scenes are held "
                 "out"
             )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measurement:
-    """Measurement of trained models.
-
-    Attributes:
-        name: Name of the measurement in the plan.
-        kind: Kind of measurement: "captions", "leakage", "answers" or "mmvp"; `FIGURES` says what
-            each gives.
-        label: Name of the measurement in tables.
-        of: Names of the trainings that are measured; () is all of them.
-        prompts: Prompt of the encoder: "none", "oracle" (a true caption), "question", "by NAME"
-            (what the training of that name says of the picture), or two with a "+".
-        items: Number of held-out scenes per seed, 3 or more; for "mmvp", of pairs per pattern.
-        passes: Number of passes over the pictures, for "captions" alone; from the second on, the
-            caption of the pass before is the prompt.
-        options: Options of the encoder that differ from those of training.
-    """
-
-    name: str
-    kind: str
-    label: str = ""
-    of: tuple[str, ...] = ()
-    prompts: str = "none"
-    items: int = 100
-    passes: int = 1
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        where = f"measure.{self.name}"
-        check_choice(f"{where}.kind", self.kind, list(FIGURES))
-        for name in ("items", "passes"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{where}.{name} must be an int of 1 or more, got {value!r}")
-        if self.items < 3:
-            raise ConfigError(f"{where}.items must be 3 or more, got {self.items}")
-        if self.passes > 1 and self.kind != "captions":
-            raise ConfigError(f'{where}.passes is for kind = "captions"')
-        if self.kind == "leakage" and self.prompts != "none":
-            raise ConfigError(f"{where}.prompts: leakage has prompts of its own; leave them out")
-        wanted = parse_prompting(self.prompts, where)
-        if wanted.question and self.kind == "captions":
-            raise ConfigError(f'{where}.prompts: captions are asked for without a "question"')
-        if wanted.oracle and self.kind == "mmvp":
-            raise ConfigError(f'{where}.prompts: mmvp has no caption for "oracle"')
-        if self.passes > 1 and wanted.question:
-            raise ConfigError(f"{where}.passes needs prompts without a question")
-
-    @property
-    def figures(self) -> tuple[str, ...]:
-        """Names of what it gives: with several passes, also ``"named.1"`` of each of them."""
-        own = FIGURES[self.kind]
-        if self.passes == 1:
-            return own
-        return (*own, *(f"{name}.{k}" for name in own for k in range(1, self.passes + 1)))
-
-    @property
-    def writer(self) -> str | None:
-        """The training that writes captions for its prompts."""
-        return parse_prompting(self.prompts).writer
-
-    def measures(self, training: str) -> bool:
-        """Whether a training is measured."""
-        return not self.of or training in self.of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,23 +73,98 @@ class StudyPlan:
     plots: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.seeds, bool) or not isinstance(self.seeds, int) or self.seeds < 1:
-            raise ConfigError(f"seeds must be an int of 1 or more, got {self.seeds!r}")
+        whole("seeds", self.seeds, least=1)
         _check(self)
 
-    def pairs(self) -> list[tuple[Training, Measurement]]:
-        """Pairs of a training and a measurement of it, by training."""
+    def pairs(self, missing: Collection[str] = ()) -> list[tuple[Training, Measurement]]:
+        """Pairs of a training and a measurement of it, by training.
+
+        Args:
+            missing: Names of trainings that are left out, with the measurements that need them.
+        """
         return [
             (training, measurement)
             for training in self.trainings.values()
             for measurement in self.measurements.values()
             if measurement.measures(training.name)
+            and training.name not in missing
+            and measurement.writer not in missing
         ]
 
     def ancestors(self, name: str) -> list[str]:
         """A training and those it starts from, the first one first."""
         start = self.trainings[name].start
         return [*(self.ancestors(start) if start else ()), name]
+
+    def model(self, name: str) -> dict[str, Any]:
+        """The table ``[model]`` of a training, with what it takes over from where it starts."""
+        training = self.trainings[name]
+        base = self.model(training.start) if training.start else self.shared.model
+        model = {**base, **training.model}
+        inherited = _options(base, "model")
+        if model.get("kind") == "vision":  # it has no U-Net that options could be for
+            inherited = {}
+        own = _options(training.model, f"train.{name}.model")
+        return {**model, "options": {**inherited, **own, **training.options}}
+
+    def config(
+        self,
+        name: str,
+        *,
+        files: "Mapping[str, str | Path] | None" = None,
+        output: "str | Path" = _ANY,
+        seed: int = 0,
+        start: "str | Path" = _ANY,
+        cache_dir: "str | Path" = "",
+        options: Mapping[str, Any] | None = None,
+    ) -> TrainConfig:
+        """Configuration of a training for `diffenc.mllm.training`.
+
+        Args:
+            name: Name of the training to configure.
+            files: File with captions, under "align", file with conversations, under "instruct", and
+                folder of the pictures, under "images"; None shows whether a config can be made.
+            output: Folder of the run.
+            seed: Seed of the run.
+            start: Folder of the model that the training starts from, if it starts from one.
+            cache_dir: Folder that caches the tokens of frozen encoders.
+            options: Further options of the encoder; None adds none.
+
+        Raises:
+            ConfigError: A key or a value is not allowed.
+        """
+        files = files or dict.fromkeys((*get_args(Stage), "images"), _ANY)
+        training, model = self.trainings[name], self.model(name)
+        model["options"] = {**model["options"], **(options or {})}
+        if training.start:
+            model = {key: value for key, value in model.items() if key != "language_model"}
+            model["start"] = str(start)
+        stage = self.shared.align if training.stage == "align" else self.shared.instruct
+        adapt = {} if training.stage == "align" else self.shared.adapt
+        adapt = {**adapt, **training.adapt}
+        learns = bool(model.get("captioner") or adapt.get("unet_rank"))
+        tables: dict[str, Any] = {
+            "stage": training.stage,
+            "output": str(output),
+            "seed": seed,
+            "save_steps": 50,
+            "keep": 1,
+            "model": model,
+            "data": {
+                "annotations": str(files[training.learns_from]),
+                "images": str(files["images"]),
+                "prompts": training.prompts,
+                "cache": "off" if learns else "on",
+                "cache_dir": str(cache_dir),
+            },
+            "optim": {**stage, **training.optim},
+        }
+        if adapt:
+            tables["adapt"] = adapt
+        try:
+            return TrainConfig.from_dict(tables)
+        except ConfigError as error:
+            raise ConfigError(f"train.{name}: {error}") from error
 
     def with_options(
         self,
@@ -180,17 +183,13 @@ class StudyPlan:
         """
         shared, trainings = self.shared, dict(self.trainings)
         if language_model is not None:
-            model = {**shared.model, "language_model": language_model}
-            shared = replace(shared, model=model)
+            shared = replace(shared, model={**shared.model, "language_model": language_model})
         if clip is not None:
-            trainings = {name: each.with_clip(clip) for name, each in trainings.items()}
-            shared = shared.with_clip(clip)
-        return replace(
-            self,
-            seeds=self.seeds if seeds is None else seeds,
-            shared=shared,
-            trainings=trainings,
-        )
+            shared = replace(shared, model=_with_clip(shared.model, clip))
+            for name, each in trainings.items():
+                trainings[name] = replace(each, model=_with_clip(each.model, clip))
+        seeds = self.seeds if seeds is None else seeds
+        return replace(self, seeds=seeds, shared=shared, trainings=trainings)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON holds them."""
@@ -199,13 +198,26 @@ class StudyPlan:
     def quick(self) -> "StudyPlan":
         """A tiny one that shows that everything runs, and no more."""
         data = replace(self.data, scenes=min(self.data.scenes, 32))
+        align, instruct = (
+            {**each, "epochs": 1} for each in (self.shared.align, self.shared.instruct)
+        )
+        shared = replace(self.shared, align=align, instruct=instruct)
         measurements = {
             name: replace(each, items=3 if each.kind == "mmvp" else min(each.items, 8))
             for name, each in self.measurements.items()
         }
-        return replace(
-            self, seeds=1, data=data, shared=self.shared.quick(), measurements=measurements
-        )
+        return replace(self, seeds=1, data=data, shared=shared, measurements=measurements)
+
+
+def _with_clip(model: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {key: name if value == _BUNDLED_CLIP else value for key, value in model.items()}
+
+
+def _options(model: Mapping[str, Any], where: str) -> dict[str, Any]:
+    options: dict[str, Any] = checked(
+        model.get("options", {}), Mapping[str, Any], f"{where}.options"
+    )
+    return options
 
 
 def _check(plan: StudyPlan) -> None:
@@ -214,65 +226,31 @@ def _check(plan: StudyPlan) -> None:
         raise ConfigError("a study needs one training and one measurement or more")
     for name in plan.paper:
         check_choice("paper", name, published_tables())
-    _check_trainings(plan)
-    _check_measurements(plan)
+    before: list[str] = []
+    for training in plan.trainings.values():
+        if training.start:
+            check_choice(
+                f"train.{training.name}.start: a training before it", training.start, before
+            )
+        before.append(training.name)
+        plan.config(training.name)
+    for measurement in plan.measurements.values():
+        for name in (*measurement.of, *filter(None, [measurement.writer])):
+            check_choice(f"measure.{measurement.name}: a training", name, before)
+        for name in filter(measurement.measures, before if measurement.options else ()):
+            plan.config(name, options=measurement.options)
     for finding in plan.findings:
         for claim in finding.claims:
             for key in claim.keys:
                 _check_key(plan, key, claim.text)
     kinds = sorted({each.kind for each in plan.measurements.values()})
-    drawn = [f"{kind}/{figure}" for kind in kinds for figure in FIGURES[kind]]
-    if wrong := [plot for plot in plan.plots if plot not in drawn]:
-        raise ConfigError(
-            f"plots: {wrong[0]!r} is not measured; known are {', '.join(drawn)}."
-            f"{near_matches(wrong[0], drawn)}"
-        )
+    for plot in plan.plots:
+        check_choice("plots", plot, [f"{kind}/{name}" for kind in kinds for name in FIGURES[kind]])
 
 
-def _check_trainings(plan: StudyPlan) -> None:
-    seen: list[str] = []
-    for training in plan.trainings.values():
-        if training.start and training.start not in seen:
-            known = f"those before it are {seen}" if seen else "there is none before it"
-            raise ConfigError(
-                f"train.{training.name}.start must name a training before it, got "
-                f"{training.start!r}; {known}.{near_matches(training.start, seen)}"
-            )
-        seen.append(training.name)
-        check_config(plan.trainings, plan.shared, training.name)
-
-
-def _check_measurements(plan: StudyPlan) -> None:
-    known = list(plan.trainings)
-    for measurement in plan.measurements.values():
-        for name in (*measurement.of, *filter(None, [measurement.writer])):
-            if name not in known:
-                raise ConfigError(
-                    f"measure.{measurement.name} names the training {name!r}; known are "
-                    f"{known}.{near_matches(name, known)}"
-                )
-        for name in known:
-            if measurement.options and measurement.measures(name):
-                check_config(plan.trainings, plan.shared, name, options=measurement.options)
-
-
-def _check_key(plan: StudyPlan, key: Key, where: str) -> None:
+def _check_key(plan: StudyPlan, key: Key, claim: str) -> None:
     training, name, figure = key
-    if training not in plan.trainings:
-        known = list(plan.trainings)
-        raise ConfigError(
-            f"{where!r}: no training {training!r}; known are {known}."
-            f"{near_matches(training, known)}"
-        )
-    measurement = plan.measurements.get(name)
-    if measurement is None or not measurement.measures(training):
-        known = [each.name for each in plan.measurements.values() if each.measures(training)]
-        raise ConfigError(
-            f"{where!r}: {name!r} is not measured of {training!r}; measured are {known}."
-            f"{near_matches(name, known)}"
-        )
-    if figure not in measurement.figures:
-        raise ConfigError(
-            f"{where!r}: {name!r} gives no {figure!r}; it gives {list(measurement.figures)}."
-            f"{near_matches(figure, measurement.figures)}"
-        )
+    check_choice(f"{claim!r}: a training", training, list(plan.trainings))
+    measured = {each.name: each for each in plan.measurements.values() if each.measures(training)}
+    check_choice(f"{claim!r}: a measurement of {training!r}", name, list(measured))
+    check_choice(f"{claim!r}: a figure of {name!r}", figure, measured[name].figures)

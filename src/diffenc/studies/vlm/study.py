@@ -2,8 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,77 @@ from diffenc.storage.names import is_file
 from diffenc.storage.reading import read_json
 from diffenc.storage.schema import make
 from diffenc.storage.writing import make_folder, write_json
-from diffenc.studies.results import Spread
+from diffenc.studies.spreads import Spread
 from diffenc.studies.vlm.estimate import Work, work_of
-from diffenc.studies.vlm.findings import decide
+from diffenc.studies.vlm.findings import DecidedFinding, Key, decide
 from diffenc.studies.vlm.measure import Measured, has_cider, measure, write_captions
-from diffenc.studies.vlm.plan import Measurement, StudyPlan
-from diffenc.studies.vlm.results import Cell, VlmStudy, find_figure
-from diffenc.studies.vlm.trainings import Training
+from diffenc.studies.vlm.measurements import Measurement
+from diffenc.studies.vlm.plan import StudyPlan
 from diffenc.studies.vlm.workshop import Workshop, digest_of
 
 Progress = Callable[[float, float, str], None]
 """Function that is called with the work done, all work, and a text on what is being done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """Results of one measurement of one training.
+
+    Attributes:
+        training: Name of the training.
+        measurement: Name of the measurement.
+        figures: Values of each figure over seeds, by name; None if some seed gave none.
+        examples: Examples of the first seed: prompts of the encoder, and answers.
+    """
+
+    training: str
+    measurement: str
+    figures: Mapping[str, Spread | None]
+    examples: tuple[Mapping[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class VlmStudy:
+    """A study that was run.
+
+    Attributes:
+        plan: Plan of the study.
+        cells: Results of each measurement of each training.
+        findings: Findings of the plan with their verdicts.
+        missing: Reason why a training could not be done, by name of the training.
+        trained: Number of trainings that are done, each seed counted.
+        fresh: Number of trainings that were done in this run; the others were there already.
+    """
+
+    plan: StudyPlan
+    cells: tuple[Cell, ...]
+    findings: tuple[DecidedFinding, ...] = ()
+    missing: Mapping[str, str] = field(default_factory=dict)
+    trained: int = 0
+    fresh: int = 0
+
+    def figure(self, key: Key) -> Spread | None:
+        """A figure by training, measurement and name; None where there is none."""
+        cell = self.cell(key[0], key[1])
+        return None if cell is None else cell.figures.get(key[2])
+
+    def cell(self, training: str, measurement: str) -> Cell | None:
+        """Results of a measurement of a training; None if there are none."""
+        for cell in self.cells:
+            if (cell.training, cell.measurement) == (training, measurement):
+                return cell
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every number, as JSON holds it."""
+        return {
+            "plan": self.plan.to_dict(),
+            "cells": [asdict(cell) for cell in self.cells],
+            "findings": [asdict(each) for each in self.findings],
+            "missing": dict(self.missing),
+            "trained": self.trained,
+            "fresh": self.fresh,
+        }
 
 
 def study_vlm(
@@ -60,17 +120,22 @@ def study_vlm(
     if len(missing) == len(plan.trainings):
         reason = next(iter(missing.values()))
         raise ConfigError(f"no training of the study {plan.name!r} can be done: {reason}")
-    run = _Run(plan, workshop, missing, progress)
+    run = _Run(plan, workshop, work_of(plan, missing), progress)
     measured = {
         (training.name, measurement.name): [
             run.measured(training.name, measurement, seed) for seed in range(plan.seeds)
         ]
-        for training, measurement in run.possible()
+        for training, measurement in plan.pairs(missing)
     }
-    cells = tuple(_cell(*names, found) for names, found in measured.items())
-    findings = tuple(decide(each, lambda key: find_figure(cells, key)) for each in plan.findings)
-    total = plan.seeds * (len(plan.trainings) - len(missing))
-    return VlmStudy(plan, cells, findings, missing, total, len(workshop.fresh))
+    cells = tuple(_cell(*names, of_seeds) for names, of_seeds in measured.items())
+    study = VlmStudy(
+        plan,
+        cells,
+        missing=missing,
+        trained=plan.seeds * (len(plan.trainings) - len(missing)),
+        fresh=len(workshop.fresh),
+    )
+    return replace(study, findings=tuple(decide(each, study.figure) for each in plan.findings))
 
 
 class _Run:
@@ -80,21 +145,12 @@ class _Run:
         self,
         plan: StudyPlan,
         workshop: Workshop,
-        missing: dict[str, str],
+        work: Work,
         progress: Progress | None,
     ) -> None:
-        self.plan, self.workshop, self.missing, self.progress = plan, workshop, missing, progress
-        self.work: Work = work_of(plan, missing)
+        self.plan, self.workshop, self.work, self.progress = plan, workshop, work, progress
         self._done: dict[tuple[str, ...], float] = {}
         self._loaded: tuple[Any, DiffusionVLM] | None = None
-
-    def possible(self) -> list[tuple[Training, Measurement]]:
-        """Pairs of a training and a measurement for which nothing is missing."""
-        return [
-            (training, measurement)
-            for training, measurement in self.plan.pairs()
-            if training.name not in self.missing and measurement.writer not in self.missing
-        ]
 
     def measured(self, training: str, measurement: Measurement, seed: int) -> Measured:
         """Figures, from the work folder where they are there."""
@@ -103,15 +159,16 @@ class _Run:
         writer = measurement.writer
         if writer is not None:
             self._train(writer, seed)
-        found = _read(path)
-        if found is None:
+        measured = read_measured(path)
+        if measured is None:
             self._tell((training, measurement.name, str(seed)), 0.0, f"measuring {training}")
             captioner = None if writer is None else self._captioner(writer, seed)
             generate = self._load_later(training, seed, measurement)
-            found = measure(measurement, generate, seed=seed, writer=captioner)
-            _write(path, found)
+            measured = measure(measurement, generate, seed=seed, writer=captioner)
+            make_folder(path.parent)
+            write_json(path, asdict(measured), indent=1)
         self._tell((training, measurement.name, str(seed)), 1.0, f"measured {training}")
-        return found
+        return measured
 
     def _train(self, name: str, seed: int) -> None:
         for each in self.plan.ancestors(name):
@@ -153,14 +210,15 @@ class _Run:
         return self._loaded[1]
 
     def _path(self, training: str, measurement: Measurement, seed: int) -> Path:
-        told = {k: v for k, v in asdict(measurement).items() if k not in ("name", "label", "of")}
+        names = ("name", "label", "of")
+        content = {k: v for k, v in asdict(measurement).items() if k not in names}
         writer = measurement.writer
-        told["prompts"] = measurement.prompts.replace(f"by {writer}", "by another")
+        content["prompts"] = measurement.prompts.replace(f"by {writer}", "by another")
         identity = digest_of(
             {
                 "training": self.workshop.identity(training, seed),
                 "writer": None if writer is None else self.workshop.identity(writer, seed),
-                "measurement": told,
+                "measurement": content,
                 "seed": seed,
                 "cider": has_cider(),
                 **({"reading": READING} if measurement.kind == "mmvp" else {}),
@@ -171,20 +229,22 @@ class _Run:
     def _tell(self, place: tuple[str, ...], share: float, what: str) -> None:
         self._done[place] = share
         if self.progress is not None:
-            done = sum(self.work.units.get(each, 0.0) * part for each, part in self._done.items())
+            done = sum(
+                self.work.seconds.get(each[:-1], 0.0) * part for each, part in self._done.items()
+            )
             self.progress(done, self.work.total, what)
 
 
-def _cell(training: str, measurement: str, found: Sequence[Measured]) -> Cell:
+def _cell(training: str, measurement: str, measured: Sequence[Measured]) -> Cell:
     figures: dict[str, Spread | None] = {}
-    for name in found[0].figures:
-        values = [each.figures.get(name) for each in found]
+    for name in measured[0].figures:
+        values = [each.figures.get(name) for each in measured]
         known = [value for value in values if value is not None]
         figures[name] = Spread(tuple(known)) if len(known) == len(values) else None
-    return Cell(training, measurement, figures, found[0].examples)
+    return Cell(training, measurement, figures, measured[0].examples)
 
 
-def _read(path: Path) -> Measured | None:
+def read_measured(path: Path) -> Measured | None:
     """Read figures that were measured before; None if there are none.
 
     Raises:
@@ -193,14 +253,9 @@ def _read(path: Path) -> Measured | None:
     if not is_file(path):
         return None
     try:
-        found: Measured = make(Measured, read_json(path))
+        measured: Measured = make(Measured, read_json(path))
     except ConfigError as error:
         raise ConfigError(
             f"{path} is not what a study measured: {error}. Remove it to measure again"
         ) from error
-    return found
-
-
-def _write(path: Path, found: Measured) -> None:
-    make_folder(path.parent)
-    write_json(path, asdict(found), indent=1)
+    return measured

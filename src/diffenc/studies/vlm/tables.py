@@ -1,16 +1,13 @@
 """Tables of a study: for the terminal and for its page."""
 
-import textwrap
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
+from diffenc.evals.tables import Table
 from diffenc.mllm.training.config import TrainConfig
-from diffenc.studies import markdown as markdown_text
-from diffenc.studies.results import Spread
-from diffenc.studies.vlm.plan import FIGURES, Measurement, StudyPlan
-from diffenc.studies.vlm.prompting import parse_prompting
-from diffenc.studies.vlm.results import VlmStudy
-from diffenc.studies.vlm.trainings import check_config
+from diffenc.studies.spreads import written
+from diffenc.studies.vlm.measurements import FIGURES, Measurement, parse_prompting
+from diffenc.studies.vlm.plan import StudyPlan
+from diffenc.studies.vlm.study import VlmStudy
 
 KINDS: Mapping[str, str] = {
     "captions": "Captions of held-out pictures",
@@ -46,39 +43,23 @@ MEANINGS: Mapping[str, str] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Lines:
-    """A table whose cells are text.
-
-    Attributes:
-        title: Title above the table.
-        columns: Headings of the columns.
-        rows: Rows of the table, each with one text per column.
-        note: Note under the table.
-    """
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
+def figure_tables(study: VlmStudy) -> dict[str, Table]:
+    """By kind of measurement: trainings and measurements down, figures across."""
+    kinds = {each.kind for each in study.plan.measurements.values()}
+    return {kind: _figures(study, kind) for kind in FIGURES if kind in kinds}
 
 
-def figure_tables(study: VlmStudy) -> list[Lines]:
-    """One table per kind of measurement: trainings and measurements down, figures across."""
-    return [_figures(study, kind) for kind in FIGURES if _of_kind(study.plan, kind)]
-
-
-def finding_table(study: VlmStudy) -> Lines:
+def finding_table(study: VlmStudy) -> Table:
     """Table of the findings, each with its verdict."""
     rows = tuple((each.finding.statement, each.verdict) for each in study.findings)
-    return Lines("Findings of the paper", ("finding", "here"), rows)
+    return Table("Findings of the paper", ("finding", "here"), rows)
 
 
-def training_table(plan: StudyPlan) -> Lines:
+def training_table(plan: StudyPlan) -> Table:
     """Table of the trainings."""
     rows = []
     for training in plan.trainings.values():
-        config = check_config(plan.trainings, plan.shared, training.name)
+        config = plan.config(training.name)
         optim = config.optimizing
         steps = -(-plan.data.scenes // optim.batch_size) * optim.epochs
         start = plan.trainings[training.start].label if training.start else "–"
@@ -87,10 +68,10 @@ def training_table(plan: StudyPlan) -> Lines:
         parts = _learning(config)
         rows.append((training.label, what, parts, start, training.prompts, schedule))
     columns = ("training", "learns", "what is trained", "starts from", "prompts", "steps")
-    return Lines("Trainings", columns, tuple(rows))
+    return Table("Trainings", columns, tuple(rows))
 
 
-def measurement_table(plan: StudyPlan) -> Lines:
+def measurement_table(plan: StudyPlan) -> Table:
     """Table of the measurements."""
     rows = []
     for each in plan.measurements.values():
@@ -100,44 +81,24 @@ def measurement_table(plan: StudyPlan) -> Lines:
         passes = f", {each.passes} passes" if each.passes > 1 else ""
         rows.append((each.label, each.kind, prompts, f"{many}{passes}", options or "–"))
     columns = ("measurement", "kind", "prompt of the encoder", "a seed", "options")
-    return Lines("Measurements", columns, tuple(rows))
+    return Table("Measurements", columns, tuple(rows))
 
 
-def number(spread: Spread | None) -> str:
-    """Mean and deviation in percent; "–" of nothing."""
-    return markdown_text.number(spread, 1, nothing="–")
-
-
-def signed(spread: Spread | None) -> str:
-    """Mean and deviation of a difference in points; "–" of nothing."""
-    return markdown_text.signed(spread, 1, nothing="–")
-
-
-def markdown(table: Lines) -> Iterator[str]:
-    """Lines of Markdown."""
-    rows = [[cell.replace("|", r"\|") for cell in row] for row in table.rows]
-    yield from markdown_text.table(table.columns, rows)
-    if table.note:
-        yield ""
-        yield textwrap.fill(table.note, 100)
-
-
-def _figures(study: VlmStudy, kind: str) -> Lines:
-    plan = study.plan
+def _figures(study: VlmStudy, kind: str) -> Table:
     names = list(FIGURES[kind])
     rows = []
-    for training, measurement in plan.pairs():
+    for training, measurement in study.plan.pairs():
         cell = study.cell(training.name, measurement.name)
         if measurement.kind != kind or cell is None:
             continue
-        for number_, suffix in _passes(measurement):
-            label = f"{measurement.label}{number_}"
+        for number, suffix in _passes(measurement):
             values = [cell.figures.get(f"{name}{suffix}") for name in names]
-            rows.append((training.label, label, *map(number, values)))
+            cells = (written(value, ".1f", nothing="–") for value in values)
+            rows.append((training.label, f"{measurement.label}{number}", *cells))
     shown = [k for k in range(len(names)) if any(row[k + 2] != "–" for row in rows)]
     columns = ("training", "prompt or measurement", *(names[k] for k in shown))
     kept = tuple((*row[:2], *(row[k + 2] for k in shown)) for row in rows)
-    return Lines(KINDS[kind], columns, kept, MEANINGS[kind])
+    return Table(KINDS[kind], columns, kept)
 
 
 def _passes(measurement: Measurement) -> list[tuple[str, str]]:
@@ -159,15 +120,11 @@ def _learning(config: TrainConfig) -> str:
     return ", ".join(parts)
 
 
-def _of_kind(plan: StudyPlan, kind: str) -> bool:
-    return any(each.kind == kind for each in plan.measurements.values())
-
-
 def _prompts(plan: StudyPlan, measurement: Measurement) -> str:
     if measurement.kind == "leakage":
         return "a caption of another picture"
-    wanted = parse_prompting(measurement.prompts)
-    parts = ["the question"] * wanted.question + ["a true caption"] * wanted.oracle
-    if wanted.writer is not None:
-        parts.append(f"the caption by {plan.trainings[wanted.writer].label}")
+    prompting = parse_prompting(measurement.prompts)
+    parts = ["the question"] * prompting.question + ["a true caption"] * prompting.oracle
+    if prompting.writer is not None:
+        parts.append(f"the caption by {plan.trainings[prompting.writer].label}")
     return " and ".join(parts) or "none"

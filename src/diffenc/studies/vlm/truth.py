@@ -60,12 +60,12 @@ class Thing:
     color: Color | None
     size: Size | None
 
-    def fits(self, found: SceneObject) -> bool:
+    def fits(self, shown: SceneObject) -> bool:
         """Whether an object is one."""
         return (
-            self.shape in (None, found.shape)
-            and self.color in (None, found.color)
-            and self.size in (None, found.size)
+            self.shape in (None, shown.shape)
+            and self.color in (None, shown.color)
+            and self.size in (None, shown.size)
         )
 
 
@@ -101,7 +101,7 @@ class Statement:
             return None
         return any(self._holds(scene, places) for places in self._whole(scene))
 
-    def found(self, scene: Scene) -> int:
+    def shown(self, scene: Scene) -> int:
         """Number of its things that the scene shows, each object taken once."""
         slots = min(len(self.things), len(scene.objects))
         return max(
@@ -117,9 +117,9 @@ class Statement:
         """Number of the scene's objects that it names by colour and shape, each counted once."""
         left = [(thing.color, thing.shape) for thing in self.things]
         named = 0
-        for found in scene.objects:
-            if found.kind in left:
-                left.remove(found.kind)
+        for shown in scene.objects:
+            if shown.kind in left:
+                left.remove(shown.kind)
                 named += 1
         return named
 
@@ -138,17 +138,17 @@ class Statement:
 
 def read_caption(text: str) -> Statement | None:
     """Read the content of a caption; None if it is no caption of coloured shapes."""
-    told = _OPENING.sub("", " ".join(text.lower().strip(" .").split()), count=1)
+    words = _OPENING.sub("", " ".join(text.lower().strip(" .").split()), count=1)
     background = place = None
-    if match := _BACKGROUND.search(told):
-        background, told = match["name"], told[: match.start()]
-    elif match := _PLACE.search(told):
-        place, told = _PLACES[match[0].strip()], told[: match.start()]
+    if match := _BACKGROUND.search(words):
+        background, words = match["name"], words[: match.start()]
+    elif match := _PLACE.search(words):
+        place, words = _PLACES[match[0].strip()], words[: match.start()]
     relation = None
-    parts = re.split(r", | and ", told)
-    if match := _BETWEEN.search(told):
+    parts = re.split(r", | and ", words)
+    if match := _BETWEEN.search(words):
         relation = _RELATIONS[match[0].strip()]
-        parts = [told[: match.start()], told[match.end() :]]
+        parts = [words[: match.start()], words[match.end() :]]
     read = [_thing(part) for part in parts]
     known = [each for each in read if each is not None]
     if len(known) < len(read):
@@ -183,7 +183,7 @@ def caption_figures(
         there += len(scene.objects)
         unread.append(said is None)
         right.append(said is not None and said.is_true(scene))
-        objects.append(said.found(scene) / len(said.things) if said else 0.0)
+        objects.append(said.shown(scene) / len(said.things) if said else 0.0)
         if said is not None:
             named += said.named(scene)
             if (so := said.relation_is_true(scene)) is not None:
@@ -212,7 +212,7 @@ def _thing(words: str) -> tuple[Thing, int, bool] | None:
 
 
 def _count(scene: Scene, thing: Thing) -> int:
-    return sum(thing.fits(found) for found in scene.objects)
+    return sum(thing.fits(shown) for shown in scene.objects)
 
 
 def _percent(values: Sequence[float]) -> float | None:

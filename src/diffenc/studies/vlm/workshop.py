@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -19,7 +19,7 @@ from diffenc._version import __version__
 from diffenc.errors import BackboneError, ConfigError
 from diffenc.mllm.language import load_language_model
 from diffenc.mllm.model_folder import is_saved
-from diffenc.mllm.training.config import TrainConfig
+from diffenc.mllm.training.config import Stage, TrainConfig
 from diffenc.mllm.training.miniature import write_miniature
 from diffenc.mllm.training.stages import MODEL_FOLDER, train
 from diffenc.mllm.vision import VisionTokens
@@ -28,7 +28,6 @@ from diffenc.storage.pretrained import model_config
 from diffenc.storage.reading import DATA_BYTES, read_bytes
 from diffenc.storage.writing import locked, make_folder, remove_folder, reporting, write_json
 from diffenc.studies.vlm.plan import StudyPlan
-from diffenc.studies.vlm.trainings import make_config, merged_model
 
 _WHAT_FILE = "what.json"
 _TOKENS = "tokens"
@@ -73,34 +72,35 @@ class Workshop:
         Raises:
             OutputError: The folder cannot be written.
         """
-        told = self.plan.data
-        target = self.folder / f"shapes-{told.scenes}-{told.seed}-{told.turns}"
+        scenes, seed, turns = self._scenes()
+        target = self.folder / f"shapes-{scenes}-{seed}-{turns}"
         with locked(self.folder, purpose="writing the data", wait=True, name=target.name):
             if not is_folder(target):
                 partial = self.folder / f".{target.name}.partial"  # of one that was killed
                 remove_folder(partial)
-                write_miniature(partial, scenes=told.scenes, seed=told.seed, turns=told.turns)
+                write_miniature(partial, scenes=scenes, seed=seed, turns=turns)
                 with reporting(target):
                     partial.rename(target)
-        names = {"align": target / "align.json", "instruct": target / "instruct.json"}
-        return {**names, "images": target / "images"}
+        stages = {stage: target / f"{stage}.json" for stage in get_args(Stage)}
+        return {**stages, "images": target / "images"}
+
+    def _scenes(self) -> tuple[int, int, int]:
+        return self.plan.data.scenes, self.plan.data.seed, self.plan.data.turns
 
     def identity(self, name: str, seed: int) -> str:
         """Digest of a training with a seed: equal for equal results, wherever files lie."""
-        told = self.plan.data
-        config = self._bare_config(name, seed)
-        plain = {key: value for key, value in config.to_dict().items() if key not in _FREE}
-        plain["data"] = {k: v for k, v in plain["data"].items() if k not in _FREE_DATA}
         training = self.plan.trainings[name]
-        parts = self._parts(name)
+        config = self.plan.config(name, seed=seed).to_dict()
+        plain = {key: value for key, value in config.items() if key not in _FREE}
+        plain["data"] = {k: v for k, v in plain["data"].items() if k not in _FREE_DATA}
         return digest_of(
             {
                 "version": __version__,
                 "config": plain,
-                "scenes": [told.scenes, told.seed, told.turns],
+                "scenes": list(self._scenes()),
                 "learns from": training.learns_from,
                 "start": self.identity(training.start, seed) if training.start else "",
-                "parts": {part: self._fingerprint(part) for part in parts},
+                "parts": {part: self._fingerprint(part) for part in self._parts(name)},
             }
         )
 
@@ -131,14 +131,14 @@ class Workshop:
     def _train(
         self, name: str, seed: int, folder: Path, start: "str | Path", progress: Step | None
     ) -> None:
-        def tell(done: int, total: int, _loss: float | None) -> None:
+        def report(done: int, total: int, _loss: float | None) -> None:
             if progress is not None:
                 progress(done, total)
 
         config = self.config(name, seed, output=folder, start=start)
-        train(config, resume=True, device=self.device, progress=tell)
-        told = {"study": self.plan.name, "training": name, "seed": seed}
-        write_json(folder / _WHAT_FILE, told)
+        train(config, resume=True, device=self.device, progress=report)
+        content = {"study": self.plan.name, "training": name, "seed": seed}
+        write_json(folder / _WHAT_FILE, content)
         self.fresh.append(f"{name}, seed {seed}")
 
     def is_trained(self, name: str, seed: int) -> bool:
@@ -159,7 +159,7 @@ class Workshop:
         return self.folder / "trainings" / f"{stage}-{self.identity(name, seed)}"
 
     def config(
-        self, name: str, seed: int, *, output: "str | Path" = "any", start: "str | Path" = ""
+        self, name: str, seed: int, *, output: "str | Path" = "any", start: "str | Path" = "any"
     ) -> TrainConfig:
         """Configuration of a training for `diffenc.mllm.training`; writes the data.
 
@@ -167,9 +167,16 @@ class Workshop:
             name: Name of the training.
             seed: Seed, the number of the repetition from 0.
             output: Folder of the run.
-            start: Folder of the model that the training starts from; "" if it starts from none.
+            start: Folder of the model that the training starts from, if it starts from one.
         """
-        return self._make(name, seed, self.data(), output=output, start=start)
+        return self.plan.config(
+            name,
+            files=self.data(),
+            output=output,
+            seed=seed,
+            start=start,
+            cache_dir=self.folder / _TOKENS,
+        )
 
     def missing(self) -> dict[str, str]:
         """Trainings that cannot be done here, with the reason: a CLIP that is not there.
@@ -177,60 +184,35 @@ class Workshop:
         Raises:
             BackboneError: There is no such language model.
         """
-        roots = [name for name, training in self.plan.trainings.items() if not training.start]
-        found: dict[str, str] = {}
-        reasons: dict[str, str] = {}
-        for language_model in {self._bare_config(name, 0).model.language_model for name in roots}:
+        plan = self.plan
+        roots = [name for name, training in plan.trainings.items() if not training.start]
+        for language_model in {plan.config(name).model.language_model for name in roots}:
             _require_language_model(language_model)
-        for name in self.plan.trainings:
-            start = self.plan.trainings[name].start
-            if start in found:
-                found[name] = found[start]
+        missing: dict[str, str] = {}
+        reasons: dict[str, str] = {}
+        for name, training in plan.trainings.items():
+            if training.start in missing:
+                missing[name] = missing[training.start]
                 continue
             for part in self._vision_parts(name):
                 if part not in reasons:
                     reasons[part] = _why_missing(part)
                 if reasons[part]:
-                    found[name] = reasons[part]
-        return found
+                    missing[name] = reasons[part]
+        return missing
 
     def _vision_parts(self, name: str) -> list[str]:
-        model = merged_model(self.plan.trainings, self.plan.shared, name)
+        model = self.plan.model(name)
         own = [model["encoder"]] if model.get("kind") == "vision" else []
         return [*own, *filter(None, (model.get("clip"), model.get("captioner")))]
 
     def _parts(self, name: str) -> list[str]:
         """Names of the models that a training is made of."""
-        config = self._bare_config(name, 0)
-        named = [config.model.encoder, config.model.clip, config.model.captioner]
+        model = self.plan.config(name).model
+        parts = {model.encoder, model.clip, model.captioner}
         if not self.plan.trainings[name].start:
-            named.append(config.model.language_model)
-        return sorted({part for part in named if part})
-
-    def _bare_config(self, name: str, seed: int) -> TrainConfig:
-        """Configuration without its data files, which are not written for it."""
-        return self._make(name, seed, dict.fromkeys(("align", "instruct", "images"), "any"))
-
-    def _make(
-        self,
-        name: str,
-        seed: int,
-        data: "Mapping[str, str | Path]",
-        *,
-        output: "str | Path" = "any",
-        start: "str | Path" = "",
-    ) -> TrainConfig:
-        return make_config(
-            self.plan.trainings,
-            self.plan.shared,
-            name,
-            annotations=data,
-            images=data["images"],
-            output=output,
-            seed=seed,
-            start=start,
-            cache_dir=self.folder / _TOKENS,
-        )
+            parts.add(model.language_model)
+        return sorted(filter(None, parts))
 
     def _fingerprint(self, part: str) -> str:
         if part not in self._prints:

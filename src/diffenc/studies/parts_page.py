@@ -1,16 +1,11 @@
 """The study of the parts as tables, and as a page of Markdown."""
 
-from collections.abc import Iterator
-
-from diffenc.studies.markdown import number, section, signed, table
-from diffenc.studies.parts_results import (
-    ASKED,
-    COMPARISONS,
-    READERS,
-    Part,
-    PartStudy,
-    Reader,
-)
+from diffenc.evals.tables import Table
+from diffenc.studies.pages import by_reason, page, section
+from diffenc.studies.parts import COMPARISONS, PartStudy
+from diffenc.studies.parts_run import Part
+from diffenc.studies.spreads import written
+from diffenc.studies.token_readers import ASKED, READERS, Reader
 
 NAMES: dict[Part, str] = {
     "uncond": "no text",
@@ -49,83 +44,63 @@ are, and with one tap a hundred times as large, which is what some taps of large
 against others."""
 
 
-def part_columns() -> list[str]:
-    """Heads of `part_rows`."""
-    return ["tokens", "reader", *ASKED, "mean"]
-
-
-def part_rows(study: PartStudy) -> list[list[str]]:
+def accuracy_table(study: PartStudy) -> Table:
     """Accuracy per part and reader, then chance."""
     rows = []
     for reader in READERS:
         for part in study.parts:
             row = study.find(part, reader)
             assert row is not None
-            cells = [number(row.accuracy[name]) for name in ASKED]
-            rows.append([NAMES[part], READER_NAMES[reader], *cells, number(row.mean)])
+            spreads = [*(row.accuracy[name] for name in ASKED), row.mean]
+            cells = [f"{spread:.2f}" for spread in spreads]
+            rows.append((NAMES[part], READER_NAMES[reader], *cells))
     chance = [study.chance[name] for name in ASKED]
     cells = [f"{value:.2f}" for value in (*chance, sum(chance) / len(chance))]
-    return [*rows, ["most frequent answer", "", *cells]]
+    rows.append(("most frequent answer", "", *cells))
+    return Table("accuracy of answers", ("tokens", "reader", *ASKED, "mean"), tuple(rows))
 
 
-def gain_columns() -> list[str]:
-    """Heads of `gain_rows`."""
-    return ["tokens", "against", *(READER_NAMES[reader] for reader in READERS), "seeds won"]
-
-
-def gain_rows(study: PartStudy) -> list[list[str]]:
+def gain_table(study: PartStudy) -> Table:
     """Mean accuracy of a part less that of another, and in how many seeds it is above."""
     rows = []
     for part, base in COMPARISONS:
-        gains = [study.gain(part, base, reader) for reader in READERS]
-        if None in gains:
-            continue
-        won = [
-            f"{sum(value > 0 for value in gain.values)} of {len(gain.values)}"
-            for gain in gains
-            if gain is not None
-        ]
-        rows.append([NAMES[part], NAMES[base], *map(signed, gains), ", ".join(won)])
-    return rows
+        gains = [gain for reader in READERS if (gain := study.gain(part, base, reader))]
+        if gains:
+            cells = [f"{gain:+.3f}" for gain in gains]
+            rows.append((NAMES[part], NAMES[base], *cells, ", ".join(gain.won for gain in gains)))
+    readers = (READER_NAMES[reader] for reader in READERS)
+    columns = ("tokens", "against", *readers, "seeds won")
+    return Table("gains in mean accuracy", columns, tuple(rows))
+
+
+def norm_table(study: PartStudy) -> Table:
+    """Accuracy of the probe per scaling of the taps, without norms and with them."""
+    accuracies = {(row.scales, row.norm): row.accuracy for row in study.norms}
+    rows = []
+    for scales in dict.fromkeys(row.scales for row in study.norms):
+        sizes = (f"{scale * rms:.3g}" for scale, rms in zip(scales, study.rms, strict=True))
+        cells = (f"{accuracies[scales, norm]:.2f}" for norm in (False, True))
+        rows.append((", ".join(sizes), *cells))
+    columns = ("scale of the taps", "no norm", "norm per tap")
+    return Table("a probe through the projector", columns, tuple(rows))
 
 
 def text_in_lora(study: PartStudy) -> str:
     """A sentence on how much of what LoRA gains is owed to the text; "" where it is not known."""
-    told = []
+    clauses = []
     for reader in READERS:
-        asked, empty = (
-            study.gain("lora", "cond", reader),
-            study.gain("lora-empty", "uncond", reader),
-        )
         owed = study.lora_by_text(reader)
         if owed is None:
             return ""
-        won = sum(value > 0 for value in owed.values)
-        told.append(
-            f"read by a reader that is {READER_NAMES[reader]}, LoRA adds {signed(asked)} to the "
-            f"question's tokens and {signed(empty)} to those of no text, so that "
-            f"{signed(owed)} is owed to the text (above zero in {won} of {len(owed.values)} seeds)"
+        with_text = written(study.gain("lora", "cond", reader), "+.3f")
+        without = written(study.gain("lora-empty", "uncond", reader), "+.3f")
+        clauses.append(
+            f"read by a reader that is {READER_NAMES[reader]}, LoRA adds {with_text} to the "
+            f"question's tokens and {without} to those of no text, so that "
+            f"{owed:+.3f} is owed to the text (above zero in {owed.won} seeds)"
         )
-    sentence = "; ".join(told)
+    sentence = "; ".join(clauses)
     return f"{sentence[0].upper()}{sentence[1:]}."
-
-
-def norm_columns() -> list[str]:
-    """Heads of `norm_rows`."""
-    return ["scale of the taps", "no norm", "norm per tap"]
-
-
-def norm_rows(study: PartStudy) -> list[list[str]]:
-    """Accuracy of the probe per scaling of the taps, without norms and with them."""
-    found = {(row.scales, row.norm): row.accuracy for row in study.norms}
-    return [
-        [
-            ", ".join(f"{scale * rms:.3g}" for scale, rms in zip(scales, study.rms, strict=True)),
-            number(found[scales, False]),
-            number(found[scales, True]),
-        ]
-        for scales in dict.fromkeys(row.scales for row in study.norms)
-    ]
 
 
 def to_markdown(study: PartStudy, *, command: str, made_with: str) -> str:
@@ -136,31 +111,29 @@ def to_markdown(study: PartStudy, *, command: str, made_with: str) -> str:
         command: Command that makes this page.
         made_with: Versions, hardware and time, in a sentence.
     """
-    return "\n".join(_lines(study, command, made_with)).rstrip() + "\n"
-
-
-def _lines(study: PartStudy, command: str, made_with: str) -> Iterator[str]:
     settings = study.settings
-    yield from ("# What each part adds", "", f"`{command}`", "")
-    yield (
+    return page(
+        "# What each part adds",
+        f"`{command}`",
         f"Model `{study.model}`, taps {', '.join(f'`{tap}`' for tap in study.taps)} at timestep "
         f"{settings['timestep']} on a grid of {settings['grid']} in {settings['dtype']}; CLIP: "
         f"{'none' if study.clip is None else f'`{study.clip}`'}. {settings['seeds']} seeds of "
         f"{settings['scenes']} held-out scenes, of which two thirds are fitted to; LoRA of rank "
-        f"{settings['rank']}; given as mean ± standard deviation over seeds. {made_with}"
+        f"{settings['rank']}; given as mean ± standard deviation over seeds. {made_with}",
+        *(
+            f"Not studied: {'; '.join(NAMES[part] for part in parts)} ({reason})."
+            for reason, parts in by_reason(study.missing).items()
+        ),
+        "## Accuracy of the answers",
+        _WHAT_IS_READ,
+        section("accuracy", accuracy_table(study)),
+        _WHAT_IS_TRAINED,
+        "## Gains",
+        "Differences of the last column above, within each seed.",
+        section("gains", gain_table(study)),
+        text_in_lora(study),
+        "## Layer norm before the projector",
+        _WHAT_NORMS_DO,
+        "Scale: root mean square of each tap's features, in the order of the taps.",
+        section("norms", norm_table(study)),
     )
-    yield ""
-    for reason in dict.fromkeys(study.missing.values()):
-        parts = [NAMES[part] for part in study.missing if study.missing[part] == reason]
-        yield from (f"Not studied: {'; '.join(parts)} ({reason}).", "")
-    yield from ("## Accuracy of the answers", "", _WHAT_IS_READ, "")
-    yield from section("accuracy", table(part_columns(), part_rows(study)))
-    yield from ("", _WHAT_IS_TRAINED, "", "## Gains", "")
-    yield "Differences of the last column above, within each seed."
-    yield ""
-    yield from section("gains", table(gain_columns(), gain_rows(study)))
-    yield from ("", text_in_lora(study))
-    yield from ("", "## Layer norm before the projector", "", _WHAT_NORMS_DO, "")
-    yield "Scale: root mean square of each tap's features, in the order of the taps."
-    yield ""
-    yield from section("norms", table(norm_columns(), norm_rows(study)))

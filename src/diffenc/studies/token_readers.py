@@ -1,20 +1,30 @@
-"""A reader of answers: one attention over the tokens, and a linear layer on what it gathers."""
+"""Readers of tokens: of answers, by one attention, and of cells, through a projector."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from einops import einsum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffenc.studies.parts_results import ASKED, Reader
+from diffenc.projector.plain import Projector
+from diffenc.shapes.render import masks
+from diffenc.shapes.scenes import COLORS, SHAPES
 from diffenc.studies.trials import CLASSES, Property, Trial
 
+Reader = Literal["told", "blind"]
+READERS: tuple[Reader, ...] = get_args(Reader)
+
+ASKED: tuple[Property, ...] = ("color", "shape", "position")
+"""Properties that the questions ask for."""
+
 _BATCH, _RATE, _DECAY = 64, 5e-2, 0.3
+_PROJECTOR_WIDTH, _PROJECTOR_RATE = 64, 1e-3  # LLaVA's rate for projectors
 _LENGTH = 4.0  # of a standardised token, whatever its number of channels
 
 
@@ -163,22 +173,14 @@ def fit_reader(
         queries=questions.count,
         answers=questions.allowed.shape[1],
     )
-    order = torch.Generator("cpu").manual_seed(seed)
-    batches = [
-        rows
-        for _ in range(epochs)
-        for rows in torch.randperm(split, generator=order, dtype=torch.long, device="cpu").split(
-            _BATCH
-        )
-    ]
+    batches = shuffled(split, _BATCH, epochs=epochs, seed=seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=len(batches))
-    for rows in batches:
-        optimizer.zero_grad()
-        logits = model(tokens.take(rows), questions.queries[reader][rows])
-        questions.loss(logits, rows).backward()
-        optimizer.step()
-        schedule.step()
+
+    def loss(rows: Tensor) -> Tensor:
+        return questions.loss(model(tokens.take(rows), questions.queries[reader][rows]), rows)
+
+    descend(optimizer, schedule, batches, loss)
     return model.eval().requires_grad_(False)
 
 
@@ -198,3 +200,103 @@ def accuracy_of(
     )
     shares = right.double().view(-1, len(ASKED)).mean(dim=0)
     return dict(zip(ASKED, shares.tolist(), strict=True))
+
+
+def shuffled(count: int, batch_size: int, *, epochs: int, seed: int) -> list[Int[Tensor, " n"]]:
+    """Batches of the numbers below `count`, which each epoch has in another order."""
+    order = torch.Generator("cpu").manual_seed(seed)
+    epochs_of_rows = (
+        torch.randperm(count, generator=order, dtype=torch.long, device="cpu")
+        for _ in range(epochs)
+    )
+    return [rows for epoch in epochs_of_rows for rows in epoch.split(batch_size)]
+
+
+def descend(
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    batches: Iterable[Int[Tensor, " n"]],
+    loss: Callable[[Tensor], Tensor],
+) -> None:
+    """Take one step down the loss of each batch."""
+    for batch in batches:
+        optimizer.zero_grad()
+        loss(batch).backward()
+        optimizer.step()
+        schedule.step()
+
+
+def cell_kinds(trials: Sequence[Trial], size: int, grid: int) -> Int[Tensor, "scenes cells"]:
+    """Kind (colour and shape) of the object that covers most of each cell; -1 where none does."""
+    rows = []
+    for trial in trials:
+        covers = torch.from_numpy(np.asarray(masks(trial.scene, size))).float()
+        shares = F.adaptive_avg_pool2d(covers[:, None], (grid, grid)).flatten(1)
+        most, which = shares.max(dim=0)
+        kinds = torch.tensor(
+            [
+                len(SHAPES) * COLORS.index(thing.color) + SHAPES.index(thing.shape)
+                for thing in trial.scene.objects
+            ],
+            dtype=torch.long,
+            device="cpu",
+        )
+        rows.append(torch.where(most > 0.5, kinds[which], -1))
+    return torch.stack(rows)
+
+
+def scale_cases(taps: int) -> list[tuple[float, ...]]:
+    """Features as they are, and with the first or the last tap a hundred times as large."""
+    plain = (1.0,) * taps
+    return [plain, (100.0, *plain[1:]), (*plain[:-1], 100.0)] if taps > 1 else [plain]
+
+
+def norm_accuracy(
+    tokens: Float[Tensor, "scenes cells c"],
+    kinds: Int[Tensor, "scenes cells"],
+    widths: Sequence[int],
+    scales: Sequence[float],
+    *,
+    norm: bool,
+    split: int,
+    epochs: int,
+    seed: int,
+) -> float:
+    """Train projector and classifier on cells of the first scenes; share right in the others.
+
+    Args:
+        tokens: Features of all taps, with the taps' channels side by side.
+        kinds: Kind of the object in each cell, see `cell_kinds`.
+        widths: Number of channels of each tap.
+        scales: Factor that each tap's features are multiplied by.
+        norm: Whether the projector has a layer norm per tap.
+        split: Number of scenes to train on, counted from the first.
+        epochs: Number of passes over their cells.
+        seed: Seed of the initial weights and of the order of cells.
+    """
+    place: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    factors = torch.cat(
+        [torch.full((width,), scale, **place) for width, scale in zip(widths, scales, strict=True)]
+    )
+    inputs, known = tokens.float() * factors, kinds >= 0
+    train, labels = inputs[:split][known[:split]], kinds[:split][known[:split]]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = nn.Sequential(
+            Projector(sum(widths), _PROJECTOR_WIDTH, norm_channels=widths if norm else ()),
+            nn.LayerNorm(_PROJECTOR_WIDTH, **place),
+            nn.Linear(_PROJECTOR_WIDTH, len(COLORS) * len(SHAPES), **place),
+        )
+        orders = (torch.randperm(len(train), dtype=torch.long, device="cpu") for _ in range(epochs))
+        batches = [batch for order in orders for batch in order.split(_BATCH)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=_PROJECTOR_RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
+    descend(
+        optimizer,
+        schedule,
+        batches,
+        lambda cells: F.cross_entropy(model(train[cells]), labels[cells]),
+    )
+    with torch.no_grad():
+        answers = model(inputs[split:][known[split:]]).argmax(dim=1)
+    return float((answers == kinds[split:][known[split:]]).double().mean())

@@ -1,19 +1,15 @@
-"""The study of features as Markdown and as a picture."""
+"""The study of features as a page, as tables and as a picture."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from pathlib import Path
 
-from PIL import Image
-
-from diffenc.studies.chart import CellTable, cell_chart
-from diffenc.studies.markdown import number, section, signed, table
-from diffenc.studies.results import (
-    MEASURES,
-    Conditioning,
-    FeatureStudy,
-    Measure,
-    Spread,
-)
-from diffenc.studies.trials import Property
+from diffenc.evals.tables import Table
+from diffenc.studies.charts import CellTable, draw_cells
+from diffenc.studies.features import FeatureStudy
+from diffenc.studies.focus import MEASURES, Focus, Measure
+from diffenc.studies.pages import page, section
+from diffenc.studies.spreads import mean_of, written
+from diffenc.studies.trials import Conditioning, Property
 
 TEXTS: dict[Conditioning, str] = {
     "uncond": "no text",
@@ -56,84 +52,84 @@ def to_markdown(study: FeatureStudy, *, command: str, made_with: str, picture: s
         picture: File name of the heat map.
     """
     settings = study.settings
-    lines = [
+    focus = (
+        "## Where a text acts",
+        _WHERE_TEXT_ACTS,
+        section("focus", focus_table(study)),
+        *(table.to_markdown() for table in _every_focus(study)),
+    )
+    return page(
         "# What the features carry",
-        "",
         f"`{command}`",
-        "",
         f"Model `{study.model}` at {settings['size']} px in {settings['dtype']}; per seed "
         f"{settings['scenes']} held-out scenes, of which two thirds fit the readouts, and "
         f"{settings['focus_scenes']} more for where a text acts; {settings['seeds']} seeds of "
         f"scenes and noise, given as mean ± standard deviation over seeds. {made_with}",
-        "",
         f"![Accuracy per tap and timestep, and where a text acts]({picture})",
-        "",
         "## Colour, shape, position, count",
-        "",
         _WHAT_IS_READ,
-        "",
-        *section("best", _best_table(study)),
-        "",
+        section("best", input_table(study), best_table(study)),
         _BEST_IS_CHOSEN,
-        "",
-        *_every_reading(study),
+        *(table.to_markdown() for table in _every_reading(study)),
+        *(focus if study.focus else ()),
+    )
+
+
+def input_table(study: FeatureStudy) -> Table:
+    """Accuracy of guessing, and of reading what the U-Net starts from."""
+    rows = [
+        (
+            name,
+            f"{study.chance[name]:.2f}",
+            *(
+                written(study.find(name, None, source, None), ".2f")
+                for source in ("pixels", "latents")
+            ),
+        )
+        for name in study.properties
     ]
-    if study.focus:
-        lines += ["## Where a text acts", "", _WHERE_TEXT_ACTS, "", *_every_focus(study)]
-    return "\n".join(lines).rstrip() + "\n"
+    title = "accuracy of linear readouts, what the U-Net starts from"
+    return Table(title, ("property", "chance", "pixels", "latents"), tuple(rows))
 
 
-def best_rows(study: FeatureStudy) -> list[list[str]]:
-    """Per property: chance, pixels, latents, then best place and mean gain for each text."""
+def best_table(study: FeatureStudy) -> Table:
+    """Best place for each property and text, and the mean gain of the text over all places."""
     rows = []
     for name in study.properties:
-        row = [name, f"{study.chance[name]:.2f}"]
-        row += [number(study.find(name, None, source, None)) for source in ("pixels", "latents")]
         for conditioning in study.conditionings:
             best = study.best(name, conditioning)
             assert best is not None
-            row.append(f"{number(best.accuracy)} at {best.tap}, {best.timestep}")
-            if conditioning != "uncond" and "uncond" in study.conditionings:
-                row.append(signed(study.gain(name, conditioning)))
-        rows.append(row)
-    return rows
+            place = (f"{best.accuracy:.2f}", best.tap, str(best.timestep))
+            gain = None if conditioning == "uncond" else study.gain(name, conditioning)
+            rows.append((name, TEXTS[conditioning], *place, written(gain, "+.3f")))
+    columns = ("property", "text", "best accuracy", "tap", "timestep", "gain of the text")
+    return Table("accuracy of linear readouts, best place by text", columns, tuple(rows))
 
 
-def best_columns(study: FeatureStudy) -> list[str]:
-    """Headings of `best_rows`."""
-    columns = ["property", "chance", "pixels", "latents"]
-    for conditioning in study.conditionings:
-        columns.append(f"best with {TEXTS[conditioning]}")
-        if conditioning != "uncond" and "uncond" in study.conditionings:
-            columns.append(f"gain of {TEXTS[conditioning]}")
-    return columns
-
-
-def focus_rows(study: FeatureStudy) -> list[list[str]]:
+def focus_table(study: FeatureStudy) -> Table:
     """Per measure: the place where asked exceeds control by most, and the mean over all places."""
     rows = []
     for measure in MEASURES:
         entries = [entry for entry in study.focus if entry.measure == measure]
-        if not entries:
-            continue
-        best = max(entries, key=lambda entry: entry.preferred.mean)
-        rows.append(
-            [
-                ACTIONS[measure],
-                f"{best.tap}, {best.timestep}",
-                *(number(part) for part in (best.asked, best.control, best.preferred)),
-                number(_mean_over([entry.preferred for entry in entries])),
-            ]
-        )
-    return rows
+        if entries:
+            best = max(entries, key=lambda entry: entry.preferred.mean)
+            everywhere = mean_of([entry.preferred for entry in entries])
+            place = f"{best.tap}, {best.timestep}"
+            rows.append((ACTIONS[measure], place, *_cells(best), f"{everywhere:.2f}"))
+    columns = ("action", "best place", "asked", "control", "won", "won, mean over places")
+    return Table("where a text acts", columns, tuple(rows))
 
 
-FOCUS_COLUMNS = ("action", "best place", "asked", "control", "won", "won, mean over places")
+def draw_features(study: FeatureStudy, path: Path) -> None:
+    """Draw the accuracy of every property under every text, then where a text acts.
 
+    Args:
+        study: Results of the study.
+        path: Path of the picture file to write.
 
-def heat_map(study: FeatureStudy) -> Image.Image:
-    """Accuracy of every property under every text, then where a text acts; taps by timesteps."""
-    steps = [str(timestep) for timestep in study.timesteps]
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
     tables: list[list[CellTable | None]] = [
         [_accuracies(study, name, conditioning) for conditioning in study.conditionings]
         for name in study.properties
@@ -141,10 +137,11 @@ def heat_map(study: FeatureStudy) -> Image.Image:
     for measure in MEASURES:
         if any(entry.measure == measure for entry in study.focus):
             tables.append(list(_actions(study, measure)))
-    return cell_chart(
+    draw_cells(
         tables,
+        path,
         rows=study.taps,
-        columns=steps,
+        columns=[str(timestep) for timestep in study.timesteps],
         title=f"What the features of {study.model} carry, and where a text acts",
         note="Rows: taps from the input of the U-Net to its output. Columns: timesteps, from "
         "nearly clean to nearly noise. Accuracies: dark is chance, light is 1. Asked and control: "
@@ -155,71 +152,49 @@ def heat_map(study: FeatureStudy) -> Image.Image:
 
 
 def _accuracies(study: FeatureStudy, name: Property, conditioning: Conditioning) -> CellTable:
-    found = [
+    spreads = [
         [study.find(name, conditioning, tap, timestep) for timestep in study.timesteps]
         for tap in study.taps
     ]
-    values = [[None if spread is None else spread.mean for spread in row] for row in found]
+    values = [[None if spread is None else spread.mean for spread in row] for row in spreads]
     title = f"{name}, {TEXTS[conditioning]}"
     return CellTable(title, values, min(study.chance[name], 0.99), 1.0)
 
 
 def _actions(study: FeatureStudy, measure: Measure) -> Iterator[CellTable]:
+    entries = [
+        [study.focus_at(measure, tap, timestep) for timestep in study.timesteps]
+        for tap in study.taps
+    ]
     for part, low, high in (("asked", 0.5, 2.0), ("control", 0.5, 2.0), ("preferred", 0.0, 1.0)):
-        entries = [
-            [study.focus_at(measure, tap, timestep) for timestep in study.timesteps]
-            for tap in study.taps
-        ]
         values = [
-            [None if entry is None else getattr(entry, part).mean for entry in row]
-            for row in entries
+            [getattr(entry, part).mean if entry else None for entry in row] for row in entries
         ]
         title = f"{measure}: {'won' if part == 'preferred' else part}"
         yield CellTable(title, values, low, high, logarithmic=part != "preferred")
 
 
-def _best_table(study: FeatureStudy) -> list[str]:
-    return table(best_columns(study), best_rows(study))
-
-
-def _every_reading(study: FeatureStudy) -> Iterator[str]:
+def _every_reading(study: FeatureStudy) -> Iterator[Table]:
     for name in study.properties:
         for conditioning in study.conditionings:
-            yield f"### {name.capitalize()}, {TEXTS[conditioning]}"
-            yield ""
-            rows = [
-                [f"`{tap}`"]
-                + [number(study.find(name, conditioning, tap, step)) for step in study.timesteps]
+            cells = [
+                [written(study.find(name, conditioning, tap, t), ".2f") for t in study.timesteps]
                 for tap in study.taps
             ]
-            yield from table(["tap", *map(str, study.timesteps)], rows)
-            yield ""
+            rows = tuple((f"`{tap}`", *row) for tap, row in zip(study.taps, cells, strict=True))
+            columns = ("tap", *map(str, study.timesteps))
+            yield Table(f"{name}, {TEXTS[conditioning]}", columns, rows)
 
 
-def _every_focus(study: FeatureStudy) -> Iterator[str]:
-    yield from section("focus", table(FOCUS_COLUMNS, focus_rows(study)))
-    yield ""
+def _every_focus(study: FeatureStudy) -> Iterator[Table]:
     for measure in MEASURES:
         entries = [entry for entry in study.focus if entry.measure == measure]
-        if not entries:
-            continue
-        yield f"### {ACTIONS[measure].capitalize()}"
-        yield ""
-        rows = [
-            [
-                f"`{entry.tap}`",
-                str(entry.timestep),
-                *(number(part) for part in (entry.asked, entry.control, entry.preferred)),
-            ]
-            for entry in sorted(
-                entries, key=lambda entry: (study.taps.index(entry.tap), entry.timestep)
-            )
-        ]
-        yield from table(("tap", "timestep", "asked", "control", "won"), rows)
-        yield ""
+        entries.sort(key=lambda entry: (study.taps.index(entry.tap), entry.timestep))
+        rows = tuple((f"`{each.tap}`", str(each.timestep), *_cells(each)) for each in entries)
+        if rows:
+            columns = ("tap", "timestep", "asked", "control", "won")
+            yield Table(ACTIONS[measure], columns, rows)
 
 
-def _mean_over(spreads: Sequence[Spread]) -> Spread:
-    """Mean over places, per seed."""
-    seeds = zip(*(spread.values for spread in spreads), strict=True)
-    return Spread(tuple(sum(values) / len(values) for values in seeds))
+def _cells(entry: Focus) -> tuple[str, ...]:
+    return tuple(f"{part:.2f}" for part in (entry.asked, entry.control, entry.preferred))
