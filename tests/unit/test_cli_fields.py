@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 from diffenc.cli.fields import Changes, attribute_texts, summary_of, with_fields
 from diffenc.config import EncoderConfig
 from diffenc.errors import ConfigError
+from diffenc.evals.matching.options import MatchOptions
 from diffenc.evals.task import AskOptions, option
 from diffenc.evals.tasks import ASK_TASKS, MATCH_TASKS
-from diffenc.evals.tasks.matching import MatchOptions
 from diffenc.scoring.config import ScorerConfig
 
 

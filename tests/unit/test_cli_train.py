@@ -4,6 +4,7 @@ import pytest
 from typer.testing import CliRunner
 
 from diffenc.cli.main import app
+from diffenc.cli.progress import progress_bar
 from diffenc.mllm import DiffusionVLM
 from diffenc.mllm.training import read_log, write_miniature
 from train_builders import Parts, config
@@ -67,3 +68,15 @@ def test_the_miniature_is_written(tmp_path):
     assert len(list((tmp_path / "new" / "images").iterdir())) == 3
     records = json.loads((tmp_path / "new" / "instruct.json").read_text())
     assert [len(record["conversations"]) for record in records] == [2, 2, 2]
+
+
+def test_the_bar_counts_pictures_then_steps_and_tells_the_loss(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    titles = ("looking at pictures", "training")
+    with progress_bar(*titles, unit=("pictures", "steps")) as show:
+        show(4, 4)
+        show(1, 9, "training, loss 0.512")
+    shown = capsys.readouterr().err
+    assert "4/4 pictures" in shown
+    assert "training, loss 0.512" in shown
+    assert "1/9 steps" in shown

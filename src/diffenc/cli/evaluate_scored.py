@@ -17,8 +17,9 @@ from diffenc.cli.progress import progress_bar
 from diffenc.cli.tables import print_tables
 from diffenc.config import check_choice
 from diffenc.errors import ConfigError
+from diffenc.evals.matching.options import MatchOptions
 from diffenc.evals.tasks import MATCH_TASKS
-from diffenc.evals.tasks.matching import MatchOptions, MatchTask
+from diffenc.evals.tasks.matching import MatchTask
 from diffenc.storage.writing import locked, make_folder, remove_file, write_text
 
 if TYPE_CHECKING:

@@ -1,10 +1,7 @@
 """`diffenc train`: one stage from a TOML file; `diffenc shapes-data`: data for it in miniature."""
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,7 +12,6 @@ from diffenc.errors import ConfigError
 
 if TYPE_CHECKING:
     from diffenc.mllm.training.plan import Plan
-    from diffenc.mllm.training.stages import Progress
 
 _EXAMPLES = 5
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -64,10 +60,14 @@ def train(
 
     # Each process of several has a device of its own, which the stage finds.
     chosen = None if device == "auto" else to_device(device)
-    with _progress() as (progress, looking):
-        result = run_stage(
-            training, resume=resume, device=chosen, progress=progress, looking=looking
-        )
+    titles = ("looking at pictures", "training")
+    with progress_bar(*titles, unit=("pictures", "steps")) as show:
+
+        def report(done: int, total: int, loss: float | None) -> None:
+            if show is not None:
+                show(done, total, "training" if loss is None else f"training, loss {loss:.3f}")
+
+        result = run_stage(training, resume=resume, device=chosen, progress=report, looking=show)
     if not is_first_process():
         return
     if result.data.broken:
@@ -95,36 +95,6 @@ def shapes_data(
 
     paths = write_miniature(folder, scenes=scenes, seed=seed, turns=turns)
     typer.echo(f"wrote {', '.join(map(str, paths.values()))}")
-
-
-@contextmanager
-def _progress() -> "Iterator[tuple[Progress | None, Callable[[int, int], None] | None]]":
-    """Bars on a terminal, of the steps and of the pictures before them; nothing anywhere else."""
-    if not sys.stderr.isatty():
-        yield None, None
-        return
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns: tuple[Any, ...] = (
-        *Progress.get_default_columns()[:2],
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[unit]}"),
-        TextColumn("{task.fields[loss]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        first = bar.add_task("looking at pictures", total=None, loss="", unit="pictures")
-        task = bar.add_task("training", total=None, loss="", unit="steps")
-
-        def tell(done: int, total: int, loss: float | None) -> None:
-            shown = "" if loss is None else f"loss {loss:.3f}"
-            bar.update(task, completed=done, total=total, loss=shown)
-
-        def look(done: int, total: int) -> None:
-            bar.update(first, completed=done, total=total, visible=done < total)
-
-        yield tell, look
 
 
 def _print_plan(plan: "Plan") -> None:

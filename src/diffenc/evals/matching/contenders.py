@@ -9,13 +9,13 @@ from diffenc.evals.matching.base import Matcher, MatchingBenchmark
 from diffenc.evals.matching.clip import ClipMatcher
 from diffenc.evals.matching.matchers import ScorerMatcher, scorer_matchers
 from diffenc.evals.matching.miniature import REFERENCE_SEED, shapes_benchmark
+from diffenc.evals.matching.options import MatchOptions
 from diffenc.models.device import named_device, named_dtype
 from diffenc.scorer import CrossAttnScorer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from diffenc.evals.tasks.matching import MatchOptions
 
 _DEFAULT = ("calibrated",)
 _NO_SCORER = ("none",)
@@ -23,7 +23,7 @@ _LAYER_SETS = (("all",), ("discffusion",))
 
 
 def load_matchers(
-    benchmark: MatchingBenchmark, options: "MatchOptions", *, by_timestep: bool = False
+    benchmark: MatchingBenchmark, options: MatchOptions, *, by_timestep: bool = False
 ) -> list[Matcher]:
     """Scores of one model by each preset, then the CLIP baselines.
 
@@ -56,7 +56,7 @@ def load_matchers(
     return matchers
 
 
-def _changed_fields(options: "MatchOptions") -> dict[str, Any]:
+def _changed_fields(options: MatchOptions) -> dict[str, Any]:
     """Fields of `ScorerConfig` that replace those of every preset."""
     layers: Any = options.layers
     fields = {
