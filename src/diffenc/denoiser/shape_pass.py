@@ -18,7 +18,7 @@ Operation = Callable[..., Any]
 
 
 class ShapePass(TorchFunctionMode):
-    """Shapes of the results on the meta device, as torch gives them, in a fifth of the time.
+    """Shapes of the results on the meta device, as torch gives them, in a quarter of the time.
 
     Within the `with` block, operations whose operands do not plainly fit are left to torch, with
     its own errors. The tensors have no values, so it is for modules on the meta device alone.
