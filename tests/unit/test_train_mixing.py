@@ -18,7 +18,13 @@ from vlm_builders import picture, save_tiny_clip, save_tiny_lm
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
-SHORT = {"limit": 4, "epochs": 3, "save_steps": 0, "learning_rate": 0.05}
+SHORT = {
+    "limit": 4,
+    "device_batch_size": 4,
+    "epochs": 3,
+    "save_steps": 0,
+    "learning_rate": 0.05,
+}
 HEADS = {"cross_attention": {"heads": 2}}
 WEIGHTS = ("encoder/mixer/mixer.safetensors", "projector/projector.safetensors")
 
