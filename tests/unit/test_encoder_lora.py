@@ -17,6 +17,7 @@ from diffenc import CrossAttnScorer, DiffusionEncoder, EncoderConfig
 from diffenc.denoiser.lora import lora_disabled
 from diffenc.errors import BackboneError, ConfigError
 from diffenc.models import StableDiffusion
+from loaded import fresh
 
 TAPS = ("up_blocks.1",)
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -28,7 +29,10 @@ def picture(seed: int = 0) -> Image.Image:
 
 
 def load(folder, **options) -> DiffusionEncoder:
-    return DiffusionEncoder.from_pretrained(folder, **{"taps": TAPS, "size": 64, **options})
+    """An encoder of a tiny folder; where nothing about loading is said, of a copy."""
+    loads = any(options.get(name) for name in ("dtype", "truncate", "unet", "variant"))
+    source = folder if loads else fresh(folder)
+    return DiffusionEncoder.from_pretrained(source, **{"taps": TAPS, "size": 64, **options})
 
 
 def tiny_backbone() -> StableDiffusion:
