@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffenc import CrossAttnScorer, ScorerConfig
+from diffenc import CrossAttnScorer, ScorerConfig, load_backbone
 from diffenc.errors import (
     BackboneError,
     ConfigError,
@@ -17,7 +17,6 @@ from diffenc.errors import (
     TapError,
 )
 from diffenc.scoring.inputs import token_mask
-from loaded import fresh
 
 TEXTS = ["a red circle", "a blue square left of a circle", "red"]
 TWO_STEPS = (200, 700)
@@ -34,12 +33,12 @@ def images():
 
 @pytest.fixture(scope="module")
 def backbone(tiny_sd_folder):
-    return fresh(tiny_sd_folder)
+    return load_backbone(tiny_sd_folder)
 
 
 @pytest.fixture(scope="module")
 def sdxl(tiny_sdxl_folder):
-    return fresh(tiny_sdxl_folder)
+    return load_backbone(tiny_sdxl_folder)
 
 
 def scorer_of(backbone, preset="paper", **options):
@@ -406,7 +405,7 @@ def test_bad_input(backbone, images, tmp_path):
 
 
 def test_scores_that_are_no_numbers_are_an_error(tiny_sd_folder, images):
-    backbone = fresh(tiny_sd_folder)
+    backbone = load_backbone(tiny_sd_folder)
     backbone.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.weight.fill_(torch.nan)
     for mode in MODES:
         with pytest.raises(NonFiniteError, match="NaN or infinity"):

@@ -24,7 +24,6 @@ from diffenc.errors import (
 from diffenc.inputs.images import to_pixel_values
 from diffenc.inputs.noise import add_noise, shared_noise
 from diffenc.passes.forward import predict_noise
-from loaded import fresh
 
 TAPS = ("up_blocks.1", "mid_block", "up_blocks.2.attentions.0.transformer_blocks.0.attn2.to_q")
 
@@ -36,13 +35,13 @@ def picture(seed: int = 0, height: int = 64, width: int = 64) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def encoder(tiny_sd_folder):
-    return DiffusionEncoder.from_pretrained(fresh(tiny_sd_folder), taps=TAPS)
+    return DiffusionEncoder.from_pretrained(tiny_sd_folder, taps=TAPS)
 
 
 @pytest.fixture(scope="module")
 def sdxl_encoder(tiny_sdxl_folder):
     taps = ("up_blocks.0", "mid_block")
-    return DiffusionEncoder.from_pretrained(fresh(tiny_sdxl_folder), taps=taps, size=64)
+    return DiffusionEncoder.from_pretrained(tiny_sdxl_folder, taps=taps, size=64)
 
 
 @pytest.fixture
@@ -129,7 +128,7 @@ def test_equal_images_of_a_batch_are_encoded_once(encoder, monkeypatch):
 
 
 def test_caches_are_bypassed_when_weights_train_or_the_switch_is_off(tiny_sd_folder):
-    encoder = DiffusionEncoder.from_pretrained(fresh(tiny_sd_folder), taps=("mid_block",))
+    encoder = DiffusionEncoder.from_pretrained(tiny_sd_folder, taps=("mid_block",))
     caches = encoder.backbone.caches
 
     def kept() -> tuple[int, int, int]:
@@ -152,7 +151,7 @@ def test_caches_are_bypassed_when_weights_train_or_the_switch_is_off(tiny_sd_fol
 
 
 def test_new_weights_and_other_dtypes_are_seen(tiny_sd_folder):
-    encoder = DiffusionEncoder.from_pretrained(fresh(tiny_sd_folder), taps=("mid_block",))
+    encoder = DiffusionEncoder.from_pretrained(tiny_sd_folder, taps=("mid_block",))
     before = encoder.extract(picture())["mid_block"]
     halved = {k: v / 2 for k, v in encoder.state_dict().items()}
     encoder.load_state_dict(halved)
@@ -274,7 +273,7 @@ def test_no_prompt_and_the_empty_one_are_remembered_apart(tiny_sdxl_folder, rule
 
 
 def test_non_finite_features_name_tap_and_remedy(tiny_sd_folder):
-    encoder = DiffusionEncoder.from_pretrained(fresh(tiny_sd_folder), taps=("mid_block",))
+    encoder = DiffusionEncoder.from_pretrained(tiny_sd_folder, taps=("mid_block",))
     with torch.no_grad():
         encoder.backbone.unet.conv_in.weight[0, 0, 0, 0] = float("nan")
     with pytest.raises(NonFiniteError, match=r"'mid_block'.*bfloat16"):
@@ -282,7 +281,7 @@ def test_non_finite_features_name_tap_and_remedy(tiny_sd_folder):
 
 
 def test_gradients_flow_where_something_requires_them_and_nowhere_else(tiny_sd_folder):
-    encoder = DiffusionEncoder.from_pretrained(fresh(tiny_sd_folder), taps=("mid_block",))
+    encoder = DiffusionEncoder.from_pretrained(tiny_sd_folder, taps=("mid_block",))
     assert not encoder(picture(), "red").requires_grad
     pixels = torch.zeros(1, 3, 64, 64, requires_grad=True)
     encoder(pixels, "red").sum().backward()
@@ -318,9 +317,7 @@ def test_guidance_is_linear_in_its_scale_and_exact_at_its_ends(encoder):
 
 
 def test_concat_doubles_the_channels(tiny_sd_folder, encoder):
-    double = DiffusionEncoder.from_pretrained(
-        fresh(tiny_sd_folder), taps=TAPS, conditioning="concat"
-    )
+    double = DiffusionEncoder.from_pretrained(tiny_sd_folder, taps=TAPS, conditioning="concat")
     features = double.extract(picture(), "red")
     assert double.hidden_size == 2 * encoder.hidden_size == features.tokens().shape[2]
     halves = torch.cat(
@@ -505,7 +502,7 @@ def test_sdxl_may_be_told_the_original_size(sdxl_encoder, tmp_path):
 
 def test_save_and_load_is_identity(tiny_sd_folder, tmp_path, encoder):
     options = {"taps": ("mid_block",), "timestep": 261, "size": (64, 96), "guidance_scale": 4.5}
-    first = DiffusionEncoder.from_pretrained(fresh(tiny_sd_folder), **options)
+    first = DiffusionEncoder.from_pretrained(tiny_sd_folder, **options)
     first.save_pretrained(tmp_path / "saved")
     second = DiffusionEncoder.from_pretrained(tmp_path / "saved")
     assert second.config == first.config == EncoderConfig(**options)
@@ -612,7 +609,7 @@ def test_a_compiled_encoder_gives_the_same_features_without_graph_breaks(
         pytest.skip("the run-time type checker breaks the graph")
     torch._dynamo.reset()
     options = {"taps": TAPS, "size": (72, 40), "conditioning": "cfg", "use_cache": False}
-    encoder = DiffusionEncoder.from_pretrained(fresh(tiny_sd_folder), **options)
+    encoder = DiffusionEncoder.from_pretrained(tiny_sd_folder, **options)
     before = hooks(encoder)
     expected = encoder.extract([picture(), picture(1)], "red")
     encoder.compile(backend="eager", fullgraph=True)
@@ -626,7 +623,7 @@ def test_a_compiled_encoder_gives_the_same_features_without_graph_breaks(
 
 
 def test_a_copy_of_a_compiled_encoder_is_not_compiled(tiny_sd_folder):
-    encoder = DiffusionEncoder.from_pretrained(fresh(tiny_sd_folder), taps=("mid_block",))
+    encoder = DiffusionEncoder.from_pretrained(tiny_sd_folder, taps=("mid_block",))
     encoder.compile(backend="eager")
     assert encoder.backbone.compiled
     assert not copy.deepcopy(encoder).backbone.compiled

@@ -13,7 +13,6 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from diffenc import DiffusionEncoder
 from diffenc.errors import BackboneError, ConfigError, OutputError
-from loaded import fresh
 
 FOLDERS = {"sd": "tiny_sd_folder", "sdxl": "tiny_sdxl_folder"}
 ARGUMENTS = {"taps": ("up_blocks.0", "mid_block"), "size": 64, "timestep": 261}
@@ -59,8 +58,8 @@ def assert_equal(first, second) -> None:
         assert torch.equal(mine, theirs)
 
 
-def build(folder, parts, clip_folder) -> DiffusionEncoder:
-    encoder = DiffusionEncoder.from_pretrained(fresh(folder), **ARGUMENTS)
+def build(folder, parts, clip_folder, **options) -> DiffusionEncoder:
+    encoder = DiffusionEncoder.from_pretrained(folder, **ARGUMENTS, **options)
     if "captioner" in parts:
         encoder.add_captioner(clip_folder)
     if "lora" in parts:
@@ -115,7 +114,7 @@ def test_no_adapter_in_use_and_a_merged_one_come_back_as_they_were(
         again = DiffusionEncoder.from_pretrained(tmp_path / "merged")
         assert_equal(again, encoder)
         again.set_lora(None)
-        plain = DiffusionEncoder.from_pretrained(fresh(tiny_sd_folder), **ARGUMENTS)
+        plain = DiffusionEncoder.from_pretrained(tiny_sd_folder, **ARGUMENTS)
         assert_equal(again, plain)  # the weights without the adapter are there, exactly
 
 
@@ -182,7 +181,7 @@ def test_a_bundled_backbone_reads_the_same_taps_from_its_folder(tmp_path):
 
 
 def test_a_clip_without_a_name_is_asked_for(tiny_sd_folder, clip_folder, tmp_path):
-    encoder = DiffusionEncoder.from_pretrained(fresh(tiny_sd_folder), **ARGUMENTS)
+    encoder = DiffusionEncoder.from_pretrained(tiny_sd_folder, **ARGUMENTS)
     encoder.add_captioner(tiny_clip())
     shake(encoder)
     encoder.save_pretrained(tmp_path)
@@ -258,7 +257,7 @@ def test_saving_that_is_interrupted_leaves_no_folder_that_can_be_read(
 
 
 def test_configs_that_were_tampered_with_are_told(tiny_sd_folder, tmp_path):
-    encoder = DiffusionEncoder.from_pretrained(fresh(tiny_sd_folder), **ARGUMENTS)
+    encoder = DiffusionEncoder.from_pretrained(tiny_sd_folder, **ARGUMENTS)
     encoder.save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     values = json.loads(file.read_text())

@@ -25,7 +25,6 @@ import builders
 from diffenc import DiffusionEncoder, FusedEncoder, FusedProjector, Projector, projector_for
 from diffenc.clip.tokens import ClipTokens
 from diffenc.errors import BackboneError, ConfigError, NonFiniteError, OutputError, ShapeError
-from loaded import fresh
 
 SIZES = {
     "hidden_size": 12,
@@ -61,7 +60,7 @@ def picture(height: int, width: int, seed: int = 0) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def diffusion(tiny_sd_folder: Path) -> DiffusionEncoder:
-    return DiffusionEncoder.from_pretrained(fresh(tiny_sd_folder))
+    return DiffusionEncoder.from_pretrained(tiny_sd_folder)
 
 
 @pytest.fixture
@@ -187,7 +186,7 @@ def quadrant(height: int, width: int) -> Image.Image:
 
 @pytest.mark.parametrize("rule", ["squash", "crop", "pad", "none"])
 def test_clip_sees_what_the_diffusion_encoder_sees(tiny_sd_folder, rule) -> None:
-    wide = DiffusionEncoder.from_pretrained(fresh(tiny_sd_folder), resize=rule)
+    wide = DiffusionEncoder.from_pretrained(tiny_sd_folder, resize=rule)
     seen: list[np.ndarray] = []
 
     class Watch:
@@ -363,9 +362,7 @@ def test_a_picture_has_the_same_tokens_in_any_batch(fuse, count) -> None:
 
 def test_half_precision_goes_through_and_nan_is_refused(tiny_sd_folder) -> None:
     encoder = FusedEncoder(
-        clip_vision(),
-        DiffusionEncoder.from_pretrained(fresh(tiny_sd_folder)),
-        image_processor=PROCESSOR,
+        clip_vision(), DiffusionEncoder.from_pretrained(tiny_sd_folder), image_processor=PROCESSOR
     )
     image = picture(64, 64)
     exact = encoder(image, "a red circle")
@@ -492,7 +489,7 @@ def test_a_clip_is_frozen_and_let_go_again(diffusion, tmp_path: Path) -> None:
 
 
 def test_several_timesteps_are_refused(tiny_sd_folder) -> None:
-    several = DiffusionEncoder.from_pretrained(fresh(tiny_sd_folder), timestep=(50, 261))
+    several = DiffusionEncoder.from_pretrained(tiny_sd_folder, timestep=(50, 261))
     with pytest.raises(ConfigError, match="one timestep"):
         FusedEncoder(clip_vision(), several, image_processor=PROCESSOR)
 

@@ -19,7 +19,6 @@ from diffenc.mixing import Mixer, MixingConfig, load_mixer, make_mixer
 from diffenc.mixing.config import MIXED
 from diffenc.mllm.vision import tokens_per_image
 from diffenc.passes.questions import mean_states
-from loaded import fresh
 
 PROCESSOR = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
 CLIP, TAPS, TEXT = 12, (5, 2), 6
@@ -39,7 +38,7 @@ def picture(height: int, width: int, seed: int = 0) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def diffusion(tiny_sd_folder) -> DiffusionEncoder:
-    return DiffusionEncoder.from_pretrained(fresh(tiny_sd_folder))
+    return DiffusionEncoder.from_pretrained(tiny_sd_folder)
 
 
 @pytest.fixture
@@ -215,7 +214,7 @@ def test_a_mixed_picture_is_the_same_in_any_batch(fuse, how) -> None:
 @pytest.mark.parametrize("how", MIXED)
 def test_half_precision_leaves_a_mixer_usable(tiny_sd_folder, how, dtype) -> None:
     config = TWO_HEADS if how == "cross_attention" else None
-    diffusion = DiffusionEncoder.from_pretrained(fresh(tiny_sd_folder))
+    diffusion = DiffusionEncoder.from_pretrained(tiny_sd_folder)
     encoder = FusedEncoder(clip_vision(), diffusion, how, image_processor=PROCESSOR, mixing=config)
     stirred(encoder.mixer, 0.1)
     image = picture(64, 64)
@@ -232,7 +231,7 @@ def test_half_precision_leaves_a_mixer_usable(tiny_sd_folder, how, dtype) -> Non
 
 @pytest.mark.parametrize("how", MIXED)
 def test_gradients_reach_the_mixer_and_what_trains_below_it(tiny_sd_folder, how) -> None:
-    diffusion = DiffusionEncoder.from_pretrained(fresh(tiny_sd_folder))
+    diffusion = DiffusionEncoder.from_pretrained(tiny_sd_folder)
     diffusion.add_lora(rank=2)
     config = TWO_HEADS if how == "cross_attention" else None
     encoder = FusedEncoder(clip_vision(), diffusion, how, image_processor=PROCESSOR, mixing=config)
@@ -285,7 +284,7 @@ def test_a_question_is_the_mean_over_its_own_tokens(diffusion, text) -> None:
 
 
 def test_clip_may_ask_several_timesteps_and_nothing_else_may(tiny_sd_folder, fuse) -> None:
-    several = DiffusionEncoder.from_pretrained(fresh(tiny_sd_folder), timestep=(50, 261))
+    several = DiffusionEncoder.from_pretrained(tiny_sd_folder, timestep=(50, 261))
     encoder = fuse("cross_attention", diffusion=several)
     stirred(encoder.mixer)
     clip, features = encoder.streams(picture(64, 64), "a")

@@ -15,7 +15,6 @@ from diffenc.errors import BackboneError, ConfigError
 from diffenc.inputs.noise import shared_noise
 from diffenc.models import StableDiffusion, StableDiffusionXL
 from diffenc.models.weights import unet_state
-from loaded import fresh
 
 TAPS = ("mid_block", "up_blocks.1")
 IMAGE = torch.linspace(-1, 1, 3 * 64 * 64).reshape(3, 64, 64)
@@ -43,7 +42,7 @@ def tiny_taesd(**options) -> AutoencoderTiny:
 
 @pytest.mark.parametrize("prefix", ["", "unet.", "module.", "_orig_mod.", "aligner.unet.model."])
 def test_weights_are_found_under_any_prefix(tiny_sd_folder, tmp_path, prefix):
-    unet = fresh(tiny_sd_folder).unet
+    unet = load_backbone(tiny_sd_folder).unet
     weights = other_weights(unet)
     beside = {"vae.encoder.conv_in.weight": torch.ones(1)} if prefix else {}
     written = {**ldm.prefixed(prefix, weights), **beside}
@@ -68,7 +67,7 @@ def test_a_unet_takes_the_weights_of_a_file_whole_or_in_part(request, tmp_path, 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_a_state_dict_in_the_original_layout_is_converted(tiny_sd21_folder, prefix):
-    weights = other_weights(fresh(tiny_sd21_folder).unet)
+    weights = other_weights(load_backbone(tiny_sd21_folder).unet)
     original = ldm.prefixed(prefix, ldm.unet_in_original_layout(weights))
     given = load_backbone(tiny_sd21_folder, unet=original).unet.state_dict()
     assert all(torch.equal(given[key], weights[key]) for key in weights)
@@ -92,12 +91,12 @@ def test_cleandift_s_weights_are_read_where_its_preset_says(tiny_sd21_folder, tm
     )
     ours = encoder.extract(IMAGE, "red")["up_blocks.1"]
     assert (ours - found[0]).abs().max() <= 1e-5 * found[0].abs().max()
-    plain = DiffusionEncoder.from_pretrained(fresh(tiny_sd21_folder), **options)
+    plain = DiffusionEncoder.from_pretrained(tiny_sd21_folder, **options)
     assert not torch.allclose(plain.extract(IMAGE, "red")["up_blocks.1"], ours, rtol=0.1)
 
 
 def test_a_unet_may_be_a_module_with_other_configs(tiny_sd_folder):
-    own = fresh(tiny_sd_folder).unet
+    own = load_backbone(tiny_sd_folder).unet
     assert all(
         torch.equal(found, expected)
         for found, expected in zip(
@@ -131,13 +130,13 @@ def test_a_unet_may_be_a_module_with_other_configs(tiny_sd_folder):
     ids=["shape", "missing", "unknown", "none", "several"],
 )
 def test_a_state_dict_that_does_not_fit_is_refused(tiny_sd_folder, change, message):
-    weights = fresh(tiny_sd_folder).unet.state_dict()
+    weights = load_backbone(tiny_sd_folder).unet.state_dict()
     with pytest.raises(BackboneError, match=message):
         load_backbone(tiny_sd_folder, unet=change(weights))
 
 
 def test_weights_of_another_backbone_name_the_first_misfit(tiny_sd_folder, tiny_sd21_folder):
-    weights = fresh(tiny_sd21_folder).unet.state_dict()
+    weights = load_backbone(tiny_sd21_folder).unet.state_dict()
     with pytest.raises(
         BackboneError, match=r"'down_blocks.0.attentions.0.proj_in.weight' is \(8, 8"
     ):
@@ -200,7 +199,7 @@ def test_a_vae_without_overflow_stays_in_half_precision(tiny_sdxl_folder, tmp_pa
 
 @pytest.mark.parametrize("original", [False, True])
 def test_a_vae_may_be_one_file_in_either_layout(tiny_sd_folder, tmp_path, original):
-    weights = other_weights(fresh(tiny_sd_folder).vae)
+    weights = other_weights(load_backbone(tiny_sd_folder).vae)
     written = ldm.vae_in_original_layout(weights) if original else weights
     file = tmp_path / "vae.safetensors"
     save_file({key: value.contiguous() for key, value in written.items()}, file)
@@ -232,7 +231,7 @@ def test_other_text_encoders_must_fit_the_unet(tiny_sd_folder, tiny_sd21_folder,
 
 
 def test_saved_encoders_find_paths_again_and_ask_for_objects(tiny_sd_folder, tmp_path, monkeypatch):
-    weights = other_weights(fresh(tiny_sd_folder).unet)
+    weights = other_weights(load_backbone(tiny_sd_folder).unet)
     monkeypatch.chdir(tmp_path)
     save_file(weights, "unet.safetensors")
     taesd = tiny_taesd()

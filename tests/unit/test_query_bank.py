@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffenc import CrossAttnScorer, DiffusionEncoder, QueryBank
+from diffenc import CrossAttnScorer, DiffusionEncoder, QueryBank, load_backbone
 from diffenc.errors import (
     BackboneError,
     ConfigError,
@@ -15,7 +15,6 @@ from diffenc.errors import (
     PromptError,
     ShapeError,
 )
-from loaded import fresh
 
 TEXTS = ["a red circle", "a blue square", "left"]
 
@@ -31,7 +30,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def backbone(tiny_sd_folder):
-    return fresh(tiny_sd_folder)
+    return load_backbone(tiny_sd_folder)
 
 
 def scorer_of(backbone, **options):
@@ -59,7 +58,7 @@ def test_a_bank_scores_as_the_scorer_does(backbone, images, tmp_path, options):
 
 
 def test_sdxl_banks_and_given_references(tiny_sdxl_folder, images, tmp_path):
-    scorer = scorer_of(fresh(tiny_sdxl_folder))
+    scorer = scorer_of(load_backbone(tiny_sdxl_folder))
     scorer.calibrate(images[3:])
     scorer.build_index(images[:3], tmp_path, dtype=torch.float32)
     bank = QueryBank.load(tmp_path)  # by the name of the backbone
@@ -113,7 +112,7 @@ def test_other_weights_are_refused_and_other_dtypes_are_not(
     scorer.build_index(images, tmp_path)
     low = QueryBank.load(tmp_path, dtype=torch.bfloat16)
     torch.testing.assert_close(low.scores(TEXTS), scorer(images, TEXTS), rtol=2e-2, atol=0)
-    other = fresh(tiny_sd_folder)
+    other = load_backbone(tiny_sd_folder)
     other.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.weight.mul_(1.01)
     with pytest.raises(BackboneError, match="built with other weights"):
         QueryBank.load(tmp_path, backbone=other)
@@ -122,7 +121,7 @@ def test_other_weights_are_refused_and_other_dtypes_are_not(
 def test_text_encoders_that_were_exchanged_and_adapters_left_out_are_refused(
     tiny_sd_folder, images, tmp_path
 ):
-    encoder = DiffusionEncoder.from_pretrained(fresh(tiny_sd_folder))
+    encoder = DiffusionEncoder.from_pretrained(tiny_sd_folder)
     bank = scorer_of(encoder.backbone).build_index(images, tmp_path / "plain")
     bank.scores(TEXTS)
     other = copy.deepcopy(encoder.backbone.text_encoder)
@@ -189,7 +188,7 @@ def test_bad_input(backbone, images, tmp_path):
 
 
 def test_queries_that_do_not_fit_are_an_error(tiny_sd_folder, images, tmp_path):
-    backbone = fresh(tiny_sd_folder)
+    backbone = load_backbone(tiny_sd_folder)
     attention = backbone.unet.mid_block.attentions[0].transformer_blocks[0].attn2
     attention.to_q.weight.mul_(1e7)
     with pytest.raises(NonFiniteError, match=r"do not fit into torch\.float16"):

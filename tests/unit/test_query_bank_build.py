@@ -15,7 +15,6 @@ from diffenc import CrossAttnScorer, QueryBank, load_backbone
 from diffenc.errors import BackboneError, ConfigError, ImageError, OutputError, ShapeError
 from diffenc.scoring.bank_writing import BankWriter
 from diffenc.storage.writing import locked
-from loaded import fresh
 from marks import wrong_type
 
 OPTIONS = {"size": 64, "timesteps": (200, 700), "layers": "up_blocks.1", "batch_size": 4}
@@ -27,7 +26,7 @@ def picture(seed, size=(64, 64)):
 
 @pytest.fixture(scope="module")
 def backbone(tiny_sd_folder):
-    return fresh(tiny_sd_folder)
+    return load_backbone(tiny_sd_folder)
 
 
 def scorer_of(backbone, **options):
@@ -237,7 +236,7 @@ class TestOtherCalls:
 
     @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
     def test_other_weights_say_of_which_part(self, tiny_sd_folder, paths, begun, part):
-        other = fresh(tiny_sd_folder)
+        other = load_backbone(tiny_sd_folder)
         next(getattr(other, part).parameters()).mul_(1.001)
         self.refused(scorer_of(other), paths, begun, f"weights.{part} was")
 

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 
 from diffenc import CrossAttnScorer, QueryBank, load_backbone
 from diffenc.errors import BackboneError, ConfigError, NonFiniteError, PromptError, ShapeError
-from loaded import fresh
 from marks import wrong_type
 
 SHARDS = [f"queries-{index:05d}.safetensors" for index in range(4)]
@@ -23,7 +22,7 @@ def picture(seed):
 
 @pytest.fixture(scope="module")
 def backbone(tiny_sd_folder):
-    return fresh(tiny_sd_folder)
+    return load_backbone(tiny_sd_folder)
 
 
 def scorer_of(backbone, **options):
@@ -189,7 +188,7 @@ class TestContents:
         refused(bank, backbone, r"queries-00000.*its tensor layer\.0 is")
 
     def test_other_text_encoders_are_other_weights(self, bank, tiny_sd_folder):
-        other = fresh(tiny_sd_folder)
+        other = load_backbone(tiny_sd_folder)
         next(other.text_encoder.parameters()).mul_(1.01)
         refused(bank, other, "built with other weights")
         QueryBank.load(bank, backbone=load_backbone(tiny_sd_folder, dtype=torch.bfloat16))
@@ -323,7 +322,7 @@ class TestValues:
             opened.scores("red")
 
     def test_a_model_whose_type_does_not_hold_the_queries(self, backbone, tiny_sd_folder, tmp_path):
-        other = fresh(tiny_sd_folder)
+        other = load_backbone(tiny_sd_folder)
         for block in other.unet.up_blocks[1].attentions:
             block.transformer_blocks[0].attn2.to_q.weight.mul_(1e7)
         scorer_of(other).build_index([picture(0)], tmp_path, dtype=torch.float32)

@@ -6,26 +6,26 @@ from jaxtyping import TypeCheckError
 from diffenc.denoiser.attention import cross_attention_layers
 from diffenc.errors import ConfigError, PromptError
 from diffenc.inputs.noise import add_noise, shared_noise
+from diffenc.models import load_backbone
 from diffenc.passes.forward import predict_noise, read_attention
 from diffenc.scorer import denoising_scores, word_maps
-from loaded import fresh
 
 TEXTS = ["a red circle", "a blue square left of a circle", ""]
 
 
 @pytest.fixture(scope="module")
 def backbone(tiny_sd_folder):
-    return fresh(tiny_sd_folder)
+    return load_backbone(tiny_sd_folder)
 
 
 @pytest.fixture(scope="module")
 def v_backbone(tiny_sd21_folder):
-    return fresh(tiny_sd21_folder)
+    return load_backbone(tiny_sd21_folder)
 
 
 @pytest.fixture(scope="module")
 def sdxl(tiny_sdxl_folder):
-    return fresh(tiny_sdxl_folder)
+    return load_backbone(tiny_sdxl_folder)
 
 
 def latents(count=2, size=(8, 16)):
