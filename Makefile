@@ -32,7 +32,7 @@ results: $(PACKAGE_STAMP)  ## Make docs/results anew: the study of features and 
 		mv docs/results/$$name.txt.partial docs/results/$$name.txt || exit 1; done
 
 test: $(DEV_STAMP)  ## Run the tests that need no GPU, no network and little time
-	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-shapes: $(DEV_STAMP)  ## Run the tests with every shape annotation checked at run time
 	$(BIN)/python -m pytest --jaxtyping-packages=diffenc,runtime_types.checked $(ARGS)

@@ -1,12 +1,11 @@
 """The example on layer weights, at a tiny setting: a row for all, and weights of sum 1."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from scripts import run_script
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "choose_layers.py"
 ROWS = (
@@ -19,16 +18,10 @@ ROWS = (
 
 
 @pytest.mark.timeout(300)
-def test_it_weighs_layers_and_compares_on_other_items(tmp_path):
+def test_it_weighs_layers_and_compares_on_other_items(tmp_path, monkeypatch):
     options = ("--fit", "1", "--test", "1", "--trials", "1", "--references", "1")
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLE), *options, "--layers", "up_blocks.1", "up_blocks.0"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120"},
-    )
+    monkeypatch.setenv("COLUMNS", "120")
+    done = run_script(EXAMPLE, *options, "--layers", "up_blocks.1", "up_blocks.0", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     for row in ROWS:
         found = re.search(rf"│ {row}\s+│ +([\d.]+)\s+│ +([\d.]+)\s+│ +([\d.]+)", done.stdout)

@@ -1,14 +1,13 @@
 """The examples on dense features, at a tiny setting: they compare with baselines and draw."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from scripts import Outcome, run_script
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RUNS = {
@@ -23,15 +22,8 @@ BASELINES = {
 }
 
 
-def run(name: str, *arguments: str, folder: Path) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=folder,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
+def run(name: str, *arguments: str, folder: Path) -> Outcome:
+    return run_script(EXAMPLES / f"{name}.py", *arguments, folder=folder)
 
 
 def rows(printed: str) -> dict[str, list[float]]:

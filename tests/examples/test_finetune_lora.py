@@ -1,14 +1,12 @@
 """The example on LoRA, at a tiny setting: it compares with what it started from, and saves."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from diffenc import DiffusionEncoder
+from scripts import run_script
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "finetune_lora.py"
 TINY = ("--train", "24", "--test", "12", "--head-steps", "10", "--steps", "2", "--rank", "2")
@@ -16,14 +14,7 @@ TINY = ("--train", "24", "--test", "12", "--head-steps", "10", "--steps", "2", "
 
 @pytest.mark.timeout(300)
 def test_it_prints_accuracy_before_and_after_and_saves_the_encoder(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLE), *TINY, "--output", "tuned"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
+    done = run_script(EXAMPLE, *TINY, "--output", "tuned", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     found = dict(re.findall(r"^  (\S.*\S) +(\d\.\d{3})$", done.stdout, flags=re.MULTILINE))
     assert list(found) == [

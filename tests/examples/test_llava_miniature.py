@@ -1,14 +1,13 @@
 """The miniature of LLaVA at a tiny setting, and the syntax of the real recipe's scripts."""
 
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from diffenc.hosts.spec import TowerSpec
+from scripts import run_script
 
 FOLDER = Path(__file__).parents[2] / "examples" / "llava"
 
@@ -18,15 +17,9 @@ FOLDER = Path(__file__).parents[2] / "examples" / "llava"
     [("question", "diffenc:shapes?grid=2&rank=2"), ("empty", "diffenc:shapes?grid=2")],
     ids=["question, adapter", "empty, frozen"],
 )
-def test_the_miniature_trains_and_is_asked(prompt, tower) -> None:
+def test_the_miniature_trains_and_is_asked(prompt, tower, tmp_path) -> None:
     options = ["--prompt", prompt, "--tower", tower, "--scenes", "24", "--steps", "2"]
-    done = subprocess.run(
-        [sys.executable, str(FOLDER / "miniature.py"), *options],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
+    done = run_script(FOLDER / "miniature.py", *options, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"prompt={prompt}, tower={tower}" in done.stdout
     found = re.search(r"held-out accuracy ([\d.]+) of (\d+)", done.stdout)

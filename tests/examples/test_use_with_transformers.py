@@ -1,12 +1,11 @@
 """The example with transformers, at a tiny setting."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from scripts import run_script
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "use_with_transformers.py"
 
@@ -14,14 +13,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "use_with_transformers.py"
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("options", [[], ["--no-prompts"]], ids=["prompts", "none"])
 def test_it_learns_saves_loads_and_answers(options, tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLE), "--steps", "4", *options],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
+    done = run_script(EXAMPLE, "--steps", "4", *options, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     losses = [float(loss) for loss in re.findall(r"^step +\d+ loss (\S+)$", done.stdout, re.M)]
     assert len(losses) == 2

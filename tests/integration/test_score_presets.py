@@ -1,6 +1,7 @@
 """Scores follow their definitions: each against a plain program that scores one pair at a time."""
 
 import math
+from functools import cache
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from diffenc import CrossAttnScorer
+from diffenc import CrossAttnScorer, load_backbone
 from diffenc.inputs.noise import shared_noise
 
 TEXTS = ["a red circle", "a blue square left of a circle"]
@@ -34,14 +35,34 @@ def _no_graph():
         yield
 
 
+@pytest.fixture(scope="module")
+def models_of(request):
+    """Gives the plain program and the backbone of the model that a fixture names."""
+
+    @cache
+    def load(fixture):
+        folder = request.getfixturevalue(fixture)
+        return Plain(folder), load_backbone(folder)
+
+    return load
+
+
 class Plain:
-    """A diffusers pipeline, asked one image, text and timestep at a time."""
+    """A diffusers pipeline, asked one image, text and timestep at a time, and each once."""
 
     def __init__(self, folder):
         self.pipe = DiffusionPipeline.from_pretrained(folder)
         self.xl = hasattr(self.pipe, "text_encoder_2")
+        self.known = {}
+        self.run = cache(self._run)
 
     def latents(self, image, sampled=False):
+        key = np.asarray(image, np.float32).tobytes(), sampled
+        if key not in self.known:
+            self.known[key] = self._latents(image, sampled)
+        return self.known[key]
+
+    def _latents(self, image, sampled):
         values = torch.from_numpy(np.asarray(image, np.float32) / 127.5 - 1).permute(2, 0, 1)
         posterior = self.pipe.vae.encode(values[None]).latent_dist
         drawn = posterior.mode()
@@ -58,7 +79,7 @@ class Plain:
         sizes = torch.tensor([[64.0, 64, 0, 0, 64, 64]])
         return encoded[0], {"text_embeds": encoded[2], "time_ids": sizes}
 
-    def run(self, latents, text, timestep):
+    def _run(self, latents, text, timestep):
         """The noise, what the model makes of it, and per cross-attention its products q·k."""
         alpha = self.pipe.scheduler.alphas_cumprod[timestep]
         noise = shared_noise((4, 8, 8), seed=0, timestep=timestep)[None]
@@ -118,21 +139,23 @@ FOLDERS = ["tiny_sd_folder", "tiny_sd21_folder", "tiny_sdxl_folder"]
 
 
 @pytest.mark.parametrize("fixture", FOLDERS)
-def test_the_papers_score_is_the_log_partition_of_every_cross_attention(fixture, images, request):
-    plain = Plain(folder := request.getfixturevalue(fixture))
+def test_the_papers_score_is_the_log_partition_of_every_cross_attention(fixture, images, models_of):
+    plain, backbone = models_of(fixture)
 
     def score(image, text):
         latents = plain.latents(image)
         return np.mean([mean_lse(plain.run(latents, text, t)[2]) for t in STEPS])
 
-    scorer = CrossAttnScorer.from_pretrained(folder, preset="paper", size=64)
+    scorer = CrossAttnScorer.from_pretrained(backbone, preset="paper", size=64)
     assert len(scorer.layers) == (28 if fixture == "tiny_sdxl_folder" else 16)
     assert_scores(scorer(images, TEXTS), table(images, score))
 
 
 @pytest.mark.parametrize("fixture", FOLDERS[:2])
-def test_discffusion_scores_six_layers_both_halves_and_the_gap_of_errors(fixture, images, request):
-    plain = Plain(folder := request.getfixturevalue(fixture))
+def test_discffusion_scores_six_layers_both_halves_and_the_gap_of_errors(
+    fixture, images, models_of
+):
+    plain, backbone = models_of(fixture)
 
     def score(image, text):
         latents, scores = plain.latents(image, sampled=True), []
@@ -145,27 +168,27 @@ def test_discffusion_scores_six_layers_both_halves_and_the_gap_of_errors(fixture
             scores.append(np.mean(attention) + distance[0] - distance[1])
         return np.mean(scores)
 
-    scorer = CrossAttnScorer.from_pretrained(folder, preset="discffusion", size=64)
+    scorer = CrossAttnScorer.from_pretrained(backbone, preset="discffusion", size=64)
     assert set(scorer.layers) == SIX_OF_SD
     assert_scores(scorer(images, TEXTS), table(images, score))
 
 
 @pytest.mark.parametrize("fixture", FOLDERS)
-def test_diffusion_classifier_is_minus_the_mean_squared_error(fixture, images, request):
-    plain = Plain(folder := request.getfixturevalue(fixture))
+def test_diffusion_classifier_is_minus_the_mean_squared_error(fixture, images, models_of):
+    plain, backbone = models_of(fixture)
 
     def score(image, text):
         latents = plain.latents(image)
         runs = [plain.run(latents, text, t) for t in (125, 325, 525, 725, 925)]
         return -np.mean([float(((noise - seen) ** 2).mean()) for noise, seen, _ in runs])
 
-    scorer = CrossAttnScorer.from_pretrained(folder, preset="diffusion-classifier", size=64)
+    scorer = CrossAttnScorer.from_pretrained(backbone, preset="diffusion-classifier", size=64)
     assert_scores(scorer(images, TEXTS), table(images, score))
 
 
 @pytest.mark.parametrize("fixture", FOLDERS[1:])
-def test_diffusion_itm_is_a_difference_of_norms_at_its_ten_timesteps(fixture, images, request):
-    plain = Plain(folder := request.getfixturevalue(fixture))
+def test_diffusion_itm_is_a_difference_of_norms_at_its_ten_timesteps(fixture, images, models_of):
+    plain, backbone = models_of(fixture)
 
     def norm(latents, text):
         runs = [plain.run(latents, text, t) for t in range(10, 911, 100)]
@@ -175,14 +198,14 @@ def test_diffusion_itm_is_a_difference_of_norms_at_its_ten_timesteps(fixture, im
         latents = plain.latents(image, sampled=True)
         return norm(latents, "") - norm(latents, text)
 
-    scorer = CrossAttnScorer.from_pretrained(folder, preset="diffusion-itm", size=64)
+    scorer = CrossAttnScorer.from_pretrained(backbone, preset="diffusion-itm", size=64)
     # float32's grain of the norms, about 16, of which the score is a small difference
     assert_scores(scorer(images, TEXTS), table(images, score), tolerance=6e-6)
 
 
 @pytest.mark.parametrize("fixture", FOLDERS)
-def test_the_denoising_gap_takes_away_the_error_without_the_text(fixture, images, request):
-    plain = Plain(folder := request.getfixturevalue(fixture))
+def test_the_denoising_gap_takes_away_the_error_without_the_text(fixture, images, models_of):
+    plain, backbone = models_of(fixture)
 
     def error(latents, text):
         runs = [plain.run(latents, text, t) for t in (125, 325, 525, 725, 925)]
@@ -192,7 +215,7 @@ def test_the_denoising_gap_takes_away_the_error_without_the_text(fixture, images
         latents = plain.latents(image)
         return error(latents, "") - error(latents, text)
 
-    scorer = CrossAttnScorer.from_pretrained(folder, preset="denoising-gap", size=64)
+    scorer = CrossAttnScorer.from_pretrained(backbone, preset="denoising-gap", size=64)
     # float32's grain of the errors, about 1, of which the score is a small difference
     assert_scores(scorer(images, TEXTS), table(images, score), tolerance=3e-7)
 
@@ -208,9 +231,9 @@ def mean_word_lse(products, words):
 
 
 @pytest.mark.parametrize("fixture", ["tiny_sd_folder", "tiny_sdxl_folder"])
-def test_the_calibrated_score_asks_where_each_word_is_seen_best(fixture, images, request):
+def test_the_calibrated_score_asks_where_each_word_is_seen_best(fixture, images, models_of):
     """In the decoder, less the same on a grey picture."""
-    plain = Plain(folder := request.getfixturevalue(fixture))
+    plain, backbone = models_of(fixture)
     grey = np.full((64, 64, 3), 127.5)
 
     def score(image, text):
@@ -219,15 +242,16 @@ def test_the_calibrated_score_asks_where_each_word_is_seen_best(fixture, images,
         runs = [(plain.run(latents, text, t)[2], plain.run(reference, text, t)[2]) for t in STEPS]
         return np.mean([mean_word_lse(a, words) - mean_word_lse(b, words) for a, b in runs])
 
-    scorer = CrossAttnScorer.from_pretrained(folder, preset="calibrated", size=64)
+    scorer = CrossAttnScorer.from_pretrained(backbone, preset="calibrated", size=64)
     expected = table(images, score)
     torch.testing.assert_close(scorer(images, TEXTS), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("fixture", FOLDERS)
-def test_shared_queries_meet_the_keys_of_every_text(fixture, images, request):
-    plain = Plain(folder := request.getfixturevalue(fixture))
+def test_shared_queries_meet_the_keys_of_every_text(fixture, images, models_of):
+    plain, backbone = models_of(fixture)
 
+    @cache
     def queries_under(latents, timestep, prompt):
         seen, handles = {}, []
         for name, module in plain.pipe.unet.named_modules():
@@ -237,7 +261,7 @@ def test_shared_queries_meet_the_keys_of_every_text(fixture, images, request):
                         lambda _m, _a, output, name=name: seen.update({name: output[0]})
                     )
                 )
-        plain.run(latents, prompt, timestep)
+        plain._run(latents, prompt, timestep)  # anew, for its hooks
         for handle in handles:
             handle.remove()
         return seen
@@ -255,6 +279,6 @@ def test_shared_queries_meet_the_keys_of_every_text(fixture, images, request):
         return np.mean(found)
 
     scorer = CrossAttnScorer.from_pretrained(
-        folder, preset="paper", mode="shared-query", query_prompt="a photo", size=64
+        backbone, preset="paper", mode="shared-query", query_prompt="a photo", size=64
     )
     assert_scores(scorer(images, TEXTS), table(images, score))

@@ -17,6 +17,7 @@ from diffenc import CrossAttnScorer, DiffusionEncoder, EncoderConfig
 from diffenc.denoiser.lora import lora_disabled
 from diffenc.errors import BackboneError, ConfigError
 from diffenc.models import StableDiffusion
+from loaded import fresh
 
 TAPS = ("up_blocks.1",)
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -28,7 +29,10 @@ def picture(seed: int = 0) -> Image.Image:
 
 
 def load(folder, **options) -> DiffusionEncoder:
-    return DiffusionEncoder.from_pretrained(folder, **{"taps": TAPS, "size": 64, **options})
+    """An encoder of a tiny folder; where nothing about loading is said, of a copy."""
+    loads = {"dtype", "truncate"} & options.keys()
+    source = folder if loads else fresh(folder)
+    return DiffusionEncoder.from_pretrained(source, **{"taps": TAPS, "size": 64, **options})
 
 
 def tiny_backbone() -> StableDiffusion:
@@ -98,7 +102,7 @@ def test_every_adapted_layer_gets_a_gradient_and_no_other_parameter_does(
     tiny_sd_folder, taps, whole, partly, truncated
 ):
     """`whole` attentions run in full before the last tap; of the next one `partly`."""
-    encoder = load(tiny_sd_folder, taps=taps, truncate=truncated)
+    encoder = load(tiny_sd_folder, taps=taps, **({"truncate": True} if truncated else {}))
     encoder.add_lora(rank=1)
     shake(encoder)
     sum(m.square().sum() for m in encoder.extract(picture(), "red")._maps.values()).backward()
@@ -408,7 +412,7 @@ def test_a_saved_adapter_comes_back_and_trains_if_asked(tiny_sd_folder, tmp_path
     encoder.add_lora(rank=3, alpha=7.0)
     shake(encoder)
     encoder.save_lora(tmp_path)
-    again = load(tiny_sd_folder)
+    again = load(tiny_sd_folder, truncate=False)
     again.load_lora(tmp_path, name="mine")
     assert torch.equal(again(picture(), "red"), encoder(picture(), "red"))
     assert list(again.trainable_parameters()) == []

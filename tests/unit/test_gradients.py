@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from diffenc import DiffusionEncoder, load_backbone
+from diffenc import DiffusionEncoder
 from diffenc.inputs.prompts import PromptEmbeds
 from diffenc.passes.forward import read_taps
+from loaded import fresh
 
 TAPS = ("mid_block", "up_blocks.1.attentions.1.transformer_blocks.0.attn2.to_q", "up_blocks.1")
 KINDS = ["tiny_sd_folder", "tiny_sdxl_folder"]
@@ -13,7 +14,7 @@ KINDS = ["tiny_sd_folder", "tiny_sdxl_folder"]
 
 @pytest.fixture(params=KINDS)
 def backbone(request):
-    return load_backbone(request.getfixturevalue(request.param))
+    return fresh(request.getfixturevalue(request.param))
 
 
 def gradients(backbone, *, taps=TAPS) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

@@ -20,6 +20,7 @@ from diffenc.mllm.vision import VisionTokens
 from diffenc.models import describe, load_backbone
 from diffenc.scoring.query_bank import QueryBank
 from diffenc.storage.pretrained import lasting_name, pretrained_source, read_name, stored_name
+from loaded import fresh
 from state_builders import picture, stirred, tiny_backbone
 from vlm_builders import save_tiny_lm, save_tiny_vision
 
@@ -290,7 +291,7 @@ def other_limit(backbone):
 def test_settings_that_no_name_leads_to_are_not_lost_in_silence(
     tiny_sd_folder, tmp_path, change, said
 ):
-    encoder = DiffusionEncoder.from_pretrained(tiny_sd_folder)
+    encoder = DiffusionEncoder.from_pretrained(fresh(tiny_sd_folder))
     change(encoder.backbone)
     CrossAttnScorer(encoder.backbone).save_pretrained(tmp_path / "scorer")
     encoder.save_pretrained(tmp_path / "encoder")
@@ -302,7 +303,7 @@ def test_settings_that_no_name_leads_to_are_not_lost_in_silence(
 
 
 def test_a_scorer_with_an_adapter_is_not_saved_without_it(tiny_sd_folder, tmp_path):
-    encoder = DiffusionEncoder.from_pretrained(tiny_sd_folder)
+    encoder = DiffusionEncoder.from_pretrained(fresh(tiny_sd_folder))
     encoder.add_lora(rank=2)
     scorer = CrossAttnScorer(encoder.backbone)
     with pytest.raises(ConfigError, match="adapter 'default', which the folder of a scorer does"):

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from diffenc import DiffusionEncoder, load_backbone
+from diffenc import DiffusionEncoder
 from diffenc.errors import ConfigError
 from diffenc.inputs.prompts import PromptEmbeds, count_windows, tokenize_windows
+from loaded import fresh
 
 SIZE = (64, 64)
 LONG = "a red circle left of a blue square " * 25
@@ -14,7 +15,7 @@ KINDS = ["tiny_sd_folder", "tiny_sd21_folder", "tiny_sdxl_folder"]
 
 @pytest.fixture(params=KINDS)
 def backbone(request):
-    return load_backbone(request.getfixturevalue(request.param))
+    return fresh(request.getfixturevalue(request.param))
 
 
 @pytest.fixture

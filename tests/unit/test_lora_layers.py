@@ -6,10 +6,11 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 
-from diffenc import DiffusionEncoder, load_backbone
+from diffenc import DiffusionEncoder
 from diffenc.denoiser.lora import lora_parameters, save_lora
 from diffenc.errors import BackboneError
 from diffenc.models.reached_layers import reached_layers
+from loaded import fresh, shared
 
 IMAGE = torch.linspace(-1, 1, 3 * 64 * 72).reshape(3, 64, 72)
 TAPS = ("mid_block", "up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_q")
@@ -35,12 +36,12 @@ STILL = {
 
 
 def load(folder, **options):
-    return DiffusionEncoder.from_pretrained(folder, taps=TAPS, size=(64, 72), **options)
+    return DiffusionEncoder.from_pretrained(fresh(folder), taps=TAPS, size=(64, 72), **options)
 
 
 def adapter_for(folder, targets, target):
     """A trained adapter as peft saves it, made without diffenc."""
-    unet = copy.deepcopy(load_backbone(folder).unet)
+    unet = copy.deepcopy(shared(folder).unet)
     config = LoraConfig(r=2, lora_alpha=4, target_modules=list(targets))
     inject_adapter_in_model(config, unet, adapter_name="default")
     generator = torch.Generator().manual_seed(1)

@@ -14,6 +14,7 @@ from diffenc.errors import BackboneError, ConfigError
 from diffenc.inputs.prompts import tokenize
 from diffenc.models import describe
 from diffenc.models.parts import fitting_tokenizer, load_tokenizer
+from loaded import fresh, shared
 
 KINDS = ["tiny_sd_folder", "tiny_sd21_base_folder", "tiny_sd21_folder", "tiny_sdxl_folder"]
 SIZE = (64, 64)
@@ -30,7 +31,7 @@ def _no_network(monkeypatch, tmp_path):
 
 
 def original_layout(folder) -> dict[str, torch.Tensor]:
-    backbone = load_backbone(folder)
+    backbone = shared(folder)
     unet = ldm.unet_in_original_layout(backbone.unet.state_dict())
     vae = ldm.vae_in_original_layout(backbone.vae.state_dict())
     state = {
@@ -59,15 +60,17 @@ def write(path, state, **metadata):
     return path
 
 
-@pytest.fixture(params=KINDS)
-def pair(request, tmp_path):
+@pytest.fixture(scope="module", params=KINDS)
+def pair(request, tmp_path_factory):
+    """A folder and a file of the same weights, which no test changes."""
     folder = request.getfixturevalue(request.param)
-    return folder, write(tmp_path / "model.safetensors", original_layout(folder))
+    file = tmp_path_factory.mktemp("single") / "model.safetensors"
+    return folder, write(file, original_layout(folder))
 
 
 def test_every_weight_equals_the_folder_s(pair):
     folder, file = pair
-    ours, theirs = load_backbone(file, architecture=folder), load_backbone(folder)
+    ours, theirs = load_backbone(file, architecture=folder), shared(folder)
     expected = theirs.state_dict()
     found = ours.state_dict()
     assert found.keys() == expected.keys()
@@ -84,7 +87,9 @@ def test_features_equal_the_folder_s_and_a_saved_encoder_finds_its_file(pair, tm
     folder, file = pair
     options = {"taps": ("mid_block", "up_blocks.1"), "size": 64, "conditioning": "cfg"}
     image = torch.linspace(-1, 1, 3 * 64 * 64).reshape(3, 64, 64)
-    expected = DiffusionEncoder.from_pretrained(folder, **options).extract(image, "red circle")
+    expected = DiffusionEncoder.from_pretrained(fresh(folder), **options).extract(
+        image, "red circle"
+    )
     encoder = DiffusionEncoder.from_pretrained(file, architecture=folder, **options)
     encoder.save_pretrained(tmp_path / "saved")
     again = DiffusionEncoder.from_pretrained(tmp_path / "saved")
@@ -111,7 +116,7 @@ def test_half_precision_files_come_out_in_the_dtype_asked_for(tiny_sdxl_folder, 
     file = write(tmp_path / "half.safetensors", halved)
     whole = load_backbone(file, architecture=tiny_sdxl_folder)
     assert {p.dtype for p in whole.parameters()} == {torch.float32}
-    expected = load_backbone(tiny_sdxl_folder).unet.conv_in.weight
+    expected = fresh(tiny_sdxl_folder).unet.conv_in.weight
     torch.testing.assert_close(whole.unet.conv_in.weight, expected, atol=1e-3, rtol=1e-3)
     half = load_backbone(file, architecture=tiny_sdxl_folder, dtype=torch.float16)
     assert {p.dtype for p in half.unet.parameters()} == {torch.float16}
@@ -183,7 +188,7 @@ def test_a_tokenizer_comes_from_the_configs_the_caller_or_the_cache(
     with pytest.raises(BackboneError, match="holds no tokenizer"):
         load_backbone(file, architecture=hollow)
     given = load_backbone(file, architecture=hollow, tokenizer=tiny_sd_folder / "tokenizer")
-    own = load_backbone(tiny_sd_folder)
+    own = fresh(tiny_sd_folder)
     assert given.tokenizer("red zigzag").input_ids == own.tokenizer("red zigzag").input_ids
     by_object = load_backbone(file, architecture=hollow, tokenizer=own.tokenizer)
     assert by_object.tokenizer is own.tokenizer
@@ -197,7 +202,7 @@ def test_a_tokenizer_of_clip_itself_learns_the_model_s_limit_and_padding(tiny_sd
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     published = load_tokenizer(folder)
     assert published.model_max_length > 10**6
-    text_encoder = load_backbone(tiny_sd_folder).text_encoder
+    text_encoder = fresh(tiny_sd_folder).text_encoder
     fitting = fitting_tokenizer(published, text_encoder, "!")
     ids, truncated = tokenize(fitting, ["red", "red " * 90])
     assert ids.shape == (2, 77)

@@ -1,6 +1,7 @@
 """Fusion whose weights train: both stages, checkpoints, plans, and what is refused."""
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -18,7 +19,13 @@ from vlm_builders import picture, save_tiny_clip, save_tiny_lm
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
-SHORT = {"limit": 4, "epochs": 3, "save_steps": 0, "learning_rate": 0.05}
+SHORT = {
+    "limit": 4,
+    "device_batch_size": 4,
+    "epochs": 3,
+    "save_steps": 0,
+    "learning_rate": 0.05,
+}
 HEADS = {"cross_attention": {"heads": 2}}
 WEIGHTS = ("encoder/mixer/mixer.safetensors", "projector/projector.safetensors")
 
@@ -56,17 +63,29 @@ def copied(vlm):
     return {name: value.clone() for name, value in vlm.state_dict().items()}
 
 
+@pytest.fixture(scope="module")
+def first_stage(parts, tmp_path_factory):
+    """Gives everything before and after a run with a way of fusing, and the folder of its model."""
+
+    @cache
+    def run(how):
+        first = mixed(parts, tmp_path_factory.mktemp(how), how, prompts="empty")
+        before = copied(build_vlm(first))
+        model = train(first).model
+        return before, DiffusionVLM.from_pretrained(model), model
+
+    return run
+
+
 @pytest.mark.parametrize("how", ["cross_attention", "token_gated"])
-def test_both_stages_train_the_mixer_and_nothing_below_it(parts, tmp_path, how):
-    first = mixed(parts, tmp_path / "a", how, prompts="empty")
-    before = copied(build_vlm(first))
-    after = DiffusionVLM.from_pretrained(train(first).model)
+def test_both_stages_train_the_mixer_and_nothing_below_it(first_stage, parts, tmp_path, how):
+    before, after, model = first_stage(how)
     trained = moved(before, after)
     assert {name.split(".")[1] for name in trained if name.startswith("encoder.")} == {"mixer"}
     assert all(name.startswith(("encoder.mixer.", "projector.")) for name in trained)
     assert isinstance(after.projector, Projector)
 
-    options = {"start": str(tmp_path / "a/model"), "language_model": "lora", "rank": 2}
+    options = {"start": str(model), "language_model": "lora", "rank": 2}
     second = mixed(parts, tmp_path / "b", how, "instruct", unet_rank=2, **options)
     begun = build_vlm(second)
     assert not moved({k: v for k, v in copied(after).items() if ".mixer." in k}, begun)
@@ -102,8 +121,14 @@ def test_a_mixer_that_was_stopped_goes_on_as_if_it_had_not_been(parts, tmp_path,
         assert all(torch.equal(left[key], right[key]) for key in left)
 
 
+@pytest.fixture(scope="module")
+def plain_plan(parts, tmp_path_factory):
+    """Plan of a run whose way of fusing has no weights."""
+    return make_plan(mixed(parts, tmp_path_factory.mktemp("plan"), "channel"), tflops=1.0)
+
+
 @pytest.mark.parametrize("how", ["cross_attention", "gated", "question_gated"])
-def test_a_plan_counts_what_is_built(parts, tmp_path, how):
+def test_a_plan_counts_what_is_built(parts, plain_plan, tmp_path, how):
     run = mixed(parts, tmp_path, how)
     vlm = build_vlm(run)
     planned, described = make_plan(run, tflops=1.0), meta_encoder(run.model)
@@ -114,9 +139,7 @@ def test_a_plan_counts_what_is_built(parts, tmp_path, how):
     assert planned.tokens_per_image == vlm.tokens_per_image
     assert described.groups == vlm.encoder.token_channels
     assert planned.flops["mixer"] == 3 * described.flops["mixer"] > 0
-    frozen = replace(run.model, how="channel", mixing={})
-    plain = make_plan(replace(run, model=frozen), tflops=1.0)
-    assert planned.flops["unet"] == plain.flops["unet"]  # nothing goes back through it
+    assert planned.flops["unet"] == plain_plan.flops["unet"]  # nothing goes back through it
 
 
 def test_a_plan_counts_the_stream_that_asks_and_all_timesteps(parts, tmp_path):
@@ -176,8 +199,9 @@ def test_bad_tables_are_named(parts, tmp_path, options, said):
         build_vlm(mixed(parts, tmp_path, **{"how": "cross_attention", **options}))
 
 
-def test_a_later_stage_keeps_the_way_of_the_earlier_one(parts, tmp_path):
-    start = str(train(mixed(parts, tmp_path / "a", "cross_attention")).model)
+def test_a_later_stage_keeps_the_way_of_the_earlier_one(first_stage, parts, tmp_path):
+    _, _, model = first_stage("cross_attention")
+    start = str(model)
     for how, mixing, said in [
         ("add", {}, "trained with how = 'cross_attention'"),
         ("cross_attention", {"blocks": 2, "heads": 2}, r"trained with mixing.blocks = 1"),

@@ -21,7 +21,14 @@ from vlm_builders import picture, save_tiny_clip, save_tiny_lm, save_tiny_vision
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
 DIFFUSION = {"options": {"taps": ["up_blocks.1"], "size": 32}}
-SHORT = {"limit": 4, "epochs": 3, "save_steps": 0, "learning_rate": 0.05}
+SHORT = {
+    "limit": 4,
+    "device_batch_size": 4,
+    "epochs": 3,
+    "save_steps": 0,
+    "learning_rate": 0.05,
+}
+ADAPTED = {"kind": "diffusion", "prompts": "empty", **DIFFUSION, **SHORT, "unet_rank": 2}
 
 
 @pytest.fixture(scope="module")
@@ -71,47 +78,67 @@ def moved(before, after):
     return {name for name in before if not torch.equal(before[name], state[name].to(before[name]))}
 
 
-def test_a_captioner_trains_with_the_projector_and_nothing_else_does(parts, clip_folder, tmp_path):
-    before, after = states(captioned(parts, tmp_path, clip_folder))
+@pytest.fixture(scope="module")
+def captioner_run(parts, clip_folder, tmp_path_factory):
+    """Folder of a run that several tests read, and everything before and after it."""
+    folder = tmp_path_factory.mktemp("captioner")
+    return folder, *states(captioned(parts, folder, clip_folder))
+
+
+@pytest.fixture(scope="module")
+def adapted_model(parts, tmp_path_factory):
+    """Model whose U-Net has a LoRA of an earlier stage."""
+    return train(config(parts, tmp_path_factory.mktemp("adapted"), "instruct", **ADAPTED)).model
+
+
+def test_a_captioner_trains_with_the_projector_and_nothing_else_does(captioner_run):
+    folder, before, after = captioner_run
     changed = moved(before, after)
     prefixes = ("projector.", "encoder.captioner.")
     assert changed == {name for name in before if name.startswith(prefixes)}
     assert before["encoder.captioner.gate"].eq(0).all()
-    told = DiffusionVLM.from_pretrained(tmp_path / "model")
-    shown = [picture(0), picture(1)]
-    assert told.generate(shown, ["what?", "what?"], "", max_new_tokens=2)
+    vlm = DiffusionVLM.from_pretrained(folder / "model")
+    pictures = [picture(0), picture(1)]
+    assert vlm.generate(pictures, ["what?", "what?"], "", max_new_tokens=2)
     with torch.no_grad():
-        seen = told.encode_images(shown, ["", ""])
-        told.encoder.captioner.gate.zero_()
-        told.encoder.clear_cache()
-        unseen = told.encode_images(shown, ["", ""])
-    assert not torch.allclose(seen, unseen, atol=1e-6)
+        with_captioner = vlm.encode_images(pictures, ["", ""])
+        vlm.encoder.captioner.gate.zero_()
+        vlm.encoder.clear_cache()
+        without = vlm.encode_images(pictures, ["", ""])
+    assert not torch.allclose(with_captioner, without, atol=1e-6)
 
 
-def test_a_captioner_that_was_stopped_goes_on_as_if_it_had_not_been(parts, clip_folder, tmp_path):
-    train(captioned(parts, tmp_path / "a", clip_folder))
-    cut = captioned(parts, tmp_path / "b", clip_folder, save_steps=2)
+def test_a_captioner_that_was_stopped_goes_on_as_if_it_had_not_been(
+    parts, clip_folder, captioner_run, tmp_path
+):
+    whole, *_ = captioner_run
+    cut = captioned(parts, tmp_path, clip_folder, save_steps=2)
     train(cut, stop_after=2)
-    held = load_file(tmp_path / "b" / "checkpoint-2" / "trained.safetensors")
+    held = load_file(tmp_path / "checkpoint-2" / "trained.safetensors")
     assert {name.split(".")[0] for name in held} == {"encoder", "projector"}
     assert all(".captioner." in name for name in held if name.startswith("encoder."))
     assert train(cut, resume=True).resumed_at == 2
     for file in ("encoder/captioner/captioner.safetensors", "projector/projector.safetensors"):
-        left, right = (load_file(tmp_path / run / "model" / file) for run in "ab")
+        left, right = (load_file(folder / "model" / file) for folder in (whole, tmp_path))
         assert left.keys() == right.keys()
         assert all(torch.equal(left[key], right[key]) for key in left)
 
 
 @pytest.mark.parametrize("goes_on", [True, False])
 def test_a_later_stage_keeps_the_captioner_and_trains_it_where_it_is_named(
-    parts, clip_folder, tmp_path, goes_on
+    parts, clip_folder, captioner_run, tmp_path, goes_on
 ):
-    first = train(captioned(parts, tmp_path / "a", clip_folder)).model
-    begun = DiffusionVLM.from_pretrained(first).encoder.captioner.state_dict()
-    told = {"start": str(first), "language_model": "lora", "rank": 2, "unet_rank": 2}
+    folder, _, first = captioner_run
+    begun = first.encoder.captioner.state_dict()
+    options = {
+        "start": str(folder / "model"),
+        "language_model": "lora",
+        "rank": 2,
+        "unet_rank": 2,
+    }
     if not goes_on:
-        told["captioner"] = ""
-    run = captioned(parts, tmp_path / "b", clip_folder, "instruct", **told)
+        options["captioner"] = ""
+    run = captioned(parts, tmp_path, clip_folder, "instruct", **options)
     after = DiffusionVLM.from_pretrained(train(run).model).encoder
     same = [torch.equal(begun[key], value) for key, value in after.captioner.state_dict().items()]
     assert all(same) is not goes_on
@@ -120,23 +147,19 @@ def test_a_later_stage_keeps_the_captioner_and_trains_it_where_it_is_named(
 
 @pytest.mark.parametrize("rank", [2, 0])
 def test_a_later_stage_trains_the_lora_of_an_earlier_one_where_it_is_asked_to(
-    parts, tmp_path, rank
+    parts, adapted_model, tmp_path, rank
 ):
-    options = {"kind": "diffusion", "prompts": "empty", **DIFFUSION, **SHORT, "unet_rank": 2}
-    first = train(config(parts, tmp_path / "a", "instruct", **options)).model
-    options |= {"start": str(first), "unet_rank": rank}
-    before, after = states(config(parts, tmp_path / "b", "instruct", **options))
+    options = ADAPTED | {"start": str(adapted_model), "unet_rank": rank}
+    before, after = states(config(parts, tmp_path, "instruct", **options))
     adapted = {name for name in before if ".lora_" in name and name.startswith("encoder.")}
     assert adapted
     assert moved(before, after) & adapted == (adapted if rank else set())
 
 
-def test_what_trains_is_in_float32_whatever_the_precision(parts, tmp_path):
-    options = {"kind": "diffusion", "prompts": "empty", **DIFFUSION, **SHORT, "unet_rank": 2}
-    first = train(config(parts, tmp_path / "a", "instruct", **options)).model
-    for start in ("", str(first)):
-        half = {**options, "start": start, "precision": "bf16"}
-        vlm = build_vlm(config(parts, tmp_path / "b", "instruct", **half))
+def test_what_trains_is_in_float32_whatever_the_precision(parts, adapted_model, tmp_path):
+    for start in ("", str(adapted_model)):
+        half = {**ADAPTED, "start": start, "precision": "bf16"}
+        vlm = build_vlm(config(parts, tmp_path, "instruct", **half))
         trained = dict(vlm.named_trainable_parameters())
         assert {parameter.dtype for parameter in trained.values()} == {torch.float32}
         frozen = {p.dtype for name, p in vlm.named_parameters() if name not in trained}
@@ -214,7 +237,7 @@ def test_a_clip_that_is_not_frozen_trains_up_to_its_layer_and_is_saved(
 
 
 def test_a_trained_clip_goes_on_from_a_checkpoint(parts, clip_folder, tmp_path):
-    options = {"freeze_clip": False, "precision": "bf16"}
+    options = {"freeze_clip": False, "precision": "bf16", "device_batch_size": 2}
     train(fused(parts, tmp_path / "a", clip_folder, "interleave", **options))
     cut = fused(parts, tmp_path / "b", clip_folder, "interleave", save_steps=2, **options)
     train(cut, stop_after=2)

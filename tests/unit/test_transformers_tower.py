@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import shutil
 import threading
 import warnings
 
@@ -16,6 +17,7 @@ from diffenc import DiffusionEncoder
 from diffenc.errors import BackboneError, ConfigError, ImageError, PromptError, ShapeError
 from diffenc.hosts.prompts import prompt_scope
 from diffenc.hosts.transformers import DiffEncConfig, DiffEncImageProcessor, DiffEncModel
+from loaded import fresh
 
 QUESTIONS = ["what color is the circle?", "how many squares are there?"]
 
@@ -30,6 +32,21 @@ def adapted() -> DiffEncModel:
     model = DiffEncModel(DiffEncConfig("diffenc:shapes?t=50&rank=2")).eval()
     tiny_llava.train_adapter(model)
     return model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A model with the backbone inside, and the folder that it was saved in."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model = DiffEncModel(DiffEncConfig("diffenc:shapes", "checkpoint"))
+    model.load_backbone()
+    model.save_pretrained(folder)
+    return model, folder
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return DiffusionEncoder.from_pretrained("shapes", timestep=50)
 
 
 def features(model, pixel_values, **options):
@@ -66,10 +83,9 @@ def test_a_size_that_is_not_the_specs_is_refused():
 
 
 @pytest.mark.parametrize("prompts", [None, "a red circle", QUESTIONS], ids=["none", "one", "each"])
-def test_features_are_those_of_the_encoder(frozen, prompts):
+def test_features_are_those_of_the_encoder(frozen, plain, prompts):
     pixel_values = tiny_llava.pixel_values()
-    encoder = DiffusionEncoder.from_pretrained("shapes", timestep=50)
-    expected = encoder(pixel_values, prompts)
+    expected = plain(pixel_values, prompts)
     torch.testing.assert_close(features(frozen, pixel_values, prompts=prompts), expected)
 
 
@@ -204,10 +220,9 @@ def test_a_backbone_may_be_put_inside_later(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("part", ["backbone.unet.mid_block", "backbone.vae.encoder", "backbone."])
-def test_missing_weights_of_the_backbone_are_told_of(part, tmp_path):
-    model = DiffEncModel(DiffEncConfig("diffenc:shapes", "checkpoint"))
-    model.load_backbone()
-    model.save_pretrained(tmp_path)
+def test_missing_weights_of_the_backbone_are_told_of(part, checkpoint, tmp_path):
+    model, whole = checkpoint
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     weights = load_file(tmp_path / "model.safetensors")
     kept = {key: value for key, value in weights.items() if not key.startswith(part)}
     kept = kept or {"place_holder": torch.zeros(1)}
@@ -230,10 +245,9 @@ def test_a_backbone_inside_has_no_weights_before_it_is_loaded():
         model(tiny_llava.pixel_values(1))
 
 
-def test_an_adapter_that_no_checkpoint_had_is_a_new_one(tmp_path):
-    plain = DiffEncModel(DiffEncConfig("diffenc:shapes", "checkpoint"))
-    plain.load_backbone()
-    plain.save_pretrained(tmp_path)
+def test_an_adapter_that_no_checkpoint_had_is_a_new_one(checkpoint, tmp_path):
+    model, whole = checkpoint
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     told = json.loads((tmp_path / "config.json").read_text())
     told["spec"] = "diffenc:shapes?rank=2"
     (tmp_path / "config.json").write_text(json.dumps(told))
@@ -244,7 +258,7 @@ def test_an_adapter_that_no_checkpoint_had_is_a_new_one(tmp_path):
     assert again.tower.adapter.problem() == ""
     torch.testing.assert_close(
         features(again, tiny_llava.pixel_values(), prompts="a circle"),
-        features(plain, tiny_llava.pixel_values(), prompts="a circle"),
+        features(model, tiny_llava.pixel_values(), prompts="a circle"),
         rtol=1e-4,
         atol=1e-4,
     )
@@ -341,8 +355,8 @@ def test_sdxl_keeps_pooled_text_and_both_paddings_in_a_checkpoint(tiny_sdxl_fold
     again = DiffEncModel.from_pretrained(tmp_path)
     side = model.config.image_size
     pixel_values = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    encoder = DiffusionEncoder.from_pretrained(fresh(tiny_sdxl_folder), taps="up_blocks.0")
     for prompts in (None, "a cat"):
-        encoder = DiffusionEncoder.from_pretrained(tiny_sdxl_folder, taps="up_blocks.0")
         expected = encoder(pixel_values, prompts)
         for each in (model, again):
             found = features(each, pixel_values, prompts=prompts)
