@@ -14,7 +14,7 @@ from diffenc.cli.files import check_output, write_whole
 from diffenc.cli.noted import command_line
 from diffenc.cli.options import quiet_libraries, to_device
 from diffenc.cli.progress import Progress, progress_bar
-from diffenc.cli.tables import print_table
+from diffenc.cli.tables import print_tables
 from diffenc.storage.writing import make_folder, write_json, write_text
 
 if TYPE_CHECKING:
@@ -83,22 +83,10 @@ def run_and_report(
     if draw is not None:
         write_whole(paths[".png"], lambda path: draw(results, path))
     write_text(paths[".md"], text)
-    print_tables(tables(results))
+    print_tables(tables(results), ())
     for remark in remarks(results):
         typer.echo(remark)
     typer.echo(f"wrote {', '.join(map(str, paths.values()))}")
-
-
-def print_tables(tables: "Sequence[Table]") -> None:
-    """Print tables, with columns of numbers aligned to the right."""
-    for table in tables:
-        cells = dict(zip(table.columns, zip(*table.rows, strict=True), strict=False))
-        right = [name for name, texts in cells.items() if all(map(_is_number, texts))]
-        print_table(table.title, table.columns, table.rows, right=right)
-
-
-def _is_number(cell: str) -> bool:
-    return cell[:1] in "+-–0123456789"  # "" too
 
 
 def _made_with(seconds: float, device: str) -> str:

@@ -43,7 +43,7 @@ def print_table(
 def print_tables(tables: "Sequence[Table]", notes: Sequence[str]) -> None:
     """Print tables, then notes on standard error."""
     for table in tables:
-        print_table(table.title, table.columns, table.rows, right=table.columns[1:])
+        print_table(table.title, table.columns, table.rows, right=table.numeric)
     for note in notes:
         typer.echo(f"note: {note}", err=True)
 

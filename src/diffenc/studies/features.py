@@ -178,7 +178,7 @@ def study_features(
         BackboneError: The model is unknown, missing or broken.
         TapError: A tap does not exist in this model.
 
-    Example:
+    Examples:
         >>> study = study_features(scenes=60, seeds=1, timesteps=[50], focus_scenes=0)
         >>> study.best("color", "uncond").accuracy.mean > study.chance["color"]
         True

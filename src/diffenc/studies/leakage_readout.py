@@ -195,7 +195,7 @@ def study_leakage_readout(
         BackboneError: The model is unknown, missing or broken.
         TapError: A tap does not exist in this model.
 
-    Example:
+    Examples:
         >>> study = study_leakage_readout(scenes=60, seeds=1, timesteps=[50])
         >>> study.find("color", "difference", "up_blocks.1", 50).mean > study.chance["color"]
         True

@@ -190,10 +190,9 @@ def study_parts(
         ConfigError: A number is too small.
         BackboneError: A model is unknown, missing or broken.
 
-    Example:
+    Examples:
         >>> study = study_parts(scenes=60, seeds=1, clip=None)
-        >>> study.gain("cond", "uncond", "told")
-        Spread(values=(...,))
+        >>> gain = study.gain("cond", "uncond", "told")
     """
     whole("scenes", scenes, least=30)
     whole("seeds", seeds, least=1)
