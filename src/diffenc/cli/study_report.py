@@ -83,7 +83,7 @@ def run_and_report(
     if draw is not None:
         write_whole(paths[".png"], lambda path: draw(results, path))
     write_text(paths[".md"], text)
-    print_tables(tables(results), ())
+    print_tables(tables(results))
     for remark in remarks(results):
         typer.echo(remark)
     typer.echo(f"wrote {', '.join(map(str, paths.values()))}")

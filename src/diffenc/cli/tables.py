@@ -40,7 +40,7 @@ def print_table(
     Console(markup=False, emoji=False, highlight=False).print(drawn)
 
 
-def print_tables(tables: "Sequence[Table]", notes: Sequence[str]) -> None:
+def print_tables(tables: "Sequence[Table]", notes: Sequence[str] = ()) -> None:
     """Print tables, then notes on standard error."""
     for table in tables:
         print_table(table.title, table.columns, table.rows, right=table.numeric)
