@@ -9,7 +9,8 @@ import typer
 from diffenc.cli.files import check_output
 from diffenc.cli.noted import NotedCommand
 from diffenc.cli.options import Debug, Device, Force, quiet_libraries, to_device
-from diffenc.cli.study_report import Output, Quick, print_tables, run_and_report
+from diffenc.cli.study_report import Output, Quick, run_and_report
+from diffenc.cli.tables import print_tables
 from diffenc.errors import ConfigError
 from diffenc.storage.writing import write_text
 
