@@ -132,15 +132,17 @@ class Architecture:
         configs: Config of each part (unet, vae, text_encoder ..., scheduler), as JSON holds it.
         own_taps: Taps that the encoder reads by default; None takes those of the family's "gdf"
             preset.
+        own_family: Family, where its components do not tell it; None takes that of the components.
     """
 
     configs: dict[str, dict[str, Any]]
     own_taps: tuple[str, ...] | None = None
+    own_family: str | None = None
 
     @property
     def family(self) -> str:
         """Family that it is shaped like, such as "sd" or "sdxl"."""
-        return family_of_configs(self.configs)
+        return self.own_family or family_of_configs(self.configs)
 
     @property
     def reduction(self) -> int:

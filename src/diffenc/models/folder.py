@@ -12,7 +12,7 @@ from diffenc.models.base import Backbone
 from diffenc.models.config_checks import check_config
 from diffenc.models.configs import Architecture
 from diffenc.models.families import make_backbone
-from diffenc.models.family_files import FAMILY_FILES, PARTS
+from diffenc.models.family_files import FAMILY_FILES, PARTS, family_of_configs
 from diffenc.models.parts import GivenParts, fitting_tokenizer, load_tokenizer
 from diffenc.models.schedules import make_scheduler
 from diffenc.models.stored import load_stored, read_plain, stem_of
@@ -92,7 +92,9 @@ def read_architecture(folder: Path, *, own_taps: tuple[str, ...] | None = None) 
     family, _ = read_model_index(folder)
     parts = FAMILY_FILES[family].parts
     names = [part for part in parts if not part.startswith("tokenizer")]
-    return Architecture({name: read_config(folder, name) for name in names}, own_taps)
+    configs = {name: read_config(folder, name) for name in names}
+    own_family = None if family == family_of_configs(configs) else family
+    return Architecture(configs, own_taps, own_family)
 
 
 def load_folder(
