@@ -70,9 +70,11 @@ def _error_part(inputs: ScoreInputs, squared: Tensor, empty: int | None) -> Tens
     if inputs.config.error_term == "mse":
         return -squared / size
     without = squared[:, empty, None]
-    if inputs.config.error_term == "mse_gap":
-        return (without - squared) / size
-    return without.sqrt() - squared.sqrt()
+    gaps = {
+        "mse_gap": lambda: (without - squared) / size,
+        "l2_gap": lambda: without.sqrt() - squared.sqrt(),
+    }
+    return gaps[str(inputs.config.error_term)]()
 
 
 def _statistics(

@@ -11,6 +11,8 @@ from diffenc.scoring.exact import exact_scores
 from diffenc.scoring.inputs import ScoreInputs
 from diffenc.scoring.shared_query import shared_query_scores
 
+_MODES = {"exact": exact_scores, "shared-query": shared_query_scores}
+
 
 def pair_scores(
     inputs: ScoreInputs,
@@ -54,10 +56,9 @@ def pair_scores(
     chosen[images[of_pairs[0]], own[of_pairs[1]]] = True
     chosen[references[:, None], own[pairs.any(dim=0)]] = True
     chosen[images[pairs.any(dim=1)][:, None], others] = True
-    if inputs.config.mode == "exact":
-        scores = exact_scores(inputs, chosen, steps, mix, memory=rows)
-    else:
-        scores = shared_query_scores(inputs, chosen, steps, mix, memory=queries)
+    mode = inputs.config.mode
+    memory = {"exact": rows, "shared-query": queries}[mode]
+    scores = _MODES[mode](inputs, chosen, steps, mix, memory=memory)
     result = scores[images[:, None], own]
     if len(references):
         result = result - scores[references[:, None], own].mean(dim=0)

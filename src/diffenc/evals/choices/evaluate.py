@@ -285,12 +285,15 @@ def _unread(evaluations: Sequence[ChoiceEvaluation]) -> str:
 
 def _paper_rows(name: str, tasks: Sequence[str]) -> list[tuple[str, ...]]:
     """Rows of the draft's tables 7 and 8, and of both tables of the later version."""
-    columns = _PUBLISHED.get(name, (name,))
+    if name not in _PUBLISHED:
+        return []
+    columns = _PUBLISHED[name]
     later = ("later-features", "later-fusion")
     rows = [row for table in later for row in published_table(table).beside(columns)]
-    if not tasks:
+    if name != "blink":
         draft = published_table("vqa").beside(columns) if name == "mmvp" else []
-        return [(head, "–", *values) for head, *values in (*draft, *rows)]
+        blank = ["–"] * (len(tasks) + 1)
+        return [(head, *blank, *values) for head, *values in (*draft, *rows)]
     by_task = published_table("blink")
     whole = set(tasks) == set(by_task.columns)
     means = [mean([v for v in row.values if v is not None]) for row in by_task.rows]
