@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 from typer.testing import CliRunner
@@ -72,11 +73,12 @@ def test_the_miniature_is_written(tmp_path):
 
 def test_the_bar_counts_pictures_then_steps_and_tells_the_loss(monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "160")
     titles = ("looking at pictures", "training")
     with progress_bar(*titles, unit=("pictures", "steps")) as show:
         show(4, 4)
         show(1, 9, "training, loss 0.512")
-    shown = capsys.readouterr().err
+    shown = re.sub(r"\x1b\[[\d;?]*\w", "", capsys.readouterr().err)
     assert "4/4 pictures" in shown
     assert "training, loss 0.512" in shown
     assert "1/9 steps" in shown
