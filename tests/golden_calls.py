@@ -267,7 +267,7 @@ def _matching(models: Models) -> Outputs:
             "evaluate", name, "--data", "shapes", "--per-label", "2", "--trials", "1",
             "--clip", "shapes-clip", "--json",
         )  # fmt: skip
-        outputs[name] = _numbers(json.loads(text))
+        outputs[name] = _numbers(json.loads(text)["models"])
     return outputs
 
 
