@@ -1,0 +1,37 @@
+"""What the first pages say of measurements is what the files of results hold."""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from diffenc.studies.vlm import STUDIES
+
+ROOT = Path(__file__).parents[2]
+SENTENCE = re.compile(
+    r"(\w+) \[studies\].*?repeat (\d+) findings.*?(\d+) hold, (\d+) are opposite,"
+    r" and (\d+) do not show",
+    re.DOTALL,
+)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_findings_are_those_of_the_studies(page):
+    verdicts = Counter(
+        finding["verdict"]
+        for study in STUDIES
+        for finding in json.loads((ROOT / f"docs/results/{study}.json").read_text())["findings"]
+    )
+    studies, *numbers = SENTENCE.search((ROOT / page).read_text(encoding="utf-8")).groups()
+    assert studies == {8: "Eight"}[len(STUDIES)]
+    kinds = ("holds", "opposite", "does not show")
+    assert [int(n) for n in numbers] == [verdicts.total(), *(verdicts[kind] for kind in kinds)]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_the_paper_is_named_with_its_address(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert "https://arxiv.org/abs/2507.07106" in text
+    assert "Agarwal" in text
