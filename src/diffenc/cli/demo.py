@@ -47,7 +47,10 @@ _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 def demo(
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="The figure, a .png file.")
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="File of the figure, such as a .png file."
+        ),
     ] = Path("diffenc-demo.png"),
     model: Model = "shapes",
     device: Device = "auto",

@@ -39,10 +39,13 @@ if TYPE_CHECKING:
 
 
 def _encode(
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Picture files.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Files of pictures.")],
     changes: dict[str, Any],
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="A .safetensors file.")
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="File that is written, a .safetensors file."
+        ),
     ] = Path("features.safetensors"),
     prompts: Annotated[
         list[str] | None,
@@ -50,7 +53,7 @@ def _encode(
             "--prompt",
             "-p",
             metavar="TEXT",
-            help="One for all images, or repeated: one per image, in order. None: unconditional.",
+            help="Text for all images, or repeated: one per image, in order; default none.",
         ),
     ] = None,
     model: Model = "shapes",
@@ -59,7 +62,7 @@ def _encode(
         typer.Option(metavar="FILE", help="Weights of another U-Net, a .safetensors file."),
     ] = None,
     vae: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Another VAE: its folder or file.")
+        Path | None, typer.Option(metavar="PATH", help="Folder or file of another VAE.")
     ] = None,
     architecture: Annotated[
         str | None,
@@ -76,7 +79,7 @@ def _encode(
         bool,
         typer.Option("--tokens/--no-tokens", help='Write "tokens": all taps on one grid, in rows.'),
     ] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per pass.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of images per pass.")] = 8,
     device: Device = "auto",
     dtype: Dtype = "float32",
     skip_broken: SkipBroken = False,

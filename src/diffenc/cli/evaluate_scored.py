@@ -43,7 +43,7 @@ Anew = Annotated[
 ]
 Paper = Annotated[
     bool | None,
-    typer.Option("--paper/--no-paper", help="The paper's rows; default with real data alone."),
+    typer.Option("--paper/--no-paper", help="Show the paper's rows; default with real data alone."),
 ]
 Benchmark = Annotated[str, typer.Argument(metavar="BENCHMARK", help=f"{' or '.join(_BY_NAME)}.")]
 OnePreset = Annotated[

@@ -26,7 +26,7 @@ from diffenc.cli.tables import print_table, readable_bytes
 
 
 def _index(
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Picture files.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Files of pictures.")],
     changes: dict[str, Any],
     output: Annotated[
         Path,
@@ -102,12 +102,19 @@ index = with_fields(_index, {"changes": scorer_changes(*_CHANGES)})
 
 
 def search(
-    bank: Annotated[Path, typer.Argument(metavar="BANK", help="A folder of diffenc index.")],
+    bank: Annotated[Path, typer.Argument(metavar="BANK", help="Folder that diffenc index wrote.")],
     texts: Texts,
-    top: Annotated[int, typer.Option(min=1, metavar="N", help="Images per text.")] = 5,
+    top: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Number of images shown per text.")
+    ] = 5,
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", metavar="NAME", help="Default: the one the bank names."),
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="NAME",
+            help="Model that reads the text; default the one that the bank names.",
+        ),
     ] = None,
     as_json: AsJson = False,
     device: Device = "auto",

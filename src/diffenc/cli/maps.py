@@ -20,17 +20,25 @@ _COLUMNS, _SIDE = 4, 256
 
 
 def _maps(
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture file.")],
-    text: Annotated[str, typer.Option("--text", "-t", metavar="TEXT", help="The prompt.")],
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="File of a picture.")],
+    text: Annotated[
+        str, typer.Option("--text", "-t", metavar="TEXT", help="Text whose words are drawn.")
+    ],
     changes: dict[str, Any],
     words: Annotated[
         list[str] | None,
         typer.Option(
-            "--word", "-w", metavar="WORD", help="A word of the text, repeated; default all."
+            "--word",
+            "-w",
+            metavar="WORD",
+            help="Word of the text that is drawn, repeated; default all.",
         ),
     ] = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="The figure, a .png file.")
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="File of the figure, such as a .png file."
+        ),
     ] = Path("maps.png"),
     model: Model = "shapes",
     preset: Annotated[
@@ -44,7 +52,8 @@ def _maps(
         ),
     ] = None,
     heads: Annotated[
-        str | None, typer.Option(metavar="N,N", help="Heads that count; default all.")
+        str | None,
+        typer.Option(metavar="N,N", help="Attention heads that count, with commas; default all."),
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "float32",

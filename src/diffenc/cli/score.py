@@ -22,16 +22,20 @@ if TYPE_CHECKING:
 
 
 def _score(
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Picture files.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Files of pictures.")],
     texts: Texts,
     changes: dict[str, Any],
     model: Model = "shapes",
     preset: Preset = "calibrated",
-    trials: Annotated[int, typer.Option(min=1, help="Scores with other noise, averaged.")] = 1,
+    trials: Annotated[
+        int, typer.Option(min=1, help="Number of scores with other noise that are averaged.")
+    ] = 1,
     screen: Annotated[
         int | None,
         typer.Option(
-            min=1, metavar="N", help="Drop texts that fall behind; score N per image to the end."
+            min=1,
+            metavar="N",
+            help="Texts per image that are scored to the end; others are dropped on the way.",
         ),
     ] = None,
     references: References = None,

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from diffenc.scorer import CrossAttnScorer
 
 Texts = Annotated[
-    list[str], typer.Option("--text", "-t", metavar="TEXT", help="One or several: repeat it.")
+    list[str],
+    typer.Option(
+        "--text", "-t", metavar="TEXT", help="Text that is scored; repeat it for several."
+    ),
 ]
 Preset = Annotated[
     str,

@@ -19,7 +19,10 @@ _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 def train(
     config: Annotated[
-        Path, typer.Argument(metavar="CONFIG.toml", help="What is trained, on what, and how.")
+        Path,
+        typer.Argument(
+            metavar="CONFIG.toml", help="File that says what is trained, on what, and how."
+        ),
     ],
     plan: Annotated[
         bool,
@@ -29,11 +32,15 @@ def train(
         bool, typer.Option("--resume", help="Go on from the newest whole checkpoint, if any.")
     ] = False,
     processes: Annotated[
-        int | None, typer.Option(metavar="N", help="For --plan: how many will share the work.")
+        int | None,
+        typer.Option(metavar="N", help="Number of processes that will share the work; for --plan."),
     ] = None,
     tflops: Annotated[
         float | None,
-        typer.Option(metavar="X", help="For --plan: what each reaches, in 10^12 operations/s."),
+        typer.Option(
+            metavar="X",
+            help="Operations per second that each process reaches, in 10^12; for --plan.",
+        ),
     ] = None,
     device: Device = "auto",
     _debug: Debug = False,
@@ -84,10 +91,12 @@ def train(
 
 
 def shapes_data(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Is made where it is missing.")],
-    scenes: Annotated[int, typer.Option(help="How many pictures.")] = 2000,
-    seed: Annotated[int, typer.Option(help="Other seeds, other scenes.")] = 0,
-    turns: Annotated[int, typer.Option(help="Questions of a conversation, at most.")] = 3,
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Folder that is written; created if missing.")
+    ],
+    scenes: Annotated[int, typer.Option(help="Number of pictures.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 0,
+    turns: Annotated[int, typer.Option(help="Largest number of questions in a conversation.")] = 3,
     _debug: Debug = False,
 ) -> None:
     """Write coloured shapes in LLaVA's format: align.json, instruct.json and images/."""
