@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args, overload
 
@@ -18,10 +19,10 @@ from diffenc.denoiser.lora.adapters import is_merged
 from diffenc.errors import ConfigError, OutputError
 from diffenc.features import Features, check_guidance
 from diffenc.inputs.images import Images, as_list, decoded, image_sizes, to_pixel_values
-from diffenc.inputs.prompts import PromptEmbeds, match_batch
+from diffenc.inputs.prompts import PromptEmbeds
 from diffenc.memory.object_watch import object_key
 from diffenc.models import Architecture, TapInfo, load_backbone, model_name
-from diffenc.models.base import Backbone, States
+from diffenc.models.base import Backbone
 from diffenc.models.device import Device, Dtype
 from diffenc.models.encoder_folder import (
     BACKBONE_FOLDER,
@@ -42,7 +43,8 @@ from diffenc.models.taps import LATENTS, tap_patterns
 from diffenc.models.writing import write_folder
 from diffenc.passes.forward import compile_taps
 from diffenc.passes.halves import read_halves
-from diffenc.passes.inputs import image_keys, posterior_of, prompts_of
+from diffenc.passes.inputs import image_keys, posterior_of
+from diffenc.passes.texts import text_halves
 from diffenc.runtime.inference import lasting
 from diffenc.storage.names import checked_path
 from diffenc.tuning.parts import TrainableParts
@@ -451,23 +453,19 @@ class DiffusionEncoder(TrainableParts):
             posteriors = posterior_of(
                 backbone, pixel_values, keys=keys, states=states, batch_size=config.batch_size
             )
-            uncond = cond = None
-            if conditioning != "cond":
-                uncond = prompts_of(
-                    backbone,
-                    [None],
-                    size=size,
-                    uncond=config.uncond,
-                    use_cache=self.use_cache,
-                    states=states,
-                ).rows(batch)
-            if conditioning != "uncond":
-                cond = self._embed(prompts, batch, size, states)
-                cond = self.caption(images, cond)
             sizes = self._original_sizes(images, batch)
-            if sizes is not None:
-                uncond = uncond and uncond.with_original_sizes(sizes)
-                cond = cond and cond.with_original_sizes(sizes)
+            uncond, cond = text_halves(
+                backbone,
+                config,
+                prompts,
+                conditioning,
+                batch=batch,
+                size=size,
+                sizes=sizes,
+                states=states,
+                use_cache=self.use_cache,
+                change=partial(self.caption, images),
+            )
             halves = read_halves(
                 backbone,
                 config,
@@ -505,26 +503,6 @@ class DiffusionEncoder(TrainableParts):
         if unprompted and chosen != "uncond":
             raise ConfigError(f"conditioning {chosen!r} needs prompts; got none")
         return chosen
-
-    def _embed(
-        self,
-        prompts: str | Sequence[str] | PromptEmbeds | None,
-        batch: int,
-        size: tuple[int, int],
-        states: States,
-    ) -> PromptEmbeds:
-        if isinstance(prompts, PromptEmbeds):
-            self.backbone.check_embeds(prompts)
-            return prompts.rows(batch)
-        return prompts_of(
-            self.backbone,
-            [None] if prompts is None else match_batch(prompts, batch),
-            size=size,
-            uncond=self.config.uncond,
-            long_prompts=self.config.long_prompts,
-            use_cache=self.use_cache,
-            states=states,
-        ).rows(batch)
 
 
 _TINY_VAE = f"{BACKBONE_FOLDER}/vae"
