@@ -6,6 +6,7 @@ Names, types, defaults and help of an option are those of a field and of its lin
 
 import inspect
 import math
+import os
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -186,6 +187,8 @@ def _typed(hint: Any, flag: str) -> tuple[Any, Callable[[Any], Any]]:
         words = {word for each in members for word in get_args(each)}
         optional = NoneType in _members(hint) and "none" not in words
         return str | None, lambda word: None if optional and word == "none" else word
+    if members == [str, os.PathLike[str]]:
+        return str, lambda text: text
     if members == [str, tuple[str, ...]]:
         return list[str] | None, _names_or_word
     if members == [tuple[str, ...]]:
