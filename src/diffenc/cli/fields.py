@@ -97,6 +97,8 @@ def _options(
         if name in without:
             continue
         type_, readers[name] = _typed(hints[name], _flag(by_name[name]))
+        if by_name[name].metadata.get("whole"):
+            readers[name] = _whole_texts
         if isinstance(kind, Changes):
             metadata = {"metavar": kind.metavars.get(name) or _words(hints[name])}
             changed: Any = field(default=None, metadata=metadata)
@@ -129,6 +131,11 @@ def split_names(entries: list[str] | None) -> tuple[str, ...] | None:
     """Names of an option that takes commas and repetition."""
     names = tuple(name for entry in entries or () for name in entry.split(",") if name)
     return names or None
+
+
+def _whole_texts(entries: list[str] | None) -> tuple[str, ...] | None:
+    """Texts of an option that takes repetition alone."""
+    return tuple(entries) if entries else None
 
 
 def _words(hint: Any) -> str | None:

@@ -29,6 +29,7 @@ def option(
     metavar: str | None = None,
     least: int | None = None,
     flag: str | None = None,
+    whole: bool = False,
 ) -> Any:
     """A field that a command line sets too.
 
@@ -37,8 +38,10 @@ def option(
         metavar: Word that stands for the value in the command's help.
         least: Smallest number that is allowed.
         flag: Name of the option if it is not the field's: "--metric" for `metrics`.
+        whole: Whether a comma belongs to the text, as in names of folders, instead of beginning
+            another one.
     """
-    facts = {"metavar": metavar, "least": least, "flag": flag}
+    facts = {"metavar": metavar, "least": least, "flag": flag, "whole": whole}
     return field(default=default, metadata={key: value for key, value in facts.items() if value})
 
 

@@ -33,7 +33,7 @@ class MatchOptions:
 
     model: str = option("shapes", metavar="NAME", flag="--model/-m")
     presets: tuple[str, ...] | None = option(metavar="NAME", flag="--preset")
-    clip: tuple[str, ...] | None = option(metavar="NAME")
+    clip: tuple[str, ...] | None = option(metavar="NAME", whole=True)
     trials: int = option(3, least=1)
     seed: int = 0
     timesteps: tuple[int, ...] | None = option(metavar="T,T")
