@@ -178,3 +178,14 @@ def test_help_of_changes_tells_words_and_defaults_in_no_python():
 def test_every_field_is_explained(kind):
     texts = attribute_texts(kind)
     assert [each.name for each in fields(kind) if not texts.get(each.name)] == []
+
+
+def test_names_of_clip_models_may_hold_commas():
+    """They are folders too; several are named by repeating the option."""
+    from diffenc.cli.fields import _options
+    from diffenc.evals.matching.options import MatchOptions
+
+    _, readers = _options(MatchOptions, ())
+    assert readers["clip"](["a,b", "c"]) == ("a,b", "c")
+    assert readers["clip"]([]) is None
+    assert readers["layers"](["a,b", "c"]) == ("a", "b", "c")

@@ -227,3 +227,24 @@ class TestMiniature:
     def test_a_number_below_one_is_refused(self):
         with pytest.raises(ConfigError):
             shapes_naturalbench(0)
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "Which? (A) dog (B) cat",
+        "Which? (A) dog, (B) cat.",
+        "Which? Option A: dog; Option B: cat;",
+    ],
+)
+def test_options_are_words_without_marks(question):
+    rows = [row(0, "multiple_choice", Question_0=question)]
+    assert naturalbench_from_rows(rows).items[0].options == ("dog", "cat")
+
+
+@pytest.mark.parametrize(
+    "question", ["Which? A: dog; B: cat; C: cow", "Which? A: B: cat", "Which? A: ; B: ;", "A: dog"]
+)
+def test_questions_of_other_than_two_options_are_left_out(question):
+    benchmark = naturalbench_from_rows([row(0), row(1, "multiple_choice", Question_0=question)])
+    assert [problem.kind for problem in benchmark.problems] == ["questions without options"]

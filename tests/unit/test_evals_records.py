@@ -209,3 +209,12 @@ def test_items_of_one_id_are_refused_before_anything_is_scored(benchmark, tmp_pa
     with pytest.raises(ConfigError, match="1 ids more than once"):
         evaluate_captions(same, Says(lambda *_: "a"), metrics=())
     assert matcher.calls == 0
+
+
+def test_scores_whose_configuration_no_line_holds_are_refused(benchmark, scored):
+    """A line of a model that was deleted by hand would let in scores of any configuration."""
+    lines = [line for line in read_lines(scored) if line["type"] != "model"]
+    write_lines(scored, lines)
+    with pytest.raises(ConfigError, match="but no line says of which configuration"):
+        evaluate(benchmark, [RandomMatcher()], trials=1, results=scored)
+    assert read_lines(scored) == lines

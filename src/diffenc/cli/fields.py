@@ -6,6 +6,7 @@ Names, types, defaults and help of an option are those of a field and of its lin
 
 import inspect
 import math
+import os
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -96,6 +97,8 @@ def _options(
         if name in without:
             continue
         type_, readers[name] = _typed(hints[name], _flag(by_name[name]))
+        if by_name[name].metadata.get("whole"):
+            readers[name] = _whole_texts
         if isinstance(kind, Changes):
             metadata = {"metavar": kind.metavars.get(name) or _words(hints[name])}
             changed: Any = field(default=None, metadata=metadata)
@@ -128,6 +131,11 @@ def split_names(entries: list[str] | None) -> tuple[str, ...] | None:
     """Names of an option that takes commas and repetition."""
     names = tuple(name for entry in entries or () for name in entry.split(",") if name)
     return names or None
+
+
+def _whole_texts(entries: list[str] | None) -> tuple[str, ...] | None:
+    """Texts of an option that takes repetition alone."""
+    return tuple(entries) if entries else None
 
 
 def _words(hint: Any) -> str | None:
@@ -186,6 +194,8 @@ def _typed(hint: Any, flag: str) -> tuple[Any, Callable[[Any], Any]]:
         words = {word for each in members for word in get_args(each)}
         optional = NoneType in _members(hint) and "none" not in words
         return str | None, lambda word: None if optional and word == "none" else word
+    if members == [str, os.PathLike[str]]:
+        return str, lambda text: text
     if members == [str, tuple[str, ...]]:
         return list[str] | None, _names_or_word
     if members == [tuple[str, ...]]:

@@ -184,6 +184,11 @@ class RecordsFile:
         """
         plain = parse_json(json.dumps(dict(description)), where=f"the description of {name}")
         known = self._models.get(name)
+        if known is None and any(model == name for model, _, _ in self._values):
+            raise ConfigError(
+                f"{self.path} holds {self.kind.plural} of {name!r}, but no line says of which "
+                f"configuration. {_INSTEAD_OF_NAME}"
+            )
         if known is None:
             self._models[name] = plain
             self._write({"type": "model", "name": name, "description": plain})

@@ -39,7 +39,12 @@ def run_task(
         DiffencError: The model, the data or a library cannot be had, an option is not allowed, or
             the file is of something else.
     """
-    return prepare_task(task, model, options or AskOptions())(results, progress)
+    if results is not None and not isinstance(results, (str, os.PathLike)):
+        raise ConfigError(f"results must be the path of a .jsonl file or None, got {results!r}")
+    if progress is not None and not callable(progress):
+        raise ConfigError(f"progress must be a function or None, got {progress!r}")
+    ask = prepare_task(task, model, AskOptions() if options is None else options)
+    return ask(None if results is None else Path(results), progress)
 
 
 def prepare_task(task: AskTask, model: "str | os.PathLike[str]", options: AskOptions) -> Ask:
@@ -48,6 +53,17 @@ def prepare_task(task: AskTask, model: "str | os.PathLike[str]", options: AskOpt
     Raises:
         DiffencError: See `run_task`.
     """
+    if not isinstance(task, AskTask):
+        raise ConfigError(
+            f"task must be a benchmark that a model answers, such as Mmvp(data='shapes'), got "
+            f"{task!r}"
+        )
+    if not isinstance(options, AskOptions):
+        raise ConfigError(
+            f"options must be AskOptions, such as AskOptions(seed=1), got {options!r}"
+        )
+    if not isinstance(model, (str, os.PathLike)) or isinstance(os.fspath(model), bytes):
+        raise ConfigError(f"model must be the folder of a saved model, got {model!r}")
     task.check()
     real, miniature = task.tokens
     saved = SavedVLM(

@@ -3,11 +3,13 @@
 Nothing here imports torch: the commands read fields and docstrings of tasks to make their options.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
+from diffenc.checks.fields import conform
 from diffenc.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ def option(
     metavar: str | None = None,
     least: int | None = None,
     flag: str | None = None,
+    whole: bool = False,
 ) -> Any:
     """A field that a command line sets too.
 
@@ -35,9 +38,44 @@ def option(
         metavar: Word that stands for the value in the command's help.
         least: Smallest number that is allowed.
         flag: Name of the option if it is not the field's: "--metric" for `metrics`.
+        whole: Whether a comma belongs to the text, as in names of folders, instead of beginning
+            another one.
     """
-    facts = {"metavar": metavar, "least": least, "flag": flag}
+    facts = {"metavar": metavar, "least": least, "flag": flag, "whole": whole}
     return field(default=default, metadata={key: value for key, value in facts.items() if value})
+
+
+def check_options(options: Any) -> None:
+    """Bring the fields of options to their types, and refuse numbers below the least one.
+
+    Paths may be texts.
+
+    Args:
+        options: Instance of a dataclass whose fields `option` made, in its `__post_init__`.
+
+    Raises:
+        ConfigError: A value is of another type, or below the least number.
+    """
+    for each in fields(options):
+        value = getattr(options, each.name)
+        if _takes_paths(each.type):
+            object.__setattr__(options, each.name, _as_path(value))
+    conform(options)
+    for each in fields(options):
+        value, least = getattr(options, each.name), each.metadata.get("least")
+        if least is not None and value is not None and value < least:
+            raise ConfigError(f"{each.name} must be {least} or more, got {value!r}")
+
+
+def _takes_paths(hint: Any) -> bool:
+    return hint is Path or any(map(_takes_paths, get_args(hint)))
+
+
+def _as_path(value: Any) -> Any:
+    """Paths instead of texts, in a list or a tuple too; anything else as it is."""
+    if isinstance(value, (list, tuple)):
+        return tuple(_as_path(each) for each in value)
+    return Path(value) if isinstance(value, str) else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +92,12 @@ class Task:
 
     name: ClassVar[str]
 
-    data: str = field(metadata={"metavar": "PATH"})
+    data: str | os.PathLike[str] = field(metadata={"metavar": "PATH"})
     limit: int | None = option(metavar="N", least=1)
     data_seed: int | None = option()
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     @property
     def miniature(self) -> bool:
@@ -120,6 +161,9 @@ class AskOptions:
     paper: bool | None = None
     device: str = option("auto", metavar="NAME")
     dtype: str = option("float32", metavar="NAME")
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     @property
     def torch_device(self) -> "torch.device":

@@ -35,8 +35,10 @@ _COLUMNS = (
     Column("Source", needed=False),
 )
 _OPTIONS = re.compile(
-    r"\bA\s*[:.)]\s*(?P<a>.+?)[;,.]?\s*\bB\s*[:.)]\s*(?P<b>.+?)[;.]?\s*$", re.DOTALL
+    r"\bA\s*[:.)]\s*(?P<a>.+?)[;,.]?\s*\(?(?:\bOption\s+)?\bB\s*[:.)]\s*(?P<b>.+?)[;.]?\s*$",
+    re.DOTALL,
 )
+_THIRD = re.compile(r"\bC\s*[:)]\s*\S")
 _ANSWERS = {"yes_no": ("yes", "no"), "multiple_choice": ("a", "b")}
 
 
@@ -159,8 +161,11 @@ def _group(row: Row, problems: list[Problem], instruction: str | None) -> list[C
 
 
 def _options(question: str, kind: str) -> tuple[str, ...]:
-    """Words of the two options; () where the question should name them and does not."""
+    """Words of the two options; () where the question should name two and does not."""
     if kind != "multiple_choice":
         return ("Yes", "No")
     named = _OPTIONS.search(question)
-    return (named["a"].strip(), named["b"].strip()) if named else ()
+    if named is None or _THIRD.search(named["b"]):
+        return ()
+    words = (named["a"].strip(), named["b"].strip())
+    return words if all(re.search(r"\w", each) for each in words) else ()

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from diffenc.evals.task import option
+from diffenc.evals.task import check_options, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class MatchOptions:
 
     model: str = option("shapes", metavar="NAME", flag="--model/-m")
     presets: tuple[str, ...] | None = option(metavar="NAME", flag="--preset")
-    clip: tuple[str, ...] | None = option(metavar="NAME")
+    clip: tuple[str, ...] | None = option(metavar="NAME", whole=True)
     trials: int = option(3, least=1)
     seed: int = 0
     timesteps: tuple[int, ...] | None = option(metavar="T,T")
@@ -48,3 +48,6 @@ class MatchOptions:
     batch_size: int = option(16, least=1)
     device: str = option("auto", metavar="NAME")
     dtype: str = option("float32", metavar="NAME")
+
+    def __post_init__(self) -> None:
+        check_options(self)

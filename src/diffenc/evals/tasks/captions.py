@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from diffenc.errors import ConfigError
 from diffenc.evals.task import Ask, AskOptions, AskTask, Outcome, option, refuse
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class CaptionTask(AskTask):
         from diffenc.config import check_choice
         from diffenc.evals.captioning.metrics import require_metrics
 
+        if self.question is not None and not self.question.strip():
+            raise ConfigError("the question is empty; leave it out to ask the benchmark's own")
         check_choice("tokenizer", self.tokenizer, ("ptb", "simple"))
         require_metrics(self.metrics or (), self.tokenizer)  # type: ignore[arg-type]
 

@@ -45,6 +45,10 @@ class Leakage(CaptionTask):
         """Refuse scales that stand twice, and metrics that cannot run here."""
         super().check()
         scales = self.guidance_scales
+        if scales == ():
+            raise ConfigError(
+                "guidance_scales holds no number; leave it out to ask the model as it was trained"
+            )
         if scales is not None and len(set(scales)) < len(scales):
             raise ConfigError(f"guidance scales must stand once each, got {list(scales)}")
 
