@@ -1,9 +1,9 @@
 """diffenc: text-to-image diffusion models as task-aware vision encoders."""
 
-from importlib import import_module as _import_module
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from diffenc._version import __version__
+from diffenc.runtime.faces import lazy_names as _lazy_names
 
 __all__ = [
     "Backbone",
@@ -67,13 +67,7 @@ if _TYPE_CHECKING:
     from diffenc.scoring.query_bank import QueryBank
     from diffenc.scoring.result import Scores
 else:  # hidden from type checkers, which would otherwise accept any name
-
-    def __getattr__(name: str) -> object:
-        if name not in _HOMES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(_import_module(_HOMES[name]), name)
-        globals()[name] = value
-        return value
+    __getattr__ = _lazy_names(globals(), _HOMES)
 
 
 def __dir__() -> list[str]:

@@ -167,8 +167,8 @@ class TestCaptions:
         arguments = (command, models / "clip", "--data")
         done(*arguments, "shapes", "--limit", 4)
         learnt = json.loads(write_miniature(tmp_path / "made", scenes=1)["align"].read_text())
-        asked = {question for question, _, _ in speech.asked}
-        assert asked == {learnt[0]["conversations"][0]["value"].replace("<image>", "").strip()}
+        questions = {question for question, _, _ in speech.asked}
+        assert questions == {learnt[0]["conversations"][0]["value"].replace("<image>", "").strip()}
         speech.asked.clear()
         done(*arguments, "shapes", "--limit", 4, "--question", "what is it?", "-o", "b.jsonl")
         assert {question for question, _, _ in speech.asked} == {"what is it?"}

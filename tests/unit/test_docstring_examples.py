@@ -66,7 +66,7 @@ def test_every_prompt_of_an_example_is_found_and_run():
         _module_name(path): len(re.findall(r"^ *>>> ", path.read_text("utf-8"), re.MULTILINE))
         for path in ROOT.rglob("*.py")
     }
-    found = dict.fromkeys(lines, 0)
+    counts = dict.fromkeys(lines, 0)
     for example in EXAMPLES.values():
-        found[_module_name(Path(example.filename))] += len(example.examples)
-    assert found == lines
+        counts[_module_name(Path(example.filename))] += len(example.examples)
+    assert counts == lines

@@ -155,10 +155,14 @@ class TestProtocol:
             CaptionItem(str(k), Picture(f"p{k}", shade(k)), (f"noun{k} verb{k}",)) for k in range(9)
         )
         model = Says(lambda images, question, prompt: f"{prompt.split()[0]} something else")
-        found = evaluate_leakage(
+        evaluation = evaluate_leakage(
             CaptionSet(name="words", source="memory", items=items), model, metrics=()
         )
-        assert (found.readout.said, found.readout.base, found.readout.value) == (0.5, 0, 0.5)
+        assert (evaluation.readout.said, evaluation.readout.base, evaluation.readout.value) == (
+            0.5,
+            0,
+            0.5,
+        )
 
     def test_scores_against_the_prompt_and_against_the_image(self):
         pytest.importorskip("pycocoevalcap.bleu.bleu")

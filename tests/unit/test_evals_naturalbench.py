@@ -113,12 +113,12 @@ def test_the_released_program_counts_the_same():
         for q, i in PLACES
     }
     order = iter([replies[item.id] for item in benchmark.items])
-    found = evaluate_choices(benchmark, Says(lambda *_: next(order)), batch_size=1)
-    assert found.accuracy / 100 == pytest.approx(frozen["scores"]["Acc"])
-    assert found.all_right("question") / 100 == pytest.approx(frozen["scores"]["Q_Acc"])
-    assert found.all_right("image") / 100 == pytest.approx(frozen["scores"]["I_Acc"])
-    assert found.overall / 100 == pytest.approx(frozen["scores"]["G_Acc"])
-    assert found.unread == sum(
+    evaluation = evaluate_choices(benchmark, Says(lambda *_: next(order)), batch_size=1)
+    assert evaluation.accuracy / 100 == pytest.approx(frozen["scores"]["Acc"])
+    assert evaluation.all_right("question") / 100 == pytest.approx(frozen["scores"]["Q_Acc"])
+    assert evaluation.all_right("image") / 100 == pytest.approx(frozen["scores"]["I_Acc"])
+    assert evaluation.overall / 100 == pytest.approx(frozen["scores"]["G_Acc"])
+    assert evaluation.unread == sum(
         reply in ("C", "I cannot tell.")
         for each in groups.values()
         for reply in each["replies"].values()
@@ -143,20 +143,25 @@ def test_answers_questions_pictures_and_groups(wrong, numbers):
             for item, place in zip(benchmark.items, PLACES, strict=True)
         ]
     )
-    found = evaluate_choices(benchmark, Says(lambda *_: next(order)), batch_size=1)
-    shown = (found.accuracy, found.all_right("question"), found.all_right("image"), found.overall)
+    evaluation = evaluate_choices(benchmark, Says(lambda *_: next(order)), batch_size=1)
+    shown = (
+        evaluation.accuracy,
+        evaluation.all_right("question"),
+        evaluation.all_right("image"),
+        evaluation.overall,
+    )
     assert shown == numbers
-    content = found.to_dict()
+    content = evaluation.to_dict()
     assert (content["question_accuracy"], content["image_accuracy"]) == numbers[1:3]
-    table = choice_table([found], paper=False)
+    table = choice_table([evaluation], paper=False)
     assert table.columns == ("model", "answers", "questions", "images", "groups")
     assert table.rows[0][1:] == tuple(f"{number:.1f}" for number in numbers)
     assert table.rows[1] == ("chance", "50.0", "25.0", "25.0", "6.2")
 
 
 def test_the_later_versions_rows_stand_beside():
-    found = evaluate_choices(naturalbench_from_rows([row(0)]), Says(lambda *_: "yes"))
-    rows = choice_table([found]).rows
+    evaluation = evaluate_choices(naturalbench_from_rows([row(0)]), Says(lambda *_: "yes"))
+    rows = choice_table([evaluation]).rows
     best = "paper: later version, cross-attention, s = 4"
     assert (best, "–", "40.71", "46.21", "15.26") in rows
     assert published_table("later-fusion").rows[-1].values[1] == 30.7
@@ -167,8 +172,8 @@ def test_a_group_with_a_broken_picture_leaves_whole():
     benchmark = naturalbench_from_rows(rows)
     with pytest.raises(ConfigError, match="unreadable pictures"):
         evaluate_choices(benchmark, Says(lambda *_: "yes"))
-    found = evaluate_choices(benchmark, Says(lambda *_: "yes"), skip_broken=True)
-    assert {item.group for item in found.items} == {"0"}
+    evaluation = evaluate_choices(benchmark, Says(lambda *_: "yes"), skip_broken=True)
+    assert {item.group for item in evaluation.items} == {"0"}
 
 
 @pytest.mark.parametrize(

@@ -462,11 +462,11 @@ def test_a_trial_asks_about_one_object():
 
 
 def test_what_is_done_is_added_up_and_told():
-    told = []
-    done = Done(lambda count, total: told.append((count, total)), 7)
+    calls = []
+    done = Done(lambda count, total: calls.append((count, total)), 7)
     for count in (2, 4, 1):
         done.add(count)
-    assert told == [(2, 7), (6, 7), (7, 7)]
+    assert calls == [(2, 7), (6, 7), (7, 7)]
     Done(None, 7).add(3)
 
 

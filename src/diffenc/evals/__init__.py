@@ -1,7 +1,8 @@
 """Benchmarks: of scores that match pictures and texts, and of models that answer questions."""
 
-from importlib import import_module as _import_module
 from typing import TYPE_CHECKING as _TYPE_CHECKING
+
+from diffenc.runtime.faces import lazy_names as _lazy_names
 
 __all__ = [
     "METRICS",
@@ -29,27 +30,27 @@ __all__ = [
 
 # Names are imported when they are first used: the commands read the options of tasks without torch.
 _HOMES = {
-    "METRICS": "matching.metrics",
-    "AnswerEvaluation": "asking",
-    "Answerer": "answerers",
-    "Benchmark": "items",
-    "ClipMatcher": "matching.clip",
-    "Evaluation": "matching.evaluate",
-    "FunctionAnswerer": "answerers",
-    "Item": "matching.base",
-    "Matcher": "matching.base",
-    "MatchingBenchmark": "matching.base",
-    "Picture": "items",
-    "Problem": "items",
-    "SavedVLM": "saved_vlm",
-    "ScorerMatcher": "matching.matchers",
-    "Table": "tables",
-    "correct": "matching.metrics",
-    "evaluate": "matching.evaluate",
-    "load_mmvp_vlm": "matching.mmvp_vlm",
-    "load_winoground": "matching.winoground",
-    "shapes_benchmark": "matching.miniature",
-    "winoground_from_rows": "matching.winoground",
+    "METRICS": "diffenc.evals.matching.metrics",
+    "AnswerEvaluation": "diffenc.evals.asking",
+    "Answerer": "diffenc.evals.answerers",
+    "Benchmark": "diffenc.evals.items",
+    "ClipMatcher": "diffenc.evals.matching.clip",
+    "Evaluation": "diffenc.evals.matching.evaluate",
+    "FunctionAnswerer": "diffenc.evals.answerers",
+    "Item": "diffenc.evals.matching.base",
+    "Matcher": "diffenc.evals.matching.base",
+    "MatchingBenchmark": "diffenc.evals.matching.base",
+    "Picture": "diffenc.evals.items",
+    "Problem": "diffenc.evals.items",
+    "SavedVLM": "diffenc.evals.saved_vlm",
+    "ScorerMatcher": "diffenc.evals.matching.matchers",
+    "Table": "diffenc.evals.tables",
+    "correct": "diffenc.evals.matching.metrics",
+    "evaluate": "diffenc.evals.matching.evaluate",
+    "load_mmvp_vlm": "diffenc.evals.matching.mmvp_vlm",
+    "load_winoground": "diffenc.evals.matching.winoground",
+    "shapes_benchmark": "diffenc.evals.matching.miniature",
+    "winoground_from_rows": "diffenc.evals.matching.winoground",
 }
 
 if _TYPE_CHECKING:
@@ -67,13 +68,7 @@ if _TYPE_CHECKING:
     from diffenc.evals.saved_vlm import SavedVLM
     from diffenc.evals.tables import Table
 else:  # hidden from type checkers, which would otherwise accept any name
-
-    def __getattr__(name: str) -> object:
-        if name not in _HOMES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(_import_module(f"diffenc.evals.{_HOMES[name]}"), name)
-        globals()[name] = value
-        return value
+    __getattr__ = _lazy_names(globals(), _HOMES)
 
 
 def __dir__() -> list[str]:
