@@ -66,15 +66,14 @@ def _error_part(inputs: ScoreInputs, squared: Tensor, empty: int | None) -> Tens
         the released codes of He et al. 2023 (Discffusion), arXiv:2305.10722, and of Krojer et al.
         2023 (DiffusionITM), arXiv:2305.16397.
     """
-    size = inputs.posterior[0][0].numel()
-    if inputs.config.error_term == "mse":
+    size, term = inputs.posterior[0][0].numel(), inputs.config.error_term
+    if term == "mse":
         return -squared / size
     without = squared[:, empty, None]
-    gaps = {
-        "mse_gap": lambda: (without - squared) / size,
-        "l2_gap": lambda: without.sqrt() - squared.sqrt(),
-    }
-    return gaps[str(inputs.config.error_term)]()
+    if term == "mse_gap":
+        return (without - squared) / size
+    assert term == "l2_gap", term
+    return without.sqrt() - squared.sqrt()
 
 
 def _statistics(
