@@ -34,6 +34,13 @@ def build_vision_tower(cfg: Any, **kwargs: Any) -> Any:
     return OtherTower()
 
 
+class LlavaMetaModel:
+    """Builds its tower from a config."""
+
+    def __init__(self, config: Any) -> None:
+        self.vision_tower = build_vision_tower(config, delay_load=True)
+
+
 class LlavaMetaForCausalLM:
     """Splices features of images into the embeddings of words."""
 
@@ -179,9 +186,17 @@ def toy_collator(instances: list[dict[str, Any]]) -> dict[str, Any]:
 class ToyTrainer:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.callbacks: list[Any] = []
+        self.options = kwargs
 
     def add_callback(self, callback: Any) -> None:
         self.callbacks.append(callback)
+
+
+TRAIN = """
+def train(entries):
+    data_module = make_supervised_data_module(entries)
+    return LLaVATrainer(**data_module)
+"""
 
 
 @contextmanager
@@ -192,7 +207,8 @@ def toy_package(name: str, **left_out: Any) -> Iterator[types.SimpleNamespace]:
         module.__path__ = []  # type: ignore[attr-defined]
     builder, arch = made[".model.multimodal_encoder.builder"], made[".model.llava_arch"]
     builder.build_vision_tower = arch.build_vision_tower = build_vision_tower  # type: ignore[attr-defined]
-    arch.LlavaMetaForCausalLM = LlavaMetaForCausalLM  # type: ignore[attr-defined]
+    for part in (LlavaMetaModel, LlavaMetaForCausalLM, ToyLlava):
+        setattr(arch, part.__name__, part)
     made[".model.builder"].load_pretrained_model = load_pretrained_model  # type: ignore[attr-defined]
     script = made[".train.train"]
     script.LLaVATrainer = ToyTrainer  # type: ignore[attr-defined]
@@ -201,6 +217,7 @@ def toy_package(name: str, **left_out: Any) -> Iterator[types.SimpleNamespace]:
         "eval_dataset": None,
         "data_collator": toy_collator,
     }
+    exec(TRAIN, vars(script))  # as a file would: its names are the module's
     for suffix, attribute in left_out.items():
         delattr(made[suffix], attribute)
     sys.modules.update({module.__name__: module for module in made.values()})

@@ -8,9 +8,14 @@ from torch import nn
 from diffenc.hosts.tower import DiffusionVisionTower
 
 
-def spec_of(cfg: Any) -> str | None:
-    """The name of the tower in a host's config or arguments, or None."""
-    for field in ("mm_vision_tower", "vision_tower"):
+def spec_of(cfg: Any, part: str = "vision_tower") -> str | None:
+    """The name of the tower in a host's config or arguments, or None.
+
+    Args:
+        cfg: Config or arguments of the host.
+        part: Name of the part that the tower is, which the host's config has with "mm_" before.
+    """
+    for field in (f"mm_{part}", part):
         name = getattr(cfg, field, None)
         if isinstance(name, str):
             return name

@@ -63,6 +63,17 @@ class PromptTokens:
         """Some rows, in the order given."""
         return PromptTokens(self.ids[list(rows)], self.mask[list(rows)])
 
+    def take_or_none(self, rows: "Sequence[int | None]") -> "PromptTokens":
+        """Some rows, in the order given; None is a row that stands for no prompt."""
+        taken = self.take([0 if row is None else row for row in rows])
+        absent = torch.tensor([row is None for row in rows], device=self.mask.device)
+        return PromptTokens(taken.ids, taken.mask * ~absent[:, None])
+
+    def all_equal(self) -> bool:
+        """Whether every row is the same prompt."""
+        same = (self.ids == self.ids[:1]) & (self.mask == self.mask[:1])
+        return bool(same.all())
+
     def split(self, counts: Sequence[int]) -> list["PromptTokens"]:
         """Neighbouring rows in groups."""
         starts = [sum(counts[:group]) for group in range(len(counts))]
@@ -203,17 +214,36 @@ def embed_tokens(
     return PromptEmbeds.concat([known[key] for key in keys])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Scope:
     """Prompts of the calls inside a `prompt_scope`.
 
     Attributes:
         prompts: Prompts, as tokens or as texts.
         per: Unit that each prompt belongs to, "sample" or "image"; see `prompt_scope`.
+        calls: Number of calls of a tower that the prompts are still for; None is any number.
     """
 
     prompts: Prompts
     per: Literal["sample", "image"]
+    calls: int | None = None
+
+    def for_one_call(self) -> Prompts:
+        """The prompts, for one more call of a tower.
+
+        Raises:
+            PromptError: They were for fewer calls.
+        """
+        if self.calls is not None:
+            if self.calls == 0:
+                raise PromptError(
+                    "the host calls its tower once more than it did when it was asked which "
+                    "pictures it shows, so it is not known which prompt belongs to which picture; "
+                    "show samples with different prompts one by one, or open a prompt_scope(..., "
+                    "per='image') around each call of the tower"
+                )
+            self.calls -= 1
+        return self.prompts
 
 
 _SCOPE: ContextVar[Scope | None] = ContextVar("diffenc_prompts", default=None)
@@ -221,7 +251,10 @@ _SCOPE: ContextVar[Scope | None] = ContextVar("diffenc_prompts", default=None)
 
 @contextmanager
 def prompt_scope(
-    prompts: Prompts | None, *, per: Literal["sample", "image"] = "sample"
+    prompts: Prompts | None,
+    *,
+    per: Literal["sample", "image"] = "sample",
+    calls: int | None = None,
 ) -> Iterator[None]:
     """Give prompts to the towers that run inside the block, through code that passes none.
 
@@ -234,8 +267,10 @@ def prompt_scope(
         per: Unit that each prompt belongs to. "sample" has one prompt for each sample of the batch,
             which hosts that know their samples expand to images and tiles; "image" has one for each
             image that the tower is shown.
+        calls: Number of calls of a tower that the prompts are for; a further call is refused. None
+            is any number.
     """
-    token = _SCOPE.set(None if prompts is None else Scope(prompts, per))
+    token = _SCOPE.set(None if prompts is None else Scope(prompts, per, calls))
     try:
         yield
     finally:
@@ -264,5 +299,10 @@ def resolve_prompts(
         PromptError: They are neither one nor as many as the images.
     """
     scope = current_scope()
-    prompts = explicit if explicit is not None else scope.prompts if scope is not None else None
-    return None if prompts is None else tokenizer(prompts).rows(images)
+    if explicit is not None:
+        prompts = explicit
+    elif scope is not None:
+        prompts = scope.for_one_call()
+    else:
+        return None
+    return tokenizer(prompts).rows(images)

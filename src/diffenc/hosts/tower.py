@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from diffenc.checks.fields import require_finite
 from diffenc.errors import BackboneError, ConfigError, ImageError, ShapeError
 from diffenc.hosts.adapter import Adapter, load_state, save_adapter
+from diffenc.hosts.asking import first_call_to_record
 from diffenc.hosts.checkpoints import find_adapter
 from diffenc.hosts.hidden import Conversion, HiddenEncoder
 from diffenc.hosts.loading import (
@@ -94,7 +95,7 @@ class DiffusionVisionTower(nn.Module):
         self.adapter = Adapter.of_spec(self.spec)
         self._hidden = HiddenEncoder(DTYPES.get(self.spec.dtype or ""))
         self._tokenizer = PromptTokenizer(self.spec.model)
-        self._told_of_null = False
+        self._told_of_null = self._told_of_frozen_adapter = False
         if not (delay_load or is_host_config(self.args) or builds_on_meta()):
             self.load_model()
 
@@ -181,6 +182,8 @@ class DiffusionVisionTower(nn.Module):
     def load_model(self, device_map: Any = None, **ignored: Any) -> None:
         """Load the frozen model; a second call does nothing.
 
+        An adapter that was frozen before stays frozen.
+
         Args:
             device_map: Device, "auto", or a mapping of module names to devices; None leaves the
                 tower where it is.
@@ -202,7 +205,6 @@ class DiffusionVisionTower(nn.Module):
             self._check_adapter()
             if device_map is not None:
                 self.adapter.to(hidden.device)
-            self.adapter.requires_grad_(True)
             self.adapter.inject(encoder.backbone.denoiser)
         hidden.put(encoder)
         self._tokenizer = PromptTokenizer(self.spec.model)
@@ -301,6 +303,8 @@ class DiffusionVisionTower(nn.Module):
             PromptError: The number of prompts fits the images in no way.
             ConfigError: The host's way of running several devices splits the adapter.
         """
+        if (call := first_call_to_record()) is not None:
+            call.stop_at(images)
         if isinstance(images, (list, tuple)):
             return self._list_features(images, prompts)
         pixel_values = self._check(images)
@@ -367,6 +371,22 @@ class DiffusionVisionTower(nn.Module):
                 stacklevel=5,
             )
 
+    def _tell_of_frozen_adapter(self) -> None:
+        assert self.adapter is not None
+        if self._told_of_frozen_adapter or not self.training:
+            return
+        self._told_of_frozen_adapter = True
+        if not any(parameter.requires_grad for parameter in self.adapter.parameters()):
+            warnings.warn(
+                f"{str(self.spec)!r} has an adapter of rank {self.spec.rank}, and this training "
+                "step gives it no gradient: the host froze the tower. In a first stage that trains "
+                "the projector alone that is right. Where the adapter should train, unfreeze it "
+                "before the optimizer is made: tower.adapter.requires_grad_(True), or the host's "
+                "own option (LLaVA-NeXT: mm_tunable_parts with mm_vision_tower; peft: "
+                "modules_to_save with 'adapter').",
+                stacklevel=5,
+            )
+
     def _check(self, images: Any) -> Float[Tensor, "n 3 h w"]:
         side = self.image_size
         if not isinstance(images, Tensor) or images.ndim not in (3, 4):
@@ -402,6 +422,7 @@ class DiffusionVisionTower(nn.Module):
         unet: Any = self.encoder.backbone.denoiser
         if self.adapter is not None:
             self.adapter.keep_precise()
+            self._tell_of_frozen_adapter()
             if self.adapter.link(unet):
                 self.encoder.clear_cache()
         if self.gradient_checkpointing != unet.is_gradient_checkpointing:

@@ -15,16 +15,20 @@ class Patches:
         self._undo.append((owner, name, getattr(owner, name, None), name in vars(owner)))
         setattr(owner, name, value)
 
-    def replace(self, package: str, name: str, old: Any, new: Any) -> None:
-        """Set a name in every loaded module of a package where it stands for `old`."""
-        for path, module in list(sys.modules.items()):
-            inside = path == package or path.startswith(f"{package}.")
-            if inside and getattr(module, "__dict__", {}).get(name) is old:
+    def replace(self, name: str, old: Any, new: Any) -> None:
+        """Set a name in every loaded module where it stands for `old`, scripts included."""
+        for module in list(sys.modules.values()):
+            if getattr(module, "__dict__", {}).get(name) is old:
                 self.set(module, name, new)
 
-    def undo(self) -> None:
-        """Put everything back."""
-        while self._undo:
+    @property
+    def count(self) -> int:
+        """How many names were exchanged so far."""
+        return len(self._undo)
+
+    def undo(self, down_to: int = 0) -> None:
+        """Put everything back, or what was exchanged after the first `down_to` names."""
+        while len(self._undo) > down_to:
             owner, name, old, was_own = self._undo.pop()
             if was_own:
                 setattr(owner, name, old)

@@ -1,7 +1,8 @@
 """Prompts through the calls of LLaVA's model: its `forward`, its `generate`, its tower.
 
 A prompt comes with a sample. Only `prepare_inputs_labels_for_multimodal` knows which images, and
-which of their tiles, belong to a sample; it is where prompts are dealt out.
+which of their tiles, belong to a sample; it is where prompts are dealt out, and it is asked in
+which order it shows them to the tower (`ownership`).
 """
 
 import functools
@@ -12,17 +13,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffenc.errors import ConfigError, PromptError
+from diffenc.hosts.installed_towers import towers_of
+from diffenc.hosts.llava.layout import SPLICE
+from diffenc.hosts.llava.ownership import owners_of_rows
 from diffenc.hosts.llava.patches import Patches
 from diffenc.hosts.prompts import Prompts, PromptTokens, current_scope, prompt_scope
-from diffenc.hosts.tower import DiffusionVisionTower
 from diffenc.inputs.policies import strip_template
 
 IMAGE_TOKEN = -200
 IDS, MASK = "vision_prompt_ids", "vision_prompt_mask"
-_PREPARE = "prepare_inputs_labels_for_multimodal"
 _USER_TURN = re.compile(r"USER:|HUMAN:|### ?Human:|<\|im_start\|>user|\[INST\]|<\|user\|>")
 _ANSWER = re.compile(r"ASSISTANT:|GPT:|### ?Assistant:|<\|im_start\|>assistant|\[/INST\]")
 
@@ -49,14 +51,11 @@ def take_prompts(
         The target.
 
     Raises:
-        ConfigError: It has no `prepare_inputs_labels_for_multimodal`.
+        ConfigError: It has no `prepare_inputs_labels_for_multimodal` that takes `input_ids` and
+            `images`, or it is a model whose tower is not diffenc's.
     """
     owner = target if isinstance(target, type) else type(target)
-    if not hasattr(owner, _PREPARE):
-        raise ConfigError(
-            f"{owner.__name__} has no {_PREPARE}, so it is no model of LLaVA's kind; pass prompts "
-            "to its tower yourself, or open diffenc.hosts.prompts.prompt_scope"
-        )
+    _require_takeable(target, owner)
     if not isinstance(target, type) and not getattr(owner, "_takes_vision_prompts", False):
         owner = type(owner.__name__, (owner,), {"__module__": owner.__module__})
         target.__class__ = owner
@@ -66,7 +65,7 @@ def take_prompts(
             ("forward", _forward),
             ("generate", _generate),
             ("prepare_inputs_for_generation", _next_inputs),
-            (_PREPARE, _prepare),
+            (SPLICE, _prepare),
         ):
             patches.set(owner, name, wrap(getattr(owner, name)))
         patches.set(owner, "_takes_vision_prompts", True)
@@ -76,6 +75,29 @@ def take_prompts(
             holder, "_vision_text_of", staticmethod(text_of) if holder is owner else text_of
         )
     return target
+
+
+def _require_takeable(target: Any, owner: type) -> None:
+    splice = getattr(owner, SPLICE, None)
+    if splice is None:
+        raise ConfigError(
+            f"{owner.__name__} has no {SPLICE}, so it is no model of LLaVA's kind; pass prompts "
+            "to its tower yourself, or open diffenc.hosts.prompts.prompt_scope"
+        )
+    missing = {"input_ids", "images"} - set(inspect.signature(splice).parameters)
+    if missing:
+        raise ConfigError(
+            f"{owner.__name__}.{SPLICE} takes no {' and no '.join(sorted(missing))}, by which "
+            "prompts are dealt out; open diffenc.hosts.prompts.prompt_scope around the tower's call"
+        )
+    if isinstance(target, type):
+        return
+    present = getattr(target, "get_vision_tower", lambda: None)()
+    if next(towers_of(target), None) is None and present is not None:
+        raise ConfigError(
+            f"the vision tower of this {owner.__name__} is a {type(present).__name__}, which reads "
+            "no prompts; build it from a name that begins with 'diffenc:'"
+        )
 
 
 def question_of(tokenizer: Any) -> TextOf:
@@ -182,8 +204,13 @@ def _prepare(original: Any) -> Any:
         tokens = _sample_tokens(self, prompted)
         if tokens is None:
             return original(self, *args, **kwargs)
-        rows = _per_image(tokens.rows(len(samples)), samples, images)  # type: ignore[arg-type]
-        with prompt_scope(rows, per="image"):
+        rows = tokens.rows(len(samples))
+        owners = _sample_of_each_image(samples, images)  # type: ignore[arg-type]
+        if rows.all_equal():
+            with prompt_scope(rows.take([0]), per="image"):
+                return original(self, *args, **kwargs)
+        order = owners_of_rows(functools.partial(original, self), arguments, owners)
+        with prompt_scope(rows.take_or_none(order), per="image", calls=1):
             return original(self, *args, **kwargs)
 
     return prepare_inputs_labels_for_multimodal
@@ -210,10 +237,11 @@ def _sample_tokens(model: Any, samples: list[Tensor]) -> PromptTokens | None:
         prompts = [text_of(sample) for sample in samples]
     if prompts is None:
         return None
-    tower = model.get_vision_tower()
-    if not isinstance(tower, DiffusionVisionTower):
+    tower = next(towers_of(model), None)
+    if tower is None:
+        present = getattr(model, "get_vision_tower", lambda: None)()
         raise PromptError(
-            f"prompts were given, and the vision tower is a {type(tower).__name__}, which reads "
+            f"prompts were given, and the vision tower is a {type(present).__name__}, which reads "
             "none; build it from a name that begins with 'diffenc:'"
         )
     return tower.tokenize(prompts)
@@ -235,10 +263,8 @@ def _before_answers(samples: list[Tensor], labels: Tensor, arguments: Any) -> li
     return cut
 
 
-def _per_image(
-    tokens: PromptTokens, samples: list[Tensor], images: "Tensor | list[Tensor]"
-) -> PromptTokens:
-    """A row per image that the tower is shown: samples to images, and these to tiles."""
+def _sample_of_each_image(samples: list[Tensor], images: "Tensor | list[Tensor]") -> list[int]:
+    """The sample that each entry of `images` belongs to."""
     # A sample without an image has a stand-in, whose features the host cuts to nothing.
     counts = [max(1, int((ids == IMAGE_TOKEN).sum())) for ids in samples]
     owners = [sample for sample, count in enumerate(counts) for _ in range(count)]
@@ -247,19 +273,4 @@ def _per_image(
             f"the samples ask for {len(owners)} images ({counts} each) and {len(images)} were "
             "given, so it is not known which prompt belongs to which"
         )
-    if isinstance(images, list) or images.ndim == 5:
-        tiles = [1 if image.ndim == 3 else len(image) for image in images]
-        owners = [owner for owner, count in zip(owners, tiles, strict=True) for _ in range(count)]
-    return tokens.take(owners)
-
-
-def model_classes(package_module: Any) -> list[type[nn.Module]]:
-    """Classes of causal language models with images that a host's package has."""
-    base = package_module.LlavaMetaForCausalLM
-
-    def below(cls: Any) -> Iterator[Any]:
-        for child in cls.__subclasses__():
-            yield child
-            yield from below(child)
-
-    return [cls for cls in dict.fromkeys(below(base)) if issubclass(cls, nn.Module)]
+    return owners

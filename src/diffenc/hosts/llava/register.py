@@ -1,15 +1,13 @@
 """The tower behind the builder of LLaVA and its forks."""
 
 import functools
-import importlib
 import warnings
-from types import ModuleType
 from typing import Any
 
 from torch import nn
 
-from diffenc.errors import ConfigError
 from diffenc.hosts.installed_towers import spec_of, towers_of
+from diffenc.hosts.llava.layout import function_at, require_caller
 from diffenc.hosts.llava.patches import Patches
 from diffenc.hosts.spec import TowerSpec
 from diffenc.hosts.tower import DiffusionVisionTower
@@ -37,36 +35,37 @@ class Registration:
 _DONE: dict[str, Registration] = {}
 
 
-def register(package: str = "llava") -> Registration:
+def register(
+    package: str = "llava",
+    *,
+    builder: str = "model.multimodal_encoder.builder:build_vision_tower",
+    loader: str | None = "model.builder:load_pretrained_model",
+) -> Registration:
     """Let a fork of LLaVA build a diffusion tower for names that begin with "diffenc:".
 
-    Its `build_vision_tower` is replaced in every module that imported it, and keeps building all
-    other towers; its `load_pretrained_model` afterwards looks for the adapter. A second call
-    changes nothing.
+    Its builder is replaced in every module that imported it, and keeps building all other towers;
+    its loader afterwards looks for the adapter. A second call changes nothing.
 
     Args:
         package: The fork's top-level module, such as "llava" or "bunny"; it is imported.
+        builder: Function that builds a tower of a config, as "module:function" inside the package.
+            ``build_<part>`` reads the name in the config's ``mm_<part>``, else ``<part>``.
+        loader: Function that loads a checkpoint; None leaves adapters to `tower.load_adapter`.
 
     Raises:
-        ConfigError: The package is not there, or not laid out as LLaVA's.
+        ConfigError: The package is not there, has no such functions, or never calls the builder;
+            then it is left as it was.
     """
     if package in _DONE:
         return _DONE[package]
-    builder = import_part(package, "model.multimodal_encoder.builder")
-    loader = import_part(package, "model.builder")
     done = Registration(package)
-    for module, name, wrap in (
-        (builder, "build_vision_tower", _builder),
-        (loader, "load_pretrained_model", _loader),
-    ):
-        original = getattr(module, name, None)
-        if original is None:
-            done.undo()
-            raise ConfigError(
-                f"{module.__name__} has no {name}; {package!r} is laid out in another way than "
-                "LLaVA: build DiffusionVisionTower in its builder by hand"
-            )
-        done.patches.replace(package, name, original, wrap(original, done))
+    places = [(function_at(package, builder), _builder)]
+    require_caller(package, *places[0][0])
+    if loader is not None:
+        places.append((function_at(package, loader), _loader))
+    for (module, name), wrap in places:
+        original = getattr(module, name)
+        done.patches.replace(name, original, wrap(original, done))
     _DONE[package] = done
     undo = done.patches.undo
 
@@ -83,25 +82,12 @@ def registration_of(package: str) -> Registration | None:
     return _DONE.get(package)
 
 
-def import_part(package: str, part: str) -> ModuleType:
-    """A module of a host's package.
-
-    Raises:
-        ConfigError: It cannot be imported.
-    """
-    try:
-        return importlib.import_module(f"{package}.{part}")
-    except ImportError as error:
-        raise ConfigError(
-            f"cannot import {package}.{part}: {error}. Put the fork's folder on the path (pip "
-            "install -e . in it) and pass the name of its top-level module."
-        ) from error
-
-
 def _builder(original: Any, done: Registration) -> Any:
+    part = original.__name__.removeprefix("build_")
+
     @functools.wraps(original)
     def build_vision_tower(cfg: Any, *args: Any, **kwargs: Any) -> Any:
-        name = spec_of(cfg)
+        name = spec_of(cfg, part)
         if name is None or not TowerSpec.is_spec(name):
             return original(cfg, *args, **kwargs)
         tower = DiffusionVisionTower(name, args=cfg, **kwargs)

@@ -1,21 +1,35 @@
 """LLaVA's training script with prompts, without a change to it."""
 
 import functools
+from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
+
+from torch import nn
 
 from diffenc.errors import ConfigError
 from diffenc.hosts.llava.callback import AdapterCallback
 from diffenc.hosts.llava.data import PromptCollator, PromptDataset
-from diffenc.hosts.llava.prompting import model_classes, take_prompts
-from diffenc.hosts.llava.register import Registration, import_part, register
+from diffenc.hosts.llava.layout import import_part, splicing_models, trainer_of
+from diffenc.hosts.llava.prompting import take_prompts
+from diffenc.hosts.llava.register import Registration, register, registration_of
 from diffenc.hosts.prompts import PromptTokenizer
+from diffenc.hosts.tower import DiffusionVisionTower
 from diffenc.inputs.policies import PromptPolicy, parse_policy
+
+_MAKE_DATA = "make_supervised_data_module"
 
 
 def train_with_prompts(
-    package: str = "llava", policy: str | PromptPolicy = "question", *, seed: int = 0
+    package: str = "llava",
+    policy: str | PromptPolicy = "question",
+    *,
+    seed: int = 0,
+    script: "str | ModuleType" = "train.train",
+    models: "Sequence[type[nn.Module]] | None" = None,
+    trainer: str | None = None,
 ) -> Registration:
-    """Prepare a fork's `train.train`, whose `train()` then shows prompts to the tower.
+    """Prepare a fork's training script, whose `train()` then shows prompts to the tower.
 
     Its models take prompts, its dataset draws them, its collator tokenizes them, and its trainer
     writes the adapter beside every checkpoint. A script for LLaVA itself:
@@ -28,29 +42,107 @@ def train_with_prompts(
     ```
 
     Args:
-        package: Top-level module of the fork, as for `register`, which this calls.
+        package: Top-level module of the fork, as for `register`, which this calls. Call `register`
+            before, with its own arguments, if the fork's builder or loader has another place.
+        policy: Policy that makes the prompts, see `diffenc.inputs.policies.parse_policy`.
+        seed: Seed of what the policy draws.
+        script: Module with the fork's `train()` and `make_supervised_data_module`: the part of the
+            package, or the imported module for scripts outside of it.
+        models: Classes that take prompts; None takes every class of the package that splices images
+            into text and generates.
+        trainer: Name, in the script, of the trainer that `train()` makes; None finds it.
+
+    Raises:
+        ConfigError: Something that is to be exchanged is not there or is not used by `train()`, or
+            the policy does not parse. The package is left as it was.
+    """
+    chosen = parse_policy(policy) if isinstance(policy, str) else policy
+    before = registration_of(package)
+    done = register(package) if before is None else before
+    count = done.patches.count
+    try:
+        _prepare_script(done, chosen, seed, script, models, trainer)
+    except ConfigError:
+        if before is None:
+            done.undo()
+        done.patches.undo(count)
+        raise
+    return done
+
+
+def _prepare_script(
+    done: Registration,
+    policy: PromptPolicy,
+    seed: int,
+    script: "str | ModuleType",
+    models: "Sequence[type[nn.Module]] | None",
+    trainer: str | None,
+) -> None:
+    module = import_part(done.package, script) if isinstance(script, str) else script
+    function = getattr(module, "train", None)
+    if function is None:
+        raise ConfigError(f"{module.__name__} has no train(); name the fork's script (script=)")
+    make = getattr(module, _MAKE_DATA, None)
+    if make is None or _MAKE_DATA not in function.__code__.co_names:
+        raise ConfigError(
+            f"{module.__name__}.train calls no {_MAKE_DATA}, through which prompts come into the "
+            "data; hand them over by hand: take_prompts(model), prompted_data(data_module, tower), "
+            "trainer.add_callback(AdapterCallback())"
+        )
+    name = trainer_of(module, function) if trainer is None else trainer
+    if not hasattr(getattr(module, name, None), "add_callback"):
+        raise ConfigError(f"{module.__name__} has no trainer {name!r} that takes callbacks")
+    for cls in splicing_models(done.package) if models is None else models:
+        take_prompts(cls, patches=done.patches)
+    done.patches.set(module, _MAKE_DATA, _data_module(make, done, policy, seed))
+    done.patches.set(module, name, _trainer(getattr(module, name)))
+
+
+def prompted_data(
+    data_module: "dict[str, Any]",
+    tower: DiffusionVisionTower,
+    policy: str | PromptPolicy = "question",
+    *,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """A fork's datasets and collator with prompts, for training scripts that are edited by hand.
+
+    With `take_prompts(model)` before and `trainer.add_callback(AdapterCallback())` after, this is
+    what `train_with_prompts` does.
+
+    Args:
+        data_module: What LLaVA's `make_supervised_data_module` returns: datasets under names that
+            end in ``_dataset``, and ``data_collator``.
+        tower: Tower that reads the prompts.
         policy: Policy that makes the prompts, see `diffenc.inputs.policies.parse_policy`.
         seed: Seed of what the policy draws.
 
+    Returns:
+        The same keys; each dataset draws a prompt for each sample, and batches have
+        ``vision_prompt_ids`` and ``vision_prompt_mask``.
+
     Raises:
-        ConfigError: The package is not laid out as LLaVA's, or the policy does not parse.
+        ConfigError: There is no collator or no dataset, a dataset keeps no `list_data_dict`, or the
+            policy does not parse.
     """
-    chosen = parse_policy(policy) if isinstance(policy, str) else policy
-    done = register(package)
-    arch = import_part(package, "model.llava_arch")
-    script = import_part(package, "train.train")
-    make = getattr(script, "make_supervised_data_module", None)
-    trainer = getattr(script, "LLaVATrainer", None)
-    if make is None or trainer is None:
+    return _with_prompts(data_module, tower.tokenizer, policy, seed)
+
+
+def _with_prompts(
+    data_module: "dict[str, Any]", tokenizer: PromptTokenizer, policy: str | PromptPolicy, seed: int
+) -> dict[str, Any]:
+    datasets = {
+        name: PromptDataset(dataset, policy, seed)
+        for name, dataset in data_module.items()
+        if name.endswith("_dataset") and dataset is not None
+    }
+    if not datasets or data_module.get("data_collator") is None:
         raise ConfigError(
-            f"{script.__name__} has no make_supervised_data_module or no LLaVATrainer; wrap its "
-            "data with PromptDataset and PromptCollator by hand"
+            "prompts need a dataset under a name such as train_dataset, and data_collator, got "
+            f"{', '.join(data_module) or 'nothing'}"
         )
-    for cls in model_classes(arch):
-        take_prompts(cls, patches=done.patches)
-    done.patches.set(script, "make_supervised_data_module", _data_module(make, done, chosen, seed))
-    done.patches.set(script, "LLaVATrainer", _trainer(trainer))
-    return done
+    collator = PromptCollator(data_module["data_collator"], tokenizer)
+    return {**data_module, **datasets, "data_collator": collator}
 
 
 def _data_module(make: Any, done: Registration, policy: PromptPolicy, seed: int) -> Any:
@@ -59,17 +151,7 @@ def _data_module(make: Any, done: Registration, policy: PromptPolicy, seed: int)
         module: dict[str, Any] = make(*args, **kwargs)
         if not done.specs:
             return module  # another tower, which reads no prompts
-        tokenizer = PromptTokenizer(done.specs[-1].model)
-        datasets = {
-            name: PromptDataset(dataset, policy, seed)
-            for name, dataset in module.items()
-            if name.endswith("_dataset") and dataset is not None
-        }
-        return {
-            **module,
-            **datasets,
-            "data_collator": PromptCollator(module["data_collator"], tokenizer),
-        }
+        return _with_prompts(module, PromptTokenizer(done.specs[-1].model), policy, seed)
 
     return make_supervised_data_module
 

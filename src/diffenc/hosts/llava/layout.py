@@ -1,0 +1,186 @@
+"""Where a fork of LLaVA keeps what is hooked: found by what classes and functions have and call.
+
+Forks rename modules, leave old ones behind and build towers in their own ways. So nothing is taken
+by the name of a file alone: a builder counts if the fork calls it, a model if it splices images
+into text, a trainer if the training script makes one.
+"""
+
+import importlib
+import pkgutil
+import sys
+from collections.abc import Iterator
+from types import FunctionType, ModuleType
+from typing import Any
+
+from torch import nn
+
+from diffenc.errors import ConfigError
+
+SPLICE = "prepare_inputs_labels_for_multimodal"
+
+
+def import_part(package: str, part: str) -> ModuleType:
+    """A module of a fork's package.
+
+    Raises:
+        ConfigError: It cannot be imported.
+    """
+    try:
+        return importlib.import_module(f"{package}.{part}")
+    except ImportError as error:
+        raise ConfigError(
+            f"cannot import {package}.{part}: {error}. Put the fork's folder on the path (pip "
+            "install -e . in it) and pass the name of its top-level module; name the part if the "
+            "fork keeps it elsewhere."
+        ) from error
+
+
+def function_at(package: str, place: str) -> tuple[ModuleType, str]:
+    """Module and name of a function that is told as "model.builder:load_pretrained_model".
+
+    Raises:
+        ConfigError: The place does not parse, or has no such function.
+    """
+    part, colon, name = place.partition(":")
+    if not (part and colon and name.isidentifier()):
+        raise ConfigError(
+            f"a place is 'module:function', such as 'model.builder:load', got {place!r}"
+        )
+    module = import_part(package, part)
+    if not callable(getattr(module, name, None)):
+        similar = [each for each in vars(module) if each.startswith(name.split("_")[0])]
+        raise ConfigError(
+            f"{module.__name__} has no {name}; "
+            + (f"it has {', '.join(sorted(similar))}. " if similar else "")
+            + f"{package!r} is laid out in another way than LLaVA: say where its functions are "
+            "(register's builder= and loader=), or build DiffusionVisionTower in its builder by "
+            "hand. TinyLLaVA and prismatic have hooks of their own in diffenc.hosts."
+        )
+    return module, name
+
+
+def loaded_modules(package: str) -> Iterator[ModuleType]:
+    """Modules of a package that were imported so far."""
+    for path, module in list(sys.modules.items()):
+        if (path == package or path.startswith(f"{package}.")) and isinstance(module, ModuleType):
+            yield module
+
+
+def import_architectures(package: str) -> None:
+    """Import the modules `model.*_arch`, which some packages leave to their scripts."""
+    model = sys.modules.get(f"{package}.model")
+    for info in pkgutil.iter_modules(getattr(model, "__path__", [])):
+        if info.name.endswith("_arch"):
+            import_part(package, f"model.{info.name}")
+
+
+def callers(package: str, name: str, function: Any) -> list[str]:
+    """Functions and methods of a package that call a function by its name.
+
+    Args:
+        package: Name of the package.
+        name: Name that the function has in its own module.
+        function: The function; who calls another one by the same name does not count.
+    """
+    return [
+        f"{module.__name__}.{each.__qualname__}"
+        for module in loaded_modules(package)
+        for each in _functions(module)
+        if each is not function
+        and name in each.__code__.co_names
+        and each.__globals__.get(name, function) is function
+    ]
+
+
+def _functions(module: ModuleType) -> Iterator[FunctionType]:
+    for value in list(vars(module).values()):
+        if isinstance(value, FunctionType):
+            yield value
+        elif isinstance(value, type):
+            yield from (each for each in vars(value).values() if isinstance(each, FunctionType))
+
+
+def require_caller(package: str, module: ModuleType, name: str) -> None:
+    """Refuse a builder that the fork never calls, so that replacing it would change nothing.
+
+    Raises:
+        ConfigError: Nothing calls it.
+    """
+    function = getattr(module, name)
+    if callers(package, name, function):
+        return
+    import_architectures(package)
+    if callers(package, name, function):
+        return
+    tables = [
+        f"{each.__name__}.{key}"
+        for each in loaded_modules(package)
+        for key, value in vars(each).items()
+        if isinstance(value, dict) and any(entry is function for entry in value.values())
+    ]
+    others = [
+        each
+        for each, value in vars(module).items()
+        if each.startswith("build") and callable(value) and callers(package, each, value)
+    ]
+    hints = [
+        f"It stands in the table {table}: put your tower's name there, with DiffusionVisionTower "
+        "as its value."
+        for table in tables
+    ]
+    if others:
+        hints.append(
+            f"It calls {', '.join(sorted(others))}: if that builds one tower of a config, pass "
+            f"builder='{module.__name__.removeprefix(package + '.')}:{others[0]}'; if it builds a "
+            "list, build DiffusionVisionTower in it by hand."
+        )
+    raise ConfigError(
+        f"nothing in {package!r} calls {module.__name__}.{name}, so replacing it would change "
+        f"nothing. {' '.join(hints)}".rstrip()
+    )
+
+
+def splicing_models(package: str) -> list[type[nn.Module]]:
+    """Models of a package that splice images into text, the classes that generate.
+
+    Raises:
+        ConfigError: There is none among the modules that are imported.
+    """
+    found = {
+        value: None
+        for module in loaded_modules(package)
+        for value in list(vars(module).values())
+        if isinstance(value, type)
+        and issubclass(value, nn.Module)
+        and hasattr(value, SPLICE)
+        and hasattr(value, "generate")
+    }
+    if not found:
+        raise ConfigError(
+            f"no class of {package!r} that is an nn.Module has {SPLICE} and generate, so there is "
+            "no model to hand prompts to. Import the module of your model first, or pass its class "
+            "(models=)"
+        )
+    return list(found)
+
+
+def trainer_of(script: ModuleType, function: FunctionType) -> str:
+    """Name, in a training script, of the trainer that its function makes.
+
+    Raises:
+        ConfigError: It makes none that takes callbacks, or several.
+    """
+    names = [
+        name
+        for name in function.__code__.co_names
+        if isinstance(getattr(script, name, None), type)
+        and hasattr(getattr(script, name), "add_callback")
+    ]
+    if len(names) != 1:
+        raise ConfigError(
+            f"{script.__name__}.{function.__name__} makes "
+            + (f"several trainers, {', '.join(names)}" if names else "no trainer of its module")
+            + "; name it (trainer=), or hand prompts over by hand: take_prompts(model), "
+            "prompted_data(data_module, tower), trainer.add_callback(AdapterCallback())"
+        )
+    return names[0]
