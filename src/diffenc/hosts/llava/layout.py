@@ -28,11 +28,15 @@ def import_part(package: str, part: str) -> ModuleType:
     try:
         return importlib.import_module(f"{package}.{part}")
     except ImportError as error:
-        raise ConfigError(
-            f"cannot import {package}.{part}: {error}. Put the fork's folder on the path (pip "
-            "install -e . in it) and pass the name of its top-level module; name the part if the "
-            "fork keeps it elsewhere."
-        ) from error
+        missing = getattr(error, "name", None) or ""
+        advice = (
+            "Put the fork's folder on the path (pip install -e . in it) and pass the name of its "
+            "top-level module; name the part if the fork keeps it elsewhere. TinyLLaVA and "
+            "prismatic have hooks of their own: diffenc.hosts.tinyllava and diffenc.hosts.prismatic"
+            if missing.partition(".")[0] == package.partition(".")[0]
+            else "The fork itself needs that: install what its own guide names"
+        )
+        raise ConfigError(f"cannot import {package}.{part}: {error}. {advice}.") from error
 
 
 def function_at(package: str, place: str) -> tuple[ModuleType, str]:
@@ -54,7 +58,7 @@ def function_at(package: str, place: str) -> tuple[ModuleType, str]:
             + (f"it has {', '.join(sorted(similar))}. " if similar else "")
             + f"{package!r} is laid out in another way than LLaVA: say where its functions are "
             "(register's builder= and loader=), or build DiffusionVisionTower in its builder by "
-            "hand. TinyLLaVA and prismatic have hooks of their own in diffenc.hosts."
+            "hand"
         )
     return module, name
 
