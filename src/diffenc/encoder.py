@@ -41,9 +41,9 @@ from diffenc.models.presets import preset_options
 from diffenc.models.sources import lasting_source
 from diffenc.models.taps import LATENTS, tap_patterns
 from diffenc.models.writing import write_folder
+from diffenc.passes.encoded import image_keys, posterior_of
 from diffenc.passes.forward import compile_taps
 from diffenc.passes.halves import read_halves
-from diffenc.passes.inputs import image_keys, posterior_of
 from diffenc.passes.texts import text_halves
 from diffenc.runtime.inference import lasting
 from diffenc.storage.names import checked_path
@@ -304,7 +304,7 @@ class DiffusionEncoder(TrainableParts):
             variant=None if include_backbone else backbone.variant,
             parts=parts,
             included=include_backbone,
-            truncated=include_backbone and backbone.truncated,
+            truncated=include_backbone and backbone.shortened,
             lora=self.lora_names,
             active_lora=self.active_lora,
             merged=is_merged(backbone.denoiser),

@@ -10,7 +10,7 @@ import torch
 
 from diffenc._typing import Prediction
 from diffenc.config import check_choice
-from diffenc.denoiser.truncation import truncate
+from diffenc.denoiser.shortening import shortened
 from diffenc.errors import BackboneError, ConfigError, near_matches
 from diffenc.models.base import Backbone
 from diffenc.models.configs import Architecture, known_architecture
@@ -239,7 +239,7 @@ def _of_pipeline(
     for name, module in modules.items():
         parts[name] = module if dtype is None else cast_part(module, dtype)
     if keep_taps is not None:
-        parts["unet"] = truncate(parts["unet"], keep_taps)
+        parts["unet"] = shortened(parts["unet"], keep_taps)
     place = parts["unet"].device if device is None else device
     backbone = assemble(pipeline_name(pipeline), described, parts, place)
     backbone.given = {PIPELINE: None}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diffenc._typing import LongPrompts, Uncond
 from diffenc.checks.fields import require_finite
-from diffenc.denoiser.truncation import is_whole
+from diffenc.denoiser.shortening import is_whole
 from diffenc.errors import BackboneError, PromptError, ShapeError, TapError
 from diffenc.inputs.prompts import PromptEmbeds, count_windows, tokenize, tokenize_windows
 from diffenc.memory.cache import TensorCache
@@ -288,10 +288,10 @@ class Backbone(nn.Module):
         """The places that module paths or globs name, see `diffenc.match_taps`.
 
         Raises:
-            TapError: A pattern names nothing, or something behind the point where this U-Net was
-                truncated.
+            TapError: A pattern names nothing, or something behind the end of a U-Net that was
+                shortened.
         """
-        if self.truncated:
+        if self.shortened:
             self._check_reach(patterns)
         return match_taps(patterns, self.taps())
 
@@ -307,7 +307,7 @@ class Backbone(nn.Module):
                 )
 
     @property
-    def truncated(self) -> bool:
+    def shortened(self) -> bool:
         """Whether the U-Net ends after the last tap it was loaded for, and predicts no noise."""
         return not hasattr(self.unet.conv_out, "weight")
 

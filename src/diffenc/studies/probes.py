@@ -18,7 +18,7 @@ from diffenc.errors import ConfigError
 from diffenc.inputs.images import to_pixel_values
 from diffenc.models import TapInfo, describe, match_taps
 from diffenc.models.base import Backbone
-from diffenc.passes.inputs import image_keys, posterior_of
+from diffenc.passes.encoded import image_keys, posterior_of
 from diffenc.shapes.render import masks, render
 from diffenc.studies.readouts import fit_readout
 from diffenc.studies.trials import CLASSES, PROPERTIES, Conditioning, Property, Trial, chance_of
