@@ -107,8 +107,8 @@ def load_backbone(
         dtype: Floating point type of the U-Net and the text encoders, or its name: float32,
             bfloat16 or float16. None is float32, or the type that a pipeline or a `Backbone`
             already has.
-        device: Device of the parts. None is the CPU, or the device that a pipeline or a `Backbone`
-            is already on.
+        device: Device of the parts: a name, a number or a `torch.device`. None is the CPU, or the
+            device that a pipeline or a `Backbone` is already on.
         keep_taps: Readable places of the U-Net, see `list_taps`; what lies behind the last of them
             is neither loaded nor run. None loads everything. A function is asked, with what the
             configs tell, before any weight is read.

@@ -5,7 +5,7 @@ from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from jaxtyping import Float, Int
@@ -128,6 +128,28 @@ class States:
 
 
 _CHECKED = ("unet", "vae", "scheduler")
+
+
+class CommonParts(TypedDict):
+    """What a model of every family is made of, beside what encodes its texts.
+
+    Attributes:
+        name: Name of the backbone in messages and saved configs.
+        unet: Denoising U-Net (`UNet2DConditionModel`).
+        vae: An `AutoencoderKL` or `AutoencoderTiny`.
+        scheduler: Scheduler of diffusers that has `alphas_cumprod`.
+        default_size: Side of the square that images are brought to, in pixels; None derives it from
+            the U-Net's config.
+        default_taps: Taps that the encoder reads when none are asked for; None takes those of the
+            "gdf" preset.
+    """
+
+    name: str
+    unet: Any
+    vae: Any
+    scheduler: Any
+    default_size: NotRequired[int | None]
+    default_taps: NotRequired[tuple[str, ...] | None]
 
 
 class Backbone(nn.Module):
