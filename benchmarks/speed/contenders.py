@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diffenc import DiffusionEncoder
 from diffenc.config import EncoderConfig
-from diffenc.denoiser.truncation import truncate
+from diffenc.denoiser.shortening import shortened
 from diffenc.inputs.noise import shared_noise
 from diffenc.models.base import Backbone, Caches
 from speed.cases import Question
@@ -81,7 +81,7 @@ class Diffenc:
     def truncated_weights(self) -> int:
         """Bytes of the weights that `truncate=True` would load."""
         taps = [tap.name for tap in self.encoder.feature_info]
-        short = truncate(self.parts["unet"], taps)
+        short = shortened(self.parts["unet"], taps)
         return weight_bytes(short, *(p for name, p in self.parts.items() if name != "unet"))
 
 
@@ -188,7 +188,7 @@ class DiftScript(PlainScript):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.unet = truncate(self.pipe.unet, self.taps)
+        self.unet = shortened(self.pipe.unet, self.taps)
 
     @torch.no_grad()
     def _answer(self, question: Question, noise: Tensor) -> Maps:

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffenc.denoiser.attention import cross_attention_layers
 from diffenc.denoiser.hooks import AllTapsRead
-from diffenc.denoiser.truncation import truncate
+from diffenc.denoiser.shortening import shortened
 from diffenc.models import describe
 from diffenc.models.building import build_on_meta
 from diffenc.runtime.threads import for_this_thread
@@ -103,7 +103,7 @@ def arithmetic(folder: str | Path, taps: tuple[str, ...], size: int) -> Arithmet
         size: Side of the pictures, in pixels.
     """
     model = _Meta(folder, size)
-    return model.arithmetic(partial(model.run, truncate(model.unet, taps)))
+    return model.arithmetic(partial(model.run, shortened(model.unet, taps)))
 
 
 @cache

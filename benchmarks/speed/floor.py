@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from diffenc.config import EncoderConfig
 from diffenc.denoiser.hooks import TapOutputs
-from diffenc.denoiser.truncation import truncate
+from diffenc.denoiser.shortening import shortened
 from diffenc.inputs.noise import shared_noise
 from diffenc.models.base import Backbone
 from speed.cases import Question
@@ -40,7 +40,7 @@ class Floor:
     ) -> None:
         self.backbone, self.config, self.taps, self.again = backbone, config, taps, again
         self.parts: Mapping[str, nn.Module] = backbone.parts()
-        self.unet = TapOutputs(truncate(backbone.unet, taps), taps)
+        self.unet = TapOutputs(shortened(backbone.unet, taps), taps)
         self.device, self.dtype = backbone.device, backbone.dtype
         numbers = ("", "_2") if backbone.family == "sdxl" else ("",)
         self.towers: list[tuple[Any, Any]] = [

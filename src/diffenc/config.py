@@ -152,12 +152,25 @@ class EncoderConfig:
         Raises:
             ConfigError: A key is no attribute, or a value is not allowed.
         """
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(map(str, values.keys() - known)):
-            hint = near_matches(unknown[0], known)
-            raise ConfigError(f"unknown options {unknown}; known are {sorted(known)}.{hint}")
-        made: EncoderConfig = make(cls, values)
+        made: EncoderConfig = make_options(cls, values)
         return made
+
+
+def make_options(kind: Any, values: Mapping[str, Any]) -> Any:
+    """Call a class of options with values by name, lists read as tuples.
+
+    Args:
+        kind: Dataclass of the options.
+        values: Values by name.
+
+    Raises:
+        ConfigError: A key is no attribute, all of which are named, or a value is not allowed.
+    """
+    known = {field.name for field in fields(kind)}
+    if unknown := sorted(map(str, values.keys() - known)):
+        hint = near_matches(unknown[0], known)
+        raise ConfigError(f"unknown options {unknown}; known are {sorted(known)}.{hint}")
+    return make(kind, values)
 
 
 def described(name: str, facts: Mapping[str, object], config: Any = None) -> str:

@@ -41,9 +41,9 @@ from diffenc.models.presets import preset_options
 from diffenc.models.sources import lasting_source
 from diffenc.models.taps import LATENTS, tap_patterns
 from diffenc.models.writing import write_folder
+from diffenc.passes.encoded import image_keys, posterior_of
 from diffenc.passes.forward import compile_taps
 from diffenc.passes.halves import read_halves
-from diffenc.passes.inputs import image_keys, posterior_of
 from diffenc.passes.texts import text_halves
 from diffenc.runtime.inference import lasting
 from diffenc.storage.names import checked_path
@@ -144,17 +144,13 @@ class DiffusionEncoder(TrainableParts):
         """Load an encoder.
 
         Args:
-            name: An alias ("shapes", "sd1.5", "sd2.1-base", "sd2.1", "sdxl"), a Hub id, a diffusers
-                folder, a `.safetensors` checkpoint in the original layout, a folder that
-                `save_pretrained` wrote, a `StableDiffusionPipeline` or
-                `StableDiffusionXLPipeline`, whose parts are frozen and shared, or a `Backbone`.
-                An alias wins over a folder of that name, which is "./name"; a folder wins over a
-                Hub id.
-            device: Device of the model: a name, a number or a `torch.device`. None is the CPU, or
-                the device that a pipeline or a `Backbone` is already on.
-            dtype: Floating point type of the U-Net and the text encoders, or its name: float32,
-                bfloat16 or float16. The VAE stays in float32 where float16 overflows. None is
-                float32, or the type that a pipeline or a `Backbone` already has.
+            name: Model to load, see `load_backbone`: an alias, a Hub id, a diffusers folder, a
+                `.safetensors` checkpoint, a pipeline of diffusers or a `Backbone`; or a folder that
+                `save_pretrained` wrote. An alias wins over a folder of that name, which is
+                "./name"; a folder wins over a Hub id.
+            device: Device of the model; for this and the next see `load_backbone`.
+            dtype: Floating point type of the U-Net and the text encoders. The VAE stays in float32
+                where float16 overflows.
             use_cache: Whether to remember latents, prompts and unconditional features; see the
                 class.
             preset: Name of a published method whose taps and options are taken: "gdf", "mustafar",
@@ -162,20 +158,16 @@ class DiffusionEncoder(TrainableParts):
                 preset.
             truncate: Whether to leave out everything behind the last tap, which gives the same
                 features with less memory. Such an encoder has no later taps and predicts no noise.
-            channels_last: Memory format of convolutions; None takes what was measured to be
-                fastest.
-            architecture: Alias or folder whose configs describe the model; read for a single file
-                alone.
-            prediction_type: Kind of the U-Net's prediction, where the model itself does not state
-                it; see `load_backbone`.
-            variant: Word in the names of the weight files, such as "fp16"; see `load_backbone`.
-            unet: Replacement for the model's own U-Net: a model, a state dict, or a `.safetensors`
-                file.
-            vae: Replacement for the model's own VAE: a model (TAESD too), its folder, or a file.
-            text_encoder: Replacement for the model's own text encoder; for this and the next three
-                parts see `load_backbone`.
+            channels_last: Memory format of convolutions; for this and all up to `tokenizer_2` see
+                `load_backbone`.
+            architecture: Alias or folder whose configs describe a single file.
+            prediction_type: Kind of the U-Net's prediction, where the model does not state it.
+            variant: Word in the names of the weight files, such as "fp16".
+            unet: Replacement for the model's own U-Net.
+            vae: Replacement for the model's own VAE.
+            text_encoder: Replacement for the model's own text encoder.
             text_encoder_2: Replacement for SDXL's second text encoder.
-            tokenizer: Replacement for the tokenizer of the text encoder; a single file may need it.
+            tokenizer: Replacement for the tokenizer of the text encoder.
             tokenizer_2: Replacement for the tokenizer of SDXL's second text encoder.
             clip: CLIP model of the saved captioner, see `add_captioner`; None loads the one that
                 the saved captioner names.
@@ -304,7 +296,7 @@ class DiffusionEncoder(TrainableParts):
             variant=None if include_backbone else backbone.variant,
             parts=parts,
             included=include_backbone,
-            truncated=include_backbone and backbone.truncated,
+            truncated=include_backbone and backbone.shortened,
             lora=self.lora_names,
             active_lora=self.active_lora,
             merged=is_merged(backbone.denoiser),

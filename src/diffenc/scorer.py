@@ -16,7 +16,7 @@ from diffenc.clip.vision_models import to_image, to_pictures
 from diffenc.config import check_choice
 from diffenc.errors import ConfigError, OutputError, PromptError, ShapeError
 from diffenc.inputs.images import Images, ImageSource, as_list, decoded
-from diffenc.passes.inputs import image_keys, posterior_of
+from diffenc.passes.encoded import image_keys, posterior_of
 from diffenc.scoring.bank_build import SHARD_BYTES, bank_bytes, write_bank
 from diffenc.scoring.base import ConfiguredScorer
 from diffenc.scoring.calibration import reference_pixels

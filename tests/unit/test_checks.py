@@ -78,6 +78,13 @@ def test_what_is_no_whole_number_is_no_int(kind, name):
             kind(**{**MAKERS[kind], name: value})
 
 
+@pytest.mark.parametrize(("kind", "name"), INTS, ids=str)
+def test_a_whole_number_is_one_that_torch_has_a_type_for(kind, name):
+    for value in (2**63, -(2**63) - 1, int("9" * 23)):
+        with pytest.raises(ConfigError, match=rf"{name} must be .*an int.*64 bits"):
+            kind(**{**MAKERS[kind], name: value})
+
+
 @pytest.mark.wrong_type
 @pytest.mark.parametrize(("kind", "name"), FLOATS, ids=str)
 def test_what_is_no_finite_number_is_no_float(kind, name):
@@ -167,6 +174,9 @@ def test_options_of_another_shape_are_refused_in_a_sentence(options):
 def test_the_checks_themselves():
     assert whole("n", np.int16(-3)) == -3
     assert type(whole("n", np.int16(3))) is int
+    assert [whole("n", edge) for edge in (-(2**63), 2**63 - 1)] == [-(2**63), 2**63 - 1]
+    with pytest.raises(ConfigError, match="n must be an int of 1 or more, of 64 bits at most"):
+        whole("n", 2**63, least=1)
     assert type(real("x", np.float16(0.5))) is float
     assert real("x", 3) == 3.0
     assert pair("size", [3, 4]) == (3, 4)

@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 from diffenc import list_backbones, list_taps, load_backbone
 from diffenc.cli.main import app
-from diffenc.denoiser.truncation import truncate
+from diffenc.denoiser.shortening import shortened
 
 
 def run(*arguments):
@@ -36,7 +36,7 @@ def test_numbers_from_configs_equal_those_of_the_loaded_model(kind, request):
     }
     assert {part["name"]: part["parameters"] for part in values["components"]} == parts
     assert all(part["bytes_on_disk"] > 4 * part["parameters"] for part in values["components"])
-    short = truncate(backbone.unet, backbone.default_taps)
+    short = shortened(backbone.unet, backbone.default_taps)
     expected = sum(weight.numel() for weight in short.parameters())
     assert values["truncated_unet_parameters"] == expected < parts["unet"]
     unet = values["components"][0]

@@ -218,3 +218,11 @@ def test_broken_pictures_are_named_or_left_out(tiny_sd_folder, pictures, tmp_pat
     assert f"left out {tmp_path / 'none.png'}: no such image file" in result.stderr
     found = json.loads(run("search", tmp_path / "bank", "-t", "red", "--json").stdout)["red"]
     assert sorted(entry["name"] for entry in found) == sorted(map(str, pictures))
+
+
+def test_a_number_of_many_digits_ends_in_a_sentence(pictures):
+    for option in ("--batch-size", "--seed", "--screen", "--trials"):
+        result = run("score", pictures[0], "--text", "a", "-m", "shapes", option, "9" * 23)
+        assert result.exit_code == 2, result.output
+        name = option.removeprefix("--").replace("-", "_")
+        assert re.search(rf"error: {name} must be an int", result.output)

@@ -16,7 +16,7 @@ from diffenc.errors import (
     ShapeError,
     TapError,
 )
-from diffenc.scoring.inputs import token_mask
+from diffenc.scoring.token_masks import token_mask
 
 TEXTS = ["a red circle", "a blue square left of a circle", "red"]
 TWO_STEPS = (200, 700)

@@ -163,7 +163,7 @@ def test_truncated_half_precision_and_given_parts_are_included_too(tiny_sd_folde
     encoder.save_pretrained(tmp_path / "a", include_backbone=True)
     source = shutil.move(tmp_path / "a", tmp_path / "b")
     again = DiffusionEncoder.from_pretrained(source, dtype=torch.bfloat16)
-    assert again.backbone.truncated
+    assert again.backbone.shortened
     assert_equal(again, encoder)
     encoder.save_pretrained(tmp_path / "c")
     with pytest.raises(ConfigError, match=r"vae.*include_backbone=True"):

@@ -66,7 +66,7 @@ def test_a_truncated_reading_leaves_the_pipeline_whole(pipeline, tiny_sd_folder)
     short = DiffusionEncoder.from_pretrained(pipeline, **options)
     expected = DiffusionEncoder.from_pretrained(tiny_sd_folder, **OPTIONS)
     torch.testing.assert_close(short(IMAGE, "red"), expected(IMAGE, "red"), atol=1e-4, rtol=1e-4)
-    assert short.backbone.truncated
+    assert short.backbone.shortened
     assert len(pipeline.unet.up_blocks) == 4
     pipeline.set_progress_bar_config(disable=True)
     made = pipeline("red", num_inference_steps=2, height=64, width=64, output_type="np")

@@ -27,7 +27,7 @@ from diffenc.denoiser.attention import CrossAttnTaps, cross_attentions, word_tok
 from diffenc.denoiser.attention_scores import read_queries
 from diffenc.denoiser.hooks import ForwardTaps
 from diffenc.denoiser.lora.adapters import lora_disabled
-from diffenc.denoiser.truncation import truncate
+from diffenc.denoiser.shortening import shortened
 from diffenc.inputs.latents import encode_posterior
 from diffenc.inputs.prompts import tokenize
 from diffenc.models import StableDiffusion, load_backbone
@@ -229,7 +229,7 @@ def test_the_lock_is_the_modules_and_a_copys_is_its_own():
     for twin in (copy.deepcopy(backbone), pickle.loads(pickle.dumps(backbone))):
         assert twin.lock is not backbone.lock
         assert twin.lock is lock_of(twin.unet)
-    assert lock_of(truncate(unet, ["mid_block"])) is lock_of(unet)  # it has the same blocks
+    assert lock_of(shortened(unet, ["mid_block"])) is lock_of(unet)  # it has the same blocks
     backbone.unet = builders.tiny_unet()
     assert backbone.lock is not lock_of(unet)
 

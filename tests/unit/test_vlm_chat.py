@@ -120,9 +120,9 @@ def test_a_tokenizer_that_tells_no_places_is_refused():
 def test_long_samples_lose_their_end_but_never_part_of_a_picture():
     encoded = Chat(tiny_lm_tokenizer(), "plain").encode(TURNS)
     assert encoded.length(10) == len(encoded.input_ids) + 18
-    cut = encoded.truncated(26, 10)
+    cut = encoded.cut_to(26, 10)
     assert cut.length(10) == 26
     assert cut.input_ids == encoded.input_ids[: len(cut.input_ids)]
-    assert encoded.truncated(10_000, 10) == encoded
+    assert encoded.cut_to(10_000, 10) == encoded
     with pytest.raises(ConfigError, match="2 pictures of 10 tokens"):
-        encoded.truncated(20, 10)
+        encoded.cut_to(20, 10)

@@ -11,6 +11,9 @@ from diffenc.errors import ConfigError, DiffencError
 _LARGEST = 3.4e38
 """Largest number that float32 holds, the type in which most numbers meet tensors."""
 
+OF_64_BITS = ", of 64 bits at most"
+"""End of a sentence about a whole number that torch has no type for."""
+
 
 def whole(
     name: str,
@@ -20,7 +23,7 @@ def whole(
     most: int | None = None,
     error: type[DiffencError] = ConfigError,
 ) -> int:
-    """A whole number of Python, from one of any library.
+    """A whole number of Python, of 64 bits at most, from one of any library.
 
     Args:
         name: Name of the argument, for messages.
@@ -42,7 +45,14 @@ def whole(
     high = number is not None and most is not None and number > most
     if number is None or low or high:
         raise error(f"{name} must be an int{bounds}, got {shown(value)}")
+    if is_wide(number):
+        raise error(f"{name} must be an int{bounds}{OF_64_BITS}, got {shown(value)}")
     return number
+
+
+def is_wide(value: Any) -> bool:
+    """Whether a value is a whole number that torch has no type for: one of more than 64 bits."""
+    return isinstance(value, int) and not -(2**63) <= value < 2**63
 
 
 def wholes(

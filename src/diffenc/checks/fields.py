@@ -10,7 +10,7 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from diffenc.checks.arguments import is_truth, number, whole
+from diffenc.checks.arguments import OF_64_BITS, is_truth, is_wide, number, whole
 from diffenc.errors import ConfigError, DiffencError, NonFiniteError
 
 
@@ -33,9 +33,8 @@ def conform(instance: Any, where: str = "") -> None:
         try:
             plain = _fit(value, hints[field.name])
         except _MisfitError:
-            raise ConfigError(
-                f"{where}{field.name} must be {_words(hints[field.name])}, got {value!r}"
-            ) from None
+            words = _words(hints[field.name]) + (OF_64_BITS if is_wide(value) else "")
+            raise ConfigError(f"{where}{field.name} must be {words}, got {value!r}") from None
         if plain is not value:
             object.__setattr__(instance, field.name, plain)
 

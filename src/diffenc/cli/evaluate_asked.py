@@ -11,7 +11,14 @@ import typer
 
 from diffenc.cli.fields import summary_of, with_fields
 from diffenc.cli.files import check_output
-from diffenc.cli.options import MINIATURE_NOTE, AsJson, Debug, quiet_libraries
+from diffenc.cli.options import (
+    MINIATURE_NOTE,
+    AsJson,
+    Debug,
+    begin_anew,
+    kept_output,
+    quiet_libraries,
+)
 from diffenc.cli.progress import progress_bar
 from diffenc.cli.tables import print_tables
 from diffenc.errors import OutputError
@@ -33,17 +40,11 @@ ModelFolder = Annotated[
 ]
 Output = Annotated[
     Path | None,
-    typer.Option(
-        "--output",
-        "-o",
-        metavar="FILE.jsonl",
-        help="File that gets every answer as it comes; default the command's name and "
-        "-results.jsonl. Where it holds answers of the same run, that run goes on.",
+    kept_output(
+        "FILE.jsonl", "File that gets every answer as it comes", "-results.jsonl", "answers"
     ),
 ]
-Anew = Annotated[
-    bool, typer.Option("--force", "-f", help="Forget the answers in the file and begin anew.")
-]
+Anew = Annotated[bool, begin_anew("answers in the file")]
 
 
 def add_asking(app: typer.Typer, kind: type[AskTask]) -> None:

@@ -11,7 +11,14 @@ import typer
 from diffenc.cli.fields import summary_of, with_fields
 from diffenc.cli.files import check_output, write_whole
 from diffenc.cli.noted import NotedCommand, command_line
-from diffenc.cli.options import MINIATURE_NOTE, AsJson, Debug, quiet_libraries
+from diffenc.cli.options import (
+    MINIATURE_NOTE,
+    AsJson,
+    Debug,
+    begin_anew,
+    kept_output,
+    quiet_libraries,
+)
 from diffenc.cli.parsing import parse_timesteps
 from diffenc.cli.progress import progress_bar
 from diffenc.cli.tables import print_tables
@@ -30,17 +37,11 @@ _BY_NAME: dict[str, type[MatchTask]] = {kind.name: kind for kind in MATCH_TASKS}
 
 Output = Annotated[
     Path | None,
-    typer.Option(
-        "--output",
-        "-o",
-        metavar="FOLDER",
-        help="Folder that gets the scores of every item and the report; default the command's name "
-        "and -results. Where it holds scores of the same run, that run goes on.",
+    kept_output(
+        "FOLDER", "Folder that gets the scores of every item and the report", "-results", "scores"
     ),
 ]
-Anew = Annotated[
-    bool, typer.Option("--force", "-f", help="Forget the scores in the folder and begin anew.")
-]
+Anew = Annotated[bool, begin_anew("scores in the folder")]
 Paper = Annotated[
     bool | None,
     typer.Option("--paper/--no-paper", help="Show the paper's rows; default with real data alone."),

@@ -129,7 +129,7 @@ def describe(model: str) -> dict[str, Any]:
         for name, config in architecture.configs.items()
         if name != "scheduler"
     ]
-    truncated = count_parameters(architecture.configs["unet"], architecture.default_taps)
+    shortened = count_parameters(architecture.configs["unet"], architecture.default_taps)
     return {
         "model": model,
         "folder": None if folder is None else str(folder),
@@ -138,7 +138,7 @@ def describe(model: str) -> dict[str, Any]:
         "latent_reduction": architecture.reduction,
         "prediction_type": architecture.configs["scheduler"].get("prediction_type", "epsilon"),
         "components": [_component_values(part) for part in parts],
-        "truncated_unet_parameters": truncated,
+        "truncated_unet_parameters": shortened,
         "taps": [_tap_values(tap, architecture.default_taps) for tap in architecture.taps()],
     }
 

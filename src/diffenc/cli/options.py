@@ -1,6 +1,6 @@
 """Options that several commands share."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -63,6 +63,29 @@ Variant = Annotated[
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace the output file if it exists.")]
+
+
+def kept_output(metavar: str, gets: str, ending: str, holds: str) -> Any:
+    """Declare `--output` of a run that is gone on with by the same command.
+
+    Args:
+        metavar: Word that stands for the place in the help.
+        gets: Kind of the place and what it gets, for the help.
+        ending: Ending of the default, behind the command's name.
+        holds: What the place holds of a run.
+    """
+    return typer.Option(
+        "--output",
+        "-o",
+        metavar=metavar,
+        help=f"{gets}; default the command's name and {ending}. Where it holds {holds} of the same "
+        "run, that run goes on.",
+    )
+
+
+def begin_anew(what: str) -> Any:
+    """Declare `--force` of a run that would otherwise be gone on with."""
+    return typer.Option("--force", "-f", help=f"Forget the {what} and begin anew.")
 
 
 MINIATURE_NOTE = "The items are coloured shapes of 64 pixels; they say nothing of photographs."

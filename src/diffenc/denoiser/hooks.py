@@ -8,7 +8,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from diffenc.denoiser.truncation import shallow_copy
+from diffenc.denoiser.shortening import shallow_copy
 from diffenc.errors import TapError, near_matches
 from diffenc.runtime.threads import for_this_thread
 

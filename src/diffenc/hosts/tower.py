@@ -32,7 +32,7 @@ from diffenc.hosts.prompts import (
 )
 from diffenc.hosts.spec import DTYPES, TowerSpec
 from diffenc.hosts.tower_config import TowerConfig
-from diffenc.passes.inputs import prompts_of
+from diffenc.passes.encoded import prompts_of
 from diffenc.runtime.threads import lock_of
 
 

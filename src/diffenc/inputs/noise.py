@@ -28,7 +28,7 @@ def shared_noise(
     return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
-def noise_levels(scheduler: Any) -> Float[Tensor, " steps"]:
+def signal_levels(scheduler: Any) -> Float[Tensor, " steps"]:
     """`alphas_cumprod` of a scheduler on the CPU: how much of a picture each step leaves.
 
     Raises:
@@ -76,7 +76,7 @@ def add_noise(
     Source:
         Ho et al. 2020 (DDPM), arXiv:2006.11239, equation 4.
     """
-    schedule, timestep = noise_levels(scheduler), whole("timestep", timestep)
+    schedule, timestep = signal_levels(scheduler), whole("timestep", timestep)
     if not 0 <= timestep < len(schedule):
         raise ConfigError(
             f"timestep must be in [0, {len(schedule)}) for this model's schedule, got {timestep}"
@@ -108,7 +108,7 @@ def to_noise(
         Salimans and Ho 2022 (v-prediction), arXiv:2202.00512, appendix D.
     """
     noisy = noisy_latents.to(output)
-    signal = noise_levels(scheduler).double()[timesteps.cpu()]
+    signal = signal_levels(scheduler).double()[timesteps.cpu()]
     signal = rearrange(signal, "rows -> rows 1 1 1")
     of_image: Tensor = signal.sqrt().to(output)
     of_noise: Tensor = (1 - signal).sqrt().to(output)

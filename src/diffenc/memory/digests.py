@@ -130,7 +130,7 @@ def _number(word: str) -> float:
 
 
 def _lasting(module: nn.Module) -> Iterator[Tensor]:
-    """Matrices as they are without adapters, those left out that truncation cuts, in order."""
+    """Matrices as they are without adapters, those left out that shortening cuts, in order."""
     for path, parameter in module.named_parameters():
         cut = path.startswith(_PART_OF_NONE)
         if parameter.ndim > 1 and not cut and ".lora_" not in path:

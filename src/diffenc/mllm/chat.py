@@ -46,7 +46,7 @@ class ChatTokens:
         """Tokens that the language model sees."""
         return len(self.input_ids) + self.num_images * (tokens_per_image - 1)
 
-    def truncated(self, limit: int, tokens_per_image: int) -> "ChatTokens":
+    def cut_to(self, limit: int, tokens_per_image: int) -> "ChatTokens":
         """The first tokens, as many as fit; a picture's tokens are never cut.
 
         Raises:

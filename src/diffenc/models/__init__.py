@@ -10,7 +10,7 @@ import torch
 
 from diffenc._typing import Prediction
 from diffenc.config import check_choice
-from diffenc.denoiser.truncation import truncate
+from diffenc.denoiser.shortening import shortened
 from diffenc.errors import BackboneError, ConfigError, near_matches
 from diffenc.models.base import Backbone
 from diffenc.models.configs import Architecture, known_architecture
@@ -107,8 +107,8 @@ def load_backbone(
         dtype: Floating point type of the U-Net and the text encoders, or its name: float32,
             bfloat16 or float16. None is float32, or the type that a pipeline or a `Backbone`
             already has.
-        device: Device of the parts. None is the CPU, or the device that a pipeline or a `Backbone`
-            is already on.
+        device: Device of the parts: a name, a number or a `torch.device`. None is the CPU, or the
+            device that a pipeline or a `Backbone` is already on.
         keep_taps: Readable places of the U-Net, see `list_taps`; what lies behind the last of them
             is neither loaded nor run. None loads everything. A function is asked, with what the
             configs tell, before any weight is read.
@@ -239,7 +239,7 @@ def _of_pipeline(
     for name, module in modules.items():
         parts[name] = module if dtype is None else cast_part(module, dtype)
     if keep_taps is not None:
-        parts["unet"] = truncate(parts["unet"], keep_taps)
+        parts["unet"] = shortened(parts["unet"], keep_taps)
     place = parts["unet"].device if device is None else device
     backbone = assemble(pipeline_name(pipeline), described, parts, place)
     backbone.given = {PIPELINE: None}

@@ -5,7 +5,7 @@ from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from jaxtyping import Float, Int
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diffenc._typing import LongPrompts, Uncond
 from diffenc.checks.fields import require_finite
-from diffenc.denoiser.truncation import is_whole
+from diffenc.denoiser.shortening import is_whole
 from diffenc.errors import BackboneError, PromptError, ShapeError, TapError
 from diffenc.inputs.prompts import PromptEmbeds, count_windows, tokenize, tokenize_windows
 from diffenc.memory.cache import TensorCache
@@ -128,6 +128,28 @@ class States:
 
 
 _CHECKED = ("unet", "vae", "scheduler")
+
+
+class CommonParts(TypedDict):
+    """What a model of every family is made of, beside what encodes its texts.
+
+    Attributes:
+        name: Name of the backbone in messages and saved configs.
+        unet: Denoising U-Net (`UNet2DConditionModel`).
+        vae: An `AutoencoderKL` or `AutoencoderTiny`.
+        scheduler: Scheduler of diffusers that has `alphas_cumprod`.
+        default_size: Side of the square that images are brought to, in pixels; None derives it from
+            the U-Net's config.
+        default_taps: Taps that the encoder reads when none are asked for; None takes those of the
+            "gdf" preset.
+    """
+
+    name: str
+    unet: Any
+    vae: Any
+    scheduler: Any
+    default_size: NotRequired[int | None]
+    default_taps: NotRequired[tuple[str, ...] | None]
 
 
 class Backbone(nn.Module):
@@ -288,10 +310,10 @@ class Backbone(nn.Module):
         """The places that module paths or globs name, see `diffenc.match_taps`.
 
         Raises:
-            TapError: A pattern names nothing, or something behind the point where this U-Net was
-                truncated.
+            TapError: A pattern names nothing, or something behind the end of a U-Net that was
+                shortened.
         """
-        if self.truncated:
+        if self.shortened:
             self._check_reach(patterns)
         return match_taps(patterns, self.taps())
 
@@ -307,7 +329,7 @@ class Backbone(nn.Module):
                 )
 
     @property
-    def truncated(self) -> bool:
+    def shortened(self) -> bool:
         """Whether the U-Net ends after the last tap it was loaded for, and predicts no noise."""
         return not hasattr(self.unet.conv_out, "weight")
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from diffenc.denoiser.lora.adapters import active_lora, is_merged, require_separate
 from diffenc.errors import BackboneError, ConfigError
-from diffenc.inputs.noise import noise_levels
+from diffenc.inputs.noise import signal_levels
 from diffenc.models.schedules import check_schedule
 from diffenc.models.variants import check_channels, check_vae
 
@@ -40,7 +40,7 @@ def check_components(unet: Any, vae: Any, scheduler: Any) -> None:
         )
     check_schedule(scheduler)
     try:
-        noise_levels(scheduler)
+        signal_levels(scheduler)
     except ConfigError as error:
         raise BackboneError(str(error)) from None
     check_weights(unet, "the U-Net")

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from diffenc.checks.arguments import whole
-from diffenc.denoiser.truncation import truncate
+from diffenc.denoiser.shortening import shortened
 from diffenc.errors import BackboneError
 from diffenc.models.configs import Architecture
 from diffenc.models.part_checks import check_weights
@@ -124,7 +124,7 @@ class GivenParts:
             return cast_part(
                 replacement
                 if keep_taps is None or name != "unet"
-                else truncate(replacement, keep_taps),
+                else shortened(replacement, keep_taps),
                 dtype,
             )
         if name == "unet":

@@ -1,13 +1,13 @@
 """Stable Diffusion XL, base."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from diffenc.inputs.prompts import PromptEmbeds, join_windows
-from diffenc.models.base import Backbone, grad_where_trained
+from diffenc.models.base import Backbone, CommonParts, grad_where_trained
 from diffenc.models.part_checks import check_text
 from diffenc.runtime.threads import lock_of
 
@@ -18,19 +18,12 @@ class StableDiffusionXL(Backbone):
     The sizes tell the processed picture's, uncropped, as the pipeline's own defaults do.
 
     Args:
-        name: Name of the backbone in messages and saved configs.
-        unet: A `UNet2DConditionModel` that reads pooled text and sizes.
-        vae: An `AutoencoderKL` or `AutoencoderTiny`.
-        scheduler: Scheduler of diffusers that has `alphas_cumprod`.
         text_encoder: Text encoder, a `CLIPTextModel`.
         tokenizer: `CLIPTokenizer` of the text encoder.
         text_encoder_2: A `CLIPTextModelWithProjection`.
         tokenizer_2: `CLIPTokenizer` of the second text encoder.
-        default_size: Side of the square that images are brought to, in pixels; None derives it from
-            the U-Net's config.
-        default_taps: Taps that the encoder reads when none are asked for; None takes those of the
-            "gdf" preset.
         force_zeros: Whether the unconditional embedding is zeros instead of the empty text's.
+        parts: Name, U-Net, VAE and scheduler, and defaults; see `CommonParts`.
 
     Raises:
         BackboneError: Parts do not fit each other.
@@ -42,27 +35,15 @@ class StableDiffusionXL(Backbone):
     def __init__(
         self,
         *,
-        name: str,
-        unet: Any,
-        vae: Any,
-        scheduler: Any,
         text_encoder: Any,
         tokenizer: Any,
         text_encoder_2: Any,
         tokenizer_2: Any,
-        default_size: int | None = None,
-        default_taps: tuple[str, ...] | None = None,
         force_zeros: bool = True,
+        **parts: Unpack[CommonParts],
     ) -> None:
-        super().__init__(
-            name=name,
-            unet=unet,
-            vae=vae,
-            scheduler=scheduler,
-            default_size=default_size,
-            default_taps=default_taps,
-        )
-        check_text(unet, (tokenizer, text_encoder), (tokenizer_2, text_encoder_2))
+        super().__init__(**parts)
+        check_text(self.unet, (tokenizer, text_encoder), (tokenizer_2, text_encoder_2))
         self.text_encoder, self.tokenizer = text_encoder, tokenizer
         self.text_encoder_2, self.tokenizer_2 = text_encoder_2, tokenizer_2
         self.uncond_rule = "zeros" if force_zeros else "empty"

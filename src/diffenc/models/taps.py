@@ -14,7 +14,7 @@ import torch
 from diffenc.checks.arguments import entries
 from diffenc.denoiser.hooks import ForwardTaps
 from diffenc.denoiser.shape_pass import ShapePass
-from diffenc.denoiser.truncation import truncate
+from diffenc.denoiser.shortening import shortened
 from diffenc.errors import BackboneError, ConfigError, TapError, near_matches
 from diffenc.models.shapes import SHAPES_TAPS_FILE, shapes_folder
 from diffenc.models.tap_names import gdf_name, is_literature_name, spelled_out
@@ -127,7 +127,7 @@ def count_parameters(config: dict[str, Any], taps: Sequence[str] | None = None) 
 
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config)
-    kept = unet if taps is None else truncate(unet, taps)
+    kept = unet if taps is None else shortened(unet, taps)
     return sum(parameter.numel() for parameter in kept.parameters())
 
 

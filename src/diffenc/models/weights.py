@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffenc.denoiser.truncation import truncate
+from diffenc.denoiser.shortening import shortened
 from diffenc.errors import BackboneError
 from diffenc.models.part_checks import STORED, check_kinds
 from diffenc.models.statements import MARKERS
@@ -308,7 +308,7 @@ def load_unet(
     unet = _on_meta(whole, what)
     state = fit_diffusers(state, unet.state_dict().keys())
     if keep_taps is not None:
-        kept = truncate(unet, keep_taps)
+        kept = shortened(unet, keep_taps)
         # A U-Net that was saved without what lies behind the last tap lacks that, and no more.
         check_state(unet, state, what=what, needed=kept.state_dict().keys())
         unet, state = kept, renamed(state, {name: name for name in kept.state_dict()})

@@ -21,7 +21,7 @@ def write_folder(backbone: Backbone, folder: Path) -> None:
     """Write every part of a backbone, in the dtype that it has; LoRA is left out.
 
     The folder appears whole or not at all, in place of one that was there before. A U-Net that was
-    truncated is written as it is: it is read with the same taps and `truncate` alone.
+    shortened is written as it is: it is read with the same taps and `truncate` alone.
 
     Args:
         backbone: Backbone to write; its U-Net may hold adapters, merged ones too.

@@ -12,7 +12,7 @@ from torch import Tensor
 from diffenc.checks.arguments import wholes
 from diffenc.denoiser.attention import CrossAttnTaps
 from diffenc.denoiser.hooks import ForwardTaps, TapOutputs
-from diffenc.denoiser.truncation import truncate
+from diffenc.denoiser.shortening import shortened
 from diffenc.errors import ConfigError, NonFiniteError, TapError
 from diffenc.inputs.noise import to_noise
 from diffenc.inputs.prompts import PromptEmbeds
@@ -123,7 +123,7 @@ def compile_taps(backbone: Backbone, taps: Sequence[str], **options: Any) -> Non
     """
     with backbone.lock:
         structure = structure_key(backbone.denoiser)
-        outputs = TapOutputs(truncate(backbone.denoiser, taps), taps)
+        outputs = TapOutputs(shortened(backbone.denoiser, taps), taps)
         run = torch.compile(outputs, **options)
         backbone.compiled[tuple(taps)] = CompiledTaps(run, options, structure)
 
@@ -172,7 +172,7 @@ def predict_noise(
         prompt_embeds: Encoded texts: one row for all latents, or one per latent.
 
     Raises:
-        ConfigError: The model predicts something else, or its U-Net was truncated.
+        ConfigError: The model predicts something else, or its U-Net was shortened.
     """
     check_whole(backbone)
     with backbone.lock:
@@ -182,8 +182,8 @@ def predict_noise(
 
 
 def check_whole(backbone: Backbone) -> None:
-    """Raise a `ConfigError` where the U-Net was truncated and predicts nothing."""
-    if backbone.truncated:
+    """Raise a `ConfigError` where the U-Net was shortened and predicts nothing."""
+    if backbone.shortened:
         raise ConfigError(
             f"the U-Net of {backbone.name!r} was truncated after its last tap and predicts no "
             "noise; load the model without truncate"

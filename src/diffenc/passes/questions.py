@@ -9,7 +9,7 @@ from torch import Tensor
 from diffenc._typing import LongPrompts
 from diffenc.inputs.tokenizing import fit_rows, limit_of, prompt_ids
 from diffenc.models.base import Backbone
-from diffenc.passes.inputs import prompts_of
+from diffenc.passes.encoded import prompts_of
 
 
 def mean_states(

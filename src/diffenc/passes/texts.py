@@ -6,7 +6,7 @@ from diffenc._typing import Conditioning
 from diffenc.config import EncoderConfig
 from diffenc.inputs.prompts import PromptEmbeds, match_batch
 from diffenc.models.base import Backbone, States
-from diffenc.passes.inputs import prompts_of
+from diffenc.passes.encoded import prompts_of
 
 Prompts = str | Sequence[str] | PromptEmbeds | None
 """One text for all pictures or one for each, texts encoded before, or None for no prompt."""

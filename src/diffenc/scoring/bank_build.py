@@ -24,9 +24,10 @@ from diffenc.scoring.bank_plan import (
 )
 from diffenc.scoring.bank_weights import model_mark, weights_mark
 from diffenc.scoring.bank_writing import BankWriter
+from diffenc.scoring.batches import in_batches
 from diffenc.scoring.calibration import References, reference_pixels
 from diffenc.scoring.config import ScorerConfig
-from diffenc.scoring.inputs import ScoreInputs, encode_inputs, in_batches
+from diffenc.scoring.encoded_call import EncodedCall, encode_call
 from diffenc.scoring.shared_query import chosen_attentions, late_queries
 from diffenc.storage.names import printable
 from diffenc.storage.writing import locked
@@ -250,11 +251,11 @@ def _queries(
     config = replace(config, token_mask="none")  # of texts, which come later
     # Nothing is looked up: what was computed in other batches differs in its last bits, and a bank
     # that was gone on with shall be equal to one that was not interrupted.
-    inputs = encode_inputs(backbone, pixel_values, [""], config, seed=config.seed, use_cache=False)
+    encoded = encode_call(backbone, pixel_values, [""], config, seed=config.seed, use_cache=False)
     steps = config.steps
-    places = [(picture, step) for picture in inputs.picture_rows for step in range(len(steps))]
+    places = [(picture, step) for picture in encoded.picture_rows for step in range(len(steps))]
     rows = []
-    for part in in_batches(places, config.batch_size, _reader(inputs, steps)):
+    for part in in_batches(places, config.batch_size, _reader(encoded, steps)):
         for row in part[1]:
             kept = tuple(entry.to("cpu", dtype) for entry in row)
             if not all(torch.isfinite(entry).all() for entry in kept):
@@ -266,7 +267,7 @@ def _queries(
 
 
 def _reader(
-    inputs: ScoreInputs, steps: Sequence[tuple[int, int]]
+    encoded: EncodedCall, steps: Sequence[tuple[int, int]]
 ) -> Callable[[Sequence[tuple[int, int]]], list[tuple[Tensor, ...]]]:
     nothing = TensorCache(0)
-    return lambda part: late_queries(inputs, part, steps, nothing)
+    return lambda part: late_queries(encoded, part, steps, nothing)

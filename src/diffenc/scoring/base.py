@@ -103,17 +103,15 @@ class ConfiguredScorer(nn.Module):
         """Load a scorer.
 
         Args:
-            name: Model to load: an alias ("shapes", "sd1.5", "sd2.1-base", "sd2.1", "sdxl"), a Hub
-                id, a diffusers folder, a `.safetensors` checkpoint, a folder that `save_pretrained`
-                wrote, a pipeline of diffusers, or a `Backbone`; see `load_backbone`.
+            name: Model to load, see `load_backbone`: an alias, a Hub id, a diffusers folder, a
+                `.safetensors` checkpoint, a pipeline of diffusers or a `Backbone`; or a folder that
+                `save_pretrained` wrote.
             preset: Name of the kind of score: "calibrated", "paper", "discffusion",
                 "diffusion-classifier", "diffusion-itm" or "denoising-gap"; None is "calibrated", or
                 what was saved.
-            device: Device of the model; None is the CPU, or the device that a pipeline or a
-                `Backbone` is already on.
-            dtype: Floating point type of the U-Net and the text encoders, or its name; None is
-                float32, or the type that a pipeline or a `Backbone` already has. Scores are
-                computed in float32 whatever it is.
+            device: Device of the model; for this and the next see `load_backbone`.
+            dtype: Floating point type of the U-Net and the text encoders. Scores are computed in
+                float32 whatever it is.
             use_cache: Whether to remember what was computed before; see the class.
             variant: Word in the names of the weight files, such as "fp16"; see `load_backbone`.
             options: Attributes of `ScorerConfig`, such as `mode`, `layers` or `timesteps`. They win

@@ -1,14 +1,13 @@
 """What a scorer is told to do: its options, the presets of published scores, their timesteps."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from diffenc._typing import LongPrompts, Posterior, Resize, Uncond
 from diffenc.checks.arguments import whole
 from diffenc.checks.fields import conform
-from diffenc.config import check_choice, check_pair
+from diffenc.config import check_choice, check_pair, make_options
 from diffenc.errors import ConfigError, near_matches
-from diffenc.storage.schema import make
 
 ScoreMode = Literal["exact", "shared-query"]
 Space = Literal["logits", "probs"]
@@ -187,11 +186,7 @@ class ScorerConfig:
         Raises:
             ConfigError: A key is no attribute, or a value is not allowed.
         """
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(map(str, values.keys() - known)):
-            hint = near_matches(unknown[0], known)
-            raise ConfigError(f"unknown options {unknown}; known are {sorted(known)}.{hint}")
-        made: ScorerConfig = make(cls, values)
+        made: ScorerConfig = make_options(cls, values)
         return made
 
 

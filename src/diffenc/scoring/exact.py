@@ -9,15 +9,16 @@ from torch import Tensor
 from diffenc.denoiser.attention import cross_attentions, match_layers
 from diffenc.inputs.prompts import PromptEmbeds
 from diffenc.memory.cache import Entry, TensorCache, recall
-from diffenc.scoring.inputs import ScoreInputs, check_finite, in_batches, pooling_of
-from diffenc.scoring.passes import read_statistics
+from diffenc.scoring.batches import check_scores, in_batches
+from diffenc.scoring.denoiser_reads import read_statistics
+from diffenc.scoring.encoded_call import EncodedCall, pooling_of
 
 Step = tuple[int, int]
 _Row = tuple[int, int, int]  # picture, step, text: neighbours share latents
 
 
 def exact_scores(
-    inputs: ScoreInputs,
+    encoded: EncodedCall,
     chosen: Bool[Tensor, "pictures texts"],
     steps: Sequence[Step],
     mix: Float[Tensor, "layers out"],
@@ -27,7 +28,7 @@ def exact_scores(
     """Score distinct pictures under distinct texts, each with a pass of its own.
 
     Args:
-        inputs: Pictures and texts.
+        encoded: Pictures and texts.
         chosen: Mask of the pairs that are scored; nothing else is computed but the unconditional
             rows that they need.
         steps: Steps, each a (timestep, draw).
@@ -40,12 +41,12 @@ def exact_scores(
     Raises:
         NonFiniteError: NaN or infinity came out of the U-Net.
     """
-    config = inputs.config
-    empty = inputs.texts.index(None) if config.needs_uncond else None
+    config = encoded.config
+    empty = encoded.texts.index(None) if config.needs_uncond else None
     needed = chosen.clone()
     if empty is not None:
         needed[:, empty] |= chosen.any(dim=1)
-    table = _statistics(inputs, needed, steps, memory)
+    table = _statistics(encoded, needed, steps, memory)
     attention, squared = table[..., :-1], table[..., -1:]
     scores = torch.zeros(*table.shape[:3], mix.shape[1], dtype=torch.float32, device="cpu")
     if config.attention:
@@ -54,11 +55,11 @@ def exact_scores(
             mixed = (mixed + mixed[:, empty, None]) / 2
         scores = scores + mixed
     if config.error_term is not None:
-        scores = scores + _error_part(inputs, squared, empty)
+        scores = scores + _error_part(encoded, squared, empty)
     return scores.masked_fill(~chosen[:, :, None, None], torch.nan)
 
 
-def _error_part(inputs: ScoreInputs, squared: Tensor, empty: int | None) -> Tensor:
+def _error_part(encoded: EncodedCall, squared: Tensor, empty: int | None) -> Tensor:
     """Error part of the scores, from sums of squared errors.
 
     Source:
@@ -66,7 +67,7 @@ def _error_part(inputs: ScoreInputs, squared: Tensor, empty: int | None) -> Tens
         the released codes of He et al. 2023 (Discffusion), arXiv:2305.10722, and of Krojer et al.
         2023 (DiffusionITM), arXiv:2305.16397.
     """
-    size, term = inputs.posterior[0][0].numel(), inputs.config.error_term
+    size, term = encoded.posterior[0][0].numel(), encoded.config.error_term
     if term == "mse":
         return -squared / size
     without = squared[:, empty, None]
@@ -77,11 +78,11 @@ def _error_part(inputs: ScoreInputs, squared: Tensor, empty: int | None) -> Tens
 
 
 def _statistics(
-    inputs: ScoreInputs, needed: Tensor, steps: Sequence[Step], memory: TensorCache
+    encoded: EncodedCall, needed: Tensor, steps: Sequence[Step], memory: TensorCache
 ) -> Float[Tensor, "pictures texts steps statistics"]:
     """Attention scores per layer and sum of squared errors of each row; NaN where not needed."""
-    config = inputs.config
-    unet = inputs.backbone.denoiser
+    config = encoded.config
+    unet = encoded.backbone.denoiser
     names = match_layers(unet, config.layers) if config.attention else ()
     table = _unknown(*needed.shape, len(steps), len(names) + 1)
     rows: list[_Row] = [
@@ -92,10 +93,10 @@ def _statistics(
     ]
 
     def run(missing: list[int]) -> Iterator[Entry]:
-        for _, values in _passes(inputs, [rows[index] for index in missing], steps, names):
+        for _, values in _passes(encoded, [rows[index] for index in missing], steps, names):
             yield from ((value,) for value in values)
 
-    keys = _memory_keys(inputs, rows, steps, names)
+    keys = _memory_keys(encoded, rows, steps, names)
     entries = recall(None if keys is None else memory, keys or rows, run)
     for (picture, step, text), (value,) in zip(rows, entries, strict=True):
         table[picture, text, step] = value
@@ -107,19 +108,19 @@ def _unknown(*shape: int) -> Tensor:
 
 
 def _memory_keys(
-    inputs: ScoreInputs, rows: Sequence[_Row], steps: Sequence[Step], names: Sequence[str]
+    encoded: EncodedCall, rows: Sequence[_Row], steps: Sequence[Step], names: Sequence[str]
 ) -> list[Hashable] | None:
-    if inputs.memory_key is None or inputs.picture_keys is None:
+    if encoded.memory_key is None or encoded.picture_keys is None:
         return None
-    config = inputs.config
+    config = encoded.config
     predicts = config.error_term is not None
-    common = (*inputs.memory_key, names, pooling_of(config), config.token_mask, predicts)
+    common = (*encoded.memory_key, names, pooling_of(config), config.token_mask, predicts)
     return [
         (
             common,
-            inputs.seed,
-            inputs.picture_keys[picture],
-            inputs.texts[text],
+            encoded.seed,
+            encoded.picture_keys[picture],
+            encoded.texts[text],
             steps[step],
         )
         for picture, step, text in rows
@@ -127,36 +128,36 @@ def _memory_keys(
 
 
 def _passes(
-    inputs: ScoreInputs, rows: Sequence[_Row], steps: Sequence[Step], names: Sequence[str]
+    encoded: EncodedCall, rows: Sequence[_Row], steps: Sequence[Step], names: Sequence[str]
 ) -> Iterator[tuple[Sequence[_Row], Float[Tensor, "rows statistics"]]]:
     """Run the U-Net on rows, `batch_size` at a time."""
-    config, backbone = inputs.config, inputs.backbone
+    config, backbone = encoded.config, encoded.backbone
     known = cross_attentions(backbone.denoiser)
     attentions = {name: known[name] for name in names}
     predicts = config.error_term is not None
 
     def run(part: Sequence[_Row]) -> Tensor:
         texts = [text for _, _, text in part]
-        embeds = PromptEmbeds.concat([inputs.embeds.select(text, text + 1) for text in texts])
+        embeds = PromptEmbeds.concat([encoded.embeds.select(text, text + 1) for text in texts])
         length = embeds.prompt_embeds.shape[1]
         attention, predicted = read_statistics(
             backbone,
-            inputs.noisy_latents([(picture, steps[step]) for picture, step, _ in part]),
+            encoded.noisy_latents([(picture, steps[step]) for picture, step, _ in part]),
             torch.tensor([steps[step][0] for _, step, _ in part], dtype=torch.long, device="cpu"),
             embeds,
             attentions,
             pooling_of(config),
-            mask=None if inputs.mask is None else inputs.mask[texts, :length],
+            mask=None if encoded.mask is None else encoded.mask[texts, :length],
             predict=predicts,
         )
         columns = _unknown(len(part), len(names) + 1)
         if attention is not None:
             columns[:, :-1] = attention.cpu()
         if predicted is not None:
-            noise = torch.stack([inputs.noise(steps[step]) for _, step, _ in part])
+            noise = torch.stack([encoded.noise(steps[step]) for _, step, _ in part])
             error = predicted - noise.to(predicted)
             columns[:, -1] = error.square().sum(dim=(1, 2, 3)).cpu()
-        check_finite(columns if predicts else columns[:, :-1], backbone)
+        check_scores(columns if predicts else columns[:, :-1], backbone)
         return columns
 
     return in_batches(rows, config.batch_size, run)

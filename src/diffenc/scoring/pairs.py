@@ -7,15 +7,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from diffenc.memory.cache import TensorCache
+from diffenc.scoring.encoded_call import EncodedCall
 from diffenc.scoring.exact import exact_scores
-from diffenc.scoring.inputs import ScoreInputs
 from diffenc.scoring.shared_query import shared_query_scores
 
 _MODES = {"exact": exact_scores, "shared-query": shared_query_scores}
 
 
 def pair_scores(
-    inputs: ScoreInputs,
+    encoded: EncodedCall,
     pairs: Bool[Tensor, "images texts"],
     steps: Sequence[tuple[int, int]],
     mix: Float[Tensor, "layers out"],
@@ -30,7 +30,7 @@ def pair_scores(
     reference texts.
 
     Args:
-        inputs: Images followed by the reference images, and texts followed by the reference texts.
+        encoded: Images followed by the reference images, and texts followed by the reference texts.
         pairs: Mask of the pairs that are scored.
         steps: Steps, each a (timestep, draw).
         mix: Weights with which the attention parts of the layers are multiplied.
@@ -46,19 +46,19 @@ def pair_scores(
     count, texts = pairs.shape
     pictures, columns = (
         torch.tensor(rows, dtype=torch.long, device="cpu")
-        for rows in (inputs.picture_rows, inputs.text_rows)
+        for rows in (encoded.picture_rows, encoded.text_rows)
     )
     images, references = pictures[:count], pictures[count:]
     own, others = columns[:texts], columns[texts:]
-    shape = (int(pictures.max()) + 1, len(inputs.texts))
+    shape = (int(pictures.max()) + 1, len(encoded.texts))
     chosen = torch.zeros(shape, dtype=torch.bool, device="cpu")
     of_pairs = pairs.nonzero().T
     chosen[images[of_pairs[0]], own[of_pairs[1]]] = True
     chosen[references[:, None], own[pairs.any(dim=0)]] = True
     chosen[images[pairs.any(dim=1)][:, None], others] = True
-    mode = inputs.config.mode
+    mode = encoded.config.mode
     memory = {"exact": rows, "shared-query": queries}[mode]
-    scores = _MODES[mode](inputs, chosen, steps, mix, memory=memory)
+    scores = _MODES[mode](encoded, chosen, steps, mix, memory=memory)
     result = scores[images[:, None], own]
     if len(references):
         result = result - scores[references[:, None], own].mean(dim=0)

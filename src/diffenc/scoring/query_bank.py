@@ -18,7 +18,7 @@ from diffenc.models import load_backbone
 from diffenc.models.base import Backbone
 from diffenc.models.device import Device, Dtype
 from diffenc.models.encoder_folder import read_source
-from diffenc.passes.inputs import prompts_of
+from diffenc.passes.encoded import prompts_of
 from diffenc.runtime.inference import lasting
 from diffenc.scoring.bank_build import layer_shapes
 from diffenc.scoring.bank_contents import check_unchanged, read_contents
@@ -32,9 +32,11 @@ from diffenc.scoring.bank_files import (
     unreadable,
 )
 from diffenc.scoring.bank_weights import same_weights, weights_mark
+from diffenc.scoring.batches import check_scores
 from diffenc.scoring.config import ScorerConfig
-from diffenc.scoring.inputs import check_finite, pooling_of, token_mask
+from diffenc.scoring.encoded_call import pooling_of
 from diffenc.scoring.shared_query import chosen_attentions, score_queries
+from diffenc.scoring.token_masks import token_mask
 from diffenc.storage.names import checked_path
 
 _ROWS_AT_ONCE = 16
@@ -198,7 +200,7 @@ class QueryBank:
             rows.append(part[..., 0])
         steps = len(config.steps)
         means: Tensor = torch.cat(rows).unflatten(0, (-1, steps)).mean(dim=1)
-        check_finite(means, backbone)
+        check_scores(means, backbone)
         if config.include_uncond:
             means = (means + means[:, -1:]) / 2
         return means

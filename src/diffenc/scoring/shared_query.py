@@ -12,15 +12,11 @@ from diffenc.denoiser.attention_scores import Pooling, crossed_scores
 from diffenc.inputs.prompts import PromptEmbeds
 from diffenc.memory.cache import Entry, TensorCache, recall
 from diffenc.models.base import Backbone
-from diffenc.passes.inputs import prompts_of
-from diffenc.scoring.inputs import (
-    ScoreInputs,
-    check_finite,
-    in_batches,
-    pooling_of,
-    tokens_present,
-)
-from diffenc.scoring.passes import read_late_queries
+from diffenc.passes.encoded import prompts_of
+from diffenc.scoring.batches import check_scores, in_batches
+from diffenc.scoring.denoiser_reads import read_late_queries
+from diffenc.scoring.encoded_call import EncodedCall, pooling_of
+from diffenc.scoring.token_masks import tokens_present
 
 Step = tuple[int, int]
 Place = tuple[int, int]
@@ -30,7 +26,7 @@ _TEXTS_AT_ONCE = 64
 
 
 def shared_query_scores(
-    inputs: ScoreInputs,
+    encoded: EncodedCall,
     chosen: Bool[Tensor, "pictures texts"],
     steps: Sequence[Step],
     mix: Float[Tensor, "layers out"],
@@ -44,7 +40,7 @@ def shared_query_scores(
     SDXL's pooled text, which stays the generic prompt's.
 
     Args:
-        inputs: Pictures and texts.
+        encoded: Pictures and texts.
         chosen: Mask of the pairs that are scored.
         steps: Steps, each a (timestep, draw).
         mix: Weights with which the scores of the layers are multiplied.
@@ -56,8 +52,8 @@ def shared_query_scores(
     Raises:
         NonFiniteError: NaN or infinity came out of the U-Net.
     """
-    config, backbone = inputs.config, inputs.backbone
-    empty = inputs.texts.index(None) if config.include_uncond else None
+    config, backbone = encoded.config, encoded.backbone
+    empty = encoded.texts.index(None) if config.include_uncond else None
     needed = chosen.clone()
     if empty is not None:
         needed[:, empty] |= chosen.any(dim=1)
@@ -68,15 +64,15 @@ def shared_query_scores(
     attentions = chosen_attentions(backbone, config.layers)
 
     def run(part: Sequence[Place]) -> None:
-        queries = late_queries(inputs, part, steps, memory)
+        queries = late_queries(encoded, part, steps, memory)
         rows = score_queries(
             backbone,
             queries,
             attentions,
-            inputs.embeds,
+            encoded.embeds,
             pooling_of(config),
             mix,
-            mask=inputs.mask,
+            mask=encoded.mask,
             chosen=torch.stack([needed[picture] for picture, _ in part]),
         )
         for (picture, step), row in zip(part, rows, strict=True):
@@ -86,7 +82,7 @@ def shared_query_scores(
         pass
     if empty is not None:
         scores = (scores + scores[:, empty, None]) / 2
-    check_finite(scores[chosen], backbone)
+    check_scores(scores[chosen], backbone)
     return scores.masked_fill(~chosen[:, :, None, None], torch.nan)
 
 
@@ -97,30 +93,30 @@ def chosen_attentions(backbone: Backbone, layers: str | Sequence[str]) -> dict[s
 
 
 def late_queries(
-    inputs: ScoreInputs, places: Sequence[Place], steps: Sequence[Step], memory: TensorCache
+    encoded: EncodedCall, places: Sequence[Place], steps: Sequence[Step], memory: TensorCache
 ) -> list[tuple[Float[Tensor, "_n _c"], ...]]:
     """Queries of each layer, for each place, under the generic prompt.
 
     Args:
-        inputs: Pictures.
+        encoded: Pictures.
         places: Places to read: indices of pictures and steps.
         steps: Steps, each a (timestep, draw).
         memory: Cache of queries that were read before.
     """
-    config, backbone = inputs.config, inputs.backbone
+    config, backbone = encoded.config, encoded.backbone
     attentions = chosen_attentions(backbone, config.layers)
     keys: list[Hashable] | None = None
-    if inputs.memory_key is not None and inputs.picture_keys is not None:
-        common = (*inputs.memory_key, "queries", tuple(attentions), config.query_prompt)
-        keys = [(common, inputs.seed, inputs.picture_keys[p], steps[s]) for p, s in places]
+    if encoded.memory_key is not None and encoded.picture_keys is not None:
+        common = (*encoded.memory_key, "queries", tuple(attentions), config.query_prompt)
+        keys = [(common, encoded.seed, encoded.picture_keys[p], steps[s]) for p, s in places]
 
     def read(missing: list[int]) -> list[Entry]:
         rows = [(places[index][0], steps[places[index][1]]) for index in missing]
         queries = read_late_queries(
             backbone,
-            inputs.noisy_latents(rows),
+            encoded.noisy_latents(rows),
             torch.tensor([step for _, (step, _) in rows], dtype=torch.long, device="cpu"),
-            _query_prompt(inputs),
+            _query_prompt(encoded),
             attentions,
         )
         return list(zip(*queries.values(), strict=True))
@@ -128,15 +124,15 @@ def late_queries(
     return recall(None if keys is None else memory, keys or places, read)
 
 
-def _query_prompt(inputs: ScoreInputs) -> PromptEmbeds:
+def _query_prompt(encoded: EncodedCall) -> PromptEmbeds:
     # The empty text is encoded here: SDXL's zeros would give queries of no text at all.
     return prompts_of(
-        inputs.backbone,
-        [inputs.config.query_prompt],
-        size=inputs.size,
+        encoded.backbone,
+        [encoded.config.query_prompt],
+        size=encoded.size,
         uncond="empty",
-        use_cache=inputs.memory_key is not None,
-        states=inputs.states,
+        use_cache=encoded.memory_key is not None,
+        states=encoded.states,
     )
 
 

@@ -14,7 +14,7 @@ from diffenc.inputs.images import Images, to_pixel_values
 from diffenc.inputs.prompts import match_batch
 from diffenc.scoring.base import ConfiguredScorer
 from diffenc.scoring.calibration import reference_pixels
-from diffenc.scoring.inputs import encode_inputs, warn_truncated
+from diffenc.scoring.encoded_call import encode_call, warn_cut
 from diffenc.scoring.pairs import pair_scores
 from diffenc.scoring.screening import Candidates, successive_halving
 
@@ -53,7 +53,7 @@ class ScoreCall:
         self.images = len(pixel_values)
         self._scorer, self._config = scorer, config
         # Images, then references; texts, then reference texts.
-        self._inputs = encode_inputs(
+        self._encoded = encode_call(
             scorer.backbone,
             torch.cat([pixel_values, references]),
             [*self.texts, *config.reference_texts],
@@ -61,8 +61,8 @@ class ScoreCall:
             seed=config.seed,
             use_cache=scorer.use_cache,
         )
-        warn_truncated(self._inputs)
-        self.truncated = self._inputs.truncated[: len(self.texts)]
+        warn_cut(self._encoded)
+        self.truncated = self._encoded.truncated[: len(self.texts)]
 
     def every_pair(self) -> Bool[Tensor, "images texts"]:
         """All images with all texts."""
@@ -98,8 +98,8 @@ class ScoreCall:
     def _pairs(
         self, pairs: Tensor, steps: Sequence[Step], mix: Tensor, seed: int
     ) -> Float[Tensor, "images texts steps out"]:
-        scorer, inputs = self._scorer, replace(self._inputs, seed=seed)
-        return pair_scores(inputs, pairs, steps, mix, rows=scorer.rows, queries=scorer.queries)
+        scorer, encoded = self._scorer, replace(self._encoded, seed=seed)
+        return pair_scores(encoded, pairs, steps, mix, rows=scorer.rows, queries=scorer.queries)
 
     def _by_timestep(self, steps: Tensor) -> Float[Tensor, "images texts timesteps"]:
         shape = (len(self._config.timesteps), self._config.draws)

@@ -1,7 +1,7 @@
 """What features carry, by place in the U-Net, noise level and text."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from diffenc.studies.focus import Focus, Measure, read_focus
 from diffenc.studies.probes import (
     Done,
     Place,
+    ProbeStudy,
     Progress,
     gather,
     held_out_accuracies,
@@ -56,13 +57,10 @@ class Reading:
 
 
 @dataclass(frozen=True, slots=True)
-class FeatureStudy:
+class FeatureStudy(ProbeStudy):
     """Results of the study.
 
     Attributes:
-        model: Name of the backbone.
-        taps: Places in the U-Net, in the order in which they run.
-        timesteps: Scheduler steps of the noise levels, in rising order.
         readings: Accuracy of each property, text, tap and timestep.
         focus: Effect of a text at each measure, tap and timestep where it can have one.
         chance: Share of the most frequent answer among the test scenes, for each property, 0 to 1,
@@ -70,9 +68,6 @@ class FeatureStudy:
         settings: Settings of the run: numbers of scenes and seeds, picture size and dtype.
     """
 
-    model: str
-    taps: tuple[str, ...]
-    timesteps: tuple[int, ...]
     readings: tuple[Reading, ...]
     focus: tuple[Focus, ...]
     chance: dict[Property, float]
@@ -125,10 +120,6 @@ class FeatureStudy:
         """Properties that were studied."""
         studied = {reading.property for reading in self.readings}
         return tuple(name for name in PROPERTIES if name in studied)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, as JSON holds them."""
-        return asdict(self)
 
 
 def study_features(
@@ -189,10 +180,8 @@ def study_features(
     whole("scenes", scenes, least=30)
     whole("focus_scenes", focus_scenes, least=0)
     whole("seeds", seeds, least=1)
-    whole("batch_size", batch_size, least=1)
     for name in conditionings:
         check_choice("conditionings", name, CONDITIONINGS)
-    require_distinct("timesteps", timesteps)
     require_distinct("conditionings", conditionings)
     encoder = open_encoder(
         model,

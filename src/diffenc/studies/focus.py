@@ -20,8 +20,8 @@ from diffenc.denoiser.attention import cross_attention_layers, word_token_positi
 from diffenc.encoder import DiffusionEncoder
 from diffenc.inputs.images import to_pixel_values
 from diffenc.inputs.noise import add_noise, shared_noise
+from diffenc.passes.encoded import image_keys, posterior_of, prompts_of
 from diffenc.passes.forward import read_attention
-from diffenc.passes.inputs import image_keys, posterior_of, prompts_of
 from diffenc.shapes.render import masks, render
 from diffenc.shapes.scenes import SceneObject
 from diffenc.studies.probes import per_pass, side_of

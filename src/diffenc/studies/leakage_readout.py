@@ -7,7 +7,7 @@ read of it came through the text, so that features without a text give chance.
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -23,13 +23,13 @@ from diffenc.shapes.captions import noun_phrase
 from diffenc.shapes.scenes import COLORS, SHAPES, Color, Shape
 from diffenc.studies.probes import (
     Done,
+    ProbeStudy,
     Progress,
     batches,
     held_out_accuracies,
     held_out_chances,
     numerics,
     open_encoder,
-    require_distinct,
     with_seed,
 )
 from diffenc.studies.spreads import Spread, over_seeds
@@ -87,13 +87,10 @@ class Loudness:
 
 
 @dataclass(frozen=True, slots=True)
-class LeakageReadout:
+class LeakageReadout(ProbeStudy):
     """Results of the study.
 
     Attributes:
-        model: Name of the backbone.
-        taps: Places in the U-Net, in the order in which they run.
-        timesteps: Scheduler steps of the noise levels, in rising order.
         guidance_scales: Guidance scales of "cfg", in rising order.
         readings: Accuracy of each word, part, scale, tap and timestep.
         loudness: Size of the text-dependent part at each tap and timestep.
@@ -102,9 +99,6 @@ class LeakageReadout:
         settings: Settings of the run: numbers of scenes and seeds, picture size and dtype.
     """
 
-    model: str
-    taps: tuple[str, ...]
-    timesteps: tuple[int, ...]
     guidance_scales: tuple[float, ...]
     readings: tuple[PromptReading, ...]
     loudness: tuple[Loudness, ...]
@@ -141,10 +135,6 @@ class LeakageReadout:
         """Heads of `rows`."""
         scales = [f"cfg {scale:g}" for scale in self.guidance_scales]
         return ("tap", "timestep", "change", "uncond", "cond", *scales, "cond - uncond")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, as JSON holds them."""
-        return asdict(self)
 
 
 def study_leakage_readout(
@@ -206,8 +196,6 @@ def study_leakage_readout(
     """
     whole("scenes", scenes, least=30)
     whole("seeds", seeds, least=1)
-    whole("batch_size", batch_size, least=1)
-    require_distinct("timesteps", timesteps)
     scales = tuple(sorted(float(scale) for scale in guidance_scales))
     if len(set(scales)) != len(scales) or not all(map(math.isfinite, scales)):
         raise ConfigError(f"guidance_scales must be finite, each once, got {list(scales)}")

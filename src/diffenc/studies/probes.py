@@ -1,7 +1,7 @@
 """Frozen features of held-out scenes: places that are read, noise that is shared, and accuracy."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -12,13 +12,14 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffenc.checks.arguments import whole
 from diffenc.config import EncoderConfig
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import ConfigError
 from diffenc.inputs.images import to_pixel_values
 from diffenc.models import TapInfo, describe, match_taps
 from diffenc.models.base import Backbone
-from diffenc.passes.inputs import image_keys, posterior_of
+from diffenc.passes.encoded import image_keys, posterior_of
 from diffenc.shapes.render import masks, render
 from diffenc.studies.readouts import fit_readout
 from diffenc.studies.trials import CLASSES, PROPERTIES, Conditioning, Property, Trial, chance_of
@@ -36,6 +37,25 @@ _BLOCKS = ("conv_in", "down_blocks.*", "mid_block", "up_blocks.*")
 _STAGES = ("conv_in", "down_blocks", "mid_block", "up_blocks")
 _SHARING = 8  # trials under one noise, whatever the batch size: equal results for all of them
 _NOISES = 1_000_000  # seeds of noise per seed of the study
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeStudy:
+    """What was read, and where: the beginning of every study of features.
+
+    Attributes:
+        model: Name of the backbone.
+        taps: Places in the U-Net, in the order in which they run.
+        timesteps: Scheduler steps of the noise levels, in rising order.
+    """
+
+    model: str
+    taps: tuple[str, ...]
+    timesteps: tuple[int, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as JSON holds them."""
+        return asdict(self)
 
 
 class Done:
@@ -95,10 +115,13 @@ def open_encoder(
     """An encoder of all taps, in `tap_order`, and timesteps, in rising order.
 
     Raises:
-        ConfigError: A timestep or the size is out of range.
+        ConfigError: A timestep, the size or the batch size is out of range, or a timestep stands
+            twice.
         BackboneError: The model is unknown, missing or broken.
         TapError: A tap does not exist in this model.
     """
+    whole("batch_size", batch_size, least=1)
+    require_distinct("timesteps", timesteps)
     architecture = model if isinstance(model, Backbone) else describe(model)
     config = EncoderConfig(
         taps=tap_order(architecture.taps(), taps, architecture.default_taps),

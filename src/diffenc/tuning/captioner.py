@@ -16,7 +16,7 @@ from diffenc.inputs.prompts import PromptEmbeds
 from diffenc.memory.cache import TensorCache
 from diffenc.memory.digests import is_marked
 from diffenc.models.base import Backbone
-from diffenc.passes.inputs import image_embeds_of
+from diffenc.passes.encoded import image_embeds_of
 from diffenc.runtime.inference import lasting
 from diffenc.storage.names import checked_path
 

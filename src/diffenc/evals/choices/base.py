@@ -24,7 +24,7 @@ class ChoiceItem:
             asked this.
         options: Words of the options, without letters.
         answer: Index of the right option.
-        group: Name of the pair or task that the question is counted with.
+        group: Name of the pair or subtask that the question is counted with.
         labels: Labels that results may be split by, by kind of label.
     """
 
@@ -44,8 +44,9 @@ class ChoiceBenchmark(Benchmark[ChoiceItem]):
 
     Attributes:
         score: Rule of the overall result: the share of "pairs" whose two answers are both right,
-            the mean of the accuracies of "tasks", or the share of "groups" of two pictures and two
-            questions whose four answers are all right.
+            the mean of the accuracies of "tasks", subtasks of the benchmark such as BLINK's
+            fourteen, or the share of "groups" of two pictures and two questions whose four answers
+            are all right.
         groups: Names of all groups of the published benchmark, in its order; empty for a benchmark
             with other groups.
     """

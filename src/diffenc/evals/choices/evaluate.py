@@ -55,7 +55,7 @@ class ChoiceEvaluation(AnswerEvaluation[ChoiceItem]):
 
     @property
     def overall(self) -> float:
-        """The benchmark's own number, in percent: of pairs or groups, or the mean over tasks."""
+        """The benchmark's own number, in percent: of pairs or groups, or the mean over subtasks."""
         if self.benchmark.score == "tasks":
             return mean([result.mean for result in self.by_group().values()])
         return self.all_right()
@@ -107,7 +107,7 @@ class ChoiceEvaluation(AnswerEvaluation[ChoiceItem]):
         return self.unread / len(self.items) if self.items else 0.0
 
     def by_group(self) -> dict[str, Result]:
-        """Accuracy of each pair or task, in the benchmark's order."""
+        """Accuracy of each group of questions, in the benchmark's order."""
         right: dict[str, list[bool]] = {}
         for item in self.items:
             right.setdefault(item.group, []).append(self.choices[item.id].right)
@@ -235,7 +235,7 @@ _WHOLE: Mapping[Score, Callable[[Sequence[ChoiceItem]], Sequence[ChoiceItem]]] =
 
 
 def choice_table(evaluations: Sequence[ChoiceEvaluation], *, paper: bool | None = None) -> Table:
-    """Make a table of models: accuracy of tasks and single questions, and the overall result.
+    """Make a table of models: accuracy of subtasks and questions, and the overall result.
 
     Args:
         evaluations: Evaluations of the same benchmark.
@@ -243,17 +243,17 @@ def choice_table(evaluations: Sequence[ChoiceEvaluation], *, paper: bool | None 
     """
     first = evaluations[0]
     score = first.benchmark.score
-    tasks = tuple(first.by_group()) if score == "tasks" else ()
-    rows = [(each.model, *map(percent, _numbers(each, tasks))) for each in evaluations]
-    chances = [_chance(first, task) for task in tasks]
+    subtasks = tuple(first.by_group()) if score == "tasks" else ()
+    rows = [(each.model, *map(percent, _numbers(each, subtasks))) for each in evaluations]
+    chances = [_chance(first, name) for name in subtasks]
     chances.append(100 * mean([1 / len(item.options) for item in first.items]))
     if score == "groups":
         chances += [first.chance_of(label) for label in GROUP_LABELS]
     rows.append(("chance", *map(percent, (*chances, first.chance))))
     if first.benchmark.published if paper is None else paper:
-        rows += _paper_rows(first.benchmark.name, tasks)
+        rows += _paper_rows(first.benchmark.name, subtasks)
     title = f"{first.benchmark.name}, {len(first.items)} questions, percent{_unread(evaluations)}"
-    return Table(title, ("model", *tasks, *_COLUMNS[score]), tuple(rows))
+    return Table(title, ("model", *subtasks, *_COLUMNS[score]), tuple(rows))
 
 
 _COLUMNS: Mapping[Score, tuple[str, ...]] = {
@@ -263,10 +263,10 @@ _COLUMNS: Mapping[Score, tuple[str, ...]] = {
 }
 
 
-def _numbers(evaluation: ChoiceEvaluation, tasks: Sequence[str]) -> list[float]:
+def _numbers(evaluation: ChoiceEvaluation, subtasks: Sequence[str]) -> list[float]:
     """The numbers of a model's row, in the order of the columns."""
     results = evaluation.by_group()
-    numbers = [results[task].mean for task in tasks]
+    numbers = [results[name].mean for name in subtasks]
     numbers.append(evaluation.accuracy)
     if evaluation.benchmark.score == "groups":
         numbers += [evaluation.all_right(label) for label in GROUP_LABELS]
@@ -283,7 +283,7 @@ def _unread(evaluations: Sequence[ChoiceEvaluation]) -> str:
     return f"; unread answers: {', '.join(counts)}" if counts else ""
 
 
-def _paper_rows(name: str, tasks: Sequence[str]) -> list[tuple[str, ...]]:
+def _paper_rows(name: str, subtasks: Sequence[str]) -> list[tuple[str, ...]]:
     """Rows of the draft's tables 7 and 8, and of both tables of the later version."""
     if name not in _PUBLISHED:
         return []
@@ -292,16 +292,16 @@ def _paper_rows(name: str, tasks: Sequence[str]) -> list[tuple[str, ...]]:
     rows = [row for table in later for row in published_table(table).beside(columns)]
     if name != "blink":
         draft = published_table("vqa").beside(columns) if name == "mmvp" else []
-        blank = ["–"] * (len(tasks) + 1)
+        blank = ["–"] * (len(subtasks) + 1)
         return [(head, *blank, *values) for head, *values in (*draft, *rows)]
-    by_task = published_table("blink")
-    whole = set(tasks) == set(by_task.columns)
-    means = [mean([v for v in row.values if v is not None]) for row in by_task.rows]
+    by_subtask = published_table("blink")
+    whole = set(subtasks) == set(by_subtask.columns)
+    means = [mean([v for v in row.values if v is not None]) for row in by_subtask.rows]
     draft = [
         (*row, "–", percent(overall) if whole else "–")
-        for row, overall in zip(by_task.beside(tuple(tasks)), means, strict=True)
+        for row, overall in zip(by_subtask.beside(tuple(subtasks)), means, strict=True)
     ]
-    blank = ["–"] * (len(tasks) + 1)
+    blank = ["–"] * (len(subtasks) + 1)
     return [*draft, *((head, *blank, value) for head, value in rows if whole)]
 
 

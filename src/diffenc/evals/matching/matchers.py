@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from diffenc.errors import ConfigError
 from diffenc.inputs.prompts import tokenize
 from diffenc.scorer import CrossAttnScorer
-from diffenc.scoring.inputs import cuts_known
+from diffenc.scoring.encoded_call import cuts_known
 from diffenc.storage.names import is_folder
 
 _SAMPLED = 64

@@ -55,10 +55,10 @@ class ChoiceTask(AskTask):
                 **options.asking,
             )
             table = choice_table([evaluation], paper=options.paper)
-            by_task = benchmark.score == "tasks"
+            long = benchmark.score == "tasks"
             return Outcome(
                 content=evaluation.to_dict(),
-                tables=[table.transposed("task") if by_task else table],
+                tables=[table.transposed("task") if long else table],
                 notes=evaluation.notes,
                 count=len(evaluation.items),
                 fresh=evaluation.fresh,

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from diffenc.denoiser.truncation import truncate
+from diffenc.denoiser.shortening import shortened
 from diffenc.errors import BackboneError, PromptError
 from diffenc.hosts.transformers.configuration import DiffEncConfig
 from diffenc.inputs.prompts import tokenize
@@ -105,7 +105,7 @@ def build_backbone(config: DiffEncConfig) -> Backbone:
             continue
         parts[name] = build_part(name, values)
         if name == "unet" and spec.cut:
-            parts[name] = truncate(parts[name], [tap.name for tap in spec.tap_infos])
+            parts[name] = shortened(parts[name], [tap.name for tap in spec.tap_infos])
         if name.startswith("text_encoder"):
             tokenizer = name.replace("text_encoder", "tokenizer")
             length = parts[name].config.max_position_embeddings

@@ -233,7 +233,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         """Token ids and labels of a sample."""
         sample = self.samples[index]
         encoded = self.chat.encode(sample.conversation)
-        return encoded.truncated(self.max_length, self.tokens_per_image)
+        return encoded.cut_to(self.max_length, self.tokens_per_image)
 
     def prompt(self, index: int, epoch: int) -> str:
         """The encoder's prompt of a sample in an epoch; "" where it has no picture."""

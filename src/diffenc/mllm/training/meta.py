@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffenc.clip.captioner import ImplicitCaptioner
 from diffenc.clip.tokens import ClipTokens
-from diffenc.denoiser.truncation import truncate
+from diffenc.denoiser.shortening import shortened
 from diffenc.errors import BackboneError
 from diffenc.mixing.choosing import make_mixer
 from diffenc.mixing.config import MIXED
@@ -185,7 +185,7 @@ def _add_diffusion(encoder: MetaEncoder, model: ModelConfig, unet_rank: int) -> 
     parts = build_on_meta(architecture)
     unet, vae = parts["unet"], parts["vae"]
     texts = {name: part for name, part in parts.items() if name.startswith("text_encoder")}
-    short: Any = truncate(unet, [tap.name for tap in taps])
+    short: Any = shortened(unet, [tap.name for tap in taps])
     side = max(height, width) // architecture.reduction
     inputs = meta_inputs(unet.config, side)
     length = texts["text_encoder"].config.max_position_embeddings

@@ -1,33 +1,29 @@
 """Pictures and texts of a scoring call, each once, and encoded once."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from diffenc.denoiser.attention_scores import Pooling
-from diffenc.errors import NonFiniteError, PromptError
 from diffenc.inputs.latents import draw_latents
 from diffenc.inputs.noise import add_noise, shared_noise
 from diffenc.inputs.prompts import PromptEmbeds
-from diffenc.inputs.tokenizing import limit_of, prompt_ids, require_right
 from diffenc.models.base import Backbone, States
-from diffenc.passes.inputs import image_keys, posterior_of, prompts_of
-from diffenc.scoring.config import ScorerConfig, TokenMask
-
-_Row = TypeVar("_Row")
-_Result = TypeVar("_Result")
+from diffenc.passes.encoded import image_keys, posterior_of, prompts_of
+from diffenc.scoring.config import ScorerConfig
+from diffenc.scoring.token_masks import token_mask
 
 
 @dataclass(frozen=True)
-class ScoreInputs:
-    """Distinct pictures and texts, ready for the U-Net.
+class EncodedCall:
+    """Distinct pictures and texts of a call, encoded and ready for the denoiser.
 
     Attributes:
         backbone: The model.
@@ -97,7 +93,7 @@ def pooling_of(config: ScorerConfig) -> Pooling:
     return Pooling(config.space, config.lse_axis, config.lse_lambda, config.head_reduce)
 
 
-def encode_inputs(
+def encode_call(
     backbone: Backbone,
     pixel_values: Float[Tensor, "b 3 height width"],
     texts: Sequence[str],
@@ -105,7 +101,7 @@ def encode_inputs(
     *,
     seed: int,
     use_cache: bool,
-) -> ScoreInputs:
+) -> EncodedCall:
     """Encode each distinct picture and text once.
 
     Args:
@@ -148,7 +144,7 @@ def encode_inputs(
     )
     remember = use_cache and states.features is not None
     key = (states.features, size, config.posterior, config.uncond, config.long_prompts)
-    return ScoreInputs(
+    return EncodedCall(
         backbone=backbone,
         config=config,
         posterior=posterior,
@@ -165,88 +161,6 @@ def encode_inputs(
     )
 
 
-def token_mask(
-    backbone: Backbone,
-    texts: Sequence[str | None],
-    embeds: PromptEmbeds,
-    kind: TokenMask,
-) -> Bool[Tensor, "texts l"] | None:
-    """Mask of the tokens of each text that count, by `ScorerConfig.token_mask`; None counts all.
-
-    Where a text has several windows, the start and end tokens of each window are its own tokens.
-
-    Args:
-        backbone: Model whose tokenizer counts the tokens.
-        texts: Prompts. None is no text, whose tokens all count.
-        embeds: Embeddings of the texts.
-        kind: Tokens that count: "none", "no_pad" or "content", as in `ScorerConfig.token_mask`.
-
-    Raises:
-        PromptError: A text without words where only words count.
-    """
-    if kind == "none":
-        return None
-    tokenizer: Any = backbone.tokenizer
-    require_right(tokenizer)
-    limit = limit_of(tokenizer)
-    ids = prompt_ids(tokenizer, [text or "" for text in texts], special_tokens=False)
-    shape = (len(texts), embeds.prompt_embeds.shape[1])
-    mask = torch.zeros(shape, dtype=torch.bool, device="cpu")
-    for row, (words, length) in enumerate(zip(ids, embeds.row_lengths(), strict=True)):
-        for window in range(length // limit):
-            count = min(max(len(words) - window * (limit - 2), 0), limit - 2)
-            first = window * limit
-            start, stop = (
-                (first + 1, first + 1 + count) if kind == "content" else (first, first + count + 2)
-            )
-            mask[row, start:stop] = True
-    if None in texts:
-        mask[texts.index(None)] = True
-    if empty := [text for text, kept in zip(texts, mask, strict=True) if not kept.any()]:
-        raise PromptError(
-            f"text {empty[0]!r} has no words, and token_mask 'content' pools nothing else; leave "
-            "it out, or use token_mask='no_pad'"
-        )
-    return mask.to(backbone.device)
-
-
-def tokens_present(embeds: PromptEmbeds) -> Bool[Tensor, "texts l"] | None:
-    """Mask of the states that are a text's own, where texts differ in that; None is all."""
-    if embeds.lengths is None:
-        return None
-    place: dict[str, Any] = {"dtype": torch.long, "device": embeds.prompt_embeds.device}
-    lengths = torch.tensor(embeds.lengths, **place)
-    return torch.arange(embeds.prompt_embeds.shape[1], **place) < lengths[:, None]
-
-
-def in_batches(
-    rows: Sequence[_Row], batch_size: int, run: Callable[[Sequence[_Row]], _Result]
-) -> Iterator[tuple[Sequence[_Row], _Result]]:
-    """Rows in parts of at most `batch_size`, with what `run` makes of each.
-
-    On CUDA a part that runs out of memory is repeated in halves, with one warning at the end.
-    """
-    size, start = batch_size, 0
-    while start < len(rows):
-        part = rows[start : start + size]
-        try:
-            result = run(part)
-        except torch.cuda.OutOfMemoryError:
-            if size == 1:
-                raise
-            size = (min(size, len(part)) + 1) // 2
-            torch.cuda.empty_cache()
-            continue
-        yield part, result
-        start += len(part)
-    if size < batch_size:
-        warnings.warn(
-            f"calls of the U-Net with {batch_size} rows did not fit and were cut down to {size}. "
-            f"Pass batch_size={size} to begin there.",
-            stacklevel=2,
-        )
-
-
 _CUTS_KNOWN: ContextVar[bool] = ContextVar("diffenc_cuts_known", default=False)
 
 
@@ -260,23 +174,14 @@ def cuts_known() -> Iterator[None]:
         _CUTS_KNOWN.reset(token)
 
 
-def warn_truncated(inputs: ScoreInputs) -> None:
+def warn_cut(encoded: EncodedCall) -> None:
     """Say once per call how many texts were cut."""
     if _CUTS_KNOWN.get():
         return
-    if cut := sum(count > 0 for count in inputs.truncated):
-        tokenizer: Any = inputs.backbone.tokenizer
+    if cut := sum(count > 0 for count in encoded.truncated):
+        tokenizer: Any = encoded.backbone.tokenizer
         warnings.warn(
-            f"{cut} of {len(inputs.truncated)} texts are longer than the "
+            f"{cut} of {len(encoded.truncated)} texts are longer than the "
             f"{tokenizer.model_max_length} tokens that the text encoder reads and were cut",
             stacklevel=4,
-        )
-
-
-def check_finite(scores: Tensor, backbone: Backbone) -> None:
-    """Raise a `NonFiniteError` unless all scores are numbers."""
-    if not torch.isfinite(scores).all():
-        raise NonFiniteError(
-            f"scores hold NaN or infinity with a U-Net in {backbone.dtype}; load the model with "
-            "dtype=torch.bfloat16 or torch.float32, and check its weights if that is so already"
         )

@@ -3,7 +3,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from diffenc.denoiser.hooks import ForwardTaps
-from diffenc.denoiser.truncation import truncate
+from diffenc.denoiser.shortening import shortened
 from diffenc.models import load_backbone
 
 FOLDERS = ["tiny_sd_folder", "tiny_sd21_folder", "tiny_sdxl_folder"]
@@ -37,13 +37,13 @@ def read(backbone, unet, taps, height, width):
 def test_a_truncated_unet_is_exact_at_every_size(backbone, size):
     whole = read(backbone, backbone.unet, TAPS, *size)
     for tap in TAPS:
-        short = read(backbone, truncate(backbone.unet, [tap]), [tap], *size)
+        short = read(backbone, shortened(backbone.unet, [tap]), [tap], *size)
         assert torch.equal(short[tap], whole[tap]), tap
 
 
 def test_what_lies_behind_is_gone_and_the_original_is_untouched(backbone):
     before = {name for name, _ in backbone.unet.named_parameters()}
-    short = truncate(backbone.unet, ["mid_block", "up_blocks.0.resnets.1"])
+    short = shortened(backbone.unet, ["mid_block", "up_blocks.0.resnets.1"])
     left = {name for name, _ in short.named_parameters()}
     assert left < before
     assert not any(name.startswith(("up_blocks.1.", "conv_out", "conv_norm")) for name in left)
@@ -56,7 +56,7 @@ def test_what_lies_behind_is_gone_and_the_original_is_untouched(backbone):
 
 
 def test_the_last_of_several_taps_decides(backbone):
-    short = truncate(backbone.unet, ["up_blocks.0.resnets.0", "up_blocks.1.resnets.0", "conv_in"])
+    short = shortened(backbone.unet, ["up_blocks.0.resnets.0", "up_blocks.1.resnets.0", "conv_in"])
     names = {name for name, _ in short.named_modules()}
     assert "up_blocks.0.resnets.2" in names
     assert "up_blocks.1.resnets.0" in names
@@ -66,7 +66,7 @@ def test_the_last_of_several_taps_decides(backbone):
 @pytest.mark.parametrize("size", [(8, 8), (9, 7)], ids=str)
 def test_a_truncated_unet_compiles_without_graph_breaks(tiny_unet, size):
     tap = "up_blocks.0"
-    short = truncate(tiny_unet, [tap])
+    short = shortened(tiny_unet, [tap])
     compiled = torch.compile(short.forward, backend="eager", fullgraph=True)
     sample, states = torch.randn(2, 4, *size), torch.randn(2, 5, 8)
     step = torch.tensor(10)

@@ -33,7 +33,7 @@ class Passthrough(nn.Module):
         return hidden_states
 
 
-def truncate(unet: nn.Module, taps: Sequence[str]) -> nn.Module:
+def shortened(unet: nn.Module, taps: Sequence[str]) -> nn.Module:
     """A U-Net that shares its modules with `unet` and runs nothing behind the last tap's layer.
 
     Whole blocks behind it go, and so do the layers behind it in its own block. Down blocks and the
@@ -47,7 +47,7 @@ def truncate(unet: nn.Module, taps: Sequence[str]) -> nn.Module:
     blocks = list(unet.up_blocks)  # type: ignore[arg-type]
     kept = blocks[: last_block + 1]
     if kept and last_layer is not None:
-        kept[-1] = _shortened(kept[-1], last_layer + 1)
+        kept[-1] = _shortened_block(kept[-1], last_layer + 1)
     if len(kept) < len(blocks):
         kept.append(Passthrough(len(blocks[len(kept)].resnets)))
     short = shallow_copy(unet)
@@ -77,7 +77,7 @@ def _last(taps: Sequence[str]) -> tuple[int, int | None]:
     return block, None if layer == float("inf") else int(layer)
 
 
-def _shortened(block: nn.Module, layers: int) -> nn.Module:
+def _shortened_block(block: nn.Module, layers: int) -> nn.Module:
     short = shallow_copy(block)
     short.resnets = nn.ModuleList(list(block.resnets)[:layers])  # type: ignore[arg-type]
     if hasattr(block, "attentions"):
