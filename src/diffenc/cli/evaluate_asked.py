@@ -38,7 +38,8 @@ Output = Annotated[
         "-o",
         metavar="FILE.jsonl",
         help="File that gets every answer as it comes; default the command's name and "
-        "-results.jsonl. Where it holds answers of the same run, that run goes on.",
+        "-results.jsonl, or -captions.jsonl with another --question. Where it holds answers of the "
+        "same run, that run goes on.",
     ),
 ]
 Anew = Annotated[
@@ -61,7 +62,7 @@ def _run(
     force: Anew = False,
     _debug: Debug = False,
 ) -> None:
-    file = output or Path(f"{task.name}-results.jsonl")
+    file = output or task.file
     check_output(file, suffixes=(".jsonl",), force=True)
     quiet_libraries()
     from diffenc.evals.run import prepare_task
