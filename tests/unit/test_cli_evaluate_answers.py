@@ -20,11 +20,13 @@ from answers_data import (
 from diffenc.cli.main import app
 from diffenc.cli.progress import progress_bar
 from diffenc.encoder import DiffusionEncoder
+from diffenc.errors import ConfigError
 from diffenc.evals.captioning import shapes_captions
 from diffenc.evals.choices import shapes_mmvp
 from diffenc.evals.choices.base import LETTER_INSTRUCTION
 from diffenc.evals.run import run_task
 from diffenc.evals.task import AskOptions
+from diffenc.evals.tasks.leakage import Leakage
 from diffenc.evals.tasks.mmvp import Mmvp
 from diffenc.mllm import DiffusionVLM, VisionTokens
 from diffenc.mllm.training.miniature import write_miniature
@@ -319,6 +321,67 @@ class TestGuidance:
     def test_a_model_that_reads_no_text_has_nothing_to_guide(self, models, no_model):
         arguments = ("mmvp", models / "clip", "--data", "shapes", "--guidance-scale", 2)
         refused(run(*arguments), "reads no text")
+
+
+class TestCaptionsOfAnotherRun:
+    """One model captions, another one's encoder reads what was said."""
+
+    @pytest.mark.parametrize(
+        ("command", "item"), [("mmvp", 4), ("blink", 1), ("naturalbench", 1), ("llava-bench", 3)]
+    )
+    def test_any_pictures_can_be_captioned_and_read(self, models, speech, command, item):
+        data = ("--data", "shapes", "--limit", item)
+        captions = iter(range(1000))
+        speech.says = lambda *_: f" number {next(captions)}."
+        first = done(command, models / "clip", *data, "--question", "describe the picture.")
+        file = f"{command}-captions.jsonl"
+        assert f"answers are in {file}" in first.stdout
+        assert "nothing was counted" in first.stderr
+        assert "number 0." in first.stdout
+        assert {row[:2] for row in speech.asked} == {("describe the picture.",) * 2}
+        assert {row[2]["max_new_tokens"] for row in speech.asked} == {32}
+        items = [line["item"] for line in read_lines(file)[2:]]
+        count = len(speech.asked)
+        speech.asked.clear()
+        speech.says = lambda *_: "a"
+        done(command, models / "clip", *data, "--captions", file)
+        assert len(speech.asked) == count
+        prompts = [prompt for _, prompt, _ in speech.asked]
+        assert [prompt.split()[-2:] for prompt in prompts] == [
+            ["number", f"{number}."] for number in range(count)
+        ]
+        assert all(len(prompt.split()) > 2 for prompt in prompts)  # behind the question
+        lines = read_lines(f"{command}-results.jsonl")
+        assert lines[1]["description"]["prompts"] == "question+caption"
+        assert [line["item"] for line in lines[2 : 2 + count]] == items
+
+    def test_captions_are_prompts_alone_where_nothing_else_was_read(self, models, speech):
+        speech.says = lambda *_: "a red circle"
+        data = ("--data", "shapes", "--limit", 2)
+        done("captions", models / "clip", *data, "-o", "said.jsonl")
+        for name, policy in (("both", "caption"), ("sd", "caption")):
+            speech.asked.clear()
+            done("captions", models / name, *data, "--captions", "said.jsonl", "--force")
+            assert {prompt for _, prompt, _ in speech.asked} == {"a red circle"}
+            lines = read_lines("captions-results.jsonl")
+            assert lines[1]["description"]["prompts"] == policy
+
+    def test_captions_that_nothing_reads_or_that_are_of_other_data_are_refused(
+        self, models, no_model, tmp_path
+    ):
+        (tmp_path / "said.json").write_text('{"0": "a red circle", "many": "b"}')
+        arguments = ("captions", models / "sd", "--data", "shapes", "--captions", "said.json")
+        refused(run(*arguments), "said.json has captions of 1 items that")
+        refused(
+            run(*arguments, "--limit", 2, "--prompts", "empty"), "prompts='empty' has none; write"
+        )
+        refused(run(*arguments, "--limit", 2), "1 items without a caption in said.json (id 1)")
+        assert not (tmp_path / "captions-results.jsonl").exists()
+        refused(run(*arguments[:4], "--captions", "none.json"), "cannot read none.json")
+        with pytest.raises(ConfigError, match="takes no captions"):
+            run_task(
+                Leakage(data="shapes"), models / "sd", AskOptions(captions=tmp_path / "said.json")
+            )
 
 
 class TestLibrary:

@@ -80,6 +80,7 @@ def test_examples_can_be_read(path):
         ({"model": {"options": {"timstep": 5}}}, "timstep"),
         ({"model": {"kind": "fused"}}, "needs model.clip"),
         ({"model": {"kind": "vision", "captioner": "x"}}, "no captioner"),
+        ({"model": {"pad": True}}, 'model.pad is for model.kind = "vision"'),
         ({"adapt": {"unet_rank": 4}}, "align"),
         ({"model": {"template": "v7"}}, "model.template"),
     ],

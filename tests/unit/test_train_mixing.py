@@ -105,6 +105,15 @@ def test_both_stages_train_the_mixer_and_nothing_below_it(first_stage, parts, tm
     assert torch.equal(shown, tokens)
 
 
+def test_a_later_stage_guides_what_the_first_one_read_without_text(first_stage, parts, tmp_path):
+    model = first_stage("cross_attention")[2]
+    guided = {"taps": ["up_blocks.1"], "size": 32, "conditioning": "cfg", "guidance_scale": 4.0}
+    options = {"start": str(model), "options": guided, "language_model": "lora", "rank": 2}
+    begun = build_vlm(mixed(parts, tmp_path, "cross_attention", "instruct", **options))
+    assert begun.encoder.config.conditioning == "cfg"
+    assert begun.encoder.config.guidance_scale == 4.0
+
+
 @pytest.mark.parametrize("how", ["cross_attention", "token_gated"])
 def test_a_mixer_that_was_stopped_goes_on_as_if_it_had_not_been(parts, tmp_path, how):
     train(mixed(parts, tmp_path / "a", how, precision="bf16"))

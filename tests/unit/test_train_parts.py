@@ -276,3 +276,6 @@ def test_a_clip_as_baseline_trains_the_projector_and_is_found_by_its_folder(
     tokens = later.encode_images([picture(0)], ["a"])
     assert torch.equal(tokens, later.encode_images([picture(0)], ["quite another"]))
     assert later.generate(picture(0), "what?", max_new_tokens=2)
+    start = {"start": str(tmp_path / "model"), "layer": -2, "language_model": "lora"}
+    second = config(parts, tmp_path / "b", "instruct", encoder=str(clip_folder), pad=True, **start)
+    assert build_vlm(second).encoder.pad is True

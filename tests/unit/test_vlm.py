@@ -320,6 +320,23 @@ def test_labels_of_pictures_are_never_learnt():
     assert vlm(ids, images=[picture(0)], prompts=["a"], labels=labels).loss.item() == 0
 
 
+def test_a_padded_baseline_sees_all_of_a_picture_as_llava_does(vision_folder, lm_folder, tmp_path):
+    wide = picture(0, size=(40, 16))
+    vision = VisionTokens.from_pretrained(vision_folder, layer=-1, pad=True)
+    # LLaVA's rule: a square of the longer side, in the mean colour, the picture in its middle
+    colour = tuple(int(255 * level) for level in vision.image_processor.image_mean)
+    square = Image.new("RGB", (40, 40), colour)
+    square.paste(wide, (0, 12))
+    plain = VisionTokens.from_pretrained(vision_folder, layer=-1)
+    assert torch.equal(vision([wide]), plain([square]))
+    assert not torch.equal(vision([wide]), plain([wide]))
+    assert torch.equal(vision([square]), plain([square]))
+    DiffusionVLM(vision, lm_folder).save_pretrained(tmp_path)
+    assert DiffusionVLM.from_pretrained(tmp_path).encoder.pad is True
+    with pytest.raises(ConfigError, match="pad must be"):
+        VisionTokens.from_pretrained(vision_folder, pad="yes")
+
+
 def test_an_adapter_that_is_not_whole_is_refused(lm_folder, vision_folder, tmp_path):
     """By itself peft draws what is missing at random, and leaves out what has no place."""
     vlm = DiffusionVLM(VisionTokens.from_pretrained(vision_folder), lm_folder)

@@ -17,6 +17,7 @@ from diffenc.cli.index import index, search
 from diffenc.cli.info import info
 from diffenc.cli.maps import maps
 from diffenc.cli.options import DEBUG, Debug
+from diffenc.cli.recipes import recipes
 from diffenc.cli.score import score
 from diffenc.cli.study import study
 from diffenc.cli.train import shapes_data, train
@@ -129,6 +130,7 @@ app.command("maps")(maps)
 app.command("index")(index)
 app.command("search")(search)
 app.command("train")(train)
+app.command("recipes")(recipes)
 app.command("shapes-data")(shapes_data)
 app.add_typer(evaluate, name="evaluate")
 app.add_typer(study, name="study")

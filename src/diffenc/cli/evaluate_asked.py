@@ -41,7 +41,10 @@ ModelFolder = Annotated[
 Output = Annotated[
     Path | None,
     kept_output(
-        "FILE.jsonl", "File that gets every answer as it comes", "-results.jsonl", "answers"
+        "FILE.jsonl",
+        "File that gets every answer as it comes",
+        "-results.jsonl, or -captions.jsonl with another --question",
+        "answers",
     ),
 ]
 Anew = Annotated[bool, begin_anew("answers in the file")]
@@ -62,7 +65,7 @@ def _run(
     force: Anew = False,
     _debug: Debug = False,
 ) -> None:
-    file = output or Path(f"{task.name}-results.jsonl")
+    file = output or task.file
     check_output(file, suffixes=(".jsonl",), force=True)
     quiet_libraries()
     from diffenc.evals.run import prepare_task

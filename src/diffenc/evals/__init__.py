@@ -24,6 +24,7 @@ __all__ = [
     "evaluate",
     "load_mmvp_vlm",
     "load_winoground",
+    "read_captions",
     "shapes_benchmark",
     "winoground_from_rows",
 ]
@@ -49,6 +50,7 @@ _HOMES = {
     "evaluate": "diffenc.evals.matching.evaluate",
     "load_mmvp_vlm": "diffenc.evals.matching.mmvp_vlm",
     "load_winoground": "diffenc.evals.matching.winoground",
+    "read_captions": "diffenc.evals.captions_file",
     "shapes_benchmark": "diffenc.evals.matching.miniature",
     "winoground_from_rows": "diffenc.evals.matching.winoground",
 }
@@ -56,6 +58,7 @@ _HOMES = {
 if _TYPE_CHECKING:
     from diffenc.evals.answerers import Answerer, FunctionAnswerer
     from diffenc.evals.asking import AnswerEvaluation
+    from diffenc.evals.captions_file import read_captions
     from diffenc.evals.items import Benchmark, Picture, Problem
     from diffenc.evals.matching.base import Item, Matcher, MatchingBenchmark
     from diffenc.evals.matching.clip import ClipMatcher

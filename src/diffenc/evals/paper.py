@@ -25,6 +25,7 @@ class PublishedRow:
         deviations: Sample standard deviations over three trials; None if the paper gives none.
         printed: Values as they stand in the paper, if they had to be corrected; None if not.
         doubtful: Columns whose value cannot be right, see the table's notes.
+        parameters: Number of parameters, in millions; None if the paper gives none.
     """
 
     labels: tuple[str, ...]
@@ -32,6 +33,7 @@ class PublishedRow:
     deviations: tuple[float, ...] | None = None
     printed: tuple[float, ...] | None = None
     doubtful: tuple[str, ...] = ()
+    parameters: float | None = None
 
     @property
     def percents(self) -> list[str]:
@@ -111,7 +113,7 @@ def published_table(name: str) -> PublishedTable:
         raise ConfigError(f"there is no table {name!r}; known are {sorted(tables)}")
     table = tables[name]
     rows = tuple(
-        PublishedRow(**{key: tuple(value) for key, value in row.items() if key != "parameters"})
+        PublishedRow(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
         for row in table["rows"]
     )
     labels, columns, notes = (tuple(table[key]) for key in ("labels", "columns", "notes"))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffenc.errors import ConfigError, PromptError
+from diffenc.evals.captions_file import read_captions, with_captions
 from diffenc.evals.saved_vlm import SavedVLM
 from diffenc.evals.task import Ask, AskOptions, AskTask, Outcome
 from diffenc.inputs.policies import PromptSample, parse_policy
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from diffenc.evals.inspection import Progress
 
 _OWN_POLICY = "model"
+_CAPTION = "caption"
+_CAPTION_TOKENS = (64, 32)
+"""Largest number of tokens in an answer to one question on everything: real data, miniature."""
 
 
 def run_task(
@@ -65,7 +69,8 @@ def prepare_task(task: AskTask, model: "str | os.PathLike[str]", options: AskOpt
     if not isinstance(model, (str, os.PathLike)) or isinstance(os.fspath(model), bytes):
         raise ConfigError(f"model must be the folder of a saved model, got {model!r}")
     task.check()
-    real, miniature = task.tokens
+    captions = _captions(task, options)
+    real, miniature = task.tokens if task.counts else _CAPTION_TOKENS
     saved = SavedVLM(
         model,
         name=options.name,
@@ -78,13 +83,50 @@ def prepare_task(task: AskTask, model: "str | os.PathLike[str]", options: AskOpt
     policy = task.prompt_policy
     if policy is not None:
         own = saved.prompt_policy.split("|")[0] if policy == _OWN_POLICY else policy
-        saved = saved.described(prompts=str(parse_policy(options.prompts or own)))
+        saved = saved.described(prompts=_policy(options, own))
     benchmark = task.load()
+    if captions is not None:
+        name = Path(str(options.captions)).name
+        benchmark = with_captions(benchmark, captions, where=name, part=task.partial)
     prompts: dict[str, str] = {}
     if policy is not None:
         samples = {item.id: task.sample(item) for item in benchmark.items}
+        if not task.counts:
+            samples = {key: (str(task.question), texts) for key, (_, texts) in samples.items()}
+        if captions is not None:
+            samples = {key: (text, [captions[key]]) for key, (text, _) in samples.items()}
         prompts = _drawn_prompts(saved.description["prompts"], samples, options.seed)
     return task.prepare(benchmark, saved, prompts, options)
+
+
+def _captions(task: AskTask, options: AskOptions) -> dict[str, str] | None:
+    """Captions of the file that the options name; None where they name none.
+
+    Raises:
+        ConfigError: The file is of another form, or prompts are not for the caller to choose.
+    """
+    if options.captions is None:
+        return None
+    if task.prompt_policy is None:
+        raise ConfigError(f"{task.name} makes its prompts itself and takes no captions")
+    return read_captions(options.captions)
+
+
+def _policy(options: AskOptions, own: str) -> str:
+    """The policy that the options name, or a model's own, which reads captions where there are.
+
+    Raises:
+        ConfigError: A policy is of another form, or reads no captions where there are.
+    """
+    policy = str(parse_policy(options.prompts or own))
+    if options.captions is None or _CAPTION in policy:
+        return policy
+    if options.prompts is not None:
+        raise ConfigError(
+            f"captions stand for {_CAPTION!r} in a prompt policy, and prompts={policy!r} has none; "
+            f"write {policy.split('|')[0].strip()}+{_CAPTION}, or leave prompts out"
+        )
+    return _CAPTION if policy == "empty" else f"{policy}+{_CAPTION}"
 
 
 def _drawn_prompts(

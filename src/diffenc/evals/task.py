@@ -104,6 +104,11 @@ class Task:
         """Whether the items are the miniature's."""
         return self.data == MINIATURE
 
+    @property
+    def partial(self) -> bool:
+        """Whether a part of the items is taken."""
+        return self.limit is not None
+
     def load(self) -> "Benchmark[Any]":
         """Read the items.
 
@@ -139,6 +144,9 @@ class AskOptions:
     Attributes:
         prompts: What the encoder reads: question, empty, or another policy, see the guide to
             training. Default that of the model's training; for captions: empty.
+        captions: Captions of another run that stand for "caption" in --prompts: answers of one
+            model that diffenc evaluate wrote, or JSON by id. Without --prompts they are read behind
+            what the encoder reads otherwise.
         guidance_scale: Guidance scale s of the encoder's features f_u + s (f_c - f_u). Default as
             the model was trained.
         seed: Seed of what is drawn at random: by the prompt policy, or who gets whose caption.
@@ -152,6 +160,7 @@ class AskOptions:
     """
 
     prompts: str | None = option(metavar="POLICY")
+    captions: Path | None = field(default=None, metadata={"metavar": "FILE"})
     guidance_scale: float | None = option(metavar="S")
     seed: int = 0
     max_new_tokens: int | None = option(metavar="N", least=1)
@@ -193,6 +202,11 @@ Ask = Callable[["Path | None", "Progress | None"], Outcome]
 class AskTask(Task):
     """A benchmark that a model answers.
 
+    Attributes:
+        question: Text that the model is asked on the pictures of every item, in place of the
+            benchmark's questions. Its answers are shown and kept, nothing is counted: another run
+            takes them by --captions.
+
     Class attributes tell how it is asked unless the options say otherwise: `tokens`, the largest
     number of tokens in an answer on real data and on the miniature; `prompt_policy`, "model" for
     the model's own without its noise and dropout, or None where the protocol has prompts itself;
@@ -202,6 +216,18 @@ class AskTask(Task):
     tokens: ClassVar[tuple[int, int]]
     prompt_policy: ClassVar[str | None] = "model"
     without: ClassVar[tuple[str, ...]] = ()
+
+    question: str | None = option(metavar="TEXT")
+
+    @property
+    def file(self) -> Path:
+        """File that keeps the answers where none is named."""
+        return Path(f"{self.name}-results.jsonl" if self.counts else f"{self.name}-captions.jsonl")
+
+    @property
+    def counts(self) -> bool:
+        """Whether the benchmark's own questions are asked, and answers counted."""
+        return self.question is None
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -215,6 +241,8 @@ class AskTask(Task):
             ConfigError: An option is not allowed.
             MissingExtraError: A library is not installed.
         """
+        if self.question is not None and not self.question.strip():
+            raise ConfigError("the question is empty; leave it out to ask the benchmark's own")
 
     def sample(self, item: Any) -> tuple[str, Sequence[str]]:
         """Question and true captions of an item, from which a prompt policy makes its prompt."""

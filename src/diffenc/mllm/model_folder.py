@@ -79,9 +79,10 @@ class VLMContents:
         kind, keys = self.encoder_kind, ["kind"]
         check_choice("encoder.kind", kind, ("diffusion", "fused", "vision"))
         if kind == "vision":
-            keys += ["name", "layer"]
+            keys += ["name", "layer", "pad"]
             checked(self.encoder.get("name"), str, "encoder.name")
             checked(self.encoder.get("layer"), int, "encoder.layer")
+            checked(self.encoder.get("pad", False), bool, "encoder.pad")
         check_keys(self.encoder, keys, "encoder")
         parse_policy(self.prompt_policy)
         if self.image_batch_size is not None and self.image_batch_size < 1:
@@ -233,6 +234,7 @@ def _encoder_told(encoder: Any, folder: Path) -> dict[str, Any]:
             "kind": "vision",
             "name": stored_name(encoder.name, folder),
             "layer": encoder.layer,
+            **({"pad": True} if encoder.pad else {}),
         }
     raise ConfigError(
         f"{type(encoder).__name__} has no name to be found by; load it with "
@@ -255,7 +257,12 @@ def _load_encoder(
         name = read_name(description["name"], source)
         processor = saved_image_processor(source / ENCODER)
         vision = VisionTokens.from_pretrained(
-            name, image_processor=processor, layer=description["layer"], device=device, dtype=dtype
+            name,
+            image_processor=processor,
+            layer=description["layer"],
+            pad=description.get("pad", False),
+            device=device,
+            dtype=dtype,
         )
         if saved.encoder_mark and not is_marked(vision, saved.encoder_mark):
             raise BackboneError(

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor, nn
 
+from diffenc.checks.arguments import flag
 from diffenc.checks.fields import require_finite
 from diffenc.clip.tokens import ClipTokens
 from diffenc.clip.vision_models import VisionModel, to_pictures
@@ -41,18 +43,28 @@ class VisionTokens(VisionModel):
         image_processor: Image processor of the model.
         layer: Index of the hidden state that is read; -2 is LLaVA's for CLIP.
         name: Name or path that the model was loaded from; None for an object.
+        pad: Whether pictures are first padded to squares with the mean colour of the image
+            processor, as LLaVA-1.5's second stage does; otherwise the image processor alone makes
+            them square, which cuts off what lies outside.
 
     Raises:
         ConfigError: Patches or pictures are not square, or there is no such layer.
     """
 
     def __init__(
-        self, model: nn.Module, image_processor: Any, *, layer: int = -2, name: str | None = None
+        self,
+        model: nn.Module,
+        image_processor: Any,
+        *,
+        layer: int = -2,
+        name: str | None = None,
+        pad: bool = False,
     ) -> None:
         super().__init__()
         config: Any = getattr(model, "config", None)
         kind = getattr(config, "model_type", type(model).__name__)
         self.image_processor, self.layer, self.name = image_processor, layer, name
+        self.pad = flag("pad", pad)
         self.model = model
         if kind in _CLIP_LIKE:
             self.model = ClipTokens(model, image_processor, layer=layer, name=name)
@@ -69,7 +81,7 @@ class VisionTokens(VisionModel):
         if not -depth - 1 <= layer <= depth:
             raise ConfigError(f"layer must be {-depth - 1} to {depth}, got {layer}")
         self.hidden_size = width
-        self.side = _processed_side(image_processor) // patch
+        self.side = processed_side(image_processor) // patch
         self.model.eval().requires_grad_(False)
 
     @classmethod
@@ -80,6 +92,7 @@ class VisionTokens(VisionModel):
         *,
         image_processor: Any = None,
         layer: int = -2,
+        pad: bool = False,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> "VisionTokens":
@@ -89,7 +102,8 @@ class VisionTokens(VisionModel):
             name: Name of the model: a folder or a Hub id, such as ``"facebook/dinov2-large"``;
                 "shapes-clip" is the bundled miniature.
             image_processor: Replacement for the model's own image processor; None loads that.
-            layer: Index of the hidden state that is read; see the class.
+            layer: Index of the hidden state that is read; see the class for this and the next.
+            pad: Whether pictures are first padded to squares.
             device: Device of the model.
             dtype: Floating point type of the weights.
 
@@ -105,7 +119,11 @@ class VisionTokens(VisionModel):
                     name, image_processor=image_processor, layer=layer, device=device, dtype=dtype
                 )
                 return cls(
-                    tokens.model, tokens.image_processor, layer=layer, name=lasting_name(name)
+                    tokens.model,
+                    tokens.image_processor,
+                    layer=layer,
+                    name=lasting_name(name),
+                    pad=pad,
                 )
             # The states of its layers are read, and never what a pooler makes of them.
             model = load_whole(
@@ -113,7 +131,7 @@ class VisionTokens(VisionModel):
             )
             if image_processor is None:
                 image_processor = load_image_processor(name)
-        return cls(model.to(device), image_processor, layer=layer, name=lasting_name(name))
+        return cls(model.to(device), image_processor, layer=layer, name=lasting_name(name), pad=pad)
 
     @property
     def token_channels(self) -> tuple[int, ...]:
@@ -149,10 +167,14 @@ class VisionTokens(VisionModel):
             ShapeError: Another number of tokens than the pictures have patches.
             NonFiniteError: NaN or infinity in the tokens.
         """
+        sources: Images = images
+        if self.pad:
+            mean = getattr(self.image_processor, "image_mean", None)
+            sources = [padded(picture, mean) for picture in to_pictures(images)]
         if isinstance(self.model, ClipTokens):
-            hidden: Tensor = self.model(images)
+            hidden: Tensor = self.model(sources)
             return hidden
-        pixel_values = self.image_processor(images=to_pictures(images), return_tensors="pt")
+        pixel_values = self.image_processor(images=to_pictures(sources), return_tensors="pt")
         inputs = pixel_values["pixel_values"].to(self.device, self.dtype)
         with lock_of(self.model), torch.no_grad():
             states = self.model(inputs, output_hidden_states=True).hidden_states[self.layer]
@@ -165,6 +187,25 @@ class VisionTokens(VisionModel):
         require_finite(states, f"states of layer {self.layer}", "try float32 or bfloat16")
         tokens: Tensor = states[:, -expected:]
         return tokens
+
+
+def padded(picture: Image.Image, mean: Sequence[float] | None) -> Image.Image:
+    """A picture in the middle of a square of one colour, as LLaVA's `expand2square` makes it.
+
+    Args:
+        picture: Picture, RGB.
+        mean: Colour of the margins, 0 to 1 for each channel; None is grey.
+
+    Source:
+        Liu et al. 2023, arXiv:2310.03744: `image_aspect_ratio pad` of the released code.
+    """
+    side = max(picture.size)
+    if picture.size == (side, side):
+        return picture
+    red, green, blue = (int(255 * level) for level in (mean or (0.5, 0.5, 0.5)))
+    square = Image.new("RGB", (side, side), (red, green, blue))
+    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    return square
 
 
 def tokens_per_image(encoder: nn.Module) -> int | None:
@@ -217,7 +258,7 @@ def grid_tokens(size: int | tuple[int, int], vae: int, reductions: Sequence[int]
     return grid[0] * grid[1]
 
 
-def _processed_side(image_processor: Any) -> int:
+def processed_side(image_processor: Any) -> int:
     """Side of the square that an image processor makes."""
     size = getattr(image_processor, "crop_size", None)
     if not getattr(image_processor, "do_center_crop", size is not None) or not size:

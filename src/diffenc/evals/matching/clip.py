@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffenc.errors import BackboneError
 from diffenc.evals.matching.matchers import short_name, weights_digest
+from diffenc.evals.matching.sizes import tower_sizes
 from diffenc.inputs.prompts import tokenize
 from diffenc.inputs.tokenizing import fit_rows, token_ids
 from diffenc.storage.pretrained import load_whole, loading, model_config, model_folder
@@ -35,6 +36,7 @@ class ClipMatcher:
     def __init__(self, model: Any, tokenizer: Any, processor: Any, *, name: str) -> None:
         self.model, self.tokenizer, self.processor = model.eval(), tokenizer, processor
         self.name = name
+        self.parameters = tower_sizes(model, model.vision_model, model.visual_projection)
         self.description: Mapping[str, Any] = {
             "kind": "CLIPModel",
             "model": name,

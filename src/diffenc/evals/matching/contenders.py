@@ -1,4 +1,4 @@
-"""What is compared on a benchmark: scorers by their presets, with reference pictures, and CLIP."""
+"""What is compared: scorers by their presets, with reference pictures, and CLIP baselines."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffenc.errors import ConfigError
 from diffenc.evals.matching.base import Matcher, MatchingBenchmark
-from diffenc.evals.matching.clip import ClipMatcher
+from diffenc.evals.matching.baselines import load_baseline
 from diffenc.evals.matching.matchers import ScorerMatcher, scorer_matchers
 from diffenc.evals.matching.miniature import REFERENCE_SEED, shapes_benchmark
 from diffenc.evals.matching.options import MatchOptions
@@ -52,7 +52,7 @@ def load_matchers(
         pictures: list[Image | Path] = list(options.references or ())
         pictures += _pictures_of(benchmark, options.data_references)
         matchers += _calibrated(rows, pictures)
-    matchers += [ClipMatcher.from_pretrained(name, device=device, dtype=dtype) for name in clip]
+    matchers += [load_baseline(name, device=device, dtype=dtype) for name in clip]
     return matchers
 
 

@@ -34,6 +34,8 @@ class Evaluation:
         notes: Remarks on data and texts that do not stop an evaluation.
         fresh: Number of item scores that were computed in this run; the others were in the results
             file.
+        parameters: Numbers of parameters of image tower, text tower and whole, by name of the
+            model; models that do not tell theirs are left out.
     """
 
     benchmark: MatchingBenchmark
@@ -44,6 +46,7 @@ class Evaluation:
     problems: tuple[Problem, ...] = ()
     notes: tuple[str, ...] = ()
     fresh: int = field(default=0, compare=False)
+    parameters: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def results(self, name: str) -> Results:
         """Text, image and group score of a model, in percent."""
@@ -158,6 +161,11 @@ def evaluate(
             ),
         ),
         fresh=run.fresh,
+        parameters={
+            matcher.name: sizes
+            for matcher in matchers
+            if (sizes := getattr(matcher, "parameters", None))
+        },
     )
 
 

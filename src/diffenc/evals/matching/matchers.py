@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffenc.errors import ConfigError
+from diffenc.evals.matching.sizes import tower_sizes
 from diffenc.inputs.prompts import tokenize
 from diffenc.scorer import CrossAttnScorer
 from diffenc.scoring.encoded_call import cuts_known
@@ -35,11 +36,13 @@ class ScorerMatcher:
     ) -> None:
         self.scorer, self.by_timestep = scorer, by_timestep
         self.name = name or scorer.backbone.name
-        config = scorer.config.to_dict()
+        config, parts = scorer.config.to_dict(), scorer.backbone.parts()
+        image = [part for name, part in parts.items() if not name.startswith("text")]
+        self.parameters = tower_sizes(nn.ModuleList(parts.values()), *image)
         self.description: Mapping[str, Any] = {
             "kind": "CrossAttnScorer",
             "model": scorer.backbone.name,
-            "weights": weights_digest(scorer.backbone.parts().items()),
+            "weights": weights_digest(parts.items()),
             "dtype": str(scorer.backbone.dtype).removeprefix("torch."),
             "config": {key: value for key, value in config.items() if key not in _NO_RESULT},
             "by_timestep": by_timestep,

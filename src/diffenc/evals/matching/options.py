@@ -15,7 +15,8 @@ class MatchOptions:
         presets: Kinds of score, repeated: calibrated, paper, discffusion, diffusion-classifier,
             diffusion-itm or denoising-gap; calibrated+shared-query and the like; none: CLIP alone.
             Default calibrated.
-        clip: CLIP models on the same items, repeated: a folder, a Hub id, or shapes-clip.
+        clip: CLIP, SigLIP or open_clip models on the same items, repeated: a folder, a Hub id, or
+            shapes-clip.
         trials: Number of trials, each with other noise.
         seed: Seed of the noise of the first trial.
         timesteps: Noise levels with commas; default those of the preset.

@@ -8,6 +8,7 @@ from diffenc._version import __version__
 from diffenc.evals.inspection import summary
 from diffenc.evals.matching.evaluate import Evaluation
 from diffenc.evals.matching.metrics import CHANCE, METRICS, Metric, Results, tied
+from diffenc.evals.matching.sizes import size_table
 from diffenc.evals.paper import PublishedTable, published_table
 from diffenc.evals.results import Result, percent
 from diffenc.evals.tables import Table
@@ -21,14 +22,19 @@ _OFFICIAL: Mapping[str, Metric | None] = {"mmvp-vlm": "image", "winoground": Non
 
 
 def tables(evaluation: Evaluation, *, paper: bool | None = None) -> list[Table]:
-    """All tables of an evaluation: overall, then split by labels, one per score.
+    """All tables of an evaluation: overall, split by labels (one per score), and sizes of models.
 
     Args:
         evaluation: Evaluation to report.
         paper: Whether the paper's rows are added; None adds them unless the items are miniatures.
     """
     with_paper = evaluation.benchmark.published if paper is None else paper
-    return [_overall(evaluation, with_paper), *_split(evaluation, with_paper)]
+    made = [_overall(evaluation, with_paper), *_split(evaluation, with_paper)]
+    if evaluation.parameters:
+        rows = published_table("mmvp-vlm").rows if with_paper else ()
+        sizes = {row.label: row.parameters for row in rows if row.parameters is not None}
+        made.append(size_table(evaluation.parameters, sizes))
+    return made
 
 
 def tag_tables(evaluation: Evaluation) -> list[Table]:
@@ -84,6 +90,7 @@ def to_dict(evaluation: Evaluation) -> dict[str, Any]:
             name: {
                 "description": evaluation.descriptions[name],
                 "seeds": list(evaluation.seeds[name]),
+                "parameters": dict(evaluation.parameters.get(name, {})),
                 "overall": _numbers(evaluation.results(name)),
                 "labels": {
                     kind: {

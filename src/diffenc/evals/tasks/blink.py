@@ -29,6 +29,11 @@ class Blink(ChoiceTask):
     tasks: tuple[str, ...] | None = option(metavar="NAME", flag="--task")
     limit: int | None = option(metavar="N", least=1)
 
+    @property
+    def partial(self) -> bool:
+        """Whether some of the tasks, or some questions of each, are taken."""
+        return super().partial or self.tasks is not None
+
     def load(self) -> "ChoiceBenchmark":
         """Read the questions."""
         from diffenc.evals.choices import load_blink, shapes_blink

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from diffenc.errors import ConfigError
 from diffenc.evals.task import Ask, AskOptions, AskTask, Outcome, option, refuse
 
 if TYPE_CHECKING:
@@ -38,17 +37,20 @@ class CaptionTask(AskTask):
 
     annotations: Path | None = field(default=None, metadata={"metavar": "FILE"})
     split: str | None = option(metavar="WORD")
-    question: str | None = option(metavar="TEXT")
     metrics: tuple[str, ...] | None = option(metavar="NAME", flag="--metric")
     tokenizer: str = option("ptb", metavar="WORD")
+
+    @property
+    def counts(self) -> bool:
+        """True: here the question asks for a caption in any case."""
+        return True
 
     def check(self) -> None:
         """Refuse metrics that are unknown, stand twice, or cannot run here."""
         from diffenc.config import check_choice
         from diffenc.evals.captioning.metrics import require_metrics
 
-        if self.question is not None and not self.question.strip():
-            raise ConfigError("the question is empty; leave it out to ask the benchmark's own")
+        super().check()
         check_choice("tokenizer", self.tokenizer, ("ptb", "simple"))
         require_metrics(self.metrics or (), self.tokenizer)  # type: ignore[arg-type]
 

@@ -44,6 +44,10 @@ class ChoiceTask(AskTask):
     ) -> Ask:
         """Return the function that asks every question once."""
         from diffenc.evals.choices import choice_table, evaluate_choices
+        from diffenc.evals.one_question import one_question
+
+        if self.question is not None:
+            return one_question(benchmark, model, self.question, prompts, options)
 
         def ask(results: Path | None, progress: "Progress | None") -> Outcome:
             evaluation = evaluate_choices(

@@ -30,7 +30,7 @@ class Leakage(CaptionTask):
 
     name: ClassVar[str] = "leakage"
     prompt_policy: ClassVar[str | None] = None
-    without: ClassVar[tuple[str, ...]] = ("prompts", "guidance_scale")
+    without: ClassVar[tuple[str, ...]] = ("prompts", "captions", "guidance_scale")
 
     guidance_scales: tuple[float, ...] | None = option(metavar="S,S", flag="--guidance-scale")
 

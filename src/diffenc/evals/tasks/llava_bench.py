@@ -47,7 +47,7 @@ class LlavaBenchInTheWild(AskTask):
     @property
     def parts(self) -> tuple[str, ...]:
         """Answers, then reviews."""
-        return ("answering", "judging")
+        return ("answering", "judging") if self.counts else ("answering",)
 
     def load(self) -> "LlavaBench":
         """Read questions and references."""
@@ -76,7 +76,10 @@ class LlavaBenchInTheWild(AskTask):
             bench_table,
             evaluate_llava_bench,
         )
+        from diffenc.evals.one_question import one_question
 
+        if self.question is not None:
+            return one_question(benchmark, model, self.question, prompts, options)
         judge = self._judge(model, options)
         if not isinstance(judge, WordJudge):
             judge.check()

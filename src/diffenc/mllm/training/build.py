@@ -73,7 +73,7 @@ def _started(config: TrainConfig, device: str | torch.device) -> DiffusionVLM:
             f"{start} holds no trained model (no vlm.json); run the earlier stage first, or leave "
             "model.start out"
         )
-    options = dict(model.options) if model.kind == "diffusion" else {}
+    options = {} if model.kind == "vision" else dict(model.options)
     full = config.adapting.language_model == "full"
     vlm = DiffusionVLM.from_pretrained(
         start,
@@ -92,6 +92,8 @@ def _started(config: TrainConfig, device: str | torch.device) -> DiffusionVLM:
         )
     if isinstance(vlm.encoder, FusedEncoder):
         _check_how(vlm.encoder, model)
+    if isinstance(vlm.encoder, VisionTokens):
+        vlm.encoder.pad = model.pad
     default = ModelConfig()
     named = getattr(vlm.language_model, "name_or_path", "")
     requested = lasting_name(model.language_model)
@@ -143,7 +145,7 @@ def load_encoder(
     """
     if model.kind == "vision":
         return VisionTokens.from_pretrained(
-            model.encoder, layer=model.layer, device=device, dtype=dtype
+            model.encoder, layer=model.layer, pad=model.pad, device=device, dtype=dtype
         )
     options: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value

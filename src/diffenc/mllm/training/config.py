@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from textwrap import wrap
 from typing import Any, Literal, get_args
 
 from diffenc._typing import How
@@ -25,6 +26,7 @@ EncoderKind = Literal["diffusion", "fused", "vision"]
 LanguageTraining = Literal["none", "lora", "full"]
 Precision = Literal["fp32", "bf16", "fp16"]
 CacheMode = Literal["auto", "on", "off"]
+_WIDTH = 98
 
 
 def _check_range(name: str, value: float, below: float = math.inf) -> None:
@@ -51,6 +53,8 @@ class ModelConfig:
         mixing: Attributes of `MixingConfig`, such as `asks` or `heads`, for a `how` with weights.
             Without a seed of its own it takes the run's.
         layer: Index of the hidden state of CLIP, or of a baseline, that is read.
+        pad: Whether a baseline's pictures are first padded to squares with the mean colour of its
+            image processor, as LLaVA-1.5's second stage does.
         language_model: Name of the causal language model.
         projector: Kind of the projector, such as "linear" or "mlp2x_gelu".
         projector_norm: Whether a layer norm per tap stands before the projector; LLaVA has none.
@@ -70,6 +74,7 @@ class ModelConfig:
     how: How = "channel"
     mixing: Mapping[str, Any] = field(default_factory=dict)
     layer: int = -2
+    pad: bool = False
     language_model: str = "lmsys/vicuna-7b-v1.5"
     projector: str = "mlp2x_gelu"
     projector_norm: bool = True
@@ -89,6 +94,11 @@ class ModelConfig:
             raise ConfigError('model.kind = "fused" needs model.clip, the name of a CLIP or SigLIP')
         if self.kind == "vision" and (self.options or self.captioner):
             raise ConfigError('model.kind = "vision" takes no options and no captioner')
+        if self.kind != "vision" and self.pad:
+            raise ConfigError(
+                'model.pad is for model.kind = "vision"; options = { resize = "pad" } pads for a '
+                "diffusion model"
+            )
         if self.kind != "fused" and not self.freeze_clip:
             raise ConfigError('model.freeze_clip = false is for model.kind = "fused"')
         if self.kind != "fused" and (self.mixing or self.how in MIXED):
@@ -410,13 +420,20 @@ class TrainConfig:
         write_text(path, to_toml(self.to_dict()))
 
 
-def to_toml(values: Mapping[str, Any]) -> str:
-    """Nested values of text, numbers, truth and lists as TOML."""
+def to_toml(values: Mapping[str, Any], *, comments: Mapping[str, str] | None = None) -> str:
+    """Nested values of text, numbers, truth and lists as TOML.
+
+    Args:
+        values: Values by key; those of a table are a mapping of their own.
+        comments: Remarks that stand above single values, by dotted key; None has none.
+    """
     lines: list[str] = []
+    remarks = comments or {}
 
     def add(table: Mapping[str, Any], path: str) -> None:
         for key, value in table.items():
             if not isinstance(value, Mapping):
+                lines.extend(f"# {line}" for line in wrap(remarks.get(path + key, ""), _WIDTH))
                 lines.append(f"{key} = {_written(value)}")
         for key, value in table.items():
             if isinstance(value, Mapping):

@@ -11,17 +11,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffenc.clip.captioner import ImplicitCaptioner
 from diffenc.clip.tokens import ClipTokens
 from diffenc.denoiser.shortening import shortened
-from diffenc.errors import BackboneError
+from diffenc.errors import BackboneError, DiffencError
 from diffenc.mixing.choosing import make_mixer
 from diffenc.mixing.config import MIXED
 from diffenc.mllm.training.config import ModelConfig
-from diffenc.mllm.vision import grid_tokens
+from diffenc.mllm.vision import grid_tokens, processed_side
 from diffenc.models import describe
 from diffenc.models.building import build_on_meta
 from diffenc.models.reached_layers import reached_projections
 from diffenc.models.taps import meta_inputs
 from diffenc.storage.names import reason
-from diffenc.storage.pretrained import model_config
+from diffenc.storage.pretrained import load_image_processor, model_config
 
 _LLAMA_7B = {
     "model_type": "llama",
@@ -54,7 +54,17 @@ _VIT_L = {
 _VISION_MODELS = {
     "openai/clip-vit-large-patch14-336": _VIT_L,
     "openai/clip-vit-large-patch14": {**_VIT_L, "image_size": 224},
+    "facebook/dinov2-large": {
+        "model_type": "dinov2",
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": 518,
+        "patch_size": 14,
+    },
 }
+_SHOWN_AT = {"facebook/dinov2-large": 224}
+"""Sides of the pictures that image processors make, where they differ from the config's size."""
 
 
 @dataclass(slots=True)
@@ -264,8 +274,9 @@ def _add_vision(encoder: MetaEncoder, name: str, *, trained: int | None = None) 
     encoder.flops["vision model"] = flops
     encoder.groups = (config.hidden_size, *encoder.groups)
     encoder.hidden_size += config.hidden_size
-    encoder.pixels = max(encoder.pixels, config.image_size**2)
-    return int((config.image_size // config.patch_size) ** 2)
+    side = _shown_side(name, config)
+    encoder.pixels = max(encoder.pixels, side**2)
+    return int((side // config.patch_size) ** 2)
 
 
 def _vision_model(name: str) -> tuple[Any, float]:
@@ -281,9 +292,19 @@ def _vision_model(name: str) -> tuple[Any, float]:
             else AutoModel.from_config(config, trust_remote_code=False)
         )
         model = model.float()
-    sides = (config.image_size, config.image_size)
-    picture = torch.empty(1, 3, *sides, dtype=torch.float32, device="meta")
+    side = _shown_side(name, config)
+    picture = torch.empty(1, 3, side, side, dtype=torch.float32, device="meta")
     return model, counted_flops(lambda: model(picture))
+
+
+def _shown_side(name: str, config: Any) -> int:
+    """Side of the pictures that a vision model is shown: DINOv2's is below that of its config."""
+    if config.model_type not in ("dinov2", "dinov2_with_registers"):
+        return int(config.image_size)
+    try:
+        return processed_side(load_image_processor(name))
+    except (DiffencError, OSError, ValueError):
+        return _SHOWN_AT.get(name, int(config.image_size))
 
 
 def _config(name: str, known: dict[str, dict[str, Any]], what: str) -> Any:
