@@ -105,6 +105,17 @@ def test_both_stages_train_the_mixer_and_nothing_below_it(first_stage, parts, tm
     assert torch.equal(shown, tokens)
 
 
+def test_a_second_stage_guides_the_features_as_its_own_table_says(first_stage, parts, tmp_path):
+    """The first stage had no text, so that its scale meant nothing."""
+    _, after, model = first_stage("token_gated")
+    options = {"taps": ["up_blocks.1"], "size": 32, "guidance_scale": 4.0}
+    run = mixed(
+        parts, tmp_path, "token_gated", "instruct", start=str(model), options=options, epochs=1
+    )
+    last = DiffusionVLM.from_pretrained(train(run).model)
+    assert after.encoder.config.guidance_scale != last.encoder.config.guidance_scale == 4.0
+
+
 @pytest.mark.parametrize("how", ["cross_attention", "token_gated"])
 def test_a_mixer_that_was_stopped_goes_on_as_if_it_had_not_been(parts, tmp_path, how):
     train(mixed(parts, tmp_path / "a", how, precision="bf16"))

@@ -73,7 +73,7 @@ def _started(config: TrainConfig, device: str | torch.device) -> DiffusionVLM:
             f"{start} holds no trained model (no vlm.json); run the earlier stage first, or leave "
             "model.start out"
         )
-    options = dict(model.options) if model.kind == "diffusion" else {}
+    options = {} if model.kind == "vision" else dict(model.options)
     full = config.adapting.language_model == "full"
     vlm = DiffusionVLM.from_pretrained(
         start,
