@@ -101,7 +101,7 @@ def shapes_data(
     ] = 3,
     lettered: Annotated[
         int, typer.Option(help="Number of further questions, with options and a letter as answer.")
-    ] = 1,
+    ] = 2,
     _debug: Debug = False,
 ) -> None:
     """Write coloured shapes in LLaVA's format: align.json, instruct.json and images/."""

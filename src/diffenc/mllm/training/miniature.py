@@ -24,7 +24,7 @@ def write_miniature(
     scenes: int = 2000,
     seed: int = 0,
     turns: int = 3,
-    lettered: int = 1,
+    lettered: int = 2,
     size: int = 64,
 ) -> dict[str, Path]:
     """Write pictures, captions for the first stage and conversations for the second.
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--lettered", type=int, default=1)
+    parser.add_argument("--lettered", type=int, default=2)
     parser.add_argument("--size", type=int, default=64)
     write_miniature(**vars(parser.parse_args()))
 
