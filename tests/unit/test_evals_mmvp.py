@@ -227,6 +227,23 @@ class TestScore:
         assert "unread answers: model 8 (100.0 percent)" in table.title
         json.dumps(found.to_dict(), allow_nan=False)
 
+    @pytest.mark.parametrize(("unread", "refused"), [(19, False), (20, False), (21, True)])
+    def test_above_a_fifth_of_unread_answers_a_model_is_not_measured(self, unread, refused):
+        benchmark, asked = shapes_mmvp(9).limited(100), iter(range(100))
+
+        def say(*_):
+            return "?" if next(asked) < unread else "(a)"
+
+        found = evaluate_choices(benchmark, Says(say))
+        assert (found.unread, found.unread_share) == (unread, unread / 100)
+        reason = f"not measured: {unread} % of answers unread" if refused else None
+        assert found.not_measured == found.to_dict()["not_measured"] == reason
+        table = choice_table([found])
+        assert (table.rows[0][1:] == ("not measured",) * 2) is refused
+        assert table.rows[1] == ("chance", "50.0", "25.0")
+        assert f"model {unread} ({unread:.1f} percent)" in table.title
+        assert found.notes[-1].endswith(f"; model is {reason}") is refused
+
     def test_broken_pictures_take_their_pair_along(self, tmp_path):
         benchmark = load_mmvp(mmvp(tmp_path))
         (tmp_path / "MMVP Images/4.jpg").write_bytes(b"")

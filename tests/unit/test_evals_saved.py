@@ -8,7 +8,18 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from diffenc.errors import BackboneError, ConfigError
-from diffenc.evals.llava_bench import Case, Judge, JudgeError, LocalJudge
+from diffenc.evals import FunctionAnswerer
+from diffenc.evals.captioning import evaluate_captions, shapes_captions
+from diffenc.evals.choices import evaluate_choices, shapes_naturalbench
+from diffenc.evals.llava_bench import (
+    Case,
+    Judge,
+    JudgeError,
+    LocalJudge,
+    WordJudge,
+    evaluate_llava_bench,
+    shapes_llava_bench,
+)
 from diffenc.evals.llava_bench.judge import SYSTEM
 from diffenc.evals.saved_vlm import SavedVLM
 from diffenc.mllm import DiffusionVLM, VisionTokens
@@ -60,6 +71,18 @@ class TestSavedVLM:
         changed = SavedVLM(tmp_path / "copy", dtype=torch.bfloat16).description
         assert changed["weights"] != saved.description["weights"]
         assert changed["dtype"] == "bfloat16"
+
+    def test_every_benchmark_asks_a_model_that_learnt_with_captions_without_any(self, folder):
+        """Its policy is question and caption, and of what is asked no caption is known."""
+        saved, asked = SavedVLM(folder / "run", max_new_tokens=2), []
+        generate = DiffusionVLM.from_pretrained(folder / "run/model").generate
+        plain = FunctionAnswerer("plain", generate, options={"max_new_tokens": 2})
+        for model in (saved, plain):
+            captions = evaluate_captions(shapes_captions(2), model, metrics=())
+            choices = evaluate_choices(shapes_naturalbench(1), model)
+            bench = evaluate_llava_bench(shapes_llava_bench(1), model, WordJudge())
+            asked.append((captions.passes[0].captions, choices.choices, bench.answers))
+        assert asked[0] == asked[1]
 
     def test_dropout_of_training(self, folder):
         saved = SavedVLM(folder / "run")

@@ -12,9 +12,11 @@ from diffenc.inputs.policies import (
     PromptSample,
     Question,
     WordDeletion,
+    captions_of,
     draw_prompts,
     parse_policy,
     strip_template,
+    without_captions,
 )
 from diffenc.models.shapes import shapes_folder
 from diffenc.shapes.questions import conversation
@@ -27,6 +29,10 @@ TURNS = [
     {"from": "gpt", "value": "two"},
 ]
 SAMPLE = PromptSample("7", TURNS, ("two circles and a red star", "a picture of a red star"))
+TALK = [
+    {"from": "human", "value": "describe the picture."},
+    {"from": "gpt", "value": "a red circle"},
+]
 QUESTIONS = {"what color is the star?", "how many circles are there?"}
 
 
@@ -192,3 +198,32 @@ def test_users_import_policies_from_prompts() -> None:
     for name in ("PromptSample", "PromptPolicy", "parse_policy", "draw_prompts", "DrawnPrompts"):
         assert name in prompts.__all__
         assert getattr(prompts, name) is getattr(policies, name)
+
+
+@pytest.mark.parametrize(
+    ("policy", "left"),
+    [
+        ("caption", "empty"),
+        ("caption(first) | dropout(0.3)", "empty | dropout(0.3)"),
+        ("question(first)+caption | noisy(0.2)", "question(first) | noisy(0.2)"),
+        ("caption+question+empty", "question+empty"),
+        ("question", "question"),
+    ],
+)
+def test_without_captions_the_other_sources_stay(policy, left):
+    assert str(without_captions(parse_policy(policy))) == left
+
+
+@pytest.mark.parametrize(
+    ("record", "captions"),
+    [
+        ({"captions": ["a", "b"], "caption": "c", "conversations": TALK}, ("a", "b")),
+        ({"caption": "c", "conversations": TALK}, ("c",)),
+        ({"captions": [], "conversations": TALK}, ("a red circle",)),
+        ({"conversations": [*TALK, *TALK]}, ()),
+        ({"conversations": TALK[:1]}, ()),
+        ({}, ()),
+    ],
+)
+def test_the_only_answer_of_a_record_without_captions_is_its_caption(record, captions):
+    assert captions_of(record) == captions

@@ -165,3 +165,47 @@ def test_scenes_without_words_are_refused(objects):
 def test_a_conversation_without_turns_is_refused(turns):
     with pytest.raises(ConfigError, match=f"1 turn or more, got {turns}"):
         conversation(SCENES[0], turns=turns)
+
+
+def talk(number, scene, **options):
+    """Pairs of a question, without its mark, and an answer."""
+    texts = [turn["value"] for turn in conversation(scene, seed=number, **options)]
+    texts[0] = texts[0].removeprefix("<image>\n")
+    return list(zip(texts[::2], texts[1::2], strict=True))
+
+
+def test_lettered_turns_stand_anywhere_and_their_letter_is_that_of_the_right_option():
+    letters, places = defaultdict(Counter), Counter()
+    for number, scene in enumerate(SCENES):
+        pairs = talk(number, scene, turns=2, lettered=1)
+        assert len(pairs) == 3
+        (place,) = (k for k, (text, _) in enumerate(pairs) if "(a)" in text)
+        text, said = pairs.pop(place)
+        question, _, options = text.partition("? ")
+        shown = dict(re.findall(r"(\([a-d]\)) ([a-z ]+?)(?= \(|$)", options))
+        assert shown[said] == answer(f"{question}?", scene)[0]
+        assert pairs == talk(number, scene, turns=2)  # the others are what they were
+        letters[len(shown)][said] += 1
+        places[place] += 1
+    assert set(places) == {0, 1, 2}
+    for count, tally in letters.items():  # no letter is a better guess than another
+        assert len(tally) == count
+        assert max(tally.values()) < tally.total() / count + 3 * tally.total() ** 0.5 / 2
+
+
+@pytest.mark.parametrize("even", [False, True])
+def test_kinds_of_questions_are_even_where_that_is_asked_for(even):
+    kinds, allowed = Counter(), Counter()
+    for number, scene in enumerate(SCENES):
+        known = {question.text: question.kind for question in questions(scene, seed=number)}
+        allowed.update(set(known.values()))
+        (text, _) = talk(number, scene, turns=1, even=even)[0]
+        if text != "describe the picture.":
+            kinds[known[text]] += 1
+    shares = [kinds[kind] / allowed[kind] for kind in QUESTION_KINDS]
+    assert (max(shares) < 2.5 * min(shares)) is even
+
+
+def test_a_negative_number_of_lettered_turns_is_refused():
+    with pytest.raises(ConfigError, match="0 or more, got -1"):
+        conversation(SCENES[0], lettered=-1)

@@ -125,3 +125,40 @@ def test_cider_has_no_end_of_its_scale():
 def test_claims_of_another_form_are_refused(text, message):
     with pytest.raises(ConfigError, match=message):
         parse_claim(text)
+
+
+def read(unread, name="f"):
+    """Figures of two trainings that differ clearly, and the unread answers behind the second."""
+    clear = {("a", "m", name): [50.0, 52.0, 51.0], ("b", "m", name): [30.0, 31.0, 32.0]}
+    shares = {("b", "m", name.replace("f", "unread")): unread}
+    return {key: Spread(tuple(values)) for key, values in {**clear, **shares}.items()}.get
+
+
+@pytest.mark.parametrize(
+    ("unread", "outcome"),
+    [
+        ([19.0, 18.0, 20.0], "holds"),
+        ([20.0, 20.0, 20.0], "holds"),
+        ([21.0, 20.0, 22.0], "not measured: 21 % of answers unread"),
+        ([0.0, 60.0, 70.0], "not measured: 43.3 % of answers unread"),
+    ],
+)
+def test_above_a_fifth_of_unread_answers_nothing_is_decided(unread, outcome):
+    decided = decide(Finding("s", "p", (A_ABOVE_B,)), read(unread))
+    assert decided.outcome == outcome
+    assert decided.verdict == outcome.partition(":")[0]
+    assert decided.unread == pytest.approx(sum(unread) / 3)
+    assert decided.decisions[0].outcome == outcome
+    assert decided.decisions[0].sides.keys() == {"a/m/f", "b/m/f"}  # figures stay to be seen
+
+
+def test_the_unread_answers_are_those_of_the_pass_that_is_compared():
+    claim = parse_claim("a/m/f.2 > b/m/f.2")
+    assert decide_claim(claim, read([21.0] * 3, "f.2")).verdict == "not measured"
+    assert decide_claim(claim, read([19.0] * 3, "f.2")).verdict == "holds"
+
+
+def test_one_comparison_that_was_not_measured_leaves_the_finding_unmeasured():
+    claims = (A_ABOVE_B, parse_claim("a/m/f < 1"))
+    assert decide(Finding("s", "p", claims), read([30.0] * 3)).verdict == "not measured"
+    assert decide(Finding("s", "p", (claims[1],)), read([30.0] * 3)).verdict == "opposite"

@@ -1,5 +1,6 @@
 import copy
 import inspect
+import json
 import pickle
 import threading
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from diffenc.errors import ConfigError, PromptError
@@ -23,6 +25,9 @@ from diffenc.hosts.llava import (
 from diffenc.hosts.llava.register import restore_adapters
 from diffenc.hosts.prompts import PromptTokenizer, prompt_scope
 from diffenc.hosts.tower import DiffusionVisionTower
+from diffenc.inputs.policies import parse_policy
+from diffenc.mllm.chat import IMAGE_MARK
+from diffenc.mllm.training.data import read_samples
 from diffenc.shapes import render, sample_scenes
 from toy_llava import (
     LlavaMetaForCausalLM,
@@ -393,6 +398,33 @@ def test_policies_draw_anew_in_each_epoch() -> None:
     assert first == [dataset.prompt(i) for i in range(30)]
     dataset.set_epoch(1)
     assert first != [dataset.prompt(i) for i in range(30)]
+
+
+def test_captions_of_llavas_first_stage_are_the_answers_in_every_way_of_training(tmp_path) -> None:
+    """Rows as blip_laion_cc_sbu_558k.json has them: a request, an answer, and no captions."""
+    from toy_llava import ToyDataset
+
+    rows = []
+    for index, text in enumerate(("select luxury furniture 3 - inch gel memory foam", "a red car")):
+        ask = [
+            f"Give a brief description.\n{IMAGE_MARK}",
+            f"{IMAGE_MARK}\nRender a clear summary.",
+        ][index]
+        talk = [{"from": "human", "value": ask}, {"from": "gpt", "value": text}]
+        name = f"00{index}.jpg"
+        rows.append({"id": f"00{index}", "image": name, "conversations": talk})
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "blip.json").write_text(json.dumps(rows))
+    policy = parse_policy("caption | dropout(0.5)")
+    own, report = read_samples(tmp_path / "blip.json", tmp_path, policy=policy)
+    assert report.broken == 0
+    hosted = PromptDataset(ToyDataset(rows), policy, seed=5)
+    for epoch in range(4):
+        hosted.set_epoch(epoch)
+        expected = [policy(sample.prompt_sample(), seed=5, epoch=epoch) for sample in own]
+        assert [hosted.prompt(index) for index in range(2)] == expected
+    answers = [row["conversations"][1]["value"] for row in rows]
+    assert PromptDataset(ToyDataset(rows), "caption").prompt(1) == answers[1]
 
 
 def test_data_of_another_kind_is_told() -> None:

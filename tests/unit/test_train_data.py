@@ -1,9 +1,11 @@
 import json
+import re
 
 import pytest
 from PIL import Image
 
 from diffenc.errors import ConfigError, ImageError
+from diffenc.evals.choices import shapes_blink, shapes_mmvp
 from diffenc.inputs.policies import parse_policy
 from diffenc.mllm import IMAGE_ID, Chat
 from diffenc.mllm.training.data import (
@@ -16,6 +18,7 @@ from diffenc.mllm.training.data import (
 )
 from diffenc.mllm.training.miniature import write_miniature
 from diffenc.shapes import sample_scenes
+from shapes_oracle import answer
 from vlm_builders import tiny_lm_tokenizer
 
 
@@ -164,3 +167,23 @@ def test_the_miniature_is_seeded_and_in_llavas_format(tmp_path):
         assert len(set(record["captions"])) == len(record["captions"]) > 1
     with pytest.raises(ConfigError, match="1 or more"):
         write_miniature(tmp_path, scenes=0)
+
+
+def test_options_are_listed_in_the_words_of_the_benchmarks_on_scenes_of_training_alone(tmp_path):
+    paths = write_miniature(tmp_path, scenes=40, seed=1)
+    form = r"[a-z ]+\?( \([a-d]\) [a-z ]+?){2,4}"
+    items = (*shapes_mmvp(1).items, *shapes_blink(1).items)
+    assert all(re.fullmatch(form, item.text) for item in items)
+    lettered = []
+    records = json.loads(paths["instruct"].read_text())
+    for record, scene in zip(records, sample_scenes(40, seed=1), strict=True):
+        values = [turn["value"].removeprefix("<image>\n") for turn in record["conversations"]]
+        for text, said in zip(values[::2], values[1::2], strict=True):
+            if re.fullmatch(form, text):
+                question = text.partition("?")[0] + "?"
+                words = re.search(rf"{re.escape(said)} ([a-z ]+?)(?= \(|$)", text)[1]
+                assert words == answer(question, scene)[0]
+                lettered.append(text)
+    assert len(lettered) == 40
+    bare = json.loads(write_miniature(tmp_path / "b", scenes=9, lettered=0)["instruct"].read_text())
+    assert not any("(a)" in turn["value"] for each in bare for turn in each["conversations"])

@@ -96,13 +96,18 @@ def shapes_data(
     ],
     scenes: Annotated[int, typer.Option(help="Number of pictures.")] = 2000,
     seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 0,
-    turns: Annotated[int, typer.Option(help="Largest number of questions in a conversation.")] = 3,
+    turns: Annotated[
+        int, typer.Option(help="Largest number of questions a conversation answers in words.")
+    ] = 3,
+    lettered: Annotated[
+        int, typer.Option(help="Number of further questions, with options and a letter as answer.")
+    ] = 2,
     _debug: Debug = False,
 ) -> None:
     """Write coloured shapes in LLaVA's format: align.json, instruct.json and images/."""
     from diffenc.mllm.training.miniature import write_miniature
 
-    paths = write_miniature(folder, scenes=scenes, seed=seed, turns=turns)
+    paths = write_miniature(folder, scenes=scenes, seed=seed, turns=turns, lettered=lettered)
     typer.echo(f"wrote {', '.join(map(str, paths.values()))}")
 
 

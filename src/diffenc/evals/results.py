@@ -1,8 +1,11 @@
-"""Percentages over trials, and means."""
+"""Percentages over trials, means, and when answers decide nothing."""
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+MOST_UNREAD = 0.2
+"""Largest share of answers that cannot be read beside which a number is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,20 @@ def mean(values: Iterable[float]) -> float:
     """Mean of one number or more."""
     numbers = tuple(values)
     return sum(numbers) / len(numbers)
+
+
+def not_measured(unread: float) -> str | None:
+    """Why a number is none, as in "not measured: 43 % of answers unread"; None where it is one.
+
+    Answers that cannot be read count as wrong. Where they are many, a number says how a model words
+    its answers, and not whether they are right.
+
+    Args:
+        unread: Share of the answers that cannot be read, 0 to 1.
+    """
+    if unread <= MOST_UNREAD:
+        return None
+    return f"not measured: {100 * unread:.3g} % of answers unread"
 
 
 def percent(mean: float, deviation: float | None = None) -> str:

@@ -63,6 +63,25 @@ class PromptSample:
         return [question for question in questions if question]
 
 
+def captions_of(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """Captions of a record of LLaVA's data.
+
+    Where it has none of its own and its conversation is one question with one answer, as in the
+    data of LLaVA's first stage, the answer is the caption.
+
+    Args:
+        record: Record with ``captions``, a list of texts, with ``caption``, a text, or with
+            ``conversations`` alone.
+    """
+    own = record.get("captions") or record.get("caption") or ()
+    if own:
+        return (own,) if isinstance(own, str) else tuple(own)
+    turns = record.get("conversations") or ()
+    answer = turns[1] if len(turns) == 2 else None
+    text = answer.get("value") if isinstance(answer, Mapping) else None
+    return (text,) if isinstance(text, str) else ()
+
+
 def strip_template(text: str) -> str:
     """A turn's words alone: without ``<image>``, role marks of chat templates, and line breaks."""
     bare = _ROLE_MARKS.sub(" ", text.replace(_IMAGE_MARK, " "))
@@ -237,6 +256,16 @@ class _Changed(PromptPolicy):
 
     def __str__(self) -> str:
         return f"{self.source} | {self.step}"
+
+
+def without_captions(policy: PromptPolicy) -> PromptPolicy:
+    """The same policy where no caption is known: sources that draw on captions give no text."""
+    if isinstance(policy, _Changed):
+        return without_captions(policy.source) | policy.step
+    if isinstance(policy, Joined):
+        rest = tuple(part for part in policy.parts if not isinstance(part, Caption))
+        return Joined(rest) if len(rest) > 1 else next(iter(rest), Empty())
+    return Empty() if isinstance(policy, Caption) else policy
 
 
 @dataclass(frozen=True, slots=True)

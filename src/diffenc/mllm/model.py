@@ -271,7 +271,7 @@ class DiffusionVLM(PictureInputs):
                 that ends with the human's turn. Where a text has no ``<image>``, its pictures come
                 before it.
             prompts: Prompts of the encoder, one for all questions or one each; None asks
-                `prompt_policy`.
+                `prompt_policy`, whose captions are left out, as none is known yet.
             max_new_tokens: Largest number of tokens of an answer.
             do_sample: Whether to sample tokens instead of taking the likeliest.
             options: Further arguments of transformers' `generate`, such as `num_beams`.
@@ -280,8 +280,7 @@ class DiffusionVLM(PictureInputs):
             One answer per question, without special tokens.
 
         Raises:
-            PromptError: Questions, pictures and prompts differ in number, or the policy needs
-                captions.
+            PromptError: Questions, pictures and prompts differ in number.
             ShapeError: More tokens than the context holds.
             NonFiniteError: The projector or the language model gave NaN.
         """

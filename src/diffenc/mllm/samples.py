@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffenc.errors import PromptError
 from diffenc.inputs.images import ImageSource, as_list
-from diffenc.inputs.policies import PromptPolicy, PromptSample, parse_policy
+from diffenc.inputs.policies import PromptPolicy, PromptSample, parse_policy, without_captions
 from diffenc.mllm.chat import IMAGE_MARK, ChatTokens, Turns
 
 Pictures: TypeAlias = "ImageSource | Sequence[ImageSource] | None"
@@ -67,7 +67,8 @@ def prompts_of(
 ) -> list[str]:
     """The encoder's prompt of each conversation: the one that is given, or what the policy makes.
 
-    Of the policy only its first part counts: noise and dropout are for training.
+    Of the policy only its first part counts: noise and dropout are for training. Captions are not
+    known when something is asked: what draws on them gives no text.
     """
     if isinstance(prompts, str):
         return [prompts] * len(conversations)
@@ -75,7 +76,7 @@ def prompts_of(
         if len(prompts) != len(conversations):
             raise PromptError(f"{len(prompts)} prompts for {len(conversations)} questions")
         return list(prompts)
-    unchanged = parse_policy(str(policy).split("|")[0])
+    unchanged = without_captions(parse_policy(str(policy).split("|")[0]))
     return [
         unchanged(PromptSample(key=str(index), conversation=[turns[-1]]))
         for index, turns in enumerate(conversations)

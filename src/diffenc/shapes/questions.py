@@ -1,7 +1,8 @@
 """Questions with answers about a scene, and conversations of several turns in LLaVA's format."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -87,9 +88,8 @@ def multiple_choice(question: Question, rng: random.Random, *, options: int = 4)
     shown = [question.answer, *rng.sample(others, min(len(others), options - 1))]
     rng.shuffle(shown)
     letters = [f"({letter})" for letter in _LETTERS[: len(shown)]]
-    listed = " ".join(f"{letter} {choice}" for letter, choice in zip(letters, shown, strict=True))
     return Question(
-        text=f"{question.text} {listed}",
+        text=with_options(question.text, shown),
         answer=letters[shown.index(question.answer)],
         kind=question.kind,
         choices=tuple(letters),
@@ -97,31 +97,71 @@ def multiple_choice(question: Question, rng: random.Random, *, options: int = 4)
     )
 
 
-def conversation(scene: Scene, *, turns: int = 3, seed: int = 0) -> list[dict[str, str]]:
+def with_options(text: str, options: Sequence[str]) -> str:
+    """A question with its options behind it, as in ``"what color is it? (a) red (b) blue"``."""
+    listed = (f"({letter}) {option}" for letter, option in zip(_LETTERS, options, strict=False))
+    return " ".join([text, *listed])
+
+
+def conversation(
+    scene: Scene, *, turns: int = 3, lettered: int = 0, even: bool = False, seed: int = 0
+) -> list[dict[str, str]]:
     """A conversation in LLaVA's format: ``{"from": "human" | "gpt", "value": ...}`` in turns.
 
     The first human turn begins with ``"<image>"`` and a line break. One turn at most asks for a
     description, all others are `questions`; there are fewer turns where those run out.
 
+    Args:
+        scene: Scene that is talked about.
+        turns: Largest number of turns that are answered in words.
+        lettered: Number of further turns, at any place among them, that list options and are
+            answered by a letter, see `multiple_choice`.
+        even: Whether each kind of question is as likely as any other that the scene allows;
+            otherwise each question is, and most of them count.
+        seed: Seed of all choices.
+
     Raises:
-        ConfigError: `turns` is below 1, or the scene has no object, or more than nine.
+        ConfigError: `turns` is below 1 or `lettered` below 0, or the scene has no object, or more
+            than nine.
     """
     if turns < 1:
         raise ConfigError(f"a conversation has 1 turn or more, got {turns}")
+    if lettered < 0:
+        raise ConfigError(
+            f"lettered is the number of turns with options, 0 or more, got {lettered}"
+        )
     rng = random.Random(f"conversation/{seed}")
     waiting = questions(scene, seed=seed)
-    messages: list[dict[str, str]] = []
+    if even:
+        waiting = _kinds_in_turn(waiting, rng)
+    pairs: list[tuple[str, str]] = []
     described = False
-    while len(messages) < 2 * turns and (waiting or not described):
+    while len(pairs) < turns and (waiting or not described):
         if not described and (not waiting or rng.random() < 1 / 3):
             described = True
-            text, answer = "describe the picture.", captions(scene, 1, seed=seed)[0]
+            pairs.append(("describe the picture.", captions(scene, 1, seed=seed)[0]))
         else:
             question = waiting.pop()
-            text, answer = question.text, question.answer
+            pairs.append((question.text, question.answer))
+    for _ in range(lettered):
+        options = rng.choice((2, 2, 3, 4))  # two, as contrast pairs and "yes or no" have
+        question = multiple_choice(sample_question(scene, rng), rng, options=options)
+        pairs.insert(rng.randrange(len(pairs) + 1), (question.text, question.answer))
+    messages: list[dict[str, str]] = []
+    for text, answer in pairs:
         prefix = "" if messages else "<image>\n"
         messages += [{"from": "human", "value": prefix + text}, {"from": "gpt", "value": answer}]
     return messages
+
+
+def _kinds_in_turn(shuffled: Sequence[Question], rng: random.Random) -> list[Question]:
+    """The same questions; from the end on, one of each kind, then a second of each, and so on."""
+    before: Counter[str] = Counter()
+    order = []
+    for question in shuffled:
+        order.append((-before[question.kind], rng.random(), question))
+        before[question.kind] += 1
+    return [question for _, _, question in sorted(order, key=lambda each: each[:2])]
 
 
 def _unique_name(scene: Scene, index: int) -> str | None:

@@ -14,7 +14,7 @@ from diffenc.evals.choices.base import ChoiceBenchmark, ChoiceItem, Score
 from diffenc.evals.choices.extraction import Rule, extract_choice
 from diffenc.evals.inspection import Progress
 from diffenc.evals.paper import published_table
-from diffenc.evals.results import Result, mean, percent
+from diffenc.evals.results import Result, mean, not_measured, percent
 from diffenc.evals.tables import Table
 
 GROUP_LABELS = ("question", "image")
@@ -106,6 +106,11 @@ class ChoiceEvaluation(AnswerEvaluation[ChoiceItem]):
         """Share of the answers that mean no single option, 0 to 1."""
         return self.unread / len(self.items) if self.items else 0.0
 
+    @property
+    def not_measured(self) -> str | None:
+        """Why the numbers are none: too many answers are unread; None where they are some."""
+        return not_measured(self.unread_share)
+
     def by_group(self) -> dict[str, Result]:
         """Accuracy of each group of questions, in the benchmark's order."""
         right: dict[str, list[bool]] = {}
@@ -139,7 +144,8 @@ class ChoiceEvaluation(AnswerEvaluation[ChoiceItem]):
             f"answers read by {read or 'no rule'}; {self.unread} unread, which count as wrong "
             f"({100 * self.unread_share:.1f} percent of {len(self.items)})"
         )
-        return (*super().notes, said)
+        refused = f"; {self.model} is {self.not_measured}" if self.not_measured else ""
+        return (*super().notes, said + refused)
 
     def to_dict(self) -> dict[str, Any]:
         """Every number and answer, as JSON holds it."""
@@ -152,6 +158,7 @@ class ChoiceEvaluation(AnswerEvaluation[ChoiceItem]):
             **self._group_accuracies(),
             "unread": self.unread,
             "unread_share": self.unread_share,
+            "not_measured": self.not_measured,
             "groups": {name: result.mean for name, result in self.by_group().items()},
             "answers": {name: asdict(choice) for name, choice in self.choices.items()},
             "notes": list(self.notes),
@@ -237,6 +244,9 @@ _WHOLE: Mapping[Score, Callable[[Sequence[ChoiceItem]], Sequence[ChoiceItem]]] =
 def choice_table(evaluations: Sequence[ChoiceEvaluation], *, paper: bool | None = None) -> Table:
     """Make a table of models: accuracy of subtasks and questions, and the overall result.
 
+    The title says how many answers are unread. Where they are too many, "not measured" stands in
+    place of the model's numbers, see `diffenc.evals.results.not_measured`.
+
     Args:
         evaluations: Evaluations of the same benchmark.
         paper: Whether the paper's rows are added; None adds them unless the items are miniatures.
@@ -244,7 +254,7 @@ def choice_table(evaluations: Sequence[ChoiceEvaluation], *, paper: bool | None 
     first = evaluations[0]
     score = first.benchmark.score
     subtasks = tuple(first.by_group()) if score == "tasks" else ()
-    rows = [(each.model, *map(percent, _numbers(each, subtasks))) for each in evaluations]
+    rows = [_row(each, subtasks) for each in evaluations]
     chances = [_chance(first, name) for name in subtasks]
     chances.append(100 * mean([1 / len(item.options) for item in first.items]))
     if score == "groups":
@@ -254,6 +264,13 @@ def choice_table(evaluations: Sequence[ChoiceEvaluation], *, paper: bool | None 
         rows += _paper_rows(first.benchmark.name, subtasks)
     title = f"{first.benchmark.name}, {len(first.items)} questions, percent{_unread(evaluations)}"
     return Table(title, ("model", *subtasks, *_COLUMNS[score]), tuple(rows))
+
+
+def _row(evaluation: ChoiceEvaluation, subtasks: Sequence[str]) -> tuple[str, ...]:
+    numbers = [percent(number) for number in _numbers(evaluation, subtasks)]
+    if evaluation.not_measured:
+        numbers = ["not measured"] * len(numbers)
+    return (evaluation.model, *numbers)
 
 
 _COLUMNS: Mapping[Score, tuple[str, ...]] = {

@@ -18,12 +18,12 @@ from diffenc.shapes import (
     sample_scene,
 )
 from diffenc.shapes.captions import noun_phrase
+from diffenc.shapes.questions import with_options
 
 CHOICES_SEED = 962_000
 """Seed of the bundled sets; no bundled model was trained on seeds from 900,000 up."""
 
 _TRIES = 500
-_LETTERS = "abcd"
 
 
 def shapes_mmvp(
@@ -259,8 +259,7 @@ def _item(
     instruction: str,
     source: str,
 ) -> ChoiceItem:
-    listed = " ".join(f"({_LETTERS[k]}) {option}" for k, option in enumerate(options))
-    text = f"{question} {listed}"
+    text = with_options(question, options)
     pictures = [
         Picture(f"picture {k} of {name}, {source}", render(scene))
         for k, scene in enumerate(scenes, start=1)

@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 from diffenc.errors import ConfigError
 from diffenc.hosts.llava.prompting import IDS, MASK
 from diffenc.hosts.prompts import PromptTokenizer
-from diffenc.inputs.policies import PromptPolicy, PromptSample, parse_policy
+from diffenc.inputs.policies import PromptPolicy, PromptSample, captions_of, parse_policy
 
 _KEY = "vision_prompt"
 
@@ -52,11 +52,10 @@ class PromptDataset(Dataset[dict[str, Any]]):
         entry = self.dataset.list_data_dict[index]
         if "image" not in entry and "video" not in entry:
             return ""
-        captions = entry.get("captions", entry.get("caption", ()))
         sample = PromptSample(
             str(entry.get("id", index)),
             conversation=entry.get("conversations", ()),
-            captions=[captions] if isinstance(captions, str) else list(captions),
+            captions=captions_of(entry),
         )
         return self.policy(sample, seed=self.seed, epoch=self.epoch)
 

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, Sampler
 from diffenc.errors import ConfigError, ImageError, PromptError
 from diffenc.inputs.images import broken_images, load_image
 from diffenc.inputs.pictures.files import read_picture
-from diffenc.inputs.policies import PromptPolicy, PromptSample
+from diffenc.inputs.policies import PromptPolicy, PromptSample, captions_of
 from diffenc.mllm.chat import IGNORE_ID, IMAGE_MARK, Chat, ChatTokens, as_messages
 from diffenc.mllm.samples import pad
 from diffenc.storage.lines import parse_json_lines
@@ -439,14 +439,13 @@ def _problem(record: Any, folder: Path, *, look: bool) -> tuple[str, str] | None
     captions = record.get("captions", [])
     if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
         return "whose captions are no list of texts", ""
+    if not isinstance(record.get("caption", ""), str):
+        return "whose caption is no text", ""
     return None
 
 
 def _sample(record: Mapping[str, Any], key: str, folder: Path, place: int) -> TrainSample:
-    turns = tuple(record["conversations"])
-    captions = tuple(record.get("captions", ()))
-    if not captions and len(turns) == 2:
-        captions = (turns[1]["value"],)  # LLaVA's first stage: the answer is the caption
+    turns, captions = tuple(record["conversations"]), captions_of(record)
     images = tuple(folder / name for name in _names(record) or ())
     return TrainSample(key, images, turns, captions, place)
 

@@ -13,6 +13,8 @@ from diffenc.shapes import captions, conversation, render, sample_scenes
 from diffenc.storage.writing import make_folder, reporting, write_json
 
 REQUEST = "describe the picture."
+EDITIONS = {"align": 1, "instruct": 2}
+"""Number of each file's making: equal arguments gave other texts before it was raised."""
 _CAPTIONS = 5
 
 
@@ -22,6 +24,7 @@ def write_miniature(
     scenes: int = 2000,
     seed: int = 0,
     turns: int = 3,
+    lettered: int = 2,
     size: int = 64,
 ) -> dict[str, Path]:
     """Write pictures, captions for the first stage and conversations for the second.
@@ -32,7 +35,9 @@ def write_miniature(
         folder: Folder to write ``align.json``, ``instruct.json`` and ``images/`` to.
         scenes: Number of scenes.
         seed: Seed of the scenes; other seeds give other scenes.
-        turns: Largest number of questions in a conversation.
+        turns: Largest number of questions of a conversation that are answered in words.
+        lettered: Number of further questions of a conversation that list options, in the words of
+            the miniature's MMVP and BLINK, and are answered by a letter.
         size: Side of the pictures, in pixels.
 
     Returns:
@@ -59,7 +64,7 @@ def write_miniature(
                 {"from": "human", "value": f"<image>\n{REQUEST}"},
                 {"from": "gpt", "value": texts[0]},
             ]
-            talk = conversation(scene, turns=turns, seed=index)
+            talk = conversation(scene, turns=turns, lettered=lettered, even=True, seed=index)
             records["align"].append({**shared, "conversations": instructions})
             records["instruct"].append({**shared, "conversations": talk})
     for name, content in records.items():
@@ -74,6 +79,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--lettered", type=int, default=2)
     parser.add_argument("--size", type=int, default=64)
     write_miniature(**vars(parser.parse_args()))
 

@@ -153,8 +153,9 @@ def _training(plan: StudyPlan, training: Training, costs: Costs) -> Piece:
     samples = scenes * optim.epochs
     steps = math.ceil(scenes / optim.batch_size) * optim.epochs
     halves = _halves(config)
-    if config.data.cache == "off":
-        encoded = samples * _BACKWARD
+    if config.data.cache == "off":  # a mixer trains behind the encoder, the others within it
+        within = config.model.captioner or config.adapting.unet_rank
+        encoded = samples * (_BACKWARD if within else 1.0)
     else:
         encoded = scenes * min(_prompts_of(training.prompts, plan.data.turns), optim.epochs)
     seconds = encoded * halves * costs.encode + samples * costs.learn

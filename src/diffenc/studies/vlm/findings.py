@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from diffenc.errors import ConfigError
+from diffenc.evals.results import MOST_UNREAD, not_measured
 from diffenc.studies.spreads import Spread
 
 Key = tuple[str, str, str]
@@ -18,17 +19,19 @@ Key = tuple[str, str, str]
 
 _EXAMPLE = '"cfg4/oracle/named - cfg4/honest/named > 0"'
 
-Verdict = Literal["holds", "does not show", "opposite", "undecided", "not run"]
+Verdict = Literal["holds", "does not show", "opposite", "undecided", "not measured", "not run"]
 
-RULE = """\
+RULE = f"""\
 A finding is one comparison or several, each of a difference that is claimed to be above 0. It is \
 taken per seed, and compared with what its deviation over seeds allows: with mean m and sample \
 deviation d over n seeds, the comparison **holds** where m exceeds t d / √n, is the **opposite** \
 where m is below -t d / √n, and else **does not show**; t is the limit of Student's distribution \
 with n - 1 degrees of freedom for one-sided 5 % (2.92 for three seeds). A finding holds where all \
 its comparisons do, is the opposite where one of them is, and else does not show. One seed has no \
-deviation: then a finding is **undecided**. Comparisons are not corrected for their number: of \
-twenty that mean nothing, one may seem to hold."""
+deviation: then a finding is **undecided**. Where more than {100 * MOST_UNREAD:.0f} % of the \
+answers behind a figure cannot be read, the comparison is **not measured**, whatever the figures \
+say. Comparisons are not corrected for their number: of twenty that mean nothing, one may seem to \
+hold."""
 
 _LIMITS = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833)
 """Limits of Student's distribution, one-sided 5 %, for 1 to 9 degrees of freedom."""
@@ -167,6 +170,8 @@ class Decision:
         limit: Number that the mean of the excess must exceed; None for a single seed.
         verdict: Result by the rule `RULE`.
         sides: Figures that were compared, by name.
+        unread: Largest percentage of unread answers behind one of the figures, as a mean over
+            seeds; None if none of them comes from answers that are read.
     """
 
     claim: str
@@ -174,6 +179,12 @@ class Decision:
     limit: float | None
     verdict: Verdict
     sides: dict[str, Spread]
+    unread: float | None = None
+
+    @property
+    def outcome(self) -> str:
+        """The verdict, with its reason where nothing was measured."""
+        return _outcome(self.verdict, self.unread)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +203,23 @@ class DecidedFinding:
     verdict: Verdict
     at_limit: tuple[str, ...] = ()
 
+    @property
+    def unread(self) -> float | None:
+        """Largest percentage of unread answers behind a comparison; None where none are read."""
+        return max(
+            (each.unread for each in self.decisions if each.unread is not None), default=None
+        )
+
+    @property
+    def outcome(self) -> str:
+        """The verdict, with its reason where nothing was measured."""
+        return _outcome(self.verdict, self.unread)
+
+
+def _outcome(verdict: Verdict, unread: float | None) -> str:
+    reason = None if unread is None else not_measured(unread / 100)
+    return reason if verdict == "not measured" and reason else verdict
+
 
 def decide(finding: Finding, figure: Callable[[Key], Spread | None]) -> DecidedFinding:
     """Apply the rule to a finding.
@@ -203,9 +231,14 @@ def decide(finding: Finding, figure: Callable[[Key], Spread | None]) -> DecidedF
     """
     decisions = tuple(decide_claim(claim, figure) for claim in finding.claims)
     verdicts = {each.verdict for each in decisions}
-    weakest: tuple[Verdict, ...] = ("not run", "undecided", "opposite", "does not show")
+    weakest: tuple[Verdict, ...] = (
+        *("not run", "not measured", "undecided"),
+        *("opposite", "does not show"),
+    )
     verdict: Verdict = next((each for each in weakest if each in verdicts), "holds")
-    at_limit = () if verdict in ("holds", "not run") else tuple(_at_a_limit(decisions))
+    at_limit = (
+        () if verdict in ("holds", "not measured", "not run") else tuple(_at_a_limit(decisions))
+    )
     return DecidedFinding(finding, decisions, verdict, at_limit)
 
 
@@ -215,15 +248,26 @@ def decide_claim(claim: Claim, figure: Callable[[Key], Spread | None]) -> Decisi
     excess = claim.excess(figure)
     if excess is None:
         return Decision(claim.text, None, None, "not run", sides)
-    limit = limit_of(excess)
-    if limit is None:
-        return Decision(claim.text, excess, None, "undecided", sides)
+    limit, unread = limit_of(excess), _unread(claim, figure)
     verdict: Verdict = "does not show"
-    if excess.mean > limit:
+    if unread is not None and not_measured(unread / 100):
+        verdict = "not measured"
+    elif limit is None:
+        verdict = "undecided"
+    elif excess.mean > limit:
         verdict = "holds"
     elif excess.mean < -limit:
         verdict = "opposite"
-    return Decision(claim.text, excess, limit, verdict, sides)
+    return Decision(claim.text, excess, limit, verdict, sides, unread)
+
+
+def _unread(claim: Claim, figure: Callable[[Key], Spread | None]) -> float | None:
+    """Largest percentage of unread answers that stand behind the figures of a claim."""
+    shares = []
+    for training, measurement, name in claim.keys:
+        _, point, number = name.partition(".")  # "named.2" is of the second pass
+        shares.append(figure((training, measurement, f"unread{point}{number}")))
+    return max((share.mean for share in shares if share is not None), default=None)
 
 
 def limit_of(excess: Spread) -> float | None:

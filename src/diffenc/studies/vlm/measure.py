@@ -20,7 +20,7 @@ from diffenc.mllm.training.miniature import REQUEST
 from diffenc.shapes.captions import captions
 from diffenc.shapes.questions import QUESTION_KINDS, Question, questions
 from diffenc.shapes.render import render
-from diffenc.shapes.scenes import Scene, sample_scenes
+from diffenc.shapes.scenes import Scene, sample_scene, sample_scenes
 from diffenc.studies.vlm.measurements import Measurement, parse_prompting
 from diffenc.studies.vlm.truth import caption_figures
 
@@ -32,7 +32,11 @@ HELD_OUT: Mapping[str, int] = {
 }
 """First seed of the scenes of each kind; no bundled model was trained on seeds from 900,000 up."""
 
+EDITIONS: Mapping[str, int] = {"answers": 2}
+"""Number of the making of what is asked, where it was made otherwise before."""
+
 CAPTION_TOKENS, ANSWER_TOKENS = 32, 12
+_OBJECTS = (1, 2, 3, 2, 3)
 _BATCH = 32
 _EXAMPLES = 4
 
@@ -143,8 +147,7 @@ def _leakage(
 def _answers(
     measurement: Measurement, generate: Generate, seed: int, writer: Writer | None
 ) -> Measured:
-    scenes = list(sample_scenes(measurement.items, seed=seed))
-    chosen = [_one_question(scene, index, seed) for index, scene in enumerate(scenes)]
+    scenes, chosen = zip(*(_asked(index, seed) for index in range(measurement.items)), strict=True)
     pictures = [render(scene) for scene in scenes]
     texts = [question.text for question in chosen]
     prompts = _prompts(
@@ -268,12 +271,21 @@ def _cider(references: Mapping[str, Sequence[str]], said: Mapping[str, str]) -> 
     return scores.values["cider"]
 
 
-def _one_question(scene: Scene, index: int, seed: int) -> Question:
-    """Kinds take turns, so that all are asked about equally often where scenes allow it."""
+def _asked(index: int, seed: int) -> tuple[Scene, Question]:
+    """A scene and a question about it.
+
+    Kinds of questions take turns, and so do numbers of objects within each kind: a scene of one
+    object tells little, and of relations nothing.
+    """
     rng = random.Random(f"answers/{seed}/{index}")
-    every = questions(scene, seed=rng.randrange(1 << 30))
-    turn = QUESTION_KINDS[index % len(QUESTION_KINDS)]
-    return rng.choice([question for question in every if question.kind == turn] or every)
+    turn, number = divmod(index, len(QUESTION_KINDS))
+    kind = QUESTION_KINDS[number]
+    counts = [count for count in _OBJECTS if count > 1 or kind != "relation"]
+    while True:
+        scene = sample_scene(rng, count=counts[turn % len(counts)])
+        every = questions(scene, seed=rng.randrange(1 << 30))
+        if own := [question for question in every if question.kind == kind]:
+            return scene, rng.choice(own)
 
 
 def _percent_guessed(chosen: Sequence[Question]) -> float:

@@ -17,6 +17,7 @@ from diffenc.studies.vlm.tables import (
     finding_table,
     measurement_table,
     training_table,
+    unread_cell,
 )
 
 
@@ -140,10 +141,11 @@ def _finding(decided: DecidedFinding) -> list[str]:
         limit = "–" if each.limit is None else f"{each.limit:.1f}"
         sides = "; ".join(f"`{name}` {spread:.1f}" for name, spread in each.sides.items())
         excess = written(each.excess, "+.1f", nothing="–")
-        rows.append((f"`{each.claim}`", excess, limit, each.verdict, sides or "–"))
-    columns = ("comparison", "by how much", "must exceed", "so it", "figures")
+        unread = unread_cell(each.unread)
+        rows.append((f"`{each.claim}`", excess, limit, each.outcome, unread, sides or "–"))
+    columns = ("comparison", "by how much", "must exceed", "so it", "unread, %", "figures")
     blocks = [
-        f"### {finding.statement.rstrip('.')}: {decided.verdict}",
+        f"### {finding.statement.rstrip('.')}: {decided.outcome}",
         paragraph(f"In the paper: {finding.paper}"),
         Table("Comparisons", columns, tuple(rows)).to_markdown(),
     ]

@@ -9,6 +9,7 @@ from diffenc.checks.arguments import whole
 from diffenc.config import check_choice
 from diffenc.errors import ConfigError
 from diffenc.evals.paper import published_tables
+from diffenc.mixing.config import MIXED
 from diffenc.mllm.training.config import Stage, TrainConfig
 from diffenc.storage.schema import checked
 from diffenc.studies.vlm.findings import Finding, Key
@@ -142,7 +143,8 @@ class StudyPlan:
         stage = self.shared.align if training.stage == "align" else self.shared.instruct
         adapt = {} if training.stage == "align" else self.shared.adapt
         adapt = {**adapt, **training.adapt}
-        learns = bool(model.get("captioner") or adapt.get("unet_rank"))
+        mixes = model.get("kind") == "fused" and model.get("how") in MIXED
+        learns = bool(mixes or model.get("captioner") or adapt.get("unet_rank"))
         tables: dict[str, Any] = {
             "stage": training.stage,
             "output": str(output),

@@ -20,7 +20,13 @@ from diffenc.storage.writing import make_folder, write_json
 from diffenc.studies.spreads import Spread
 from diffenc.studies.vlm.estimate import Work, work_of
 from diffenc.studies.vlm.findings import DecidedFinding, Key, decide
-from diffenc.studies.vlm.measure import Measured, has_cider, measure, write_captions
+from diffenc.studies.vlm.measure import (
+    EDITIONS,
+    Measured,
+    has_cider,
+    measure,
+    write_captions,
+)
 from diffenc.studies.vlm.measurements import Measurement
 from diffenc.studies.vlm.plan import StudyPlan
 from diffenc.studies.vlm.workshop import Workshop, digest_of
@@ -221,6 +227,7 @@ class _Run:
                 "measurement": content,
                 "seed": seed,
                 "cider": has_cider(),
+                "edition": EDITIONS.get(measurement.kind, 1),
                 **({"reading": READING} if measurement.kind == "mmvp" else {}),
             }
         )

@@ -51,8 +51,15 @@ def figure_tables(study: VlmStudy) -> dict[str, Table]:
 
 def finding_table(study: VlmStudy) -> Table:
     """Table of the findings, each with its verdict."""
-    rows = tuple((each.finding.statement, each.verdict) for each in study.findings)
-    return Table("Findings of the paper", ("finding", "here"), rows)
+    rows = tuple(
+        (each.finding.statement, each.outcome, unread_cell(each.unread)) for each in study.findings
+    )
+    return Table("Findings of the paper", ("finding", "here", "unread, %"), rows)
+
+
+def unread_cell(percentage: float | None) -> str:
+    """Percentage of unread answers as a cell; a dash where answers are not read."""
+    return "–" if percentage is None else f"{percentage:.1f}"
 
 
 def training_table(plan: StudyPlan) -> Table:

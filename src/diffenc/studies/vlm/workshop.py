@@ -20,7 +20,7 @@ from diffenc.errors import BackboneError, ConfigError
 from diffenc.mllm.language import load_language_model
 from diffenc.mllm.model_folder import is_saved
 from diffenc.mllm.training.config import Stage, TrainConfig
-from diffenc.mllm.training.miniature import write_miniature
+from diffenc.mllm.training.miniature import EDITIONS, write_miniature
 from diffenc.mllm.training.stages import MODEL_FOLDER, train
 from diffenc.mllm.vision import VisionTokens
 from diffenc.storage.names import is_folder
@@ -73,7 +73,8 @@ class Workshop:
             OutputError: The folder cannot be written.
         """
         scenes, seed, turns = self._scenes()
-        target = self.folder / f"shapes-{scenes}-{seed}-{turns}"
+        edition = ".".join(map(str, EDITIONS.values()))
+        target = self.folder / f"shapes-{scenes}-{seed}-{turns}-{edition}"
         with locked(self.folder, purpose="writing the data", wait=True, name=target.name):
             if not is_folder(target):
                 partial = self.folder / f".{target.name}.partial"  # of one that was killed
@@ -98,7 +99,7 @@ class Workshop:
                 "version": __version__,
                 "config": plain,
                 "scenes": list(self._scenes()),
-                "learns from": training.learns_from,
+                "learns from": f"{training.learns_from} {EDITIONS[training.learns_from]}",
                 "start": self.identity(training.start, seed) if training.start else "",
                 "parts": {part: self._fingerprint(part) for part in self._parts(name)},
             }
