@@ -107,6 +107,14 @@ class SavedVLM:
         made._more = {**self._more, **more}
         return made
 
+    def load(self) -> DiffusionVLM:
+        """The model itself, guided as this one is; loaded once.
+
+        Raises:
+            BackboneError: The model cannot be loaded.
+        """
+        return self._weights.load(self.guidance_scale)
+
     def release(self) -> None:
         """Free the memory; the next question loads the model again."""
         self._weights.release()
@@ -119,8 +127,7 @@ class SavedVLM:
         Raises:
             DiffencError: The model cannot be loaded, or a question is longer than its context.
         """
-        vlm = self._weights.load(self.guidance_scale)
-        return vlm.generate(
+        return self.load().generate(
             [list(each) for each in images],
             list(questions),
             None if prompts is None else list(prompts),
