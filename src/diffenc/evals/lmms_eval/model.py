@@ -1,8 +1,8 @@
 """The model that lmms-eval runs as ``--model diffenc``."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from diffenc.errors import ConfigError, near_matches
@@ -14,11 +14,10 @@ from diffenc.evals.lmms_eval.requests import Sample, SampleReader
 from diffenc.models.device import named_device, named_dtype
 from diffenc.storage.writing import append_json_line
 
-_Base: Any
 try:
-    from lmms_eval.api.model import lmms as _Base
+    from lmms_eval.api.model import lmms
 except ImportError:  # requests can be read and answered without it
-    _Base = object
+    lmms = object
 
 _OPTIONS = (
     *("pretrained", "prompt", "question_field", "guidance_scale", "max_new_tokens", "dtype"),
@@ -27,7 +26,7 @@ _OPTIONS = (
 )
 
 
-class DiffencModel(_Base):  # type: ignore[misc]  # lmms-eval is untyped
+class DiffencModel(lmms):  # type: ignore[misc]  # lmms-eval is untyped
     """A multimodal model with a diffusion encoder that reads each request's question.
 
     Args:
@@ -146,7 +145,12 @@ class DiffencModel(_Base):  # type: ignore[misc]  # lmms-eval is untyped
     def clean(self) -> None:
         """Free the memory of the model; lmms-eval calls it after the last request."""
         self.model = None
-        super().clean()
+        super().clean()  # the accelerator's and CUDA's
+
+    @property
+    def _answering(self) -> Answering:
+        assert self.model is not None, "the model was cleaned"
+        return self.model
 
     def _batches(self, requests: Sequence[Any]) -> Iterator[tuple[Generation, list[int]]]:
         """Numbers of requests with equal generation arguments, at most `batch_size` together."""
@@ -166,26 +170,24 @@ class DiffencModel(_Base):  # type: ignore[misc]  # lmms-eval is untyped
         self, generation: Generation, samples: Mapping[int, Sample]
     ) -> list[tuple[Generation, dict[int, Sample]]]:
         """Samples by the length of answer that the context leaves each of them."""
-        assert self.model is not None
         parts: defaultdict[Generation, dict[int, Sample]] = defaultdict(dict)
         for index, sample in samples.items():
-            room = self.model.room(sample.turns, sample.pictures)
+            room = self._answering.room(sample.turns, sample.pictures)
             parts[generation.within(room)][index] = sample
         return list(parts.items())
 
     def _answer(self, generation: Generation, samples: Mapping[int, Sample]) -> list[str]:
-        assert self.model is not None
-        asked = list(samples.values())
-        texts = self.model.generate(
-            [sample.pictures for sample in asked],
-            [sample.turns for sample in asked],
-            [sample.prompt for sample in asked],
+        batch = list(samples.values())
+        texts = self._answering.generate(
+            [sample.pictures for sample in batch],
+            [sample.turns for sample in batch],
+            [sample.prompt for sample in batch],
             max_new_tokens=generation.max_new_tokens,
             **dict(generation.options),
         )
         answers = [generation.ended(text) for text in texts]
         if self._log is not None:
-            for sample, answer in zip(asked, answers, strict=True):
+            for sample, answer in zip(batch, answers, strict=True):
                 append_json_line(self._log, _logged(sample, answer))
         return answers
 
@@ -221,14 +223,10 @@ def _batch_size(value: int | str) -> int:
     return number
 
 
-def _progress(total: int, *, quiet: bool) -> Any:
-    from contextlib import contextmanager
-
+@contextmanager
+def _progress(total: int, *, quiet: bool) -> Iterator[Callable[[int], Any]]:
+    """A bar of the kind that lmms-eval shows; its function takes the number of new answers."""
     from tqdm import tqdm
 
-    @contextmanager
-    def bar() -> Iterator[Any]:
-        with tqdm(total=total, disable=quiet, desc="diffenc answers") as shown:
-            yield partial(shown.update)
-
-    return bar()
+    with tqdm(total=total, disable=quiet, desc="Model Responding") as bar:
+        yield bar.update

@@ -86,7 +86,8 @@ def _config_of(folder: Path) -> dict[str, Any]:
             f"pretrained={folder} {what}; pass the folder that DiffusionVLM.save_pretrained or "
             "diffenc train wrote, or a checkpoint of LLaVA with a tower of diffenc"
         )
-    return read_json(file, error=BackboneError)
+    config: dict[str, Any] = read_json(file, error=BackboneError)
+    return config
 
 
 def _mapping(value: Any) -> dict[str, Any]:

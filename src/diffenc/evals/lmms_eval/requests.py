@@ -1,12 +1,12 @@
 """Requests of lmms-eval as conversations with pictures, and the prompt of the vision encoder."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 
-from diffenc.errors import ConfigError, PromptError, near_matches
+from diffenc.errors import ConfigError, ImageError, PromptError, near_matches
 from diffenc.inputs.pictures.files import load_image
 from diffenc.inputs.policies import PromptSample, parse_policy
 from diffenc.mllm.chat import IMAGE_MARK
@@ -152,7 +152,10 @@ def _parts(content: Any, where: str) -> list[str | Image.Image]:
         if kind == "text":
             parts.append(str(entry["text"]))
         elif kind == "image":
-            parts.append(load_image(entry["url"], name=f"of {where}"))
+            try:
+                parts.append(load_image(entry["url"]))
+            except ImageError as error:
+                raise ImageError(f"{where}: {error}") from error
         else:
             raise ConfigError(
                 f"{where} shows a {kind}; models of diffenc read pictures and texts alone: leave "
@@ -169,7 +172,3 @@ def _column(document: Mapping[str, Any], field: str, where: str) -> str:
             f"{sorted(map(str, document))}.{near_matches(field, map(str, document))}"
         )
     return str(document[names[field.lower()]])
-
-
-ReadMessages = Callable[[Any], Sequence[Mapping[str, Any]]]
-"""Function of a task that makes the messages of a document."""
