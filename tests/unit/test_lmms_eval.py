@@ -126,7 +126,7 @@ class TestPrompts:
         assert self.read(policy="empty").prompt == ""
 
     def test_captions_are_not_to_be_had(self):
-        with pytest.raises(ConfigError, match="needs captions.*prompt=question"):
+        with pytest.raises(ConfigError, match=r"needs captions.*prompt=question"):
             SampleReader("question+caption")
         with pytest.raises(ConfigError, match="prompt policy"):
             SampleReader("questoin")
@@ -429,9 +429,9 @@ class TestOpening:
             open_model(str(tmp_path), **CPU)
 
     def test_options_of_llavas_package_belong_to_it(self, vlm_folder, llava_folder):
-        with pytest.raises(ConfigError, match="conv_template belong to .* a DiffusionVLM"):
+        with pytest.raises(ConfigError, match=r"conv_template belong to .* a DiffusionVLM"):
             open_model(str(vlm_folder), conv_template="vicuna_v1", **CPU)
-        with pytest.raises(ConfigError, match="model_base belong to .* of transformers"):
+        with pytest.raises(ConfigError, match=r"model_base belong to .* of transformers"):
             open_model(str(llava_folder), model_base="base", **CPU)
 
     def test_llavas_package_is_needed_for_its_checkpoints(self, tmp_path):
