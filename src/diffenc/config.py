@@ -20,6 +20,20 @@ def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
         raise ConfigError(f"{name} must be one of {list(allowed)}, got {shown(value)}.{hint}")
 
 
+def check_guidable(conditioning: str | None, owner: str) -> None:
+    """Raise a `ConfigError` unless a guidance scale changes features of this conditioning.
+
+    Args:
+        conditioning: Conditioning of an encoder or a tower; None follows the prompts.
+        owner: Name of the model, for the message.
+    """
+    if conditioning not in (None, "cond", "cfg"):
+        raise ConfigError(
+            f"the encoder of {owner} gives {conditioning!r} features, which no guidance scale "
+            "changes; leave it out"
+        )
+
+
 def check_is_config(value: object, kind: type, example: str) -> None:
     """Raise a `ConfigError` unless a config that is set is one, and say how to change one option.
 

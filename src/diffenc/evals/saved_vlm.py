@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from diffenc.config import check_guidable
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import BackboneError, ConfigError
 from diffenc.evals.answerers import Images
@@ -24,7 +25,6 @@ from diffenc.storage.names import expanded, is_file, is_folder, reason
 
 _RUN_FOLDER = "model"  # where a training run writes the model, in its own folder
 _CHUNK = 2**22
-_GUIDABLE = (None, "cond", "cfg")
 
 
 class SavedVLM:
@@ -107,6 +107,14 @@ class SavedVLM:
         made._more = {**self._more, **more}
         return made
 
+    def load(self) -> DiffusionVLM:
+        """The model itself, guided as this one is; loaded once.
+
+        Raises:
+            BackboneError: The model cannot be loaded.
+        """
+        return self._weights.load(self.guidance_scale)
+
     def release(self) -> None:
         """Free the memory; the next question loads the model again."""
         self._weights.release()
@@ -119,8 +127,7 @@ class SavedVLM:
         Raises:
             DiffencError: The model cannot be loaded, or a question is longer than its context.
         """
-        vlm = self._weights.load(self.guidance_scale)
-        return vlm.generate(
+        return self.load().generate(
             [list(each) for each in images],
             list(questions),
             None if prompts is None else list(prompts),
@@ -135,7 +142,7 @@ class SavedVLM:
                 "leave the guidance scale out"
             )
         if self._kind == "diffusion" and is_file(folder / ENCODER_CONFIG):
-            _check_conditioning(read_config(folder)[0].conditioning, self.name)
+            check_guidable(read_config(folder)[0].conditioning, self.name)
 
 
 class _Weights:
@@ -170,7 +177,7 @@ class _Weights:
         if self._config is not None:
             config = self._config
             if scale is not None:
-                _check_conditioning(config.conditioning, str(self.folder))
+                check_guidable(config.conditioning, str(self.folder))
                 config = replace(config, conditioning="cfg", guidance_scale=scale)
             encoder = self._vlm.encoder
             encoder = encoder.diffusion if isinstance(encoder, FusedEncoder) else encoder
@@ -205,11 +212,3 @@ def _read(folder: Path) -> tuple[str, str]:
     """Kind of encoder and policy of prompts, which are needed before the model is loaded."""
     saved = read_saved(folder)
     return saved.encoder_kind, saved.prompt_policy
-
-
-def _check_conditioning(conditioning: str | None, name: str) -> None:
-    if conditioning not in _GUIDABLE:
-        raise ConfigError(
-            f"the encoder of {name} gives {conditioning!r} features, which no guidance scale "
-            "changes; leave it out"
-        )

@@ -144,6 +144,17 @@ class Chat:
             start += len(chunk) + len(IMAGE_MARK)
         return ChatTokens(input_ids, labels)
 
+    def text(self, turns: Turns) -> str:
+        """The conversation as the one text that the language model reads.
+
+        Args:
+            turns: Conversation, see `encode`; `IMAGE_MARK` stands where a picture does.
+
+        Raises:
+            PromptError: Roles do not take turns, or a picture stands in an answer.
+        """
+        return self._render(as_messages(turns))[0]
+
     def _render(self, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
         """The text of a conversation, and from where to where its answers stand."""
         render = {"chat": self._chat, "v1": self._v1, "plain": self._plain}[self.template]

@@ -109,6 +109,18 @@ def write_json(path: StrPath, value: Any, *, indent: int | None = 2) -> None:
         partial.write_bytes(f"{text}\n".encode())
 
 
+def append_json_line(path: StrPath, value: Any) -> None:
+    """Append a value to a file as one line of JSON; the file is made if there is none.
+
+    Raises:
+        OutputError: It cannot be written, or is nothing that JSON holds.
+    """
+    with reporting(path):
+        line = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        with Path(path).open("ab") as file:
+            file.write(f"{line}\n".encode("utf-8", "replace"))
+
+
 def begin_folder(folder: StrPath, marker: str) -> Path:
     """Make a folder, and remove the file that says that it is whole; write that one last.
 
