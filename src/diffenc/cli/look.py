@@ -106,7 +106,11 @@ def _look(
         **changes,
     )
     results = look_at(
-        encoder, picture, questions, words=tuple(some) if some else words, layers=split_names(layers)
+        encoder,
+        picture,
+        questions,
+        words=tuple(some) if some else words,
+        layers=split_names(layers),
     )
     scale = changes.get("guidance_scale")
     drawn = results.figure(
@@ -138,8 +142,8 @@ def _rows(results: "Look") -> "Iterator[tuple[str, ...]]":
         height, width = change.shape[2:]
         for index, timestep in enumerate(results.timesteps):
             count = int(results.registers[tap][index].sum())
-            for asked, question in enumerate(results.questions):
-                cells = change[asked, index]
+            for number, question in enumerate(results.questions):
+                cells = change[number, index]
                 row, column = divmod(int(cells.argmax()), width)
                 yield (
                     tap,

@@ -48,7 +48,7 @@ def register_cells(
     norms = features.detach().float().norm(dim=-3)
     flat = norms.flatten(end_dim=-3) if norms.ndim > 2 else norms[None]
     typical = flat.flatten(1).median(dim=1).values[:, None, None]
-    registers = (flat > ratio * typical) & (flat > ratio * _around(flat))
+    registers: Tensor = (flat > ratio * typical) & (flat > ratio * _around(flat))
     return registers.reshape(norms.shape)
 
 

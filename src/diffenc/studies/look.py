@@ -50,12 +50,14 @@ class Look:
 
     def difference(self, tap: str) -> Float[Tensor, "q t c h w"]:
         """What each question adds at a tap, f_c - f_u."""
-        return self.cond[tap] - self.uncond[tap]
+        difference: Tensor = self.cond[tap] - self.uncond[tap]
+        return difference
 
     def change(self, tap: str) -> Float[Tensor, "q t h w"]:
         """Length of f_c - f_u in each cell, as a share of the mean length of f_u."""
         usual = self.uncond[tap].norm(dim=1).mean(dim=(1, 2))
-        return self.difference(tap).norm(dim=2) / usual.clamp_min(1e-12)[:, None, None]
+        lengths: Tensor = self.difference(tap).norm(dim=2)
+        return lengths / usual.clamp_min(1e-12)[:, None, None]
 
     def figure(
         self,
@@ -89,8 +91,8 @@ class Look:
                 self.timesteps,
                 registers=self.registers[tap] if leave_out_registers else None,
                 words={
-                    (asked, timestep): heats
-                    for (place, asked, timestep), heats in self.words.items()
+                    (index, timestep): heats
+                    for (place, index, timestep), heats in self.words.items()
                     if place == tap
                 },
             )
@@ -139,8 +141,8 @@ def look(
 
     Examples:
         >>> encoder = DiffusionEncoder.from_pretrained("shapes", taps="up_blocks.1.attentions.1")
-        >>> seen = look(encoder, picture, ["where is the circle?", "where is the square?"])
-        >>> seen.figure().save("look.png")
+        >>> result = look(encoder, picture, ["where is the circle?", "where is the square?"])
+        >>> result.figure().save("look.png")
 
     Source:
         "Towards Multimodal Understanding via Stable Diffusion as a Task-Aware Feature Extractor",
@@ -149,6 +151,8 @@ def look(
     texts = _questions(questions)
     named = _words(texts, words, encoder.backbone.tokenizer)
     images = decoded(image)
+    if len(images) != 1:
+        raise ShapeError(f"a look is at one picture, got {len(images)}")
     config, backbone = encoder.config, encoder.backbone
     pixel_values = to_pixel_values(
         images,
@@ -156,18 +160,16 @@ def look(
         resize=config.resize,
         multiple=backbone.reduction,
     )
-    if len(pixel_values) != 1:
-        raise ShapeError(f"a look is at one picture, got {len(pixel_values)}")
     uncond: dict[str, Tensor] = {}
     cond: dict[str, list[Tensor]] = {}
     registers: dict[str, Tensor] = {}
     for text in texts:
         features = encoder.extract(images, text, conditioning="cfg")
         cells = features.registers()
-        plain, asked = features.select("uncond"), features.select("cond")
+        plain, under = features.select("uncond"), features.select("cond")
         for tap in features:
             uncond.setdefault(tap, _per_timestep(plain[tap]))
-            cond.setdefault(tap, []).append(_per_timestep(asked[tap]))
+            cond.setdefault(tap, []).append(_per_timestep(under[tap]))
             known = _per_timestep(cells[tap][..., None, :, :])[:, 0] > 0
             registers[tap] = registers.get(tap, known) | known
     taps = tuple(uncond)
@@ -180,7 +182,7 @@ def look(
         uncond=uncond,
         cond={tap: torch.stack(rows) for tap, rows in cond.items()},
         registers=registers,
-        words=_word_maps(encoder, images, texts, named, taps, layers),
+        words=_word_maps(encoder, images[0], texts, named, taps, layers),
         model=backbone.name,
     )
 
@@ -216,7 +218,7 @@ def _words(
 
 def _word_maps(
     encoder: DiffusionEncoder,
-    images: ImageSource,
+    image: ImageSource,
     texts: Sequence[str],
     words: Sequence[Sequence[str]],
     taps: Sequence[str],
@@ -228,20 +230,22 @@ def _word_maps(
     scorer = CrossAttnScorer(backbone, options, use_cache=encoder.use_cache)
     known = cross_attention_layers(backbone.denoiser)
     read_from = {
-        tap: nearest_layers(tap, known) if layers is None else match_layers(backbone.denoiser, layers)
+        tap: nearest_layers(tap, known)
+        if layers is None
+        else match_layers(backbone.denoiser, layers)
         for tap in taps
     }
     maps: dict[tuple[str, int, int], dict[str, HeatMap]] = {}
     drawn: dict[tuple[tuple[str, ...], int, int], dict[str, HeatMap]] = {}
     for tap, names in read_from.items():
-        for asked, (text, own) in enumerate(zip(texts, words, strict=True)):
+        for index, (text, own) in enumerate(zip(texts, words, strict=True)):
             for timestep in config.timesteps if own else ():
-                place = (names, asked, timestep)
+                place = (names, index, timestep)
                 if place not in drawn:
                     drawn[place] = scorer.word_maps(
-                        images, text, own, layers=names, timesteps=(timestep,)
+                        image, text, own, layers=names, timesteps=(timestep,)
                     )
-                maps[tap, asked, timestep] = drawn[place]
+                maps[tap, index, timestep] = drawn[place]
     return maps
 
 

@@ -104,6 +104,7 @@ def question_rows(
         ShapeError: Maps that fit neither each other nor the questions.
         NonFiniteError: A map holds NaN or infinity.
     """
+    picture = _shrunk(picture, side)  # drawn over many times, and large ones take a second each
     uncond, cond = to_array(maps.uncond, "t c h w"), to_array(maps.cond, "q t c h w")
     if cond.shape != (len(questions), *uncond.shape) or len(uncond) != len(maps.timesteps):
         raise ShapeError(
@@ -142,9 +143,9 @@ def question_rows(
         )
         words = [
             panel
-            for asked, text in enumerate(questions)
+            for number, text in enumerate(questions)
             for panel in word_panels(
-                maps.words.get((asked, timestep), {}), picture, text, timestep=at, side=side
+                maps.words.get((number, timestep), {}), picture, text, timestep=at, side=side
             )
         ]
         across = max(_WORDS_A_ROW, len(questions))
@@ -179,14 +180,13 @@ def word_panels(
 
 COLORS = """\
 Colours are the first three principal components of the features, as red, green and blue. Maps \
-without a text and under each text share one scheme at a tap: equal colours are equal features, from \
-panel to panel."""
+without a text and under each text share one scheme at a tap: equal colours are equal features."""
 _HEAT = """\
 Heat maps go from dark (low) to light (high), in the range that stands under them."""
 _GUIDED = "Guided features are f_u + s (f_c - f_u), in the scheme of the row above."
 _DIFFERENCE = """\
-What the text adds: f_c - f_u, the conditional features less the unconditional ones, in a scheme of \
-their own that all texts share."""
+What the text adds: f_c - f_u, the conditional features less the unconditional ones, in a scheme \
+of their own that all texts share."""
 _CHANGED = """\
 How far the text moves the features: the length of f_c - f_u in each cell, as a share of the mean \
 length of f_u. One range for all texts."""
@@ -197,6 +197,11 @@ heads. Each word has its own range: compare places, not words."""
 
 def _legend() -> list[Panel]:
     return [Panel(caption=COLORS), Panel(caption=_HEAT)]
+
+
+def _shrunk(picture: Image.Image, side: int) -> Image.Image:
+    height, width = fitted(picture, side)
+    return picture if max(picture.size) <= side else picture.resize((width, height))
 
 
 def _size_of(picture: Image.Image) -> str:

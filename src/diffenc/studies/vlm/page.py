@@ -35,7 +35,10 @@ def to_markdown(
     findings: list[str] = []
     if study.findings:
         findings = ["## What holds here", section("findings", finding_table(study))]
-        findings += [paragraph(RULE), *(part for each in study.findings for part in _finding(each))]
+        findings += [
+            paragraph(RULE),
+            *(part for each in study.findings for part in finding_blocks(each)),
+        ]
     return page(
         f"# {plan.title}",
         f"`{command}`",
@@ -133,13 +136,19 @@ def _missing(study: VlmStudy) -> Iterator[str]:
         yield paragraph(f"**Not run:** {labels}, and what depends on them ({reason}).")
 
 
-def _finding(decided: DecidedFinding) -> list[str]:
+def finding_blocks(decided: DecidedFinding, spec: str = ".1f") -> list[str]:
+    """A finding with its comparisons.
+
+    Args:
+        decided: The finding, decided.
+        spec: Format of the figures.
+    """
     finding = decided.finding
     rows = []
     for each in decided.decisions:
-        limit = "–" if each.limit is None else f"{each.limit:.1f}"
-        sides = "; ".join(f"`{name}` {spread:.1f}" for name, spread in each.sides.items())
-        excess = written(each.excess, "+.1f", nothing="–")
+        limit = "–" if each.limit is None else f"{each.limit:{spec}}"
+        sides = "; ".join(f"`{name}` {spread:{spec}}" for name, spread in each.sides.items())
+        excess = written(each.excess, f"+{spec}", nothing="–")
         rows.append((f"`{each.claim}`", excess, limit, each.verdict, sides or "–"))
     columns = ("comparison", "by how much", "must exceed", "so it", "figures")
     blocks = [
