@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import TypeAlias, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from diffenc._typing import Conditioning
@@ -12,6 +12,7 @@ from diffenc.checks.arguments import number, shown, sides
 from diffenc.checks.fields import require_finite
 from diffenc.config import check_choice
 from diffenc.denoiser.grids import to_tokens
+from diffenc.denoiser.registers import REGISTER_RATIO, register_cells, without_cells
 from diffenc.errors import ConfigError, TapError, near_matches
 
 Maps: TypeAlias = dict[str, Tensor]
@@ -122,6 +123,55 @@ class Features(Mapping[str, Tensor]):
         Maps of one size stay in tap order.
         """
         return sorted(self._maps.values(), key=lambda m: m.shape[-2] * m.shape[-1], reverse=True)
+
+    def registers(self, *, ratio: float = REGISTER_RATIO) -> dict[str, Bool[Tensor, "b *t h w"]]:
+        """Cells that act as registers, at every tap: True where either half has one.
+
+        Args:
+            ratio: Factor above 1 by which a register exceeds the median length of its picture's
+                cells and of those around it; see `diffenc.denoiser.registers.register_cells`.
+
+        Raises:
+            ConfigError: Another ratio.
+
+        Examples:
+            >>> from diffenc.encoder import DiffusionEncoder
+            >>> features = DiffusionEncoder.from_pretrained("shapes").extract(picture)
+            >>> [int(cells.sum()) for cells in features.registers().values()]
+            [0, 0, 0]
+        """
+        halves = [half for half in self._halves.values() if half is not None]
+        registers = {tap: register_cells(maps, ratio=ratio) for tap, maps in halves[0].items()}
+        for half in halves[1:]:
+            for tap, maps in half.items():
+                registers[tap] = registers[tap] | register_cells(maps, ratio=ratio)
+        return registers
+
+    def without_registers(self, *, ratio: float = REGISTER_RATIO) -> "Features":
+        """The same features, with the mean of the cells around in the place of each register.
+
+        What is made of them, such as tokens on a coarser grid, then knows nothing of registers.
+
+        Args:
+            ratio: Factor above 1 that decides what a register is; see `registers`.
+
+        Raises:
+            ConfigError: Another ratio.
+        """
+        registers = self.registers(ratio=ratio)
+        halves = {
+            name: half
+            and {tap: without_cells(maps, registers[tap]).clone() for tap, maps in half.items()}
+            for name, half in self._halves.items()
+        }
+        return Features(
+            uncond=halves["uncond"],
+            cond=halves["cond"],
+            conditioning=self.conditioning,
+            guidance_scale=self.guidance_scale,
+            grid=self.grid,
+            truncated=self.truncated,
+        )
 
     def _half(self, name: str, conditioning: Conditioning) -> Maps:
         half = self._halves[name]

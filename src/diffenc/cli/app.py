@@ -15,7 +15,9 @@ from diffenc.cli.encode import encode
 from diffenc.cli.evaluate import evaluate
 from diffenc.cli.index import index, search
 from diffenc.cli.info import info
+from diffenc.cli.look import look
 from diffenc.cli.maps import maps
+from diffenc.cli.noted import NotedCommand
 from diffenc.cli.options import DEBUG, Debug
 from diffenc.cli.recipes import recipes
 from diffenc.cli.score import score
@@ -127,6 +129,7 @@ app.command("encode")(encode)
 app.command("info")(info)
 app.command("score")(score)
 app.command("maps")(maps)
+app.command("look", cls=NotedCommand)(look)
 app.command("index")(index)
 app.command("search")(search)
 app.command("train")(train)

@@ -89,6 +89,7 @@ def demo(
             dict(zip(WORDS, maps, strict=True)),
             scores,
             prompts=PROMPTS,
+            timesteps=encoder.config.timesteps,
             model=encoder.backbone.name,
         )
         write_whole(output, drawn.save)

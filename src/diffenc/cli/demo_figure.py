@@ -7,9 +7,10 @@ from PIL import Image
 from torch import Tensor
 
 from diffenc.features import Features
-from diffenc.viz import HeatMap, Panel, dot_chart, figure, pca_maps
+from diffenc.viz import HeatMap, Panel, dot_chart, figure
+from diffenc.viz.questions import COLORS, TapMaps, question_rows, word_panels
 
-_SIDE, _ALPHA = 256, 0.8
+_SIDE = 256
 
 
 def draw_demo(
@@ -19,6 +20,7 @@ def draw_demo(
     scores: Mapping[str, float],
     *,
     prompts: Sequence[str],
+    timesteps: Sequence[int],
     model: str,
 ) -> Image.Image:
     """Draw what the demo computed.
@@ -29,34 +31,21 @@ def draw_demo(
         word_maps: Attention map of each word of the first prompt.
         scores: Score of each text, higher is better.
         prompts: Prompts of `features`, one per row of the batch.
+        timesteps: Scheduler step of `features`, one.
         model: Name of the model, as it appears in the figure.
     """
     tap = max(features, key=lambda name: features[name].shape[2] * features[name].shape[3])
-    uncond, cond, guided = (features.select(half)[tap] for half in ("uncond", "cond", "cfg"))
-    (first, *_), under, beyond = pca_maps(
-        [uncond[:1], cond, guided], size=_SIDE, resample="bicubic"
-    )
-    c, h, w = cond.shape[1:]
-    colors = Panel(
-        caption=f"Colours are the first three principal components of the features at {tap} ({h} x "
-        f"{w} cells, {c} channels), in one scheme for all seven maps: equal colours are equal "
-        "features.\n\nGuided features are f_u + s (f_c - f_u): they go from the unconditional f_u "
-        "through the conditional f_c and beyond."
-    )
-    changed = Panel(
-        caption="How far the text moves the features: the length of f_c - f_u in each cell, as a "
-        "share of the mean length of f_u. One range for the three maps."
-    )
-    guidance = f"guided, s = {features.guidance_scale:g}"
+    uncond, cond = (features.select(half)[tap] for half in ("uncond", "cond"))
+    maps = TapMaps(tap, uncond[:1], cond[:, None], timesteps)
     return figure(
         [
             _top(picture, word_maps, scores, prompts[0]),
-            [Panel(first, "unconditional", "no text"), *_panels("conditional", under, prompts)],
-            [colors, *_panels(guidance, beyond, prompts)],
-            [changed, *_changes(uncond, cond, picture, prompts)],
+            *question_rows(
+                picture, maps, prompts, guidance_scale=features.guidance_scale, side=_SIDE
+            ),
         ],
         title="One picture under three prompts",
-        note=f"Model: {model}{_LIMITS.get(model, '')}. Made by: diffenc demo",
+        note=f"Model: {model}{_LIMITS.get(model, '')}. {COLORS} Made by: diffenc demo",
         side=_SIDE,
     )
 
@@ -77,39 +66,10 @@ def _top(
     heats = {word: HeatMap(values) for word, values in word_maps.items()}
     return [
         Panel(picture, "picture", explanation),
-        *(
-            Panel(
-                heat.to_pil(_SIDE, overlay=picture, alpha=_ALPHA),
-                f'where "{word}" is seen',
-                prompt,
-                heat,
-            )
-            for word, heat in heats.items()
-        ),
+        *word_panels(heats, picture, prompt, side=_SIDE),
         Panel(
             dot_chart(list(scores), list(scores.values()), side=_SIDE),
             "how well a text fits",
             "Minus the error of the noise that the model predicts under it; higher is better.",
         ),
-    ]
-
-
-def _panels(title: str, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[Panel]:
-    return [Panel(shown, title, text) for shown, text in zip(pictures, prompts, strict=True)]
-
-
-def _changes(
-    uncond: Float[Tensor, "b c h w"],
-    cond: Float[Tensor, "b c h w"],
-    picture: Image.Image,
-    prompts: Sequence[str],
-) -> list[Panel]:
-    lengths = (cond - uncond).float().norm(dim=1) / uncond.float().norm(dim=1).mean()
-    low, high = float(lengths.min()), float(lengths.max())
-    heats = [HeatMap(values, low=low, high=high) for values in lengths]
-    return [
-        Panel(
-            heat.to_pil(_SIDE, overlay=picture, alpha=_ALPHA), "what the text changed", text, heat
-        )
-        for heat, text in zip(heats, prompts, strict=True)
     ]

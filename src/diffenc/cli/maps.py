@@ -1,7 +1,7 @@
 """`diffenc maps`: where in an image the words of a text are seen."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -11,9 +11,6 @@ from diffenc.cli.options import Debug, Device, Dtype, Force, Model, Variant
 from diffenc.cli.parsing import parse_heads
 from diffenc.cli.scorers import load_scorer, scorer_changes
 from diffenc.cli.tables import print_table
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _COLUMNS, _SIDE = 4, 256
@@ -81,10 +78,11 @@ def _maps(
         heads=None if heads is None else parse_heads(heads),
     )
     from diffenc.viz import Panel, figure
+    from diffenc.viz.figure import fitted
 
     panels: list[Panel | None] = [Panel(picture, image.name)]
     for word, heat in heat_maps.items():
-        over = heat.to_pil(_fit(heat.picture or picture), overlay=True)
+        over = heat.to_pil(fitted(heat.picture or picture, _SIDE), overlay=True)
         panels.append(Panel(over, word, legend=heat))
     rows = [panels[start : start + _COLUMNS] for start in range(0, len(panels), _COLUMNS)]
     drawn = figure(
@@ -108,10 +106,3 @@ def _maps(
 
 
 maps = with_fields(_maps, {"changes": scorer_changes("timesteps", "size", "resize", "seed")})
-
-
-def _fit(picture: "Image") -> tuple[int, int]:
-    """(height, width) of a panel, the longer side filling it."""
-    width, height = picture.size
-    factor = _SIDE / max(width, height)
-    return max(1, round(height * factor)), max(1, round(width * factor))

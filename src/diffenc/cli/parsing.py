@@ -1,5 +1,7 @@
 """Texts of a command line as values: sizes, timesteps, heads."""
 
+import math
+
 from diffenc.errors import ConfigError
 
 
@@ -47,3 +49,18 @@ def parse_heads(text: str) -> tuple[int, ...]:
     if not all(part.strip().isdecimal() for part in parts):
         raise ConfigError(f"heads must be like 0 or 0,3, got {text!r}")
     return tuple(map(int, parts))
+
+
+def parse_scales(text: str) -> tuple[float, ...]:
+    """Read ``"1,1.5,4"`` as (1.0, 1.5, 4.0).
+
+    Raises:
+        ConfigError: Anything else.
+    """
+    try:
+        scales = tuple(map(float, text.split(",")))
+    except ValueError:
+        scales = ()
+    if not scales or not all(map(math.isfinite, scales)):
+        raise ConfigError(f"guidance scales must be like 1,1.5,4, got {text!r}")
+    return scales

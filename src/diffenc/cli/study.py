@@ -5,16 +5,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from diffenc.cli.fields import split_names
 from diffenc.cli.noted import NotedCommand
 from diffenc.cli.options import Debug, Device, Dtype, Force, to_device, to_dtype
-from diffenc.cli.parsing import parse_timestep
+from diffenc.cli.parsing import parse_scales, parse_timestep, parse_timesteps
 from diffenc.cli.study_report import Output, Quick, run_and_report
 from diffenc.cli.study_vlm import add_studies
 
 if TYPE_CHECKING:
     from diffenc.evals.tables import Table
     from diffenc.studies.features import FeatureStudy
+    from diffenc.studies.leakage_readout import LeakageReadout
     from diffenc.studies.parts import PartStudy
+    from diffenc.studies.similarity import SimilarityStudy
 
 Backbone = Annotated[
     str,
@@ -25,6 +28,19 @@ Backbone = Annotated[
     ),
 ]
 Seeds = Annotated[int, typer.Option(help="Number of repetitions with other scenes and noise.")]
+
+Taps = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAMES",
+        help="Places in the U-Net, with commas or repeated: module paths, globs, or the paper's "
+        "names; default the study's own.",
+    ),
+]
+Size = Annotated[
+    int | None,
+    typer.Option(metavar="PIXELS", help="Side of the pictures; default the model's own."),
+]
 
 study = typer.Typer(help="Experiments with a model, written as tables and pictures.")
 
@@ -59,10 +75,7 @@ def features(
         typer.Option(help="Number of scenes per seed that show where a text acts; 0 for none."),
     ] = 60,
     seeds: Seeds = 3,
-    size: Annotated[
-        int | None,
-        typer.Option(metavar="PIXELS", help="Side of the pictures; default the model's own."),
-    ] = None,
+    size: Size = None,
     batch_size: Annotated[int, typer.Option(help="Number of scenes x timesteps per pass.")] = 48,
     device: Device = "auto",
     dtype: Dtype = "float32",
@@ -86,7 +99,7 @@ def features(
         "features",
         lambda progress: study_features(
             backbone,
-            taps=[name for entry in taps for name in entry.split(",") if name] if taps else None,
+            taps=split_names(taps),
             timesteps=TIMESTEPS if steps is None else (steps,) if isinstance(steps, int) else steps,
             conditionings=conditionings,  # type: ignore[arg-type]  # checked there
             scenes=scenes,
@@ -100,7 +113,7 @@ def features(
         ),
         page=to_markdown,
         tables=_feature_tables,
-        remarks=_feature_remarks,
+        remarks=lambda results: _bundled_remark(results.model),
         draw=draw_features,
         unit="scenes",
         device=device,
@@ -159,7 +172,165 @@ def parts(
     )
 
 
+@study.command(cls=NotedCommand)
+def similarity(
+    output: Output = Path("similarity-study"),
+    backbone: Backbone = "shapes",
+    data: Annotated[
+        str,
+        typer.Option(metavar="PATH", help="shapes, or a folder or .zip file of MMVP-VLM."),
+    ] = "shapes",
+    clip: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="CLIP beside: a folder, a Hub id, shapes-clip, or none."),
+    ] = "shapes-clip",
+    taps: Taps = None,
+    timesteps: Annotated[
+        str, typer.Option(metavar="T,T", help="Noise levels of the cosines, 0 to 999.")
+    ] = "10,50,100,250,500",
+    cka_timestep: Annotated[
+        int, typer.Option(metavar="T", help="Noise level of the CKA, 0 to 999.")
+    ] = 50,
+    scales: Annotated[
+        str, typer.Option(metavar="S,S", help="Guidance scales that the CKA is taken at.")
+    ] = "1,1.5,4,7",
+    pool: Annotated[
+        str,
+        typer.Option(metavar="WORD", help="A picture's vector: flat (all cells) or mean of cells."),
+    ] = "flat",
+    per_pattern: Annotated[int, typer.Option(help="Number of pairs of each pattern.")] = 15,
+    seeds: Seeds = 3,
+    size: Size = None,
+    batch_size: Annotated[int, typer.Option(help="Number of pictures x timesteps per pass.")] = 40,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    force: Force = False,
+    _debug: Debug = False,
+) -> None:
+    """How guidance changes features, and how alike near-same pictures are.
+
+    CKA of unconditional and guided features per tap and guidance scale; mean cosine of the pictures
+    of near-same pairs per tap and timestep, beside CLIP's and beside strangers. Takes some minutes
+    with the bundled model on one core.
+    """
+    steps, numbers = parse_timesteps(timesteps), parse_scales(scales)
+
+    from diffenc.studies.similarity import study_similarity
+    from diffenc.studies.similarity_page import draw_similarity, to_markdown
+
+    run_and_report(
+        output,
+        "similarity",
+        lambda progress: study_similarity(
+            backbone,
+            data=data,
+            clip=None if clip == "none" else clip,
+            taps=split_names(taps),
+            timesteps=steps,
+            cka_timestep=cka_timestep,
+            guidance_scales=numbers,
+            pool=pool,  # type: ignore[arg-type]  # checked there
+            per_pattern=per_pattern,
+            seeds=seeds,
+            size=size,
+            batch_size=batch_size,
+            device=to_device(device),
+            dtype=to_dtype(dtype),
+            progress=progress,
+        ),
+        page=to_markdown,
+        tables=_similarity_tables,
+        remarks=lambda results: _bundled_remark(results.model),
+        draw=draw_similarity,
+        unit="pairs",
+        device=device,
+        force=force,
+    )
+
+
+@study.command("leakage-readout", cls=NotedCommand)
+def leakage_readout(
+    output: Output = Path("leakage-readout-study"),
+    backbone: Backbone = "shapes",
+    taps: Taps = None,
+    timesteps: Annotated[
+        str, typer.Option(metavar="T,T", help="Noise levels, 0 to 999.")
+    ] = "50,261",
+    scales: Annotated[
+        str, typer.Option(metavar="S,S", help="Guidance scales that are read at.")
+    ] = "1.5,4.5,7",
+    scenes: Annotated[int, typer.Option(help="Number of scenes per seed, 30 or more.")] = 240,
+    seeds: Seeds = 3,
+    size: Size = None,
+    batch_size: Annotated[int, typer.Option(help="Number of scenes x timesteps per pass.")] = 48,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    force: Force = False,
+    _debug: Debug = False,
+) -> None:
+    """How much of a foreign prompt a linear layer reads, per tap and guidance scale.
+
+    Scenes are encoded under prompts that have nothing to do with them; colour and shape of the
+    prompt are read from the averaged features. No language model is trained. Takes some minutes
+    with the bundled model on one core.
+    """
+    steps, numbers = parse_timesteps(timesteps), parse_scales(scales)
+
+    from diffenc.studies.leakage_readout import study_leakage_readout
+    from diffenc.studies.leakage_readout_page import draw_leakage_readout, to_markdown
+
+    run_and_report(
+        output,
+        "leakage-readout",
+        lambda progress: study_leakage_readout(
+            backbone,
+            taps=split_names(taps),
+            timesteps=steps,
+            guidance_scales=numbers,
+            scenes=scenes,
+            seeds=seeds,
+            size=size,
+            batch_size=batch_size,
+            device=to_device(device),
+            dtype=to_dtype(dtype),
+            progress=progress,
+        ),
+        page=to_markdown,
+        tables=_readout_tables,
+        remarks=lambda results: _bundled_remark(results.model),
+        draw=draw_leakage_readout,
+        unit="scenes",
+        device=device,
+        force=force,
+    )
+
+
 add_studies(study)
+
+
+def _readout_tables(results: "LeakageReadout") -> "list[Table]":
+    from diffenc.studies.leakage_readout import WORDS
+    from diffenc.studies.leakage_readout_page import finding_table, findings_of, word_table
+
+    words = [word_table(results, word) for word in WORDS]
+    return [*words, finding_table(findings_of(results))]
+
+
+def _similarity_tables(results: "SimilarityStudy") -> "list[Table]":
+    from diffenc.studies.similarity import PAIR
+    from diffenc.studies.similarity_page import (
+        cka_table,
+        cosine_table,
+        finding_table,
+        findings_of,
+    )
+
+    return [cka_table(results), cosine_table(results, PAIR), finding_table(findings_of(results))]
+
+
+def _bundled_remark(model: str) -> list[str]:
+    bundled = "The bundled model knows coloured shapes only; so do the scenes of this study."
+    return [bundled] if model == "shapes" else []
 
 
 def _feature_tables(results: "FeatureStudy") -> "list[Table]":
@@ -167,11 +338,6 @@ def _feature_tables(results: "FeatureStudy") -> "list[Table]":
 
     focus = [focus_table(results)] if results.focus else []
     return [input_table(results), best_table(results), *focus]
-
-
-def _feature_remarks(results: "FeatureStudy") -> list[str]:
-    bundled = "The bundled model knows coloured shapes only; so do the scenes of this study."
-    return [bundled] if results.model == "shapes" else []
 
 
 def _part_tables(results: "PartStudy") -> "list[Table]":

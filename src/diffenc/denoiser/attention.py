@@ -264,6 +264,23 @@ def match_layers(unet: nn.Module, layers: str | Sequence[str] | None = None) -> 
     return tuple(name for name in known if name in chosen)
 
 
+def touching(module: str, layers: Sequence[str]) -> tuple[str, ...]:
+    """Those of some layers that a module is, holds or lies in, by their paths."""
+    path = f"{module}."
+    return tuple(
+        name for name in layers if f"{name}.".startswith(path) or path.startswith(f"{name}.")
+    )
+
+
+def nearest_layers(module: str, layers: Sequence[str]) -> tuple[str, ...]:
+    """Layers that touch a module, or the nearest module around it that has some; else all."""
+    while module:
+        if near := touching(module, layers):
+            return near
+        module = module.rpartition(".")[0]
+    return tuple(layers)
+
+
 def _last_of_each_stage(known: Sequence[str]) -> tuple[str, ...]:
     last_blocks = {name.partition("_block")[0]: name.partition(".attentions")[0] for name in known}
     last_of: dict[str, str] = {}  # per transformer

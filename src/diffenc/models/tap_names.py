@@ -56,6 +56,18 @@ def spelled_out(name: str) -> str:
     return "-".join([_STAGES[stage.lower()], *words, what.lower()])
 
 
+def paper_name(path: str) -> str:
+    """What the paper calls a module of a U-Net, ``U-L1-R1-B0-Cross-Q``; its path if nothing."""
+    name = gdf_name(path)
+    if name is None:
+        return path
+    for word, short in (("vit-block", "B"), ("level", "L"), ("repeat", "R"), ("vit-", "")):
+        name = name.replace(word, short)
+    stage, _, rest = name.partition("-")
+    parts = [part if part[0].isupper() else part.capitalize() for part in rest.split("-")]
+    return "-".join([stage[0].upper(), *parts])
+
+
 def is_literature_name(name: str) -> bool:
     """Whether a tap is named in one of these ways, and not by its module path."""
     return re.match(r"(up|down)-(level|repeat)\d|mid-(repeat|vit)", spelled_out(name)) is not None

@@ -69,6 +69,7 @@ class Panel:
         names: Names at the places 0, 1, 2 and so on of the horizontal axis, whose points have no
             line; () takes whole numbers from 1, whose points are joined.
         axis: Label of the horizontal axis.
+        joined: Whether points over names have a line, as those over rising numbers.
     """
 
     title: str
@@ -76,6 +77,7 @@ class Panel:
     series: Sequence[Series]
     names: Sequence[str] = ()
     axis: str = ""
+    joined: bool = False
 
 
 def need_charts() -> None:
@@ -194,7 +196,7 @@ def _plot(place: Any, panel: Panel) -> None:
             color=_COLORS[index % len(_COLORS)],
             marker=_MARKS[index % len(_MARKS)],
             linewidth=1.2,
-            linestyle="none" if panel.names else "solid",
+            linestyle="none" if panel.names and not panel.joined else "solid",
             capsize=3,
             label=series.label,
         )

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffenc.denoiser.attention import cross_attention_layers, word_token_positions
+from diffenc.denoiser.attention import cross_attention_layers, touching, word_token_positions
 from diffenc.encoder import DiffusionEncoder
 from diffenc.inputs.images import to_pixel_values
 from diffenc.inputs.noise import add_noise, shared_noise
@@ -167,20 +167,13 @@ def _actions(
         for index, timestep in enumerate(encoder.config.timesteps):
             yield ("change", tap, timestep), relative[:, index]
     layers = cross_attention_layers(encoder.backbone.denoiser)
-    around = {
-        tap: [name for name in layers if _within(name, tap) or _within(tap, name)]
-        for tap in features
-    }
+    around = {tap: touching(tap, layers) for tap in features}
     read = [name for name in layers if any(name in inside for inside in around.values())]
     for timestep in encoder.config.timesteps if read else ():
         maps = _attention(encoder, images, texts, named, timestep, read)
         for tap, inside in around.items():
             if inside:
                 yield ("attention", tap, timestep), _on_finest([maps[name] for name in inside])
-
-
-def _within(name: str, module: str) -> bool:
-    return f"{name}.".startswith(f"{module}.")
 
 
 def _attention(

@@ -29,8 +29,8 @@ class Panel:
     """One place of a figure.
 
     Attributes:
-        image: Picture that fills a square, with its aspect ratio kept; None leaves the place to the
-            caption.
+        image: Picture whose longer side fills the panel, with its aspect ratio kept; None leaves
+            the place to the caption.
         title: Text above the image, in dark letters.
         caption: Text below the image, in grey letters; it is wrapped, never cut.
         legend: Heat map whose colours and range are shown under the image; None shows none.
@@ -76,7 +76,7 @@ def figure(
     for row, height in zip(layouts, heights, strict=True):
         title_height = max(layout.title.height for layout in row)
         for column, layout in enumerate(row):
-            layout.draw(canvas, gap + column * (side + gap), y, title_height)
+            layout.draw(canvas, gap + column * (side + gap), y, title_height, _picture_height(row))
         y += height + gap
     foot.draw(canvas, gap, y)
     return canvas
@@ -153,21 +153,26 @@ class _Layout:
         ]
 
     @property
-    def below_title(self) -> int:
-        parts = [self._side] if self._panel.image else []
+    def picture_height(self) -> int:
+        return fitted(self._panel.image, self._side)[0] if self._panel.image else 0
+
+    def below_title(self, picture_height: int) -> int:
+        parts = [picture_height] if self._panel.image else []
         parts += [self._ends[0].height] if self._ends else []
         parts += [self._caption.height] if self._panel.caption else []
         return sum(parts) + (len(parts) - 1) * self._gap if parts else 0
 
-    def draw(self, canvas: Image.Image, x: int, y: int, title_height: int) -> None:
+    def draw(
+        self, canvas: Image.Image, x: int, y: int, title_height: int, picture_height: int
+    ) -> None:
         side = self._side
         self.title.draw(canvas, x, y + title_height - self.title.height)
         y += title_height + (self._gap if title_height else 0)
         if self._panel.image is not None:
             picture = _fit(self._panel.image, side)
-            left, top = (side - picture.width) // 2, (side - picture.height) // 2
+            left, top = (side - picture.width) // 2, (picture_height - picture.height) // 2
             canvas.paste(picture, (x + left, y + top))
-            y += side + self._gap
+            y += picture_height + self._gap
         if self._panel.legend is not None:
             low, high = self._ends
             ramp = (side // 25, side - low.width - high.width - 2 * self._gap)
@@ -182,14 +187,27 @@ class _Layout:
 def _row_height(row: Sequence[_Layout]) -> int:
     title_height = max(layout.title.height for layout in row)
     gap = row[0]._gap if title_height else 0
-    return title_height + gap + max(layout.below_title for layout in row)
+    height = _picture_height(row)
+    return title_height + gap + max(layout.below_title(height) for layout in row)
+
+
+def _picture_height(row: Sequence[_Layout]) -> int:
+    """Height that the pictures of a row have in common: that of the highest."""
+    return max(layout.picture_height for layout in row)
+
+
+def fitted(image: Image.Image, side: int) -> tuple[int, int]:
+    """(height, width) of the image in a panel: its longer side is `side`."""
+    ratio = side / max(image.size)
+    width, height = (max(1, round(edge * ratio)) for edge in image.size)
+    return height, width
 
 
 def _fit(image: Image.Image, side: int) -> Image.Image:
     """The image in a square: cells of small ones stay sharp, large ones are smoothed."""
-    ratio = side / max(image.size)
-    width, height = (max(1, round(edge * ratio)) for edge in image.size)
-    method = Image.Resampling.NEAREST if ratio > 1 else Image.Resampling.LANCZOS
+    height, width = fitted(image, side)
+    grows = side > max(image.size)
+    method = Image.Resampling.NEAREST if grows else Image.Resampling.LANCZOS
     return image.convert("RGB").resize((width, height), method)
 
 

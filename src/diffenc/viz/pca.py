@@ -1,11 +1,12 @@
 """Feature maps as colours: their first principal components as red, green and blue."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from einops import rearrange
-from jaxtyping import Float64
+from jaxtyping import Bool, Float64
 from PIL import Image
 
 from diffenc.errors import ConfigError, ShapeError
@@ -16,6 +17,7 @@ def pca_maps(
     maps: Sequence[Any],
     components: int = 3,
     *,
+    leave_out: Sequence[Any] | None = None,
     size: int | tuple[int, int] | None = None,
     resample: Resample = "nearest",
 ) -> list[list[Image.Image]]:
@@ -30,6 +32,8 @@ def pca_maps(
         maps: Feature maps (b c h w), tensors or arrays, all with the same channels; sizes and
             batches may differ.
         components: Number of principal components: 3 for colours, 1 for grey.
+        leave_out: For each of `maps` the cells (b h w) that have no part in basis and range, and
+            are drawn white, such as those of `Features.registers`; None leaves out none.
         size: Size of each picture in pixels, as one side or (height, width); None is one pixel per
             cell.
         resample: Way of resizing: "nearest" shows the cells, "bicubic" smooths them.
@@ -38,7 +42,8 @@ def pca_maps(
         For each of `maps` one RGB picture per row of its batch.
 
     Raises:
-        ShapeError: No map, one that is not (b c h w), or different channels.
+        ShapeError: No map, one that is not (b c h w), or different channels; cells to leave out
+            that do not fit the maps, or are all there are.
         NonFiniteError: A map holds NaN or infinity.
         ConfigError: Another number of components.
     """
@@ -52,19 +57,39 @@ def pca_maps(
             "draw each tap by itself"
         )
     flat = [rearrange(array, "b c h w -> (b h w) c") for array in arrays]
-    cells = np.concatenate(flat)
+    kept = _kept_cells(arrays, leave_out)
+    cells = np.concatenate([part[keep] for part, keep in zip(flat, kept, strict=True)])
+    if not len(cells):
+        raise ShapeError("every cell is to be left out; a picture needs one cell or more")
     mean = cells.mean(axis=0)
     basis = principal_components(cells - mean, components)
     projected = [(part - mean) @ basis for part in flat]
-    low, high = np.percentile(np.concatenate(projected), (1, 99), axis=0)
+    low, high = np.percentile((cells - mean) @ basis, (1, 99), axis=0)
     span = np.where(high > low, high - low, 1)
     flat_color = np.where(high > low, 0, 0.5)  # what never varies is mid-grey
     pictures = []
-    for array, part in zip(arrays, projected, strict=True):
+    for array, part, keep in zip(arrays, projected, kept, strict=True):
         unit = np.clip((part - low) / span + flat_color, 0, 1)
+        unit[~keep] = 1
         grid = rearrange(unit, "(b h w) k -> b h w k", b=len(array), h=array.shape[2])
         pictures.append([_to_picture(image, size, resample) for image in grid])
     return pictures
+
+
+def _kept_cells(
+    arrays: Sequence[np.ndarray], leave_out: Sequence[Any] | None
+) -> list[Bool[np.ndarray, " n"]]:
+    """Whether each cell of each map is kept, in the order of the flattened maps."""
+    shapes = [(len(array), *array.shape[2:]) for array in arrays]
+    if leave_out is None:
+        return [np.ones(math.prod(shape), dtype=bool) for shape in shapes]
+    masks = [to_array(mask, "b h w") != 0 for mask in leave_out]
+    if [mask.shape for mask in masks] != shapes:
+        raise ShapeError(
+            f"leave_out must have a mask (b h w) for each map, of the shapes {shapes}, got "
+            f"{[mask.shape for mask in masks]}"
+        )
+    return [~mask.ravel() for mask in masks]
 
 
 def principal_components(

@@ -36,7 +36,10 @@ def to_markdown(
     findings: list[str] = []
     if study.findings:
         findings = ["## What holds here", section("findings", finding_table(study))]
-        findings += [paragraph(RULE), *(part for each in study.findings for part in _finding(each))]
+        findings += [
+            paragraph(RULE),
+            *(part for each in study.findings for part in finding_blocks(each)),
+        ]
     return page(
         f"# {plan.title}",
         f"`{command}`",
@@ -134,20 +137,28 @@ def _missing(study: VlmStudy) -> Iterator[str]:
         yield paragraph(f"**Not run:** {labels}, and what depends on them ({reason}).")
 
 
-def _finding(decided: DecidedFinding) -> list[str]:
-    finding = decided.finding
+def finding_blocks(decided: DecidedFinding, spec: str = ".1f") -> list[str]:
+    """A finding with its comparisons.
+
+    Args:
+        decided: The finding, decided.
+        spec: Format of the figures.
+    """
+    finding, answers = decided.finding, decided.unread is not None
     rows = []
     for each in decided.decisions:
-        limit = "–" if each.limit is None else f"{each.limit:.1f}"
-        sides = "; ".join(f"`{name}` {spread:.1f}" for name, spread in each.sides.items())
-        excess = written(each.excess, "+.1f", nothing="–")
-        unread = unread_cell(each.unread)
-        rows.append((f"`{each.claim}`", excess, limit, each.outcome, unread, sides or "–"))
-    columns = ("comparison", "by how much", "must exceed", "so it", "unread, %", "figures")
+        limit = "–" if each.limit is None else f"{each.limit:{spec}}"
+        sides = "; ".join(f"`{name}` {spread:{spec}}" for name, spread in each.sides.items())
+        excess = written(each.excess, f"+{spec}", nothing="–")
+        unread = [unread_cell(each.unread)] if answers else []
+        rows.append((f"`{each.claim}`", excess, limit, each.outcome, *unread, sides or "–"))
+    columns = ["comparison", "by how much", "must exceed", "so it", "figures"]
+    if answers:
+        columns.insert(-1, "unread, %")
     blocks = [
         f"### {finding.statement.rstrip('.')}: {decided.outcome}",
         paragraph(f"In the paper: {finding.paper}"),
-        Table("Comparisons", columns, tuple(rows)).to_markdown(),
+        Table("Comparisons", tuple(columns), tuple(rows)).to_markdown(),
     ]
     if decided.at_limit:
         names = ", ".join(f"`{each}`" for each in decided.at_limit)
