@@ -81,13 +81,15 @@ def test_a_builder_of_lists_is_refused_with_its_name(fork) -> None:
     refuses(fork, lambda: register("toyfork"), "calls build_vision_tower_aux_list")
 
 
-def test_a_builder_that_only_another_of_its_name_hides_is_refused(fork) -> None:
+@pytest.mark.parametrize("around", ["", "    @torch.no_grad()\n"])
+def test_a_builder_that_only_another_of_its_name_hides_is_refused(fork, around) -> None:
     del fork.arch.LlavaMetaModel
     source(
         fork.arch,
+        "import torch\n"
         "def build_vision_tower(cfg):\n"
         "    return 'of its own'\n"
-        "class LlavaMetaModel:\n"
+        f"class LlavaMetaModel:\n{around}"
         "    def __init__(self, cfg):\n"
         "        self.vision_tower = build_vision_tower(cfg)\n",
     )
@@ -218,6 +220,9 @@ def test_a_refused_script_leaves_an_earlier_registration(fork) -> None:
     done = register("toyfork")
     with pytest.raises(ConfigError, match="MyTrainer"):
         train_with_prompts("toyfork", trainer="MyTrainer")
+    with pytest.raises(ConfigError, match="Linear has no"):
+        train_with_prompts("toyfork", models=[ToyLlava, torch.nn.Linear])
+    assert not hasattr(ToyLlava, "_takes_vision_prompts")
     config = SimpleNamespace(mm_vision_tower=NAME)
     assert isinstance(fork.arch.build_vision_tower(config, delay_load=True), DiffusionVisionTower)
     done.undo()
@@ -230,8 +235,14 @@ def test_a_script_outside_of_the_package_is_passed_as_a_module(fork) -> None:
         "train_dataset": ToyDataset(entries),
         "data_collator": toy_collator,
     }
-    text = "def train(entries):\n    return MyTrainer(**make_supervised_data_module(entries))\n"
-    source(outside, text)
+    source(
+        outside,
+        "import functools\n"
+        "def recorded(function):\n"
+        "    return functools.wraps(function)(lambda *args: function(*args))\n"
+        "@recorded\n"
+        "def train(entries):\n    return MyTrainer(**make_supervised_data_module(entries))\n",
+    )
     done = train_with_prompts("toyfork", script=outside)
     fork.builder.build_vision_tower(SimpleNamespace(vision_tower=NAME), delay_load=True)
     trainer = outside.train([entry(ONE), entry(OTHER)])
