@@ -8,14 +8,8 @@ from diffenc.errors import ConfigError, ImageError
 from diffenc.evals.choices import shapes_blink, shapes_mmvp
 from diffenc.inputs.policies import parse_policy
 from diffenc.mllm import IMAGE_ID, Chat
-from diffenc.mllm.training.data import (
-    ConversationDataset,
-    EpochSampler,
-    ImageFile,
-    collate,
-    read_samples,
-    require_usable,
-)
+from diffenc.mllm.training.data import read_samples, require_usable
+from diffenc.mllm.training.dataset import ConversationDataset, EpochSampler, ImageFile, collate
 from diffenc.mllm.training.miniature import write_miniature
 from diffenc.shapes import sample_scenes
 from shapes_oracle import answer
