@@ -20,6 +20,11 @@ component has, with the registers and without them; where one cell dominates, th
 is that cell, and a picture of the components is black but for it."""
 
 
+_REASON = """\
+The miniature has 256 cells at the most, and little to spare; registers were seen in large models \
+that were trained for long."""
+
+
 def findings_of(study: RegisterStudy) -> list[DecidedFinding]:
     """The paper's findings that this run can decide."""
     names = {tap: paper_name(tap) for tap in study.taps}
@@ -39,8 +44,7 @@ def findings_of(study: RegisterStudy) -> list[DecidedFinding]:
                 parse_claim(f"{kind}/registers/{step} > cross-q/registers/{step}")
                 for step in study.timesteps
             ),
-            "The miniature has 256 cells at the most, and little to spare; registers were seen in "
-            "large models that were trained for long.",
+            _REASON if study.model == "shapes" else "",
         )
         for kind in kinds
         if kind != "cross-q"
@@ -58,7 +62,8 @@ def to_markdown(study: RegisterStudy, *, command: str, made_with: str, picture: 
         picture: File name of the heat map.
     """
     settings, decided = study.settings, findings_of(study)
-    of_what = "held-out scenes" if settings["scenes"] else "pictures"
+    several = "s" if settings["pictures"] > 1 else ""
+    of_what = f"{'held-out scene' if settings['scenes'] else 'picture'}{several}"
     findings = [
         "## What holds here",
         section("findings", finding_table(decided)),
