@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+import evals_data
 from diffenc.cli.main import app
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import ConfigError, NonFiniteError, ShapeError, TapError
@@ -15,7 +16,7 @@ from diffenc.evals.matching.miniature import SHAPES_SEED, shapes_benchmark
 from diffenc.models import describe, load_backbone
 from diffenc.models.tap_names import gdf_name, paper_name, spelled_out
 from diffenc.studies.cka import cka, guided_cka, hsic
-from diffenc.studies.similarity import paper_taps, study_similarity
+from diffenc.studies.similarity import CLIP, paper_taps, study_similarity
 from diffenc.studies.similarity_page import PAPER_CKA, PAPER_COSINES, findings_of
 
 TAPS = ("conv_in", "mid_block")
@@ -227,3 +228,21 @@ def test_the_command_writes_a_page_with_the_papers_figures_beside(tiny_sd_folder
     wrong = CliRunner().invoke(app, ["study", "similarity", "--scales", "1,x", "-o", str(tmp_path)])
     assert wrong.exit_code == 2
     assert "guidance scales must be like 1,1.5,4" in wrong.output
+
+
+def test_pairs_of_the_real_layout_are_read_and_broken_ones_refused(
+    tiny_sdxl_folder, tmp_path_factory
+):
+    folder = evals_data.mmvp_vlm(tmp_path_factory.mktemp("mmvp-vlm"))
+    study = study_similarity(
+        str(tiny_sdxl_folder), data=folder, clip="shapes-clip", timesteps=[50], seeds=2
+    )
+    assert (study.data, study.settings["pairs"]) == ("MMVP-VLM", 9)
+    assert "U-L1-R1-B0-Cross-Q" in study.taps
+    embedding, tokens = (study.find(name, "pair", "image") for name in CLIP)
+    assert -1 <= embedding.mean <= 1
+    assert embedding.values[0] == pytest.approx(embedding.values[1])  # CLIP has no noise
+    assert tokens.mean != embedding.mean
+    next(folder.rglob("*.jpg")).unlink()
+    with pytest.raises(ConfigError, match="missing pictures"):
+        study_similarity(str(tiny_sdxl_folder), data=folder, clip=None, timesteps=[50], seeds=1)
