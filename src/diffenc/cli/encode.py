@@ -79,6 +79,14 @@ def _encode(
         bool,
         typer.Option("--tokens/--no-tokens", help='Write "tokens": all taps on one grid, in rows.'),
     ] = False,
+    registers: Annotated[
+        bool,
+        typer.Option(
+            "--registers/--no-registers",
+            help="Keep register cells (lone cells of huge norm), or put the mean of the cells "
+            "around in their place.",
+        ),
+    ] = True,
     batch_size: Annotated[int, typer.Option(min=1, help="Number of images per pass.")] = 8,
     device: Device = "auto",
     dtype: Dtype = "float32",
@@ -125,7 +133,8 @@ def _encode(
     done = 0
     for features in _passes(encoder, files, prompts, batch_size):
         truncated += features.truncated
-        for name, rows in _to_write(features, maps=maps, tokens=tokens).items():
+        kept = features if registers else features.without_registers()
+        for name, rows in _to_write(kept, maps=maps, tokens=tokens).items():
             _fill(tensors, name, rows, done, len(images))
             count = len(rows)
         done += count
@@ -143,6 +152,7 @@ def _encode(
         "grid": list(features.grid),
         "taps": [asdict(tap) for tap in encoder.feature_info],
         "config": encoder.config.to_dict(),
+        **({} if registers else {"registers": False}),
     }
     # One entry: the order of several is random, and equal calls shall write equal files.
     described = {"diffenc": json.dumps(metadata)}
