@@ -219,3 +219,18 @@ def test_register_cells_are_replaced_in_maps_and_tokens(
     assert not torch.equal(plain["tokens"], cleared["tokens"])
     assert "registers" not in about
     assert said["registers"] is False
+
+
+def test_a_preset_reads_as_a_published_method_does(tiny_sd_folder, pictures, tmp_path):
+    output = tmp_path / "f.safetensors"
+    arguments = (pictures[0], "-m", tiny_sd_folder, "-o", output, "--preset")
+    result = run(*arguments, "hyperfeatures", "--timestep", 100)
+    assert result.exit_code == 0, result.output
+    tensors, metadata = read(output)
+    assert tensors
+    assert all(".resnets." in name and name.endswith(".conv2") for name in tensors)
+    assert metadata["config"]["posterior"] == "sample"
+    assert metadata["config"]["timestep"] == 100  # what is given beside it wins
+    unknown = run(*arguments, "hyperfeature", "--force")
+    assert unknown.exit_code == 2
+    assert "Did you mean 'hyperfeatures'" in unknown.output

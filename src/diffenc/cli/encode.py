@@ -57,6 +57,14 @@ def _encode(
         ),
     ] = None,
     model: Model = "shapes",
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Published method whose taps and options are taken: gdf, mustafar, dift, "
+            "cleandift or hyperfeatures; options given beside it win.",
+        ),
+    ] = None,
     unet: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Weights of another U-Net, a .safetensors file."),
@@ -102,6 +110,7 @@ def _encode(
     those left out, the prompts, the options and the version.
     """
     parts: dict[str, Any] = {
+        "preset": preset,
         "unet": unet,
         "vae": vae,
         "architecture": architecture,
