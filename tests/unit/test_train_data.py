@@ -178,6 +178,6 @@ def test_options_are_listed_in_the_words_of_the_benchmarks_on_scenes_of_training
                 words = re.search(rf"{re.escape(said)} ([a-z ]+?)(?= \(|$)", text)[1]
                 assert words == answer(question, scene)[0]
                 lettered.append(text)
-    assert len(lettered) == 40
+    assert len(lettered) == 80
     bare = json.loads(write_miniature(tmp_path / "b", scenes=9, lettered=0)["instruct"].read_text())
     assert not any("(a)" in turn["value"] for each in bare for turn in each["conversations"])
