@@ -64,7 +64,7 @@ def _row(
 ) -> RowCommands:
     """A row from its own options, those of a dagger where it has one, and the table's."""
     own = {**table, **(table["dagger"] if row.get("dagger") else {}), **row}
-    options = {key: own.get(key) for key in _OPTIONS}
+    options: dict[str, Any] = {key: own.get(key) for key in _OPTIONS}
     before = [content["before"][each] for each in options["before"] or ()]
     runs = [each["run"] for each in before] + ([row["run"]] if "run" in row else [])
     trainings = dict.fromkeys(step.name for run in runs for step in chain(run))
