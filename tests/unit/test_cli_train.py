@@ -68,6 +68,10 @@ def test_the_miniature_is_written(tmp_path):
     assert result.exit_code == 0, result.output
     assert len(list((tmp_path / "new" / "images").iterdir())) == 3
     records = json.loads((tmp_path / "new" / "instruct.json").read_text())
+    assert [len(record["conversations"]) for record in records] == [6, 6, 6]  # two are lettered
+    options = ("--scenes", "3", "--turns", "1", "--lettered", "0")
+    assert run("shapes-data", tmp_path / "words", *options).exit_code == 0
+    records = json.loads((tmp_path / "words" / "instruct.json").read_text())
     assert [len(record["conversations"]) for record in records] == [2, 2, 2]
 
 

@@ -144,7 +144,7 @@ def answered(unread, name="f"):
     ],
 )
 def test_above_a_fifth_of_unread_answers_nothing_is_decided(unread, outcome):
-    decided = decide(Finding("s", "p", (A_ABOVE_B,)), answered(unread))
+    decided = decide(Finding("s", "p", (A_ABOVE_B,)), answered(unread), answers=True)
     assert decided.outcome == outcome
     assert decided.verdict == outcome.partition(":")[0]
     assert decided.unread == pytest.approx(sum(unread) / 3)
@@ -154,14 +154,20 @@ def test_above_a_fifth_of_unread_answers_nothing_is_decided(unread, outcome):
 
 def test_the_unread_answers_are_those_of_the_pass_that_is_compared():
     claim = parse_claim("a/m/f.2 > b/m/f.2")
-    assert decide_claim(claim, answered([21.0] * 3, "f.2")).verdict == "not measured"
-    assert decide_claim(claim, answered([19.0] * 3, "f.2")).verdict == "holds"
+    assert decide_claim(claim, answered([21.0] * 3, "f.2"), answers=True).verdict == "not measured"
+    assert decide_claim(claim, answered([19.0] * 3, "f.2"), answers=True).verdict == "holds"
 
 
 def test_one_comparison_that_was_not_measured_leaves_the_finding_unmeasured():
     claims = (A_ABOVE_B, parse_claim("a/m/f < 1"))
-    assert decide(Finding("s", "p", claims), answered([30.0] * 3)).verdict == "not measured"
-    assert decide(Finding("s", "p", (claims[1],)), answered([30.0] * 3)).verdict == "opposite"
+    assert (
+        decide(Finding("s", "p", claims), answered([30.0] * 3), answers=True).verdict
+        == "not measured"
+    )
+    assert (
+        decide(Finding("s", "p", (claims[1],)), answered([30.0] * 3), answers=True).verdict
+        == "opposite"
+    )
 
 
 def test_figures_that_count_words_need_no_answer_to_be_read():
@@ -171,5 +177,5 @@ def test_figures_that_count_words_need_no_answer_to_be_read():
         ("a", "m", "said"): figures(("a", "m", "f")),
         ("b", "m", "said"): figures(("b", "m", "f")),
     }
-    decision = decide_claim(claim, lambda key: values.get(key, figures(key)))
+    decision = decide_claim(claim, lambda key: values.get(key, figures(key)), answers=True)
     assert (decision.verdict, decision.unread) == ("holds", None)

@@ -223,15 +223,19 @@ def _outcome(verdict: Verdict, unread: float | None) -> str:
     return reason if verdict == "not measured" and reason else verdict
 
 
-def decide(finding: Finding, figure: Callable[[Key], Spread | None]) -> DecidedFinding:
+def decide(
+    finding: Finding, figure: Callable[[Key], Spread | None], *, answers: bool = False
+) -> DecidedFinding:
     """Apply the rule to a finding.
 
     Args:
         finding: Finding of the plan.
         figure: Function that returns the values of a figure per seed, or None if it was not
             measured.
+        answers: Whether figures are of answers that had to be read; shares of those that could not
+            be are figures then, named "unread" in place of their own name.
     """
-    decisions = tuple(decide_claim(claim, figure) for claim in finding.claims)
+    decisions = tuple(decide_claim(claim, figure, answers=answers) for claim in finding.claims)
     verdicts = {each.verdict for each in decisions}
     weakest: tuple[Verdict, ...] = (
         *("not run", "not measured", "undecided"),
@@ -244,13 +248,15 @@ def decide(finding: Finding, figure: Callable[[Key], Spread | None]) -> DecidedF
     return DecidedFinding(finding, decisions, verdict, at_limit)
 
 
-def decide_claim(claim: Claim, figure: Callable[[Key], Spread | None]) -> Decision:
-    """Apply the rule to a comparison."""
+def decide_claim(
+    claim: Claim, figure: Callable[[Key], Spread | None], *, answers: bool = False
+) -> Decision:
+    """Apply the rule to a comparison; see `decide`."""
     sides = {"/".join(key): each for key in claim.keys if (each := figure(key)) is not None}
     excess = claim.excess(figure)
     if excess is None:
         return Decision(claim.text, None, None, "not run", sides)
-    limit, unread = limit_of(excess), _unread(claim, figure)
+    limit, unread = limit_of(excess), _unread(claim, figure) if answers else None
     verdict: Verdict = "does not show"
     if unread is not None and not_measured(unread / 100):
         verdict = "not measured"

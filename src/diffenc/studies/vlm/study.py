@@ -141,7 +141,10 @@ def study_vlm(
         trained=plan.seeds * (len(plan.trainings) - len(missing)),
         fresh=len(workshop.fresh),
     )
-    return replace(study, findings=tuple(decide(each, study.figure) for each in plan.findings))
+    return replace(
+        study,
+        findings=tuple(decide(each, study.figure, answers=True) for each in plan.findings),
+    )
 
 
 class _Run:
