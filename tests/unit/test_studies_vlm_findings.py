@@ -179,3 +179,43 @@ def test_figures_that_count_words_need_no_answer_to_be_read():
     }
     decision = decide_claim(claim, lambda key: values.get(key, figures(key)), answers=True)
     assert (decision.verdict, decision.unread) == ("holds", None)
+
+
+def beside_guessing(a, b, guess, name="pairs", guessing="chance"):
+    """Figures of two trainings, and what guessing reaches."""
+    figures = {("a", "m", name): a, ("b", "m", name): b}
+    marks = {(training, "m", guessing): guess for training in "ab"}
+    return {key: Spread(tuple(values)) for key, values in {**figures, **marks}.items()}.get
+
+
+@pytest.mark.parametrize(("name", "guessing"), [("pairs", "chance"), ("all", "guess")])
+@pytest.mark.parametrize(
+    ("a", "b", "outcome"),
+    [
+        ([15.0, 14.0, 16.0], [5.0, 6.0, 4.0], "not measured: no better than guessing"),
+        ([40.0, 20.0, 30.0], [5.0, 6.0, 4.0], "not measured: no better than guessing"),
+        ([40.0, 41.0, 39.0], [5.0, 6.0, 4.0], "holds"),
+        ([5.0, 6.0, 4.0], [40.0, 41.0, 39.0], "opposite"),
+    ],
+)
+def test_models_that_do_no_better_than_guessing_are_not_compared(a, b, outcome, name, guessing):
+    claim = parse_claim(f"a/m/{name} > b/m/{name}")
+    figures = beside_guessing(a, b, [25.0] * 3, name, guessing)
+    decided = decide(Finding("s", "p", (claim,)), figures, answers=True)
+    assert decided.outcome == outcome
+    assert decided.verdict == outcome.partition(":")[0]
+
+
+def test_one_seed_is_compared_with_guessing_as_it_is():
+    claim = parse_claim("a/m/pairs > b/m/pairs")
+    above, below = beside_guessing([26.0], [5.0], [25.0]), beside_guessing([25.0], [5.0], [25.0])
+    assert decide_claim(claim, above, answers=True).verdict == "undecided"
+    assert decide_claim(claim, below, answers=True).verdict == "not measured"
+
+
+def test_a_figure_that_cannot_be_guessed_is_compared_at_any_height():
+    claim = parse_claim("a/m/pairs > b/m/f")
+    values = {("b", "m", "f"): Spread((1.0, 2.0, 1.5))}
+    figures = beside_guessing([15.0, 14.0, 16.0], [5.0] * 3, [25.0] * 3)
+    decision = decide_claim(claim, lambda key: values.get(key) or figures(key), answers=True)
+    assert (decision.verdict, decision.guessed) == ("holds", False)

@@ -29,14 +29,17 @@ where m is below -t d / √n, and else **does not show**; t is the limit of Stud
 with n - 1 degrees of freedom for one-sided 5 % (2.92 for three seeds). A finding holds where all \
 its comparisons do, is the opposite where one of them is, and else does not show. One seed has no \
 deviation: then a finding is **undecided**. Where more than {100 * MOST_UNREAD:.0f} % of the \
-answers behind a figure cannot be read, the comparison is **not measured**, whatever the figures \
-say. Comparisons are not corrected for their number: of twenty that mean nothing, one may seem to \
+answers behind a figure cannot be read, or where none of the figures is above what guessing \
+reaches, by the same limit, the comparison is **not measured**, whatever the figures say. \
+Comparisons are not corrected for their number: of twenty that mean nothing, one may seem to \
 hold."""
 
 _LIMITS = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833)
 """Limits of Student's distribution, one-sided 5 %, for 1 to 9 degrees of freedom."""
 _WITHOUT_READING = ("read", "said", "base", "cider", "chance", "guess", "unread")
 """Figures that count words, or no answers at all, so that an unread answer is not a wrong one."""
+_GUESSING = {"pairs": "chance", "all": "guess"}
+"""Figures that can be guessed, with the figure that says how far guessing gets."""
 _NEAR_LIMIT = 3.0
 """Distance from an end of the scale, in points of 100, that counts as near."""
 
@@ -174,6 +177,7 @@ class Decision:
         sides: Figures that were compared, by name.
         unread: Largest percentage of unread answers behind one of the figures, as a mean over
             seeds; None if none of them comes from answers that are read.
+        guessed: Whether none of the figures is above what guessing reaches.
     """
 
     claim: str
@@ -182,6 +186,7 @@ class Decision:
     verdict: Verdict
     sides: dict[str, Spread]
     unread: float | None = None
+    guessed: bool = False
 
     @property
     def outcome(self) -> str:
@@ -219,8 +224,10 @@ class DecidedFinding:
 
 
 def _outcome(verdict: Verdict, unread: float | None) -> str:
+    if verdict != "not measured":
+        return verdict
     reason = None if unread is None else not_measured(unread / 100)
-    return reason if verdict == "not measured" and reason else verdict
+    return reason or "not measured: no better than guessing"
 
 
 def decide(
@@ -257,8 +264,9 @@ def decide_claim(
     if excess is None:
         return Decision(claim.text, None, None, "not run", sides)
     limit, unread = limit_of(excess), _unread(claim, figure) if answers else None
+    guessed = answers and _is_guessed(claim, figure)
     verdict: Verdict = "does not show"
-    if unread is not None and not_measured(unread / 100):
+    if guessed or (unread is not None and not_measured(unread / 100)):
         verdict = "not measured"
     elif limit is None:
         verdict = "undecided"
@@ -266,7 +274,7 @@ def decide_claim(
         verdict = "holds"
     elif excess.mean < -limit:
         verdict = "opposite"
-    return Decision(claim.text, excess, limit, verdict, sides, unread)
+    return Decision(claim.text, excess, limit, verdict, sides, unread, guessed)
 
 
 def _unread(claim: Claim, figure: Callable[[Key], Spread | None]) -> float | None:
@@ -278,6 +286,23 @@ def _unread(claim: Claim, figure: Callable[[Key], Spread | None]) -> float | Non
             continue
         shares.append(figure((training, measurement, f"unread{point}{number}")))
     return max((share.mean for share in shares if share is not None), default=None)
+
+
+def _is_guessed(claim: Claim, figure: Callable[[Key], Spread | None]) -> bool:
+    """Whether guessing gets as far as every figure of a claim; False where one has no such mark."""
+    for training, measurement, name in claim.keys:
+        figure_name, point, number = name.partition(".")
+        reached = figure((training, measurement, name))
+        by_guessing = figure(
+            (training, measurement, f"{_GUESSING.get(figure_name, '')}{point}{number}")
+        )
+        if reached is None or by_guessing is None:
+            return False
+        pairs = zip(reached.values, by_guessing.values, strict=True)
+        above = Spread(tuple(value - guess for value, guess in pairs))
+        if above.mean > (limit_of(above) or 0.0):
+            return False
+    return True
 
 
 def limit_of(excess: Spread) -> float | None:

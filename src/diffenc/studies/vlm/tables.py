@@ -37,8 +37,9 @@ MEANINGS: Mapping[str, str] = {
     ),
     "mmvp": (
         "pairs: percent of pairs with both answers right, the benchmark's own number; questions: "
-        "percent of single answers; chance: pairs by guessing; unread: percent of answers that "
-        "mean no single option, and count as wrong."
+        "percent of single answers; chance: pairs by guessing, below which a model stays that "
+        "answers both pictures alike; unread: percent of answers that mean no single option, and "
+        "count as wrong."
     ),
 }
 
