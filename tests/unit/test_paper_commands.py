@@ -40,7 +40,7 @@ def in_miniature(words, scored):
         if word in REPLACED:
             made += [word, *REPLACED[word]]
         elif word == "--data":
-            made += [word, "shapes", *(["--per-label", "1"] if scored else ["--limit", "2"])]
+            made += [word, "shapes", *(["--per-label", "1"] if scored else ["--limit", "3"])]
             position += 1
         elif word not in DROPPED:
             made.append(word)
