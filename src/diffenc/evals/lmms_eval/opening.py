@@ -95,8 +95,8 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 def _refuse(folder: Path, what: str, **options: str | None) -> None:
-    if given := [name for name in _OF_LLAVA if options.get(name) is not None]:
+    if unfit := [name for name in _OF_LLAVA if options.get(name) is not None]:
         raise ConfigError(
-            f"{' and '.join(given)} belong to checkpoints of LLaVA's own package; {folder} holds "
+            f"{' and '.join(unfit)} belong to checkpoints of LLaVA's own package; {folder} holds "
             f"{what}, which knows its template and its parts itself"
         )
