@@ -12,14 +12,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffenc._typing import Conditioning, Prediction
-from diffenc.checks.arguments import flag, shown, text
+from diffenc.checks.arguments import flag, number, shown, text, texts, whole
 from diffenc.config import EncoderConfig, check_choice, check_is_config, described
 from diffenc.denoiser.grids import middle_grid
 from diffenc.denoiser.lora.adapters import is_merged
-from diffenc.errors import ConfigError, OutputError
+from diffenc.errors import ConfigError, OutputError, PromptError
 from diffenc.features import Features, check_guidance
 from diffenc.inputs.images import Images, as_list, decoded, image_sizes, to_pixel_values
-from diffenc.inputs.prompts import PromptEmbeds
+from diffenc.inputs.prompts import PromptEmbeds, match_batch
 from diffenc.memory.object_watch import object_key
 from diffenc.models import Architecture, TapInfo, load_backbone, model_name
 from diffenc.models.base import Backbone
@@ -42,9 +42,10 @@ from diffenc.models.sources import lasting_source
 from diffenc.models.taps import LATENTS, tap_patterns
 from diffenc.models.writing import write_folder
 from diffenc.passes.encoded import image_keys, posterior_of
-from diffenc.passes.forward import compile_taps
+from diffenc.passes.forward import attention_key, compile_taps
 from diffenc.passes.halves import read_halves
 from diffenc.passes.texts import text_halves
+from diffenc.passes.word_tokens import WordTokens, gather_words, word_layers, word_positions
 from diffenc.runtime.inference import lasting
 from diffenc.storage.names import checked_path
 from diffenc.tuning.parts import TrainableParts
@@ -426,8 +427,94 @@ class DiffusionEncoder(TrainableParts):
             Diffusion as a Task Aware Feature Extractor", section 5.
         """
         check_choice("output", output, ("features", "list"))
+        features, _ = self._read(images, prompts, conditioning, guidance_scale)
+        return features.to_list() if output == "list" else features
+
+    def word_tokens(
+        self,
+        images: Images,
+        prompts: str | Sequence[str],
+        words: str | Sequence[str] | None = None,
+        *,
+        count: int | None = None,
+        layers: str | Sequence[str] | None = None,
+        power: float = 1.0,
+        rest: bool = False,
+        conditioning: Conditioning | None = None,
+        guidance_scale: float | None = None,
+    ) -> WordTokens:
+        """Tokens that the words of a text gather: a few that say what the text is about.
+
+        For word w with cross-attention A_w over cells x, its token is sum_x A_w(x) f(x) / sum_x
+        A_w(x). Attention is read in the pass that gives the features; the pass goes on behind the
+        last tap only where `layers` lie there.
+
+        Args:
+            images: One or several pictures of any kind, see
+                `diffenc.inputs.images.to_pixel_values`.
+            prompts: One text for all images or one for each.
+            words: Words that gather, each in at least one text, or several words in a row ("red
+                circle"); None is every word of each text.
+            count: Number of words per image: the sharpest where there are more, by the entropy of
+                their maps; None keeps all.
+            layers: Cross-attentions that the maps are read from, see
+                `diffenc.denoiser.attention.match_layers`; None takes those nearest to the taps.
+            power: Exponent of the maps, above 0; above 1 peaks count for more.
+            rest: Whether a last token is gathered by the start token, which the cells look at that
+                no word describes.
+            conditioning: Conditioning of the features that are gathered, see `extract`.
+            guidance_scale: Guidance scale s in f_u + s (f_c - f_u), for "cfg".
+
+        Returns:
+            Tokens with places, mask, words and maps. Images whose text has fewer words, or whose
+            words were cut off with the text, have absent tokens.
+
+        Raises:
+            PromptError: Texts that were encoded before, a text without words, or words that it does
+                not have.
+            ConfigError: A number out of range.
+            TapError: No cross-attention by that name.
+
+        Examples:
+            >>> encoder = DiffusionEncoder.from_pretrained("shapes")
+            >>> found = encoder.word_tokens(picture, "what color is the circle?", ["circle"])
+            >>> found.tokens.shape, found.places.shape
+            (torch.Size([1, 1, 224]), torch.Size([1, 1, 4]))
+        """
+        if number("power", power) <= 0:
+            raise ConfigError(f"power must be above 0, got {power}")
+        if count is not None:
+            whole("count", count, least=1)
+        if isinstance(prompts, PromptEmbeds) or prompts is None:
+            raise PromptError(
+                f"words are looked up in texts, and prompts are {shown(prompts)}; pass texts"
+            )
+        chosen = None if words is None else list(texts("words", words, error=PromptError))
+        images = decoded(images)
+        each = match_batch(prompts, len(images))
+        positions = word_positions(self.backbone.tokenizers, each, chosen)
+        read_at = word_layers(self.backbone, [tap.name for tap in self._taps], layers)
+        features, attention = self._read(
+            images, each, conditioning, guidance_scale, attention=read_at
+        )
+        return gather_words(
+            features, attention, positions, count=count, power=power, rest=flag("rest", rest)
+        )
+
+    def _read(
+        self,
+        images: Images,
+        prompts: str | Sequence[str] | PromptEmbeds | None,
+        conditioning: Conditioning | None,
+        guidance_scale: float | None,
+        *,
+        attention: Sequence[str] = (),
+    ) -> tuple[Features, list[Float[Tensor, "b *t tokens _h _w"]]]:
+        """Features, and maps of all tokens of the texts at some cross-attentions."""
         conditioning = self._conditioning(conditioning, prompts)
         check_guidance(guidance_scale, conditioning)
+        if attention and conditioning == "uncond":
+            raise ConfigError("words are looked for under their text: not with 'uncond' alone")
         config, backbone = self.config, self.backbone
         several_readers = self.captioner is not None or config.original_size == "image"
         images = decoded(images) if several_readers else as_list(images)
@@ -467,7 +554,10 @@ class DiffusionEncoder(TrainableParts):
                 states=states,
                 uncond=uncond,
                 cond=cond,
+                attention=attention,
             )
+        under = halves["cond"] or {}
+        read = [under.pop(attention_key(layer)) for layer in attention]
         first = next(half for half in halves.values() if half is not None)
         grid = config.grid or middle_grid([(m.shape[-2], m.shape[-1]) for m in first.values()])
         features = Features(
@@ -477,7 +567,7 @@ class DiffusionEncoder(TrainableParts):
             grid=(grid, grid) if isinstance(grid, int) else grid,
             truncated=() if cond is None else cond.truncated,
         )
-        return features.to_list() if output == "list" else features
+        return features, read
 
     def _original_sizes(self, images: Images, batch: int) -> list[tuple[int, int]] | None:
         """Size of each picture for SDXL, (height, width); None leaves the processed size."""

@@ -30,6 +30,7 @@ def read_taps(
     *,
     batch_size: int | None = None,
     compiled: Callable[..., tuple[Tensor, ...]] | None = None,
+    attention: Sequence[str] = (),
 ) -> dict[str, Float[Tensor, "rows _c _h _w"]]:
     """Read features of rows, each with latents, a noise level and a text of its own.
 
@@ -45,9 +46,12 @@ def read_taps(
         taps: Module paths of the U-Net.
         batch_size: Largest number of rows per call; None is all at once.
         compiled: Compiled U-Net that `compiled_taps` returned; None looks whether there is one.
+        attention: Cross-attentions that are read in the same calls, which are then not compiled and
+            end after the last of both.
 
     Returns:
-        One map per tap, in the order of `taps`.
+        One map per tap, in the order of `taps`; behind them, under `attention_key`, one per
+        cross-attention, with the tokens of the text in place of channels and the mean over heads.
 
     Raises:
         NonFiniteError: A map holds NaN or infinity.
@@ -61,7 +65,9 @@ def read_taps(
         make_plain(backbone.denoiser)  # moved in inference mode, weights could not be saved for it
     rows = len(noisy_latents)
     size = min(batch_size or rows, rows)
-    if compiled is None:
+    if attention:
+        compiled = None
+    elif compiled is None:
         compiled = compiled_taps(backbone, taps)
     readings: list[dict[str, Tensor]] = []
     start = 0
@@ -78,6 +84,7 @@ def read_taps(
                         prompt_embeds.select(start, stop),
                         taps,
                         compiled,
+                        attention,
                     )
                 )
             except torch.cuda.OutOfMemoryError:
@@ -96,7 +103,7 @@ def read_taps(
     maps = (
         readings[0]
         if len(readings) == 1
-        else {t: torch.cat([m[t] for m in readings]) for t in taps}
+        else {name: torch.cat([m[name] for m in readings]) for name in readings[0]}
     )
     # A U-Net in channels_last gives such maps, which callers could not reshape as they expect.
     maps = {name: features.contiguous() for name, features in maps.items()}
@@ -147,13 +154,27 @@ def _read(
     prompt_embeds: PromptEmbeds,
     taps: Sequence[str],
     compiled: Callable[..., tuple[Tensor, ...]] | None,
+    attention: Sequence[str],
 ) -> dict[str, Tensor]:
     if compiled is not None:
         maps = backbone.denoise(noisy_latents, timesteps, prompt_embeds, run=compiled)
         # A compiled graph may give its outputs' memory to its next call.
         return {name: tap.clone() for name, tap in zip(taps, maps, strict=True)}
-    with ForwardTaps(backbone.denoiser, taps, early_exit=True) as reader:
-        return reader.run(partial(backbone.denoise, noisy_latents, timesteps, prompt_embeds))
+    call = partial(backbone.denoise, noisy_latents, timesteps, prompt_embeds)
+    reader = ForwardTaps(backbone.denoiser, [*taps, *attention], early_exit=True)
+    if not attention:
+        with reader:
+            return reader.run(call)
+    weights = CrossAttnTaps(backbone.denoiser, attention, tokens=None)
+    with weights, reader:  # an attention's output, which is let go, tells that it has run
+        features = reader.run(call)
+        maps = {attention_key(name): layer for name, layer in weights.maps().items()}
+    return {name: features[name] for name in taps} | maps
+
+
+def attention_key(layer: str) -> str:
+    """Name of a cross-attention's map among those of taps."""
+    return f"attention of {layer}"
 
 
 def predict_noise(
