@@ -16,7 +16,7 @@ REQUIREMENTS := pyproject.toml constraints.txt src/diffenc/_version.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo results test test-shapes test-oldest lint format types layers docs wheel check gpu clean
+.PHONY: help demo results test test-shapes test-oldest lmms lint format types layers docs wheel check gpu clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +42,15 @@ test-oldest: | $(BIN)/python  ## Run the unit and integration tests with the old
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt \
 		--editable . accelerate pytest pytest-timeout
 	.venv-oldest/bin/python -m pytest -W default tests/unit tests/integration $(ARGS)
+
+# PyPI's torchvision does not fit a CPU build of torch, and no task of these tests needs it.
+lmms: | $(BIN)/python  ## Run models through lmms-eval, which gets an environment of its own
+	test -d .venv-lmms || $(PYTHON) -m venv .venv-lmms
+	.venv-lmms/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lmms.txt \
+		--editable . lmms-eval pyarrow pytest pytest-timeout
+	.venv-lmms/bin/python -c "import torchvision" 2>/dev/null || \
+		.venv-lmms/bin/python -m pip uninstall --quiet --yes torchvision
+	.venv-lmms/bin/python -m pytest tests/integration/test_lmms_eval_run.py $(ARGS)
 
 lint: $(DEV_STAMP)  ## Check style, formatting and spelling
 	$(BIN)/ruff check

@@ -204,6 +204,39 @@ def generate(model: Any, folder: Path) -> dict[str, Any]:
     return found
 
 
+def answer(folder: Path, name: str, base: Path | None) -> dict[str, Any]:
+    """What the plug-in for lmms-eval makes of a checkpoint: answers, and prompts of its tower."""
+    from PIL import Image
+
+    from diffenc.evals.lmms_eval.opening import open_model
+    from diffenc.hosts.prompts import resolve_prompts
+
+    options = {} if base is None else {"model_base": str(base)}
+    place = {"device": torch.device("cpu"), "dtype": torch.float32}
+    model: Any = open_model(str(folder / name), guidance_scale=3, **place, **options)
+    pictures = [Image.open(folder / "images" / f"{index}.png") for index in range(3)]
+    shown = [pictures[:1], pictures[1:], []]
+    texts = [f"<image>\n{QUESTIONS[0]}", f"<image>\n<image>\n{QUESTIONS[1]}", "how many stars"]
+    turns = [[{"from": "human", "value": text}] for text in texts]
+    prompts, rows = [*QUESTIONS, ""], []
+    forward = model.tower.forward
+
+    def noted(images: Any, tokens: Any = None) -> Any:
+        rows.append(resolve_prompts(tokens, len(images), model.tower.tokenizer))
+        return forward(images, tokens)
+
+    model.tower.forward = noted
+    call = {"max_new_tokens": 6, "do_sample": False}
+    batch = model.generate(shown, turns, prompts, **call)
+    told = {"batch": batch, "scale": model.tower.encoder.config.guidance_scale}
+    expected = model.tower.tokenize([QUESTIONS[0], QUESTIONS[1], QUESTIONS[1]])
+    told["prompts"] = bool(torch.equal(rows[0].ids, expected.ids))
+    told["alone"] = [
+        model.generate([shown[row]], [turns[row]], [prompts[row]], **call)[0] for row in range(3)
+    ]
+    return told
+
+
 def main(checkout: str, target: str) -> None:
     sys.path.insert(0, checkout)
     warnings.simplefilter("ignore")
@@ -232,6 +265,7 @@ def main(checkout: str, target: str) -> None:
         model, _ = load(folder, name, base)
         told[f"{name} reloaded"] = equal(adapter_of(model), trained[name], 1e-3)
         told[name] = generate(model, folder)
+        told[f"{name} answers"] = answer(folder, name, base)
         tower = model.get_vision_tower()
         told[f"{name} side file"] = tower.load_adapter(
             folder / name / "diffenc_adapter.safetensors"

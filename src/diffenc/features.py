@@ -128,8 +128,8 @@ class Features(Mapping[str, Tensor]):
         """Cells that act as registers, at every tap: True where either half has one.
 
         Args:
-            ratio: Factor above 1 by which a register exceeds the median length of its picture's
-                cells and of those around it; see `diffenc.denoiser.registers.register_cells`.
+            ratio: Factor above 1 by which a register is longer than its picture's median cell and
+                than those around it; see `diffenc.denoiser.registers.register_cells`.
 
         Raises:
             ConfigError: Another ratio.

@@ -68,3 +68,12 @@ def test_the_question_arrives_in_every_kind_of_call(found, name) -> None:
 
 def test_other_towers_are_still_built_by_llava(found) -> None:
     assert "nobody/knows" in found["other towers"]
+
+
+@pytest.mark.parametrize("name", ["llava-lora", "llava-full"])
+def test_the_plug_in_for_lmms_eval_answers_with_the_question_in_the_tower(found, name) -> None:
+    told = found[f"{name} answers"]
+    assert told["prompts"]
+    assert told["scale"] == 3
+    assert told["batch"] == told["alone"]
+    assert all(told["batch"])

@@ -25,7 +25,13 @@ from diffenc.hosts.transformers import (
     DiffEncLlavaProcessor,
 )
 from diffenc.mllm import DiffusionVLM
-from lmms.twin_tasks import benchmarks, write_tasks
+from lmms.twin_tasks import (
+    SOURCES,
+    benchmarks,
+    released_rows,
+    write_released_tasks,
+    write_tasks,
+)
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.filterwarnings("default")]
 
@@ -37,7 +43,7 @@ def run_lmms_eval(folder: Path, *names: str, options: str, batch_size: int = 4) 
     out, log = folder / "out", folder / "prompts.jsonl"
     command = [sys.executable, "-m", "lmms_eval", "--model", "diffenc", "--log_samples"]
     command += ["--model_args", f"{options},log_prompts={log}", "--batch_size", str(batch_size)]
-    command += ["--tasks", ",".join(f"twin_{name}" for name in names), "--device", "cpu"]
+    command += ["--tasks", ",".join(names), "--device", "cpu"]
     command += ["--include_path", str(folder / "tasks"), "--output_path", str(out)]
     environment = {**os.environ, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
@@ -47,7 +53,7 @@ def run_lmms_eval(folder: Path, *names: str, options: str, batch_size: int = 4) 
     (results,) = out.rglob("*_results.json")
     answers = {}
     for name in names:
-        (samples,) = out.rglob(f"*_samples_twin_{name}.jsonl")
+        (samples,) = out.rglob(f"*_samples_{name}.jsonl")
         rows = [json.loads(line) for line in samples.read_text().splitlines()]
         answers[name] = [row["filtered_resps"] for row in sorted(rows, key=lambda r: r["doc_id"])]
     numbers = json.loads(results.read_text())["results"]
@@ -66,8 +72,10 @@ def vlm_run(tmp_path_factory: pytest.TempPathFactory, twins: dict[str, Any]) -> 
     torch.manual_seed(0)
     DiffusionVLM("shapes", "shapes-lm").save_pretrained(folder / "model")
     write_tasks(folder / "tasks", twins, tokens=TOKENS)
+    write_released_tasks(folder / "tasks", released_rows(twins))
     options = f"pretrained={folder / 'model'},prompt=question,question_field=question"
-    return {"folder": folder, **run_lmms_eval(folder, *twins, options=options)}
+    names = [f"twin_{name}" for name in twins] + [f"local_{name}" for name in SOURCES]
+    return {"folder": folder, **run_lmms_eval(folder, *names, options=options)}
 
 
 def test_answers_are_those_of_the_evaluators_item_by_item(vlm_run, twins):
@@ -76,11 +84,13 @@ def test_answers_are_those_of_the_evaluators_item_by_item(vlm_run, twins):
         questions = [getattr(item, "text", item.question) for item in benchmark.items]
         pictures = [[each.open() for each in item.pictures] for item in benchmark.items]
         prompts = [item.question for item in benchmark.items]
-        assert vlm_run["answers"][name] == saved.answer(pictures, questions, prompts), name
+        assert vlm_run["answers"][f"twin_{name}"] == saved.answer(pictures, questions, prompts), (
+            name
+        )
 
 
 def test_yes_and_no_count_as_in_the_evaluator_of_naturalbench(vlm_run, twins):
-    asked = iter(vlm_run["answers"]["naturalbench"])
+    asked = iter(vlm_run["answers"]["twin_naturalbench"])
     model = FunctionAnswerer("log", lambda images, texts: [next(asked) for _ in texts])
     ours = evaluate_choices(twins["naturalbench"], model, batch_size=1)
     theirs = vlm_run["numbers"]["twin_naturalbench"]
@@ -94,7 +104,7 @@ def test_yes_and_no_count_as_in_the_evaluator_of_naturalbench(vlm_run, twins):
 
 
 def test_reviews_count_as_in_the_evaluator_of_llava_bench(vlm_run, twins):
-    asked = iter(vlm_run["answers"]["bench"])
+    asked = iter(vlm_run["answers"]["twin_bench"])
     model = FunctionAnswerer("log", lambda images, texts: [next(asked) for _ in texts])
     ours = evaluate_llava_bench(twins["bench"], model, WordJudge(), batch_size=1)
     theirs = vlm_run["numbers"]["twin_bench"]["llava_bench_all,none"]
@@ -103,11 +113,36 @@ def test_reviews_count_as_in_the_evaluator_of_llava_bench(vlm_run, twins):
 
 def test_each_question_is_the_prompt_of_its_pictures(vlm_run, twins):
     logged = {(line["task"], line["doc_id"]): line for line in vlm_run["prompts"]}
-    assert len(logged) == sum(len(benchmark.items) for benchmark in twins.values())
     for name, benchmark in twins.items():
         for number, item in enumerate(benchmark.items):
             line = logged[f"twin_{name}", number]
             assert (line["prompt"], line["pictures"]) == (item.question, len(item.pictures))
+
+
+def test_tasks_that_lmms_eval_brings_run_on_local_data(vlm_run, twins):
+    """Their texts go to the language model, the bare question to the encoder."""
+    rows = released_rows(twins)
+    for name, table in rows.items():
+        lines = [each for each in vlm_run["prompts"] if each["task"] == f"local_{name}"]
+        column = "Question" if name == "mmvp" else "question"
+        assert [line["prompt"] for line in lines] == [row[column] for row in table], name
+        assert all(row[column] in line["question"] for line, row in zip(lines, table, strict=True))
+        assert {line["pictures"] for line in lines} == {2 if name == "blink" else 1}
+    numbers = vlm_run["numbers"]
+    assert "single word" in next(
+        each["question"] for each in vlm_run["prompts"] if each["task"] == "local_gqa"
+    )
+    answers = vlm_run["answers"]["local_pope"]
+    true = [row["answer"] for row in rows["pope"]]
+    right = sum(answer == each for answer, each in zip(answers, true, strict=True)) / len(true)
+    assert numbers["local_pope"]["pope_accuracy,none"] == pytest.approx(right)
+    for name, metric in (
+        ("gqa", "exact_match"),
+        ("mmvp", "mmvp_pair_accuracy"),
+        ("blink", "blink_acc"),
+        ("cv_bench", "cv_bench_acc"),
+    ):
+        assert 0 <= numbers[f"local_{name}"][f"{metric},none"] <= 1
 
 
 def is_right_there(name: str, item: Any, answer: str) -> bool:
@@ -150,7 +185,7 @@ def test_a_llava_checkpoint_of_transformers_answers_as_by_itself(tmp_path):
     twin = shapes_naturalbench(1)
     write_tasks(tmp_path / "tasks", {"naturalbench": twin}, tokens=TOKENS)
     options = f"pretrained={tmp_path / 'model'},guidance_scale=4"
-    run = run_lmms_eval(tmp_path, "naturalbench", options=options)
+    run = run_lmms_eval(tmp_path, "twin_naturalbench", options=options)
     assert [line["prompt"] for line in run["prompts"]] == [item.question for item in twin.items]
     loaded = open_model(
         str(tmp_path / "model"),
@@ -168,4 +203,4 @@ def test_a_llava_checkpoint_of_transformers_answers_as_by_itself(tmp_path):
         )[0]
         for item in twin.items
     ]
-    assert run["answers"]["naturalbench"] == alone
+    assert run["answers"]["twin_naturalbench"] == alone

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import lmms_eval
 
 from diffenc.evals.choices import shapes_blink, shapes_mmvp, shapes_naturalbench
 from diffenc.evals.llava_bench import shapes_llava_bench
@@ -47,6 +48,27 @@ METRICS = {
 }
 
 
+RELEASED = """\
+include: {source}
+task: local_{name}
+dataset_path: parquet
+dataset_name: null
+dataset_kwargs:
+  data_files:
+    test: {file}
+test_split: test
+process_docs: null
+"""
+SOURCES = {
+    "gqa": "gqa/gqa.yaml",
+    "pope": "pope/pope.yaml",
+    "mmvp": "mmvp/mmvp.yaml",
+    "blink": "blink/blink_counting.yaml",
+    "cv_bench": "cv_bench/cv_bench_2d.yaml",
+}
+"""Tasks that lmms-eval brings, by the name of their copy on local data."""
+
+
 def benchmarks(size: int) -> dict[str, Any]:
     """The twins, with so many pairs, questions per task, groups and pictures."""
     return {
@@ -79,7 +101,8 @@ def write_tasks(folder: Path, twins: dict[str, Any], *, tokens: int = 16) -> Non
     for name, benchmark in twins.items():
         rows = datasets.Dataset.from_list([row_of(item) for item in benchmark.items])
         pictures = datasets.List(datasets.Image())
-        rows.cast_column("pictures", pictures).to_parquet(folder / f"{name}.parquet")
+        rows = rows.cast_column("pictures", pictures)
+        rows.to_parquet(folder / f"{name}.parquet")
         metrics = "\n".join(
             f"  - metric: {metric}\n    aggregation: !function {place}\n    higher_is_better: true"
             for metric, place in METRICS[name].items()
@@ -92,3 +115,70 @@ def write_tasks(folder: Path, twins: dict[str, Any], *, tokens: int = 16) -> Non
             tokens=tokens,
         )
         (folder / f"{name}.yaml").write_text(text)
+
+
+def released_rows(twins: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Items of the miniature with the columns of the released data sets."""
+    groups, pairs = twins["naturalbench"].items, twins["mmvp"].items
+    counts = [item for item in twins["blink"].items if item.group == "Counting"]
+    lettered = [
+        {
+            "idx": item.id,
+            "question": item.question,
+            "prompt": item.text,
+            "choices": list(item.options),
+            "answer": f"({'ABCD'[item.answer]})",
+            "type": "Count",
+            "task": "Count",
+            "source": "shapes",
+            "sub_task": item.group,
+        }
+        for item in counts
+    ]
+    shown = [item.pictures[0].open() for item in counts]
+    return {
+        "gqa": [
+            {"id": item.id, "question": item.question, "answer": item.reference}
+            | {"image": item.pictures[0].open()}
+            for item in twins["bench"].items
+        ],
+        "pope": [
+            {"question_id": item.id, "question": item.question}
+            | {"answer": item.options[item.answer], "image": item.pictures[0].open()}
+            for item in groups
+        ],
+        "mmvp": [
+            {
+                "Index": int(item.id),
+                "Question": item.question,
+                "Options": " ".join(
+                    f"({letter}) {option}"
+                    for letter, option in zip("ab", item.options, strict=False)
+                ),
+                "Correct Answer": f"({'ab'[item.answer]})",
+                "image": item.pictures[0].open(),
+            }
+            for item in pairs
+        ],
+        "blink": [
+            {**row, "image_1": picture, "image_2": picture}
+            for row, picture in zip(lettered, shown, strict=True)
+        ],
+        "cv_bench": [
+            {**row, "image": picture} for row, picture in zip(lettered, shown, strict=True)
+        ],
+    }
+
+
+def write_released_tasks(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> None:
+    """Write tasks that include lmms-eval's own, with data of the miniature in local files."""
+    home = Path(lmms_eval.__file__).parent / "tasks"
+    for name, table in rows.items():
+        file = folder / f"local_{name}.parquet"
+        made = datasets.Dataset.from_list(table)
+        for column in ("image", "image_1", "image_2"):
+            if column in made.column_names:
+                made = made.cast_column(column, datasets.Image())
+        made.to_parquet(file)
+        text = RELEASED.format(source=home / SOURCES[name], name=name, file=file)
+        (folder / f"local_{name}.yaml").write_text(text)

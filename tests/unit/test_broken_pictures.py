@@ -25,7 +25,7 @@ from diffenc.evals.matching.base import Item, MatchingBenchmark
 from diffenc.evals.matching.evaluate import evaluate
 from diffenc.inputs import images as images_module
 from diffenc.mllm.training import train, write_miniature
-from diffenc.mllm.training.data import BROKEN, collate
+from diffenc.mllm.training.dataset import BROKEN, collate
 from evals_data import RandomMatcher
 from train_builders import Parts, config
 from vlm_builders import save_tiny_lm, save_tiny_vision
@@ -325,7 +325,8 @@ def test_a_run_goes_on_with_the_samples_that_it_began_with(parts, tmp_path):
 def test_a_blank_sample_has_the_shape_of_the_others_and_teaches_nothing(parts, tmp_path):
     from diffenc.inputs.policies import parse_policy
     from diffenc.mllm.chat import IGNORE_ID, Chat
-    from diffenc.mllm.training.data import ConversationDataset, read_samples
+    from diffenc.mllm.training.data import read_samples
+    from diffenc.mllm.training.dataset import ConversationDataset
     from vlm_builders import tiny_lm_tokenizer
 
     samples, _ = read_samples(parts.data["instruct"], parts.data["images"])

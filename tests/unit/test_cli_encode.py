@@ -193,3 +193,44 @@ def test_anything_else_is_no_size_and_no_timestep(text):
         parse_size(text)
     with pytest.raises(ConfigError, match="timestep must be like"):
         parse_timestep(text)
+
+
+def test_register_cells_are_replaced_in_maps_and_tokens(
+    tiny_sd_folder, pictures, tmp_path, monkeypatch
+):
+    def corner(features, *, ratio):
+        cells = torch.zeros(*features.shape[:-3], *features.shape[-2:], dtype=torch.bool)
+        cells[..., 0, 0] = True
+        return cells
+
+    monkeypatch.setattr("diffenc.features.register_cells", corner)
+    files = {}
+    for flag in ("--registers", "--no-registers"):
+        output = tmp_path / f"{flag}.safetensors"
+        options = ("--model", tiny_sd_folder, "--taps", "up_blocks.3", "--tokens", "-o", output)
+        result = run(pictures[0], *options, flag)
+        assert result.exit_code == 0, result.output
+        files[flag] = read(output)
+    (plain, about), (cleared, said) = files.values()
+    maps, other = plain["up_blocks.3"], cleared["up_blocks.3"]
+    mean = (maps[0, :, 0, 1] + maps[0, :, 1, 0] + maps[0, :, 1, 1]) / 3
+    torch.testing.assert_close(other[0, :, 0, 0], mean)
+    assert torch.equal(other[..., 1:], maps[..., 1:])
+    assert not torch.equal(plain["tokens"], cleared["tokens"])
+    assert "registers" not in about
+    assert said["registers"] is False
+
+
+def test_a_preset_reads_as_a_published_method_does(tiny_sd_folder, pictures, tmp_path):
+    output = tmp_path / "f.safetensors"
+    arguments = (pictures[0], "-m", tiny_sd_folder, "-o", output, "--preset")
+    result = run(*arguments, "hyperfeatures", "--timestep", 100)
+    assert result.exit_code == 0, result.output
+    tensors, metadata = read(output)
+    assert tensors
+    assert all(".resnets." in name and name.endswith(".conv2") for name in tensors)
+    assert metadata["config"]["posterior"] == "sample"
+    assert metadata["config"]["timestep"] == 100  # what is given beside it wins
+    unknown = run(*arguments, "hyperfeature", "--force")
+    assert unknown.exit_code == 2
+    assert "Did you mean 'hyperfeatures'" in unknown.output

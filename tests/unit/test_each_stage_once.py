@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from diffenc import CrossAttnScorer, DiffusionEncoder, DiffusionVLM, FusedEncoder, models
+from diffenc import CrossAttnScorer, DiffusionEncoder, DiffusionVLM, FusedEncoder
 from diffenc.errors import ImageError
-from diffenc.models import describe, load_backbone
+from diffenc.models import describe, load_backbone, locating
 from diffenc.models import folder as folder_of_models
 from diffenc.shapes import render, sample_scenes
 from diffenc.storage import reading
@@ -127,7 +127,7 @@ def test_a_model_is_described_once_per_load(monkeypatch, tiny_sd_folder):
         counts[str(folder)] += 1
         return read(folder, **options)
 
-    monkeypatch.setattr(models, "read_architecture", count)
+    monkeypatch.setattr(locating, "read_architecture", count)
     monkeypatch.setattr(folder_of_models, "read_architecture", count)
     DiffusionEncoder.from_pretrained(tiny_sd_folder, truncate=True)
     assert counts == {str(tiny_sd_folder): 1}

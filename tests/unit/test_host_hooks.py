@@ -81,13 +81,15 @@ def test_a_builder_of_lists_is_refused_with_its_name(fork) -> None:
     refuses(fork, lambda: register("toyfork"), "calls build_vision_tower_aux_list")
 
 
-def test_a_builder_that_only_another_of_its_name_hides_is_refused(fork) -> None:
+@pytest.mark.parametrize("around", ["", "    @torch.no_grad()\n"])
+def test_a_builder_that_only_another_of_its_name_hides_is_refused(fork, around) -> None:
     del fork.arch.LlavaMetaModel
     source(
         fork.arch,
+        "import torch\n"
         "def build_vision_tower(cfg):\n"
         "    return 'of its own'\n"
-        "class LlavaMetaModel:\n"
+        f"class LlavaMetaModel:\n{around}"
         "    def __init__(self, cfg):\n"
         "        self.vision_tower = build_vision_tower(cfg)\n",
     )
@@ -115,6 +117,36 @@ def test_a_second_tower_is_built_from_its_own_name_in_the_config(fork) -> None:
     assert build(SimpleNamespace(mm_vision_tower=NAME, mm_vision_tower_aux="clip")) == "aux"
     done.undo()
     assert fork.builder.build_vision_tower_aux(config) == "aux"
+
+
+@pytest.mark.parametrize(
+    "caller",
+    [
+        "        self.towers = [build_vision_tower(each) for each in [cfg]]\n",
+        "        self.make = lambda: build_vision_tower(cfg)\n",
+        "        self.tower = builder.build_vision_tower(cfg)\n",
+    ],
+)
+@pytest.mark.parametrize("around", ["", "    @decorate\n", "    @classmethod\n"])
+def test_a_builder_is_seen_to_be_called_however_the_call_is_written(fork, caller, around) -> None:
+    del fork.arch.LlavaMetaModel
+    source(
+        fork.arch,
+        "import functools\n"
+        "from toyfork.model.multimodal_encoder import builder\n"
+        "def decorate(function):\n"
+        "    return functools.wraps(function)(lambda *args: function(*args))\n"
+        f"class LlavaMetaModel:\n{around}    def __init__(self, cfg):\n{caller}",
+    )
+    register("toyfork").undo()
+
+
+def test_a_second_registration_by_other_places_is_refused(fork) -> None:
+    done = register("toyfork")
+    assert register("toyfork") is done
+    with pytest.raises(ConfigError, match="undo"):
+        register("toyfork", loader=None)
+    done.undo()
 
 
 @pytest.mark.parametrize("place", ["builder", "model.builder:", ":load", "model.builder:a b"])
@@ -154,7 +186,7 @@ def test_the_models_are_found_by_what_they_do_and_not_by_what_lies_around(fork) 
 def test_a_package_without_a_model_is_refused_and_a_class_can_be_passed(fork) -> None:
     del fork.arch.ToyLlava
     refuses(fork, lambda: train_with_prompts("toyfork"), "no class of 'toyfork'")
-    done = train_with_prompts("toyfork", models=[ToyLlava])
+    done = train_with_prompts("toyfork", models=ToyLlava)
     assert ToyLlava._takes_vision_prompts
     done.undo()
 
@@ -177,14 +209,20 @@ def test_a_script_that_works_otherwise_is_refused(fork, script, reason) -> None:
     refuses(fork, lambda: train_with_prompts("toyfork"), reason)
 
 
-def test_a_trainer_that_is_not_there_is_refused(fork) -> None:
-    refuses(fork, lambda: train_with_prompts("toyfork", trainer="MyTrainer"), "MyTrainer")
+def test_a_trainer_that_is_not_made_and_no_models_are_refused(fork) -> None:
+    fork.script.Unused = toy_llava.ToyTrainer
+    for name in ("MyTrainer", "Unused"):
+        refuses(fork, lambda name=name: train_with_prompts("toyfork", trainer=name), name)
+    refuses(fork, lambda: train_with_prompts("toyfork", models=[]), "one class or more")
 
 
 def test_a_refused_script_leaves_an_earlier_registration(fork) -> None:
     done = register("toyfork")
     with pytest.raises(ConfigError, match="MyTrainer"):
         train_with_prompts("toyfork", trainer="MyTrainer")
+    with pytest.raises(ConfigError, match="Linear has no"):
+        train_with_prompts("toyfork", models=[ToyLlava, torch.nn.Linear])
+    assert not hasattr(ToyLlava, "_takes_vision_prompts")
     config = SimpleNamespace(mm_vision_tower=NAME)
     assert isinstance(fork.arch.build_vision_tower(config, delay_load=True), DiffusionVisionTower)
     done.undo()
@@ -197,8 +235,14 @@ def test_a_script_outside_of_the_package_is_passed_as_a_module(fork) -> None:
         "train_dataset": ToyDataset(entries),
         "data_collator": toy_collator,
     }
-    text = "def train(entries):\n    return MyTrainer(**make_supervised_data_module(entries))\n"
-    source(outside, text)
+    source(
+        outside,
+        "import functools\n"
+        "def recorded(function):\n"
+        "    return functools.wraps(function)(lambda *args: function(*args))\n"
+        "@recorded\n"
+        "def train(entries):\n    return MyTrainer(**make_supervised_data_module(entries))\n",
+    )
     done = train_with_prompts("toyfork", script=outside)
     fork.builder.build_vision_tower(SimpleNamespace(vision_tower=NAME), delay_load=True)
     trainer = outside.train([entry(ONE), entry(OTHER)])
@@ -249,7 +293,7 @@ def test_prompts_reach_a_tower_that_the_model_has_no_call_for() -> None:
         get_vision_tower = property()  # type: ignore[assignment]
 
     model = take_prompts(toy_model(Wrapped(), Plain))
-    found = []
+    logits = []
     for prompt in (ONE, OTHER, ONE):
         tokens = tower.tokenize([prompt])
         with torch.no_grad():
@@ -259,9 +303,9 @@ def test_prompts_reach_a_tower_that_the_model_has_no_call_for() -> None:
                 vision_prompt_ids=tokens.ids,
                 vision_prompt_mask=tokens.mask,
             )
-        found.append(out.logits)
-    assert torch.equal(found[0], found[2])
-    assert (found[0] - found[1]).abs().max() > 1e-4
+        logits.append(out.logits)
+    assert torch.equal(logits[0], logits[2])
+    assert (logits[0] - logits[1]).abs().max() > 1e-4
 
 
 def test_a_model_on_another_tower_or_of_another_signature_is_refused() -> None:

@@ -1,14 +1,16 @@
 """Each picture reads the prompt of its own sample, in whatever order a host shows pictures."""
 
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from diffenc.errors import PromptError
-from diffenc.hosts.asking import read_numbered
 from diffenc.hosts.llava import take_prompts
+from diffenc.hosts.llava.ownership import read_numbers
 from diffenc.hosts.prompts import PromptTokens
 from diffenc.hosts.tower import DiffusionVisionTower
 from diffenc.shapes import render, sample_scenes
@@ -51,6 +53,34 @@ class Backwards(ToyLlava):
         features = self.model.vision_tower(list(images.flip(0).bfloat16()))
         projected: Tensor = self.model.mm_projector(torch.cat(features).flip(0).float())
         return projected
+
+
+class Shuffling(ToyLlava):
+    """Draws the order in which it shows pictures."""
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        order = torch.randperm(len(images)).tolist()
+        random.shuffle(order)
+        order = np.random.permutation(order).tolist()  # noqa: NPY002  # as hosts do
+        features = self.model.vision_tower(images[order])
+        projected: Tensor = self.model.mm_projector(features[np.argsort(order).tolist()])
+        return projected
+
+
+class MoreArguments(ToyLlava):
+    """Takes further arguments by any name."""
+
+    def prepare_inputs_labels_for_multimodal(
+        self, input_ids: Any, *rest: Any, images: Any = None, **more: Any
+    ) -> Any:
+        assert "more" not in more
+        return super().prepare_inputs_labels_for_multimodal(input_ids, *rest, images, **more)
+
+    def forward(self, input_ids: Any = None, images: Any = None, **kwargs: Any) -> Any:
+        prepared = self.prepare_inputs_labels_for_multimodal(
+            input_ids, None, None, None, None, images=images, image_sizes=[1]
+        )
+        return self.model(inputs_embeds=prepared[4], attention_mask=prepared[2])
 
 
 class Resizing(ToyLlava):
@@ -111,7 +141,7 @@ def logits(kind: type, tower: Any, samples: Any, prompts: list[str]) -> Tensor:
     return result
 
 
-@pytest.mark.parametrize("kind", [ToyLlava, WholeViewsLast, Backwards])
+@pytest.mark.parametrize("kind", [ToyLlava, WholeViewsLast, Backwards, Shuffling])
 @pytest.mark.parametrize("form", ["stacked", "list"])
 def test_a_batch_of_tiles_equals_its_samples(tower, tiles, kind, form) -> None:
     samples = tiles if form == "stacked" else list(tiles)
@@ -121,6 +151,16 @@ def test_a_batch_of_tiles_equals_its_samples(tower, tiles, kind, form) -> None:
         torch.testing.assert_close(batch[row], alone[0], atol=1e-5, rtol=1e-4)
     exchanged = logits(kind, tower, samples, [OTHER, ONE])
     assert (exchanged - batch).abs().amax((1, 2)).min() > 1e-4
+
+
+def test_further_arguments_of_a_host_reach_it_as_they_are(tower, tiles) -> None:
+    model = take_prompts(toy_model(tower, MoreArguments))
+    tokens = tower.tokenize([ONE, OTHER])
+    asked = {"vision_prompt_ids": tokens.ids, "vision_prompt_mask": tokens.mask}
+    with torch.no_grad():
+        states = model(torch.tensor([ROW] * 2), images=tiles[:, 0], **asked).last_hidden_state
+        plain = take_prompts(toy_model(tower))(torch.tensor([ROW] * 2), images=tiles[:, 0], **asked)
+        torch.testing.assert_close(model.lm_head(states), plain.logits)
 
 
 def test_a_host_that_resizes_repeats_and_adds_blank_pictures_is_understood(tower, tiles) -> None:
@@ -191,7 +231,7 @@ def test_numbers_are_read_from_blank_pictures_alone() -> None:
     pictures[0, 0], pictures[1, 0], pictures[1, 1] = 42, 3, 2
     pictures[2, 0] = torch.arange(35.0).view(5, 7)
     pictures[3, 2] = 1
-    assert read_numbered(pictures, 100) == [42, 203, None, None]
+    assert read_numbers(pictures) == [42, 203, None, None]
 
 
 def test_a_row_without_a_prompt_is_absent() -> None:

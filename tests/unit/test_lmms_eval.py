@@ -129,7 +129,7 @@ class TestPrompts:
         with pytest.raises(ConfigError, match=r"needs captions.*prompt=question"):
             SampleReader("question+caption")
         with pytest.raises(ConfigError, match="prompt policy"):
-            SampleReader("questoin")
+            SampleReader("qestion")
 
     def test_marks_and_pictures_that_differ_are_told_with_the_document(self):
         message = user(image(SCENES[0]), text("is <image> as <image>?"))
@@ -272,8 +272,8 @@ class TestModel:
         }
 
     def test_unknown_and_impossible_options_are_refused(self, recorder):
-        with pytest.raises(ConfigError, match=r"'promt'; known are pretrained, prompt.*'prompt'"):
-            model_of([], promt="question")
+        with pytest.raises(ConfigError, match=r"'prompts'; known are pretrained, prompt.*'prompt'"):
+            model_of([], prompts="question")
         with pytest.raises(ConfigError, match="batch_size must be a number, got 'auto'"):
             model_of([], batch_size="auto")
         with pytest.raises(ConfigError, match="max_new_tokens must be"):

@@ -14,6 +14,7 @@ from diffenc.errors import BackboneError, ConfigError
 from diffenc.inputs.prompts import tokenize
 from diffenc.models import describe
 from diffenc.models.parts import fitting_tokenizer, load_tokenizer
+from diffenc.models.single_file import SingleFile
 from loaded import fresh, shared
 
 KINDS = ["tiny_sd_folder", "tiny_sd21_base_folder", "tiny_sd21_folder", "tiny_sdxl_folder"]
@@ -66,6 +67,19 @@ def pair(request, tmp_path_factory):
     folder = request.getfixturevalue(request.param)
     file = tmp_path_factory.mktemp("single") / "model.safetensors"
     return folder, write(file, original_layout(folder))
+
+
+def test_a_checkpoint_is_opened_once_per_load(pair, monkeypatch):
+    folder, file = pair
+    opened, begin = [], SingleFile.__init__
+
+    def count(self, path):
+        opened.append(path)
+        begin(self, path)
+
+    monkeypatch.setattr(SingleFile, "__init__", count)
+    load_backbone(file, architecture=folder)
+    assert opened == [file]
 
 
 def test_every_weight_equals_the_folder_s(pair):

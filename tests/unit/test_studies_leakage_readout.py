@@ -3,7 +3,10 @@ import math
 
 import pytest
 import torch
+from PIL import Image
+from typer.testing import CliRunner
 
+from diffenc.cli.main import app
 from diffenc.config import EncoderConfig
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import ConfigError, TapError
@@ -12,6 +15,7 @@ from diffenc.shapes.captions import noun_phrase
 from diffenc.shapes.render import render
 from diffenc.shapes.scenes import COLORS, SHAPES
 from diffenc.studies.leakage_readout import _gather, sample_prompts, study_leakage_readout
+from diffenc.studies.leakage_readout_page import findings_of
 from diffenc.studies.trials import sample_trials
 
 TAPS = ("conv_in", "mid_block")
@@ -119,3 +123,26 @@ def test_unknown_places(backbone, study):
         study_leakage_readout(backbone, taps=["up_blocks.9"])
     with pytest.raises(ConfigError, match="nothing was read at"):
         study.find("color", "cfg", "mid_block", 50, 3.0)
+
+
+def test_the_command_writes_a_page_with_verdicts_and_a_picture(tiny_sd_folder, tmp_path):
+    options = ["--taps", "mid_block,up_blocks.1", "--timesteps", "50", "--scales", "1.5,7"]
+    options += ["--scenes", "30", "--seeds", "2", "-b", str(tiny_sd_folder), "-o", str(tmp_path)]
+    result = CliRunner().invoke(app, ["study", "leakage-readout", *options])
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "leakage-readout.md").read_text("utf-8")
+    for words in ("color of the prompt", "cfg 1.5", "The prompt leaks", "must exceed"):
+        assert words in page
+    with Image.open(tmp_path / "leakage-readout.png") as picture:
+        assert min(picture.size) > 300
+
+
+def test_findings_rest_on_taps_that_the_text_reaches(study):
+    decided = findings_of(study)
+    sides: dict[str, object] = {}
+    for decision in (each for finding in decided for each in finding.decisions):
+        sides |= decision.sides
+    expected = study.find("color", "cond", "mid_block", 50).percent
+    assert sides["mean/cond/color"] == expected  # conv_in lies in front of the text
+    assert sides["mean/chance/color"].mean == pytest.approx(100 * study.chance["color"])
+    assert sides["mean/cfg-7/shape"] == study.find("shape", "cfg", "mid_block", 50, 7.0).percent

@@ -127,7 +127,7 @@ def test_claims_of_another_form_are_refused(text, message):
         parse_claim(text)
 
 
-def read(unread, name="f"):
+def answered(unread, name="f"):
     """Figures of two trainings that differ clearly, and the unread answers behind the second."""
     clear = {("a", "m", name): [50.0, 52.0, 51.0], ("b", "m", name): [30.0, 31.0, 32.0]}
     shares = {("b", "m", name.replace("f", "unread")): unread}
@@ -144,7 +144,7 @@ def read(unread, name="f"):
     ],
 )
 def test_above_a_fifth_of_unread_answers_nothing_is_decided(unread, outcome):
-    decided = decide(Finding("s", "p", (A_ABOVE_B,)), read(unread))
+    decided = decide(Finding("s", "p", (A_ABOVE_B,)), answered(unread))
     assert decided.outcome == outcome
     assert decided.verdict == outcome.partition(":")[0]
     assert decided.unread == pytest.approx(sum(unread) / 3)
@@ -154,11 +154,22 @@ def test_above_a_fifth_of_unread_answers_nothing_is_decided(unread, outcome):
 
 def test_the_unread_answers_are_those_of_the_pass_that_is_compared():
     claim = parse_claim("a/m/f.2 > b/m/f.2")
-    assert decide_claim(claim, read([21.0] * 3, "f.2")).verdict == "not measured"
-    assert decide_claim(claim, read([19.0] * 3, "f.2")).verdict == "holds"
+    assert decide_claim(claim, answered([21.0] * 3, "f.2")).verdict == "not measured"
+    assert decide_claim(claim, answered([19.0] * 3, "f.2")).verdict == "holds"
 
 
 def test_one_comparison_that_was_not_measured_leaves_the_finding_unmeasured():
     claims = (A_ABOVE_B, parse_claim("a/m/f < 1"))
-    assert decide(Finding("s", "p", claims), read([30.0] * 3)).verdict == "not measured"
-    assert decide(Finding("s", "p", (claims[1],)), read([30.0] * 3)).verdict == "opposite"
+    assert decide(Finding("s", "p", claims), answered([30.0] * 3)).verdict == "not measured"
+    assert decide(Finding("s", "p", (claims[1],)), answered([30.0] * 3)).verdict == "opposite"
+
+
+def test_figures_that_count_words_need_no_answer_to_be_read():
+    claim = parse_claim("a/m/said > b/m/said")
+    figures = answered([100.0] * 3)
+    values = {
+        ("a", "m", "said"): figures(("a", "m", "f")),
+        ("b", "m", "said"): figures(("b", "m", "f")),
+    }
+    decision = decide_claim(claim, lambda key: values.get(key, figures(key)))
+    assert (decision.verdict, decision.unread) == ("holds", None)

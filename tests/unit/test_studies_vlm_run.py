@@ -268,7 +268,11 @@ def test_a_page_tells_what_was_found_and_what_the_paper_has(run, tmp_path):
     ):
         assert words in page, words
     first = found.findings[0]
-    assert ("A random model says nothing." in page) == (first.verdict != "holds")
+    assert first.verdict == "not measured"  # a random model says nothing that can be read
+    assert f"### A second pass is better: {first.outcome}" in page
+    assert "not measured: 100 % of answers unread" in page
+    assert "A random model says nothing." not in page  # no reason for what was not seen
+    assert "| The prompt is not said. | holds | – |" in page  # words are counted, read or not
     assert max(map(len, (line for line in page.splitlines() if not line.startswith("|")))) <= 120
 
 
@@ -287,7 +291,8 @@ def test_numbers_are_json(run):
     told = json.loads(json.dumps(found.to_dict()))
     assert told["plan"]["name"] == "tiny"
     assert {cell["training"] for cell in told["cells"]} == {"first", "second"}
-    assert told["findings"][0]["verdict"] in ("holds", "does not show", "opposite")
+    assert [each["verdict"] for each in told["findings"]] == ["not measured", "holds"]
+    assert told["findings"][0]["decisions"][0]["unread"] == 100
 
 
 def test_a_picture_is_drawn(run, tmp_path):

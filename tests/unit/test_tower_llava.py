@@ -451,7 +451,8 @@ def test_a_training_script_gets_prompts_and_a_callback(package) -> None:
 
 def test_another_tower_trains_without_prompts(package) -> None:
     train_with_prompts("toyllava")
-    module = package.script.make_supervised_data_module([entry(0)])
+    with pytest.warns(UserWarning, match="shows no prompts"):
+        module = package.script.make_supervised_data_module([entry(0)])
     assert "vision_prompt" not in module["train_dataset"][0]
 
 

@@ -8,14 +8,8 @@ from diffenc.errors import ConfigError, ImageError
 from diffenc.evals.choices import shapes_blink, shapes_mmvp
 from diffenc.inputs.policies import parse_policy
 from diffenc.mllm import IMAGE_ID, Chat
-from diffenc.mllm.training.data import (
-    ConversationDataset,
-    EpochSampler,
-    ImageFile,
-    collate,
-    read_samples,
-    require_usable,
-)
+from diffenc.mllm.training.data import read_samples, require_usable
+from diffenc.mllm.training.dataset import ConversationDataset, EpochSampler, ImageFile, collate
 from diffenc.mllm.training.miniature import write_miniature
 from diffenc.shapes import sample_scenes
 from shapes_oracle import answer
@@ -184,6 +178,6 @@ def test_options_are_listed_in_the_words_of_the_benchmarks_on_scenes_of_training
                 words = re.search(rf"{re.escape(said)} ([a-z ]+?)(?= \(|$)", text)[1]
                 assert words == answer(question, scene)[0]
                 lettered.append(text)
-    assert len(lettered) == 40
+    assert len(lettered) == 80
     bare = json.loads(write_miniature(tmp_path / "b", scenes=9, lettered=0)["instruct"].read_text())
     assert not any("(a)" in turn["value"] for each in bare for turn in each["conversations"])

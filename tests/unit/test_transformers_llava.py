@@ -434,3 +434,33 @@ def test_the_processor_makes_a_row_for_each_image_and_round_trips(model, tmp_pat
     with pytest.raises(PromptError, match="3 texts, or one for each of 3 images: got 2"):
         processor(images=images, text=texts, prompts=QUESTIONS[:2], **options)
     assert "prompt_input_ids" not in processor(text=["how many"], prompts=["a circle"], **options)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's own
+def test_peft_trains_and_brings_back_the_adapter_that_it_is_told_to_save(tmp_path) -> None:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    def wrapped(**options):
+        model = tiny_llava.build("diffenc:shapes?rank=2")
+        lora = LoraConfig(r=2, target_modules=r".*language_model.*q_proj", **options)
+        return get_peft_model(model, lora).train()
+
+    shown = {**tiny_llava.text_ids([1]), "pixel_values": tiny_llava.pixel_values(1)}
+    with pytest.warns(UserWarning, match="no gradient"):
+        wrapped()(**shown)
+    model = wrapped(modules_to_save=["multi_modal_projector", "adapter"])
+    adapter = {
+        name: weight
+        for name, weight in model.named_parameters()
+        if weight.requires_grad and name.endswith(("_down", "_up"))
+    }
+    with torch.no_grad():
+        for weight in adapter.values():
+            weight.normal_(std=0.1)
+    model(**shown).logits.sum().backward()
+    assert len(adapter) == 72
+    assert all(weight.grad.abs().max() > 0 for weight in adapter.values())
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_llava.build("diffenc:shapes?rank=2"), tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again.eval()(**shown).logits, model.eval()(**shown).logits)

@@ -83,6 +83,29 @@ def test_what_never_varies_is_mid_grey():
     assert np.array_equal(pixels(image)[:, 0], [[255, 128, 128], [0, 128, 128]])
 
 
+def test_cells_that_are_left_out_change_no_colour_and_are_white():
+    maps, cells = features(), np.zeros((2, 4, 6), dtype=bool)
+    cells[0, 1, 2] = cells[1, 3, 5] = True
+    ((one, two),) = pca_maps([maps], leave_out=[cells])
+    maps[0, :, 1, 2], maps[1, :, 3, 5] = 1e6, -1e6
+    harmed = pca_maps([maps], leave_out=[torch.from_numpy(cells)])[0]
+    assert [image.tobytes() for image in harmed] == [one.tobytes(), two.tobytes()]
+    assert (pixels(one)[1, 2] == 255).all()
+    assert (pixels(two)[3, 5] == 255).all()
+    nothing = np.zeros((2, 4, 6), dtype=bool)
+    assert pca_maps([features()], leave_out=[nothing]) == pca_maps([features()])
+    assert [image.tobytes() for image in pca_maps([maps])[0]] != [one.tobytes(), two.tobytes()]
+
+
+def test_cells_to_leave_out_must_fit_and_leave_some():
+    with pytest.raises(ShapeError, match="a mask \\(b h w\\) for each map"):
+        pca_maps([features()], leave_out=[np.zeros((2, 4, 5), dtype=bool)])
+    with pytest.raises(ShapeError, match="for each map"):
+        pca_maps([features()], leave_out=[])
+    with pytest.raises(ShapeError, match="one cell or more"):
+        pca_maps([features()], leave_out=[np.ones((2, 4, 6), dtype=bool)])
+
+
 def test_half_precision_and_arrays_are_read():
     half = features().bfloat16()
     as_array = pca_maps([half.float().numpy()])

@@ -57,6 +57,14 @@ def _encode(
         ),
     ] = None,
     model: Model = "shapes",
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Published method whose taps and options are taken: gdf, mustafar, dift, "
+            "cleandift or hyperfeatures; options given beside it win.",
+        ),
+    ] = None,
     unet: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Weights of another U-Net, a .safetensors file."),
@@ -79,6 +87,14 @@ def _encode(
         bool,
         typer.Option("--tokens/--no-tokens", help='Write "tokens": all taps on one grid, in rows.'),
     ] = False,
+    registers: Annotated[
+        bool,
+        typer.Option(
+            "--registers/--no-registers",
+            help="Keep register cells (lone cells of huge norm), or put the mean of the cells "
+            "around in their place.",
+        ),
+    ] = True,
     batch_size: Annotated[int, typer.Option(min=1, help="Number of images per pass.")] = 8,
     device: Device = "auto",
     dtype: Dtype = "float32",
@@ -94,6 +110,7 @@ def _encode(
     those left out, the prompts, the options and the version.
     """
     parts: dict[str, Any] = {
+        "preset": preset,
         "unet": unet,
         "vae": vae,
         "architecture": architecture,
@@ -125,7 +142,8 @@ def _encode(
     done = 0
     for features in _passes(encoder, files, prompts, batch_size):
         truncated += features.truncated
-        for name, rows in _to_write(features, maps=maps, tokens=tokens).items():
+        kept = features if registers else features.without_registers()
+        for name, rows in _to_write(kept, maps=maps, tokens=tokens).items():
             _fill(tensors, name, rows, done, len(images))
             count = len(rows)
         done += count
@@ -143,6 +161,7 @@ def _encode(
         "grid": list(features.grid),
         "taps": [asdict(tap) for tap in encoder.feature_info],
         "config": encoder.config.to_dict(),
+        **({} if registers else {"registers": False}),
     }
     # One entry: the order of several is random, and equal calls shall write equal files.
     described = {"diffenc": json.dumps(metadata)}

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from diffenc.studies.features import FeatureStudy
     from diffenc.studies.leakage_readout import LeakageReadout
     from diffenc.studies.parts import PartStudy
+    from diffenc.studies.registers import RegisterStudy
     from diffenc.studies.similarity import SimilarityStudy
 
 Backbone = Annotated[
@@ -248,6 +249,72 @@ def similarity(
     )
 
 
+@study.command(cls=NotedCommand)
+def registers(
+    output: Output = Path("register-study"),
+    backbone: Backbone = "shapes",
+    images: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--image", metavar="FILE", help="Picture to read, repeated; default scenes of shapes."
+        ),
+    ] = None,
+    taps: Taps = None,
+    timesteps: Annotated[
+        str, typer.Option(metavar="T,T", help="Noise levels, 0 to 999.")
+    ] = "50,261",
+    ratio: Annotated[
+        float, typer.Option(help="Factor by which a register is longer than the median cell.")
+    ] = 3.0,
+    scenes: Annotated[int, typer.Option(help="Number of scenes per seed, without --image.")] = 48,
+    seeds: Seeds = 3,
+    size: Size = None,
+    batch_size: Annotated[int, typer.Option(help="Number of pictures x timesteps per pass.")] = 48,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    force: Force = False,
+    _debug: Debug = False,
+) -> None:
+    """Which taps hold register cells, where, and what those make of the variance.
+
+    A register is a lone cell of huge norm, which principal components see before anything else.
+    """
+    steps = parse_timesteps(timesteps)
+    pictures = None
+    if images:
+        from diffenc.inputs.images import load_image
+
+        pictures = [load_image(path) for path in images]
+    from diffenc.studies.registers import study_registers
+    from diffenc.studies.registers_page import draw_registers, to_markdown
+
+    run_and_report(
+        output,
+        "registers",
+        lambda progress: study_registers(
+            backbone,
+            images=pictures,
+            taps=split_names(taps),
+            timesteps=steps,
+            ratio=ratio,
+            scenes=scenes,
+            seeds=seeds,
+            size=size,
+            batch_size=batch_size,
+            device=to_device(device),
+            dtype=to_dtype(dtype),
+            progress=progress,
+        ),
+        page=to_markdown,
+        tables=_register_tables,
+        remarks=lambda results: _bundled_remark(results.model),
+        draw=draw_registers,
+        unit="pictures",
+        device=device,
+        force=force,
+    )
+
+
 @study.command("leakage-readout", cls=NotedCommand)
 def leakage_readout(
     output: Output = Path("leakage-readout-study"),
@@ -306,6 +373,12 @@ def leakage_readout(
 
 
 add_studies(study)
+
+
+def _register_tables(results: "RegisterStudy") -> "list[Table]":
+    from diffenc.studies.registers_page import register_table
+
+    return [register_table(results, timestep) for timestep in results.timesteps]
 
 
 def _readout_tables(results: "LeakageReadout") -> "list[Table]":

@@ -62,7 +62,7 @@ def train(
             plan_of_run = make_plan(training, processes=processes, tflops=tflops, looking=looking)
         _print_plan(plan_of_run)
         return
-    from diffenc.mllm.training.stages import is_first_process
+    from diffenc.mllm.training.processes import is_first_process
     from diffenc.mllm.training.stages import train as run_stage
 
     # Each process of several has a device of its own, which the stage finds.

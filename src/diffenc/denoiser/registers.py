@@ -19,17 +19,16 @@ def register_cells(
     """Find the cells that act as registers: large where nothing around them is.
 
     A cell is one if the length of its feature vector is more than `ratio` times the median length
-    in its picture, and more than `ratio` times the median length of the cells around it (eight, or
-    fewer at an edge). Medians do not move with the cells that are looked for, as long as those are
-    few. The second condition spares what the picture itself makes long: an object covers cells side
-    by side.
+    in its picture, which does not move with the cells that are looked for, and more than `ratio`
+    times the length of all the cells around it (eight, or fewer at an edge) but one. The second
+    condition spares what the picture itself makes long: an object covers cells side by side.
 
     Args:
         features: Feature maps in any floating point type.
         ratio: Factor above 1. Lower ones find more cells.
 
     Returns:
-        True for registers; a map of one row and one column has none.
+        True for registers; a cell with fewer than two cells around is none.
 
     Raises:
         ConfigError: A ratio of 1 or less, or none.
@@ -53,11 +52,12 @@ def register_cells(
 
 
 def _around(norms: Float[Tensor, "b h w"]) -> Float[Tensor, "b h w"]:
-    """Median over the eight cells around each; NaN where there is none."""
-    padded = F.pad(norms, (1, 1, 1, 1), value=float("nan"))
+    """The second largest of the eight values around each; infinity where there is no second."""
+    padded = F.pad(norms, (1, 1, 1, 1), value=-1.0)
     windows = padded.unfold(1, 3, 1).unfold(2, 3, 1).flatten(-2)
     others = torch.cat([windows[..., :4], windows[..., 5:]], dim=-1)
-    return others.nanmedian(dim=-1).values
+    second = others.topk(2, dim=-1).values[..., 1]
+    return second.masked_fill(second < 0, float("inf"))
 
 
 def without_cells(

@@ -112,10 +112,11 @@ def published_table(name: str) -> PublishedTable:
     if name not in tables:
         raise ConfigError(f"there is no table {name!r}; known are {sorted(tables)}")
     table = tables[name]
-    rows = tuple(
-        PublishedRow(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
+    entries: list[dict[str, Any]] = [
+        {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
         for row in table["rows"]
-    )
+    ]
+    rows = tuple(PublishedRow(**entry) for entry in entries)
     labels, columns, notes = (tuple(table[key]) for key in ("labels", "columns", "notes"))
     return PublishedTable(table["title"], labels, columns, rows, notes)
 

@@ -66,8 +66,9 @@ class PromptTokens:
     def take_or_none(self, rows: "Sequence[int | None]") -> "PromptTokens":
         """Some rows, in the order given; None is a row that stands for no prompt."""
         taken = self.take([0 if row is None else row for row in rows])
-        absent = torch.tensor([row is None for row in rows], device=self.mask.device)
-        return PromptTokens(taken.ids, taken.mask * ~absent[:, None])
+        absent = [row is None for row in rows]
+        present = ~torch.tensor(absent, dtype=torch.bool, device=self.mask.device)
+        return PromptTokens(taken.ids, taken.mask * present[:, None])
 
     def all_equal(self) -> bool:
         """Whether every row is the same prompt."""

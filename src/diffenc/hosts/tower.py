@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from diffenc.checks.fields import require_finite
 from diffenc.errors import BackboneError, ConfigError, ImageError, ShapeError
 from diffenc.hosts.adapter import Adapter, load_state, save_adapter
-from diffenc.hosts.asking import first_call_to_record
 from diffenc.hosts.checkpoints import find_adapter
+from diffenc.hosts.first_call import first_call_to_record
 from diffenc.hosts.hidden import Conversion, HiddenEncoder
 from diffenc.hosts.loading import (
     builds_on_meta,

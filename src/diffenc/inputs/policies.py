@@ -76,7 +76,7 @@ def captions_of(record: Mapping[str, Any]) -> tuple[str, ...]:
     own = record.get("captions") or record.get("caption") or ()
     if own:
         return (own,) if isinstance(own, str) else tuple(own)
-    turns = record.get("conversations") or ()
+    turns: Sequence[Any] = record.get("conversations") or ()
     answer = turns[1] if len(turns) == 2 else None
     text = answer.get("value") if isinstance(answer, Mapping) else None
     return (text,) if isinstance(text, str) else ()

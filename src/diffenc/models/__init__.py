@@ -2,52 +2,31 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 
 from diffenc._typing import Prediction
-from diffenc.config import check_choice
 from diffenc.denoiser.shortening import shortened
-from diffenc.errors import BackboneError, ConfigError, near_matches
+from diffenc.errors import BackboneError, ConfigError
 from diffenc.models.base import Backbone
-from diffenc.models.configs import Architecture, known_architecture
+from diffenc.models.configs import Architecture
 from diffenc.models.device import Device, Dtype, as_dtype, check_placement
 from diffenc.models.family_files import FAMILY_FILES
-from diffenc.models.folder import (
-    assemble,
-    load_folder,
-    read_architecture,
-)
+from diffenc.models.folder import assemble, load_folder
+from diffenc.models.locating import describe_located, locate, model_name
 from diffenc.models.memory_format import arrange
 from diffenc.models.parts import GivenParts, cast_part, fitting_tokenizer, load_tokenizer
-from diffenc.models.pipelines import (
-    PIPELINE,
-    is_pipeline,
-    pipeline_architecture,
-    pipeline_name,
-    pipeline_parts,
-)
-from diffenc.models.schedules import PREDICTIONS, make_scheduler
+from diffenc.models.pipelines import PIPELINE, pipeline_name, pipeline_parts
+from diffenc.models.schedules import make_scheduler
 from diffenc.models.sd import StableDiffusion
 from diffenc.models.sdxl import StableDiffusionXL
-from diffenc.models.shapes import SHAPES_TAPS
 from diffenc.models.single_file import SingleFile
-from diffenc.models.sources import (
-    SOURCES,
-    BackboneSource,
-    cached_folder,
-    lasting_source,
-    resolve_folder,
-    single_file,
-)
+from diffenc.models.sources import SOURCES, BackboneSource, cached_folder, resolve_folder
 from diffenc.models.taps import TapInfo, match_taps
-from diffenc.models.variants import check_configs
 from diffenc.runtime.defaults import torch_defaults
 from diffenc.runtime.inference import lasting
-from diffenc.storage.names import checked_path, is_folder, printable
 from diffenc.storage.reading import reading_once
 from diffenc.storage.weights import check_variant
 
@@ -161,9 +140,8 @@ def load_backbone(
         return name if channels_last is None else arrange(name, channels_last)
     place, kind = check_placement(device, dtype), as_dtype(dtype)
     variant = check_variant(variant)
-    name = name if is_pipeline(name) else model_name(name)
-    architecture = None if architecture is None else model_name(architecture)
-    described = _described(name, architecture, prediction_type, replaced)
+    located = locate(name, architecture, prediction_type)
+    described = describe_located(located, replaced)
     if callable(keep_taps):
         keep_taps = keep_taps(described)
     if keep_taps is not None:
@@ -171,7 +149,7 @@ def load_backbone(
     second = [part for part in replaced.references() if part.endswith("_2")]
     if second and second[0] not in FAMILY_FILES[described.family].parts:
         raise ConfigError(f"{second[0]} is SDXL's; this model has one text encoder: leave it out")
-    if is_pipeline(name):
+    if located.is_pipeline:
         if replaced.references():
             raise ConfigError(
                 f"a pipeline has its parts; put {', '.join(replaced.references())} into the "
@@ -183,14 +161,15 @@ def load_backbone(
             name, described, keep_taps, place if device else None, dtype and kind
         )
         return backbone if channels_last is None else arrange(backbone, channels_last)
-    path = single_file(name)
-    if path is not None and variant is not None:
-        raise ConfigError(f"variant= is for a folder of several files; {path} is one file")
-    if path is not None:
+    if located.file is not None:
+        if variant is not None:
+            path = located.file.path
+            raise ConfigError(f"variant= is for a folder of several files; {path} is one file")
         backbone = _load_single_file(
-            path, architecture, prediction_type, described, replaced, kind, place, keep_taps
+            located.file, located.configs, described, replaced, kind, place, keep_taps
         )
     else:
+        name = located.name
         backbone = load_folder(
             resolve_folder(name, dtype=kind, variant=variant, without=replaced.references()),
             name=name,
@@ -203,8 +182,8 @@ def load_backbone(
         )
         backbone.scheduler = make_scheduler(described.configs["scheduler"])
     backbone.given, backbone.variant = replaced.references(), variant
-    if architecture is not None:
-        backbone.given["architecture"] = architecture
+    if located.chosen:
+        backbone.given["architecture"] = located.configs
     if prediction_type is not None:
         backbone.given["prediction_type"] = prediction_type
     return arrange(backbone, channels_last)
@@ -247,17 +226,14 @@ def _of_pipeline(
 
 
 def _load_single_file(
-    path: Path,
-    architecture: "str | os.PathLike[str] | None",
-    prediction_type: str | None,
+    opened: SingleFile,
+    alias: str,
     described: Architecture,
     replaced: GivenParts,
     dtype: torch.dtype,
     device: torch.device,
     keep_taps: Sequence[str] | None,
 ) -> Backbone:
-    opened = SingleFile(path)
-    alias = opened.known_alias(prediction_type) if architecture is None else os.fspath(architecture)
     parts: dict[str, Any] = {"scheduler": make_scheduler(described.configs["scheduler"])}
     for part in (part for part in described.configs if part != "scheduler"):
         loaded = replaced.load(part, described, dtype=dtype, keep_taps=keep_taps)
@@ -268,10 +244,10 @@ def _load_single_file(
         parts[part] = loaded
     family_parts = FAMILY_FILES[described.family].parts
     for part in (each for each in family_parts if each.startswith("tokenizer")):
-        loaded = _tokenizer_of_file(path, part, alias, replaced, described)
+        loaded = _tokenizer_of_file(opened.path, part, alias, replaced, described)
         encoder = parts[part.replace("tokenizer", "text_encoder")]
         parts[part] = fitting_tokenizer(loaded, encoder, _PAD_TOKENS.get((alias, part)))
-    return assemble(str(path), described, parts, device)
+    return assemble(str(opened.path), described, parts, device)
 
 
 # What the published tokenizers pad with; those of other models that share the words may differ.
@@ -305,6 +281,8 @@ def _tokenizer_of_file(
     )
 
 
+@reading_once()
+@lasting
 def describe(
     name: Any,
     *,
@@ -327,82 +305,8 @@ def describe(
         BackboneError: See `load_backbone`.
         ConfigError: See `load_backbone`.
     """
-    return _described(name, architecture, prediction_type, GivenParts(unet=unet, vae=vae))
-
-
-@reading_once()
-@lasting
-def _described(
-    name: Any,
-    architecture: "str | os.PathLike[str] | None",
-    prediction_type: str | None,
-    replaced: GivenParts,
-) -> Architecture:
-    """The configs of a model as it is read: with what its files say and what the caller says."""
-    if prediction_type is not None:
-        check_choice("prediction_type", prediction_type, PREDICTIONS)
-    name = name if is_pipeline(name) else model_name(name)
-    architecture = None if architecture is None else model_name(architecture)
-    label = pipeline_name(name) if is_pipeline(name) else printable(name)
-    path = None if is_pipeline(name) else single_file(name)
-    if path is None and architecture is not None:
-        raise ConfigError(f"architecture= is for a single file; {label!r} has configs of its own")
-    described = _own_configs(name, path, architecture, prediction_type)
-    check_configs(described.configs, label)
-    described = replaced.described(described)
-    check_configs(described.configs, label)
-    scheduler = described.configs["scheduler"]
-    if prediction_type is not None:
-        scheduler = {**scheduler, "prediction_type": prediction_type}
-    elif (stated := replaced.statements()) is not None:
-        scheduler = stated.scheduler(scheduler, prediction_type=None, chosen=True)
-    make_scheduler(scheduler, where=f"the scheduler of {label}")
-    return replace(described, configs={**described.configs, "scheduler": scheduler})
-
-
-def _own_configs(
-    name: Any,
-    path: Path | None,
-    architecture: "str | os.PathLike[str] | None",
-    prediction_type: str | None,
-) -> Architecture:
-    if is_pipeline(name):
-        return pipeline_architecture(name)
-    opened = None if path is None else SingleFile(path)
-    if opened is not None:
-        chosen = architecture is not None
-        name = architecture if chosen else opened.known_alias(prediction_type)
-        model_name(name)
-    described = known_architecture(os.fspath(name))
-    if described is None and opened is not None and not is_folder(name):
-        shown = printable(os.fspath(name))
-        raise BackboneError(
-            f"unknown architecture {shown!r}.{near_matches(shown, SOURCES)} "
-            "Pass 'sd1.5', 'sd2.1-base', 'sd2.1', 'sdxl', or a diffusers folder."
-        )
-    if described is None:
-        described = read_architecture(resolve_folder(name, weights=False), own_taps=_own_taps(name))
-    if opened is None:
-        return described
-    return opened.described(
-        described, prediction_type=prediction_type, chosen=architecture is not None
-    )
-
-
-def model_name(name: object) -> str:
-    """A model's name, which means the same in every directory.
-
-    Raises:
-        BackboneError: It is neither a text nor a path, or one that no file system takes.
-    """
-    if not isinstance(name, (str, os.PathLike)):
-        raise BackboneError(
-            "a model is given by an alias, a Hub id, a diffusers folder, a .safetensors file, a "
-            f"pipeline of diffusers or a Backbone, got {type(name).__name__}. Known aliases are "
-            f"{', '.join(SOURCES)}."
-        )
-    checked_path("a model", name, error=BackboneError)
-    return lasting_source(name)
+    located = locate(name, architecture, prediction_type)
+    return describe_located(located, GivenParts(unet=unet, vae=vae))
 
 
 def list_taps(name: Any) -> tuple[TapInfo, ...]:
@@ -415,7 +319,3 @@ def list_taps(name: Any) -> tuple[TapInfo, ...]:
         BackboneError: See `load_backbone`.
     """
     return name.taps() if isinstance(name, Backbone) else describe(name).taps()
-
-
-def _own_taps(name: "str | os.PathLike[str]") -> tuple[str, ...] | None:
-    return SHAPES_TAPS if not is_pipeline(name) and os.fspath(name) == "shapes" else None

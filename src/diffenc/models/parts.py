@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from diffenc.checks.arguments import whole
+from diffenc.checks.arguments import is_wide, whole
 from diffenc.denoiser.shortening import shortened
 from diffenc.errors import BackboneError
 from diffenc.models.configs import Architecture
@@ -238,7 +238,9 @@ def fitting_tokenizer(tokenizer: Any, text_encoder: Any, pad_token: str | None =
         pad_token: Token that the model was trained to pad with; None is the tokenizer's own.
     """
     longest = tokenizer.model_max_length
-    whole("model_max_length of the tokenizer", longest, least=1, error=BackboneError)
+    unlimited = is_wide(longest) and longest > 0  # 10**30 in transformers
+    if not unlimited:
+        whole("model_max_length of the tokenizer", longest, least=1, error=BackboneError)
     limit = getattr(text_encoder.config, "max_position_embeddings", longest)
     pad_token = tokenizer.pad_token if pad_token is None else pad_token
     if tokenizer.model_max_length <= limit and tokenizer.pad_token == pad_token:

@@ -10,8 +10,8 @@ from diffenc._optional import require
 from diffenc.errors import ConfigError, ShapeError
 from diffenc.studies.spreads import Spread
 
-_COLORS = ("#0b6e99", "#c2571a", "#4f4f57", "#5b8c2a", "#8b3a8b", "#b8860b")
-_MARKS = ("o", "s", "^", "D", "v", "P")
+_COLORS = ("#0b6e99", "#c2571a", "#4f4f57", "#5b8c2a", "#8b3a8b", "#b8860b", "#d1495b", "#2a9d8f")
+_MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _NOTHING = "#e8e8ec"
 _LIGHT = 0.62
 """Cells above it, of 0 to 1, are light enough for dark letters."""
@@ -136,20 +136,25 @@ def draw_cells(
     figure.savefig(path, dpi=110)
 
 
-def draw_panels(panels: Sequence[Panel], path: Path, *, title: str) -> None:
-    """Draw panels side by side; bars are one sample deviation.
+def draw_panels(
+    panels: Sequence[Panel], path: Path, *, title: str, across: int | None = None
+) -> None:
+    """Draw panels side by side, in rows; bars are one sample deviation.
 
     Args:
-        panels: Panels from left to right.
+        panels: Panels from left to right, row by row.
         path: Path of the picture file to write.
         title: Text over all panels.
+        across: Number of panels in a row; None puts all in one.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
     width = max(5.6, 1.3 * max((len(panel.names) for panel in panels), default=0))
-    figure = _figure(width * max(1, len(panels)), 4.8)
-    places = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]
+    columns = max(1, len(panels) if across is None else across)
+    rows = max(1, -(-len(panels) // columns))
+    figure = _figure(width * columns, 4.8 * rows)
+    places = figure.subplots(rows, columns, squeeze=False).flat
     for place, panel in zip(places, panels, strict=False):
         _plot(place, panel)
     figure.suptitle(title)
@@ -205,7 +210,11 @@ def _plot(place: Any, panel: Panel) -> None:
     place.set_xlabel(panel.axis)
     if panel.names:
         place.set_xticks(range(len(panel.names)), panel.names, rotation=20, ha="right", fontsize=8)
-        place.legend(fontsize=8, loc="best")
+        if panel.joined:  # lines run from side to side and leave no room
+            place.tick_params(axis="x", rotation=0)
+            place.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
+        else:
+            place.legend(fontsize=8, loc="best")
     else:
         last = max((max(series.places) for series in panel.series), default=1)
         place.set_xticks(range(1, int(last) + 1))

@@ -1,5 +1,7 @@
 """Centred kernel alignment: how alike two sets of features of the same pictures are."""
 
+import math
+
 from jaxtyping import Float
 from torch import Tensor
 
@@ -62,7 +64,7 @@ def kernel_cka(first: Float[Tensor, "n n"], second: Float[Tensor, "n n"]) -> flo
     own = hsic(first, first) * hsic(second, second)
     if not own > 0:
         raise NonFiniteError("CKA needs features that differ between pictures, and finite ones")
-    return hsic(first, second) / own**0.5
+    return hsic(first, second) / math.sqrt(own)
 
 
 def hsic(first: Float[Tensor, "n n"], second: Float[Tensor, "n n"]) -> float:

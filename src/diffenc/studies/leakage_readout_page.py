@@ -62,7 +62,8 @@ def _findings(study: LeakageReadout, reached: list[str]) -> Iterator[Finding]:
         yield _finding(
             "The prompt is the easier to read the stronger the guidance.",
             "Table 6 of the draft: CIDEr against the foreign prompt is 7.32 without guidance, "
-            "21.39 at 1.5, 63.48 at 4.5; Fig. 6 of the later version: 2.5 / 3.9 / 12.9 at 1 / 1.5 / 4.",
+            "21.39 at 1.5, 63.48 at 4.5; Fig. 6 of the later version: 2.5, 3.9 and 12.9 at 1, 1.5 "
+            "and 4.",
             [
                 f"mean/{stronger}/{word} > mean/{weaker}/{word}"
                 for word in WORDS
@@ -72,8 +73,8 @@ def _findings(study: LeakageReadout, reached: list[str]) -> Iterator[Finding]:
     decoder = [tap for tap in reached if tap.startswith("up_blocks")]
     if len(decoder) > 1:
         yield _finding(
-            "Leakage belongs to the tap: from the decoder's first the colour is read far more often "
-            "than from its last.",
+            "Leakage belongs to the tap: from the decoder's first the colour is read far more "
+            "often than from its last.",
             "SDXL's taps of the draft leak about five times as much as SD 2.1's of the later one.",
             [f"{decoder[0]}/cond/color - {decoder[-1]}/cond/color > 20"],
         )

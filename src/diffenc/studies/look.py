@@ -57,7 +57,8 @@ class Look:
         """Length of f_c - f_u in each cell, as a share of the mean length of f_u."""
         usual = self.uncond[tap].norm(dim=1).mean(dim=(1, 2))
         lengths: Tensor = self.difference(tap).norm(dim=2)
-        return lengths / usual.clamp_min(1e-12)[:, None, None]
+        shares: Tensor = lengths / usual.clamp_min(1e-12)[:, None, None]
+        return shares
 
     def figure(
         self,

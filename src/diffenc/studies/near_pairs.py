@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffenc._typing import Resize
 from diffenc.clip.captioner import ClipEmbedder
 from diffenc.clip.tokens import ClipTokens, to_maps
 from diffenc.errors import ConfigError
@@ -81,7 +82,7 @@ class ClipVectors:
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image]) -> dict[str, Float[Tensor, "b _d"]]:
         """Vectors of pictures by name: "clip-embedding" and "clip-tokens"."""
-        resize = "crop" if self._embedder.crops else "squash"
+        resize: Resize = "crop" if self._embedder.crops else "squash"
         pixel_values = to_pixel_values(
             list(images), size=self._embedder.size, resize=resize, multiple=1
         )

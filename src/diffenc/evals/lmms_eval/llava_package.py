@@ -14,8 +14,8 @@ from diffenc.evals.lmms_eval.answering import Turns
 from diffenc.hosts.guidance import guide
 from diffenc.hosts.installed_towers import towers_of
 from diffenc.hosts.llava import register, take_prompts
+from diffenc.hosts.llava.layout import import_part
 from diffenc.hosts.llava.prompting import IDS, IMAGE_TOKEN, MASK
-from diffenc.hosts.llava.register import import_part
 from diffenc.storage.pretrained import loading
 
 

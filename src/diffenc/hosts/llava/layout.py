@@ -6,10 +6,11 @@ into text, a trainer if the training script makes one.
 """
 
 import importlib
+import inspect
 import pkgutil
 import sys
-from collections.abc import Iterator
-from types import FunctionType, ModuleType
+from collections.abc import Callable, Iterator
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from torch import nn
@@ -40,7 +41,7 @@ def import_part(package: str, part: str) -> ModuleType:
 
 
 def function_at(package: str, place: str) -> tuple[ModuleType, str]:
-    """Module and name of a function that is told as "model.builder:load_pretrained_model".
+    """Module and name of a function that stands at "model.builder:load_pretrained_model".
 
     Raises:
         ConfigError: The place does not parse, or has no such function.
@@ -78,6 +79,17 @@ def import_architectures(package: str) -> None:
             import_part(package, f"model.{info.name}")
 
 
+def names_used(function: Callable[..., Any]) -> set[str]:
+    """Names that a function looks up, those in its comprehensions and inner functions too."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return set() if code is None else _names_in(code)
+
+
+def _names_in(code: CodeType) -> set[str]:
+    inner = (each for each in code.co_consts if isinstance(each, CodeType))
+    return set(code.co_names).union(*map(_names_in, inner))
+
+
 def callers(package: str, name: str, function: Any) -> list[str]:
     """Functions and methods of a package that call a function by its name.
 
@@ -91,17 +103,19 @@ def callers(package: str, name: str, function: Any) -> list[str]:
         for module in loaded_modules(package)
         for each in _functions(module)
         if each is not function
-        and name in each.__code__.co_names
+        and name in names_used(each)
         and each.__globals__.get(name, function) is function
     ]
 
 
 def _functions(module: ModuleType) -> Iterator[FunctionType]:
+    """Functions and methods of a module, as they were written."""
     for value in list(vars(module).values()):
-        if isinstance(value, FunctionType):
-            yield value
-        elif isinstance(value, type):
-            yield from (each for each in vars(value).values() if isinstance(each, FunctionType))
+        for part in vars(value).values() if isinstance(value, type) else (value,):
+            bare = part.fget if isinstance(part, property) else getattr(part, "__func__", part)
+            if isinstance(bare, FunctionType):
+                written = inspect.unwrap(bare)
+                yield written if isinstance(written, FunctionType) else bare
 
 
 def require_caller(package: str, module: ModuleType, name: str) -> None:
@@ -138,9 +152,11 @@ def require_caller(package: str, module: ModuleType, name: str) -> None:
             f"builder='{module.__name__.removeprefix(package + '.')}:{others[0]}'; if it builds a "
             "list, build DiffusionVisionTower in it by hand."
         )
+    if not hints:
+        hints = ["If a module does that is not imported yet, import it first."]
     raise ConfigError(
         f"nothing in {package!r} calls {module.__name__}.{name}, so replacing it would change "
-        f"nothing. {' '.join(hints)}".rstrip()
+        f"nothing. {' '.join(hints)}"
     )
 
 
@@ -150,7 +166,7 @@ def splicing_models(package: str) -> list[type[nn.Module]]:
     Raises:
         ConfigError: There is none among the modules that are imported.
     """
-    found = {
+    models = {
         value: None
         for module in loaded_modules(package)
         for value in list(vars(module).values())
@@ -159,13 +175,13 @@ def splicing_models(package: str) -> list[type[nn.Module]]:
         and hasattr(value, SPLICE)
         and hasattr(value, "generate")
     }
-    if not found:
+    if not models:
         raise ConfigError(
             f"no class of {package!r} that is an nn.Module has {SPLICE} and generate, so there is "
             "no model to hand prompts to. Import the module of your model first, or pass its class "
             "(models=)"
         )
-    return list(found)
+    return list(models)
 
 
 def trainer_of(script: ModuleType, function: FunctionType) -> str:
@@ -176,7 +192,7 @@ def trainer_of(script: ModuleType, function: FunctionType) -> str:
     """
     names = [
         name
-        for name in function.__code__.co_names
+        for name in sorted(names_used(function))
         if isinstance(getattr(script, name, None), type)
         and hasattr(getattr(script, name), "add_callback")
     ]

@@ -192,7 +192,8 @@ def _prepare(original: Any) -> Any:
 
     @functools.wraps(original)
     def prepare_inputs_labels_for_multimodal(self: Any, *args: Any, **kwargs: Any) -> Any:
-        arguments = signature.bind(self, *args, **kwargs).arguments
+        call = signature.bind(self, *args, **kwargs)
+        arguments = call.arguments
         images, input_ids = arguments.get("images"), arguments["input_ids"]
         scope = current_scope()
         decodes = images is None or input_ids is None or input_ids.shape[1] == 1
@@ -209,7 +210,7 @@ def _prepare(original: Any) -> Any:
         if rows.all_equal():
             with prompt_scope(rows.take([0]), per="image"):
                 return original(self, *args, **kwargs)
-        order = owners_of_rows(functools.partial(original, self), arguments, owners)
+        order = owners_of_rows(original, call, owners)
         with prompt_scope(rows.take_or_none(order), per="image", calls=1):
             return original(self, *args, **kwargs)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from diffenc.errors import ConfigError
 from diffenc.hosts.installed_towers import spec_of, towers_of
 from diffenc.hosts.llava.layout import function_at, require_caller
 from diffenc.hosts.llava.patches import Patches
@@ -19,11 +20,13 @@ class Registration:
 
     Attributes:
         package: Name of the package.
+        builder: Place of the builder that was replaced.
+        loader: Place of the loader that was replaced; None where none was.
         specs: Specs of the towers that were built, in the order in which they were built.
     """
 
-    def __init__(self, package: str) -> None:
-        self.package = package
+    def __init__(self, package: str, builder: str, loader: str | None) -> None:
+        self.package, self.builder, self.loader = package, builder, loader
         self.specs: list[TowerSpec] = []
         self.patches = Patches()
 
@@ -53,19 +56,25 @@ def register(
         loader: Function that loads a checkpoint; None leaves adapters to `tower.load_adapter`.
 
     Raises:
-        ConfigError: The package is not there, has no such functions, or never calls the builder;
-            then it is left as it was.
+        ConfigError: The package is not there, has no such functions, never calls the builder, or
+            was registered with other ones; then it is left as it was.
     """
-    if package in _DONE:
-        return _DONE[package]
-    done = Registration(package)
-    places = [(function_at(package, builder), _builder)]
-    require_caller(package, *places[0][0])
-    if loader is not None:
-        places.append((function_at(package, loader), _loader))
-    for (module, name), wrap in places:
-        original = getattr(module, name)
-        done.patches.replace(name, original, wrap(original, done))
+    if (done := _DONE.get(package)) is not None:
+        if (builder, loader) != (done.builder, done.loader):
+            raise ConfigError(
+                f"{package!r} was registered with builder={done.builder!r} and "
+                f"loader={done.loader!r}; undo() that registration first"
+            )
+        return done
+    done = Registration(package, builder, loader)
+    module, name = function_at(package, builder)
+    require_caller(package, module, name)
+    loads = None if loader is None else function_at(package, loader)
+    build = getattr(module, name)
+    done.patches.replace(name, build, _builder(build, done, name.removeprefix("build_")))
+    if loads is not None:
+        load = getattr(*loads)
+        done.patches.replace(loads[1], load, _loader(load))
     _DONE[package] = done
     undo = done.patches.undo
 
@@ -82,9 +91,7 @@ def registration_of(package: str) -> Registration | None:
     return _DONE.get(package)
 
 
-def _builder(original: Any, done: Registration) -> Any:
-    part = original.__name__.removeprefix("build_")
-
+def _builder(original: Any, done: Registration, part: str) -> Any:
     @functools.wraps(original)
     def build_vision_tower(cfg: Any, *args: Any, **kwargs: Any) -> Any:
         name = spec_of(cfg, part)
@@ -97,7 +104,7 @@ def _builder(original: Any, done: Registration) -> Any:
     return build_vision_tower
 
 
-def _loader(original: Any, done: Registration) -> Any:
+def _loader(original: Any) -> Any:
     @functools.wraps(original)
     def load_pretrained_model(
         model_path: Any, model_base: Any = None, *args: Any, **kw: Any

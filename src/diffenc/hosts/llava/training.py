@@ -1,6 +1,7 @@
 """LLaVA's training script with prompts, without a change to it."""
 
 import functools
+import warnings
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -10,7 +11,7 @@ from torch import nn
 from diffenc.errors import ConfigError
 from diffenc.hosts.llava.callback import AdapterCallback
 from diffenc.hosts.llava.data import PromptCollator, PromptDataset
-from diffenc.hosts.llava.layout import import_part, splicing_models, trainer_of
+from diffenc.hosts.llava.layout import import_part, names_used, splicing_models, trainer_of
 from diffenc.hosts.llava.prompting import take_prompts
 from diffenc.hosts.llava.register import Registration, register, registration_of
 from diffenc.hosts.prompts import PromptTokenizer
@@ -26,7 +27,7 @@ def train_with_prompts(
     *,
     seed: int = 0,
     script: "str | ModuleType" = "train.train",
-    models: "Sequence[type[nn.Module]] | None" = None,
+    models: "type[nn.Module] | Sequence[type[nn.Module]] | None" = None,
     trainer: str | None = None,
 ) -> Registration:
     """Prepare a fork's training script, whose `train()` then shows prompts to the tower.
@@ -48,8 +49,8 @@ def train_with_prompts(
         seed: Seed of what the policy draws.
         script: Module with the fork's `train()` and `make_supervised_data_module`: the part of the
             package, or the imported module for scripts outside of it.
-        models: Classes that take prompts; None takes every class of the package that splices images
-            into text and generates.
+        models: Class that takes prompts, or several; None takes every class of the package that
+            splices images into text and generates.
         trainer: Name, in the script, of the trainer that `train()` makes; None finds it.
 
     Raises:
@@ -75,7 +76,7 @@ def _prepare_script(
     policy: PromptPolicy,
     seed: int,
     script: "str | ModuleType",
-    models: "Sequence[type[nn.Module]] | None",
+    models: "type[nn.Module] | Sequence[type[nn.Module]] | None",
     trainer: str | None,
 ) -> None:
     module = import_part(done.package, script) if isinstance(script, str) else script
@@ -83,17 +84,22 @@ def _prepare_script(
     if function is None:
         raise ConfigError(f"{module.__name__} has no train(); name the fork's script (script=)")
     make = getattr(module, _MAKE_DATA, None)
-    if make is None or _MAKE_DATA not in function.__code__.co_names:
+    used = names_used(function)
+    if make is None or _MAKE_DATA not in used:
         raise ConfigError(
             f"{module.__name__}.train calls no {_MAKE_DATA}, through which prompts come into the "
             "data; hand them over by hand: take_prompts(model), prompted_data(data_module, tower), "
             "trainer.add_callback(AdapterCallback())"
         )
     name = trainer_of(module, function) if trainer is None else trainer
-    if not hasattr(getattr(module, name, None), "add_callback"):
-        raise ConfigError(f"{module.__name__} has no trainer {name!r} that takes callbacks")
-    for cls in splicing_models(done.package) if models is None else models:
-        take_prompts(cls, patches=done.patches)
+    if name not in used or not hasattr(getattr(module, name, None), "add_callback"):
+        raise ConfigError(f"{module.__name__}.train makes no trainer {name!r} that takes callbacks")
+    chosen = splicing_models(done.package) if models is None else models
+    classes = [chosen] if isinstance(chosen, type) else list(chosen)
+    if not classes:
+        raise ConfigError("models must be one class or more, got none")
+    for each in classes:
+        take_prompts(each, patches=done.patches)
     done.patches.set(module, _MAKE_DATA, _data_module(make, done, policy, seed))
     done.patches.set(module, name, _trainer(getattr(module, name)))
 
@@ -150,7 +156,12 @@ def _data_module(make: Any, done: Registration, policy: PromptPolicy, seed: int)
     def make_supervised_data_module(*args: Any, **kwargs: Any) -> dict[str, Any]:
         module: dict[str, Any] = make(*args, **kwargs)
         if not done.specs:
-            return module  # another tower, which reads no prompts
+            warnings.warn(
+                f"{done.package!r} has built no tower of a name that begins with 'diffenc:', so "
+                "this training shows no prompts",
+                stacklevel=2,
+            )
+            return module
         return _with_prompts(module, PromptTokenizer(done.specs[-1].model), policy, seed)
 
     return make_supervised_data_module

@@ -13,7 +13,7 @@ from diffenc.fusion import FusedEncoder
 from diffenc.mllm.language import load_language_model, width_of
 from diffenc.mllm.model import DiffusionVLM
 from diffenc.mllm.model_folder import is_saved
-from diffenc.mllm.training.config import ModelConfig, TrainConfig
+from diffenc.mllm.training.config import AdaptConfig, ModelConfig, TrainConfig
 from diffenc.mllm.vision import VisionTokens
 from diffenc.projector.choosing import projector_for
 from diffenc.storage.pretrained import lasting_name
@@ -35,56 +35,82 @@ def build_vlm(config: TrainConfig, *, device: str | torch.device = "cpu") -> Dif
         BackboneError: A model is missing.
         ConfigError: The earlier stage's model is another one than the config says.
     """
+    model, adapt = config.model, config.adapting
+    dtype = DTYPES[config.optimizing.precision]
+    language = (
+        torch.float32 if adapt.language_model == "full" else dtype
+    )  # what trains is in float32
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        vlm = _begun(config, device)
-        _unfreeze(vlm, config)
+        parts = (
+            _started(model, device, dtype, language)
+            if model.start
+            else _begun(model, device, dtype, language, seed=config.seed)
+        )
+        vlm = DiffusionVLM(
+            **parts,
+            template=model.template,  # type: ignore[arg-type]  # checked by the config
+            prompt_policy=config.data.prompts,
+            image_batch_size=model.image_batch_size,
+        )
+        _unfreeze(vlm, model, adapt)
     return vlm
 
 
-def _begun(config: TrainConfig, device: str | torch.device) -> DiffusionVLM:
-    model, dtype = config.model, DTYPES[config.optimizing.precision]
-    if model.start:
-        return _started(config, device)
-    encoder = load_encoder(model, device=device, dtype=dtype, seed=config.seed)
-    frozen = config.adapting.language_model != "full"
+def _begun(
+    model: ModelConfig,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    language_dtype: torch.dtype,
+    *,
+    seed: int,
+) -> dict[str, Any]:
+    """Parts of a new model, by parameter of `DiffusionVLM`."""
+    encoder = load_encoder(model, device=device, dtype=dtype, seed=seed)
     language_model, tokenizer = load_language_model(
-        model.language_model, device=device, dtype=dtype if frozen else torch.float32
+        model.language_model, device=device, dtype=language_dtype
     )
     projector = projector_for(
         encoder, width_of(language_model), model.projector, norm=model.projector_norm
     )
-    return DiffusionVLM(
-        encoder,
-        language_model,
-        tokenizer,
-        projector=projector.to(device),
-        template=model.template,  # type: ignore[arg-type]  # checked by the config
-        prompt_policy=config.data.prompts,
-        image_batch_size=model.image_batch_size,
-    )
+    return {
+        "encoder": encoder,
+        "language_model": language_model,
+        "tokenizer": tokenizer,
+        "projector": projector.to(device),
+    }
 
 
-def _started(config: TrainConfig, device: str | torch.device) -> DiffusionVLM:
-    """The model of an earlier stage, with this stage's template and policy."""
-    model, start = config.model, Path(config.model.start)
+def _started(
+    model: ModelConfig,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    language_dtype: torch.dtype,
+) -> dict[str, Any]:
+    """Parts of the model of an earlier stage, by parameter of `DiffusionVLM`."""
+    start = Path(model.start)
     if not is_saved(start):
         raise BackboneError(
             f"{start} holds no trained model (no vlm.json); run the earlier stage first, or leave "
             "model.start out"
         )
     options = {} if model.kind == "vision" else dict(model.options)
-    full = config.adapting.language_model == "full"
-    vlm = DiffusionVLM.from_pretrained(
-        start,
-        device=device,
-        dtype=DTYPES[config.optimizing.precision],
-        trainable=True,
-        **options,
-    )
-    if full:
+    vlm = DiffusionVLM.from_pretrained(start, device=device, dtype=dtype, trainable=True, **options)
+    if language_dtype == torch.float32:
         vlm.language_model.float()
-    kind = _kind_of(vlm.encoder)
+    _check_agreement(vlm, model)
+    return {
+        "encoder": vlm.encoder,
+        "language_model": vlm.language_model,
+        "tokenizer": vlm.tokenizer,
+        "projector": vlm.projector,
+        "system": vlm.chat.system,
+    }
+
+
+def _check_agreement(vlm: DiffusionVLM, model: ModelConfig) -> None:
+    """Raise a `ConfigError` where a config names other parts than an earlier stage trained."""
+    start, kind = Path(model.start), _kind_of(vlm.encoder)
     if kind != model.kind:
         raise ConfigError(
             f"{start} was trained with an encoder of the kind {kind!r}, and model.kind is "
@@ -107,16 +133,6 @@ def _started(config: TrainConfig, device: str | torch.device) -> DiffusionVLM:
             f"{start} has a projector of the kind {vlm.projector.kind!r}, and model.projector is "
             f"{model.projector!r}; make them agree"
         )
-    return DiffusionVLM(
-        vlm.encoder,
-        vlm.language_model,
-        vlm.tokenizer,
-        projector=vlm.projector,
-        template=model.template,  # type: ignore[arg-type]  # checked by the config
-        system=vlm.chat.system,
-        prompt_policy=config.data.prompts,
-        image_batch_size=model.image_batch_size,
-    )
 
 
 def _check_how(encoder: FusedEncoder, model: ModelConfig) -> None:
@@ -160,23 +176,22 @@ def load_encoder(
     return FusedEncoder(model.clip, encoder, model.how, layer=model.layer, mixing=mixing)
 
 
-def _unfreeze(vlm: DiffusionVLM, config: TrainConfig) -> None:
+def _unfreeze(vlm: DiffusionVLM, model: ModelConfig, adapt: AdaptConfig) -> None:
     """Freeze everything but what the stage trains."""
-    adapt = config.adapting
     diffusion: Any = getattr(vlm.encoder, "diffusion", vlm.encoder)
     vlm.requires_grad_(False)
     vlm.projector.requires_grad_(True)
     if isinstance(vlm.encoder, FusedEncoder):
         clip = vlm.encoder.clip
-        clip.freeze(config.model.freeze_clip)  # also one that an earlier stage trained
+        clip.freeze(model.freeze_clip)  # also one that an earlier stage trained
         if not clip.frozen:
             clip.float()  # whole: what trains is in float32, and what runs behind it reads that
         if vlm.encoder.mixer is not None:
             vlm.encoder.mixer.requires_grad_(True)
-    if config.model.captioner and diffusion.captioner is None:
-        diffusion.add_captioner(config.model.captioner)
+    if model.captioner and diffusion.captioner is None:
+        diffusion.add_captioner(model.captioner)
     if getattr(diffusion, "captioner", None) is not None:
-        diffusion.captioner.requires_grad_(bool(config.model.captioner))
+        diffusion.captioner.requires_grad_(bool(model.captioner))
     if adapt.unet_rank:
         if diffusion.active_lora is None:
             diffusion.add_lora(

@@ -2,14 +2,13 @@
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
 from diffenc.errors import NonFiniteError
-from diffenc.mllm.training.log import log_lines
+from diffenc.mllm.training.log import Progress, log_lines
 from diffenc.storage.names import is_file
 from diffenc.storage.writing import reporting, write_text
 
@@ -26,7 +25,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]  # transformers is see
     def __init__(
         self,
         log: Path,
-        progress: Callable[[int, int, float | None], None] | None = None,
+        progress: Progress | None = None,
         stop_after: int | None = None,
     ) -> None:
         self.log, self.progress, self.stop_after = log, progress, stop_after

@@ -235,6 +235,10 @@ class OptimConfig:
             )
         return self.batch_size // share
 
+    def steps(self, samples: int) -> int:
+        """Number of optimizer steps over so many samples."""
+        return math.ceil(samples / self.batch_size) * self.epochs
+
 
 LLAVA: dict[Stage, OptimConfig] = {
     "align": OptimConfig(learning_rate=1e-3, batch_size=256, device_batch_size=32),
@@ -351,6 +355,18 @@ class TrainConfig:
         """`adapt`, which is never None."""
         assert self.adapt is not None
         return self.adapt
+
+    @property
+    def keeps_tokens(self) -> bool:
+        """Whether the encoder's tokens are kept on disk, if it is frozen."""
+        mode, policy = self.data.cache, self.data.prompts
+        if mode != "auto":
+            return mode == "on"
+        baseline = self.model.kind == "vision"
+        changes = "|" in policy
+        sources = policy.split("|")[0].replace(" ", "").split("+")
+        drawn = any(word in ("question", "caption") for word in sources)
+        return self.optimizing.epochs > 1 and (baseline or not (changes or drawn))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TrainConfig":

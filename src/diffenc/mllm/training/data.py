@@ -1,35 +1,24 @@
-"""Conversations in LLaVA's format with pictures: read, checked as a whole, made to batches."""
+"""Conversations in LLaVA's format with pictures: read, and checked as a whole."""
 
-import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from io import BytesIO
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
-import torch
-from PIL import Image
-from torch.utils.data import Dataset, Sampler
-
-from diffenc.errors import ConfigError, ImageError, PromptError
-from diffenc.inputs.images import broken_images, load_image
-from diffenc.inputs.pictures.files import read_picture
+from diffenc.errors import ConfigError, PromptError
+from diffenc.inputs.images import broken_images
 from diffenc.inputs.policies import PromptPolicy, PromptSample, captions_of
-from diffenc.mllm.chat import IGNORE_ID, IMAGE_MARK, Chat, ChatTokens, as_messages
-from diffenc.mllm.samples import pad
+from diffenc.mllm.chat import IMAGE_MARK, as_messages
+from diffenc.mllm.training.config import DataConfig
 from diffenc.storage.lines import parse_json_lines
 from diffenc.storage.names import expanded, is_file
 from diffenc.storage.reading import DATA_BYTES, parse_json, read_text
 
-BROKEN = "broken"
-"""Key of a batch for the samples whose pictures could no longer be read after the first check."""
-
 _NAMED = 20
+_THREADS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +79,36 @@ class DataReport:
             some = ", ".join(places[:examples]) + (", ..." if len(places) > examples else "")
             parts.append(f"{len(places)} {kind} ({some})")
         return "; ".join(parts)
+
+
+def check_data(
+    data: DataConfig,
+    policy: PromptPolicy,
+    *,
+    left_out: Collection[int] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[list[TrainSample], DataReport]:
+    """Every usable sample, or an error that tells all that is wrong.
+
+    Args:
+        data: Options of the data.
+        policy: Policy of the encoder's prompt.
+        left_out: Indices of records that are left out, see `read_samples`; pictures are then not
+            looked at.
+        progress: Function that is called with the number of pictures looked at so far, and with the
+            number of all.
+
+    Raises:
+        ConfigError: See `require_usable`.
+    """
+    samples, report = read_samples(
+        data.annotations, data.images, limit=data.limit, policy=policy, left_out=left_out
+    )
+    if data.check_images and left_out is None:
+        threads = min(_THREADS, os.cpu_count() or 1)
+        samples = check_pictures(samples, report, workers=threads, progress=progress)
+    require_usable(report, skip_broken=data.skip_broken)
+    return samples, report
 
 
 def read_samples(
@@ -191,189 +210,6 @@ def require_usable(report: DataReport, *, skip_broken: bool) -> None:
         )
     if not report.samples:
         raise ConfigError(f"the data holds no usable sample. {report.describe()}".rstrip())
-
-
-class ConversationDataset(Dataset[dict[str, Any]]):
-    """Samples as token ids and pictures, indexed by (epoch, index) as `EpochSampler` gives them.
-
-    Args:
-        samples: Samples, as `read_samples` gives them.
-        chat: Converter of conversations into token ids.
-        policy: Policy of the encoder's prompt, which is drawn anew in each epoch.
-        max_length: Largest number of tokens of a sample, pictures included.
-        tokens_per_image: Number of tokens that a picture takes.
-        seed: Seed of the prompts.
-        as_files: Whether to give pictures as `ImageFile`, which names its content, instead of
-            decoded.
-        skip_broken: Whether a sample whose picture cannot be read gets a blank one in its place,
-            and no answer to learn from: batches keep their shape and the order of samples stays as
-            it is.
-    """
-
-    def __init__(
-        self,
-        samples: Sequence[TrainSample],
-        chat: Chat,
-        policy: PromptPolicy,
-        *,
-        max_length: int = 2048,
-        tokens_per_image: int = 1,
-        seed: int = 0,
-        as_files: bool = False,
-        skip_broken: bool = False,
-    ) -> None:
-        self.samples, self.chat, self.policy = samples, chat, policy
-        self.max_length, self.tokens_per_image = max_length, tokens_per_image
-        self.seed, self.as_files, self.skip_broken = seed, as_files, skip_broken
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def tokens(self, index: int) -> ChatTokens:
-        """Token ids and labels of a sample."""
-        sample = self.samples[index]
-        encoded = self.chat.encode(sample.conversation)
-        return encoded.cut_to(self.max_length, self.tokens_per_image)
-
-    def prompt(self, index: int, epoch: int) -> str:
-        """The encoder's prompt of a sample in an epoch; "" where it has no picture."""
-        if not self.samples[index].images:
-            return ""
-        return self.policy(self.samples[index].prompt_sample(), seed=self.seed, epoch=epoch)
-
-    def __getitem__(self, place: "int | tuple[int, int]") -> dict[str, Any]:
-        epoch, index = (0, place) if isinstance(place, int) else place
-        sample, tokens, broken = self.samples[index], self.tokens(index), None
-        try:
-            files, pictures = self._pictures(sample)
-        except ImageError as error:
-            if not self.skip_broken:
-                raise
-            broken = f"{sample.key}: {error}"
-            tokens = ChatTokens(tokens.input_ids, [IGNORE_ID] * len(tokens.labels))
-            files = [self._blank] * len(sample.images)
-            pictures = [file.open() for file in files]
-        row = {
-            "tokens": tokens,
-            "images": files if self.as_files else pictures,
-            "prompt": self.prompt(index, epoch),
-        }
-        return row if broken is None else {**row, "broken": broken}
-
-    def _pictures(self, sample: TrainSample) -> "tuple[list[ImageFile], list[Image.Image]]":
-        files = [ImageFile.read(path) for path in sample.images]
-        decode = self.skip_broken or not self.as_files
-        return files, [file.open() for file in files] if decode else []
-
-    @cached_property
-    def _blank(self) -> "ImageFile":
-        """A grey picture, of the size of the first one that can be read."""
-        size = (64, 64)
-        for path in dict.fromkeys(path for sample in self.samples for path in sample.images):
-            with suppress(ImageError):
-                size = ImageFile.read(path).open().size
-                break
-        stream = BytesIO()
-        Image.new("RGB", size, (128, 128, 128)).save(stream, "PNG")
-        return ImageFile.of(stream.getvalue(), "a blank picture")
-
-
-@dataclass(frozen=True, slots=True)
-class ImageFile:
-    """A picture that is decoded only when it is needed.
-
-    Attributes:
-        path: Path of the file, for messages.
-        content: Bytes of the file.
-        digest: Digest of the content.
-    """
-
-    path: str
-    content: bytes
-    digest: str
-
-    @classmethod
-    def read(cls, path: Path) -> "ImageFile":
-        """Read a file.
-
-        Raises:
-            ImageError: It cannot be read.
-        """
-        try:
-            return cls.of(read_picture(path), str(path))
-        except ImageError as error:
-            raise _of_picture(error) from error
-
-    @classmethod
-    def of(cls, content: bytes, path: str) -> "ImageFile":
-        """A file that was read."""
-        return cls(path, content, hashlib.blake2b(content, digest_size=16).hexdigest())
-
-    def open(self) -> Image.Image:
-        """Decode it: upright, RGB.
-
-        Raises:
-            ImageError: It is no picture.
-        """
-        try:
-            return load_image(self.content, name=self.path)
-        except ImageError as error:
-            raise _of_picture(error) from error
-
-
-def _of_picture(error: ImageError) -> ImageError:
-    known = "cannot read the image "
-    message = str(error)
-    return ImageError(
-        f"cannot read the picture {message.removeprefix(known)}"
-        if message.startswith(known)
-        else f"cannot read the picture: {message}"
-    )
-
-
-def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A batch for `DiffusionVLM.forward`, and under `BROKEN` what was left out of it."""
-    tokens: list[ChatTokens] = [row["tokens"] for row in rows]
-    input_ids, attention_mask = pad(tokens)
-    length = input_ids.shape[1]
-    labels = [each.labels + [IGNORE_ID] * (length - len(each.labels)) for each in tokens]
-    broken = [row["broken"] for row in rows if "broken" in row]
-    more = {BROKEN: broken} if broken else {}
-    return {
-        **more,
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "labels": torch.tensor(labels, dtype=torch.long, device="cpu"),
-        "images": [row["images"] for row in rows],
-        "prompts": [row["prompt"] for row in rows],
-    }
-
-
-class EpochSampler(Sampler[tuple[int, int]]):
-    """(epoch, index) in an order that depends on seed and epoch alone.
-
-    Args:
-        length: Number of samples of the data set.
-        seed: Seed of the order.
-    """
-
-    def __init__(self, length: int, *, seed: int = 0) -> None:
-        self.length, self.seed, self.epoch = length, seed, 0
-
-    def __len__(self) -> int:
-        return self.length
-
-    def set_epoch(self, epoch: int) -> None:
-        """Go to an epoch, before its first batch is asked for."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        epoch = self.epoch
-        generator = torch.Generator("cpu").manual_seed(self.seed * 1_000_003 + epoch)
-        for index in torch.randperm(
-            self.length, generator=generator, dtype=torch.long, device="cpu"
-        ).tolist():
-            yield epoch, index
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """The log of a run: JSON lines with step, epoch, loss, learning rate and norm of the gradient."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ from diffenc.storage.reading import read_text
 from diffenc.storage.schema import checked
 
 LOG_FILE = "log.jsonl"
+
+Progress = Callable[[int, int, float | None], None]
+"""Function called after each step with the steps done, all steps, and the last logged loss."""
 
 
 def read_log(folder: "str | os.PathLike[str]") -> list[dict[str, Any]]:

@@ -1,7 +1,6 @@
 """What a run will take, before it begins: steps, memory, time, disk."""
 
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -10,17 +9,18 @@ from typing import Any
 import torch
 
 from diffenc.errors import BackboneError, ConfigError
+from diffenc.inputs.policies import parse_policy
 from diffenc.mllm.chat import Chat
 from diffenc.mllm.language import load_tokenizer
 from diffenc.mllm.training.config import TrainConfig
-from diffenc.mllm.training.data import DataReport, TrainSample
+from diffenc.mllm.training.data import DataReport, TrainSample, check_data
 from diffenc.mllm.training.meta import (
     MetaEncoder,
     MetaLanguageModel,
     meta_encoder,
     meta_language_model,
 )
-from diffenc.mllm.training.stages import check_data, count_steps, uses_cache
+from diffenc.mllm.training.processes import process_count
 from diffenc.projector.plain import Projector
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -122,10 +122,10 @@ def make_plan(
         ConfigError: The data cannot be used, or the batch cannot be shared.
         BackboneError: A model's config cannot be had.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1")) if processes is None else processes
+    processes = process_count() if processes is None else processes
     if processes < 1 or (tflops is not None and not tflops > 0):
         raise ConfigError(f"processes must be 1 or more and tflops above 0, got {processes}")
-    samples, report = check_data(config, progress=looking)
+    samples, report = check_data(config.data, parse_policy(config.data.prompts), progress=looking)
     optim, adapt = config.optimizing, config.adapting
     encoder = meta_encoder(config.model, unet_rank=adapt.unet_rank)
     language = meta_language_model(config.model.language_model)
@@ -139,7 +139,7 @@ def make_plan(
     tokens = min(sum(total) / len(total), config.data.max_length)
     flops = _flops(config, encoder, language, tokens, pictures)
     rate, source = _rate(config, tflops)
-    steps = count_steps(config, report.samples)
+    steps = optim.steps(report.samples)
     seconds = sum(flops.values()) * report.samples * optim.epochs / (rate * processes)
     longest = max(total)
     memory = _memory(
@@ -222,7 +222,7 @@ def _flops(
     again = int(config.optimizing.gradient_checkpointing)
     through = 1 + again  # the gradient of what came in, and forward once more
     parts = {name: flops * pictures for name, flops in encoder.flops.items()}
-    if uses_cache(config) and not encoder.trained:
+    if config.keeps_tokens and not encoder.trained:
         parts = {name: flops / config.optimizing.epochs for name, flops in parts.items()}
     if encoder.trained.keys() - {"vision model", "mixer"} and "unet" in parts:
         parts["unet"] *= 1 + through
@@ -279,7 +279,7 @@ def _disk(
     if config.save_steps:
         # Weights and AdamW's two moments; the newest is written before the oldest goes.
         parts["checkpoints"] = 12.0 * learnt * (config.keep + 1)
-    if uses_cache(config) and not encoder.trained:
+    if config.keeps_tokens and not encoder.trained:
         each = encoder.tokens * encoder.hidden_size * _BYTES[config.optimizing.precision]
         parts["cache"] = min(float(report.images * each), config.data.cache_gb * 1e9)
     return parts

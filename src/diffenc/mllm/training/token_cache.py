@@ -15,8 +15,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from diffenc.errors import BackboneError, OutputError
+from diffenc.errors import BackboneError, ConfigError, OutputError
 from diffenc.memory.digests import full_digest
+from diffenc.mllm.training.config import DataConfig
 from diffenc.storage.tensors import read_tensors, tensor_names, write_tensors
 from diffenc.storage.writing import make_folder
 
@@ -161,3 +162,25 @@ def encoder_digest(encoder: nn.Module, precision: str = "no") -> str:
 def is_frozen(encoder: nn.Module) -> bool:
     """Whether nothing in an encoder trains."""
     return not any(parameter.requires_grad for parameter in encoder.parameters())
+
+
+def make_cache(data: DataConfig, encoder: nn.Module, run: Path) -> TokenCache | None:
+    """The cache of a run that keeps tokens; None where the encoder trains.
+
+    Args:
+        data: Options of the data, which say where the cache lies and how large it gets.
+        encoder: Encoder of the run.
+        run: Folder of the run.
+
+    Raises:
+        ConfigError: A cache is requested and the encoder trains.
+    """
+    if not is_frozen(encoder):
+        if data.cache == "on":
+            raise ConfigError(
+                'data.cache = "on" keeps the tokens of a frozen encoder, and this one trains '
+                "(captioner, freeze_clip = false, a way of fusing with weights, or "
+                'adapt.unet_rank); use "auto" or "off"'
+            )
+        return None
+    return TokenCache(data.cache_dir or str(run / "cache"), int(data.cache_gb * 1e9))

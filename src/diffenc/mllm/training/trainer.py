@@ -1,7 +1,8 @@
 """transformers' `Trainer` for a `DiffusionVLM`: what is learnt is all that it saves."""
 
-import json
 import logging
+import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,22 +10,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
 from diffenc.errors import BackboneError, ConfigError
 from diffenc.memory.cache import recall
-from diffenc.memory.digests import is_marked
 from diffenc.mllm.model import DiffusionVLM
-from diffenc.mllm.training.data import BROKEN, ConversationDataset, EpochSampler, ImageFile
+from diffenc.mllm.training.callbacks import RunCallback
+from diffenc.mllm.training.checkpoints import RUN_FILE, WEIGHTS_FILE, load_trained
+from diffenc.mllm.training.config import TrainConfig
+from diffenc.mllm.training.dataset import (
+    BROKEN,
+    ConversationDataset,
+    EpochSampler,
+    ImageFile,
+    collate,
+)
+from diffenc.mllm.training.log import LOG_FILE, Progress
+from diffenc.mllm.training.processes import process_count
 from diffenc.mllm.training.token_cache import TokenCache, encoder_digest, entry_name
-from diffenc.storage.names import is_file, reason
-from diffenc.storage.reading import parse_json, read_json
-from diffenc.storage.tensors import misfits, read_tensors, write_tensors
+from diffenc.storage.names import reason
+from diffenc.storage.tensors import write_tensors
 from diffenc.storage.writing import make_folder, write_json
 
 logger = logging.getLogger(__name__)
-
-WEIGHTS_FILE, RUN_FILE, STATE_FILE = "trained.safetensors", "run.json", "trainer_state.json"
 
 
 class VLMTrainer(Trainer):  # type: ignore[misc]  # transformers is seen as Any
@@ -124,6 +133,92 @@ class VLMTrainer(Trainer):  # type: ignore[misc]  # transformers is seen as Any
             super()._load_rng_state(checkpoint)
 
 
+def make_trainer(
+    config: TrainConfig,
+    vlm: DiffusionVLM,
+    dataset: ConversationDataset,
+    *,
+    identity: dict[str, Any],
+    cache: TokenCache | None,
+    device: torch.device,
+    progress: Progress | None,
+    stop_after: int | None,
+) -> VLMTrainer:
+    """The trainer of a run, with its log.
+
+    Args:
+        config: Config of the run.
+        vlm: Model that is trained, on its device.
+        dataset: Samples that the model is trained on.
+        identity: Description of the run, see `VLMTrainer`.
+        cache: Cache of the frozen encoder's tokens; None keeps nothing.
+        device: Device of the model.
+        progress: Function that is called after each step.
+        stop_after: Number of steps after which training stops; None runs to the end.
+
+    Raises:
+        ConfigError: The processes split parameters.
+    """
+    optim = config.optimizing
+    processes, folder = process_count(), Path(config.output)
+    on_cpu = device.type == "cpu"
+    arguments = TrainingArguments(
+        output_dir=config.output,
+        per_device_train_batch_size=optim.device_batch_size,
+        gradient_accumulation_steps=optim.accumulation(processes),
+        num_train_epochs=optim.epochs,
+        learning_rate=optim.learning_rate,
+        lr_scheduler_type=optim.schedule,
+        warmup_steps=math.ceil(optim.steps(len(dataset)) * optim.warmup),
+        weight_decay=optim.weight_decay,
+        max_grad_norm=optim.max_grad_norm,
+        bf16=optim.precision == "bf16",
+        fp16=optim.precision == "fp16",
+        use_cpu=on_cpu,
+        ddp_backend="gloo" if on_cpu and processes > 1 else None,
+        ddp_find_unused_parameters=False,
+        average_tokens_across_devices=True,
+        dataloader_num_workers=config.data.workers,
+        dataloader_pin_memory=not on_cpu,
+        remove_unused_columns=False,
+        logging_steps=config.log_steps,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if config.save_steps else "no",
+        save_steps=config.save_steps or 1,
+        save_total_limit=config.keep,
+        report_to=[],
+        disable_tqdm=True,
+        seed=config.seed,
+        data_seed=config.seed,
+    )
+    trainer = VLMTrainer(
+        vlm,
+        dataset,
+        arguments,
+        collator=collate,
+        identity=identity,
+        cache=cache,
+        callbacks=[RunCallback(folder / LOG_FILE, progress, stop_after)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    kind = str(trainer.accelerator.distributed_type)
+    if any(word in kind for word in ("FSDP", "DEEPSPEED")):
+        raise ConfigError(
+            f"{kind} splits parameters, which checkpoints here do not gather; use plain data "
+            'parallelism, with adapt.language_model = "lora" where memory is short'
+        )
+    return trainer
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without notices of the libraries that every run would repeat."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*pin_memory.*")
+        warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
+        yield
+
+
 @contextmanager
 def _reading(checkpoint: str | None) -> Iterator[None]:
     """Turn what transformers and pickle make of a broken file into a `BackboneError`."""
@@ -136,90 +231,9 @@ def _reading(checkpoint: str | None) -> Iterator[None]:
         ) from error
 
 
-def load_trained(vlm: DiffusionVLM, checkpoint: Path) -> None:
-    """Set what trains to what a checkpoint holds.
-
-    Raises:
-        BackboneError: It cannot be read, or holds other parameters.
-    """
-    state = read_tensors(checkpoint / WEIGHTS_FILE, error=BackboneError, finite=True)
-    own = dict(vlm.named_trainable_parameters())
-    if wrong := misfits(state, own):
-        raise BackboneError(
-            f"{checkpoint} is a checkpoint of another model: {len(wrong)} parameters differ, such "
-            f"as {wrong[0]!r}"
-        )
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(state[name])
-
-
 def clear_caches(vlm: DiffusionVLM) -> None:
     """Forget what the encoder remembers."""
     parts: tuple[Any, ...] = (vlm.encoder, getattr(vlm.encoder, "model", None))
     for part in parts:
         if hasattr(part, "clear_cache"):
             part.clear_cache()
-
-
-def find_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a run; one whose writing was interrupted does not count."""
-    checkpoints = [
-        (int(path.name.rpartition("-")[2]), path)
-        for path in folder.glob("checkpoint-*")
-        if path.name.rpartition("-")[2].isdecimal() and _is_whole(path)
-    ]
-    return max(checkpoints)[1] if checkpoints else None
-
-
-def check_same_run(checkpoint: Path, identity: dict[str, Any]) -> None:
-    """Raise unless a checkpoint is of this run.
-
-    Raises:
-        ConfigError: Something that it was trained with is another now; all of it is named.
-            The weights are compared by `check_same_weights`.
-    """
-    try:
-        before = read_json(checkpoint / RUN_FILE)
-    except ConfigError as error:
-        raise ConfigError(f"{checkpoint} does not say what it was trained with: {error}") from error
-    now = parse_json(json.dumps(identity), where="this run")
-    if not ("sizes of the pictures" in before and "sizes of the pictures" in now):
-        before.pop("sizes of the pictures", None), now.pop("sizes of the pictures", None)
-    changed = [
-        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
-        for key in sorted((before.keys() | now.keys()) - {"weights"})
-        if before.get(key) != now.get(key)
-    ]
-    if changed:
-        raise ConfigError(
-            f"{checkpoint} is of another configuration: {'; '.join(changed)}. Go on with the one "
-            "it was begun with, or choose another output"
-        )
-
-
-def check_same_weights(checkpoint: Path, vlm: DiffusionVLM) -> None:
-    """Raise unless the models of a run are those that its checkpoint was begun with.
-
-    Raises:
-        ConfigError: A model of the same name has other weights now.
-    """
-    before = read_json(checkpoint / RUN_FILE).get("weights", {})
-    parts = {"encoder": vlm.encoder, "language model": vlm.language_model}
-    for part, mark in before.items():
-        if part in parts and not is_marked(parts[part], mark):
-            raise ConfigError(
-                f"{checkpoint} was trained with another {part}: the one that stands in its place "
-                "has other weights. Put that one back, or choose another output"
-            )
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """The state is written last."""
-    try:
-        state = read_json(checkpoint / STATE_FILE, finite=False)
-    except ConfigError:
-        return False
-    step = int(checkpoint.name.rpartition("-")[2])
-    whole = is_file(checkpoint / WEIGHTS_FILE) and is_file(checkpoint / RUN_FILE)
-    return whole and state.get("global_step") == step

@@ -1,6 +1,5 @@
 """Estimate of the time that a study will take."""
 
-import math
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -10,8 +9,8 @@ import torch
 
 from diffenc.mllm.training.build import build_vlm
 from diffenc.mllm.training.config import TrainConfig
-from diffenc.mllm.training.data import collate
-from diffenc.mllm.training.stages import check_data, make_dataset
+from diffenc.mllm.training.data import check_data
+from diffenc.mllm.training.dataset import collate, make_dataset
 from diffenc.studies.vlm.measure import CAPTION_TOKENS
 from diffenc.studies.vlm.measurements import Measurement
 from diffenc.studies.vlm.plan import StudyPlan
@@ -109,9 +108,10 @@ def measure_costs(workshop: Workshop) -> Costs:
     config = workshop.config(plan.ancestors(dearest)[0], 0)
     device = workshop.device or ("cuda" if torch.cuda.is_available() else "cpu")
     vlm = build_vlm(config, device=device)
-    samples, _ = check_data(config)
+    samples, _ = check_data(config.data, vlm.prompt_policy)
     batch = min(config.optimizing.device_batch_size, 16, len(samples))
-    dataset = make_dataset(config, vlm, samples[: 2 * batch], as_files=False)
+    some = samples[: 2 * batch]
+    dataset = make_dataset(config.data, vlm, some, seed=config.seed, as_files=False)
     rows = [dataset[index] for index in range(len(dataset))]
     vlm.train()
 
@@ -151,7 +151,7 @@ def _training(plan: StudyPlan, training: Training, costs: Costs) -> Piece:
     config = plan.config(training.name)
     optim, scenes = config.optimizing, plan.data.scenes
     samples = scenes * optim.epochs
-    steps = math.ceil(scenes / optim.batch_size) * optim.epochs
+    steps = optim.steps(scenes)
     halves = _halves(config)
     if config.data.cache == "off":  # a mixer trains behind the encoder, the others within it
         within = config.model.captioner or config.adapting.unet_rank

@@ -35,6 +35,8 @@ hold."""
 
 _LIMITS = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833)
 """Limits of Student's distribution, one-sided 5 %, for 1 to 9 degrees of freedom."""
+_WITHOUT_READING = ("read", "said", "base", "cider", "chance", "guess", "unread")
+"""Figures that count words, or no answers at all, so that an unread answer is not a wrong one."""
 _NEAR_LIMIT = 3.0
 """Distance from an end of the scale, in points of 100, that counts as near."""
 
@@ -265,7 +267,9 @@ def _unread(claim: Claim, figure: Callable[[Key], Spread | None]) -> float | Non
     """Largest percentage of unread answers that stand behind the figures of a claim."""
     shares = []
     for training, measurement, name in claim.keys:
-        _, point, number = name.partition(".")  # "named.2" is of the second pass
+        figure_name, point, number = name.partition(".")  # "named.2" is of the second pass
+        if figure_name in _WITHOUT_READING:
+            continue
         shares.append(figure((training, measurement, f"unread{point}{number}")))
     return max((share.mean for share in shares if share is not None), default=None)
 

@@ -19,9 +19,10 @@ from diffenc._version import __version__
 from diffenc.errors import BackboneError, ConfigError
 from diffenc.mllm.language import load_language_model
 from diffenc.mllm.model_folder import is_saved
+from diffenc.mllm.training.checkpoints import MODEL_FOLDER
 from diffenc.mllm.training.config import Stage, TrainConfig
 from diffenc.mllm.training.miniature import EDITIONS, write_miniature
-from diffenc.mllm.training.stages import MODEL_FOLDER, train
+from diffenc.mllm.training.stages import train
 from diffenc.mllm.vision import VisionTokens
 from diffenc.storage.names import is_folder
 from diffenc.storage.pretrained import model_config

@@ -32,8 +32,10 @@ class FirstCall:
     def stop_at(self, images: "Tensor | Sequence[Tensor]") -> None:
         """Note the pictures of a tower's call, and leave the host's code."""
         parts = [images] if isinstance(images, Tensor) else list(images)
-        stacks = [part[None] if part.ndim == 3 else part for part in parts]
-        self.shown = torch.cat([stack.float() for stack in stacks]) if stacks else None
+        if parts:
+            stacks = [part[None] if part.ndim == 3 else part for part in parts]
+            device = stacks[0].device
+            self.shown = torch.cat([stack.to(device, torch.float32) for stack in stacks])
         raise _Stop
 
 
@@ -54,20 +56,3 @@ def recording_first_call() -> Iterator[FirstCall]:
 def first_call_to_record() -> FirstCall | None:
     """The record that a tower's call belongs to, or None: then the tower computes."""
     return _FIRST.get()
-
-
-def read_numbered(pictures: Tensor, base: int) -> list[int | None]:
-    """Numbers of pictures that are filled with one each; None where one is not.
-
-    Args:
-        pictures: Pictures (n 3 height width): red holds the number modulo the base, green the rest
-            of its division, blue nothing.
-        base: The base.
-    """
-    flat = pictures.flatten(2)
-    low, high = flat.amin(dim=2), flat.amax(dim=2)
-    value = ((low + high) / 2).round()
-    close = ((high - value).abs().amax(1) < 0.3) & ((low - value).abs().amax(1) < 0.3)
-    valid = close & (value[:, 2] == 0) & (value >= 0).all(dim=1)
-    numbers = (value[:, 0] + base * value[:, 1]).tolist()
-    return [int(n) if ok else None for n, ok in zip(numbers, valid.tolist(), strict=True)]
