@@ -42,10 +42,16 @@ from diffenc.models.sources import lasting_source
 from diffenc.models.taps import LATENTS, tap_patterns
 from diffenc.models.writing import write_folder
 from diffenc.passes.encoded import image_keys, posterior_of
-from diffenc.passes.forward import attention_key, compile_taps
+from diffenc.passes.forward import AttentionRead, attention_key, compile_taps
 from diffenc.passes.halves import read_halves
 from diffenc.passes.texts import text_halves
-from diffenc.passes.word_tokens import WordTokens, gather_words, word_layers, word_positions
+from diffenc.passes.word_tokens import (
+    WordTokens,
+    gather_words,
+    positions_of,
+    word_layers,
+    word_spans,
+)
 from diffenc.runtime.inference import lasting
 from diffenc.storage.names import checked_path
 from diffenc.tuning.parts import TrainableParts
@@ -443,63 +449,69 @@ class DiffusionEncoder(TrainableParts):
         conditioning: Conditioning | None = None,
         guidance_scale: float | None = None,
     ) -> WordTokens:
-        """Tokens that the words of a text gather: a few that say what the text is about.
+        """Tokens that the words of a text gather, each with its place in the picture.
 
-        For word w with cross-attention A_w over cells x, its token is sum_x A_w(x) f(x) / sum_x
-        A_w(x). Attention is read in the pass that gives the features; the pass goes on behind the
-        last tap only where `layers` lie there.
+        For a word w whose cross-attention is spread over the cells x as A_w(x), its token is the
+        sum of A_w(x) f(x) over x. Attention is read in the pass that gives the features f. Layers
+        are joined by `diffenc.denoiser.gathering.join_layers`.
 
         Args:
             images: One or several pictures of any kind, see
                 `diffenc.inputs.images.to_pixel_values`.
             prompts: One text for all images or one for each.
-            words: Words that gather, each in at least one text, or several words in a row ("red
-                circle"); None is every word of each text.
-            count: Number of words per image: the sharpest where there are more, by the entropy of
-                their maps; None keeps all.
-            layers: Cross-attentions that the maps are read from, see
-                `diffenc.denoiser.attention.match_layers`; None takes those nearest to the taps.
+            words: Words that gather, a token each: words of a text, or several in a row ("red
+                circle"). A text without one of them gets an absent token there; None is every word
+                of each text.
+            count: Number of words per image, the same for all: where a text has more, those whose
+                maps are sharp and lie apart; where it has fewer, absent tokens. None keeps all.
+            layers: Cross-attentions that are read, see
+                `diffenc.denoiser.attention.match_layers`. None takes those of the decoder that the
+                taps depend on or lie in, so that the pass ends where it does without them.
             power: Exponent of the maps, above 0; above 1 peaks count for more.
-            rest: Whether a last token is gathered by the start token, which the cells look at that
-                no word describes.
-            conditioning: Conditioning of the features that are gathered, see `extract`.
+            rest: Whether a last token is gathered by the attention that the words leave: that of
+                the start and end tokens, of marks and of other words.
+            conditioning: Conditioning of the features that are gathered, see `extract`; attention
+                is read under the text in any case. None takes the config's.
             guidance_scale: Guidance scale s in f_u + s (f_c - f_u), for "cfg".
 
         Returns:
-            Tokens with places, mask, words and maps. Images whose text has fewer words, or whose
-            words were cut off with the text, have absent tokens.
+            Tokens with places, maps, mask and words, and the features of the pass.
 
         Raises:
-            PromptError: Texts that were encoded before, a text without words, or words that it does
-                not have.
+            PromptError: No texts, or encoded ones; a word that no text has.
             ConfigError: A number out of range.
             TapError: No cross-attention by that name.
 
         Examples:
             >>> encoder = DiffusionEncoder.from_pretrained("shapes")
-            >>> found = encoder.word_tokens(picture, "what color is the circle?", ["circle"])
-            >>> found.tokens.shape, found.places.shape
+            >>> question = encoder.word_tokens(picture, "what color is the circle?", "circle")
+            >>> question.tokens.shape, question.places.shape
             (torch.Size([1, 1, 224]), torch.Size([1, 1, 4]))
         """
         if number("power", power) <= 0:
             raise ConfigError(f"power must be above 0, got {power}")
         if count is not None:
-            whole("count", count, least=1)
+            count = whole("count", count, least=1)
         if isinstance(prompts, PromptEmbeds) or prompts is None:
-            raise PromptError(
-                f"words are looked up in texts, and prompts are {shown(prompts)}; pass texts"
-            )
-        chosen = None if words is None else list(texts("words", words, error=PromptError))
+            raise PromptError(f"words are looked up in texts: pass texts, got {shown(prompts)}")
+        rest = flag("rest", rest)
+        chosen = None if words is None else texts("words", words, error=PromptError)
         images = decoded(images)
         each = match_batch(prompts, len(images))
-        positions = word_positions(self.backbone.tokenizers, each, chosen)
-        read_at = word_layers(self.backbone, [tap.name for tap in self._taps], layers)
-        features, attention = self._read(
-            images, each, conditioning, guidance_scale, attention=read_at
+        each = each * len(images) if len(each) == 1 else each
+        windows = self.config.long_prompts == "chunk"
+        spans = word_spans(self.backbone.tokenizers, each, chosen, windows=windows)
+        reading = AttentionRead(
+            word_layers(self.backbone, [tap.name for tap in self._taps], layers),
+            positions_of(spans),
         )
-        return gather_words(
-            features, attention, positions, count=count, power=power, rest=flag("rest", rest)
-        )
+        needed = self._conditioning(conditioning, prompts)
+        both = "concat" if needed == "uncond" else needed  # attention needs the text
+        check_guidance(guidance_scale, needed)
+        features, attention = self._read(images, each, both, guidance_scale, reading)
+        if both != needed:
+            features = features.select(needed)
+        return gather_words(features, attention, spans, count=count, power=power, rest=rest)
 
     def _read(
         self,
@@ -507,14 +519,11 @@ class DiffusionEncoder(TrainableParts):
         prompts: str | Sequence[str] | PromptEmbeds | None,
         conditioning: Conditioning | None,
         guidance_scale: float | None,
-        *,
-        attention: Sequence[str] = (),
+        attention: AttentionRead | None = None,
     ) -> tuple[Features, list[Float[Tensor, "b *t tokens _h _w"]]]:
-        """Features, and maps of all tokens of the texts at some cross-attentions."""
+        """Features, and attention to tokens of the texts at each cross-attention that is read."""
         conditioning = self._conditioning(conditioning, prompts)
         check_guidance(guidance_scale, conditioning)
-        if attention and conditioning == "uncond":
-            raise ConfigError("words are looked for under their text: not with 'uncond' alone")
         config, backbone = self.config, self.backbone
         several_readers = self.captioner is not None or config.original_size == "image"
         images = decoded(images) if several_readers else as_list(images)
@@ -556,8 +565,8 @@ class DiffusionEncoder(TrainableParts):
                 cond=cond,
                 attention=attention,
             )
-        under = halves["cond"] or {}
-        read = [under.pop(attention_key(layer)) for layer in attention]
+        under, layers = halves["cond"] or {}, () if attention is None else attention.layers
+        read = [under.pop(attention_key(layer)) for layer in layers]
         first = next(half for half in halves.values() if half is not None)
         grid = config.grid or middle_grid([(m.shape[-2], m.shape[-1]) for m in first.values()])
         features = Features(

@@ -38,8 +38,7 @@ class CrossAttnTaps:
         unet: A `UNet2DConditionModel`.
         layers: Names of `cross_attention_layers`, or of modules around them ("up_blocks.1"); None
             reads all.
-        tokens: Positions in the prompt, the start token being 0, for every row of the batch; None
-            reads all of them.
+        tokens: Positions in the prompt, the start token being 0, for every row of the batch.
         merge_heads: Whether to take the mean over heads; otherwise maps have an axis of heads after
             the tokens.
 
@@ -62,14 +61,14 @@ class CrossAttnTaps:
         unet: nn.Module,
         layers: Sequence[str] | None = None,
         *,
-        tokens: Sequence[int] | None,
+        tokens: Sequence[int],
         merge_heads: bool = True,
     ) -> None:
         known = _attentions(unet)
         self._layers = {name: known[name] for name in _match(layers, list(known))}
-        if tokens is not None and (not tokens or min(tokens) < 0):
+        if not tokens or min(tokens) < 0:
             raise ShapeError(f"tokens must be one position or more, 0 or above, got {list(tokens)}")
-        self._tokens, self._merge_heads = tokens, merge_heads
+        self._tokens, self._merge_heads = list(tokens), merge_heads
         self._grids: dict[nn.Module, tuple[int, int]] = {}
         self._projected = PairedOutputs()
         self._present: dict[str, Tensor | None] = {}
@@ -183,7 +182,7 @@ def check_read(attentions: Mapping[str, Any], read: Container[str]) -> None:
 def head_maps(
     query: Float[Tensor, "b hw qc"],
     key: Float[Tensor, "b l kc"],
-    tokens: Sequence[int] | None,
+    tokens: Sequence[int],
     *,
     heads: int,
     scale: float,
@@ -194,7 +193,7 @@ def head_maps(
     Args:
         query: Queries: projected image cells, heads side by side.
         key: Keys: projected tokens, heads side by side.
-        tokens: Positions on `l`; the softmax runs over all of `l`. None is all of them.
+        tokens: Positions on `l`; the softmax runs over all of `l`.
         heads: Number of heads.
         scale: Factor by which the products of queries and keys are multiplied.
         present: Mask of the tokens that the U-Net sees; the others get no attention. None is all.
@@ -202,7 +201,7 @@ def head_maps(
     Raises:
         ShapeError: A position lies behind the last token.
     """
-    if tokens is not None and max(tokens) >= key.shape[1]:
+    if max(tokens) >= key.shape[1]:
         raise ShapeError(f"there is no token {max(tokens)}: the text has {key.shape[1]}")
     with torch.autocast(query.device.type, enabled=False):
         queries = rearrange(query.float(), "b n (heads d) -> b heads n d", heads=heads)
@@ -210,8 +209,6 @@ def head_maps(
         scores = (queries * scale) @ keys
         if present is not None:
             scores = scores.masked_fill(~present[:, None, None, :], -torch.inf)
-        if tokens is None:
-            return scores.softmax(dim=-1)
         total = scores.logsumexp(dim=-1, keepdim=True)
         return (scores[..., list(tokens)] - total).exp()
 

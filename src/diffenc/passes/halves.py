@@ -22,7 +22,7 @@ from diffenc.memory.cache import Entry, recall
 from diffenc.memory.object_watch import object_key
 from diffenc.models.base import Backbone, States
 from diffenc.models.taps import LATENTS
-from diffenc.passes.forward import attention_key, compiled_taps, read_taps
+from diffenc.passes.forward import AttentionRead, attention_key, compiled_taps, read_taps
 
 Posteriors = tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]
 
@@ -37,7 +37,7 @@ def read_halves(
     states: States | None = None,
     uncond: PromptEmbeds | None,
     cond: PromptEmbeds | None,
-    attention: Sequence[str] = (),
+    attention: AttentionRead | None = None,
 ) -> dict[str, Maps | None]:
     """Features of pictures without and with their texts.
 
@@ -51,7 +51,7 @@ def read_halves(
         states: Keys of the model's state for this call; None reads the state now.
         uncond: Unconditional embeddings, one row per picture; None leaves that half out.
         cond: Encoded texts, one row per picture; None leaves that half out.
-        attention: Cross-attentions that are read in the same pass, under the texts.
+        attention: Cross-attention that is read in the same pass, under the texts; None reads none.
 
     Returns:
         Maps by tap under "uncond" and "cond", or None for a half that was left out: (b c h w), or
@@ -64,7 +64,9 @@ def read_halves(
     batch = len(posteriors[0])
     states = states or backbone.states()
     state = states.features if uncond is not None and keys is not None else None
-    compiled = compiled_taps(backbone, [tap for tap in taps if tap != LATENTS], states)
+    compiled = None
+    if attention is None:
+        compiled = compiled_taps(backbone, [tap for tap in taps if tap != LATENTS], states)
     parts: list[Maps] = []
 
     def read(missing: list[int]) -> list[Entry]:
@@ -104,7 +106,7 @@ def _read_rows(
     shown: list[int],
     texts: list[PromptEmbeds],
     compiled: Any,
-    attention: Sequence[str],
+    attention: AttentionRead | None,
 ) -> Maps:
     """Features of rows, mean over draws: (rows c h w), or (rows t c h w) for several steps.
 
@@ -116,7 +118,7 @@ def _read_rows(
         shown: Index of the picture that each row shows.
         texts: Encoded texts of the rows, in order.
         compiled: Compiled U-Net that `compiled_taps` returned, or None.
-        attention: Cross-attentions that are read in the same pass.
+        attention: Cross-attention that is read in the same pass; None reads none.
     """
     if not shown:
         return {}
@@ -128,7 +130,8 @@ def _read_rows(
     repeats = len(steps) * draws
     maps: Maps = {}
     names = [tap for tap in taps if tap != LATENTS]
-    if names or attention:
+    layers = () if attention is None else attention.layers
+    if names or layers:
         noisy_latents = [
             _noised(backbone, config, clean[draw], step, draw)
             for step in steps
@@ -148,7 +151,7 @@ def _read_rows(
         maps[LATENTS] = torch.cat(clean * len(steps)).to(backbone.device, backbone.dtype)
         require_finite(maps[LATENTS], "latents", "load the model with dtype=torch.float32")
     one = isinstance(config.timestep, int)
-    ordered = {name: maps[name] for name in [*taps, *map(attention_key, attention)]}
+    ordered = {name: maps[name] for name in [*taps, *map(attention_key, layers)]}
     if repeats == 1 and one:
         return ordered
     split = "(t d b) c h w -> b t d c h w"
