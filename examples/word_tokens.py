@@ -15,7 +15,7 @@ from diffenc.denoiser.gathering import gather
 from diffenc.shapes import Scene, SceneObject, masks, render, sample_scenes
 from diffenc.shapes.scenes import COLORS
 
-COUNT, SEED = 150, 0
+COUNT, SEED = 90, 0
 
 encoder = DiffusionEncoder.from_pretrained("shapes")
 
@@ -81,7 +81,7 @@ def named(vectors: Tensor, labels: Tensor) -> float:
 
 # %%
 pairs = asked_scenes(COUNT, SEED)
-parts = [read(pairs[start : start + 50]) for start in range(0, COUNT, 50)]
+parts = [read(pairs[start : start + 30]) for start in range(0, COUNT, 30)]
 labels = torch.tensor([COLORS.index(thing.color) for _, thing in pairs])
 print(f"colors named from one vector, {COUNT // 3} new scenes")
 for name in parts[0][0]:

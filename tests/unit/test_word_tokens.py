@@ -230,6 +230,14 @@ def test_half_precision_gathers_in_float32(load):
     torch.testing.assert_close(half.places, full.places, rtol=0.02, atol=0.01)
 
 
+def test_under_autocast_maps_are_summed_in_float32(encoder):
+    plain = encoder.word_tokens(picture(), TEXT, rest=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = encoder.word_tokens(picture(), TEXT, rest=True)
+    close(cast.maps.sum(dim=(-2, -1)), torch.ones(1, 8))
+    torch.testing.assert_close(cast.places, plain.places, rtol=0.02, atol=0.01)
+
+
 @pytest.mark.parametrize("part", ["tokens", "places"])
 def test_gradients_reach_lora_through_tokens_and_through_places(load, part):
     encoder = load()
@@ -295,6 +303,7 @@ def test_a_change_map_is_the_length_of_what_the_text_adds(encoder):
         ({"count": 0}, ConfigError, "count"),
         ({"rest": 2}, ConfigError, "rest"),
         ({"words": []}, PromptError, "words"),
+        ({"words": ["red", "red"]}, PromptError, "names 'red' twice"),
         ({"guidance_scale": 4.0}, ConfigError, "guidance_scale"),
         ({"prompts": None}, PromptError, "pass texts"),
         ({"prompts": " . "}, PromptError, "no words"),

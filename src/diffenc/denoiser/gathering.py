@@ -120,8 +120,7 @@ def most_telling(
         left = (worth * (1 - taken)).masked_fill(kept | ~present, -1)
         best = left.argmax(dim=1, keepdim=True)
         kept = kept.scatter(1, best, True)
-        rows = torch.arange(len(best), device=best.device)
-        taken = torch.maximum(taken, overlaps[rows, best[:, 0]])
+        taken = torch.maximum(taken, overlaps.take_along_dim(best[:, :, None], dim=1)[:, 0])
     return kept & present
 
 

@@ -6,8 +6,10 @@ from itertools import chain
 from typing import Any, Literal
 
 import torch
+from einops import einsum
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from diffenc.config import check_choice
 from diffenc.denoiser.attention import cross_attention_layers, match_layers
@@ -86,7 +88,7 @@ class WordTokens:
             changes: Tensor = change_map(*flat).unflatten(0, leading)
             return changes
         words = [[word not in ("", REST) for word in own] for own in self.words]
-        present = torch.tensor(words, device=self.maps.device)
+        present = torch.tensor(words, dtype=torch.bool, device=self.maps.device)
         if self.maps.ndim == 5:
             present = present[:, None].expand(self.maps.shape[:3])
         return join_words(self.maps, present)
@@ -137,8 +139,10 @@ def word_spans(
         windows: Whether long texts are read in windows; otherwise they are cut.
 
     Raises:
-        PromptError: A text without words, or a word that no text has.
+        PromptError: A text without words, or a word that no text has or that is named twice.
     """
+    if words is not None and (twice := [word for word in words if words.count(word) > 1]):
+        raise PromptError(f"words names {twice[0]!r} twice, and it has one token; name it once")
     spans: dict[str, Spans] = {}
     faults: dict[str, PromptError] = {}
     for text in dict.fromkeys(texts):
@@ -181,58 +185,68 @@ def gather_words(
         power: Exponent of the maps; above 1 peaks count for more.
         rest: Whether a last token is gathered by the attention that the words do not get.
     """
-    leading = attention[0].shape[:-3]
+    device = attention[0].device
     widest = max(map(len, spans))
     words = [[*own, *[""] * (widest - len(own))] for own in spans]
     mask = torch.tensor(
         [[bool(own.get(word)) for word in row] for own, row in zip(spans, words, strict=True)],
-        device=attention[0].device,
+        dtype=torch.bool,
+        device=device,
     )
-    positions = positions_of(spans)
-    repeats = leading[1] if len(leading) == 2 else 1
-    per_row = [own for own in spans for _ in range(repeats)]
-    layers = [_word_maps(maps.flatten(0, -4), per_row, positions, widest) for maps in attention]
-    joined = as_shares(join_layers(layers), power).unflatten(0, leading)
-    shares, others = joined[..., :-1, :, :], joined[..., -1:, :, :]
-    if count is not None:
-        shares, mask, words = _chosen(shares, mask, words, count)
-    words = [
-        [word if there else "" for word, there in zip(own, row, strict=True)]
-        for own, row in zip(words, mask.tolist(), strict=True)
-    ]
-    if rest:
-        shares = torch.cat([shares, others], dim=-3)
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        words = [[*own, REST] for own in words]
-    flat = shares.flatten(0, -4)
-    parts = [gather(maps.flatten(0, -4), flat) for maps in features.values()]
+    with torch.autocast(device.type, enabled=False):
+        joined = _word_maps(attention, _pieces(spans, widest).to(device), power)
+        shares, others = joined[..., :-1, :, :], joined[..., -1:, :, :]
+        if count is not None:
+            shares, mask, words = _chosen(shares, mask, words, count)
+        if rest:
+            shares = torch.cat([shares, others], dim=-3)
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            words = [[*own, REST] for own in words]
+        flat = shares.flatten(0, -4)
+        parts = [gather(maps.flatten(0, -4), flat) for maps in features.values()]
+        centres = places(shares)
     return WordTokens(
-        tokens=torch.cat(parts, dim=-1).unflatten(0, leading),
-        places=places(shares),
+        tokens=torch.cat(parts, dim=-1).unflatten(0, shares.shape[:-3]),
+        places=centres,
         maps=shares,
         mask=mask,
-        words=tuple(map(tuple, words)),
+        words=tuple(
+            tuple(word if there else "" for word, there in zip(own, row, strict=True))
+            for own, row in zip(words, mask.tolist(), strict=True)
+        ),
         features=features,
     )
 
 
-def _word_maps(
-    maps: Float[Tensor, "rows tokens h w"],
-    spans: Sequence[Spans],
-    positions: Sequence[int],
-    width: int,
-) -> Float[Tensor, "rows width_1 h w"]:
-    """Attention of each row's words, the sum over their pieces; behind them what they leave."""
-    index = {position: place for place, position in enumerate(positions)}
-    chosen = maps.new_zeros(len(spans), width + 1, len(positions))
+def _pieces(spans: Sequence[Spans], width: int) -> Float[Tensor, "b width tokens"]:
+    """1 where a token at `positions_of(spans)` is a piece of a picture's word, else 0."""
+    index = {position: place for place, position in enumerate(positions_of(spans))}
+    shape = (len(spans), width, len(index))
+    pieces = torch.zeros(shape, dtype=torch.float32, device="cpu")
     for row, own in enumerate(spans):
         for word, span in enumerate(own.values()):
             for position in span:
-                chosen[row, word, index[position]] = 1
-    of_words = torch.einsum("rwt,rthv->rwhv", chosen, maps)
-    covered = chosen.amax(dim=1)  # words may overlap, and a token counts once
-    left = 1 - torch.einsum("rt,rthv->rhv", covered, maps)
-    return torch.cat([of_words[:, :-1], left.clamp_min(0)[:, None]], dim=1)
+                pieces[row, word, index[position]] = 1
+    return pieces
+
+
+def _word_maps(
+    attention: Sequence[Float[Tensor, "b *t tokens _h _w"]],
+    pieces: Float[Tensor, "b words tokens"],
+    power: float,
+) -> Float[Tensor, "b *t words_1 h w"]:
+    """Shares of the cells for each word, and behind them for what the words leave."""
+    leading = attention[0].shape[:-3]
+    rows = pieces.repeat_interleave(leading[1], dim=0) if len(leading) == 2 else pieces
+    covered = rows.amax(dim=1, keepdim=True)  # words may overlap, and a token counts once
+    layers = []
+    for maps in attention:
+        flat = maps.flatten(0, -4)
+        of_words = einsum(rows, flat, "b words tokens, b tokens h w -> b words h w")
+        left = 1 - einsum(covered, flat, "b one tokens, b tokens h w -> b one h w")
+        layers.append(torch.cat([of_words, left.clamp_min(0)], dim=1))
+    joined: Tensor = as_shares(join_layers(layers), power).unflatten(0, leading)
+    return joined
 
 
 def _chosen(
@@ -245,15 +259,14 @@ def _chosen(
     over_steps = shares if shares.ndim == 4 else shares.mean(dim=1)
     kept = most_telling(over_steps, mask, count)
     order = (~kept).long().argsort(dim=1, stable=True)[:, :count]
-    rows = torch.arange(len(order), device=order.device)[:, None]
-    there = kept[rows, order]
-    chosen = shares.movedim(-3, 1)[rows, order].movedim(1, -3)
+    there = kept.take_along_dim(order, dim=1)
+    index = order[..., None, None] if shares.ndim == 4 else order[:, None, :, None, None]
+    chosen = shares.take_along_dim(index, dim=-3)
     present = there if shares.ndim == 4 else there[:, None]
     chosen = chosen * present[..., None, None]
     names = [[own[place] for place in row] for own, row in zip(words, order.tolist(), strict=True)]
     missing = count - order.shape[1]
     if missing > 0:
-        chosen = torch.nn.functional.pad(chosen, (0, 0, 0, 0, 0, missing))
-        there = torch.nn.functional.pad(there, (0, missing))
+        chosen, there = F.pad(chosen, (0, 0, 0, 0, 0, missing)), F.pad(there, (0, missing))
         names = [[*own, *[""] * missing] for own in names]
     return chosen, there, names
