@@ -12,14 +12,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffenc._typing import Conditioning, Prediction
-from diffenc.checks.arguments import flag, shown, text
+from diffenc.checks.arguments import flag, number, shown, text, texts, whole
 from diffenc.config import EncoderConfig, check_choice, check_is_config, described
 from diffenc.denoiser.grids import middle_grid
 from diffenc.denoiser.lora.adapters import is_merged
-from diffenc.errors import ConfigError, OutputError
+from diffenc.errors import ConfigError, OutputError, PromptError
 from diffenc.features import Features, check_guidance
 from diffenc.inputs.images import Images, as_list, decoded, image_sizes, to_pixel_values
-from diffenc.inputs.prompts import PromptEmbeds
+from diffenc.inputs.prompts import PromptEmbeds, match_batch
 from diffenc.memory.object_watch import object_key
 from diffenc.models import Architecture, TapInfo, load_backbone, model_name
 from diffenc.models.base import Backbone
@@ -42,9 +42,16 @@ from diffenc.models.sources import lasting_source
 from diffenc.models.taps import LATENTS, tap_patterns
 from diffenc.models.writing import write_folder
 from diffenc.passes.encoded import image_keys, posterior_of
-from diffenc.passes.forward import compile_taps
+from diffenc.passes.forward import AttentionRead, attention_key, compile_taps
 from diffenc.passes.halves import read_halves
 from diffenc.passes.texts import text_halves
+from diffenc.passes.word_tokens import (
+    WordTokens,
+    gather_words,
+    positions_of,
+    word_layers,
+    word_spans,
+)
 from diffenc.runtime.inference import lasting
 from diffenc.storage.names import checked_path
 from diffenc.tuning.parts import TrainableParts
@@ -426,6 +433,95 @@ class DiffusionEncoder(TrainableParts):
             Diffusion as a Task Aware Feature Extractor", section 5.
         """
         check_choice("output", output, ("features", "list"))
+        features, _ = self._read(images, prompts, conditioning, guidance_scale)
+        return features.to_list() if output == "list" else features
+
+    def word_tokens(
+        self,
+        images: Images,
+        prompts: str | Sequence[str],
+        words: str | Sequence[str] | None = None,
+        *,
+        count: int | None = None,
+        layers: str | Sequence[str] | None = None,
+        power: float = 1.0,
+        rest: bool = False,
+        conditioning: Conditioning | None = None,
+        guidance_scale: float | None = None,
+    ) -> WordTokens:
+        """Tokens that the words of a text gather, each with its place in the picture.
+
+        For a word w whose cross-attention is spread over the cells x as A_w(x), its token is the
+        sum of A_w(x) f(x) over x. Attention is read in the pass that gives the features f. Layers
+        are joined by `diffenc.denoiser.gathering.join_layers`.
+
+        Args:
+            images: One or several pictures of any kind, see
+                `diffenc.inputs.images.to_pixel_values`.
+            prompts: One text for all images or one for each.
+            words: Words that gather, a token each: words of a text, or several in a row ("red
+                circle"). A text without one of them gets an absent token there; None is every word
+                of each text.
+            count: Number of words per image, the same for all: where a text has more, those whose
+                maps are sharp and lie apart; where it has fewer, absent tokens. None keeps all.
+            layers: Cross-attentions that are read, see
+                `diffenc.denoiser.attention.match_layers`. None takes those of the decoder that the
+                taps depend on or lie in, so that the pass ends where it does without them.
+            power: Exponent of the maps, above 0; above 1 peaks count for more.
+            rest: Whether a last token is gathered by the attention that the words leave: that of
+                the start and end tokens, of marks and of other words.
+            conditioning: Conditioning of the features that are gathered, see `extract`; attention
+                is read under the text in any case. None takes the config's.
+            guidance_scale: Guidance scale s in f_u + s (f_c - f_u), for "cfg".
+
+        Returns:
+            Tokens with places, maps, mask and words, and the features of the pass.
+
+        Raises:
+            PromptError: No texts, or encoded ones; a word that no text has.
+            ConfigError: A number out of range.
+            TapError: No cross-attention by that name.
+
+        Examples:
+            >>> encoder = DiffusionEncoder.from_pretrained("shapes")
+            >>> question = encoder.word_tokens(picture, "what color is the circle?", "circle")
+            >>> question.tokens.shape, question.places.shape
+            (torch.Size([1, 1, 224]), torch.Size([1, 1, 4]))
+        """
+        if number("power", power) <= 0:
+            raise ConfigError(f"power must be above 0, got {power}")
+        if count is not None:
+            count = whole("count", count, least=1)
+        if isinstance(prompts, PromptEmbeds) or prompts is None:
+            raise PromptError(f"words are looked up in texts: pass texts, got {shown(prompts)}")
+        rest = flag("rest", rest)
+        chosen = None if words is None else texts("words", words, error=PromptError)
+        images = decoded(images)
+        each = match_batch(prompts, len(images))
+        each = each * len(images) if len(each) == 1 else each
+        windows = self.config.long_prompts == "chunk"
+        spans = word_spans(self.backbone.tokenizers, each, chosen, windows=windows)
+        reading = AttentionRead(
+            word_layers(self.backbone, [tap.name for tap in self._taps], layers),
+            positions_of(spans),
+        )
+        needed = self._conditioning(conditioning, prompts)
+        both = "concat" if needed == "uncond" else needed  # attention needs the text
+        check_guidance(guidance_scale, needed)
+        features, attention = self._read(images, each, both, guidance_scale, reading)
+        if both != needed:
+            features = features.select(needed)
+        return gather_words(features, attention, spans, count=count, power=power, rest=rest)
+
+    def _read(
+        self,
+        images: Images,
+        prompts: str | Sequence[str] | PromptEmbeds | None,
+        conditioning: Conditioning | None,
+        guidance_scale: float | None,
+        attention: AttentionRead | None = None,
+    ) -> tuple[Features, list[Float[Tensor, "b *t tokens _h _w"]]]:
+        """Features, and attention to tokens of the texts at each cross-attention that is read."""
         conditioning = self._conditioning(conditioning, prompts)
         check_guidance(guidance_scale, conditioning)
         config, backbone = self.config, self.backbone
@@ -467,7 +563,10 @@ class DiffusionEncoder(TrainableParts):
                 states=states,
                 uncond=uncond,
                 cond=cond,
+                attention=attention,
             )
+        under, layers = halves["cond"] or {}, () if attention is None else attention.layers
+        read = [under.pop(attention_key(layer)) for layer in layers]
         first = next(half for half in halves.values() if half is not None)
         grid = config.grid or middle_grid([(m.shape[-2], m.shape[-1]) for m in first.values()])
         features = Features(
@@ -477,7 +576,7 @@ class DiffusionEncoder(TrainableParts):
             grid=(grid, grid) if isinstance(grid, int) else grid,
             truncated=() if cond is None else cond.truncated,
         )
-        return features.to_list() if output == "list" else features
+        return features, read
 
     def _original_sizes(self, images: Images, batch: int) -> list[tuple[int, int]] | None:
         """Size of each picture for SDXL, (height, width); None leaves the processed size."""

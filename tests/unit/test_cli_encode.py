@@ -234,3 +234,40 @@ def test_a_preset_reads_as_a_published_method_does(tiny_sd_folder, pictures, tmp
     unknown = run(*arguments, "hyperfeature", "--force")
     assert unknown.exit_code == 2
     assert "Did you mean 'hyperfeatures'" in unknown.output
+
+
+def test_word_tokens_are_written_with_their_places_and_their_words(
+    tiny_sd_folder, pictures, tmp_path
+):
+    output = tmp_path / "f.safetensors"
+    prompts = ["a red circle left of a square", "blue", "a red square"]
+    result = run(
+        *pictures,
+        *(part for prompt in prompts for part in ("-p", prompt)),
+        *("--model", tiny_sd_folder, "--taps", "up_blocks.1", "--size", 64, "--batch-size", 2),
+        *("--no-maps", "--word-tokens", 2, "-o", output),
+    )
+    assert result.exit_code == 0, result.output
+    tensors, metadata = read(output)
+    encoder = DiffusionEncoder.from_pretrained(tiny_sd_folder, taps="up_blocks.1", size=64)
+    expected = encoder.word_tokens(pictures, prompts, count=2)
+    assert metadata["words"] == list(map(list, expected.words))
+    assert set(tensors) == {"word_tokens", "word_places", "word_mask"}
+    assert tensors["word_mask"].tolist() == [[True, True], [True, False], [True, True]]
+    torch.testing.assert_close(tensors["word_tokens"], expected.tokens, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(tensors["word_places"], expected.places, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--word-tokens", 2], "gathered by the words of --prompt"),
+        (["--word-tokens", 2, "-p", "?!"], "has no words"),
+        (["--word-tokens", 2, "-p", "a", "--no-registers"], "leave --no-registers out"),
+        (["--no-maps"], "needs --tokens or --word-tokens"),
+    ],
+)
+def test_word_tokens_without_words_are_refused_before_a_model_is_loaded(pictures, options, message):
+    result = run(pictures[0], "--model", "no-such-model", *options)
+    assert result.exit_code != 0
+    assert message in " ".join(result.output.split())

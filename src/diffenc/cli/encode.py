@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from diffenc.encoder import DiffusionEncoder
     from diffenc.features import Features
+    from diffenc.passes.word_tokens import WordTokens
 
 
 def _encode(
@@ -87,6 +88,15 @@ def _encode(
         bool,
         typer.Option("--tokens/--no-tokens", help='Write "tokens": all taps on one grid, in rows.'),
     ] = False,
+    word_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help='Write "word_tokens", "word_places" and "word_mask": tokens that N words of each '
+            "image's text gather, and where in the image the words are seen.",
+        ),
+    ] = None,
     registers: Annotated[
         bool,
         typer.Option(
@@ -106,8 +116,10 @@ def _encode(
     """Write features of images under a text to a file.
 
     One tensor per tap (images, channels, height, width) and, with --tokens, "tokens" (images,
-    cells, channels). The metadata entry "diffenc" holds, as JSON, the names of the images and of
-    those left out, the prompts, the options and the version.
+    cells, channels); with --word-tokens, "word_tokens" (images, words, channels), "word_places"
+    (images, words, 4), which are the row and column of each centre and the spread along both, and
+    "word_mask". The metadata entry "diffenc" holds, as JSON, the names of the images and of those
+    left out, the prompts, the words, the options and the version.
     """
     parts: dict[str, Any] = {
         "preset": preset,
@@ -118,9 +130,11 @@ def _encode(
         "variant": variant,
     }
     check_output(output, suffixes=(".safetensors",), force=force)
-    if not (maps or tokens):
-        raise ConfigError("nothing to write: --no-maps needs --tokens")
-    _check_inputs(images, prompts, changes)
+    if not (maps or tokens or word_tokens):
+        raise ConfigError("nothing to write: --no-maps needs --tokens or --word-tokens")
+    if word_tokens and not registers:
+        raise ConfigError("--word-tokens gathers features as they are; leave --no-registers out")
+    _check_inputs(images, prompts, changes, words=word_tokens is not None)
     files = PictureFiles(images, skip_broken)
     files.check()
 
@@ -139,11 +153,13 @@ def _encode(
     )
     tensors: dict[str, torch.Tensor] = {}
     truncated: list[int] = []
+    words: list[tuple[str, ...]] = []
     done = 0
-    for features in _passes(encoder, files, prompts, batch_size):
+    for features, gathered in _passes(encoder, files, prompts, batch_size, word_tokens):
         truncated += features.truncated
         kept = features if registers else features.without_registers()
-        for name, rows in _to_write(kept, maps=maps, tokens=tokens).items():
+        words += () if gathered is None else gathered.words
+        for name, rows in _to_write(kept, gathered, maps=maps, tokens=tokens).items():
             _fill(tensors, name, rows, done, len(images))
             count = len(rows)
         done += count
@@ -162,6 +178,7 @@ def _encode(
         "taps": [asdict(tap) for tap in encoder.feature_info],
         "config": encoder.config.to_dict(),
         **({} if registers else {"registers": False}),
+        **({} if word_tokens is None else {"words": words}),
     }
     # One entry: the order of several is random, and equal calls shall write equal files.
     described = {"diffenc": json.dumps(metadata)}
@@ -198,6 +215,8 @@ def _check_inputs(
     images: "Sequence[Path]",
     prompts: "Sequence[str] | None",
     changes: "Mapping[str, Any]",
+    *,
+    words: bool,
 ) -> None:
     """Find what is wrong with the input before a model is loaded."""
     conditioning = changes.get("conditioning")
@@ -205,10 +224,15 @@ def _check_inputs(
         raise ConfigError(f"conditioning {conditioning!r} needs --prompt; got none")
     if "guidance_scale" in changes and conditioning != "cfg":
         raise ConfigError("--guidance-scale is read by --conditioning cfg alone; pass that too")
+    if words and not prompts:
+        raise ConfigError("--word-tokens are gathered by the words of --prompt; got none")
     from diffenc.inputs.prompts import match_batch
+    from diffenc.inputs.words import words_of
 
     if prompts:
-        match_batch(prompts, len(images))
+        texts = match_batch(prompts, len(images))
+        for text in texts if words else ():
+            words_of(text)
 
 
 def _texts(prompts: "Sequence[str] | None", places: "Sequence[int]") -> list[str]:
@@ -223,8 +247,9 @@ def _passes(
     files: PictureFiles,
     prompts: "Sequence[str] | None",
     batch_size: int,
-) -> "Iterator[Features]":
-    """The features of each batch, with a progress bar on a terminal.
+    words: int | None,
+) -> "Iterator[tuple[Features, WordTokens | None]]":
+    """The features of each batch and what words gather, with a progress bar on a terminal.
 
     Raises:
         ImageError: A picture broke after it was checked and shall not be skipped, or all did.
@@ -235,7 +260,11 @@ def _passes(
             pictures = _opened(files, places[start : start + batch_size])
             if pictures:
                 texts = _texts(prompts, list(pictures)) or None
-                yield encoder.extract(list(pictures.values()), texts)
+                if words is None or texts is None:
+                    yield encoder.extract(list(pictures.values()), texts), None
+                else:
+                    gathered = encoder.word_tokens(list(pictures.values()), texts, count=words)
+                    yield gathered.features, gathered
             if progress is not None and len(places) > batch_size:
                 progress(min(start + batch_size, len(places)), len(places))
     files.require_some()
@@ -254,9 +283,16 @@ def _opened(files: PictureFiles, places: "Sequence[int]") -> "dict[int, Image]":
     return pictures
 
 
-def _to_write(features: "Features", *, maps: bool, tokens: bool) -> "Mapping[str, Tensor]":
+def _to_write(
+    features: "Features", gathered: "WordTokens | None", *, maps: bool, tokens: bool
+) -> "Mapping[str, Tensor]":
     tensors = dict(features) if maps else {}
-    return {**tensors, "tokens": features.tokens()} if tokens else tensors
+    if tokens:
+        tensors["tokens"] = features.tokens()
+    if gathered is not None:
+        tensors["word_tokens"] = gathered.tokens
+        tensors |= {"word_places": gathered.places, "word_mask": gathered.mask}
+    return tensors
 
 
 def _fill(tensors: "dict[str, Tensor]", name: str, rows: "Tensor", start: int, count: int) -> None:

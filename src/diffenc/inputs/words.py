@@ -41,7 +41,12 @@ def words_of(text: str, tokenizer: Any = None) -> list[str]:
 
 
 def word_token_positions(
-    tokenizer: Any, text: str, word: str, *, occurrence: int | None = None
+    tokenizer: Any,
+    text: str,
+    word: str,
+    *,
+    occurrence: int | None = None,
+    windows: bool = False,
 ) -> tuple[int, ...]:
     """Positions of all pieces of a word in the text encoder's input; the start token is 0.
 
@@ -54,6 +59,8 @@ def word_token_positions(
         word: A word of the prompt, or several in a row; upper and lower case are equal.
         occurrence: Index of the occurrence to take if the word occurs several times, from 0; None
             takes all occurrences.
+        windows: Whether a long text is read in windows, see
+            `diffenc.inputs.prompts.tokenize_windows`; otherwise it is cut.
 
     Raises:
         PromptError: The text has no such word, or not so many times, or it was cut off.
@@ -72,6 +79,10 @@ def word_token_positions(
             )
         spans = [spans[occurrence]]
     limit = limit_of(tokenizer)
+    if windows:
+        room = limit - 2
+        places = (position - 1 for start, stop in spans for position in range(start, stop))
+        return tuple(place // room * limit + place % room + 1 for place in places)
     kept = [span for span in spans if span[1] < limit]  # the last place is the end token's
     if not kept:
         raise PromptError(
@@ -81,13 +92,17 @@ def word_token_positions(
     return tuple(position for start, stop in kept for position in range(start, stop))
 
 
-def shared_positions(tokenizers: Sequence[Any], text: str, word: str) -> tuple[int, ...]:
+def shared_positions(
+    tokenizers: Sequence[Any], text: str, word: str, *, windows: bool = False
+) -> tuple[int, ...]:
     """Do the same as `word_token_positions` for text encoders whose states stand side by side.
 
     Raises:
         PromptError: As there, or the tokenizers split the text differently.
     """
-    first, *others = [word_token_positions(each, text, word) for each in tokenizers]
+    first, *others = [
+        word_token_positions(each, text, word, windows=windows) for each in tokenizers
+    ]
     if any(other != first for other in others):
         raise PromptError(
             f"{word!r} stands at other places for each text encoder of this model ({first} and "

@@ -2,12 +2,14 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from diffenc.checks.arguments import wholes
 from diffenc.denoiser.attention import CrossAttnTaps
@@ -21,6 +23,19 @@ from diffenc.models.base import Backbone, CompiledTaps, States
 from diffenc.runtime.inference import make_plain
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionRead:
+    """Cross-attention that is read in the pass that gives the features.
+
+    Attributes:
+        layers: Module paths of the cross-attentions.
+        positions: Positions of the tokens in the text, in ascending order; the start token is 0.
+    """
+
+    layers: tuple[str, ...]
+    positions: tuple[int, ...]
+
+
 def read_taps(
     backbone: Backbone,
     noisy_latents: Float[Tensor, "rows c h w"],
@@ -30,6 +45,7 @@ def read_taps(
     *,
     batch_size: int | None = None,
     compiled: Callable[..., tuple[Tensor, ...]] | None = None,
+    attention: AttentionRead | None = None,
 ) -> dict[str, Float[Tensor, "rows _c _h _w"]]:
     """Read features of rows, each with latents, a noise level and a text of its own.
 
@@ -45,9 +61,13 @@ def read_taps(
         taps: Module paths of the U-Net.
         batch_size: Largest number of rows per call; None is all at once.
         compiled: Compiled U-Net that `compiled_taps` returned; None looks whether there is one.
+        attention: Cross-attention that is read in the same calls, which are then not compiled and
+            end after the last of both; None reads none.
 
     Returns:
-        One map per tap, in the order of `taps`.
+        One map per tap, in the order of `taps`; behind them, under `attention_key`, one per
+        cross-attention, with tokens in place of channels: mean over heads, in float32, and zeros
+        for positions behind the end of a text.
 
     Raises:
         NonFiniteError: A map holds NaN or infinity.
@@ -61,7 +81,9 @@ def read_taps(
         make_plain(backbone.denoiser)  # moved in inference mode, weights could not be saved for it
     rows = len(noisy_latents)
     size = min(batch_size or rows, rows)
-    if compiled is None:
+    if attention is not None:
+        compiled = None
+    elif compiled is None:
         compiled = compiled_taps(backbone, taps)
     readings: list[dict[str, Tensor]] = []
     start = 0
@@ -78,6 +100,7 @@ def read_taps(
                         prompt_embeds.select(start, stop),
                         taps,
                         compiled,
+                        attention,
                     )
                 )
             except torch.cuda.OutOfMemoryError:
@@ -96,7 +119,7 @@ def read_taps(
     maps = (
         readings[0]
         if len(readings) == 1
-        else {t: torch.cat([m[t] for m in readings]) for t in taps}
+        else {name: torch.cat([m[name] for m in readings]) for name in readings[0]}
     )
     # A U-Net in channels_last gives such maps, which callers could not reshape as they expect.
     maps = {name: features.contiguous() for name, features in maps.items()}
@@ -147,13 +170,35 @@ def _read(
     prompt_embeds: PromptEmbeds,
     taps: Sequence[str],
     compiled: Callable[..., tuple[Tensor, ...]] | None,
+    attention: AttentionRead | None,
 ) -> dict[str, Tensor]:
     if compiled is not None:
         maps = backbone.denoise(noisy_latents, timesteps, prompt_embeds, run=compiled)
         # A compiled graph may give its outputs' memory to its next call.
         return {name: tap.clone() for name, tap in zip(taps, maps, strict=True)}
-    with ForwardTaps(backbone.denoiser, taps, early_exit=True) as reader:
-        return reader.run(partial(backbone.denoise, noisy_latents, timesteps, prompt_embeds))
+    call = partial(backbone.denoise, noisy_latents, timesteps, prompt_embeds)
+    if attention is None:
+        with ForwardTaps(backbone.denoiser, taps, early_exit=True) as reader:
+            return reader.run(call)
+    length, positions = prompt_embeds.prompt_embeds.shape[1], attention.positions
+    there = [position for position in positions if position < length]
+    # An attention's output, which is let go, says that it has run.
+    with (
+        CrossAttnTaps(backbone.denoiser, attention.layers, tokens=there or [0]) as weights,
+        ForwardTaps(backbone.denoiser, [*taps, *attention.layers], early_exit=True) as reader,
+    ):
+        outputs = reader.run(call)
+        read = weights.maps()
+    features = {name: outputs[name] for name in taps}
+    missing = (0, 0, 0, 0, 0, len(positions) - len(there))
+    for layer in attention.layers:
+        features[attention_key(layer)] = F.pad(read[layer][:, : len(there)], missing)
+    return features
+
+
+def attention_key(layer: str) -> str:
+    """Name of a cross-attention's map among those of taps."""
+    return f"attention of {layer}"
 
 
 def predict_noise(

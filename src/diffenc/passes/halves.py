@@ -22,7 +22,7 @@ from diffenc.memory.cache import Entry, recall
 from diffenc.memory.object_watch import object_key
 from diffenc.models.base import Backbone, States
 from diffenc.models.taps import LATENTS
-from diffenc.passes.forward import compiled_taps, read_taps
+from diffenc.passes.forward import AttentionRead, attention_key, compiled_taps, read_taps
 
 Posteriors = tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]
 
@@ -37,6 +37,7 @@ def read_halves(
     states: States | None = None,
     uncond: PromptEmbeds | None,
     cond: PromptEmbeds | None,
+    attention: AttentionRead | None = None,
 ) -> dict[str, Maps | None]:
     """Features of pictures without and with their texts.
 
@@ -50,10 +51,12 @@ def read_halves(
         states: Keys of the model's state for this call; None reads the state now.
         uncond: Unconditional embeddings, one row per picture; None leaves that half out.
         cond: Encoded texts, one row per picture; None leaves that half out.
+        attention: Cross-attention that is read in the same pass, under the texts; None reads none.
 
     Returns:
         Maps by tap under "uncond" and "cond", or None for a half that was left out: (b c h w), or
-        (b t c h w) where the config has several timesteps. No two maps share memory.
+        (b t c h w) where the config has several timesteps. No two maps share memory. Maps of
+        `attention` stand in "cond", under `diffenc.passes.forward.attention_key`.
 
     Raises:
         NonFiniteError: A map holds NaN or infinity.
@@ -61,14 +64,18 @@ def read_halves(
     batch = len(posteriors[0])
     states = states or backbone.states()
     state = states.features if uncond is not None and keys is not None else None
-    compiled = compiled_taps(backbone, [tap for tap in taps if tap != LATENTS], states)
+    compiled = None
+    if attention is None:
+        compiled = compiled_taps(backbone, [tap for tap in taps if tap != LATENTS], states)
     parts: list[Maps] = []
 
     def read(missing: list[int]) -> list[Entry]:
         texts = [uncond.take(missing)] if uncond is not None and missing else []
         texts += [cond] if cond is not None else []
         shown = [*missing, *range(batch if cond is not None else 0)]
-        parts.append(_read_rows(backbone, config, taps, posteriors, shown, texts, compiled))
+        parts.append(
+            _read_rows(backbone, config, taps, posteriors, shown, texts, compiled, attention)
+        )
         return [tuple(parts[0][name][row] for name in taps) for row in range(len(missing))]
 
     halves: dict[str, Maps | None] = {"uncond": None, "cond": None}
@@ -87,7 +94,7 @@ def read_halves(
     if cond is not None:
         if not parts:  # nothing was missing
             read([])
-        halves["cond"] = {name: parts[0][name][-batch:].clone() for name in taps}
+        halves["cond"] = {name: maps[-batch:].clone() for name, maps in parts[0].items()}
     return halves
 
 
@@ -99,6 +106,7 @@ def _read_rows(
     shown: list[int],
     texts: list[PromptEmbeds],
     compiled: Any,
+    attention: AttentionRead | None,
 ) -> Maps:
     """Features of rows, mean over draws: (rows c h w), or (rows t c h w) for several steps.
 
@@ -110,6 +118,7 @@ def _read_rows(
         shown: Index of the picture that each row shows.
         texts: Encoded texts of the rows, in order.
         compiled: Compiled U-Net that `compiled_taps` returned, or None.
+        attention: Cross-attention that is read in the same pass; None reads none.
     """
     if not shown:
         return {}
@@ -120,7 +129,9 @@ def _read_rows(
     ]
     repeats = len(steps) * draws
     maps: Maps = {}
-    if names := [tap for tap in taps if tap != LATENTS]:
+    names = [tap for tap in taps if tap != LATENTS]
+    layers = () if attention is None else attention.layers
+    if names or layers:
         noisy_latents = [
             _noised(backbone, config, clean[draw], step, draw)
             for step in steps
@@ -134,15 +145,20 @@ def _read_rows(
             names,
             batch_size=config.batch_size,
             compiled=compiled,
+            attention=attention,
         )
     if LATENTS in taps:
         maps[LATENTS] = torch.cat(clean * len(steps)).to(backbone.device, backbone.dtype)
         require_finite(maps[LATENTS], "latents", "load the model with dtype=torch.float32")
     one = isinstance(config.timestep, int)
+    ordered = {name: maps[name] for name in [*taps, *map(attention_key, layers)]}
     if repeats == 1 and one:
-        return {name: maps[name] for name in taps}
+        return ordered
     split = "(t d b) c h w -> b t d c h w"
-    means = {name: rearrange(maps[name], split, t=len(steps), d=draws).mean(dim=2) for name in taps}
+    means = {
+        name: rearrange(each, split, t=len(steps), d=draws).mean(dim=2)
+        for name, each in ordered.items()
+    }
     return {name: mean[:, 0] for name, mean in means.items()} if one else means
 
 
