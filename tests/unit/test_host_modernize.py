@@ -112,8 +112,9 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
 
 
 def modernize_is_undone() -> None:
-    with contextlib.suppress(ConfigError):  # refused: nothing was done
-        modernize("oldfork").undo()
+    for script in ("train.train", None):
+        with contextlib.suppress(ConfigError):  # refused: nothing was done
+            modernize("oldfork", script=script).undo()
 
 
 def options(folder: Path, *more: str) -> list[str]:
@@ -199,6 +200,19 @@ def test_generate_hands_no_cache_position_to_a_model_that_takes_none(write) -> N
     assert set(model.prepare_inputs_for_generation(1, cache_position=2)) == {"input_ids"}
     stock = sys.modules["oldfork.model.llava_arch"].Prepares.prepare_inputs_for_generation
     assert set(stock(model, 1, cache_position=2)) == {"input_ids", "cache_position"}
+
+
+def test_training_can_follow_a_call_that_left_it_aside(write) -> None:
+    write()
+    first = modernize("oldfork", script=None)
+    second = modernize("oldfork")
+    assert any("cache_position" in each for each in first.supplied)
+    assert any("tokenizer" in each for each in second.supplied)
+    assert not any("cache_position" in each for each in second.supplied)
+    second.undo()
+    first.undo()
+    model = sys.modules["oldfork.model.llava_arch"].OldModel()
+    assert "cache_position" in model.prepare_inputs_for_generation(1, cache_position=2)
 
 
 def test_a_model_that_takes_the_cache_position_keeps_it(write) -> None:

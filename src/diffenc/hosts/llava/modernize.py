@@ -32,21 +32,22 @@ class Modernization:
 
     Attributes:
         package: Name of the package.
+        script: Module of its training script; None where training was left aside.
         supplied: Names of what was supplied, with the reason; empty where nothing was missing.
     """
 
-    def __init__(self, package: str) -> None:
-        self.package = package
+    def __init__(self, package: str, script: str | None) -> None:
+        self.package, self.script = package, script
         self.supplied: list[str] = []
         self.patches = Patches()
 
     def undo(self) -> None:
         """Leave transformers and the package as they were found."""
-        _DONE.pop(self.package, None)
+        _DONE.pop((self.package, self.script), None)
         self.patches.undo()
 
 
-_DONE: dict[str, Modernization] = {}
+_DONE: dict[tuple[str, str | None], Modernization] = {}
 
 
 def modernize(
@@ -73,7 +74,7 @@ def modernize(
         trainer: Name, in the script, of the trainer that `train()` makes; None finds it.
 
     Returns:
-        What was supplied. A second call for a package returns the first one's.
+        What was supplied. A second call for a script returns the first one's.
 
     Raises:
         ConfigError: Something cannot be supplied, with its name; nothing is changed then.
@@ -81,9 +82,9 @@ def modernize(
     Source:
         haotian-liu/LLaVA, commit c121f04, under transformers 4.37.2, 4.48.3, 4.57.6 and 5.23.0.
     """
-    if package in _DONE:
-        return _DONE[package]
-    done = Modernization(package)
+    if (package, script) in _DONE:
+        return _DONE[package, script]
+    done = Modernization(package, script)
     try:
         _supply_names(done)
         import_part(package, "model.builder")
@@ -97,7 +98,7 @@ def modernize(
     except ConfigError:
         done.undo()
         raise
-    _DONE[package] = done
+    _DONE[package, script] = done
     return done
 
 
@@ -172,12 +173,15 @@ def _without_cache_position(done: Modernization, model: type[nn.Module]) -> None
     prepare: Any = getattr(model, "prepare_inputs_for_generation", None)
     if prepare is None or _takes(model.forward, "cache_position") or not _hands(model):
         return
+    if hasattr(prepare, "counts_itself"):
+        return
 
     def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> Any:
         inputs = prepare(self, *args, **kwargs)
         inputs.pop("cache_position", None)
         return inputs
 
+    prepare_inputs_for_generation.counts_itself = True  # type: ignore[attr-defined]
     prepare_inputs_for_generation.__signature__ = inspect.signature(  # type: ignore[attr-defined]
         prepare
     )
