@@ -45,9 +45,9 @@ def _advice(package: str, missing: str) -> str:
         import transformers
 
         return (
-            f"The fork was written for another transformers than {transformers.__version__}: call "
-            "diffenc.hosts.llava.modernize() first; what that does not supply needs the version "
-            "that the fork names"
+            f"The fork was written for another transformers than {transformers.__version__}. "
+            "diffenc.hosts.llava.modernize() supplies what LLaVA itself lacks; what is missing "
+            "after it needs the version that the fork names"
         )
     return "The fork itself needs that: install what its own guide names"
 

@@ -87,8 +87,9 @@ def modernize(
     done = Modernization(package, script)
     try:
         _supply_names(done)
-        import_part(package, "model.builder")
+        import_part(package, "model")
         import_architectures(package)
+        import_part(package, "model.builder")
         if script is not None:
             module = import_part(package, script)
             _modernize_script(done, module, trainer)
