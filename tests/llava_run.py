@@ -20,6 +20,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from diffenc.evals.hosted_vlm import HostedVLM
 from diffenc.hosts.llava import modernize, register, take_prompts, train_with_prompts
 from diffenc.hosts.prompts import prompt_scope
 from diffenc.shapes import render, sample_scenes
@@ -211,6 +212,8 @@ def answer(folder: Path, name: str, base: Path | None) -> dict[str, Any]:
     told["alone"] = [
         model.generate([shown[row]], [turns[row]], [prompts[row]], **call)[0] for row in range(3)
     ]
+    asked = HostedVLM(folder / name, max_new_tokens=6).guided(3)
+    told["evaluate"] = asked.answer(shown[:1], QUESTIONS[:1], QUESTIONS[:1])
     return told
 
 

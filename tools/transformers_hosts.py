@@ -34,6 +34,12 @@ SMALL = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
+SETTINGS: dict[str, Any] = {
+    "vision_feature_layer": -1,
+    "vision_feature_select_strategy": "full",
+    "image_grid_pinpoints": [[64, 64]],
+    "projection_dim": SMALL["hidden_size"],
+}
 # What classes ask for that cut pictures before the tower.
 PATCHES = {"image_grid_thw", "spatial_shapes", "image_merge_sizes"}
 SIZES = torch.tensor([[64, 64]])
@@ -55,23 +61,19 @@ and the last word's logits differ with the picture and with the question (`promp
 
 def tiny_config(kind: str) -> Any:
     config = configuration_auto.CONFIG_MAPPING[kind](vision_config=DiffEncConfig(SPEC))
-    text = getattr(config, "text_config", None)
+    text: Any = getattr(config, "text_config", None)
     for name, value in SMALL.items():
         if hasattr(text, name):
             setattr(text, name, value)
     if getattr(text, "layer_types", None):
         text.layer_types = ["full_attention"]
-    token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", 0)
+    named = getattr(config, "image_token_id", None)
+    token = int(getattr(config, "image_token_index", 0) if named is None else named)
     text.vocab_size = max(getattr(text, "vocab_size", 0), token + 1)
-    for name, value in (
-        ("vision_feature_layer", -1),
-        ("vision_feature_select_strategy", "full"),
-        ("image_grid_pinpoints", [[64, 64]]),
-        ("projection_dim", SMALL["hidden_size"]),
-    ):
+    for name, setting in SETTINGS.items():
         for part in (config, config.vision_config):
             if hasattr(part, name):
-                setattr(part, name, value)
+                setattr(part, name, setting)
     return config
 
 
@@ -87,7 +89,8 @@ def rows_of(features: Any) -> torch.Tensor:
     value = getattr(features, "pooler_output", features)
     while isinstance(value, (list, tuple)):
         value = value[0]
-    return value.reshape(-1, value.shape[-1])
+    rows: torch.Tensor = value.reshape(-1, value.shape[-1])
+    return rows
 
 
 def attempt(cls: Any, kind: str) -> tuple[str, str]:
@@ -129,7 +132,8 @@ def answers(model: Any, config: Any, place: str) -> tuple[str, str]:
 
     def logits(picture: torch.Tensor, question: str) -> torch.Tensor:
         with prompt_scope(question):
-            return model(input_ids=ids, pixel_values=picture, **call).logits[0, -1]
+            answer: torch.Tensor = model(input_ids=ids, pixel_values=picture, **call).logits[0, -1]
+        return answer
 
     first, other, another = (
         logits(shown[0], QUESTIONS[0]),

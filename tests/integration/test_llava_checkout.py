@@ -77,6 +77,7 @@ def test_the_plug_in_for_lmms_eval_answers_with_the_question_in_the_tower(found,
     assert told["scale"] == 3
     assert told["batch"] == told["alone"]
     assert all(told["batch"])
+    assert told["evaluate"] == told["alone"][:1]
 
 
 @pytest.mark.parametrize("name", ["pretrain", "finetune", "finetune_lora"])
