@@ -3,6 +3,8 @@ VENV ?= .venv
 ARGS ?=
 # Processes that share the tests; 0 runs them in one.
 WORKERS ?= 2
+# Checkout of LLaVA for `make hosts`; the default one is fetched.
+LLAVA ?= .hosts/LLaVA
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
@@ -16,7 +18,7 @@ REQUIREMENTS := pyproject.toml constraints.txt src/diffenc/_version.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo results test test-shapes test-oldest lmms lint format types layers docs wheel check gpu clean
+.PHONY: help demo results test test-shapes test-oldest lmms hosts lint format types layers docs wheel check gpu clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +53,18 @@ lmms: | $(BIN)/python  ## Run models through lmms-eval, which gets an environmen
 	.venv-lmms/bin/python -c "import torchvision" 2>/dev/null || \
 		.venv-lmms/bin/python -m pip uninstall --quiet --yes torchvision
 	.venv-lmms/bin/python -m pytest tests/integration/test_lmms_eval_run.py $(ARGS)
+
+# LLaVA's own dependencies are of 2024 and refuse diffenc's: its code is installed alone, beside what it imports.
+hosts: $(LLAVA)/pyproject.toml | $(BIN)/python  ## Train and ask LLaVA's own code on a tower, in an environment of its own
+	test -d .venv-hosts || $(PYTHON) -m venv .venv-hosts
+	.venv-hosts/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-llava.txt \
+		--editable . accelerate sentencepiece requests pytest pytest-timeout
+	.venv-hosts/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable $(LLAVA)
+	DIFFENC_LLAVA_CHECKOUT=$(LLAVA) .venv-hosts/bin/python -m pytest tests/integration/test_llava_checkout.py $(ARGS)
+
+.hosts/LLaVA/pyproject.toml:
+	git clone --quiet https://github.com/haotian-liu/LLaVA .hosts/LLaVA
+	git -C .hosts/LLaVA checkout --quiet c121f04
 
 lint: $(DEV_STAMP)  ## Check style, formatting and spelling
 	$(BIN)/ruff check

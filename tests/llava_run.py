@@ -3,12 +3,13 @@
     python tests/llava_run.py <LLaVA checkout> <empty folder>
 
 Trains stage 1, stage 2 with LoRA and stage 2 in full by LLaVA's `train()`, loads both by its
-`load_pretrained_model`, and generates. What was found is printed as one line of JSON. Nothing of
-LLaVA's is changed on disk; where transformers 5 has no such name any more, one is put in.
+`load_pretrained_model`, and generates. What was found is printed as one line of JSON. What makes
+LLaVA run under the installed transformers is `modernize`, and nothing beside it.
 """
 
-import inspect
 import json
+import os
+import subprocess
 import sys
 import types
 import warnings
@@ -19,31 +20,14 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from diffenc.hosts.llava import register, take_prompts, train_with_prompts
+from diffenc.evals.hosted_vlm import HostedVLM
+from diffenc.hosts.llava import modernize, register, take_prompts, train_with_prompts
 from diffenc.hosts.prompts import prompt_scope
 from diffenc.shapes import render, sample_scenes
 
 TOWER = "diffenc:shapes?t=50&rank=4"
 QUESTIONS = ["what color is the circle?", "how many stars are there?"]
 WORDS = "what color is the circle star square how many stars are there ? red blue green one two a"
-
-
-def put_in_what_newer_transformers_lacks() -> None:
-    from transformers import trainer
-
-    if not hasattr(trainer, "ALL_LAYERNORM_LAYERS"):
-        trainer.ALL_LAYERNORM_LAYERS = [torch.nn.LayerNorm]
-    if not hasattr(trainer, "get_parameter_names"):
-        from transformers.trainer_pt_utils import get_parameter_names
-
-        trainer.get_parameter_names = get_parameter_names
-    init = trainer.Trainer.__init__
-    if "tokenizer" not in inspect.signature(init).parameters:
-
-        def with_tokenizer(self: Any, *args: Any, tokenizer: Any = None, **kwargs: Any) -> None:
-            init(self, *args, processing_class=tokenizer, **kwargs)
-
-        trainer.Trainer.__init__ = with_tokenizer
 
 
 def write_world(folder: Path) -> None:
@@ -83,12 +67,7 @@ def write_world(folder: Path) -> None:
 def train(folder: Path, out: str, *options: str) -> Any:
     import llava.train.train as script
 
-    script.maybe_zero_3 = lambda value, *_, **__: value.detach().cpu().clone()
     models: list[Any] = []
-    inner = script.LLaVATrainer.__mro__[1]
-    sampler = inner._get_train_sampler
-    if "LLaVA" in sampler.__qualname__ and len(inspect.signature(sampler).parameters) == 1:
-        inner._get_train_sampler = lambda self, *_: sampler(self)
     original = script.LLaVATrainer.train
 
     def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -209,7 +188,6 @@ def answer(folder: Path, name: str, base: Path | None) -> dict[str, Any]:
     from PIL import Image
 
     from diffenc.evals.lmms_eval.opening import open_model
-    from diffenc.hosts.prompts import resolve_prompts
 
     options = {} if base is None else {"model_base": str(base)}
     place = {"device": torch.device("cpu"), "dtype": torch.float32}
@@ -219,13 +197,13 @@ def answer(folder: Path, name: str, base: Path | None) -> dict[str, Any]:
     texts = [f"<image>\n{QUESTIONS[0]}", f"<image>\n<image>\n{QUESTIONS[1]}", "how many stars"]
     turns = [[{"from": "human", "value": text}] for text in texts]
     prompts, rows = [*QUESTIONS, ""], []
-    forward = model.tower.forward
+    features = model.tower._features
 
-    def noted(images: Any, tokens: Any = None) -> Any:
-        rows.append(resolve_prompts(tokens, len(images), model.tower.tokenizer))
-        return forward(images, tokens)
+    def noted(images: Any, tokens: Any) -> Any:
+        rows.append(tokens)
+        return features(images, tokens)
 
-    model.tower.forward = noted
+    model.tower._features = noted
     call = {"max_new_tokens": 6, "do_sample": False}
     batch = model.generate(shown, turns, prompts, **call)
     told = {"batch": batch, "scale": model.tower.encoder.config.guidance_scale}
@@ -234,18 +212,48 @@ def answer(folder: Path, name: str, base: Path | None) -> dict[str, Any]:
     told["alone"] = [
         model.generate([shown[row]], [turns[row]], [prompts[row]], **call)[0] for row in range(3)
     ]
+    asked = HostedVLM(folder / name, max_new_tokens=6).guided(3)
+    told["evaluate"] = asked.answer(shown[:1], QUESTIONS[:1], QUESTIONS[:1])
     return told
+
+
+def start_examples(folder: Path, checkout: str) -> dict[str, list[str]]:
+    """What the scripts of `examples/llava` write, on this model and data and on the CPU."""
+    here = f"""
+        --deepspeed= --model_name_or_path {folder / "base"} --data_path {folder / "data.json"}
+        --image_folder {folder / "images"} --use_cpu True --bf16 False --tf32 False
+        --per_device_train_batch_size 4 --max_steps 2 --save_steps 1 --model_max_length 256
+        --dataloader_num_workers 0
+    """
+    environment = {
+        **os.environ,
+        "LAUNCH": sys.executable,
+        "TOWER": TOWER,
+        "DIFFENC_ATTENTION": "eager",
+        "PYTHONPATH": os.pathsep.join([checkout, os.environ.get("PYTHONPATH", "")]),
+    }
+    written = {}
+    for name, target in (("pretrain", "-pretrain"), ("finetune", ""), ("finetune_lora", "-lora")):
+        script = Path(__file__).parents[1] / "examples" / "llava" / f"{name}.sh"
+        command = ["bash", str(script), *here.split()]
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        saved = folder / "checkpoints" / f"llava-diffenc{target}"
+        written[name] = sorted(each.name for each in saved.iterdir())
+    return written
 
 
 def main(checkout: str, target: str) -> None:
     sys.path.insert(0, checkout)
     warnings.simplefilter("ignore")
-    put_in_what_newer_transformers_lacks()
     folder = Path(target)
+    supplied = modernize("llava").supplied
     register("llava")
     write_world(folder)
     train_with_prompts("llava", "question")
-    told: dict[str, Any] = {"transformers": transformers.__version__}
+    told: dict[str, Any] = {"transformers": transformers.__version__, "supplied": supplied}
     stage1 = train(folder, "llava-stage1", "--tune_mm_mlp_adapter", "True")
     told["stage 1 losses"] = losses(stage1)
     projector = folder / "llava-stage1" / "mm_projector.bin"
@@ -278,6 +286,7 @@ def main(checkout: str, target: str) -> None:
         build_vision_tower(plain)
     except ValueError as error:
         told["other towers"] = str(error)
+    told["examples"] = start_examples(folder, checkout)
     sys.stdout.write(json.dumps(told) + "\n")
 
 

@@ -4,7 +4,7 @@ set -euo pipefail
 TOWER=${TOWER:-"diffenc:sdxl?grid=24&rank=16"}
 HERE=$(cd "$(dirname "$0")" && pwd)
 
-deepspeed "$HERE/train_diffenc.py" \
+${LAUNCH:-deepspeed} "$HERE/train_diffenc.py" \
     --deepspeed ./scripts/zero2.json \
     --model_name_or_path lmsys/vicuna-7b-v1.5 \
     --version plain \
@@ -29,4 +29,5 @@ deepspeed "$HERE/train_diffenc.py" \
     --gradient_checkpointing True \
     --dataloader_num_workers 4 \
     --lazy_preprocess True \
-    --report_to none
+    --report_to none \
+    "$@"

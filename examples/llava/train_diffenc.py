@@ -7,9 +7,10 @@ environment variable DIFFENC_PROMPTS names another policy than "question", or "n
 import importlib
 import os
 
-from diffenc.hosts.llava import register, train_with_prompts
+from diffenc.hosts.llava import modernize, register, train_with_prompts
 
 policy = os.environ.get("DIFFENC_PROMPTS", "question")
+modernize("llava")
 if policy == "none":
     register("llava")
 else:

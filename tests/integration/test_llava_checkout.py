@@ -77,3 +77,12 @@ def test_the_plug_in_for_lmms_eval_answers_with_the_question_in_the_tower(found,
     assert told["scale"] == 3
     assert told["batch"] == told["alone"]
     assert all(told["batch"])
+    assert told["evaluate"] == told["alone"][:1]
+
+
+@pytest.mark.parametrize("name", ["pretrain", "finetune", "finetune_lora"])
+def test_the_example_scripts_run_as_they_are_written(found, name) -> None:
+    written = found["examples"][name]
+    assert {"checkpoint-2", "diffenc_adapter.safetensors"} <= set(written)
+    weights = {"pretrain": "mm_projector.bin", "finetune": "model.safetensors"}
+    assert weights.get(name, "non_lora_trainables.bin") in written

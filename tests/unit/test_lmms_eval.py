@@ -13,13 +13,17 @@ from PIL import Image
 
 import tiny_llava
 from diffenc.errors import BackboneError, ConfigError, ImageError, PromptError
-from diffenc.evals.lmms_eval import manifest
+from diffenc.evals.hosted_vlm import HostedVLM, is_hosted
+from diffenc.evals.lmms_eval import manifest, opening
 from diffenc.evals.lmms_eval import model as plugin
 from diffenc.evals.lmms_eval.generation import DEFAULT_TOKENS, Generation
 from diffenc.evals.lmms_eval.llava_transformers import TransformersLlava
 from diffenc.evals.lmms_eval.model import DiffencModel
 from diffenc.evals.lmms_eval.opening import open_model
 from diffenc.evals.lmms_eval.requests import SampleReader, conversation_of
+from diffenc.evals.run import run_task
+from diffenc.evals.task import AskOptions
+from diffenc.evals.tasks.mmvp import Mmvp
 from diffenc.hosts.transformers import (
     DiffEncLlavaForConditionalGeneration,
     DiffEncLlavaProcessor,
@@ -459,3 +463,70 @@ def test_pictures_keep_their_size():
     picture = Image.new("RGB", (5, 9))
     _, (read,) = conversation_of([user(image(picture), text("?"))], "here")
     assert read.size == (5, 9)
+
+
+# `diffenc evaluate` on the same checkpoints
+
+
+def test_a_checkpoint_of_llava_is_asked_as_the_plug_in_asks_it(llava, llava_folder):
+    model = HostedVLM(llava_folder, max_new_tokens=5)
+    shown, questions = [SCENES[:1], SCENES[:2], []], [*QUESTIONS, QUESTIONS[0]]
+    marks = ["<image>\n", "<image>\n<image>\n", ""]
+    turns = [
+        [{"from": "human", "value": mark + text}]
+        for mark, text in zip(marks, questions, strict=True)
+    ]
+    prompts = [*QUESTIONS, ""]
+    expected = llava.generate(shown, turns, prompts, max_new_tokens=5, do_sample=False)
+    assert model.answer(shown, questions, prompts) == expected
+    model.release()
+    assert model.answer(shown[:1], questions[:1], prompts[:1]) == expected[:1]
+
+
+def test_a_benchmark_runs_on_a_checkpoint_of_llava_and_goes_on(llava_folder, tmp_path):
+    file = tmp_path / "answers.jsonl"
+    options = AskOptions(max_new_tokens=2, guidance_scale=2)
+    run_task(Mmvp(data="shapes", limit=2), llava_folder, options, results=file)
+    written = [json.loads(line) for line in file.read_text().splitlines()]
+    (model,) = [each for each in written if each["type"] == "model"]
+    assert model["name"] == llava_folder.name
+    assert model["description"]["guidance_scale"] == 2
+    answers = [each for each in written if each["type"] == "answer"]
+    assert len(answers) == 2
+    assert all(each["question"].startswith(each["prompt"]) for each in answers)
+    before = file.read_text()
+    run_task(Mmvp(data="shapes", limit=2), llava_folder, options, results=file)
+    assert file.read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "lora", "model_name", "base"),
+    [
+        ("llava-full", False, "llava-full", None),
+        ("run1", False, "llava-run1", None),
+        ("run1", True, "llava-run1-lora", "vicuna"),
+        ("llava-lora", True, "llava-lora", "vicuna"),
+    ],
+)
+def test_llavas_loader_is_told_what_a_folder_holds(
+    tmp_path, monkeypatch, name, lora, model_name, base
+):
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"mm_vision_tower": "diffenc:shapes"}))
+    if lora:
+        told = {"base_model_name_or_path": "vicuna"}
+        (folder / "adapter_config.json").write_text(json.dumps(told))
+    calls = []
+    monkeypatch.setattr(opening, "open_model", lambda *args, **kwargs: calls.append(kwargs))
+    assert is_hosted(folder)
+    HostedVLM(folder).load()
+    assert calls[0]["model_name"] == model_name
+    assert calls[0].get("model_base") == base
+
+
+def test_other_folders_are_no_checkpoints_of_llava(vlm_folder, tmp_path):
+    assert not is_hosted(vlm_folder)
+    assert not is_hosted(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"mm_vision_tower": "openai/clip"}))
+    assert not is_hosted(tmp_path)

@@ -39,6 +39,16 @@ def test_every_form_in_which_hosts_ask(picture) -> None:
     assert resized["pixel_values"].shape == (1, 3, 32, 32)
 
 
+def test_lists_of_samples_are_joined_and_pictures_written_out_are_not(picture) -> None:
+    processor = TowerImageProcessor(64)
+    expected = processor([picture] * 3, return_tensors="pt")["pixel_values"]
+    nested = processor([[picture], [], [picture, picture], None], return_tensors="pt")
+    assert torch.equal(nested["pixel_values"], expected)
+    array = np.asarray(picture.convert("RGB"))
+    with pytest.raises(ImageError):
+        processor(array.tolist(), return_tensors="pt")
+
+
 def test_attributes_that_hosts_read() -> None:
     processor = TowerImageProcessor(48)
     assert processor.image_mean == processor.image_std == [0.5] * 3

@@ -4,14 +4,17 @@ import warnings
 
 import pytest
 import torch
+from PIL import Image
 from transformers import (
     AutoProcessor,
     CLIPVisionConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextForConditionalGeneration,
+    LlavaProcessor,
     Trainer,
     TrainingArguments,
+    pipeline,
 )
 
 import tiny_llava
@@ -434,6 +437,116 @@ def test_the_processor_makes_a_row_for_each_image_and_round_trips(model, tmp_pat
     with pytest.raises(PromptError, match="3 texts, or one for each of 3 images: got 2"):
         processor(images=images, text=texts, prompts=QUESTIONS[:2], **options)
     assert "prompt_input_ids" not in processor(text=["how many"], prompts=["a circle"], **options)
+
+
+TEMPLATE = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}"
+    "{% endfor %}{% endfor %}"
+)
+
+
+def chat(question: str, *images: Image.Image) -> list[dict[str, object]]:
+    parts = [{"type": "image", "image": each} for each in images]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+
+
+@pytest.fixture(scope="module")
+def asking(model, pytestconfig):
+    if pytestconfig.getoption("jaxtyping_packages", None):
+        pytest.skip("transformers reads options off the constructor, which the checker wraps")
+    return DiffEncLlavaProcessor(
+        tiny_llava.image_processor(tower_of(model)),
+        tiny_llava.tokenizer(),
+        patch_size=tower_of(model).config.patch_size,
+        chat_template=TEMPLATE,
+        chat_prompts="question",
+    )
+
+
+COMPLETE = {
+    "tokenize": True,
+    "return_dict": True,
+    "return_tensors": "pt",
+    "add_generation_prompt": True,
+}
+
+
+def padded() -> dict[str, object]:
+    return (
+        {"processor_kwargs": {"padding": True}} if tiny_llava.VERSION >= (5,) else {"padding": True}
+    )
+
+
+needs_pictures_in_chats = pytest.mark.skipif(
+    tiny_llava.VERSION < (4, 57), reason="processors of transformers 4.48 read no pictures of chats"
+)
+
+
+@needs_pictures_in_chats
+def test_chats_of_several_samples_are_processed_as_their_texts_and_pictures(asking):
+    first, *others = tiny_llava.pictures(3)
+    chats = [chat("what color", first), chat("how many"), chat("is the red ?", *others)]
+    made = asking.apply_chat_template(chats, **COMPLETE, **padded())
+    texts = ["<image> what color ", "how many ", "<image> <image> is the red ? "]
+    prompts = ["what color", "how many", "is the red ?"]
+    images = {"images": [first, *others], "padding": True, "return_tensors": "pt"}
+    expected = asking(text=texts, prompts=prompts, **images)
+    assert made.keys() == expected.keys()
+    assert all(torch.equal(made[name], expected[name]) for name in made)
+
+
+@needs_pictures_in_chats
+def test_prompts_of_a_chat_win_over_its_question(asking):
+    messages = chat("what color", *tiny_llava.pictures(1))
+    made = asking.apply_chat_template(messages, prompts="a red star", **COMPLETE)
+    assert torch.equal(made["prompt_input_ids"], asked(1, first=2)["prompt_input_ids"])
+    text = asking.apply_chat_template(messages)
+    assert text == "<image> what color "
+    with pytest.raises(PromptError, match="tokenize=True, return_dict=True"):
+        asking.apply_chat_template(messages, prompts="a red star")
+
+
+@pytest.mark.skipif(tiny_llava.VERSION < (5,), reason="older pipelines drop arguments of chats")
+def test_the_pipeline_shows_the_question_of_a_chat_to_the_tower(model, asking):
+    pipe = pipeline("image-text-to-text", model=model, processor=asking)
+    rows = []
+    tower, features = tower_of(model).tower, tower_of(model).tower._features
+
+    def noted(images, tokens):
+        rows.append(tokens)
+        return features(images, tokens)
+
+    tower._features = noted
+    try:
+        (picture,) = tiny_llava.pictures(1)
+        pipe(text=chat(QUESTIONS[0], picture), max_new_tokens=2)
+        pipe(text=chat("what", picture), prompts=QUESTIONS[1], max_new_tokens=2)
+        pipe(images=picture, text="<image> what", prompts=QUESTIONS[2], max_new_tokens=2)
+    finally:
+        del tower._features
+    expected = tower.tokenize(QUESTIONS)
+    for row, tokens in enumerate(rows):
+        assert torch.equal(tokens.ids, expected.ids[row : row + 1])
+    assert len(rows) == 3
+
+
+def test_prompts_that_transformers_drops_are_refused(asking, monkeypatch):
+    made = {"input_ids": torch.ones(1, 3)}
+    monkeypatch.setattr(LlavaProcessor, "apply_chat_template", lambda *_, **__: made)
+    messages = chat("what color", *tiny_llava.pictures(1))
+    with pytest.raises(PromptError, match="hands no prompts on"):
+        asking.apply_chat_template(messages, prompts="a red star", **COMPLETE)
+    with pytest.raises(PromptError, match="hands no prompts on"):
+        asking.apply_chat_template(messages, **COMPLETE)
+    assert asking.apply_chat_template(chat("what color"), **COMPLETE) is made
+
+
+def test_the_way_to_make_prompts_is_saved_and_others_are_refused(asking, tmp_path):
+    asking.save_pretrained(tmp_path)
+    assert AutoProcessor.from_pretrained(tmp_path).chat_prompts == "question"
+    with pytest.raises(ConfigError, match="None or 'question', got 'caption'"):
+        DiffEncLlavaProcessor(chat_prompts="caption")
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's own

@@ -35,7 +35,8 @@ ModelFolder = Annotated[
     Path,
     typer.Argument(
         metavar="MODEL",
-        help="Folder that diffenc train or DiffusionVLM.save_pretrained wrote.",
+        help="Folder that diffenc train or DiffusionVLM.save_pretrained wrote, or checkpoint of "
+        "LLaVA with a tower of diffenc.",
     ),
 ]
 Output = Annotated[

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from diffenc.errors import ConfigError, PromptError
 from diffenc.evals.captions_file import read_captions, with_captions
+from diffenc.evals.hosted_vlm import HostedVLM, is_hosted
 from diffenc.evals.saved_vlm import SavedVLM
 from diffenc.evals.task import Ask, AskOptions, AskTask, Outcome
 from diffenc.inputs.policies import PromptSample, parse_policy
@@ -32,7 +33,8 @@ def run_task(
 
     Args:
         task: Benchmark and its options, such as `Mmvp(data="shapes")`.
-        model: Folder that `DiffusionVLM.save_pretrained` or `diffenc train` wrote.
+        model: Folder that `DiffusionVLM.save_pretrained` or `diffenc train` wrote, or checkpoint
+            of LLaVA, its own or of transformers, with a tower of diffenc.
         options: How the model is asked; None takes the defaults.
         results: JSON lines file that keeps the answers, so that nothing is asked twice; None keeps
             nothing.
@@ -71,7 +73,8 @@ def prepare_task(task: AskTask, model: "str | os.PathLike[str]", options: AskOpt
     task.check()
     captions = _captions(task, options)
     real, miniature = task.tokens if task.counts else _CAPTION_TOKENS
-    saved = SavedVLM(
+    kind = HostedVLM if is_hosted(model) else SavedVLM
+    saved = kind(
         model,
         name=options.name,
         max_new_tokens=options.max_new_tokens or (miniature if task.miniature else real),

@@ -66,7 +66,7 @@ class SavedVLM:
         self.guidance_scale: float | None = None
         self._kind, self.prompt_policy = _read(self.folder)
         self._max_new_tokens, self._more = max_new_tokens, dict(description or {})
-        self._weights = _Weights(self.folder, device, dtype)
+        self._weights = WeightsOfFolder(self.folder, device, dtype)
 
     @property
     def prompt_dropout(self) -> float:
@@ -145,7 +145,7 @@ class SavedVLM:
             check_guidable(read_config(folder)[0].conditioning, self.name)
 
 
-class _Weights:
+class WeightsOfFolder:
     """The model of a folder, loaded once for all guidance scales."""
 
     def __init__(self, folder: Path, device: str | torch.device, dtype: torch.dtype) -> None:

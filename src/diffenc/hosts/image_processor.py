@@ -55,7 +55,8 @@ class TowerImageProcessor(BaseImageProcessor):  # type: ignore[misc]  # untyped
         """Bring pictures to the tower's size.
 
         Args:
-            images: One picture or several, see `diffenc.inputs.images.to_pixel_values`.
+            images: One picture or several, see `diffenc.inputs.images.to_pixel_values`; or a list
+                for each sample, as chat templates hand them, which are joined.
             return_tensors: Form of the result: "pt" gives one tensor, "np" one array, None a list
                 of arrays.
             ignored: Further options that hosts pass to CLIP's processor, such as `do_center_crop`;
@@ -65,9 +66,27 @@ class TowerImageProcessor(BaseImageProcessor):  # type: ignore[misc]  # untyped
             Pictures (n, 3, size, size) under "pixel_values".
         """
         side = self.crop_size["height"]
-        values = to_pixel_values(images, size=side, resize=self.resize, multiple=1)
+        values = to_pixel_values(_joined(images), size=side, resize=self.resize, multiple=1)
         if getattr(return_tensors, "value", return_tensors) == "pt":
             return BatchFeature({"pixel_values": values})
         array: np.ndarray = values.cpu().numpy()
         as_is = getattr(return_tensors, "value", return_tensors) == "np"
         return BatchFeature({"pixel_values": array if as_is else list(array)})
+
+
+def _joined(images: Any) -> Any:
+    """Lists of pictures as one list; samples without a picture add none."""
+    if not isinstance(images, (list, tuple)):
+        return images
+    nested = [each for each in images if isinstance(each, (list, tuple)) or each is None]
+    if not nested or any(_is_numbers(each) for each in nested):
+        return images
+    parts = [_joined(each) if isinstance(each, (list, tuple)) else [each] for each in images]
+    return [picture for part in parts for picture in part if picture is not None]
+
+
+def _is_numbers(value: Any) -> bool:
+    """Whether nested lists hold numbers: a picture written out, not several pictures."""
+    while isinstance(value, (list, tuple)) and value:
+        value = value[0]
+    return isinstance(value, (int, float))

@@ -13,7 +13,7 @@ from diffenc.errors import ConfigError, near_matches
 from diffenc.evals.lmms_eval.answering import Turns
 from diffenc.hosts.guidance import guide
 from diffenc.hosts.installed_towers import towers_of
-from diffenc.hosts.llava import register, take_prompts
+from diffenc.hosts.llava import modernize, register, take_prompts
 from diffenc.hosts.llava.layout import import_part
 from diffenc.hosts.llava.prompting import IDS, IMAGE_TOKEN, MASK
 from diffenc.storage.pretrained import loading
@@ -54,6 +54,7 @@ class PackageLlava:
         model_name: str | None = None,
         package: str = "llava",
     ) -> None:
+        modernize(package, script=None)
         register(package)
         self._tools = import_part(package, "mm_utils")
         templates = import_part(package, "conversation").conv_templates

@@ -29,15 +29,27 @@ def import_part(package: str, part: str) -> ModuleType:
     try:
         return importlib.import_module(f"{package}.{part}")
     except ImportError as error:
-        missing = getattr(error, "name", None) or ""
-        advice = (
+        advice = _advice(package, (getattr(error, "name", None) or "").partition(".")[0])
+        raise ConfigError(f"cannot import {package}.{part}: {error}. {advice}.") from error
+
+
+def _advice(package: str, missing: str) -> str:
+    """What to do when a module of a fork cannot be imported for want of a package."""
+    if missing == package.partition(".")[0]:
+        return (
             "Put the fork's folder on the path (pip install -e . in it) and pass the name of its "
             "top-level module; name the part if the fork keeps it elsewhere. TinyLLaVA and "
             "prismatic have hooks of their own: diffenc.hosts.tinyllava and diffenc.hosts.prismatic"
-            if missing.partition(".")[0] == package.partition(".")[0]
-            else "The fork itself needs that: install what its own guide names"
         )
-        raise ConfigError(f"cannot import {package}.{part}: {error}. {advice}.") from error
+    if missing == "transformers":
+        import transformers
+
+        return (
+            f"The fork was written for another transformers than {transformers.__version__}. "
+            "diffenc.hosts.llava.modernize() supplies what LLaVA itself lacks; what is missing "
+            "after it needs the version that the fork names"
+        )
+    return "The fork itself needs that: install what its own guide names"
 
 
 def function_at(package: str, place: str) -> tuple[ModuleType, str]:

@@ -15,6 +15,11 @@ class Patches:
         self._undo.append((owner, name, getattr(owner, name, None), name in vars(owner)))
         setattr(owner, name, value)
 
+    def set_bases(self, owner: type, bases: tuple[type, ...]) -> None:
+        """Derive a class from others."""
+        self._undo.append((owner, "__bases__", owner.__bases__, True))
+        owner.__bases__ = bases
+
     def replace(self, name: str, old: Any, new: Any) -> None:
         """Set a name in every loaded module where it stands for `old`, scripts included."""
         for module in list(sys.modules.values()):

@@ -17,6 +17,7 @@ from diffenc.hosts.transformers.processing import (
     DiffEncLlavaNextProcessor,
     DiffEncLlavaProcessor,
 )
+from diffenc.hosts.transformers.towers import require_tower
 
 __all__ = [
     "DiffEncConfig",
@@ -26,6 +27,7 @@ __all__ = [
     "DiffEncLlavaNextProcessor",
     "DiffEncLlavaProcessor",
     "DiffEncModel",
+    "require_tower",
 ]
 
 

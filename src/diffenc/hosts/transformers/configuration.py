@@ -89,6 +89,16 @@ class DiffEncConfig(PretrainedConfig):  # type: ignore[misc]  # transformers is 
         self.num_hidden_layers = int(kwargs.pop("num_hidden_layers", 24))
         super().__init__(**kwargs)
 
+    def __getattr__(self, name: str) -> Any:
+        message = f"'{type(self).__name__}' object has no attribute '{name}'"
+        if name.startswith("_") or "spec" not in self.__dict__:
+            raise AttributeError(message)
+        raise AttributeError(
+            f"{message}: a host that reads it builds its own kind of tower of a vision_config, and "
+            "takes none of diffenc. LLaVA, LLaVA-NeXT, LLaVA-OneVision, Mistral3, PaliGemma and "
+            "others take one; see the guide 'In which host'"
+        )
+
     @property
     def tower_spec(self) -> TowerSpec:
         """The spec, with the configs kept here in place of those that its model has now."""

@@ -1,13 +1,14 @@
 """Processors that make prompts for the tower beside what the language model reads."""
 
+import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import LlavaNextProcessor, LlavaProcessor
 
-from diffenc.errors import PromptError
+from diffenc.errors import ConfigError, PromptError
 from diffenc.hosts.prompts import PromptTokenizer, tokenize_prompts
 from diffenc.hosts.transformers.prompted import PROMPT_ARGUMENTS
 from diffenc.models.parts import load_tokenizer
@@ -26,6 +27,7 @@ class _MakesPrompts:
 
     image_token: str
     prompt_model: str
+    chat_prompts: str | None
 
     def __init__(
         self,
@@ -37,10 +39,13 @@ class _MakesPrompts:
         image_token: str = "<image>",
         num_additional_image_tokens: int = 0,
         prompt_model: str = "shapes",
+        chat_prompts: str | None = None,
         **kwargs: Any,
     ) -> None:
         parent: Any = super()
-        self.prompt_model = prompt_model
+        if chat_prompts not in (None, "question"):
+            raise ConfigError(f"chat_prompts is None or 'question', got {chat_prompts!r}")
+        self.prompt_model, self.chat_prompts = prompt_model, chat_prompts
         self._prompts = PromptTokenizer(prompt_model)
         self._own: Any = None
         parent.__init__(
@@ -94,6 +99,57 @@ class _MakesPrompts:
             inputs.update(dict(zip(PROMPT_ARGUMENTS, (tokens.ids, tokens.mask), strict=True)))
         return inputs
 
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        *,
+        prompts: str | Sequence[str] | None = None,
+        tokenize: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Write conversations as the stock processor does, with prompts for the tower.
+
+        Args:
+            conversation: Messages of a conversation, or of several.
+            chat_template: Chat template; None takes the processor's.
+            prompts: Prompts for the tower, as in a call of the processor. None takes the last text
+                of the user in each conversation where `chat_prompts` is "question", else the
+                tower's null prompt.
+            tokenize: Whether to make what the model takes, in place of a text.
+            kwargs: Further keyword arguments of the stock processor.
+
+        Returns:
+            Output of the stock processor, with `prompt_input_ids` and `prompt_attention_mask`
+            where it is tokenized and returned as a dictionary.
+
+        Raises:
+            PromptError: There are prompts, and what is returned has no place for them; or their
+                number fits neither conversations nor images.
+        """
+        parent: Any = super()
+        complete = tokenize and kwargs.get("return_dict", False)
+        if prompts is not None and not complete:
+            raise PromptError(
+                "prompts come back as tokens of their own: pass tokenize=True, return_dict=True, "
+                "or pass them to the processor with the text that this returns"
+            )
+        if prompts is None and complete and self.chat_prompts == "question":
+            prompts = [_last_question(each) for each in _conversations(conversation)]
+        if prompts is not None:
+            if "processor_kwargs" in inspect.signature(parent.apply_chat_template).parameters:
+                options = {**(kwargs.pop("processor_kwargs", None) or {})}
+                kwargs["processor_kwargs"] = {"prompts": prompts, **options}
+            else:  # before transformers 5 all of it goes to the processor
+                kwargs["prompts"] = prompts
+        made = parent.apply_chat_template(conversation, chat_template, tokenize=tokenize, **kwargs)
+        if prompts is not None and PROMPT_ARGUMENTS[0] not in made and _shows(conversation):
+            raise PromptError(
+                "apply_chat_template of the installed transformers hands no prompts on; pass the "
+                "text that it makes with tokenize=False to the processor, with images and prompts"
+            )
+        return made
+
     def _count(self, text: Any, images: Any) -> list[int]:
         """Images of each sample."""
         if text is None:
@@ -128,6 +184,36 @@ class _MakesPrompts:
         return made
 
 
+def _conversations(conversation: Any) -> list[Any]:
+    """One conversation or several as several."""
+    messages = list(conversation)
+    return messages if messages and not isinstance(messages[0], Mapping) else [messages]
+
+
+def _shows(conversation: Any) -> bool:
+    """Whether conversations hold a picture."""
+    return any(
+        isinstance(part, Mapping) and part.get("type") == "image"
+        for messages in _conversations(conversation)
+        for message in messages
+        if not isinstance(message["content"], str)
+        for part in message["content"]
+    )
+
+
+def _last_question(messages: Sequence[Any]) -> str:
+    """What the user says last, without the pictures."""
+    for message in reversed(messages):
+        if message["role"] != "user":
+            continue
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        texts = [part["text"] for part in parts if part.get("type") == "text"]
+        if texts:
+            return "\n".join(texts).strip()
+    return ""
+
+
 def _per_image(prompts: str | Sequence[str], counts: Sequence[int]) -> list[str]:
     """One prompt for each image, of one for all, for each sample, or for each image."""
     images = sum(counts)
@@ -158,6 +244,8 @@ class DiffEncLlavaProcessor(_MakesPrompts, LlavaProcessor):  # type: ignore[misc
         num_additional_image_tokens: Number of tokens of an image beside its patches, as for
             `LlavaProcessor`; 0 for one encoder.
         prompt_model: Name of the model of the spec, whose tokenizer reads the prompts.
+        chat_prompts: Prompts of conversations that come with none: "question" takes what the user
+            says last, None the tower's null prompt.
         kwargs: Further keyword arguments of `LlavaProcessor`.
     """
 
