@@ -7,7 +7,6 @@ get the objects of that program.
 """
 
 import doctest
-import os
 import re
 import sys
 import textwrap
@@ -121,11 +120,11 @@ def _judge(model: str, **_options: Any) -> FunctionJudge:
 
 def _models(hub: Hub) -> None:
     """Folders and files of models, by the names of "Loading models" and "Installation"."""
-    os.symlink(hub.folder("v1-5"), "models/sd15")
-    os.symlink(hub.folder("xl"), "models/sdxl")
+    Path("models/sd15").symlink_to(hub.folder("v1-5"))
+    Path("models/sdxl").symlink_to(hub.folder("xl"))
     sd21 = hub.folder("stable-diffusion-2-1")
-    os.symlink(sd21, "models/sd21")
-    os.symlink(sd21 / "tokenizer", "tokenizers/clip")
+    Path("models/sd21").symlink_to(sd21)
+    Path("tokenizers/clip").symlink_to(sd21 / "tokenizer")
     backbone = load_backbone(sd21)
     save_file(backbone.unet.state_dict(), "cleandift_sd21_unet.safetensors")
     AutoencoderTiny(
@@ -166,7 +165,7 @@ def _answers() -> None:
 
 
 def _benchmarks() -> None:
-    rows = evals_data.winoground_rows(lambda index, k: evals_data.picture(index, k))
+    rows = evals_data.winoground_rows(evals_data.picture)
     stub: Any = types.ModuleType("datasets")
     stub.load_dataset = lambda name: {"test": rows}
     sys.modules["datasets"] = stub

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import warnings
-from pathlib import Path
 
 import pytest
 
@@ -27,9 +26,7 @@ def hub(tmp_path_factory):
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(reader.ROOT).as_posix())
-def test_the_code_of_a_page_runs_in_order_and_prints_what_it_says(
-    page, hub, tmp_path, monkeypatch
-):
+def test_the_code_of_a_page_runs_in_order_and_prints_what_it_says(page, hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with reader.desk(hub), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
