@@ -14,10 +14,12 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from diffusers import AutoencoderTiny
 from safetensors.torch import save_file
@@ -44,6 +46,7 @@ HARDWARE = (
     ('device="cuda"', 'device="cpu"'),
     ("torch.float16", "torch.float32"),
     (".cuda()", ""),
+    ("num_workers=4", "num_workers=0"),
     ('.to("cuda")', ""),
     ('architecture="sd2.1"', 'architecture="models/sd21"'),
     ('"sd2.1",\n    preset="cleandift"', '"models/sd21",\n    preset="cleandift"'),
@@ -172,6 +175,30 @@ def _benchmarks() -> None:
     torch.save({"weight": torch.zeros(2)}, "DFN/open_clip_pytorch_model.bin")
 
 
+class _Probe:
+    """A linear classifier with scikit-learn's face, where that is not installed."""
+
+    def __init__(self, max_iter: int) -> None:
+        self._iterations = max_iter
+
+    def fit(self, features: Any, labels: Any) -> "_Probe":
+        self._names, targets = np.unique(labels, return_inverse=True)
+        inputs = np.c_[features, np.ones(len(features))]
+        self._weights = np.linalg.pinv(inputs) @ np.eye(len(self._names))[targets]
+        return self
+
+    def score(self, features: Any, labels: Any) -> float:
+        places = (np.c_[features, np.ones(len(features))] @ self._weights).argmax(axis=1)
+        return float((self._names[places] == labels).mean())
+
+
+def _recipes() -> None:
+    if find_spec("sklearn") is None:
+        stub: Any = types.ModuleType("sklearn.linear_model")
+        stub.LogisticRegression = _Probe
+        sys.modules["sklearn.linear_model"] = stub
+
+
 def _fork() -> dict[str, Any]:
     """LLaVA's objects, as the scripts of a fork have them."""
     tower = DiffusionVisionTower("diffenc:shapes")
@@ -200,6 +227,7 @@ AROUND: dict[str, Callable[[Hub], Any]] = {
     "install": _models,
     "coming-from": _models,
     "train": lambda _: _trained_models(),
+    "recipes": lambda _: _recipes(),
     "command-line": lambda _: _features(),
     "evaluate-language-models": lambda _: _answers(),
     "evaluate": lambda _: _benchmarks(),
