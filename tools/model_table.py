@@ -4,6 +4,7 @@ Prints the table; with --write it is put into the page. A test holds the page to
 """
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from diffenc.errors import TapError
 from diffenc.models import describe, list_backbones
 from diffenc.models.building import build_part
 from diffenc.models.presets import PRESETS
+from diffenc.models.sources import BackboneSource
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 BEGIN, END = "<!-- models -->\n", "<!-- end -->\n"
@@ -37,7 +39,6 @@ COLUMNS = (
     "U-Net, M",
     "all in float16",
     "GFLOP a pass",
-    "default taps",
     "presets",
     "score",
 )
@@ -54,8 +55,18 @@ def main() -> None:
 
 def table() -> str:
     rows = [_row(source.alias) for source in list_backbones()]
-    lines = [COLUMNS, ("---",) * 3 + ("---:",) * 4 + ("---",) * 2 + ("---:",), *rows]
+    lines = [COLUMNS, ("---",) * 3 + ("---:",) * 4 + ("---", "---:"), *rows]
+    taps = [("alias", "default taps"), ("---", "---"), *map(_taps, list_backbones())]
+    return f"{_markdown(lines)}\n{_markdown(taps)}"
+
+
+def _markdown(lines: Iterable[tuple[str, ...]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _taps(source: BackboneSource) -> tuple[str, str]:
+    taps = describe(source.alias).default_taps
+    return f"`{source.alias}`", "<br>".join(f"`{tap}`" for tap in taps)
 
 
 def _row(alias: str) -> tuple[str, ...]:
@@ -71,7 +82,6 @@ def _row(alias: str) -> tuple[str, ...]:
         f"{parts['unet']['parameters'] / 1e6:,.1f}",
         size,
         _gigaflops(architecture, facts["default_size"]),
-        "<br>".join(f"`{tap}`" for tap in architecture.default_taps),
         ", ".join(f"`{name}`" for name in PRESETS if _fits(architecture, name)),
         SCORES.get(alias, "–"),
     )
