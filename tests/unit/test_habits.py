@@ -114,8 +114,8 @@ def test_word_maps_are_read_by_place_as_by_word(maps):
 
 
 def test_a_word_without_a_map_is_told_with_those_that_have_one(maps):
-    with pytest.raises(PromptError, match=r"'cirle'.*Did you mean 'circle'.*words=\['cirle'\]"):
-        maps["cirle"]
+    with pytest.raises(PromptError, match=r"'squar'.*Did you mean 'square'.*words=\['squar'\]"):
+        maps["squar"]
     with pytest.raises(ConfigError, match="there are 3"):
         maps[3]
     assert maps.get("blue") is None
