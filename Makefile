@@ -14,11 +14,12 @@ PIP_STAMP := $(VENV)/.installed-pip
 PACKAGE_STAMP := $(VENV)/.installed-package
 DEV_STAMP := $(VENV)/.installed-dev
 DOCS_STAMP := $(VENV)/.installed-docs
+NOTEBOOKS_STAMP := $(VENV)/.installed-notebooks
 REQUIREMENTS := pyproject.toml constraints.txt src/diffenc/_version.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo results test test-shapes test-oldest lmms hosts lint format types layers docs wheel check gpu clean
+.PHONY: help demo notebooks results test test-shapes test-oldest lmms hosts lint format types layers docs wheel check gpu clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +27,9 @@ help:  ## Show this list
 
 demo: $(PACKAGE_STAMP)  ## Features, scores and word maps of a bundled picture, written to diffenc-demo.png
 	$(BIN)/diffenc demo -o diffenc-demo.png --force $(ARGS)
+
+notebooks: $(NOTEBOOKS_STAMP)  ## Run the notebooks of docs/tutorials anew, from examples
+	$(BIN)/python tools/notebooks.py
 
 results: $(PACKAGE_STAMP)  ## Make docs/results anew: the study of features and the examples on dense features
 	$(BIN)/diffenc study features -o docs/results --force
@@ -117,6 +121,10 @@ $(PACKAGE_STAMP): $(REQUIREMENTS) | $(PIP_STAMP)
 
 $(DEV_STAMP): $(REQUIREMENTS) | $(PIP_STAMP)
 	$(INSTALL) --build-constraint constraints.txt --editable ".[all]" --group dev
+	@touch $@ $(PACKAGE_STAMP)
+
+$(NOTEBOOKS_STAMP): $(REQUIREMENTS) | $(PIP_STAMP)
+	$(INSTALL) --build-constraint constraints.txt --editable . --group notebooks
 	@touch $@ $(PACKAGE_STAMP)
 
 # The pages are made from the source text: neither torch nor the package is needed.

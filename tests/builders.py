@@ -132,8 +132,8 @@ def save_sd(folder: Path, kind: Literal["sd1.5", "sd2.1-base", "sd2.1"]) -> Path
     return folder
 
 
-def save_sdxl(folder: Path) -> Path:
-    """Write an SDXL pipeline of two text encoders to `folder`."""
+def save_sdxl(folder: Path, *, depth: int = 3) -> Path:
+    """Write an SDXL pipeline of two text encoders to `folder`; SDXL's own depth is 10."""
     config = _text_config(hidden_size=8, hidden_act="quick_gelu", num_hidden_layers=2)
     config_2 = _text_config(hidden_size=16, hidden_act="gelu", num_hidden_layers=3)
     pipeline = StableDiffusionXLPipeline(
@@ -147,7 +147,7 @@ def save_sdxl(folder: Path) -> Path:
             down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * 2),
             up_block_types=(*["CrossAttnUpBlock2D"] * 2, "UpBlock2D"),
             layers_per_block=2,
-            transformer_layers_per_block=(1, 2, 3),
+            transformer_layers_per_block=(1, 2, depth),
             norm_num_groups=4,
             cross_attention_dim=8 + 16,
             attention_head_dim=(1, 2, 4),

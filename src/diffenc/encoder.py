@@ -20,6 +20,7 @@ from diffenc.errors import ConfigError, OutputError, PromptError
 from diffenc.features import Features, check_guidance
 from diffenc.inputs.images import Images, as_list, decoded, image_sizes, to_pixel_values
 from diffenc.inputs.prompts import PromptEmbeds, match_batch
+from diffenc.inputs.transform import Transform
 from diffenc.memory.object_watch import object_key
 from diffenc.models import Architecture, TapInfo, load_backbone, model_name
 from diffenc.models.base import Backbone
@@ -325,6 +326,16 @@ class DiffusionEncoder(TrainableParts):
     def feature_info(self) -> tuple[TapInfo, ...]:
         """Per tap, in the order in which features are returned: name, channels, reduction."""
         return self._taps
+
+    @property
+    def transform(self) -> Transform:
+        """A picture's way to the pixel values that the encoder reads, for a `DataLoader`.
+
+        With `original_size="image"` SDXL is told the picture's own size, which pixel values no
+        longer have: pass pictures then.
+        """
+        config, backbone = self.config, self.backbone
+        return Transform(config.size or backbone.default_size, config.resize, backbone.reduction)
 
     @property
     def hidden_size(self) -> int:

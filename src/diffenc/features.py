@@ -1,7 +1,7 @@
 """What an encoder reads: maps per tap in one of four conditionings, and tokens made of them."""
 
 from collections.abc import Iterator, Mapping
-from typing import TypeAlias, get_args
+from typing import Any, TypeAlias, get_args, overload
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,6 +17,12 @@ from diffenc.errors import ConfigError, TapError, near_matches
 
 Maps: TypeAlias = dict[str, Tensor]
 """Feature maps by tap, each (b c h w), or (b t c h w) for several timesteps."""
+
+
+_OF_TENSORS = frozenset(
+    ("shape", "size", "dtype", "device", "mean", "numpy", "to", "cpu", "cuda", "detach", "float")
+)
+"""Attributes that are tried on features by those who expect a tensor."""
 
 
 def check_guidance(guidance_scale: float | None, conditioning: str) -> None:
@@ -35,7 +41,8 @@ class Features(Mapping[str, Tensor]):
     """Feature maps per tap, (b channels h w), in the dtype and on the device of the backbone.
 
     As a mapping it holds the maps in one conditioning; `select` gives another one of the same
-    pass, without running anything.
+    pass, without running anything. `features[0]` is the map of the first tap, `features[-1]` that
+    of the last, and `features[1:]` the features of some taps.
 
     Attributes:
         conditioning: Conditioning of the maps that the mapping holds: "uncond", "cond", "cfg" or
@@ -61,13 +68,41 @@ class Features(Mapping[str, Tensor]):
         self.grid, self.truncated = grid, truncated
         self._maps = self._derive(conditioning, self.guidance_scale)
 
-    def __getitem__(self, tap: str) -> Float[Tensor, "b *t c h w"]:
+    @overload
+    def __getitem__(self, tap: str | int) -> Float[Tensor, "b *t c h w"]: ...
+
+    @overload
+    def __getitem__(self, tap: slice) -> "Features": ...
+
+    def __getitem__(self, tap: str | int | slice) -> "Tensor | Features":
+        if isinstance(tap, slice):
+            return self._some(list(self._maps)[tap])
+        if isinstance(tap, int) and -len(self) <= tap < len(self):
+            return list(self._maps.values())[tap]
         if not isinstance(tap, str) or tap not in self._maps:
             raise TapError(
-                f"no tap {shown(tap)} was read.{near_matches(tap, self._maps)} "
-                f"These were: {list(self._maps)}"
+                f"no tap {shown(tap)} was read.{near_matches(tap, self._maps)} These were: "
+                f"{list(self._maps)}. features[tap] takes a name or a place in this list; its rows "
+                "are the images"
             )
         return self._maps[tap]
+
+    def _some(self, taps: list[str]) -> "Features":
+        if not taps:
+            raise TapError(f"the slice leaves no tap; there are {len(self)}: {list(self._maps)}")
+        halves = {
+            name: half and {tap: half[tap] for tap in taps} for name, half in self._halves.items()
+        }
+        return self._with(halves)
+
+    def __getattr__(self, name: str) -> Any:
+        hint = ""
+        if name in _OF_TENSORS and "_maps" in self.__dict__:
+            hint = (
+                f": a Features holds a tensor per tap. Read it of one of them, features[0].{name}, "
+                f"or of all as tokens, features.tokens().{name}"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{hint}")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._maps)
@@ -76,8 +111,9 @@ class Features(Mapping[str, Tensor]):
         return len(self._maps)
 
     def __repr__(self) -> str:
-        shapes = {name: tuple(features.shape) for name, features in self._maps.items()}
-        return f"Features({self.conditioning}, {shapes})"
+        lines = [f"  {tap!r}: {tuple(maps.shape)}," for tap, maps in self._maps.items()]
+        scale = f", guidance_scale={self.guidance_scale:g}" if self.conditioning == "cfg" else ""
+        return "\n".join([f"Features({self.conditioning!r}{scale}", *lines, ")"])
 
     def select(
         self, conditioning: Conditioning, *, guidance_scale: float | None = None
@@ -164,6 +200,9 @@ class Features(Mapping[str, Tensor]):
             and {tap: without_cells(maps, registers[tap]).clone() for tap, maps in half.items()}
             for name, half in self._halves.items()
         }
+        return self._with(halves)
+
+    def _with(self, halves: dict[str, Maps | None]) -> "Features":
         return Features(
             uncond=halves["uncond"],
             cond=halves["cond"],

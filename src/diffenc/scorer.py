@@ -27,9 +27,15 @@ from diffenc.scoring.query_bank import QueryBank
 from diffenc.scoring.result import Scores, stack_trials
 from diffenc.scoring.screening import Candidates
 from diffenc.scoring.trials import ScoreCall, Trial, picture_values
-from diffenc.scoring.word_maps import heat_maps, word_maps, words_of
+from diffenc.scoring.word_maps import (
+    WORD_TIMESTEPS,
+    heat_maps,
+    pointing_layers,
+    word_maps,
+    words_of,
+)
 from diffenc.storage.names import checked_path
-from diffenc.viz.heatmap import HeatMap
+from diffenc.viz.heatmap import WordMaps
 
 _MOST_TRIALS = 2**20
 
@@ -230,7 +236,7 @@ class CrossAttnScorer(ConfiguredScorer):
         heads: Sequence[int] | None = None,
         timesteps: Sequence[int] | None = None,
         seed: int | None = None,
-    ) -> dict[str, HeatMap]:
+    ) -> WordMaps:
         """Map where in an image each word of a text is seen.
 
         Args:
@@ -240,10 +246,12 @@ class CrossAttnScorer(ConfiguredScorer):
                 word.
             preset: Name of the definition: "daam" is that program's. None is the share of a cell's
                 attention that the word gets, mean over heads, layers and timesteps.
-            layers: Module paths of cross-attentions or of blocks around them; None takes all, for
-                "daam" all but the middle block's.
+            layers: Module paths of cross-attentions or of blocks around them. None takes those of
+                the second block of the decoder, where words point best, and for "daam" all but the
+                middle block's.
             heads: Indices of the heads that count; None takes all.
-            timesteps: Noise levels, as scheduler steps; None takes the config's.
+            timesteps: Noise levels, as scheduler steps. None takes two of little noise, 50 and 189,
+                and for "daam" the config's.
             seed: Seed of the noise; None takes the config's.
 
         Returns:
@@ -266,6 +274,10 @@ class CrossAttnScorer(ConfiguredScorer):
         if words is None:
             words = words_of(text, self.backbone.tokenizer)
         squashed = config.resize == "squash"
+        if timesteps is None:
+            timesteps = WORD_TIMESTEPS if preset is None else config.timesteps
+        if layers is None and preset is None:
+            layers = pointing_layers(self.backbone)
         with self.backbone.lock:
             latents, _ = posterior_of(self.backbone, pixel_values, keys=keys)
             return heat_maps(
@@ -274,7 +286,7 @@ class CrossAttnScorer(ConfiguredScorer):
                 text,
                 list(listed("words", words, error=PromptError)),
                 preset=preset,
-                timesteps=config.timesteps if timesteps is None else wholes("timesteps", timesteps),
+                timesteps=wholes("timesteps", timesteps),
                 layers=layers,
                 heads=heads,
                 seed=self._seed(seed),

@@ -415,7 +415,7 @@ def test_scores_that_are_no_numbers_are_an_error(tiny_sd_folder, images):
 def test_word_maps_come_as_heat_maps_of_any_shape(backbone, tmp_path):
     wide = picture(0, (64, 128))
     scorer = scorer_of(backbone, size=(64, 128))
-    found = scorer.word_maps(wide, "a red circle, red!")
+    found = scorer.word_maps(wide, "a red circle, red!", layers=["up_blocks"])
     assert list(found) == ["a", "red", "circle"]
     assert found["red"].array.shape == (8, 16)
     assert found["red"].label == "red"

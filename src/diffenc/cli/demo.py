@@ -37,10 +37,6 @@ WRONG_PROMPT = "a green triangle above a purple star"
 WORDS = ("circle", "square")
 """Words of the first prompt that attention maps are drawn for."""
 
-WORD_TIMESTEPS = (50, 189)
-WORD_LAYERS = ("up_blocks.1",)
-"""Little noise, and the block whose attention maps point best (see the model's card)."""
-
 GUIDANCE_SCALE = 3.0
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -144,7 +140,8 @@ def _scores_and_maps(
 
     from diffenc.inputs.images import to_pixel_values
     from diffenc.inputs.latents import encode_latents
-    from diffenc.scorer import SCORE_TIMESTEPS, denoising_scores, word_maps
+    from diffenc.scorer import SCORE_TIMESTEPS, denoising_scores
+    from diffenc.scoring.word_maps import WORD_LAYERS, WORD_TIMESTEPS, word_maps
 
     backbone, texts = encoder.backbone, [*PROMPTS, WRONG_PROMPT]
     with torch.no_grad():

@@ -75,6 +75,7 @@ def _maps(
         words or None,
         preset=preset,  # type: ignore[arg-type]  # checked there
         layers=split_names(layers),
+        timesteps=changes.get("timesteps"),
         heads=None if heads is None else parse_heads(heads),
     )
     from diffenc.viz import Panel, figure

@@ -34,7 +34,7 @@ _HYPERFEATURES = {
 
 _MUSTAFAR = ("up_blocks.1.attentions.1.transformer_blocks.0.attn2.to_q",)
 
-_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # Meng et al. 2024, arXiv:2410.03558: the "practical" sets, at timestep 50. SD 2.1 has no set of
     # its own there; it shares SD 1.5's topology and takes that one. No prompt is the empty text, on
     # SDXL too.
@@ -64,7 +64,7 @@ _PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "sdxl": _HYPERFEATURES,
     },
 }
-
+"""Options of `EncoderConfig` by name of the preset and by family."""
 
 _NOTES = {
     "mustafar": (
@@ -84,12 +84,12 @@ def preset_options(name: str, family: str) -> dict[str, Any]:
     Raises:
         ConfigError: No such preset, or not for this family.
     """
-    if name not in _PRESETS:
+    if name not in PRESETS:
         raise ConfigError(
-            f"unknown preset {shown(name)}.{near_matches(name, _PRESETS)} Known are "
-            f"{sorted(_PRESETS)}."
+            f"unknown preset {shown(name)}.{near_matches(name, PRESETS)} Known are "
+            f"{sorted(PRESETS)}."
         )
-    families = _PRESETS[name]
+    families = PRESETS[name]
     if family not in families:
         note = _NOTES.get(name, "pass taps and timestep instead")
         raise ConfigError(

@@ -3,6 +3,9 @@
 from importlib.resources import files
 from pathlib import Path
 
+BUNDLED_MODEL = "shapes"
+"""Its name."""
+
 SHAPES_TAPS = (
     "up_blocks.0.attentions.1",
     "up_blocks.1.attentions.1",

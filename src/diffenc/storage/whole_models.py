@@ -86,10 +86,16 @@ def dtype_argument() -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide the log of transformers in this thread; its verbosity is that of the whole process."""
+    """Hide the log and the progress bars of transformers while it loads.
+
+    Its verbosity is that of the whole process, so the log is filtered in this thread. Bars have a
+    switch alone: it is set back where the program had them on.
+    """
     from transformers.utils import logging as library
 
     library.get_logger()  # sets up the handlers, if nothing did yet
+    bars = library.is_progress_bar_enabled()
+    library.disable_progress_bar()
     owner = threading.get_ident()
 
     def shown(record: logging.LogRecord) -> bool:
@@ -102,6 +108,8 @@ def _quiet() -> Iterator[None]:
     try:
         yield
     finally:
+        if bars:
+            library.enable_progress_bar()
         for handler in handlers:
             handler.removeFilter(shown)
 

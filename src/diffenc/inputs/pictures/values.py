@@ -128,7 +128,7 @@ def warn_of_unit_range(pictures: Sequence[Any]) -> None:
         "ToTensor gives; they are read as [-1, 1], pale and without contrast. Pass "
         "images * 2 - 1, or uint8 tensors, numpy arrays or PIL images",
         RangeWarning,
-        stacklevel=_outside(),
+        stacklevel=outside(),
     )
     _warned = True
 
@@ -139,7 +139,7 @@ def _is_odd_levels(values: Tensor) -> bool:
     return bool(((levels - odd).abs() < 1e-2).all())
 
 
-def _outside() -> int:
+def outside() -> int:
     """The `stacklevel` at which the caller of diffenc stands."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None:

@@ -1,0 +1,116 @@
+"""The table of docs/models.md, made of what the library knows of its models.
+
+Prints the table; with --write it is put into the page. A test holds the page to it.
+"""
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffenc.cli.info import describe as describe_parts
+from diffenc.errors import TapError
+from diffenc.models import describe, list_backbones
+from diffenc.models.building import build_part
+from diffenc.models.presets import PRESETS
+from diffenc.models.sources import BackboneSource
+
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+BEGIN, END = "<!-- models -->\n", "<!-- end -->\n"
+
+LICENCES = {
+    "shapes": "Apache-2.0",
+    "sd1.5": "CreativeML Open RAIL-M",
+    "sd2.1-base": "CreativeML Open RAIL++-M",
+    "sd2.1": "CreativeML Open RAIL++-M",
+    "sdxl": "CreativeML Open RAIL++-M",
+}
+SCORES = {"shapes": "62.7"}
+"""Group score of `denoising-gap` on the miniature Winoground; real models were not measured."""
+
+COLUMNS = (
+    "alias",
+    "family",
+    "licence of the weights",
+    "size, px",
+    "U-Net, M",
+    "all in float16",
+    "GFLOP a pass",
+    "presets",
+    "score",
+)
+
+
+def main() -> None:
+    if "--write" in sys.argv[1:]:
+        page = PAGE.read_text(encoding="utf-8")
+        before, rest = page.split(BEGIN)
+        PAGE.write_text(f"{before}{BEGIN}{table()}{END}{rest.split(END)[1]}", encoding="utf-8")
+    else:
+        print(table(), end="")
+
+
+def table() -> str:
+    rows = [_row(source.alias) for source in list_backbones()]
+    lines = [COLUMNS, ("---",) * 3 + ("---:",) * 4 + ("---", "---:"), *rows]
+    taps = [("alias", "default taps"), ("---", "---"), *map(_taps, list_backbones())]
+    return f"{_markdown(lines)}\n{_markdown(taps)}"
+
+
+def _markdown(lines: Iterable[tuple[str, ...]]) -> str:
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _taps(source: BackboneSource) -> tuple[str, str]:
+    taps = describe(source.alias).default_taps
+    return f"`{source.alias}`", "<br>".join(f"`{tap}`" for tap in taps)
+
+
+def _row(alias: str) -> tuple[str, ...]:
+    facts, architecture = describe_parts(alias), describe(alias)
+    parts = {part["name"]: part for part in facts["components"]}
+    memory = sum(part["memory_bytes"]["float16"] for part in parts.values())
+    size = f"{memory / 1e9:.1f} GB" if memory >= 1e9 else f"{memory / 1e6:.0f} MB"
+    return (
+        f"`{alias}`",
+        facts["family"],
+        LICENCES[alias],
+        str(facts["default_size"]),
+        f"{parts['unet']['parameters'] / 1e6:,.1f}",
+        size,
+        _gigaflops(architecture, facts["default_size"]),
+        ", ".join(f"`{name}`" for name in PRESETS if _fits(architecture, name)),
+        SCORES.get(alias, "–"),
+    )
+
+
+def _fits(architecture: Any, preset: str) -> bool:
+    options = PRESETS[preset].get(architecture.family)
+    if options is None:
+        return False
+    try:
+        architecture.match_taps(options["taps"])
+    except TapError:
+        return False
+    return True
+
+
+def _gigaflops(architecture: Any, size: int) -> str:
+    """Arithmetic of a whole pass of the U-Net, two for a multiplication and an addition."""
+    cells = size // architecture.reduction
+    with torch.device("meta"):
+        unet = build_part("unet", architecture.configs["unet"])
+        latents = torch.empty(1, 4, cells, cells)
+        states = torch.empty(1, 77, unet.config.cross_attention_dim)
+        pooled = {"text_embeds": torch.empty(1, 1280), "time_ids": torch.empty(1, 6)}
+        timestep = torch.empty((), dtype=torch.long)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        unet.eval()(latents, timestep, states, added_cond_kwargs=pooled)
+    return f"{counter.get_total_flops() / 1e9:,.1f}"
+
+
+if __name__ == "__main__":
+    main()
