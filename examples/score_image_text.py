@@ -94,8 +94,10 @@ hits = bank.search(text, top=3)[0]
 hits
 
 # %% [markdown]
-# The bank is an approximation: of the texts of these eight pictures, four find theirs first and
-# seven among the first three. So let it choose some candidates, and the exact score among them.
+# The bank is an approximation: of the texts of these eight pictures, which show two objects each,
+# four find theirs first and seven among the first three. Of eight mixed scenes, tried before, at
+# most four were found first under any of fifteen choices of layers and timesteps. So let the bank
+# choose some candidates, and the exact score among them.
 
 # %%
 candidates = [pictures[hit.index] for hit in hits]
