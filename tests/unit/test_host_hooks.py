@@ -4,6 +4,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,9 @@ from diffenc.hosts.llava import (
     train_with_prompts,
 )
 from diffenc.hosts.llava.register import registration_of
+from diffenc.hosts.prismatic import register as register_prismatic
 from diffenc.hosts.prompts import PromptTokenizer
+from diffenc.hosts.tinyllava import register as register_tinyllava
 from diffenc.hosts.tower import DiffusionVisionTower
 from diffenc.shapes import render, sample_scenes
 from toy_llava import OtherTower, ToyDataset, ToyLlava, toy_collator, toy_model, toy_package
@@ -347,3 +350,28 @@ def test_a_frozen_tower_stays_frozen_when_its_model_is_loaded() -> None:
     other = DiffusionVisionTower(NAME, delay_load=True)
     other.load_model()
     assert all(parameter.requires_grad for parameter in other.parameters())
+
+
+@pytest.mark.parametrize("fault", ["raise KeyError('model')", "import os; os.nothing", "1 / 0"])
+@pytest.mark.parametrize(
+    ("hook", "module"),
+    [
+        (register, "model/multimodal_encoder/builder.py"),
+        (register_tinyllava, "model/vision_tower/__init__.py"),
+        (partial(register_prismatic, {"diffenc-shapes": NAME}), "models/materialize.py"),
+    ],
+    ids=["llava", "tinyllava", "prismatic"],
+)
+def test_a_fork_whose_own_code_fails_is_refused(hook, module, fault, tmp_path, monkeypatch):
+    file = tmp_path / "brokenfork" / module
+    file.parent.mkdir(parents=True)
+    for folder in file.relative_to(tmp_path).parents:
+        if folder.name:
+            (tmp_path / folder / "__init__.py").touch()
+    file.write_text(fault)
+    monkeypatch.syspath_prepend(tmp_path)
+    for _ in range(2):  # a failed import leaves other modules behind, which fail in other ways
+        with pytest.raises(ConfigError, match=r"cannot (import|reach) brokenfork\."):
+            hook(package="brokenfork")
+    for name in [name for name in sys.modules if name.startswith("brokenfork")]:
+        del sys.modules[name]

@@ -199,8 +199,8 @@ def register(specs: Mapping[str, str], package: str = "prismatic") -> None:
         TowerSpec.parse(spec)
     try:
         registry = importlib.import_module(f"{package}.models.materialize").VISION_BACKBONES
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"cannot reach {package}.models.materialize: {error}") from error
+    except Exception as error:  # its own code runs here
+        raise ConfigError(f"cannot reach {package}.models.materialize: {error!r}") from error
     for name, spec in specs.items():
         registry[name] = {"cls": PrismaticBackbone, "kwargs": {"spec": spec}}
 

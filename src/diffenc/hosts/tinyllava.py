@@ -142,6 +142,6 @@ def register(package: str = "tinyllava") -> None:
     AutoConfig.register(TinyTowerConfig.model_type, TinyTowerConfig, exist_ok=True)
     try:
         towers = importlib.import_module(f"{package}.model.vision_tower")
-    except ImportError as error:
-        raise ConfigError(f"cannot import {package}.model.vision_tower: {error}") from error
+    except Exception as error:  # its own code runs here
+        raise ConfigError(f"cannot import {package}.model.vision_tower: {error!r}") from error
     towers.register_vision_tower("diffenc")(TinyLLaVATower)

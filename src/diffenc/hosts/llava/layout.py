@@ -28,9 +28,10 @@ def import_part(package: str, part: str) -> ModuleType:
     """
     try:
         return importlib.import_module(f"{package}.{part}")
-    except ImportError as error:
+    except Exception as error:  # a fork's own code runs here, and what an earlier failure left
         advice = _advice(package, (getattr(error, "name", None) or "").partition(".")[0])
-        raise ConfigError(f"cannot import {package}.{part}: {error}. {advice}.") from error
+        fault = error if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+        raise ConfigError(f"cannot import {package}.{part}: {fault}. {advice}.") from error
 
 
 def _advice(package: str, missing: str) -> str:
@@ -49,7 +50,12 @@ def _advice(package: str, missing: str) -> str:
             "diffenc.hosts.llava.modernize() supplies what LLaVA itself lacks; what is missing "
             "after it needs the version that the fork names"
         )
-    return "The fork itself needs that: install what its own guide names"
+    if missing:
+        return "The fork itself needs that: install what its own guide names"
+    return (
+        "The fork's own code fails: see the error above it, and install the versions that its own "
+        "guide names"
+    )
 
 
 def function_at(package: str, place: str) -> tuple[ModuleType, str]:
