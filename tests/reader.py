@@ -23,12 +23,14 @@ import numpy as np
 import torch
 from diffusers import AutoencoderTiny
 from safetensors.torch import save_file
+from transformers import HfArgumentParser, Trainer, TrainingArguments
 from typer.testing import CliRunner
 
 import answers_data
 import builders
 import evals_data
 import ldm_layout
+import tiny_llava
 import toy_llava
 from diffenc import DiffusionVLM, load_backbone
 from diffenc.cli.app import app
@@ -113,8 +115,22 @@ def desk(hub: Hub) -> Iterator[None]:
             stack.enter_context(patch(f"diffenc.{place}.hub_folder", hub.folder))
         stack.enter_context(patch("diffenc.evals.llava_bench.OpenAIJudge", _judge))
         fork = stack.enter_context(toy_llava.toy_package("llava"))
-        fork.script.train.__defaults__ = ([],)  # entries, which LLaVA reads from its command line
+        fork.script.LLaVATrainer = _ForkTrainer
+        fork.script.TrainingArguments = type("TrainingArguments", (TrainingArguments,), {})
+        fork.script.HfArgumentParser = HfArgumentParser
+        exec(FORK_TRAIN, vars(fork.script))
         yield
+
+
+FORK_TRAIN = """
+def train():
+    HfArgumentParser(TrainingArguments)
+    return LLaVATrainer(**make_supervised_data_module([]))
+"""
+
+
+class _ForkTrainer(toy_llava.ToyTrainer, Trainer):
+    """A trainer of the kind that `modernize` looks for."""
 
 
 def _judge(model: str, **_options: Any) -> FunctionJudge:
@@ -221,6 +237,16 @@ def _fork() -> dict[str, Any]:
     }
 
 
+def _chats() -> dict[str, Any]:
+    """What a language model brings for chats."""
+    template = (
+        "{% for message in messages %}{% for part in message['content'] %}"
+        "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}"
+        "{% endfor %}{% endfor %}"
+    )
+    return {"tokenizer": tiny_llava.tokenizer(), "template": template}
+
+
 FOLDERS = ("models", "tokenizers", "runs", "coco", "DFN")
 AROUND: dict[str, Callable[[Hub], Any]] = {
     "loading-models": _models,
@@ -232,6 +258,7 @@ AROUND: dict[str, Callable[[Hub], Any]] = {
     "evaluate-language-models": lambda _: _answers(),
     "evaluate": lambda _: _benchmarks(),
     "replace-clip-in-llava": lambda _: _fork(),
+    "use-with-transformers": lambda _: _chats(),
 }
 """What lies around a page beside pictures, and names that the program it is about has, by page."""
 

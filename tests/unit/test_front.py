@@ -11,8 +11,8 @@ from diffenc.studies.vlm import STUDIES
 
 ROOT = Path(__file__).parents[2]
 SENTENCE = re.compile(
-    r"(\w+) \[studies\].*?repeat (\d+) findings.*?(\d+) hold, (\d+) are opposite,"
-    r" and (\d+) do not show",
+    r"(\w+) \[studies\].*?repeat (\d+) findings.*?(\d+) hold, (\d+) are\s+opposite,"
+    r" (\d+) do not show, and (\d+) could not be measured",
     re.DOTALL,
 )
 
@@ -26,7 +26,7 @@ def test_findings_are_those_of_the_studies(page):
     )
     studies, *numbers = SENTENCE.search((ROOT / page).read_text(encoding="utf-8")).groups()
     assert studies == {8: "Eight"}[len(STUDIES)]
-    kinds = ("holds", "opposite", "does not show")
+    kinds = ("holds", "opposite", "does not show", "not measured")
     assert [int(n) for n in numbers] == [verdicts.total(), *(verdicts[kind] for kind in kinds)]
 
 

@@ -168,8 +168,15 @@ def test_nothing_is_said_of_scenes(encoder, not_yet):
     )
 
 
-def test_loading_writes_nothing_to_the_terminal_and_leaves_bars_as_they_were(encoder, capfd):
-    FusedEncoder("shapes-clip", encoder)
-    DiffusionEncoder.from_pretrained("shapes")
-    assert capfd.readouterr() == ("", "")
-    assert logging.is_progress_bar_enabled()
+@pytest.mark.parametrize("enabled", [True, False])
+def test_loading_writes_nothing_and_leaves_bars_as_they_were(encoder, capfd, enabled):
+    before = logging.is_progress_bar_enabled()
+    switches = {True: logging.enable_progress_bar, False: logging.disable_progress_bar}
+    switches[enabled]()
+    try:
+        FusedEncoder("shapes-clip", encoder)
+        DiffusionEncoder.from_pretrained("shapes")
+        assert capfd.readouterr() == ("", "")
+        assert logging.is_progress_bar_enabled() is enabled
+    finally:
+        switches[before]()

@@ -263,3 +263,18 @@ def test_what_cannot_be_supplied_is_refused(write, text, reason) -> None:
     write(script=text)
     with pytest.raises(ConfigError, match=reason):
         modernize("oldfork")
+
+
+def test_a_trainer_may_have_other_parts_before_transformers(write, tmp_path) -> None:
+    mixed = TRAINER.replace(
+        "class OldTrainer(Trainer)", "class Part:\n    pass\n\nclass OldTrainer(Part, Trainer)"
+    )
+    write(trainer=mixed)
+    done = modernize("oldfork")
+    script = sys.modules["oldfork.train.train"]
+    script.train(options(tmp_path / "out"), rows())
+    assert (tmp_path / "out" / "checkpoint-2").is_dir()
+    done.undo()
+    kind = sys.modules["oldfork.train.trainer"].OldTrainer
+    assert [each.__name__ for each in kind.__bases__] == ["Part", "Trainer"]
+    assert kind.__bases__[1] is transformers.Trainer

@@ -50,7 +50,9 @@ def _ignoring_dataset(sampler: Callable[[Any], Any]) -> Callable[..., Any]:
 
 def _supply_below(lowest: type, patches: Patches) -> list[str]:
     """Put a class between the fork's trainer and transformers', which takes the old arguments."""
-    base: Any = lowest.__bases__[0]
+    from transformers import Trainer
+
+    base: Any = next(each for each in lowest.__bases__ if issubclass(each, Trainer))
     parts: dict[str, Any] = {}
     if "tokenizer" not in inspect.signature(base.__init__).parameters:
         parts["__init__"] = _made_with_tokenizer(base)
@@ -59,7 +61,7 @@ def _supply_below(lowest: type, patches: Patches) -> list[str]:
     if not parts:
         return []
     between = type(base.__name__, (base,), {**parts, "__module__": __name__})
-    patches.set_bases(lowest, (between, *lowest.__bases__[1:]))
+    patches.set_bases(lowest, tuple(between if each is base else each for each in lowest.__bases__))
     reasons = {
         "__init__": f"{lowest.__name__}(tokenizer=): processing_class",
         "_save_checkpoint": f"{lowest.__name__}._save_checkpoint: hands on no metrics",
