@@ -279,7 +279,7 @@ class DiffusionEncoder(TrainableParts):
         include_backbone = flag("include_backbone", include_backbone)
         target = checked_path("a saved encoder", folder, error=OutputError)
         backbone, config = self.backbone, self.config
-        if PIPELINE in backbone.given and not include_backbone:
+        if PIPELINE in backbone.replacements and not include_backbone:
             raise ConfigError(
                 f"{backbone.name} was given as an object, which a config cannot name: pass "
                 "include_backbone=True, or load the encoder from the folder of the pipeline"
@@ -289,7 +289,7 @@ class DiffusionEncoder(TrainableParts):
             self.save_lora(target / LORA_FOLDER / name, name=name)
         if self.captioner is not None:
             self.captioner.save_pretrained(target / CAPTIONER_FOLDER, clip=self.clip)
-        parts = backbone.given
+        parts = backbone.replacements
         if include_backbone:
             write_folder(backbone, target / BACKBONE_FOLDER)
             parts = _included_parts(backbone)

@@ -181,11 +181,11 @@ def load_backbone(
             variant=variant,
         )
         backbone.scheduler = make_scheduler(described.configs["scheduler"])
-    backbone.given, backbone.variant = replaced.references(), variant
+    backbone.replacements, backbone.variant = replaced.references(), variant
     if located.chosen:
-        backbone.given["architecture"] = located.configs
+        backbone.replacements["architecture"] = located.configs
     if prediction_type is not None:
-        backbone.given["prediction_type"] = prediction_type
+        backbone.replacements["prediction_type"] = prediction_type
     return arrange(backbone, channels_last)
 
 
@@ -221,7 +221,7 @@ def _of_pipeline(
         parts["unet"] = shortened(parts["unet"], keep_taps)
     place = parts["unet"].device if device is None else device
     backbone = assemble(pipeline_name(pipeline), described, parts, place)
-    backbone.given = {PIPELINE: None}
+    backbone.replacements = {PIPELINE: None}
     return backbone
 
 

@@ -195,7 +195,7 @@ class Backbone(nn.Module):
         check_unet(unet.config, name, pooled=self.reads_pooled)
         self.name = name
         self.unet, self.vae, self.scheduler = unet, vae, scheduler
-        self.given: dict[str, str | None] = {}
+        self.replacements: dict[str, str | None] = {}
         self.variant: str | None = None
         described = Architecture({"unet": dict(unet.config), "vae": dict(vae.config)})
         self.default_size = described.default_size if default_size is None else default_size

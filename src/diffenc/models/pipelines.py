@@ -9,7 +9,7 @@ from diffenc.models.schedules import make_scheduler
 from diffenc.models.variants import check_configs, pipeline_family
 
 PIPELINE = "pipeline"
-"""Key in `Backbone.given` of a model whose parts came from a pipeline object, not from files."""
+"""Key in `Backbone.replacements` of a model whose parts a pipeline object brought, not files."""
 
 
 def is_pipeline(value: object) -> bool:

@@ -147,7 +147,7 @@ class ConfiguredScorer(nn.Module):
             ConfigError: The backbone was given as a pipeline, which no file can name, or has an
                 adapter in use.
         """
-        if PIPELINE in self.backbone.given:
+        if PIPELINE in self.backbone.replacements:
             raise ConfigError(
                 f"{self.backbone.name} was given as an object, which a config cannot name: save "
                 "the pipeline with its own save_pretrained, and load the scorer from that folder"

@@ -40,8 +40,8 @@ def write_scorer(
     content: dict[str, Any] = {"backbone": stored_name(backbone.name, folder)}
     if backbone.variant is not None:
         content["variant"] = backbone.variant
-    if backbone.given:
-        content["parts"] = stored_parts(backbone.given, folder)
+    if backbone.replacements:
+        content["parts"] = stored_parts(backbone.replacements, folder)
     content["mark"] = backbone.mark()
     content.update(config.to_dict())
     begin_folder(folder, CONFIG_FILE)
