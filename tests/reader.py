@@ -24,6 +24,7 @@ import torch
 from diffusers import AutoencoderTiny
 from safetensors.torch import save_file
 from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers import trainer as transformers_trainer
 from typer.testing import CliRunner
 
 import answers_data
@@ -110,6 +111,9 @@ def desk(hub: Hub) -> Iterator[None]:
     """Small models for the Hub's ids, a judge that needs no service, and a fork of LLaVA."""
     with ExitStack() as stack:
         stack.enter_context(patch.dict(sys.modules))
+        stack.enter_context(patch.dict(vars(transformers_trainer)))
+        for kind in (toy_llava.ToyLlava, toy_llava.ToyTrainer):
+            stack.enter_context(_left_as_it_was(kind))
         stack.enter_context(torch.random.fork_rng())
         for place in ("models.sources", "storage.pretrained"):
             stack.enter_context(patch(f"diffenc.{place}.hub_folder", hub.folder))
@@ -120,6 +124,18 @@ def desk(hub: Hub) -> Iterator[None]:
         fork.script.HfArgumentParser = HfArgumentParser
         exec(FORK_TRAIN, vars(fork.script))
         yield
+
+
+@contextmanager
+def _left_as_it_was(kind: type) -> Iterator[None]:
+    """A class whose attributes come back."""
+    before = dict(vars(kind))
+    yield
+    for name, value in {**dict(vars(kind)), **before}.items():
+        if name not in before:
+            delattr(kind, name)
+        elif vars(kind)[name] is not value:
+            setattr(kind, name, value)
 
 
 FORK_TRAIN = """
