@@ -34,7 +34,7 @@ _PASSING = frozenset(
         "architectures",
         "compiled",
         "dtype",
-        "given",
+        "replacements",
         "gradient_checkpointing",
         "lock",
         "name",

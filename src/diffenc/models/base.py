@@ -165,7 +165,7 @@ class Backbone(nn.Module):
         scheduler: Holder of `alphas_cumprod` and of the prediction type.
         default_size: Side of the square that images are brought to, in pixels.
         default_taps: Taps that the encoder reads when none are asked for.
-        given: Parts that are not the named model's own: their paths, None for objects.
+        replacements: Parts that are not the named model's own: their paths, None for objects.
         variant: Variant of the weight files that was requested, see `load_backbone`.
         caches: Latents, prompts and unconditional features that were computed before.
         reads_sizes: Whether prompts tell the denoiser the size of their picture.
@@ -208,7 +208,7 @@ class Backbone(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if value is None and name.startswith(("text_encoder", "tokenizer")):
             raise BackboneError(f"{name} must be there, got None; a prompt is encoded with it")
-        if name in _CHECKED and "given" in self.__dict__:  # exchanged later on
+        if name in _CHECKED and "replacements" in self.__dict__:  # exchanged later on
             check_components(**{part: getattr(self, part) for part in _CHECKED} | {name: value})
         super().__setattr__(name, value)
 
