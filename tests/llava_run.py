@@ -75,7 +75,7 @@ def train(folder: Path, out: str, *options: str) -> Any:
         return original(self, *args, **kwargs)
 
     script.LLaVATrainer.train = noted
-    told = f"""
+    line = f"""
         --model_name_or_path {folder / "base"} --version plain --vision_tower {TOWER}
         --data_path {folder / "data.json"} --image_folder {folder / "images"}
         --output_dir {folder / out} --mm_projector_type mlp2x_gelu --mm_use_im_start_end False
@@ -83,7 +83,7 @@ def train(folder: Path, out: str, *options: str) -> Any:
         --learning_rate 1e-2 --use_cpu True --bf16 False --model_max_length 256
         --logging_steps 1 --save_strategy no --report_to none
     """
-    sys.argv = ["train.py", *told.split(), *options]
+    sys.argv = ["train.py", *line.split(), *options]
     try:
         script.train()
     finally:
@@ -125,7 +125,7 @@ def generate(model: Any, folder: Path) -> dict[str, Any]:
     pictures = [Image.open(folder / "images" / f"{index}.png") for index in range(4)]
     shown = process_images(pictures, tower.image_processor, model.config)
     ids = torch.tensor([[1, -200, 5, 6]])
-    asked = tower.tokenize(QUESTIONS)
+    tokens = tower.tokenize(QUESTIONS)
     found: dict[str, Any] = {}
 
     def states(rows: Any, images: Any, tokens: Any, mask: Any = None) -> torch.Tensor:
@@ -139,8 +139,8 @@ def generate(model: Any, folder: Path) -> dict[str, Any]:
             )
         return out.logits
 
-    one, same = (states(ids, shown[:1], asked.take([0])) for _ in range(2))
-    other = states(ids, shown[:1], asked.take([1]))
+    one, same = (states(ids, shown[:1], tokens.take([0])) for _ in range(2))
+    other = states(ids, shown[:1], tokens.take([1]))
     found["same question"] = float((one - same).abs().max())
     found["other question"] = float((one - other).abs().max())
     with prompt_scope(QUESTIONS[0]), torch.no_grad():
@@ -161,8 +161,8 @@ def generate(model: Any, folder: Path) -> dict[str, Any]:
         float((batch[row, : part.shape[1]] - part[0]).abs().max()) for row, part in enumerate(alone)
     )
     tiles = [shown[:2], shown[2:3]]
-    both = states(ids.repeat(2, 1), tiles, asked, torch.ones(2, 4))
-    each = states(ids, [shown[:2]], asked.take([0]))
+    both = states(ids.repeat(2, 1), tiles, tokens, torch.ones(2, 4))
+    each = states(ids, [shown[:2]], tokens.take([0]))
     found["tiles"] = float((both[0, : each.shape[1]] - each[0]).abs().max())
     for beams in (1, 3):
         texts = []
@@ -170,8 +170,8 @@ def generate(model: Any, folder: Path) -> dict[str, Any]:
             out = model.generate(
                 ids,
                 images=shown[:1],
-                vision_prompt_ids=asked.ids[row : row + 1],
-                vision_prompt_mask=asked.mask[row : row + 1],
+                vision_prompt_ids=tokens.ids[row : row + 1],
+                vision_prompt_mask=tokens.mask[row : row + 1],
                 max_new_tokens=5,
                 num_beams=beams,
                 do_sample=False,
@@ -206,15 +206,15 @@ def answer(folder: Path, name: str, base: Path | None) -> dict[str, Any]:
     model.tower._features = noted
     call = {"max_new_tokens": 6, "do_sample": False}
     batch = model.generate(shown, turns, prompts, **call)
-    told = {"batch": batch, "scale": model.tower.encoder.config.guidance_scale}
+    report = {"batch": batch, "scale": model.tower.encoder.config.guidance_scale}
     expected = model.tower.tokenize([QUESTIONS[0], QUESTIONS[1], QUESTIONS[1]])
-    told["prompts"] = bool(torch.equal(rows[0].ids, expected.ids))
-    told["alone"] = [
+    report["prompts"] = bool(torch.equal(rows[0].ids, expected.ids))
+    report["alone"] = [
         model.generate([shown[row]], [turns[row]], [prompts[row]], **call)[0] for row in range(3)
     ]
-    asked = HostedVLM(folder / name, max_new_tokens=6).guided(3)
-    told["evaluate"] = asked.answer(shown[:1], QUESTIONS[:1], QUESTIONS[:1])
-    return told
+    hosted = HostedVLM(folder / name, max_new_tokens=6).guided(3)
+    report["evaluate"] = hosted.answer(shown[:1], QUESTIONS[:1], QUESTIONS[:1])
+    return report
 
 
 def start_examples(folder: Path, checkout: str) -> dict[str, list[str]]:
@@ -253,41 +253,41 @@ def main(checkout: str, target: str) -> None:
     register("llava")
     write_world(folder)
     train_with_prompts("llava", "question")
-    told: dict[str, Any] = {"transformers": transformers.__version__, "supplied": supplied}
+    report: dict[str, Any] = {"transformers": transformers.__version__, "supplied": supplied}
     stage1 = train(folder, "llava-stage1", "--tune_mm_mlp_adapter", "True")
-    told["stage 1 losses"] = losses(stage1)
+    report["stage 1 losses"] = losses(stage1)
     projector = folder / "llava-stage1" / "mm_projector.bin"
-    told["stage 1 saved"] = sorted(torch.load(projector, weights_only=True))
+    report["stage 1 saved"] = sorted(torch.load(projector, weights_only=True))
     start = ["--pretrain_mm_mlp_adapter", str(projector)]
     lora = train(folder, "llava-lora", *start, "--lora_enable", "True", "--lora_r", "2")
-    told["lora losses"] = losses(lora)
+    report["lora losses"] = losses(lora)
     weights = torch.load(folder / "llava-lora" / "non_lora_trainables.bin", weights_only=True)
-    told["lora saved adapter"] = sum("vision_tower.adapter" in key for key in weights)
+    report["lora saved adapter"] = sum("vision_tower.adapter" in key for key in weights)
     full = train(folder, "llava-full", *start)
-    told["full losses"] = losses(full)
+    report["full losses"] = losses(full)
     trained = {"llava-lora": adapter_of(lora.model), "llava-full": adapter_of(full.model)}
     for name, base in (("llava-lora", folder / "base"), ("llava-full", None)):
-        told[f"{name} adapter moved"] = max(
+        report[f"{name} adapter moved"] = max(
             float(value.abs().max()) for key, value in trained[name].items() if "_up" in key
         )
         model, _ = load(folder, name, base)
-        told[f"{name} reloaded"] = equal(adapter_of(model), trained[name], 1e-3)
-        told[name] = generate(model, folder)
-        told[f"{name} answers"] = answer(folder, name, base)
+        report[f"{name} reloaded"] = equal(adapter_of(model), trained[name], 1e-3)
+        report[name] = generate(model, folder)
+        report[f"{name} answers"] = answer(folder, name, base)
         tower = model.get_vision_tower()
-        told[f"{name} side file"] = tower.load_adapter(
+        report[f"{name} side file"] = tower.load_adapter(
             folder / name / "diffenc_adapter.safetensors"
         )
-        told[f"{name} side file equal"] = equal(adapter_of(model), trained[name])
+        report[f"{name} side file equal"] = equal(adapter_of(model), trained[name])
     plain = types.SimpleNamespace(vision_tower="nobody/knows")
     from llava.model.multimodal_encoder.builder import build_vision_tower
 
     try:
         build_vision_tower(plain)
     except ValueError as error:
-        told["other towers"] = str(error)
-    told["examples"] = start_examples(folder, checkout)
-    sys.stdout.write(json.dumps(told) + "\n")
+        report["other towers"] = str(error)
+    report["examples"] = start_examples(folder, checkout)
+    sys.stdout.write(json.dumps(report) + "\n")
 
 
 if __name__ == "__main__":

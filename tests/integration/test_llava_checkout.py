@@ -32,9 +32,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         timeout=800,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    told: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    print(json.dumps(told, indent=1))  # noqa: T201  # the figures of the run, with pytest -s
-    return told
+    answers: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    print(json.dumps(answers, indent=1))  # noqa: T201  # the figures of the run, with pytest -s
+    return answers
 
 
 def test_stage_one_trains_the_projector_and_saves_it_alone(found) -> None:
@@ -57,13 +57,13 @@ def test_adapter_weights_are_among_those_that_lora_leaves_beside(found) -> None:
 
 @pytest.mark.parametrize("name", ["llava-lora", "llava-full"])
 def test_the_question_arrives_in_every_kind_of_call(found, name) -> None:
-    told = found[name]
-    assert told["same question"] == told["scope"] == 0.0
-    assert told["other question"] > 1e-3
-    assert told["mixed batch"] < 1e-4
-    assert told["tiles"] < 1e-4
-    assert told["beams 1 repeat"]
-    assert told["beams 3 repeat"]
+    answers = found[name]
+    assert answers["same question"] == answers["scope"] == 0.0
+    assert answers["other question"] > 1e-3
+    assert answers["mixed batch"] < 1e-4
+    assert answers["tiles"] < 1e-4
+    assert answers["beams 1 repeat"]
+    assert answers["beams 3 repeat"]
 
 
 def test_other_towers_are_still_built_by_llava(found) -> None:
@@ -72,12 +72,12 @@ def test_other_towers_are_still_built_by_llava(found) -> None:
 
 @pytest.mark.parametrize("name", ["llava-lora", "llava-full"])
 def test_the_plug_in_for_lmms_eval_answers_with_the_question_in_the_tower(found, name) -> None:
-    told = found[f"{name} answers"]
-    assert told["prompts"]
-    assert told["scale"] == 3
-    assert told["batch"] == told["alone"]
-    assert all(told["batch"])
-    assert told["evaluate"] == told["alone"][:1]
+    answers = found[f"{name} answers"]
+    assert answers["prompts"]
+    assert answers["scale"] == 3
+    assert answers["batch"] == answers["alone"]
+    assert all(answers["batch"])
+    assert answers["evaluate"] == answers["alone"][:1]
 
 
 @pytest.mark.parametrize("name", ["pretrain", "finetune", "finetune_lora"])

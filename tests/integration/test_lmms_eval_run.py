@@ -91,8 +91,8 @@ def test_answers_are_those_of_the_evaluators_item_by_item(vlm_run, twins):
 
 
 def test_yes_and_no_count_as_in_the_evaluator_of_naturalbench(vlm_run, twins):
-    asked = iter(vlm_run["answers"]["twin_naturalbench"])
-    model = FunctionAnswerer("log", lambda images, texts: [next(asked) for _ in texts])
+    replies = iter(vlm_run["answers"]["twin_naturalbench"])
+    model = FunctionAnswerer("log", lambda images, texts: [next(replies) for _ in texts])
     ours = evaluate_choices(twins["naturalbench"], model, batch_size=1)
     theirs = vlm_run["numbers"]["twin_naturalbench"]
     # An answer with neither word is neither right nor wrong there, and no pair is counted right.
@@ -105,8 +105,8 @@ def test_yes_and_no_count_as_in_the_evaluator_of_naturalbench(vlm_run, twins):
 
 
 def test_reviews_count_as_in_the_evaluator_of_llava_bench(vlm_run, twins):
-    asked = iter(vlm_run["answers"]["twin_bench"])
-    model = FunctionAnswerer("log", lambda images, texts: [next(asked) for _ in texts])
+    replies = iter(vlm_run["answers"]["twin_bench"])
+    model = FunctionAnswerer("log", lambda images, texts: [next(replies) for _ in texts])
     ours = evaluate_llava_bench(twins["bench"], model, WordJudge(), batch_size=1)
     theirs = vlm_run["numbers"]["twin_bench"]["llava_bench_all,none"]
     assert theirs == pytest.approx(ours.overall, abs=0.06)  # they round to one place

@@ -415,12 +415,12 @@ def test_scores_that_are_no_numbers_are_an_error(tiny_sd_folder, images):
 def test_word_maps_come_as_heat_maps_of_any_shape(backbone, tmp_path):
     wide = picture(0, (64, 128))
     scorer = scorer_of(backbone, size=(64, 128))
-    found = scorer.word_maps(wide, "a red circle, red!", layers=["up_blocks"])
-    assert list(found) == ["a", "red", "circle"]
-    assert found["red"].array.shape == (8, 16)
-    assert found["red"].label == "red"
-    assert found["red"].to_pil(overlay=True).size == (128, 64)
-    assert found["red"]._repr_png_().startswith(b"\x89PNG")
+    maps_of_words = scorer.word_maps(wide, "a red circle, red!", layers=["up_blocks"])
+    assert list(maps_of_words) == ["a", "red", "circle"]
+    assert maps_of_words["red"].array.shape == (8, 16)
+    assert maps_of_words["red"].label == "red"
+    assert maps_of_words["red"].to_pil(overlay=True).size == (128, 64)
+    assert maps_of_words["red"]._repr_png_().startswith(b"\x89PNG")
     daam = scorer.word_maps(wide, "a red circle", "circle", preset="daam", heads=[0])
     assert daam["circle"].array.shape == (8, 16)
     with pytest.raises(PromptError, match="has no words to map"):

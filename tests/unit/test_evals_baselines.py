@@ -88,8 +88,8 @@ def test_siglip_counts_what_it_does_not_read_and_keeps_the_end(siglip_folder):
     image = [picture(0, 0, size=(16, 16))]
     long, short = "a red circle a red blue blue", "a red circle a red"
     assert torch.equal(matcher(image, [long]), matcher(image, [short]))
-    found = evaluate(shapes_benchmark("winoground", per_label=1), [matcher], trials=3)
-    assert found.scores["tiny-siglip"].shape == (1, 5, 2, 2)
+    evaluation = evaluate(shapes_benchmark("winoground", per_label=1), [matcher], trials=3)
+    assert evaluation.scores["tiny-siglip"].shape == (1, 5, 2, 2)
 
 
 def test_siglip_2_reads_punctuation(siglip_folder, tmp_path):
@@ -218,25 +218,25 @@ def test_parameters_of_all_contenders_are_told(siglip_folder):
     clip = ClipMatcher.from_pretrained("shapes-clip")
     scorer = CrossAttnScorer.from_pretrained("shapes", preset="paper", timesteps=(489,))
     matchers = [ScorerMatcher(scorer, name="sd"), clip, load_baseline(siglip_folder)]
-    found = evaluate(shapes_benchmark("winoground", per_label=1), matchers, trials=1)
-    table = tables(found)[-1]
+    evaluation = evaluate(shapes_benchmark("winoground", per_label=1), matchers, trials=1)
+    table = tables(evaluation)[-1]
     assert table.columns == ("model", "image tower", "text tower", "whole")
     assert [row[0] for row in table.rows] == ["sd", "shapes-clip", "tiny-siglip"]
     whole = sum(p.numel() for p in CLIPModel.parameters(clip.model))
-    assert found.parameters["shapes-clip"]["whole"] == whole
+    assert evaluation.parameters["shapes-clip"]["whole"] == whole
     assert table.rows[1][-1] == f"{whole / 1e6:.1f}"
     parts = scorer.backbone.parts()
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
-    assert found.parameters["sd"] == {
+    assert evaluation.parameters["sd"] == {
         "image tower": counts["unet"] + counts["vae"],
         "text tower": counts["text_encoder"],
         "whole": sum(counts.values()),
     }
-    for name, sizes in found.parameters.items():
+    for name, sizes in evaluation.parameters.items():
         rest = sizes["whole"] - sizes["image tower"] - sizes["text tower"]
         assert rest == {"sd": 0, "shapes-clip": 1, "tiny-siglip": 2}[name]  # scale, bias
-    assert to_dict(found)["models"]["sd"]["parameters"] == found.parameters["sd"]
-    beside = tables(found, paper=True)[-1]
+    assert to_dict(evaluation)["models"]["sd"]["parameters"] == evaluation.parameters["sd"]
+    beside = tables(evaluation, paper=True)[-1]
     assert ("paper: EVA02 ViT-bigE-14+ 224", "–", "–", "5044.9") in beside.rows
 
 
@@ -280,7 +280,7 @@ def test_a_real_model_of_open_clip_scores_as_by_itself(tmp_path):
                 expected = scale * (one * other).sum()
             torch.testing.assert_close(scores[row, column], expected, rtol=1e-4, atol=1e-4)
     assert matcher.truncated(["a red circle", "red " * 15]) == [0, 15 + 2 - 12]
-    found = evaluate(shapes_benchmark("winoground", per_label=1), [matcher])
-    sizes = found.parameters[matcher.name]
+    evaluation = evaluate(shapes_benchmark("winoground", per_label=1), [matcher])
+    sizes = evaluation.parameters[matcher.name]
     assert sizes["whole"] == sum(p.numel() for p in model.parameters())
     assert sizes["image tower"] == sum(p.numel() for p in model.visual.parameters())

@@ -194,10 +194,10 @@ class TestLayouts:
 
 class TestScore:
     def right_about(self, benchmark, numbers):
-        asked = iter(benchmark.items)
+        counter = iter(benchmark.items)
 
         def says(images, question, prompt):
-            item = next(asked)
+            item = next(counter)
             index = item.answer if int(item.id) in numbers else 1 - item.answer
             return f"({'ab'[index]})"
 
@@ -205,50 +205,50 @@ class TestScore:
 
     def test_pairs_count_where_both_are_right(self, tmp_path):
         benchmark = load_mmvp(mmvp(tmp_path))
-        found = evaluate_choices(benchmark, self.right_about(benchmark, {1, 2, 3, 6, 7, 8}))
-        assert found.accuracy == 75
-        assert found.overall == 50
-        assert found.chance == 25
-        assert found.unread == 0
+        evaluation = evaluate_choices(benchmark, self.right_about(benchmark, {1, 2, 3, 6, 7, 8}))
+        assert evaluation.accuracy == 75
+        assert evaluation.overall == 50
+        assert evaluation.chance == 25
+        assert evaluation.unread == 0
 
     def test_one_answer_to_all_is_never_a_pair(self, tmp_path):
         benchmark = load_mmvp(mmvp(tmp_path))
-        found = evaluate_choices(benchmark, Says(lambda *_: "(a)"))
-        assert (found.accuracy, found.overall) == (50, 0)
+        evaluation = evaluate_choices(benchmark, Says(lambda *_: "(a)"))
+        assert (evaluation.accuracy, evaluation.overall) == (50, 0)
 
     def test_unread_answers_are_wrong_and_counted(self, tmp_path):
         benchmark = load_mmvp(mmvp(tmp_path))
-        found = evaluate_choices(benchmark, Says(lambda *_: "I cannot tell."))
-        assert (found.accuracy, found.overall, found.unread) == (0, 0, 8)
-        assert "8 unread, which count as wrong" in found.notes[-1]
-        assert "(100.0 percent of 8)" in found.notes[-1]
-        assert found.to_dict()["unread_share"] == 1
-        table = choice_table([found])
+        evaluation = evaluate_choices(benchmark, Says(lambda *_: "I cannot tell."))
+        assert (evaluation.accuracy, evaluation.overall, evaluation.unread) == (0, 0, 8)
+        assert "8 unread, which count as wrong" in evaluation.notes[-1]
+        assert "(100.0 percent of 8)" in evaluation.notes[-1]
+        assert evaluation.to_dict()["unread_share"] == 1
+        table = choice_table([evaluation])
         assert "unread answers: model 8 (100.0 percent)" in table.title
-        json.dumps(found.to_dict(), allow_nan=False)
+        json.dumps(evaluation.to_dict(), allow_nan=False)
 
     @pytest.mark.parametrize(("unread", "refused"), [(19, False), (20, False), (21, True)])
     def test_above_a_fifth_of_unread_answers_a_model_is_not_measured(self, unread, refused):
-        benchmark, asked = shapes_mmvp(9).limited(100), iter(range(100))
+        benchmark, counter = shapes_mmvp(9).limited(100), iter(range(100))
 
         def say(*_):
-            return "?" if next(asked) < unread else "(a)"
+            return "?" if next(counter) < unread else "(a)"
 
-        found = evaluate_choices(benchmark, Says(say))
-        assert (found.unread, found.unread_share) == (unread, unread / 100)
+        evaluation = evaluate_choices(benchmark, Says(say))
+        assert (evaluation.unread, evaluation.unread_share) == (unread, unread / 100)
         reason = f"not measured: {unread} % of answers unread" if refused else None
-        assert found.not_measured == found.to_dict()["not_measured"] == reason
-        table = choice_table([found])
+        assert evaluation.not_measured == evaluation.to_dict()["not_measured"] == reason
+        table = choice_table([evaluation])
         assert (table.rows[0][1:] == ("not measured",) * 2) is refused
         assert table.rows[1] == ("chance", "50.0", "25.0")
         assert f"model {unread} ({unread:.1f} percent)" in table.title
-        assert found.notes[-1].endswith(f"; model is {reason}") is refused
+        assert evaluation.notes[-1].endswith(f"; model is {reason}") is refused
 
     def test_broken_pictures_take_their_pair_along(self, tmp_path):
         benchmark = load_mmvp(mmvp(tmp_path))
         (tmp_path / "MMVP Images/4.jpg").write_bytes(b"")
-        found = evaluate_choices(benchmark, Says(lambda *_: "a"), skip_broken=True)
-        assert [item.id for item in found.items] == ["1", "2", "5", "6", "7", "8"]
+        evaluation = evaluate_choices(benchmark, Says(lambda *_: "a"), skip_broken=True)
+        assert [item.id for item in evaluation.items] == ["1", "2", "5", "6", "7", "8"]
 
     def test_prompts_of_the_encoder(self, tmp_path):
         benchmark = load_mmvp(mmvp(tmp_path))
@@ -258,11 +258,11 @@ class TestScore:
         assert [row[2] for row in model.asked[7:9]] == [benchmark.items[7].question, None]
 
     def test_the_table_has_chance_and_the_paper(self, tmp_path):
-        found = evaluate_choices(load_mmvp(mmvp(tmp_path)), Says(lambda *_: "a"))
-        rows = choice_table([found]).rows
+        evaluation = evaluate_choices(load_mmvp(mmvp(tmp_path)), Says(lambda *_: "a"))
+        rows = choice_table([evaluation]).rows
         assert rows[:2] == (("model", "50.0", "0.0"), ("chance", "50.0", "25.0"))
         assert ("paper: CLIP-LLaVA-v1.5-7B, ViT-L14-336", "–", "24.7") in rows
-        assert len(choice_table([found], paper=False).rows) == 2
+        assert len(choice_table([evaluation], paper=False).rows) == 2
 
     def test_resumed_answers_are_read_anew(self, tmp_path):
         benchmark, path = load_mmvp(mmvp(tmp_path / "data")), tmp_path / "answers.jsonl"
@@ -270,9 +270,9 @@ class TestScore:
         with pytest.raises(KeyboardInterrupt):
             evaluate_choices(benchmark, Says(lambda *_: "open", dies_after=6), **options)
         second = Says(lambda *_: "open")
-        found = evaluate_choices(benchmark, second, **options)
+        evaluation = evaluate_choices(benchmark, second, **options)
         assert len(second.asked) == 2
-        assert found.accuracy == 50
+        assert evaluation.accuracy == 50
         other = evaluate_choices(benchmark, second, reader=lambda *_: None, **options)
         assert (other.accuracy, other.fresh) == (0, 0)
         assert len(read_lines(path)) == 2 + 8
@@ -297,12 +297,12 @@ class TestMiniature:
             item = answers[images[0].tobytes()]
             return item.options[item.answer if item.labels["pattern"] != "size" else 0]
 
-        found = evaluate_choices(benchmark, Says(says))
-        assert found.by_label("pattern") == {
+        evaluation = evaluate_choices(benchmark, Says(says))
+        assert evaluation.by_label("pattern") == {
             **dict.fromkeys(("color", "count", "position", "relation", "shape"), 100.0),
             "size": 0.0,
         }
-        assert found.overall == pytest.approx(100 * 5 / 6)
+        assert evaluation.overall == pytest.approx(100 * 5 / 6)
 
     def test_it_depends_on_its_seed_alone(self):
         one, two = shapes_mmvp(2), shapes_mmvp(2, seed=5)

@@ -42,12 +42,12 @@ def folder(tmp_path_factory):
 class TestSavedVLM:
     def test_it_answers_as_the_model_does(self, folder):
         saved = SavedVLM(folder / "run", max_new_tokens=5)
-        images, asked = [[picture(0)], [picture(1), picture(2)]], ["one", "another one"]
+        images, policies = [[picture(0)], [picture(1), picture(2)]], ["one", "another one"]
         vlm = DiffusionVLM.from_pretrained(folder / "run/model")
-        wanted = vlm.generate(images, asked, ["", "b"], max_new_tokens=5)
-        assert saved.answer(images, asked, ["", "b"]) == wanted
+        wanted = vlm.generate(images, policies, ["", "b"], max_new_tokens=5)
+        assert saved.answer(images, policies, ["", "b"]) == wanted
         saved.release()
-        assert saved.answer(images, asked, ["", "b"]) == wanted
+        assert saved.answer(images, policies, ["", "b"]) == wanted
 
     def test_the_folder_of_the_run_gives_the_name(self, folder, tmp_path):
         shutil.copytree(folder / "run/model", tmp_path / "mine")
@@ -74,15 +74,15 @@ class TestSavedVLM:
 
     def test_every_benchmark_asks_a_model_that_learnt_with_captions_without_any(self, folder):
         """Its policy is question and caption, and of what is asked no caption is known."""
-        saved, asked = SavedVLM(folder / "run", max_new_tokens=2), []
+        saved, policies = SavedVLM(folder / "run", max_new_tokens=2), []
         generate = DiffusionVLM.from_pretrained(folder / "run/model").generate
         plain = FunctionAnswerer("plain", generate, options={"max_new_tokens": 2})
         for model in (saved, plain):
             captions = evaluate_captions(shapes_captions(2), model, metrics=())
             choices = evaluate_choices(shapes_naturalbench(1), model)
             bench = evaluate_llava_bench(shapes_llava_bench(1), model, WordJudge())
-            asked.append((captions.passes[0].captions, choices.choices, bench.answers))
-        assert asked[0] == asked[1]
+            policies.append((captions.passes[0].captions, choices.choices, bench.answers))
+        assert policies[0] == policies[1]
 
     def test_dropout_of_training(self, folder):
         saved = SavedVLM(folder / "run")

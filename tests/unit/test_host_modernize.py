@@ -118,10 +118,10 @@ def modernize_is_undone() -> None:
 
 
 def options(folder: Path, *more: str) -> list[str]:
-    told = (
+    line = (
         f"--output_dir {folder} --use_cpu True --max_steps 2 --save_strategy steps --save_steps 1"
     )
-    return [*told.split(), "--report_to", "none", "--disable_tqdm", "True", *more]
+    return [*line.split(), "--report_to", "none", "--disable_tqdm", "True", *more]
 
 
 def rows() -> list[dict[str, Any]]:

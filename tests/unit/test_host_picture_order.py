@@ -156,10 +156,14 @@ def test_a_batch_of_tiles_equals_its_samples(tower, tiles, kind, form) -> None:
 def test_further_arguments_of_a_host_reach_it_as_they_are(tower, tiles) -> None:
     model = take_prompts(toy_model(tower, MoreArguments))
     tokens = tower.tokenize([ONE, OTHER])
-    asked = {"vision_prompt_ids": tokens.ids, "vision_prompt_mask": tokens.mask}
+    prompt_tensors = {"vision_prompt_ids": tokens.ids, "vision_prompt_mask": tokens.mask}
     with torch.no_grad():
-        states = model(torch.tensor([ROW] * 2), images=tiles[:, 0], **asked).last_hidden_state
-        plain = take_prompts(toy_model(tower))(torch.tensor([ROW] * 2), images=tiles[:, 0], **asked)
+        states = model(
+            torch.tensor([ROW] * 2), images=tiles[:, 0], **prompt_tensors
+        ).last_hidden_state
+        plain = take_prompts(toy_model(tower))(
+            torch.tensor([ROW] * 2), images=tiles[:, 0], **prompt_tensors
+        )
         torch.testing.assert_close(model.lm_head(states), plain.logits)
 
 

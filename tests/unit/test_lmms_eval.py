@@ -515,8 +515,8 @@ def test_llavas_loader_is_told_what_a_folder_holds(
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"mm_vision_tower": "diffenc:shapes"}))
     if lora:
-        told = {"base_model_name_or_path": "vicuna"}
-        (folder / "adapter_config.json").write_text(json.dumps(told))
+        adapter = {"base_model_name_or_path": "vicuna"}
+        (folder / "adapter_config.json").write_text(json.dumps(adapter))
     calls = []
     monkeypatch.setattr(opening, "open_model", lambda *args, **kwargs: calls.append(kwargs))
     assert is_hosted(folder)

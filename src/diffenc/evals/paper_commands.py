@@ -69,13 +69,13 @@ def _row(
     runs = [each["run"] for each in before] + ([row["run"]] if "run" in row else [])
     trainings = dict.fromkeys(step.name for run in runs for step in chain(run))
     commands = [command for each in before for command in each["commands"]]
-    for asked in options["ask"]:
-        text = " ".join(filter(None, (content["ask"][asked], options["options"])))
+    for benchmark in options["ask"]:
+        text = " ".join(filter(None, (content["ask"][benchmark], options["options"])))
         if "run" in row:  # a file of answers holds one setting
-            text += f" {_KEPT}{name}{f'-{asked}' if len(options['ask']) > 1 else ''}.jsonl"
+            text += f" {_KEPT}{name}{f'-{benchmark}' if len(options['ask']) > 1 else ''}.jsonl"
         elif "clip" in row:
             text += f" {_KEPT}{name}"
-        fill = {"benchmark": asked, **table.get("fill", {}), **row}
+        fill = {"benchmark": benchmark, **table.get("fill", {}), **row}
         commands.append(text.format(**fill))
     return RowCommands(label, tuple(trainings), tuple(commands), row.get("note", ""))
 
