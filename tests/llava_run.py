@@ -125,7 +125,7 @@ def generate(model: Any, folder: Path) -> dict[str, Any]:
     pictures = [Image.open(folder / "images" / f"{index}.png") for index in range(4)]
     shown = process_images(pictures, tower.image_processor, model.config)
     ids = torch.tensor([[1, -200, 5, 6]])
-    tokens = tower.tokenize(QUESTIONS)
+    questions = tower.tokenize(QUESTIONS)
     found: dict[str, Any] = {}
 
     def states(rows: Any, images: Any, tokens: Any, mask: Any = None) -> torch.Tensor:
@@ -139,8 +139,8 @@ def generate(model: Any, folder: Path) -> dict[str, Any]:
             )
         return out.logits
 
-    one, same = (states(ids, shown[:1], tokens.take([0])) for _ in range(2))
-    other = states(ids, shown[:1], tokens.take([1]))
+    one, same = (states(ids, shown[:1], questions.take([0])) for _ in range(2))
+    other = states(ids, shown[:1], questions.take([1]))
     found["same question"] = float((one - same).abs().max())
     found["other question"] = float((one - other).abs().max())
     with prompt_scope(QUESTIONS[0]), torch.no_grad():
@@ -161,8 +161,8 @@ def generate(model: Any, folder: Path) -> dict[str, Any]:
         float((batch[row, : part.shape[1]] - part[0]).abs().max()) for row, part in enumerate(alone)
     )
     tiles = [shown[:2], shown[2:3]]
-    both = states(ids.repeat(2, 1), tiles, tokens, torch.ones(2, 4))
-    each = states(ids, [shown[:2]], tokens.take([0]))
+    both = states(ids.repeat(2, 1), tiles, questions, torch.ones(2, 4))
+    each = states(ids, [shown[:2]], questions.take([0]))
     found["tiles"] = float((both[0, : each.shape[1]] - each[0]).abs().max())
     for beams in (1, 3):
         texts = []
@@ -170,8 +170,8 @@ def generate(model: Any, folder: Path) -> dict[str, Any]:
             out = model.generate(
                 ids,
                 images=shown[:1],
-                vision_prompt_ids=tokens.ids[row : row + 1],
-                vision_prompt_mask=tokens.mask[row : row + 1],
+                vision_prompt_ids=questions.ids[row : row + 1],
+                vision_prompt_mask=questions.mask[row : row + 1],
                 max_new_tokens=5,
                 num_beams=beams,
                 do_sample=False,
