@@ -1,12 +1,17 @@
 import json
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
 from diffenc.errors import BackboneError, ConfigError, OutputError
+from diffenc.studies.charts import Panel, Series, draw_panels
+from diffenc.studies.spreads import Spread
+from diffenc.studies.vlm import page as vlm_page
 from diffenc.studies.vlm import study_vlm
 from diffenc.studies.vlm.estimate import measure_costs, work_of
 from diffenc.studies.vlm.page import draw_study, to_markdown
@@ -301,6 +306,34 @@ def test_a_picture_is_drawn(run, tmp_path):
     draw_study(found, tmp_path / "p.png")
     with Image.open(tmp_path / "p.png") as picture:
         assert picture.width > picture.height > 300
+
+
+def test_answers_are_drawn_with_what_guessing_reaches_and_captions_without(run, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(vlm_page, "draw_panels", lambda panels, *_, **__: drawn.extend(panels))
+    study, _, _ = run
+    plan = replace(study.plan, plots=("answers/all", *study.plan.plots))
+    draw_study(replace(study, plan=plan), "unused.png")
+    guessing = {panel.title: panel.guessing for panel in drawn}
+    answered = study.figure(("second", "answers", "guess"))
+    assert guessing["answers: all"] == pytest.approx(answered.mean)
+    assert {title for title, level in guessing.items() if level is None} == set(guessing) - {
+        "answers: all"
+    }
+
+
+def test_what_guessing_reaches_is_a_line_across_the_panel(tmp_path):
+    pytest.importorskip("matplotlib")
+    series = Series("own", [0, 1], [Spread((10.0, 12.0)), Spread((30.0, 32.0))])
+    for name, guessing in (("with", 25.0), ("without", None)):
+        panel = Panel("pairs", "percent", [series], names=["a", "b"], guessing=guessing)
+        draw_panels([panel], tmp_path / f"{name}.png", title="t")
+    pixels = [
+        np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB"), dtype=int)
+        for name in ("with", "without")
+    ]
+    grey = [(abs(each - (0x8A, 0x8A, 0x94)).max(-1) < 6).sum(1).max() for each in pixels]
+    assert grey[0] > pixels[0].shape[1] / 3 > 10 * grey[1]
 
 
 def test_costs_are_measured_with_the_first_training_that_can_be_done(parts, tmp_path):

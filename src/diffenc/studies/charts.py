@@ -13,6 +13,7 @@ from diffenc.studies.spreads import Spread
 _COLORS = ("#0b6e99", "#c2571a", "#4f4f57", "#5b8c2a", "#8b3a8b", "#b8860b", "#d1495b", "#2a9d8f")
 _MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _NOTHING = "#e8e8ec"
+_GUESSING = "#8a8a94"
 _LIGHT = 0.62
 """Cells above it, of 0 to 1, are light enough for dark letters."""
 
@@ -70,6 +71,7 @@ class Panel:
             line; () takes whole numbers from 1, whose points are joined.
         axis: Label of the horizontal axis.
         joined: Whether points over names have a line, as those over rising numbers.
+        guessing: What guessing reaches, drawn as a broken line; None draws none.
     """
 
     title: str
@@ -78,6 +80,7 @@ class Panel:
     names: Sequence[str] = ()
     axis: str = ""
     joined: bool = False
+    guessing: float | None = None
 
 
 def need_charts() -> None:
@@ -205,6 +208,8 @@ def _plot(place: Any, panel: Panel) -> None:
             capsize=3,
             label=series.label,
         )
+    if panel.guessing is not None:
+        place.axhline(panel.guessing, color=_GUESSING, linestyle="--", label="guessing")
     place.set_title(panel.title)
     place.set_ylabel(panel.unit)
     place.set_xlabel(panel.axis)

@@ -38,7 +38,7 @@ _LIMITS = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833)
 """Limits of Student's distribution, one-sided 5 %, for 1 to 9 degrees of freedom."""
 _WITHOUT_READING = ("read", "said", "base", "cider", "chance", "guess", "unread")
 """Figures that count words, or no answers at all, so that an unread answer is not a wrong one."""
-_GUESSING = {"pairs": "chance", "all": "guess"}
+GUESSING = {"pairs": "chance", "all": "guess"}
 """Figures that can be guessed, with the figure that says how far guessing gets."""
 _NEAR_LIMIT = 3.0
 """Distance from an end of the scale, in points of 100, that counts as near."""
@@ -294,7 +294,7 @@ def _is_guessed(claim: Claim, figure: Callable[[Key], Spread | None]) -> bool:
         figure_name, point, number = name.partition(".")
         reached = figure((training, measurement, name))
         by_guessing = figure(
-            (training, measurement, f"{_GUESSING.get(figure_name, '')}{point}{number}")
+            (training, measurement, f"{GUESSING.get(figure_name, '')}{point}{number}")
         )
         if reached is None or by_guessing is None:
             return False

@@ -1,6 +1,7 @@
 """The page of a study, and its picture."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from diffenc.evals.paper import published_source, published_table
@@ -8,7 +9,7 @@ from diffenc.evals.tables import Table
 from diffenc.studies.charts import Panel, Series, draw_panels
 from diffenc.studies.pages import by_reason, page, paragraph, section
 from diffenc.studies.spreads import written
-from diffenc.studies.vlm.findings import RULE, DecidedFinding
+from diffenc.studies.vlm.findings import GUESSING, RULE, DecidedFinding
 from diffenc.studies.vlm.measurements import Measurement
 from diffenc.studies.vlm.study import VlmStudy
 from diffenc.studies.vlm.tables import (
@@ -78,8 +79,20 @@ def draw_study(study: VlmStudy, path: Path) -> None:
         several = any(each.passes > 1 for each in measurements)
         panel = _over_passes if several else _over_trainings
         unit = "CIDEr × 100" if name == "cider" else "percent"
-        panels.append(panel(study, measurements, name, title=f"{kind}: {name}", unit=unit))
+        drawn = panel(study, measurements, name, title=f"{kind}: {name}", unit=unit)
+        panels.append(replace(drawn, guessing=_guessing(study, measurements, name)))
     draw_panels(panels, path, title=study.plan.title)
+
+
+def _guessing(study: VlmStudy, measurements: Sequence[Measurement], name: str) -> float | None:
+    """Mean of what guessing reaches on the items of a panel; None where nothing can be guessed."""
+    keys = [
+        (training, measurement.name, GUESSING.get(name, ""))
+        for training in study.plan.trainings
+        for measurement in measurements
+    ]
+    reached = [spread.mean for spread in map(study.figure, keys) if spread is not None]
+    return sum(reached) / len(reached) if reached else None
 
 
 def _over_trainings(
