@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-from diffenc._typing import Conditioning, LongPrompts, Posterior, Resize, Uncond
+from diffenc._typing import Conditioning, LongPrompts, Posterior, Resize, Tokens, Uncond
 from diffenc.checks.arguments import pair, shown, whole
 from diffenc.checks.fields import conform
 from diffenc.errors import ConfigError, near_matches
@@ -98,6 +98,11 @@ class EncoderConfig:
             all pictures.
         grid: Side, or (height, width), of the token grid; None takes the middle tap's by
             resolution.
+        tokens: Kind of the tokens that stand for a picture: "grid" has one per cell, "words" one
+            per word of the prompt, see `diffenc.passes.question_tokens`, and "grid+words" both,
+            the grid's first. With words every token has its place as further channels.
+        word_count: Number of tokens of words: the last one is of what belongs to no word, and the
+            others are of the prompt's most telling words. Read with words alone.
         batch_size: Largest number of rows (images x halves x timesteps x draws) per call of the
             U-Net; None is all at once.
     """
@@ -116,6 +121,8 @@ class EncoderConfig:
     long_prompts: LongPrompts = "truncate"
     original_size: Literal["image"] | tuple[int, int] | None = None
     grid: int | tuple[int, int] | None = None
+    tokens: Tokens = "grid"
+    word_count: int = 8
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
@@ -132,6 +139,7 @@ class EncoderConfig:
             raise ConfigError(f"noise must be 'shared' or None, got {self.noise!r}")
         if self.noise is None and self.draws > 1:
             raise ConfigError(f"without noise there is one draw, got draws={self.draws}")
+        whole("word_count", self.word_count, least=1)
         if self.batch_size is not None:
             whole("batch_size", self.batch_size, least=1)
         check_pair("size", self.size)
@@ -142,6 +150,7 @@ class EncoderConfig:
                 raise ConfigError(
                     f"original_size must be 'image' or (height, width), got {self.original_size!r}"
                 )
+        check_choice("tokens", self.tokens, get_args(Tokens))
         check_choice("long_prompts", self.long_prompts, get_args(LongPrompts))
         check_choice("resize", self.resize, get_args(Resize))
         check_choice("posterior", self.posterior, get_args(Posterior))

@@ -45,8 +45,10 @@ from diffenc.models.writing import write_folder
 from diffenc.passes.encoded import image_keys, posterior_of
 from diffenc.passes.forward import AttentionRead, attention_key, compile_taps
 from diffenc.passes.halves import read_halves
+from diffenc.passes.question_tokens import prompt_words, question_tokens, token_channels
 from diffenc.passes.texts import text_halves
 from diffenc.passes.word_tokens import (
+    Spans,
     WordTokens,
     gather_words,
     positions_of,
@@ -339,14 +341,16 @@ class DiffusionEncoder(TrainableParts):
 
     @property
     def hidden_size(self) -> int:
-        """Channels of a token: of all taps together, twice that for "concat"."""
+        """Channels of a token: of all taps together, twice that for "concat", and its place's."""
         return sum(self.token_channels)
 
     @property
     def token_channels(self) -> tuple[int, ...]:
-        """Channels of a token that come from each tap and half, in order; see `Projector`."""
-        halves = 2 if self.config.conditioning == "concat" else 1
-        return tuple(tap.channels for tap in self._taps for _ in range(halves))
+        """Channels of a token that come from each tap and half, in order; see `Projector`.
+
+        Where there are tokens of words, the last are of the token's place.
+        """
+        return token_channels(self.config, self._taps)
 
     @property
     def device(self) -> torch.device:
@@ -373,10 +377,36 @@ class DiffusionEncoder(TrainableParts):
         self._compile_options = options
 
     def forward(
-        self, images: Images, prompts: str | Sequence[str] | PromptEmbeds | None = None
+        self,
+        images: Images,
+        prompts: str | Sequence[str] | PromptEmbeds | None = None,
+        *,
+        grid: int | tuple[int, int] | None = None,
     ) -> Float[Tensor, "b *t n c"]:
-        """Tokens in place of a CLIP encoder's: `extract(images, prompts).tokens()`."""
-        return self.extract(images, prompts).tokens()
+        """Tokens in place of a CLIP encoder's, by the config's `tokens`.
+
+        Those of the grid are `extract(images, prompts).tokens()`. Tokens of words are those of
+        `word_tokens`, each with its place as further channels; a prompt with fewer words than
+        `word_count` leaves tokens of zeros, and one without any, like no prompt, has the mean of
+        the cells as its last token.
+
+        Args:
+            images: One or several pictures, see `extract`.
+            prompts: One text for all images or one for each, see `extract`.
+            grid: Side, or (height, width), of the token grid; None takes the config's.
+
+        Raises:
+            DiffencError: As `extract`.
+            PromptError: Tokens of words under texts that were encoded before.
+        """
+        if self.config.tokens == "grid":
+            return self.extract(images, prompts).tokens(grid)
+        images = decoded(images)
+        windows = self.config.long_prompts == "chunk"
+        tokenizers = self.backbone.tokenizers
+        words = prompt_words(tokenizers, prompts, len(images), windows=windows)
+        features, attention = self._read_words(images, prompts, words)
+        return question_tokens(features, attention, words, self.config, grid)
 
     encode = forward
 
@@ -512,17 +542,31 @@ class DiffusionEncoder(TrainableParts):
         each = each * len(images) if len(each) == 1 else each
         windows = self.config.long_prompts == "chunk"
         spans = word_spans(self.backbone.tokenizers, each, chosen, windows=windows)
-        reading = AttentionRead(
-            word_layers(self.backbone, [tap.name for tap in self._taps], layers),
-            positions_of(spans),
+        features, attention = self._read_words(
+            images, each, spans, layers, conditioning, guidance_scale
         )
-        needed = self._conditioning(conditioning, prompts)
-        both = "concat" if needed == "uncond" else needed  # attention needs the text
-        check_guidance(guidance_scale, needed)
-        features, attention = self._read(images, each, both, guidance_scale, reading)
-        if both != needed:
-            features = features.select(needed)
         return gather_words(features, attention, spans, count=count, power=power, rest=rest)
+
+    def _read_words(
+        self,
+        images: Images,
+        prompts: str | Sequence[str] | PromptEmbeds | None,
+        words: Sequence[Spans],
+        layers: str | Sequence[str] | None = None,
+        conditioning: Conditioning | None = None,
+        guidance_scale: float | None = None,
+    ) -> tuple[Features, list[Float[Tensor, "b *t tokens _h _w"]]]:
+        """Features, and attention to the words of the prompts; none where no prompt has a word."""
+        needed = self._conditioning(conditioning, prompts)
+        check_guidance(guidance_scale, needed)
+        positions = positions_of(words)
+        if not positions:
+            return self._read(images, prompts, needed, guidance_scale)
+        taps = [tap.name for tap in self._taps]
+        reading = AttentionRead(word_layers(self.backbone, taps, layers), positions)
+        both = "concat" if needed == "uncond" else needed  # attention needs the text
+        features, attention = self._read(images, prompts, both, guidance_scale, reading)
+        return features if both == needed else features.select(needed), attention
 
     def _read(
         self,

@@ -48,6 +48,8 @@ __all__ = ["FusedEncoder", "How", "View"]
 
 View = Literal["same", "own"]
 
+_APART = ("tokens", "cross_attention")
+"""Ways of joining in which each encoder may keep tokens of its own."""
 _CONFIG_FILE, _CLIP, _DIFFUSION = "fusion.json", "clip", "diffusion"
 _PROCESSOR, _MIXER = "image_processor", "mixer"
 
@@ -162,12 +164,17 @@ class FusedEncoder(nn.Module):
                 f"fusion takes one timestep, got {diffusion.config.timestep}; several can be "
                 "attended to: how='cross_attention' in which CLIP asks"
             )
+        if diffusion.config.tokens != "grid" and how not in _APART:
+            raise ConfigError(
+                f"how={how!r} joins the streams cell by cell, and tokens="
+                f"{diffusion.config.tokens!r} has tokens that are no cells; take "
+                'how="tokens" or "cross_attention", or an encoder with tokens="grid"'
+            )
         self.clip = _as_clip(clip, diffusion, image_processor, layer, frozen=freeze_clip)
         self.diffusion = diffusion
         self.how, self.view = how, view
         pair = (grid, grid) if isinstance(grid, int) else grid
-        apart = how in ("tokens", "cross_attention")
-        self.grid: tuple[int, int] | None = pair or (None if apart else self.clip.grid)
+        self.grid: tuple[int, int] | None = pair or (None if how in _APART else self.clip.grid)
         self.mixer = self._made(mixing, options)
         self._check_devices()
 
@@ -420,7 +427,7 @@ class FusedEncoder(nn.Module):
         """
         images = decoded(images)  # both read them
         clip = self.clip_stream(images)
-        return clip, self.diffusion.extract(images, prompts).tokens(self.grid)
+        return clip, self.diffusion(images, prompts, grid=self.grid)
 
     def clip_stream(self, images: Images) -> Float[Tensor, "b n c"]:
         """CLIP's tokens alone, as `streams` gives them; the diffusion encoder does not run."""

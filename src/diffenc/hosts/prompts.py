@@ -23,6 +23,8 @@ from diffenc.memory.cache import Entry, content_key, recall
 from diffenc.models import describe, resolve_folder
 from diffenc.models.base import Backbone
 from diffenc.models.parts import load_tokenizer
+from diffenc.passes.question_tokens import spans_of_ids
+from diffenc.passes.word_tokens import Spans
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +215,13 @@ def embed_tokens(
     entries = recall(None if state is None else backbone.caches.prompts, list(distinct), embed)
     known = dict(zip(distinct, map(PromptEmbeds.unpack, entries), strict=True))
     return PromptEmbeds.concat([known[key] for key in keys])
+
+
+def words_of_tokens(tokenizer: Any, tokens: PromptTokens) -> tuple[Spans, ...]:
+    """Words of each row and their positions; none for a row that stands for no prompt."""
+    on_cpu = tokens.to("cpu")
+    rows = zip(on_cpu.ids, on_cpu.mask.bool(), strict=True)
+    return tuple(spans_of_ids(tokenizer, ids[mask][1:-1].tolist()) for ids, mask in rows)
 
 
 @dataclass(slots=True)

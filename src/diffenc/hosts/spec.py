@@ -14,7 +14,7 @@ from urllib.parse import quote, unquote
 
 import torch
 
-from diffenc._typing import Conditioning, How, Placed, Uncond
+from diffenc._typing import Conditioning, How, Placed, Tokens, Uncond
 from diffenc.checks.arguments import whole
 from diffenc.checks.fields import conform
 from diffenc.config import EncoderConfig, check_choice
@@ -24,6 +24,7 @@ from diffenc.hosts.fused_encoders import Companion, find_companion
 from diffenc.models import Architecture, TapInfo, describe
 from diffenc.models.sources import SOURCES, lasting_source
 from diffenc.models.tap_names import is_literature_name
+from diffenc.passes.question_tokens import token_channels, token_count
 
 PREFIX = "diffenc:"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -39,6 +40,8 @@ _KEYS = {
     "t": "timestep",
     "size": "size",
     "grid": "grid",
+    "tokens": "tokens",
+    "k": "word_count",
     "cond": "conditioning",
     "scale": "guidance_scale",
     "draws": "draws",
@@ -55,7 +58,14 @@ _KEYS = {
     "cut": "cut",
     "dtype": "dtype",
 }
-_SYNONYMS = {"lora": "rank", "clip": "fuse", "timestep": "t", "guidance": "scale", "tap": "taps"}
+_SYNONYMS = {
+    "words": "k",
+    "lora": "rank",
+    "clip": "fuse",
+    "timestep": "t",
+    "guidance": "scale",
+    "tap": "taps",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +79,8 @@ class TowerSpec:
         timestep: Scheduler step, 0 (clean) to 999 (pure noise).
         size: Side of the square that the tower takes, in pixels; None is the model's own.
         grid: Side of the square of tokens; None takes the middle tap's.
+        tokens: Kind of the tokens, "grid", "words" or "grid+words", as in `EncoderConfig`.
+        word_count: Number of tokens of words, as in `EncoderConfig`.
         conditioning: Conditioning of the features, as in `EncoderConfig`; None is "cond" with
             prompts and "uncond" without.
         guidance_scale: Guidance scale, which only the conditioning "cfg" reads.
@@ -97,6 +109,8 @@ class TowerSpec:
     timestep: int = 50
     size: int | None = None
     grid: int | None = None
+    tokens: Tokens = "grid"
+    word_count: int = 8
     conditioning: Conditioning | None = None
     guidance_scale: float = 1.5
     draws: int = 1
@@ -145,6 +159,8 @@ class TowerSpec:
             timestep=self.timestep,
             size=self.size,
             grid=self.grid,
+            tokens=self.tokens,
+            word_count=self.word_count,
             conditioning=self.conditioning,
             guidance_scale=self.guidance_scale,
             draws=self.draws,
@@ -238,8 +254,13 @@ class TowerSpec:
         """Side of the square that all tokens form.
 
         Raises:
-            ConfigError: Tokens of two encoders in one row form no square.
+            ConfigError: Tokens of words, or of two encoders in one row, form no square.
         """
+        if self.tokens != "grid":
+            raise ConfigError(
+                f"tokens={self.tokens} has tokens of words, which form no square; take tokens=grid "
+                "where the host cuts pictures into tiles"
+            )
         if self.companion is not None and self.how != "channel":
             raise ConfigError(
                 f"how={self.how} puts the tokens of two encoders in one row, which is no square; "
@@ -250,7 +271,7 @@ class TowerSpec:
     @property
     def num_patches(self) -> int:
         """Tokens of an image."""
-        cells = self.grid_side**2
+        cells = token_count(self.encoder_config(), self.grid_side**2)
         if self.companion is None or self.how == "channel":
             return cells
         return cells + (self.grid or self.companion.side) ** 2
@@ -263,8 +284,7 @@ class TowerSpec:
     @property
     def token_channels(self) -> tuple[int, ...]:
         """Channels of a token that come from each tap and half, see `DiffusionEncoder`."""
-        halves = 2 if self.conditioning == "concat" else 1
-        return tuple(tap.channels for tap in self.tap_infos for _ in range(halves))
+        return token_channels(self.encoder_config(), self.tap_infos)
 
     @property
     def hidden_size(self) -> int:
@@ -304,7 +324,16 @@ def _at(text: str, start: int, length: int, problem: str) -> ConfigError:
 
 def _read(attribute: str, written: str) -> Any:
     value = unquote(written)
-    if attribute in ("timestep", "seed", "size", "grid", "draws", "batch_size", "rank"):
+    if attribute in (
+        "timestep",
+        "seed",
+        "size",
+        "grid",
+        "draws",
+        "batch_size",
+        "rank",
+        "word_count",
+    ):
         least = 0 if attribute in ("timestep", "seed") else 1
         if not (value.isascii() and value.isdecimal()) or int(value) < least:
             raise ValueError(f"a whole number of {least} or more is needed, got {value!r}")
@@ -323,7 +352,7 @@ def _read(attribute: str, written: str) -> Any:
     if attribute == "noise":
         return None if value == "none" else value
     choices = {"conditioning": get_args(Conditioning), "uncond": get_args(Uncond)}
-    choices |= {"how": get_args(How), "dtype": tuple(DTYPES)}
+    choices |= {"tokens": get_args(Tokens), "how": get_args(How), "dtype": tuple(DTYPES)}
     if attribute in choices:
         check_choice(attribute, value, choices[attribute])
     if attribute == "null" and not value:

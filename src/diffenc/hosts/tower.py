@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,12 @@ from diffenc.hosts.prompts import (
     PromptTokens,
     embed_tokens,
     resolve_prompts,
+    words_of_tokens,
 )
 from diffenc.hosts.spec import DTYPES, TowerSpec
 from diffenc.hosts.tower_config import TowerConfig
 from diffenc.passes.encoded import prompts_of
+from diffenc.passes.word_tokens import Spans
 from diffenc.runtime.threads import lock_of
 
 
@@ -351,10 +354,17 @@ class DiffusionVisionTower(nn.Module):
             "use_cache": diffusion.use_cache,
         }
         if tokens is not None and not self._is_unconditional(tokens):
-            return embed_tokens(self.encoder.backbone, tokens, **options)
+            embeds = embed_tokens(self.encoder.backbone, tokens, **options)
+            return replace(embeds, words=self._words(tokens))
         if self.spec.conditioning in (None, "uncond"):
             return None
-        return prompts_of(self.encoder.backbone, [None], **options)
+        return replace(prompts_of(self.encoder.backbone, [None], **options), words=({},))
+
+    def _words(self, tokens: PromptTokens) -> "tuple[Spans, ...] | None":
+        """Words of the prompts, for a tower that gives tokens of words."""
+        if self.spec.tokens == "grid":
+            return None
+        return words_of_tokens(self.encoder.backbone.tokenizers[0], tokens)
 
     def _is_unconditional(self, tokens: PromptTokens) -> bool:
         """Whether the encoder may be given nothing, and look up what it knows of the pictures."""

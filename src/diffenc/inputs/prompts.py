@@ -50,6 +50,8 @@ class PromptEmbeds:
         truncated: Number of tokens that did not fit, per row.
         lengths: Number of states that belong to each row's own text, if rows differ in that; the
             rest is padding that the U-Net is told to ignore. None means that all states count.
+        words: Words of each row's text and the positions of their states; None is not known. Parts
+            and joins of rows do not keep them.
     """
 
     prompt_embeds: Float[Tensor, "b l d"]
@@ -57,6 +59,7 @@ class PromptEmbeds:
     time_ids: Float[Tensor, "b 6"] | None = None
     truncated: tuple[int, ...] = ()
     lengths: tuple[int, ...] | None = None
+    words: tuple[Mapping[str, tuple[int, ...]], ...] | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_embeds)
@@ -127,6 +130,7 @@ class PromptEmbeds:
             time_ids=None if time_ids is None else change(time_ids),
             truncated=truncated,
             lengths=lengths,
+            words=None,
         )
 
     def row_lengths(self) -> tuple[int, ...]:

@@ -14,6 +14,10 @@ from diffenc.inputs.tokenizing import (
     token_ids,
 )
 
+_WORD_END = "</w>"
+"""Mark of the last piece of a word in the vocabulary of CLIP."""
+_APOSTROPHES = "'\u2019"
+
 
 def words_of(text: str, tokenizer: Any = None) -> list[str]:
     """Distinct words of a text, in order, without punctuation.
@@ -38,6 +42,45 @@ def words_of(text: str, tokenizer: Any = None) -> list[str]:
     if not words:
         raise PromptError(f"the text {text!r} has no words to map")
     return list(words)
+
+
+def words_of_ids(tokenizer: Any, ids: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """Words of a text that is known by its token ids alone, as a tower in another program has it.
+
+    Words are the tokenizer's: each digit is one. What begins with an apostrophe belongs to the word
+    before it.
+
+    Args:
+        tokenizer: Tokenizer of CLIP, or one like it.
+        ids: Ids of the text, without start, end and padding.
+
+    Returns:
+        Distinct words in order, without marks, and the places of each in `ids`.
+    """
+    words: list[tuple[str, list[int]]] = []
+    for places in _pieces_by_word(tokenizer, ids):
+        word = tokenizer.decode([ids[place] for place in places]).replace(_WORD_END, "").strip()
+        if words and len(word) > 1 and word[0] in _APOSTROPHES:
+            words[-1] = (words[-1][0] + word, words[-1][1] + places)
+        else:
+            words.append((word, places))
+    distinct: dict[str, tuple[int, ...]] = {}
+    for word, places in words:
+        if any(map(_in_word, word)):
+            distinct[word] = (*distinct.get(word, ()), *places)
+    return distinct
+
+
+def _pieces_by_word(tokenizer: Any, ids: Sequence[int]) -> list[list[int]]:
+    added = added_tokens(tokenizer)
+    groups: list[list[int]] = [[]]
+    for place, piece in enumerate(tokenizer.convert_ids_to_tokens(list(ids))):
+        if piece in added and groups[-1]:
+            groups.append([])
+        groups[-1].append(place)
+        if piece in added or piece.endswith(_WORD_END):
+            groups.append([])
+    return [group for group in groups if group]
 
 
 def word_token_positions(

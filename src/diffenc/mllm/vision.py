@@ -18,6 +18,7 @@ from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import ConfigError, ShapeError
 from diffenc.fusion import FusedEncoder
 from diffenc.inputs.images import Images
+from diffenc.passes.question_tokens import token_count
 from diffenc.runtime.inference import lasting
 from diffenc.runtime.threads import lock_of
 from diffenc.storage.pretrained import (
@@ -231,11 +232,12 @@ def tokens_per_image(encoder: nn.Module) -> int | None:
     config, backbone = encoder.config, encoder.backbone
     if config.grid is not None:
         height, width = (config.grid,) * 2 if isinstance(config.grid, int) else config.grid
-        return height * width
-    if config.resize == "none":
+        return token_count(config, height * width)
+    if config.resize == "none" and config.tokens != "words":
         return None
     size = config.size or backbone.default_size
-    return grid_tokens(size, backbone.reduction, [tap.reduction for tap in encoder.feature_info])
+    taps = [tap.reduction for tap in encoder.feature_info]
+    return token_count(config, grid_tokens(size, backbone.reduction, taps))
 
 
 def grid_tokens(size: int | tuple[int, int], vae: int, reductions: Sequence[int]) -> int:

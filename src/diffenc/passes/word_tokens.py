@@ -186,7 +186,7 @@ def gather_words(
         rest: Whether a last token is gathered by the attention that the words do not get.
     """
     device = attention[0].device
-    widest = max(map(len, spans))
+    widest = max(1, *map(len, spans))  # texts may have no words at all
     words = [[*own, *[""] * (widest - len(own))] for own in spans]
     mask = torch.tensor(
         [[bool(own.get(word)) for word in row] for own, row in zip(spans, words, strict=True)],

@@ -20,6 +20,7 @@ from diffenc.models import describe
 from diffenc.models.building import build_on_meta
 from diffenc.models.reached_layers import reached_projections
 from diffenc.models.taps import meta_inputs
+from diffenc.passes.question_tokens import token_channels, token_count
 from diffenc.storage.names import reason
 from diffenc.storage.pretrained import load_image_processor, model_config
 
@@ -212,8 +213,7 @@ def _add_diffusion(encoder: MetaEncoder, model: ModelConfig, unet_rank: int) -> 
         encoder.parameters[name] = count(text)
         embedded = text.get_input_embeddings().weight.numel()
         encoder.flops[name] = 2.0 * (count(text) - embedded) * length
-    doubled = 2 if options.conditioning == "concat" else 1
-    channels = tuple(tap.channels for tap in taps for _ in range(doubled))
+    channels = token_channels(options, taps)
     encoder.groups = (*encoder.groups, *channels)
     encoder.hidden_size += sum(channels)
     encoder.pixels, encoder.text_width = height * width, states.shape[2]
@@ -237,8 +237,9 @@ def _add_diffusion(encoder: MetaEncoder, model: ModelConfig, unet_rank: int) -> 
         )
         encoder.trained["captioner"] = count(captioner)
     if options.grid is not None:
-        return _cells(options.grid)
-    return grid_tokens(size, architecture.reduction, [tap.reduction for tap in taps])
+        return token_count(options, _cells(options.grid))
+    reductions = [tap.reduction for tap in taps]
+    return token_count(options, grid_tokens(size, architecture.reduction, reductions))
 
 
 def _add_mixer(encoder: MetaEncoder, model: ModelConfig, clip: int, own: int) -> None:

@@ -1,0 +1,180 @@
+"""Tokens of a picture for a language model: of the grid's cells, of the prompt's words, or of both.
+
+Each token has its place beside its features, so that a language model can tell left from right
+where tokens are in no grid.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diffenc.checks.arguments import shown
+from diffenc.config import EncoderConfig
+from diffenc.errors import PromptError
+from diffenc.features import Features
+from diffenc.inputs.prompts import PromptEmbeds, match_batch
+from diffenc.inputs.tokenizing import limit_of, prompt_ids
+from diffenc.inputs.words import words_of_ids
+from diffenc.models.taps import TapInfo
+from diffenc.passes.word_tokens import Spans, WordTokens, gather_words
+
+PLACE_CHANNELS = 32
+"""Channels of a token's place: sine and cosine of four numbers at four frequencies."""
+
+_FREQUENCIES = PLACE_CHANNELS // 8
+
+
+def token_channels(config: EncoderConfig, taps: Sequence[TapInfo]) -> tuple[int, ...]:
+    """Channels of a token that come from each tap and half, in order, and from its place."""
+    halves = 2 if config.conditioning == "concat" else 1
+    channels = tuple(tap.channels for tap in taps for _ in range(halves))
+    return channels if config.tokens == "grid" else (*channels, PLACE_CHANNELS)
+
+
+def token_count(config: EncoderConfig, cells: int) -> int:
+    """Number of tokens that stand for a picture whose grid has so many cells."""
+    of_cells = 0 if config.tokens == "words" else cells
+    return of_cells + (0 if config.tokens == "grid" else config.word_count)
+
+
+def embed_places(places: Float[Tensor, "*b 4"]) -> Float[Tensor, "*b 32"]:
+    """Places as waves: sine and cosine of each number times π, 2π, 4π and 8π.
+
+    A layer norm, which projectors have for each group of channels, leaves them distinct.
+
+    Args:
+        places: Centre and spread, see `diffenc.denoiser.gathering.places`.
+
+    Source:
+        Frequencies as in Mildenhall et al. 2020 (NeRF), arXiv:2003.08934, equation 4.
+    """
+    powers = torch.arange(_FREQUENCIES, dtype=places.dtype, device=places.device)
+    angles = math.pi * places[..., None] * 2**powers
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)
+
+
+def cell_places(grid: tuple[int, int], device: torch.device) -> Float[Tensor, "cells 4"]:
+    """Places of a grid's cells, row by row: the middle of each, and the spread of its area."""
+    height, width = grid
+    options: dict[str, Any] = {"dtype": torch.float32, "device": device}
+    rows = (torch.arange(height, **options) + 0.5) / height
+    columns = (torch.arange(width, **options) + 0.5) / width
+    centres = torch.cartesian_prod(rows, columns)
+    spread = torch.tensor([1 / height, 1 / width], **options) / math.sqrt(12)
+    return torch.cat([centres, spread.expand(len(centres), 2)], dim=1)
+
+
+def prompt_words(
+    tokenizers: Sequence[Any],
+    prompts: str | Sequence[str] | PromptEmbeds | None,
+    batch: int,
+    *,
+    windows: bool,
+) -> list[Spans]:
+    """Words of each picture's prompt and their positions; none for a prompt without words.
+
+    Args:
+        tokenizers: Tokenizers of the model.
+        prompts: What is given to the encoder.
+        batch: Number of pictures.
+        windows: Whether long texts are read in windows; otherwise they are cut.
+
+    Raises:
+        PromptError: Texts that were encoded without their words, or that the tokenizers of the
+            model split differently.
+    """
+    if prompts is None:
+        return [{}] * batch
+    if isinstance(prompts, PromptEmbeds):
+        if prompts.words is None:
+            raise PromptError(
+                "tokens of words are read under texts, and these were encoded before, which does "
+                f"not tell their words: pass the texts themselves, got {shown(prompts)}"
+            )
+        words: list[Spans] = [dict(row) for row in prompts.words]
+    else:
+        texts = match_batch(prompts, batch)
+        known = {text: _spans(tokenizers, text, windows) for text in dict.fromkeys(texts)}
+        words = [known[text] for text in texts]
+    return words * batch if len(words) == 1 else words
+
+
+def _spans(tokenizers: Sequence[Any], text: str, windows: bool) -> Spans:
+    first, *others = [prompt_ids(each, [text], special_tokens=False)[0] for each in tokenizers]
+    if any(other != first for other in others):
+        raise PromptError(
+            f"the text encoders of this model split {text!r} differently; add textual inversions "
+            "to all of its tokenizers"
+        )
+    return spans_of_ids(tokenizers[0], first, windows=windows)
+
+
+def spans_of_ids(tokenizer: Any, ids: Sequence[int], *, windows: bool = False) -> Spans:
+    """Words of a text and their positions in the text encoder's input, whose first is the start's.
+
+    Args:
+        tokenizer: Tokenizer of CLIP, or one like it.
+        ids: Ids of the text, without start, end and padding.
+        windows: Whether long texts are read in windows; otherwise what is cut has no position.
+    """
+    room = limit_of(tokenizer) - 2
+    read = list(ids) if windows else list(ids)[:room]
+    return {
+        word: tuple(place // room * (room + 2) + place % room + 1 for place in places)
+        for word, places in words_of_ids(tokenizer, read).items()
+    }
+
+
+def question_tokens(
+    features: Features,
+    attention: Sequence[Float[Tensor, "b *t tokens _h _w"]],
+    words: Sequence[Spans],
+    config: EncoderConfig,
+    grid: int | tuple[int, int] | None = None,
+) -> Float[Tensor, "b *t n c"]:
+    """Tokens of the grid and of the words, as the config has them, with their places.
+
+    Args:
+        features: Features of the pass.
+        attention: Maps of the words' tokens, see `gather_words`; none where no text has a word.
+        words: Words of each picture's prompt and their positions.
+        config: Kind of the tokens, and number of those of words.
+        grid: Side, or (height, width), of the token grid; None takes the features'.
+    """
+    read = list(attention) or [_no_attention(next(iter(features.values())))]
+    least = max(config.word_count, 2)  # a word, be it absent, and the rest
+    gathered = gather_words(features, read, words, count=least - 1, rest=True)
+    of_words = _with_places(gathered)[..., least - config.word_count :, :]
+    if config.tokens == "words":
+        return of_words
+    cells = features.tokens(grid)
+    sides = features.grid if grid is None else (grid, grid) if isinstance(grid, int) else grid
+    of_cells = embed_places(cell_places(sides, cells.device)).to(cells.dtype)
+    placed = torch.cat([cells, of_cells.expand(*cells.shape[:-1], -1)], dim=-1)
+    return torch.cat([placed, of_words], dim=-2)
+
+
+def _with_places(gathered: WordTokens) -> Float[Tensor, "b *t words c"]:
+    """Tokens and their places; absent words are zeros throughout."""
+    height, width = gathered.maps.shape[-2:]
+    waves = embed_places(_of_areas(gathered.places, (height, width)))
+    mask = gathered.mask[:, None] if waves.ndim == 4 else gathered.mask
+    waves = (waves * mask[..., None]).to(gathered.tokens.dtype)
+    return torch.cat([gathered.tokens, waves], dim=-1)
+
+
+def _of_areas(places: Float[Tensor, "*b 4"], grid: tuple[int, int]) -> Float[Tensor, "*b 4"]:
+    """Places whose spread is that of the cells' areas, and so the same on every grid."""
+    centres, spreads = places.split(2, dim=-1)
+    sides = torch.tensor(grid, dtype=places.dtype, device=places.device)
+    return torch.cat([centres, (spreads.square() + 1 / (12 * sides.square())).sqrt()], dim=-1)
+
+
+def _no_attention(maps: Float[Tensor, "b *t c h w"]) -> Float[Tensor, "b *t 0 h w"]:
+    """Attention to no token at all, so that what the words leave is the whole picture."""
+    shape = (*maps.shape[:-3], 0, *maps.shape[-2:])
+    return torch.zeros(shape, dtype=torch.float32, device=maps.device)
