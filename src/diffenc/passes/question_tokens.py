@@ -60,11 +60,12 @@ def embed_places(places: Float[Tensor, "*b 4"]) -> Float[Tensor, "*b 32"]:
 def cell_places(grid: tuple[int, int], device: torch.device) -> Float[Tensor, "cells 4"]:
     """Places of a grid's cells, row by row: the middle of each, and the spread of its area."""
     height, width = grid
-    options: dict[str, Any] = {"dtype": torch.float32, "device": device}
-    rows = (torch.arange(height, **options) + 0.5) / height
-    columns = (torch.arange(width, **options) + 0.5) / width
+    rows, columns = (
+        (torch.arange(side, dtype=torch.float32, device=device) + 0.5) / side for side in grid
+    )
     centres = torch.cartesian_prod(rows, columns)
-    spread = torch.tensor([1 / height, 1 / width], **options) / math.sqrt(12)
+    sides = torch.tensor([1 / height, 1 / width], dtype=torch.float32, device=device)
+    spread = sides / math.sqrt(12)
     return torch.cat([centres, spread.expand(len(centres), 2)], dim=1)
 
 
