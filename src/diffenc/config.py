@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-from diffenc._typing import Conditioning, LongPrompts, Posterior, Resize, Uncond
+from diffenc._typing import Conditioning, LongPrompts, Posterior, Resize, Reused, Uncond
 from diffenc.checks.arguments import pair, shown, whole
 from diffenc.checks.fields import conform
 from diffenc.errors import ConfigError, near_matches
@@ -100,6 +100,10 @@ class EncoderConfig:
             resolution.
         batch_size: Largest number of rows (images x halves x timesteps x draws) per call of the
             U-Net; None is all at once.
+        reuse: Part of the U-Net that runs without the text, once per picture for all texts: "down"
+            is all before the middle, "middle" all before the decoder. Features under a text are
+            then approximate, and a further question costs about half. None runs everything under
+            each text.
     """
 
     taps: tuple[str, ...] | None = None
@@ -117,6 +121,7 @@ class EncoderConfig:
     original_size: Literal["image"] | tuple[int, int] | None = None
     grid: int | tuple[int, int] | None = None
     batch_size: int | None = None
+    reuse: Reused | None = None
 
     def __post_init__(self) -> None:
         if self.taps is not None and (isinstance(self.taps, str) or not len(self.taps)):
@@ -149,6 +154,8 @@ class EncoderConfig:
             check_choice("conditioning", self.conditioning, get_args(Conditioning))
         if self.uncond is not None:
             check_choice("uncond", self.uncond, get_args(Uncond))
+        if self.reuse is not None:
+            check_choice("reuse", self.reuse, get_args(Reused))
 
     @property
     def timesteps(self) -> tuple[int, ...]:
