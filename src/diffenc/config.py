@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-from diffenc._typing import Conditioning, LongPrompts, Posterior, Resize, Tokens, Uncond
+from diffenc._typing import Conditioning, LongPrompts, Posterior, Resize, Reused, Tokens, Uncond
 from diffenc.checks.arguments import pair, shown, whole
 from diffenc.checks.fields import conform
 from diffenc.errors import ConfigError, near_matches
@@ -105,6 +105,10 @@ class EncoderConfig:
             others are of the prompt's most telling words. Read with words alone.
         batch_size: Largest number of rows (images x halves x timesteps x draws) per call of the
             U-Net; None is all at once.
+        reuse: Part of the U-Net that runs without the text, once per picture for all texts: "down"
+            is all before the middle, "middle" all before the decoder. Features under a text are
+            then approximate, and a further question costs about half. None runs everything under
+            each text.
     """
 
     taps: tuple[str, ...] | None = None
@@ -124,6 +128,7 @@ class EncoderConfig:
     tokens: Tokens = "grid"
     word_count: int = 8
     batch_size: int | None = None
+    reuse: Reused | None = None
 
     def __post_init__(self) -> None:
         if self.taps is not None and (isinstance(self.taps, str) or not len(self.taps)):
@@ -158,6 +163,8 @@ class EncoderConfig:
             check_choice("conditioning", self.conditioning, get_args(Conditioning))
         if self.uncond is not None:
             check_choice("uncond", self.uncond, get_args(Uncond))
+        if self.reuse is not None:
+            check_choice("reuse", self.reuse, get_args(Reused))
 
     @property
     def timesteps(self) -> tuple[int, ...]:

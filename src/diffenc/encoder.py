@@ -46,6 +46,7 @@ from diffenc.passes.encoded import image_keys, posterior_of
 from diffenc.passes.forward import AttentionRead, attention_key, compile_taps
 from diffenc.passes.halves import read_halves
 from diffenc.passes.question_tokens import prompt_words, question_tokens, token_channels
+from diffenc.passes.reuse import check_reuse
 from diffenc.passes.texts import text_halves
 from diffenc.passes.word_tokens import (
     Spans,
@@ -94,7 +95,7 @@ class DiffusionEncoder(TrainableParts):
         self.config = config if config is not None else EncoderConfig()
         self.use_cache = flag("use_cache", use_cache)
         self._matched: tuple[object, tuple[TapInfo, ...]] = (None, ())
-        _ = self._taps  # checks them
+        check_reuse(self.config.reuse, [tap.name for tap in self._taps])
         length = len(backbone.noise_levels)
         if max(self.config.timesteps) >= length:
             raise ConfigError(
@@ -371,7 +372,15 @@ class DiffusionEncoder(TrainableParts):
 
         Args:
             options: Keyword arguments of `torch.compile`, such as `mode` and `dynamic`.
+
+        Raises:
+            ConfigError: The config has `reuse`, for which nothing is compiled.
         """
+        if self.config.reuse is not None:
+            raise ConfigError(
+                f"with reuse={self.config.reuse!r} a pass begins in the middle of the U-Net, which "
+                "is not compiled; leave reuse out or do without compile"
+            )
         names = [tap.name for tap in self._taps if tap.name != LATENTS]
         compile_taps(self.backbone, names, **options)
         self._compile_options = options
@@ -616,8 +625,9 @@ class DiffusionEncoder(TrainableParts):
                 posteriors,
                 keys=None if keys is None else list(zip(keys, sizes or keys, strict=True)),
                 states=states,
-                uncond=uncond,
+                uncond=uncond if conditioning != "cond" else None,
                 cond=cond,
+                textless=uncond,
                 attention=attention,
             )
         under, layers = halves["cond"] or {}, () if attention is None else attention.layers

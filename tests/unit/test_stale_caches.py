@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 import builders
 from diffenc import CrossAttnScorer, DiffusionEncoder
+from diffenc.config import EncoderConfig
 from diffenc.hosts.prompts import embed_tokens, tokenize_prompts
 from diffenc.models.sd import StableDiffusion
-from state_builders import SIZE, TEXT, picture, stirred, tiny_backbone
+from state_builders import SIZE, TAPS, TEXT, picture, stirred, tiny_backbone
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,12 @@ def ask_guided(backbone: StableDiffusion, use_cache: bool) -> Callable[[], list[
         return list(encoder.extract(picture(), TEXT, conditioning="cfg").values())
 
     return ask
+
+
+def ask_reused(backbone: StableDiffusion, use_cache: bool) -> Callable[[], list[Tensor]]:
+    config = EncoderConfig(taps=TAPS[1:], reuse="middle")
+    encoder = DiffusionEncoder(backbone, config, use_cache=use_cache)
+    return lambda: list(encoder.extract(picture(), TEXT).values())
 
 
 def ask_exact(backbone: StableDiffusion, use_cache: bool) -> Callable[[], list[Tensor]]:
@@ -67,7 +74,7 @@ def ask_tokens(backbone: StableDiffusion, use_cache: bool) -> Callable[[], list[
     return ask
 
 
-ENTRIES = [ask_guided, ask_exact, ask_shared, ask_tokens]
+ENTRIES = [ask_guided, ask_reused, ask_exact, ask_shared, ask_tokens]
 
 
 # What users do to a model

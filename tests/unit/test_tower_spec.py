@@ -21,6 +21,7 @@ OTHER_TOWERS += ["laion", "ShareGPT4V", "diffusion", "lora", ";", ",", "."]
         "diffenc:sd21-base?t=261",
         "diffenc:sdxl?t=50&taps=up1&size=512&lora=16&clip=vitl336&how=channel",
         "diffenc:shapes?taps=up0a1+up2a0&cond=cfg&scale=1%2E25&grid=5&seed=7&draws=2&batch=3",
+        "diffenc:shapes?t=50&reuse=down&taps=up1",
         "diffenc:shapes?noise=none&uncond=zeros&rank=4&alpha=8&null=a%20photo%2C%20big&cut=0",
         "diffenc:/data/my.models/v1.5?dtype=bf16&prompted=1",
     ],

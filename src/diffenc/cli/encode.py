@@ -199,6 +199,7 @@ _CHANGES = Changes(
         "resize",
         "long_prompts",
         "seed",
+        "reuse",
     ),
     {
         "taps": "NAME,NAME",

@@ -8,7 +8,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from diffenc.denoiser.shortening import shallow_copy
+from diffenc.denoiser.shortening import copy_ways
 from diffenc.errors import TapError, near_matches
 from diffenc.runtime.threads import for_this_thread
 
@@ -125,17 +125,8 @@ class TapOutputs(nn.Module):
 
     def __init__(self, unet: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
-        self.unet = shallow_copy(unet)
+        self.unet = copy_ways(unet, names)[""]
         self.names = tuple(names)
-        copied = {"": self.unet}
-        for name in names:
-            parts = name.split(".")
-            for depth in range(1, len(parts) + 1):
-                path = ".".join(parts[:depth])
-                if path not in copied:
-                    parent = copied[".".join(parts[: depth - 1])]
-                    copied[path] = shallow_copy(parent.get_submodule(parts[depth - 1]))
-                    parent._modules[parts[depth - 1]] = copied[path]
         self._taps = ForwardTaps(self.unet, names, any_thread=True)
         self._taps.__enter__()
 

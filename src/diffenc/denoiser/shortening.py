@@ -88,6 +88,28 @@ def _shortened_block(block: nn.Module, layers: int) -> nn.Module:
     return kept
 
 
+def copy_ways(module: nn.Module, paths: Sequence[str]) -> dict[str, Any]:
+    """Copies of a module and of the submodules on the ways to some, which share all others.
+
+    Args:
+        module: Module; it is left as it is.
+        paths: Paths of submodules, which are copied too; "" is the module.
+
+    Returns:
+        Copies by path; "" is that of the whole.
+    """
+    copies: dict[str, Any] = {"": shallow_copy(module)}
+    for path in paths:
+        parts = path.split(".") if path else []
+        for depth in range(1, len(parts) + 1):
+            way = ".".join(parts[:depth])
+            if way not in copies:
+                parent = copies[".".join(parts[: depth - 1])]
+                copies[way] = shallow_copy(parent.get_submodule(parts[depth - 1]))
+                parent._modules[parts[depth - 1]] = copies[way]
+    return copies
+
+
 def shallow_copy(module: nn.Module) -> Any:
     """A copy that shares submodules and weights, with lists of submodules and hooks of its own."""
     twin = copy.copy(module)

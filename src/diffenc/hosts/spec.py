@@ -14,7 +14,7 @@ from urllib.parse import quote, unquote
 
 import torch
 
-from diffenc._typing import Conditioning, How, Placed, Tokens, Uncond
+from diffenc._typing import Conditioning, How, Placed, Reused, Tokens, Uncond
 from diffenc.checks.arguments import whole
 from diffenc.checks.fields import conform
 from diffenc.config import EncoderConfig, check_choice
@@ -49,6 +49,7 @@ _KEYS = {
     "noise": "noise",
     "seed": "seed",
     "uncond": "uncond",
+    "reuse": "reuse",
     "rank": "rank",
     "alpha": "alpha",
     "fuse": "fuse",
@@ -90,6 +91,8 @@ class TowerSpec:
         noise: Kind of noise, "shared" or None, as in `EncoderConfig`.
         seed: Seed of the noise, as in `EncoderConfig`, and of the adapter's initial weights.
         uncond: Rule of the unconditional embedding, as in `EncoderConfig`; None is the model's own.
+        reuse: Part of the U-Net that runs without the text, as in `EncoderConfig`; not with an
+            adapter that trains.
         rank: Rank of the trainable adapter; None has no adapter.
         alpha: Numerator of the adapter's scale alpha / rank; None is the rank, a scale of 1.
         fuse: CLIP or SigLIP whose tokens are joined to the diffusion model's: an alias such as
@@ -118,6 +121,7 @@ class TowerSpec:
     noise: str | None = "shared"
     seed: int = 0
     uncond: Uncond | None = None
+    reuse: Reused | None = None
     rank: int | None = None
     alpha: float | None = None
     fuse: str | None = None
@@ -137,6 +141,11 @@ class TowerSpec:
             whole("rank", self.rank, least=1)
         if self.alpha is not None and (self.rank is None or not 0 < self.alpha < math.inf):
             raise ConfigError(f"alpha must be above 0 and needs a rank, got {self.alpha!r}")
+        if self.rank is not None and self.reuse is not None:
+            raise ConfigError(
+                f"rank={self.rank} trains the U-Net under the text, and reuse={self.reuse} runs a "
+                "part of it without; leave one of them out"
+            )
         if self.seed < 0:
             raise ConfigError(f"seed must be 0 or more, got {self.seed}")
         if self.dtype is not None:
@@ -168,6 +177,7 @@ class TowerSpec:
             noise=self.noise,  # type: ignore[arg-type]  # the config checks it
             seed=self.seed,
             uncond=self.uncond,
+            reuse=self.reuse,
         )
 
     @classmethod
@@ -352,7 +362,8 @@ def _read(attribute: str, written: str) -> Any:
     if attribute == "noise":
         return None if value == "none" else value
     choices = {"conditioning": get_args(Conditioning), "uncond": get_args(Uncond)}
-    choices |= {"tokens": get_args(Tokens), "how": get_args(How), "dtype": tuple(DTYPES)}
+    choices |= {"reuse": get_args(Reused), "tokens": get_args(Tokens)}
+    choices |= {"how": get_args(How), "dtype": tuple(DTYPES)}
     if attribute in choices:
         check_choice(attribute, value, choices[attribute])
     if attribute == "null" and not value:

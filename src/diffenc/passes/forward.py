@@ -20,6 +20,7 @@ from diffenc.inputs.noise import to_noise
 from diffenc.inputs.prompts import PromptEmbeds
 from diffenc.memory.model_state import structure_key
 from diffenc.models.base import Backbone, CompiledTaps, States
+from diffenc.passes.reuse import Reuse
 from diffenc.runtime.inference import make_plain
 
 
@@ -46,6 +47,7 @@ def read_taps(
     batch_size: int | None = None,
     compiled: Callable[..., tuple[Tensor, ...]] | None = None,
     attention: AttentionRead | None = None,
+    reuse: Reuse | None = None,
 ) -> dict[str, Float[Tensor, "rows _c _h _w"]]:
     """Read features of rows, each with latents, a noise level and a text of its own.
 
@@ -63,6 +65,8 @@ def read_taps(
         compiled: Compiled U-Net that `compiled_taps` returned; None looks whether there is one.
         attention: Cross-attention that is read in the same calls, which are then not compiled and
             end after the last of both; None reads none.
+        reuse: Outputs that rows have in common, which are not computed for each; exact ones are
+            left out where a graph is built, and by compiled code. None computes everything.
 
     Returns:
         One map per tap, in the order of `taps`; behind them, under `attention_key`, one per
@@ -71,12 +75,16 @@ def read_taps(
 
     Raises:
         NonFiniteError: A map holds NaN or infinity.
+        ConfigError: A gradient is asked for through outputs of a pass without the text.
     """
     grad = torch.is_grad_enabled() and (
         noisy_latents.requires_grad
         or prompt_embeds.requires_grad
         or any(parameter.requires_grad for parameter in backbone.denoiser.parameters())
     )
+    if grad and reuse is not None:
+        reuse.check_trainable()
+        reuse = None
     if grad:
         make_plain(backbone.denoiser)  # moved in inference mode, weights could not be saved for it
     rows = len(noisy_latents)
@@ -101,6 +109,7 @@ def read_taps(
                         taps,
                         compiled,
                         attention,
+                        None if reuse is None else reuse.select(start, stop),
                     )
                 )
             except torch.cuda.OutOfMemoryError:
@@ -171,21 +180,24 @@ def _read(
     taps: Sequence[str],
     compiled: Callable[..., tuple[Tensor, ...]] | None,
     attention: AttentionRead | None,
+    reuse: Reuse | None,
 ) -> dict[str, Tensor]:
     if compiled is not None:
         maps = backbone.denoise(noisy_latents, timesteps, prompt_embeds, run=compiled)
         # A compiled graph may give its outputs' memory to its next call.
         return {name: tap.clone() for name, tap in zip(taps, maps, strict=True)}
-    call = partial(backbone.denoise, noisy_latents, timesteps, prompt_embeds)
+    rows = (noisy_latents, timesteps, prompt_embeds)
+    denoiser = backbone.denoiser if reuse is None else reuse.denoiser(backbone, *rows)
+    call = partial(backbone.denoise, *rows, run=denoiser)
     if attention is None:
-        with ForwardTaps(backbone.denoiser, taps, early_exit=True) as reader:
+        with ForwardTaps(denoiser, taps, early_exit=True) as reader:
             return reader.run(call)
     length, positions = prompt_embeds.prompt_embeds.shape[1], attention.positions
     there = [position for position in positions if position < length]
     # An attention's output, which is let go, says that it has run.
     with (
-        CrossAttnTaps(backbone.denoiser, attention.layers, tokens=there or [0]) as weights,
-        ForwardTaps(backbone.denoiser, [*taps, *attention.layers], early_exit=True) as reader,
+        CrossAttnTaps(denoiser, attention.layers, tokens=there or [0]) as weights,
+        ForwardTaps(denoiser, [*taps, *attention.layers], early_exit=True) as reader,
     ):
         outputs = reader.run(call)
         read = weights.maps()

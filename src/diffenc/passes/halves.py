@@ -4,7 +4,8 @@ Unconditional features of a picture are looked up first; what is missing of them
 conditional ones are rows of one batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from diffenc.memory.object_watch import object_key
 from diffenc.models.base import Backbone, States
 from diffenc.models.taps import LATENTS
 from diffenc.passes.forward import AttentionRead, attention_key, compiled_taps, read_taps
+from diffenc.passes.reuse import Reuse, check_reuse, prefix_of, without_text
 
 Posteriors = tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]
 
@@ -37,6 +39,7 @@ def read_halves(
     states: States | None = None,
     uncond: PromptEmbeds | None,
     cond: PromptEmbeds | None,
+    textless: PromptEmbeds | None = None,
     attention: AttentionRead | None = None,
 ) -> dict[str, Maps | None]:
     """Features of pictures without and with their texts.
@@ -51,6 +54,8 @@ def read_halves(
         states: Keys of the model's state for this call; None reads the state now.
         uncond: Unconditional embeddings, one row per picture; None leaves that half out.
         cond: Encoded texts, one row per picture; None leaves that half out.
+        textless: Unconditional embeddings, one row per picture, for what runs without a text where
+            the config has `reuse`.
         attention: Cross-attention that is read in the same pass, under the texts; None reads none.
 
     Returns:
@@ -63,18 +68,21 @@ def read_halves(
     """
     batch = len(posteriors[0])
     states = states or backbone.states()
-    state = states.features if uncond is not None and keys is not None else None
+    state = None if keys is None else states.features
     compiled = None
-    if attention is None:
+    if attention is None and config.reuse is None:
         compiled = compiled_taps(backbone, [tap for tap in taps if tap != LATENTS], states)
     parts: list[Maps] = []
+    pictures = [(state, *key) for key in keys] if keys and state is not None else None
+    layers = () if attention is None else attention.layers
+    reuse = partial(_reuse, backbone, config, [*taps, *layers], pictures, textless)
 
     def read(missing: list[int]) -> list[Entry]:
         texts = [uncond.take(missing)] if uncond is not None and missing else []
         texts += [cond] if cond is not None else []
         shown = [*missing, *range(batch if cond is not None else 0)]
         parts.append(
-            _read_rows(backbone, config, taps, posteriors, shown, texts, compiled, attention)
+            _read_rows(backbone, config, taps, posteriors, shown, texts, compiled, attention, reuse)
         )
         return [tuple(parts[0][name][row] for name in taps) for row in range(len(missing))]
 
@@ -107,6 +115,7 @@ def _read_rows(
     texts: list[PromptEmbeds],
     compiled: Any,
     attention: AttentionRead | None,
+    reuse: Callable[[list[int]], Reuse | None],
 ) -> Maps:
     """Features of rows, mean over draws: (rows c h w), or (rows t c h w) for several steps.
 
@@ -119,6 +128,7 @@ def _read_rows(
         texts: Encoded texts of the rows, in order.
         compiled: Compiled U-Net that `compiled_taps` returned, or None.
         attention: Cross-attention that is read in the same pass; None reads none.
+        reuse: Function that says what of the pass is reused, for rows that show these pictures.
     """
     if not shown:
         return {}
@@ -146,6 +156,7 @@ def _read_rows(
             batch_size=config.batch_size,
             compiled=compiled,
             attention=attention,
+            reuse=reuse(shown),
         )
     if LATENTS in taps:
         maps[LATENTS] = torch.cat(clean * len(steps)).to(backbone.device, backbone.dtype)
@@ -160,6 +171,41 @@ def _read_rows(
         for name, each in ordered.items()
     }
     return {name: mean[:, 0] for name, mean in means.items()} if one else means
+
+
+def _reuse(
+    backbone: Backbone,
+    config: EncoderConfig,
+    read: Sequence[str],
+    pictures: Sequence[tuple[object, ...]] | None,
+    textless: PromptEmbeds | None,
+    shown: list[int],
+) -> Reuse | None:
+    """What of a pass is reused.
+
+    Args:
+        backbone: Model whose U-Net is called.
+        config: Config that gives the timesteps, draws, noise, seed and `reuse`.
+        read: Module paths that are read.
+        pictures: Keys of the pictures and of the model's state; None keeps nothing.
+        textless: Unconditional embeddings, one row per picture.
+        shown: Index of the picture that each row shows.
+    """
+    common = (config.noise, config.seed, config.posterior)
+    places = [
+        (*common, step, draw, row if pictures is None else pictures[row])
+        for step in config.timesteps
+        for draw in range(config.draws)
+        for row in shown
+    ]
+    cache = None if pictures is None else backbone.caches.outputs
+    if config.reuse is None or textless is None:
+        return prefix_of(backbone, places, cache, read=read)
+    check_reuse(config.reuse, read)
+    repeats = len(config.timesteps) * config.draws
+    texts = PromptEmbeds.concat([textless.take(shown)] * repeats)
+    keys = [(config.uncond, *place) for place in places]
+    return without_text(backbone, config.reuse, keys, cache, texts)
 
 
 def _noised(

@@ -31,7 +31,8 @@ def text_halves(
         backbone: Model whose text encoders are called.
         config: Rule of the unconditional embedding, and treatment of long prompts.
         prompts: What is given.
-        conditioning: Halves that are needed: "uncond", "cond", or both.
+        conditioning: Halves that are needed: "uncond", "cond", or both. Where a part of the U-Net
+            runs without the text (`reuse`), unconditional texts are there in any case.
         batch: Number of pictures.
         size: Size of the processed pictures in pixels, (height, width).
         sizes: Size that SDXL is told for each picture; None tells the processed one.
@@ -59,7 +60,7 @@ def text_halves(
         ).rows(batch)
 
     uncond = cond = None
-    if conditioning != "cond":
+    if conditioning != "cond" or config.reuse is not None:
         uncond = embed([None])
     if conditioning != "uncond":
         if isinstance(prompts, PromptEmbeds):
