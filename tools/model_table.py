@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffenc.cli.info import describe as describe_parts
 from diffenc.errors import TapError
 from diffenc.models import describe, list_backbones
-from diffenc.models.building import build_part
+from diffenc.models.denoisers import build_denoiser, config_of, meta_inputs
 from diffenc.models.presets import PRESETS
 from diffenc.models.sources import BackboneSource
 
@@ -27,16 +27,20 @@ LICENCES = {
     "sd2.1-base": "CreativeML Open RAIL++-M",
     "sd2.1": "CreativeML Open RAIL++-M",
     "sdxl": "CreativeML Open RAIL++-M",
+    "pixart-sigma": "CreativeML Open RAIL++-M",
 }
 SCORES = {"shapes": "62.7"}
 """Group score of `denoising-gap` on the miniature Winoground; real models were not measured."""
+
+TOKENS = 77
+"""Length of the text of a pass."""
 
 COLUMNS = (
     "alias",
     "family",
     "licence of the weights",
     "size, px",
-    "U-Net, M",
+    "denoiser, M",
     "all in float16",
     "GFLOP a pass",
     "presets",
@@ -79,7 +83,7 @@ def _row(alias: str) -> tuple[str, ...]:
         facts["family"],
         LICENCES[alias],
         str(facts["default_size"]),
-        f"{parts['unet']['parameters'] / 1e6:,.1f}",
+        f"{parts[architecture.denoiser]['parameters'] / 1e6:,.1f}",
         size,
         _gigaflops(architecture, facts["default_size"]),
         ", ".join(f"`{name}`" for name in PRESETS if _fits(architecture, name)),
@@ -99,16 +103,14 @@ def _fits(architecture: Any, preset: str) -> bool:
 
 
 def _gigaflops(architecture: Any, size: int) -> str:
-    """Arithmetic of a whole pass of the U-Net, two for a multiplication and an addition."""
-    cells = size // architecture.reduction
+    """Arithmetic of a whole pass of the denoiser, two for a multiplication and an addition."""
     with torch.device("meta"):
-        unet = build_part("unet", architecture.configs["unet"])
-        latents = torch.empty(1, 4, cells, cells)
-        states = torch.empty(1, 77, unet.config.cross_attention_dim)
-        pooled = {"text_embeds": torch.empty(1, 1280), "time_ids": torch.empty(1, 6)}
-        timestep = torch.empty((), dtype=torch.long)
+        denoiser = build_denoiser(architecture.denoiser_config).eval()
+    inputs = meta_inputs(config_of(denoiser), size // architecture.reduction)
+    states = inputs["encoder_hidden_states"]
+    inputs["encoder_hidden_states"] = states.new_empty(1, TOKENS, states.shape[2])
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        unet.eval()(latents, timestep, states, added_cond_kwargs=pooled)
+        denoiser(**inputs)
     return f"{counter.get_total_flops() / 1e9:,.1f}"
 
 

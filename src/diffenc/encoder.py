@@ -338,7 +338,7 @@ class DiffusionEncoder(TrainableParts):
         longer have: pass pictures then.
         """
         config, backbone = self.config, self.backbone
-        return Transform(config.size or backbone.default_size, config.resize, backbone.reduction)
+        return Transform(config.size or backbone.default_size, config.resize, backbone.multiple)
 
     @property
     def hidden_size(self) -> int:
@@ -595,7 +595,7 @@ class DiffusionEncoder(TrainableParts):
             images,
             size=config.size or backbone.default_size,
             resize=config.resize,
-            multiple=backbone.reduction,
+            multiple=backbone.multiple,
         )
         size = (pixel_values.shape[2], pixel_values.shape[3])
         keys = image_keys(pixel_values) if self.use_cache else None

@@ -11,11 +11,18 @@ SD = ("unet", "vae", "text_encoder", "scheduler")
 
 @pytest.mark.parametrize(
     ("names", "family"),
-    [(SD, "sd"), ((*SD, "text_encoder_2"), "sdxl"), (("unet", "vae"), "sd"), ((), "sd")],
+    [
+        (SD, "sd"),
+        ((*SD, "text_encoder_2"), "sdxl"),
+        (("unet", "vae"), "sd"),
+        ((), "sd"),
+        (("transformer", "vae", "text_encoder"), "pixart"),
+    ],
 )
 def test_components_tell_the_family(names, family):
-    assert family_of_configs(names) == family
-    assert Architecture({name: {} for name in names}).family == family
+    configs = {name: {} for name in names}
+    assert family_of_configs(configs) == family
+    assert Architecture(configs).family == family
 
 
 def test_a_family_that_shares_components_is_named():

@@ -146,7 +146,7 @@ def _scores_and_maps(
     backbone, texts = encoder.backbone, [*PROMPTS, WRONG_PROMPT]
     with torch.no_grad():
         pixel_values = to_pixel_values(
-            picture, size=backbone.default_size, multiple=backbone.reduction
+            picture, size=backbone.default_size, multiple=backbone.multiple
         )
         latents = encode_latents(backbone.vae, pixel_values)
     with clock(f"scores of {len(texts)} texts at {len(SCORE_TIMESTEPS)} timesteps"):

@@ -16,7 +16,7 @@ from diffenc.storage.names import is_folder
 if TYPE_CHECKING:
     from diffenc.models import BackboneSource, TapInfo
 
-_MAIN_TAPS = re.compile(r"conv_in|(mid_block|(down|up)_blocks\.\d+)(\.attentions\.\d+)?")
+_MAIN_TAPS = re.compile(r"conv_in|(mid_block|\w+_blocks\.\d+)(\.attentions\.\d+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,8 @@ def _here(source: "BackboneSource") -> Path | None:
     for hub_id in source.hub_ids:
         index = try_to_load_from_cache(hub_id, "model_index.json")
         folder = Path(index).parent if isinstance(index, str) else None
-        if folder is not None and weight_bytes(folder / "unet", DIFFUSERS):
+        known = (folder / part for part in ("unet", "transformer")) if folder is not None else ()
+        if any(weight_bytes(part, DIFFUSERS) for part in known):
             return folder
     return None
 
@@ -125,11 +126,11 @@ def describe(model: str) -> dict[str, Any]:
     else:
         folder = single_file(model) or resolve_folder(model, weights=False)
     parts = [
-        _component(name, config, folder)
+        _component(name, config, folder, architecture.family)
         for name, config in architecture.configs.items()
         if name != "scheduler"
     ]
-    shortened = count_parameters(architecture.configs["unet"], architecture.default_taps)
+    shortened = count_parameters(architecture.denoiser_config, architecture.default_taps)
     return {
         "model": model,
         "folder": None if folder is None else str(folder),
@@ -143,7 +144,7 @@ def describe(model: str) -> dict[str, Any]:
     }
 
 
-def _component(name: str, config: dict[str, Any], folder: Path | None) -> Component:
+def _component(name: str, config: dict[str, Any], folder: Path | None, family: str) -> Component:
     """Count a part's parameters without memory for them."""
     import torch
 
@@ -153,7 +154,7 @@ def _component(name: str, config: dict[str, Any], folder: Path | None) -> Compon
 
     try:
         with torch.device("meta"):
-            module = build_part(name, config)
+            module = build_part(name, config, family)
     except Exception as error:  # a broken config fails in any way
         raise BackboneError(f"cannot build {name} of {folder} from its config: {error}") from error
     return Component(
@@ -201,6 +202,7 @@ def _print_description(facts: dict[str, Any], every_tap: bool) -> None:
     rows.append(("all", "", f"{parameters:,}", *totals, readable_bytes(on_disk) if on_disk else ""))
     numbers = ("parameters", *dtypes, "on disk")
     kept, whole = facts["truncated_unet_parameters"], parts[0]["parameters"]
+    kind = "U-Net" if parts[0]["name"] == "unet" else parts[0]["name"]
     typer.echo(f"{facts['model']}, {facts['folder'] or 'to be downloaded when it is used'}")
     typer.echo(
         f"{facts['family']}, predicts {facts['prediction_type']}, {size} px by default, one latent "
@@ -208,7 +210,7 @@ def _print_description(facts: dict[str, Any], every_tap: bool) -> None:
     )
     print_table("components", ("part", "class", *numbers), rows, right=numbers)
     typer.echo(
-        f"truncate=True with the default taps: {kept:,} of {whole:,} U-Net parameters, "
+        f"truncate=True with the default taps: {kept:,} of {whole:,} {kind} parameters, "
         f"{readable_bytes(2 * (whole - kept))} less in half precision\n"
     )
     shown = [

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from diffenc.checks.arguments import shown, texts
+from diffenc.denoiser.transformers import carried_grid, layout_of, transformer_attentions
 from diffenc.errors import ShapeError, TapError, near_matches
 from diffenc.inputs.words import word_token_positions
 from diffenc.runtime.threads import for_this_thread
@@ -109,8 +110,7 @@ class CrossAttnTaps:
         return {name: self._maps[name] for name in self._layers}
 
     def _note_grid(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden_states = args[0] if args else kwargs["hidden_states"]
-        self._grids[module] = (hidden_states.shape[-2], hidden_states.shape[-1])
+        self._grids[module] = carried_grid(module, args, kwargs)
 
     def _reader(
         self, name: str, transformer: nn.Module, attn: Any
@@ -259,6 +259,11 @@ def match_layers(unet: nn.Module, layers: str | Sequence[str] | None = None) -> 
     """
     known = cross_attention_layers(unet)
     if isinstance(layers, str) and layers == "discffusion":
+        if layout_of(unet) is not None:
+            raise TapError(
+                "layers='discffusion' are the last ones of a U-Net's stages, and this model is a "
+                "transformer without stages; name blocks such as 'transformer_blocks.14', or 'all'"
+            )
         return _last_of_each_stage(known)
     chosen = set(_match(None if isinstance(layers, str) and layers == "all" else layers, known))
     return tuple(name for name in known if name in chosen)
@@ -293,6 +298,8 @@ def _last_of_each_stage(known: Sequence[str]) -> tuple[str, ...]:
 
 def _attentions(unet: nn.Module) -> dict[str, tuple[nn.Module, Any]]:
     """Attentions by module path, each after the transformer that flattens the map around it."""
+    if (layout := layout_of(unet)) is not None:
+        return transformer_attentions(unet, layout)
     modules = dict(unet.named_modules())
     attentions = {}
     for stage in ("down_blocks", "mid_block", "up_blocks"):  # registered in another order

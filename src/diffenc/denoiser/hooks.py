@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from diffenc.denoiser.shortening import copy_ways
+from diffenc.denoiser.transformers import carried_grid, layout_of
 from diffenc.errors import TapError, near_matches
 from diffenc.runtime.threads import for_this_thread
 
@@ -24,7 +25,8 @@ class ForwardTaps:
     """Feature maps of named submodules while the `with` block is open.
 
     Outputs over tokens (b n c), such as those of transformer blocks and projections, come back as
-    maps: their height and width are read off the `Transformer2DModel` around them. With
+    maps: their height and width are read off the `Transformer2DModel` around them, or off the
+    latents of a diffusion transformer, of whose joint outputs the picture's part is kept. With
     `early_exit` the pass ends, exactly and at any size, once every tap has been read; `run` hides
     the exception that does it. What other threads pass through the module meanwhile is left alone,
     unless `any_thread` says that calls of all threads are read.
@@ -47,7 +49,10 @@ class ForwardTaps:
                 "diffenc.list_taps(backbone) gives every valid name."
             )
         self._targets = {name: known[name] for name in names}
-        self._carriers = {name: _carrier(known, name) for name in names}
+        self._layout = layout_of(module)
+        self._carriers = {
+            name: _carrier(known, name) if self._layout is None else module for name in names
+        }
         self._early_exit, self._any_thread = early_exit, any_thread
         self._grids: dict[nn.Module, tuple[int, int]] = {}
         self._outputs: dict[str, Tensor] = {}
@@ -91,19 +96,23 @@ class ForwardTaps:
         return {name: self[name] for name in self._targets}
 
     def _note_grid(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden_states = args[0] if args else kwargs["hidden_states"]
-        self._grids[module] = (hidden_states.shape[-2], hidden_states.shape[-1])
+        self._grids[module] = carried_grid(module, args, kwargs)
 
     def _reader(self, name: str) -> Callable[..., None]:
-        carrier = self._carriers[name]
+        carrier, layout = self._carriers[name], self._layout
 
-        def read(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        def map_of(output: Any) -> Tensor:
+            if layout is not None and carrier is not None:
+                return layout.image_map(name, output, self._grids[carrier])
             # Down blocks return (hidden, residuals), transformers a 1-tuple, the rest a tensor.
             features: Tensor = output[0] if isinstance(output, tuple) else output
             if features.ndim == 3 and carrier is not None:
                 h, w = self._grids[carrier]
                 features = rearrange(features, "b (h w) c -> b c h w", h=h, w=w)
-            self._outputs[name] = features
+            return features
+
+        def read(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+            self._outputs[name] = map_of(output)
             if self._early_exit and len(self._outputs) == len(self._targets):
                 raise AllTapsRead
 

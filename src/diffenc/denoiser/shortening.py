@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from diffenc.denoiser.transformers import layout_of, shortened_transformer
 from diffenc.runtime.threads import share_lock
 
 _UP_BLOCK = re.compile(r"up_blocks\.(\d+)(?:\.(resnets|attentions)\.(\d+))?")
@@ -37,12 +38,14 @@ def shortened(unet: nn.Module, taps: Sequence[str]) -> nn.Module:
     """A U-Net that shares its modules with `unet` and runs nothing behind the last tap's layer.
 
     Whole blocks behind it go, and so do the layers behind it in its own block. Down blocks and the
-    middle always stay: they come first.
+    middle always stay: they come first. Of a diffusion transformer the blocks behind the tap's go.
 
     Args:
-        unet: A `UNet2DConditionModel`; it is left as it is.
+        unet: A `UNet2DConditionModel` or a diffusion transformer; it is left as it is.
         taps: Module paths that must still be there.
     """
+    if (layout := layout_of(unet)) is not None:
+        return shortened_transformer(unet, layout, taps, shallow_copy(unet))
     last_block, last_layer = _last(taps)
     blocks = list(unet.up_blocks)  # type: ignore[arg-type]
     kept = blocks[: last_block + 1]
@@ -62,6 +65,12 @@ def shortened(unet: nn.Module, taps: Sequence[str]) -> nn.Module:
 def is_whole(module: nn.Module) -> bool:
     """Whether a module gives what it gives in the U-Net that it was taken from."""
     return not (isinstance(module, Passthrough) or getattr(module, "is_shortened", False))
+
+
+def ends_early(denoiser: Any) -> bool:
+    """Whether a denoiser was shortened, and so predicts nothing."""
+    last = denoiser.conv_out if layout_of(denoiser) is None else denoiser.proj_out
+    return not hasattr(last, "weight")
 
 
 def _last(taps: Sequence[str]) -> tuple[int, int | None]:

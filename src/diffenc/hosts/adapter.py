@@ -21,7 +21,7 @@ from diffenc.denoiser.lora.options import PROJECTIONS, LoraOptions
 from diffenc.errors import BackboneError, ConfigError
 from diffenc.hosts.hidden import Conversion, adapt_dtype
 from diffenc.hosts.spec import TowerSpec
-from diffenc.models.building import build_part
+from diffenc.models.denoisers import build_denoiser
 from diffenc.models.reached_layers import reached_projections
 from diffenc.storage.reading import parse_json
 from diffenc.storage.tensors import misfits, read_metadata, read_tensors, write_tensors
@@ -53,11 +53,12 @@ def adapted_layers(unet_config: Mapping[str, Any], taps: Sequence[str]) -> tuple
     Other projections would get no gradient, which distributed training takes for an error.
 
     Args:
-        unet_config: Config of a `UNet2DConditionModel`.
+        unet_config: Config of the denoiser, with its class where that is no
+            `UNet2DConditionModel`.
         taps: Names of the taps: module paths of the U-Net, or "latents".
     """
     with torch.device("meta"):
-        unet = build_part("unet", unet_config)
+        unet: Any = build_denoiser(unet_config)
     paths = [f"{each}.{part}" for each in cross_attention_layers(unet) for part in PROJECTIONS]
     reached = reached_projections(dict(unet_config), taps)
     layers = [(path, unet.get_submodule(path)) for path in paths if path in reached]
@@ -103,7 +104,7 @@ class Adapter(nn.Module):
         """The adapter that a spec asks for, or None."""
         if spec.rank is None:
             return None
-        unet = spec.architecture.configs["unet"]
+        unet = spec.architecture.denoiser_config
         layers = adapted_layers(unet, [tap.name for tap in spec.tap_infos])
         return cls(layers, rank=spec.rank, alpha=spec.alpha, seed=spec.seed)
 

@@ -20,9 +20,9 @@ from diffenc.errors import PromptError
 from diffenc.inputs.prompts import PromptEmbeds, match_batch
 from diffenc.inputs.tokenizing import fit_rows, prompt_ids
 from diffenc.memory.cache import Entry, content_key, recall
-from diffenc.models import describe, resolve_folder
+from diffenc.models import resolve_folder
 from diffenc.models.base import Backbone
-from diffenc.models.parts import load_tokenizer
+from diffenc.models.folder import read_tokenizer
 from diffenc.passes.question_tokens import spans_of_ids
 from diffenc.passes.word_tokens import Spans
 
@@ -153,11 +153,7 @@ class PromptTokenizer:
     def tokenizer(self) -> Any:
         """The model's own."""
         if self._tokenizer is None:
-            tokenizer = load_tokenizer(resolve_folder(self.model, weights=False))
-            text_config = describe(self.model).configs["text_encoder"]
-            limit = text_config.get("max_position_embeddings", 77)
-            tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
-            self._tokenizer = tokenizer
+            self._tokenizer = read_tokenizer(resolve_folder(self.model, weights=False))
         return self._tokenizer
 
     def __getstate__(self) -> dict[str, Any]:

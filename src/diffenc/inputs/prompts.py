@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -183,12 +183,17 @@ class PromptEmbeds:
                 "text_embeds": self.pooled_prompt_embeds,
                 "time_ids": self.time_ids,
             }
-        if self.lengths is not None:
-            device = self.prompt_embeds.device
-            places = torch.arange(self.prompt_embeds.shape[1], dtype=torch.long, device=device)
-            lengths = torch.tensor(self.lengths, dtype=torch.long, device=device)
-            kwargs["encoder_attention_mask"] = places < lengths[:, None]
+        if (own := self.own_states()) is not None:
+            kwargs["encoder_attention_mask"] = own
         return kwargs
+
+    def own_states(self) -> Bool[Tensor, "b l"] | None:
+        """Mask of the states that are a text's own, where texts differ in that; None is all."""
+        if self.lengths is None:
+            return None
+        device = self.prompt_embeds.device
+        places = torch.arange(self.prompt_embeds.shape[1], dtype=torch.long, device=device)
+        return places < torch.tensor(self.lengths, dtype=torch.long, device=device)[:, None]
 
 
 def _padded(states: Float[Tensor, "b l d"], length: int) -> Float[Tensor, "b length d"]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -21,7 +22,8 @@ _LEVELS = 16
 _FINE = 1000.0
 _SCALING = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 _PROBE = "a photo of the thumbnail, 12 left"
-_PART_OF_NONE = ("up_blocks.", "conv_norm_out.", "conv_out.")
+_PART_OF_NONE = ("up_blocks.", "conv_norm_out.", "conv_out.", "proj_out.")
+_LATER_BLOCK = re.compile(r"single_transformer_blocks\.|transformer_blocks\.[1-9]")
 _CORE = frozenset(vars(nn.Module()))
 _PASSING = frozenset(
     {
@@ -132,7 +134,7 @@ def _number(word: str) -> float:
 def _lasting(module: nn.Module) -> Iterator[Tensor]:
     """Matrices as they are without adapters, those left out that shortening cuts, in order."""
     for path, parameter in module.named_parameters():
-        cut = path.startswith(_PART_OF_NONE)
+        cut = path.startswith(_PART_OF_NONE) or _LATER_BLOCK.match(path) is not None
         if parameter.ndim > 1 and not cut and ".lora_" not in path:
             yield _without_adapters(module, path, parameter)
 

@@ -217,9 +217,10 @@ def _of_pipeline(
     modules = {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
     for name, module in modules.items():
         parts[name] = module if dtype is None else cast_part(module, dtype)
+    denoiser = described.denoiser
     if keep_taps is not None:
-        parts["unet"] = shortened(parts["unet"], keep_taps)
-    place = parts["unet"].device if device is None else device
+        parts[denoiser] = shortened(parts[denoiser], keep_taps)
+    place = parts[denoiser].device if device is None else device
     backbone = assemble(pipeline_name(pipeline), described, parts, place)
     backbone.replacements = {PIPELINE: None}
     return backbone

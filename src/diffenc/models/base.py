@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NotRequired, TypedDict
 
 import torch
@@ -13,23 +13,21 @@ from torch import Tensor, nn
 
 from diffenc._typing import LongPrompts, Uncond
 from diffenc.checks.fields import require_finite
-from diffenc.denoiser.shortening import is_whole
-from diffenc.errors import BackboneError, PromptError, ShapeError, TapError
+from diffenc.denoiser.shortening import ends_early, is_whole
+from diffenc.denoiser.transformers import layout_of
+from diffenc.errors import BackboneError, ConfigError, PromptError, ShapeError, TapError
 from diffenc.inputs.prompts import PromptEmbeds, count_windows, tokenize, tokenize_windows
+from diffenc.inputs.tokenizing import limit_of
 from diffenc.memory.cache import TensorCache
 from diffenc.memory.digests import scaling_mark, schedule_mark, weights_mark, words_mark
 from diffenc.memory.model_state import module_key, scheduler_key, tokenizer_key, torch_settings
 from diffenc.memory.object_watch import free_to_swap, watch_of
-from diffenc.models.configs import Architecture
-from diffenc.models.part_checks import (
-    check_adapters,
-    check_components,
-    check_width,
-    text_width,
-)
-from diffenc.models.presets import preset_options
-from diffenc.models.taps import LATENTS, TapInfo, match_taps, unet_taps
-from diffenc.models.variants import check_unet
+from diffenc.models.configs import Architecture, vae_reduction
+from diffenc.models.denoisers import config_of, patch_of, text_width
+from diffenc.models.family_files import FAMILY_FILES
+from diffenc.models.part_checks import check_adapters, check_components, check_width
+from diffenc.models.taps import LATENTS, TapInfo, denoiser_taps, match_taps
+from diffenc.models.variants import check_denoiser
 from diffenc.runtime.inference import lasting, make_plain
 from diffenc.runtime.threads import lock_of
 
@@ -113,7 +111,7 @@ class States:
         """State of everything."""
         backbone = self._backbone
         others = [
-            self._unet[1] if name == "unet" else module_key(part)
+            self._denoiser[1] if part is backbone.denoiser else module_key(part)
             for name, part in backbone.parts().items()
             if name != "vae" and not name.startswith("text")
         ]
@@ -124,51 +122,66 @@ class States:
     @property
     def structure(self) -> int:
         """Number of the U-Net's modules and settings, see `structure_key`."""
-        return self._unet[0]
+        return self._denoiser[0]
 
     @cached_property
-    def _unet(self) -> tuple[int, int | None]:
-        return watch_of(self._backbone.unet).look()
+    def _denoiser(self) -> tuple[int, int | None]:
+        return watch_of(self._backbone.denoiser).look()
 
     @cached_property
     def _settings(self) -> Hashable:
         return torch_settings()
 
 
-_CHECKED = ("unet", "vae", "scheduler")
-
-
 class CommonParts(TypedDict):
-    """What a model of every family is made of, beside what encodes its texts.
+    """What a model of every family is made of, beside its denoiser and what encodes its texts.
 
     Attributes:
         name: Name of the backbone in messages and saved configs.
-        unet: Denoising U-Net (`UNet2DConditionModel`).
         vae: An `AutoencoderKL` or `AutoencoderTiny`.
         scheduler: Scheduler of diffusers that has `alphas_cumprod`.
         default_size: Side of the square that images are brought to, in pixels; None derives it from
-            the U-Net's config.
+            the denoiser's config.
         default_taps: Taps that the encoder reads when none are asked for; None takes those of the
-            "gdf" preset.
+            "gdf" preset, and of a transformer the block at half its depth.
     """
 
     name: str
-    unet: Any
     vae: Any
     scheduler: Any
     default_size: NotRequired[int | None]
     default_taps: NotRequired[tuple[str, ...] | None]
 
 
-class Backbone(nn.Module):
-    """A diffusion model taken apart: VAE, text encoders, U-Net, schedule.
+class UNetParts(CommonParts):
+    """What a model with a U-Net is made of.
 
-    All parts are frozen and in evaluation mode. `StableDiffusion` and `StableDiffusionXL` take any
-    objects with the interfaces of diffusers' and transformers' classes.
+    Attributes:
+        unet: Denoising U-Net (`UNet2DConditionModel`).
+    """
+
+    unet: Any
+
+
+class TransformerParts(CommonParts):
+    """What a model with a diffusion transformer is made of.
+
+    Attributes:
+        transformer: Diffusion transformer, of a class in `diffenc.denoiser.transformers.LAYOUTS`.
+    """
+
+    transformer: Any
+
+
+class Backbone(nn.Module):
+    """A diffusion model taken apart: VAE, text encoders, denoiser, schedule.
+
+    All parts are frozen and in evaluation mode. `StableDiffusion`, `StableDiffusionXL` and the
+    families of transformers take any objects with the interfaces of diffusers' and transformers'
+    classes. The denoiser is registered as `unet` or `transformer`, as pipelines call it.
 
     Attributes:
         name: Alias, Hub id, or absolute path of the folder or file it was loaded from.
-        unet: Denoising U-Net (`UNet2DConditionModel`).
         vae: Autoencoder.
         scheduler: Holder of `alphas_cumprod` and of the prediction type.
         default_size: Side of the square that images are brought to, in pixels.
@@ -176,15 +189,22 @@ class Backbone(nn.Module):
         replacements: Parts that are not the named model's own: their paths, None for objects.
         variant: Variant of the weight files that was requested, see `load_backbone`.
         caches: Latents, prompts and unconditional features that were computed before.
+        reads_windows: Whether long texts may be encoded in windows.
+        pads_texts: Whether every text has as many states, whatever its length.
         reads_sizes: Whether prompts tell the denoiser the size of their picture.
         reads_pooled: Whether the denoiser reads a pooled state of the text beside the others.
-        compiled: Compiled U-Net for each tuple of taps.
+        pipeline: Class of diffusers' pipeline that the model is written as.
+        compiled: Compiled denoiser for each tuple of taps.
         lock: Held while a call reads the model or changes it, so that threads may share it. It is
-            the U-Net's: backbones on one U-Net take turns.
+            the denoiser's: backbones on one U-Net take turns.
     """
 
     family: str
+    unet: Any  # as the family has it
+    transformer: Any
     uncond_rule: Uncond = "empty"
+    reads_windows: bool = True
+    pads_texts: bool = True
     reads_sizes: bool = False
     reads_pooled: bool = False
 
@@ -192,32 +212,39 @@ class Backbone(nn.Module):
         self,
         *,
         name: str,
-        unet: Any,
         vae: Any,
         scheduler: Any,
         default_size: int | None = None,
         default_taps: tuple[str, ...] | None = None,
+        **denoiser: Any,  # under the name that pipelines of the family give it
     ) -> None:
         super().__init__()
-        check_components(unet, vae, scheduler)
-        check_unet(unet.config, name, pooled=self.reads_pooled)
+        part = FAMILY_FILES[self.family].denoiser
+        module = denoiser.pop(part)
+        check_components(module, vae, scheduler)
+        check_denoiser(config_of(module), name, pooled=self.reads_pooled)
         self.name = name
-        self.unet, self.vae, self.scheduler = unet, vae, scheduler
+        setattr(self, part, module)
+        self.vae, self.scheduler = vae, scheduler
+        self.pipeline = FAMILY_FILES[self.family].pipelines[0]
         self.replacements: dict[str, str | None] = {}
         self.variant: str | None = None
-        described = Architecture({"unet": dict(unet.config), "vae": dict(vae.config)})
+        described = Architecture(
+            {part: config_of(module), "vae": dict(vae.config)}, own_family=self.family
+        )
         self.default_size = described.default_size if default_size is None else default_size
-        if default_taps is None:
-            default_taps = preset_options("gdf", self.family)["taps"]
-        self.default_taps = default_taps
+        self.default_taps = described.default_taps if default_taps is None else default_taps
         self.caches = Caches()
         self.compiled: dict[tuple[str, ...], CompiledTaps] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
         if value is None and name.startswith(("text_encoder", "tokenizer")):
             raise BackboneError(f"{name} must be there, got None; a prompt is encoded with it")
-        if name in _CHECKED and "replacements" in self.__dict__:  # exchanged later on
-            check_components(**{part: getattr(self, part) for part in _CHECKED} | {name: value})
+        exchanged = "replacements" in self.__dict__
+        if exchanged and name in (FAMILY_FILES[self.family].denoiser, "vae", "scheduler"):
+            parts = {"denoiser": self.denoiser, "vae": self.vae, "scheduler": self.scheduler}
+            part = name if name in parts else "denoiser"
+            check_components(**{**parts, part: value})
         super().__setattr__(name, value)
 
     def __repr__(self) -> str:
@@ -234,12 +261,17 @@ class Backbone(nn.Module):
     @property
     def lock(self) -> AbstractContextManager[bool]:
         """See the class."""
-        return lock_of(self.unet)
+        return lock_of(self.denoiser)
 
     @property
     def denoiser(self) -> Any:
-        """The module that is run, read and adapted: the U-Net."""
-        return self.unet
+        """The module that is run, read and adapted: a U-Net or a transformer."""
+        return getattr(self, FAMILY_FILES[self.family].denoiser)
+
+    @property
+    def is_transformer(self) -> bool:
+        """Whether the denoiser is a diffusion transformer, which has no stages."""
+        return layout_of(self.denoiser) is not None
 
     @property
     def noise_levels(self) -> Float[Tensor, " steps"]:
@@ -250,7 +282,7 @@ class Backbone(nn.Module):
     @property
     def trained_size(self) -> int | None:
         """Side of the pictures that the denoiser was made for, in pixels; None: it does not say."""
-        side = dict(self.unet.config).get("sample_size")
+        side = dict(self.denoiser.config).get("sample_size")
         return side * self.reduction if isinstance(side, int) else None
 
     def denoise(
@@ -273,34 +305,46 @@ class Backbone(nn.Module):
         Raises:
             ConfigError: Something was done to the denoiser that calls would pass by.
         """
-        check_adapters(self.unet, self.name)
+        check_adapters(self.denoiser, self.name)
         device, dtype = self.device, self.dtype
         called = self.denoiser if run is None else run
-        output: tuple[Tensor, ...] = called(
-            noisy_latents.to(device, dtype),
-            torch.as_tensor(timesteps, dtype=torch.long, device=device),
-            return_dict=False,
-            **prompt_embeds.rows(len(noisy_latents)).to(device, dtype).unet_kwargs(),
-        )
+        latents = noisy_latents.to(device, dtype)
+        steps = torch.as_tensor(timesteps, dtype=torch.long, device=device)
+        texts = prompt_embeds.rows(len(noisy_latents)).to(device, dtype)
+        if (layout := layout_of(self.denoiser)) is None:
+            called = partial(called, latents, steps, **texts.unet_kwargs())
+        else:
+            called = partial(
+                called, **layout.arguments(self.denoiser.config, latents, steps, texts)
+            )
+        output: tuple[Tensor, ...] = called(return_dict=False)
+        return output if run is not None else (self._prediction(output[0]), *output[1:])
+
+    def _prediction(self, output: Tensor) -> Tensor:
+        """What the denoiser says of the noise, of all that it gives."""
         return output
 
     @property
     def device(self) -> torch.device:
-        """Device of the U-Net."""
-        device: torch.device = next(self.unet.parameters()).device
+        """Device of the denoiser."""
+        device: torch.device = next(self.denoiser.parameters()).device
         return device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Floating point type of the U-Net; the VAE may stay in float32."""
-        dtype: torch.dtype = next(self.unet.parameters()).dtype
+        """Floating point type of the denoiser; the VAE may stay in float32."""
+        dtype: torch.dtype = next(self.denoiser.parameters()).dtype
         return dtype
 
     @property
     def reduction(self) -> int:
         """Image pixels per latent cell."""
-        levels: int = len(self.vae.config.block_out_channels)
-        return int(2 ** (levels - 1))
+        return vae_reduction(self.vae.config)
+
+    @property
+    def multiple(self) -> int:
+        """Image pixels that both sides of a picture are multiples of."""
+        return self.reduction * patch_of(config_of(self.denoiser))
 
     @property
     def prediction_type(self) -> str:
@@ -309,10 +353,10 @@ class Backbone(nn.Module):
         return kind
 
     def taps(self) -> tuple[TapInfo, ...]:
-        """Every readable place of the U-Net."""
-        modules = self.unet.named_modules()
+        """Every readable place of the denoiser."""
+        modules = self.denoiser.named_modules()
         known = {LATENTS, *(name for name, module in modules if is_whole(module))}
-        every = unet_taps(dict(self.unet.config), self.reduction)
+        every = denoiser_taps(config_of(self.denoiser), self.reduction)
         return tuple(tap for tap in every if tap.name in known)
 
     def match_taps(self, patterns: Sequence[str]) -> tuple[TapInfo, ...]:
@@ -329,7 +373,8 @@ class Backbone(nn.Module):
     def _check_reach(self, patterns: Sequence[str]) -> None:
         left = self.taps()
         for pattern in patterns:
-            every = match_taps([pattern], unet_taps(dict(self.unet.config), self.reduction))
+            known = denoiser_taps(config_of(self.denoiser), self.reduction)
+            every = match_taps([pattern], known)
             if gone := [tap.name for tap in every if tap not in left]:
                 raise TapError(
                     f"{gone[0]!r} lies behind {left[-1].name!r}, after which the U-Net of "
@@ -339,8 +384,8 @@ class Backbone(nn.Module):
 
     @property
     def shortened(self) -> bool:
-        """Whether the U-Net ends after the last tap it was loaded for, and predicts no noise."""
-        return not hasattr(self.unet.conv_out, "weight")
+        """Whether the denoiser ends after the last tap it was loaded for, and predicts no noise."""
+        return ends_early(self.denoiser)
 
     def embed(
         self, texts: Sequence[str], *, size: tuple[int, int], long_prompts: LongPrompts = "truncate"
@@ -356,6 +401,11 @@ class Backbone(nn.Module):
                 pooled text is the first window's.
         """
         if long_prompts == "chunk":
+            if not self.reads_windows:
+                raise ConfigError(
+                    f"{self.name!r} reads {limit_of(self.tokenizers[0])} tokens of a text at once "
+                    "and was trained without windows; leave long_prompts='truncate'"
+                )
             windows = [count_windows(each, texts) for each in self.tokenizers]
             counts = tuple(map(max, zip(*windows, strict=True)))
             ids = [tokenize_windows(each, texts, counts) for each in self.tokenizers]
@@ -390,7 +440,7 @@ class Backbone(nn.Module):
     def _check_ids(self, ids: Sequence[Tensor]) -> None:
         """Raise a `PromptError` where a text encoder does not know a token of its tokenizer."""
         encoders: Any = [part for name, part in self.parts().items() if name.startswith("text")]
-        check_width(self.unet, encoders)  # which may have been exchanged
+        check_width(self.denoiser, encoders)  # which may have been exchanged
         for rows, encoder in zip(ids, encoders, strict=True):
             size = encoder.config.vocab_size
             if rows.numel() and (largest := int(rows.max())) >= size:
@@ -441,6 +491,20 @@ class Backbone(nn.Module):
             embeds.truncated,
         )
 
+    def attended_states(self, states: Float[Tensor, "b l d"]) -> Float[Tensor, "b l _c"]:
+        """Text states as the cross-attentions read them."""
+        return states
+
+    @classmethod
+    def fitted_tokenizer(cls, tokenizer: Any, pipeline: str) -> Any:
+        """A tokenizer that reads texts as the pipeline of the family does.
+
+        Args:
+            tokenizer: Tokenizer of the model; it is left as it is.
+            pipeline: Class of the pipeline.
+        """
+        return tokenizer
+
     def check_embeds(self, embeds: PromptEmbeds) -> None:
         """Raise unless embeddings made elsewhere are what the U-Net reads.
 
@@ -453,14 +517,14 @@ class Backbone(nn.Module):
             if values is not None:
                 require_finite(values, f"{name} that were passed", "encode the texts again")
         width = embeds.prompt_embeds.shape[-1]
-        expected = text_width(self.unet)
+        expected = text_width(config_of(self.denoiser))
         if width != expected:
             raise ShapeError(
                 f"prompt embeddings have width {width}, the U-Net of {self.name!r} reads "
                 f"{expected}; encode the texts with this backbone's `embed`"
             )
-        pooled = self.unet.config.addition_embed_type == "text_time"
-        if pooled and (embeds.pooled_prompt_embeds is None or embeds.time_ids is None):
+        sized = self.denoiser.config.get("addition_embed_type") == "text_time"
+        if sized and (embeds.pooled_prompt_embeds is None or embeds.time_ids is None):
             raise ShapeError(
                 f"{self.name!r} needs pooled_prompt_embeds and time_ids beside the states; encode "
                 "the texts with this backbone's `embed`"

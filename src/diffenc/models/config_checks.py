@@ -8,11 +8,11 @@ import math
 from collections.abc import Iterator
 from typing import Any, get_args, get_type_hints
 
+from diffenc.denoiser.transformers import LAYOUTS
 from diffenc.errors import BackboneError
+from diffenc.models.family_files import classes_of
 from diffenc.storage.names import StrPath, printable
 from diffenc.storage.remote_code import refuse_named_code
-
-VAES = ("AutoencoderKL", "AutoencoderTiny")
 
 _BLOCKS = ("block_out_channels", "down_block_types", "up_block_types", "layers_per_block")
 _NEEDED = {
@@ -31,7 +31,7 @@ _NEEDED = {
         "num_encoder_blocks",
         "num_decoder_blocks",
     ),
-    "text": (
+    "clip_text_model": (
         "hidden_size",
         "intermediate_size",
         "num_hidden_layers",
@@ -40,13 +40,31 @@ _NEEDED = {
         "vocab_size",
         "hidden_act",
     ),
+    "t5": ("d_model", "d_kv", "d_ff", "num_layers", "num_heads", "vocab_size"),
     "scheduler": (),
+    **{name: layout.needed for name, layout in LAYOUTS.items()},
 }
-_TEXT_KINDS: dict[str, set[type]] = {
-    **{key: {int} for key in (*_NEEDED["text"], "projection_dim")},
-    "hidden_act": {str},
-    "layer_norm_eps": {float},
+_TEXT_KINDS: dict[str, dict[str, set[type]]] = {
+    "clip_text_model": {
+        **{key: {int} for key in (*_NEEDED["clip_text_model"], "projection_dim")},
+        "hidden_act": {str},
+        "layer_norm_eps": {float},
+    },
+    "t5": {
+        **{key: {int} for key in (*_NEEDED["t5"], "relative_attention_num_buckets")},
+        "feed_forward_proj": {str},
+        "layer_norm_epsilon": {float},
+    },
 }
+_TEXT_CLASSES = {
+    "CLIPTextModel": ("clip_text_model", "the text encoders of CLIP"),
+    "CLIPTextModelWithProjection": ("clip_text_model", "the text encoders of CLIP"),
+    "T5EncoderModel": ("t5", "those of T5"),
+}
+"""Kind of the config of each class of text encoders, and what they are called."""
+
+_RENAMED = {"Transformer2DModel": "PixArtTransformer2DModel"}
+"""Classes whose models diffusers has given a class of their own since they were published."""
 _SCHEDULER_KINDS: dict[str, set[type]] = {
     "num_train_timesteps": {int},
     "beta_start": {float},
@@ -77,17 +95,28 @@ _POSITIVE = {
     "num_attention_heads",
     "max_position_embeddings",
     "vocab_size",
+    "num_layers",
+    "patch_size",
+    "caption_channels",
+    "d_model",
+    "d_kv",
+    "d_ff",
+    "num_heads",
 }
 _LARGEST, _LONGEST, _DEEPEST = 2**24, 64, 128
 
 
-def check_config(config: dict[str, Any], part: str, folder: StrPath) -> dict[str, Any]:
+def check_config(
+    config: dict[str, Any], part: str, folder: StrPath, family: str | None = None
+) -> dict[str, Any]:
     """The config of a part, if a model that diffenc reads can be built of it.
 
     Args:
         config: Content of the part's JSON file.
-        part: Name of the part: "unet", "vae", "scheduler", "text_encoder" or "text_encoder_2".
+        part: Name of the part, such as "unet", "vae", "scheduler" or "text_encoder_2".
         folder: Folder of the model, for messages.
+        family: Family of the model; None for a part by itself, see
+            `diffenc.models.family_files.classes_of`.
 
     Returns:
         The same values; for a whole CLIP, those of its text half.
@@ -98,23 +127,25 @@ def check_config(config: dict[str, Any], part: str, folder: StrPath) -> dict[str
     """
     refuse_named_code(config, f"{part} of {folder}")
     try:
-        return _checked(dict(config), part)
+        return _checked(dict(config), part, family)
     except ValueError as error:
         raise BackboneError(f"cannot build {part} of {folder} from its config: {error}") from error
 
 
-def _checked(config: dict[str, Any], part: str) -> dict[str, Any]:
+def _checked(config: dict[str, Any], part: str, family: str | None) -> dict[str, Any]:
     kinds: dict[str, set[type]]
     if part == "scheduler":
         name, kinds = "scheduler", _SCHEDULER_KINDS
     elif part.startswith("text_encoder"):
-        config, name = _text_config(config), "text"
-        kinds = _TEXT_KINDS
+        config, name = _text_config(config, classes_of(part, family)[0])
+        kinds = _TEXT_KINDS[name]
     else:
-        known = VAES if part == "vae" else ("UNet2DConditionModel",)
+        known = classes_of(part, family)
         name = config.get("_class_name", known[0])
         if name not in known:
             raise ValueError(f"it is of a {printable(name)}; diffenc reads {' or '.join(known)}")
+        if name in _RENAMED:
+            name = config["_class_name"] = _RENAMED[name]
         kinds = _kinds(name)
         if name == "AutoencoderTiny":
             config.setdefault("block_out_channels", config.get("decoder_block_out_channels"))
@@ -126,13 +157,21 @@ def _checked(config: dict[str, Any], part: str) -> dict[str, Any]:
     return config
 
 
-def _text_config(config: dict[str, Any]) -> dict[str, Any]:
-    kind = config.get("model_type", "clip_text_model")
-    if kind == "clip" and isinstance(config.get("text_config"), dict):
-        return dict(config["text_config"])
-    if kind != "clip_text_model":
-        raise ValueError(f"it is of a {printable(kind)}; diffenc reads the text encoders of CLIP")
-    return config
+def _text_config(config: dict[str, Any], known: str) -> tuple[dict[str, Any], str]:
+    """A text encoder's config, and its kind.
+
+    Args:
+        config: Config of the text encoder.
+        known: Class of the text encoder.
+    """
+    expected, named = _TEXT_CLASSES[known]
+    kind = config.get("model_type", expected)
+    is_clip = kind == "clip" and expected == "clip_text_model"
+    if is_clip and isinstance(config.get("text_config"), dict):
+        return dict(config["text_config"]), expected
+    if kind != expected:
+        raise ValueError(f"it is of a {printable(kind)}; diffenc reads {named} here")
+    return config, expected
 
 
 def _check_value(key: str, value: Any, kinds: set[type], *, most: int) -> None:

@@ -4,13 +4,15 @@ They let taps, shapes and parameter counts be told before any weight is loaded, 
 be built for benchmarks without a download.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from diffenc.models.family_files import family_of_configs
+from diffenc.denoiser.transformers import layout_of
+from diffenc.models.denoisers import patch_of
+from diffenc.models.family_files import FAMILY_FILES, family_of_configs
 from diffenc.models.presets import preset_options
-from diffenc.models.taps import TapInfo, match_taps, unet_taps
+from diffenc.models.taps import TapInfo, denoiser_taps, match_taps
 
 _SCHEDULE = {
     "beta_start": 0.00085,
@@ -124,12 +126,57 @@ _ARCHITECTURES: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+def vae_reduction(config: Mapping[str, Any]) -> int:
+    """Image pixels per latent cell of a VAE, by its config."""
+    return int(2 ** (len(config["block_out_channels"]) - 1))
+
+
+# What the parts of the transformers share.
+_T5_XXL = {
+    "model_type": "t5",
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "vocab_size": 32128,
+    "feed_forward_proj": "gated-gelu",
+}
+
+_ARCHITECTURES["pixart-sigma"] = {
+    "transformer": {
+        "_class_name": "PixArtTransformer2DModel",
+        "num_attention_heads": 16,
+        "attention_head_dim": 72,
+        "in_channels": 4,
+        "out_channels": 8,
+        "num_layers": 28,
+        "cross_attention_dim": 1152,
+        "caption_channels": 4096,
+        "sample_size": 128,
+        "patch_size": 2,
+        "interpolation_scale": 2,
+        "use_additional_conditions": False,
+    },
+    "vae": _vae(1024, 0.13025, force_upcast=True),
+    "text_encoder": _T5_XXL,
+    "scheduler": {
+        "beta_start": 0.0001,
+        "beta_end": 0.02,
+        "beta_schedule": "linear",
+        "num_train_timesteps": 1000,
+        "prediction_type": "epsilon",
+    },
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Architecture:
     """What a model's configs tell, without its weights.
 
     Attributes:
-        configs: Config of each part (unet, vae, text_encoder ..., scheduler), as JSON holds it.
+        configs: Config of each part (vae, text_encoder ..., scheduler, and unet or transformer), as
+            JSON holds it.
         own_taps: Taps that the encoder reads by default; None takes those of the family's "gdf"
             preset.
         own_family: Family, where its components do not tell it; None takes that of the components.
@@ -147,25 +194,43 @@ class Architecture:
     @property
     def reduction(self) -> int:
         """Image pixels per latent cell."""
-        return int(2 ** (len(self.configs["vae"]["block_out_channels"]) - 1))
+        return vae_reduction(self.configs["vae"])
+
+    @property
+    def denoiser(self) -> str:
+        """Name of the part that is read: "unet" or "transformer"."""
+        return FAMILY_FILES[self.family].denoiser
+
+    @property
+    def denoiser_config(self) -> dict[str, Any]:
+        """Config of the part that is read."""
+        return self.configs[self.denoiser]
+
+    @property
+    def multiple(self) -> int:
+        """Image pixels that both sides of a picture are multiples of."""
+        return self.reduction * patch_of(self.denoiser_config)
 
     @property
     def default_size(self) -> int:
         """Side of the square that images are brought to: 512 pixels, or less for a small U-Net."""
-        side = self.configs["unet"].get("sample_size") or 64
+        side = self.denoiser_config.get("sample_size") or 64
         return min(512, (min(side) if isinstance(side, list) else int(side)) * self.reduction)
 
     @property
     def default_taps(self) -> tuple[str, ...]:
-        """Module paths of the U-Net."""
+        """Module paths of the denoiser: of a transformer, the block at half its depth."""
         if self.own_taps is not None:
             return self.own_taps
+        if (layout := layout_of(self.denoiser_config)) is not None:
+            middle = layout.depth(self.denoiser_config) // 2
+            return (layout.block(self.denoiser_config, middle),)
         taps: tuple[str, ...] = preset_options("gdf", self.family)["taps"]
         return taps
 
     def taps(self) -> tuple[TapInfo, ...]:
-        """Every readable place of the U-Net."""
-        return unet_taps(self.configs["unet"], self.reduction)
+        """Every readable place of the denoiser."""
+        return denoiser_taps(self.denoiser_config, self.reduction)
 
     def match_taps(self, patterns: Sequence[str]) -> tuple[TapInfo, ...]:
         """The places that module paths or globs name, see `diffenc.match_taps`."""

@@ -1,6 +1,6 @@
 """How the pipelines of each family are stored: their classes, components and options."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,15 +12,25 @@ class FamilyFiles:
     Attributes:
         family: Name of the family.
         pipelines: Classes of diffusers that have these components; the first is the one written.
-        parts: Components with a folder each, in the order in which they are loaded.
+        classes: Components with a folder each, in the order in which they are loaded, and the
+            classes that each may be of; the first is built where a config names none.
         options: Options of the family's class that `model_index.json` holds: by name, the key there
             and the value where it is missing.
+        absent: Components that the pipeline knows and a model has not.
+        denoiser: Component that is read.
     """
 
     family: str
     pipelines: tuple[str, ...]
-    parts: tuple[str, ...]
+    classes: Mapping[str, tuple[str, ...]]
     options: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
+    absent: tuple[str, ...] = ()
+    denoiser: str = "transformer"
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Components with a folder each, in the order in which they are loaded."""
+        return tuple(self.classes)
 
     @property
     def weighty(self) -> tuple[str, ...]:
@@ -35,22 +45,50 @@ class FamilyFiles:
         }
 
 
+_CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+_T5_TOKENIZERS = ("T5TokenizerFast", "T5Tokenizer")
+_KL = ("AutoencoderKL", "AutoencoderTiny")
+_SD = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": _KL,
+    "scheduler": (),
+    "text_encoder": ("CLIPTextModel",),
+    "tokenizer": _CLIP_TOKENIZERS,
+}
+
 FAMILY_FILES = {
     each.family: each
     for each in (
         FamilyFiles(
             "sd",
             ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"),
-            ("unet", "vae", "scheduler", "text_encoder", "tokenizer"),
+            _SD,
+            absent=("feature_extractor", "image_encoder", "safety_checker"),
+            denoiser="unet",
         ),
         FamilyFiles(
             "sdxl",
             ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"),
-            (
-                *("unet", "vae", "scheduler", "text_encoder", "tokenizer"),
-                *("text_encoder_2", "tokenizer_2"),
-            ),
+            {
+                **_SD,
+                "text_encoder_2": ("CLIPTextModelWithProjection",),
+                "tokenizer_2": _CLIP_TOKENIZERS,
+            },
             {"force_zeros": ("force_zeros_for_empty_prompt", True)},
+            absent=("feature_extractor", "image_encoder"),
+            denoiser="unet",
+        ),
+        FamilyFiles(
+            "pixart",
+            ("PixArtSigmaPipeline", "PixArtAlphaPipeline"),
+            {
+                "transformer": ("PixArtTransformer2DModel", "Transformer2DModel"),
+                "vae": _KL,
+                "scheduler": (),
+                "text_encoder": ("T5EncoderModel",),
+                "tokenizer": _T5_TOKENIZERS,
+            },
+            {"pipeline": ("_class_name", "PixArtSigmaPipeline")},
         ),
     )
 }
@@ -62,8 +100,33 @@ PARTS = tuple(dict.fromkeys(part for each in FAMILY_FILES.values() for part in e
 """Every component of any family."""
 
 
-def family_of_configs(names: Collection[str]) -> str:
-    """The family whose components with weights are all there, the one with most of them."""
-    whole = [each for each in FAMILY_FILES.values() if set(each.weighty) <= {*names}]
+def classes_of(part: str, family: str | None) -> tuple[str, ...]:
+    """Classes that a component may be of.
+
+    Args:
+        part: Name of the component.
+        family: Family of the model; None for a component by itself, which is a U-Net's as far as
+            its name tells.
+    """
+    if family is not None:
+        return FAMILY_FILES[family].classes[part]
+    known = (each.classes[part] for each in FAMILY_FILES.values() if part in each.classes)
+    return next(known, ())
+
+
+def family_of_configs(configs: Mapping[str, Mapping[str, Any]]) -> str:
+    """The family whose components with weights are all there, the one with most of them.
+
+    Where several have the same ones, the class of the denoiser decides.
+
+    Args:
+        configs: Config of each component, which may name its class.
+    """
+    whole = [each for each in FAMILY_FILES.values() if {*each.weighty} <= {*configs}]
     smallest = min(FAMILY_FILES.values(), key=lambda each: len(each.weighty))
-    return max(whole, key=lambda each: len(each.weighty), default=smallest).family
+
+    def fitting(files: FamilyFiles) -> tuple[int, bool]:
+        kind = configs[files.denoiser].get("_class_name")
+        return len(files.weighty), kind in files.classes[files.denoiser]
+
+    return max(whole, key=fitting, default=smallest).family

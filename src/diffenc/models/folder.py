@@ -11,8 +11,8 @@ from diffenc.errors import BackboneError
 from diffenc.models.base import Backbone
 from diffenc.models.config_checks import check_config
 from diffenc.models.configs import Architecture
-from diffenc.models.families import make_backbone
-from diffenc.models.family_files import FAMILY_FILES, PARTS, family_of_configs
+from diffenc.models.families import FAMILIES, make_backbone
+from diffenc.models.family_files import FAMILY_FILES, PARTS, classes_of, family_of_configs
 from diffenc.models.parts import GivenParts, fitting_tokenizer, load_tokenizer
 from diffenc.models.schedules import make_scheduler
 from diffenc.models.stored import load_stored, read_plain, stem_of
@@ -35,7 +35,7 @@ def read_model_index(folder: Path) -> tuple[str, dict[str, Any]]:
     if not is_file(index_file):
         raise BackboneError(
             f"{folder} is no diffusers folder: it has no model_index.json. Pass the folder that "
-            "holds unet/, vae/, text_encoder/, tokenizer/ and scheduler/."
+            "holds unet/ or transformer/, vae/, text_encoder/, tokenizer/ and scheduler/."
         )
     try:
         index = read_json(index_file, object, error=BackboneError, finite=False)
@@ -73,14 +73,19 @@ def _check_origin(origin: Any, part: str, folder: Path) -> None:
         )
 
 
-def read_config(folder: Path, part: str) -> dict[str, Any]:
+def read_config(folder: Path, part: str, family: str | None = None) -> dict[str, Any]:
     """A part's JSON config.
+
+    Args:
+        folder: Folder of the model.
+        part: Name of the part.
+        family: Family of the model; None for a part by itself.
 
     Raises:
         BackboneError: It is missing or broken, or no config of such a part.
     """
     name = "scheduler_config.json" if part == "scheduler" else "config.json"
-    return check_config(read_plain(folder / part / name), part, folder)
+    return check_config(read_plain(folder / part / name), part, folder, family)
 
 
 def read_architecture(folder: Path, *, own_taps: tuple[str, ...] | None = None) -> Architecture:
@@ -92,7 +97,7 @@ def read_architecture(folder: Path, *, own_taps: tuple[str, ...] | None = None) 
     family, _ = read_model_index(folder)
     parts = FAMILY_FILES[family].parts
     names = [part for part in parts if not part.startswith("tokenizer")]
-    configs = {name: read_config(folder, name) for name in names}
+    configs = {name: read_config(folder, name, family) for name in names}
     own_family = None if family == family_of_configs(configs) else family
     return Architecture(configs, own_taps, own_family)
 
@@ -136,11 +141,16 @@ def load_folder(
         loaded = replaced.load(part, described, dtype=dtype, keep_taps=keep_taps)
         if loaded is None and part in named:
             loaded, taken = load_stored(
-                folder / part, part, dtype, variant=named[part], keep_taps=keep_taps
+                folder / part,
+                part,
+                dtype,
+                variant=named[part],
+                keep_taps=keep_taps,
+                family=family,
             )
             halves += [part] * (taken == HALF != named[part] and dtype == torch.float32)
         elif loaded is None:
-            loaded = _load_part(folder, part)
+            loaded = _load_part(folder, part, family)
         parts[part] = loaded
     if halves:
         warnings.warn(
@@ -159,24 +169,37 @@ def assemble(
     Raises:
         BackboneError: Parts do not fit each other.
     """
-    for part in ("tokenizer", "tokenizer_2"):
-        if part in parts:
-            encoder = parts[part.replace("tokenizer", "text_encoder")]
-            parts[part] = fitting_tokenizer(parts[part], encoder)
+    for part in [part for part in parts if part.startswith("tokenizer")]:
+        encoder = parts[part.replace("tokenizer", "text_encoder")]
+        parts[part] = fitting_tokenizer(parts[part], encoder)
     for part, module in parts.items():
         if isinstance(module, torch.nn.Module):
             parts[part] = module.to(device)
     return make_backbone(name, described, parts)
 
 
-def weighty_parts(folder: Path) -> list[str]:
-    """Parts of a folder that have weights: not its tokenizers and scheduler.
+def read_tokenizer(folder: Path) -> Any:
+    """The first tokenizer of a folder, as the model reads texts with it; no weights are needed.
+
+    Raises:
+        BackboneError: The folder is missing, incomplete or broken.
+    """
+    family, index = read_model_index(folder)
+    limit = read_config(folder, "text_encoder", family).get("max_position_embeddings")
+    tokenizer = load_tokenizer(folder, classes=classes_of("tokenizer", family))
+    if limit is not None:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
+    return FAMILIES[family].fitted_tokenizer(tokenizer, index["_class_name"])
+
+
+def weighty_parts(folder: Path) -> dict[str, dict[str, Any]]:
+    """Parts of a folder that have weights, not its tokenizers and scheduler, and their configs.
 
     Raises:
         BackboneError: See `read_model_index`.
     """
     family, _ = read_model_index(folder)
-    return list(FAMILY_FILES[family].weighty)
+    return {part: read_config(folder, part, family) for part in FAMILY_FILES[family].weighty}
 
 
 def part_variants(
@@ -214,11 +237,11 @@ def _names_in(folder: Path, part: str, listing: Sequence[str] | None) -> list[st
     return [name.removeprefix(f"{part}/") for name in listing if name.startswith(f"{part}/")]
 
 
-def _load_part(folder: Path, part: str) -> Any:
+def _load_part(folder: Path, part: str, family: str) -> Any:
     try:
         if part == "scheduler":
-            return make_scheduler(read_config(folder, part), where=str(folder / part))
-        return load_tokenizer(folder / part)
+            return make_scheduler(read_config(folder, part, family), where=str(folder / part))
+        return load_tokenizer(folder / part, classes=classes_of(part, family))
     except BackboneError:
         raise
     except Exception as error:  # the libraries raise anything from OSError to SafetensorError

@@ -86,9 +86,9 @@ def describe_located(located: Located, replaced: GivenParts) -> Architecture:
         ConfigError: The model contradicts itself or the caller.
     """
     described = _own_configs(located)
-    check_configs(described.configs, located.label)
+    check_configs(described.configs, located.label, described.family)
     described = replaced.described(described)
-    check_configs(described.configs, located.label)
+    check_configs(described.configs, located.label, described.family)
     scheduler = described.configs["scheduler"]
     if located.prediction_type is not None:
         scheduler = {**scheduler, "prediction_type": located.prediction_type}

@@ -22,7 +22,8 @@ def arrange(backbone: Backbone, channels_last: bool | None = None) -> Backbone:
         channels_last = flag("channels_last", channels_last)
     formats = DEFAULT if channels_last is None else dict.fromkeys(DEFAULT, channels_last)
     for part, last in formats.items():
-        set_format(getattr(backbone, part), channels_last=last)
+        module = backbone.vae if part == "vae" else backbone.denoiser
+        set_format(module, channels_last=last)
     return backbone
 
 

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from diffenc.denoiser.lora.adapters import active_lora, is_merged, require_separate
+from diffenc.denoiser.transformers import layout_of
 from diffenc.errors import BackboneError, ConfigError
 from diffenc.inputs.noise import signal_levels
+from diffenc.models.denoisers import config_of, text_width
 from diffenc.models.schedules import check_schedule
 from diffenc.models.variants import check_channels, check_vae
 
@@ -21,10 +23,13 @@ STORED = {
 """Types of numbers that weights may have, and what safetensors files call them."""
 
 
-def check_components(unet: Any, vae: Any, scheduler: Any) -> None:
+def check_components(denoiser: Any, vae: Any, scheduler: Any) -> None:
     """Raise a `BackboneError` that says which two of these do not fit each other, and why."""
+    layout = layout_of(denoiser)
+    own = "unet" if layout is None else "transformer"
+    fields = ("in_channels", "cross_attention_dim") if layout is None else layout.needed
     for name, part, needed in (
-        ("unet", unet, ("in_channels", "cross_attention_dim")),
+        (own, denoiser, fields),
         ("vae", vae, ("latent_channels", "block_out_channels", "scaling_factor")),
     ):
         config = getattr(part, "config", None)
@@ -43,10 +48,10 @@ def check_components(unet: Any, vae: Any, scheduler: Any) -> None:
         signal_levels(scheduler)
     except ConfigError as error:
         raise BackboneError(str(error)) from None
-    check_weights(unet, "the U-Net")
+    check_weights(denoiser, "the U-Net" if layout is None else "the transformer")
     check_weights(vae, "the VAE")
     check_vae(vae.config, "this model")
-    check_channels(unet.config, vae.config, "this model")
+    check_channels(config_of(denoiser), vae.config, "this model")
 
 
 def check_weights(module: Any, what: str) -> None:
@@ -79,31 +84,26 @@ def _quantised(names: Sequence[str], kind: str, what: str) -> str:
     )
 
 
-def text_width(unet: Any) -> int:
-    """Channels of the text states that a U-Net reads."""
-    width = unet.config.cross_attention_dim
-    return int(width if isinstance(width, int) else width[0])
-
-
-def check_width(unet: Any, encoders: Sequence[Any]) -> None:
-    """Raise a `BackboneError` unless text encoders give states of the width that a U-Net reads."""
+def check_width(denoiser: Any, encoders: Sequence[Any]) -> None:
+    """Raise a `BackboneError` unless text encoders give states of the width that is read."""
     width = sum(encoder.config.hidden_size for encoder in encoders)
-    expected = text_width(unet)
+    expected = text_width(config_of(denoiser))
     if width != expected:
+        what = "U-Net" if layout_of(denoiser) is None else "transformer"
         raise BackboneError(
-            f"the text encoders give states of width {width} and the U-Net takes {expected}; they "
+            f"the text encoders give states of width {width} and the {what} takes {expected}; they "
             "belong to different models"
         )
 
 
-def check_text(unet: Any, *towers: tuple[Any, Any]) -> None:
-    """Raise a `BackboneError` unless tokenizers, text encoders and the U-Net fit each other.
+def check_text(denoiser: Any, *towers: tuple[Any, Any]) -> None:
+    """Raise a `BackboneError` unless tokenizers, text encoders and the denoiser fit each other.
 
     Args:
-        unet: U-Net that reads the states of all encoders side by side.
+        denoiser: Denoiser that reads the states of all encoders side by side.
         towers: Tokenizer and text encoder, for each.
     """
-    check_width(unet, [encoder for _, encoder in towers])
+    check_width(denoiser, [encoder for _, encoder in towers])
     for tokenizer, encoder in towers:
         check_weights(encoder, "the text encoder")
         if len(tokenizer) > encoder.config.vocab_size:

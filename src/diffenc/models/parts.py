@@ -15,10 +15,11 @@ from diffenc.checks.arguments import is_wide, whole
 from diffenc.denoiser.shortening import shortened
 from diffenc.errors import BackboneError
 from diffenc.models.configs import Architecture
+from diffenc.models.family_files import classes_of
 from diffenc.models.part_checks import check_weights
 from diffenc.models.statements import Statements
 from diffenc.models.stored import load_stored, load_vae, part_dtype, read_vae_config
-from diffenc.models.weights import State, load_unet, read_state, unet_state
+from diffenc.models.weights import State, load_denoiser, read_state, unet_state
 from diffenc.storage.names import checked_path, is_file, is_folder, printable
 from diffenc.storage.pretrained import absolute
 from diffenc.storage.reading import read_json, read_text, text_lines
@@ -68,10 +69,14 @@ class GivenParts:
 
     def described(self, described: Architecture) -> Architecture:
         """A model's configs, with those of the U-Net and the VAE that are given as modules."""
-        modules = {"unet": self.unet, "vae": self.vae}
-        configs = {
-            name: dict(part.config) for name, part in modules.items() if hasattr(part, "config")
-        }
+        configs = {"vae": dict(self.vae.config)} if hasattr(self.vae, "config") else {}
+        if self.unet is not None and described.denoiser != "unet":
+            raise BackboneError(
+                "unet= replaces a U-Net, and this model has a transformer; put the transformer "
+                "into a pipeline of diffusers and pass that"
+            )
+        if hasattr(self.unet, "config"):
+            configs["unet"] = dict(self.unet.config)
         if _is_path(self.vae) and is_folder(self.vae):
             configs["vae"] = read_vae_config(_subfolder(Path(self.vae), "vae"))
         return replace(described, configs={**described.configs, **configs})
@@ -118,7 +123,10 @@ class GivenParts:
         if replacement is None:
             return None
         if name.startswith("tokenizer"):
-            return load_tokenizer(replacement) if _is_path(replacement) else replacement
+            classes = classes_of(name, described.family)
+            if _is_path(replacement):
+                return load_tokenizer(replacement, classes=classes)
+            return replacement
         if isinstance(replacement, nn.Module):
             check_weights(replacement, f"the given {name}")  # a cast would hide what they were
             return cast_part(
@@ -130,7 +138,7 @@ class GivenParts:
         if name == "unet":
             state = unet_state(replacement, described.configs["unet"])
             what = "the given U-Net"
-            return load_unet(
+            return load_denoiser(
                 described.configs["unet"], state, what=what, dtype=dtype, keep_taps=keep_taps
             )
         if not _is_path(replacement):
@@ -139,7 +147,8 @@ class GivenParts:
             )
         if name == "vae":
             return _load_vae(Path(replacement), described.configs["vae"], dtype)
-        return load_stored(_subfolder(Path(replacement), name), name, dtype)[0]
+        folder = _subfolder(Path(replacement), name)
+        return load_stored(folder, name, dtype, family=described.family)[0]
 
 
 def _is_part(name: str, value: object) -> bool:
@@ -189,22 +198,42 @@ def _converted(convert: Any, state: State, config: dict[str, Any], path: Path) -
     return converted
 
 
-def load_tokenizer(folder: "str | os.PathLike[str]", name: str = "tokenizer") -> Any:
+def load_tokenizer(
+    folder: "str | os.PathLike[str]",
+    name: str = "tokenizer",
+    *,
+    classes: Sequence[str] = ("CLIPTokenizer",),
+) -> Any:
     """A tokenizer from its folder, or from that of a model.
+
+    Args:
+        folder: Folder of the tokenizer, or of the model.
+        name: Name of the part.
+        classes: Classes that it may be of; the first is taken.
 
     Raises:
         BackboneError: It cannot be read.
     """
-    from transformers import CLIPTokenizer
+    import transformers
 
     path = _subfolder(Path(folder), name)
     refuse_remote_code(path)
+    kind: Any = getattr(transformers, classes[0])
     if not is_file(path / "tokenizer.json"):
-        _check_words(path)
+        if classes[0].startswith("CLIP"):
+            _check_words(path)
+        elif not any(is_file(path / file) for file in _PIECES):
+            raise BackboneError(
+                f"{path} holds no tokenizer: neither tokenizer.json nor {' or '.join(_PIECES)}"
+            )
     try:
-        return CLIPTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        return kind.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise BackboneError(f"cannot load {path}: {error}") from error
+
+
+_PIECES = ("spiece.model", "tokenizer.model")
+"""Files of SentencePiece, by which T5 and Gemma are published."""
 
 
 def _check_words(folder: Path) -> None:

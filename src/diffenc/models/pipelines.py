@@ -4,6 +4,7 @@ from typing import Any
 
 from diffenc.errors import BackboneError
 from diffenc.models.configs import Architecture
+from diffenc.models.denoisers import config_of
 from diffenc.models.family_files import FAMILY_FILES, PARTS
 from diffenc.models.schedules import make_scheduler
 from diffenc.models.variants import check_configs, pipeline_family
@@ -26,7 +27,7 @@ def pipeline_parts(pipeline: Any) -> dict[str, Any]:
     """Components of a pipeline that a backbone takes, with the options of its family.
 
     Args:
-        pipeline: A `StableDiffusionPipeline` or `StableDiffusionXLPipeline`, or their img2img.
+        pipeline: A pipeline of one of the families, such as a `StableDiffusionPipeline`.
 
     Raises:
         BackboneError: A pipeline of another class, or one that lacks a component.
@@ -46,7 +47,7 @@ def pipeline_parts(pipeline: Any) -> dict[str, Any]:
     scheduler: Any = parts["scheduler"]
     config = {**scheduler.config, "_class_name": type(scheduler).__name__}
     parts["scheduler"] = make_scheduler(config, where=f"the scheduler of {where}")
-    return {**parts, **files.options_in(pipeline.config)}
+    return {**parts, **files.options_in({**pipeline.config, **_index(pipeline)})}
 
 
 def pipeline_architecture(pipeline: Any) -> Architecture:
@@ -56,14 +57,17 @@ def pipeline_architecture(pipeline: Any) -> Architecture:
         BackboneError: See `pipeline_parts`.
     """
     parts = pipeline_parts(pipeline)
+    family = pipeline_family(_index(pipeline), pipeline_name(pipeline))
     configs = {
         name: part.config if isinstance(part.config, dict) else part.config.to_dict()
         for name, part in parts.items()
         if hasattr(part, "config")
     }
     configs = {name: dict(config) for name, config in configs.items()}
-    check_configs(configs, pipeline_name(pipeline))
-    return Architecture(configs)
+    denoiser = FAMILY_FILES[family].denoiser
+    configs[denoiser] = config_of(parts[denoiser])
+    check_configs(configs, pipeline_name(pipeline), family)
+    return Architecture(configs, own_family=family)
 
 
 def _index(pipeline: Any) -> dict[str, Any]:
@@ -75,7 +79,7 @@ def _index(pipeline: Any) -> dict[str, Any]:
         if name != "scheduler" and (part := getattr(pipeline, name, None)) is not None
     }
     # A subclass made by the user is what it is made of.
-    known = [files.pipelines[0] for files in FAMILY_FILES.values()]
+    known = [kind for files in FAMILY_FILES.values() for kind in files.pipelines]
     own = [kind for kind in kinds if kind in known]
     index["_class_name"] = kinds[0] if not own else own[0]
     for option in ("force_zeros_for_empty_prompt", "requires_aesthetics_score"):

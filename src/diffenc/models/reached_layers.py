@@ -10,7 +10,8 @@ from torch import nn
 
 from diffenc.denoiser.hooks import ForwardTaps
 from diffenc.denoiser.lora.options import PROJECTIONS
-from diffenc.models.taps import LATENTS, meta_inputs
+from diffenc.models.denoisers import build_denoiser, config_of, meta_inputs
+from diffenc.models.taps import LATENTS
 from diffenc.runtime.inference import lasting
 
 
@@ -22,7 +23,7 @@ def reached_layers(config: dict[str, Any], taps: Sequence[str]) -> frozenset[str
     the meta device: no weights, no memory, two seconds for SDXL, once.
 
     Args:
-        config: A `UNet2DConditionModel` config as JSON holds it.
+        config: Config of the denoiser, with its class where that is no `UNet2DConditionModel`.
         taps: Module paths, or "latents".
     """
     names = tuple(sorted({tap for tap in taps if tap != LATENTS}))
@@ -41,17 +42,17 @@ def reached_projections(config: dict[str, Any], taps: Sequence[str]) -> frozense
 @cache
 @lasting
 def _reached(config: str, taps: tuple[str, ...]) -> frozenset[str]:
-    from diffusers import UNet2DConditionModel
-
+    values = loads(config)
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(loads(config)).float().eval().requires_grad_(False)
+        denoiser = build_denoiser(values).float().eval().requires_grad_(False)
     weights = {
         path: layer.weight.requires_grad_()
-        for path, layer in unet.named_modules()
+        for path, layer in denoiser.named_modules()
         if isinstance(layer, (nn.Linear, nn.Conv2d))
     }
-    with torch.enable_grad(), ForwardTaps(unet, taps, early_exit=True) as reader:
-        maps = reader.run(lambda: unet(**meta_inputs(unet.config, 64))) if taps else {}
+    inputs = meta_inputs(config_of(denoiser), 64)
+    with torch.enable_grad(), ForwardTaps(denoiser, taps, early_exit=True) as reader:
+        maps = reader.run(lambda: denoiser(**inputs)) if taps else {}
         ends = [features.sum() for features in maps.values() if features.requires_grad]
     if not ends:
         return frozenset()

@@ -6,7 +6,7 @@ from typing import Any, Unpack
 from torch import Tensor
 
 from diffenc.inputs.prompts import PromptEmbeds, join_windows
-from diffenc.models.base import Backbone, CommonParts, grad_where_trained
+from diffenc.models.base import Backbone, UNetParts, grad_where_trained
 from diffenc.models.part_checks import check_text
 from diffenc.runtime.threads import lock_of
 
@@ -17,7 +17,7 @@ class StableDiffusion(Backbone):
     Args:
         text_encoder: Text encoder, a `CLIPTextModel`.
         tokenizer: `CLIPTokenizer` of the text encoder.
-        parts: Name, U-Net, VAE and scheduler, and defaults; see `CommonParts`.
+        parts: Name, U-Net, VAE and scheduler, and defaults; see `UNetParts`.
 
     Raises:
         BackboneError: Parts do not fit each other.
@@ -25,7 +25,7 @@ class StableDiffusion(Backbone):
 
     family = "sd"
 
-    def __init__(self, *, text_encoder: Any, tokenizer: Any, **parts: Unpack[CommonParts]) -> None:
+    def __init__(self, *, text_encoder: Any, tokenizer: Any, **parts: Unpack[UNetParts]) -> None:
         super().__init__(**parts)
         check_text(self.unet, (tokenizer, text_encoder))
         self.text_encoder, self.tokenizer = text_encoder, tokenizer

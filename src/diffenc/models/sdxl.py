@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from diffenc.inputs.prompts import PromptEmbeds, join_windows
-from diffenc.models.base import Backbone, CommonParts, grad_where_trained
+from diffenc.models.base import Backbone, UNetParts, grad_where_trained
 from diffenc.models.part_checks import check_text
 from diffenc.runtime.threads import lock_of
 
@@ -23,7 +23,7 @@ class StableDiffusionXL(Backbone):
         text_encoder_2: A `CLIPTextModelWithProjection`.
         tokenizer_2: `CLIPTokenizer` of the second text encoder.
         force_zeros: Whether the unconditional embedding is zeros instead of the empty text's.
-        parts: Name, U-Net, VAE and scheduler, and defaults; see `CommonParts`.
+        parts: Name, U-Net, VAE and scheduler, and defaults; see `UNetParts`.
 
     Raises:
         BackboneError: Parts do not fit each other.
@@ -40,7 +40,7 @@ class StableDiffusionXL(Backbone):
         text_encoder_2: Any,
         tokenizer_2: Any,
         force_zeros: bool = True,
-        **parts: Unpack[CommonParts],
+        **parts: Unpack[UNetParts],
     ) -> None:
         super().__init__(**parts)
         check_text(self.unet, (tokenizer, text_encoder), (tokenizer_2, text_encoder_2))

@@ -18,7 +18,7 @@ from diffenc.models.building import build_part
 from diffenc.models.configs import Architecture
 from diffenc.models.statements import Statements
 from diffenc.models.variants import INPUTS
-from diffenc.models.weights import LDM_UNET, State, convert_unet, load_into, load_unet
+from diffenc.models.weights import LDM_UNET, State, convert_unet, load_denoiser, load_into
 
 _UNET = "model.diffusion_model."
 _VAE = "first_stage_model."
@@ -184,7 +184,7 @@ class SingleFile:
             inner = {key.removeprefix(_UNET): value for key, value in self.state(_UNET).items()}
             state = convert_unet(inner, config)
             self._check_converted(inner, state)
-            return load_unet(config, state, what=what, dtype=dtype, keep_taps=keep_taps)
+            return load_denoiser(config, state, what=what, dtype=dtype, keep_taps=keep_taps)
         if name == "vae":
             return self._vae(config, what, dtype)
         return self._text_encoder(name, config, what, dtype)

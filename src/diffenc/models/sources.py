@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from diffenc.errors import BackboneError, DiffencError, near_matches
-from diffenc.models.folder import part_variants, read_config, weighty_parts
+from diffenc.models.folder import part_variants, weighty_parts
 from diffenc.models.shapes import shapes_folder
 from diffenc.models.stored import part_dtype, stem_of
 from diffenc.storage.hub import hub_folder
@@ -24,8 +24,9 @@ from diffenc.storage.weights import choose_weights, shard_names
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SMALL = re.compile(
     r"model_index\.json"
-    r"|(unet|vae|text_encoder(_2)?|scheduler)/(config|scheduler_config|[^/]*\.index(\.[^/.]+)?)\.json"
-    r"|tokenizer(_2)?/[^/]+\.(json|txt|model)"
+    r"|(unet|transformer|vae|text_encoder(_[23])?|scheduler)"
+    r"/(config|scheduler_config|[^/]*\.index(\.[^/.]+)?)\.json"
+    r"|tokenizer(_[23])?/[^/]+\.(json|txt|model)"
 )
 _SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
@@ -69,6 +70,11 @@ SOURCES = {
             "sdxl",
             ("stabilityai/stable-diffusion-xl-base-1.0",),
             "Stable Diffusion XL base 1.0, epsilon",
+        ),
+        BackboneSource(
+            "pixart-sigma",
+            ("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",),
+            "PixArt-Σ XL, a diffusion transformer with T5-XXL, epsilon",
         ),
     )
 }
@@ -198,9 +204,11 @@ def _weight_files(
         variant: Variant of the weight files that is requested; None requests none.
         without: Parts to leave out.
     """
-    parts = [part for part in weighty_parts(folder) if part not in without]
-    for part, named in part_variants(folder, parts, variant, listing).items():
-        half = part_dtype(part, read_config(folder, part), dtype) == torch.float16
+    configs = {
+        part: config for part, config in weighty_parts(folder).items() if part not in without
+    }
+    for part, named in part_variants(folder, list(configs), variant, listing).items():
+        half = part_dtype(part, configs[part], dtype) == torch.float16
         names = [name.removeprefix(f"{part}/") for name in listing if name.startswith(f"{part}/")]
         chosen, _ = choose_weights(
             names, stem_of(part), variant=named, half=half, where=f"{part} of the repository"

@@ -9,7 +9,13 @@ import torch
 from diffenc.errors import BackboneError
 from diffenc.models.building import build_part
 from diffenc.models.config_checks import check_config
-from diffenc.models.weights import State, fit_diffusers, fit_text_encoder, load_into, load_unet
+from diffenc.models.weights import (
+    State,
+    fit_diffusers,
+    fit_text_encoder,
+    load_denoiser,
+    load_into,
+)
 from diffenc.storage.reading import read_json
 from diffenc.storage.remote_code import refuse_remote_code
 from diffenc.storage.weights import DIFFUSERS, TRANSFORMERS, open_weights
@@ -62,18 +68,20 @@ def load_stored(
     *,
     variant: str | None = None,
     keep_taps: Sequence[str] | None = None,
+    family: str | None = None,
 ) -> tuple[Any, str]:
-    """A U-Net, VAE or text encoder from its own folder, and the variant that was read.
+    """A denoiser, VAE or text encoder from its own folder, and the variant that was read.
 
     Args:
         folder: Folder of the part.
-        part: Name of the part: "unet", "vae", "text_encoder" or "text_encoder_2".
+        part: Name of the part, such as "unet", "vae" or "text_encoder_2".
         dtype: Floating point type of the weights; a VAE that overflows in float16 is put in
             float32.
         variant: Word in the names of the weight files, see
             `diffenc.storage.weights.choose_weights`.
-        keep_taps: Module paths of the U-Net; what lies behind the last of them is left out. None
+        keep_taps: Module paths of the denoiser; what lies behind the last of them is left out. None
             keeps all.
+        family: Family of the model; None for a part by itself.
 
     Raises:
         BackboneError: The folder is missing or broken, its weights do not fit its config, or it
@@ -81,16 +89,16 @@ def load_stored(
     """
     refuse_remote_code(folder)
     whole = folder.parent if folder.name == part else folder
-    config = check_config(read_plain(folder / "config.json"), part, whole)
+    config = check_config(read_plain(folder / "config.json"), part, whole, family)
     dtype = part_dtype(part, config, dtype)
     half = dtype == torch.float16
     state, taken = open_weights(folder, stem_of(part), variant=variant, half=half)
     what = str(folder)
-    if part == "unet":
-        return load_unet(config, state, what=what, dtype=dtype, keep_taps=keep_taps), taken
+    if part in ("unet", "transformer"):
+        return load_denoiser(config, state, what=what, dtype=dtype, keep_taps=keep_taps), taken
     if part == "vae":
         return load_vae(config, state, what=what, dtype=dtype), taken
-    return load_text_encoder(config, state, part, what=what, dtype=dtype), taken
+    return load_text_encoder(config, state, part, what=what, dtype=dtype, family=family), taken
 
 
 def load_vae(config: dict[str, Any], state: State, *, what: str, dtype: torch.dtype) -> Any:
@@ -111,22 +119,29 @@ def load_vae(config: dict[str, Any], state: State, *, what: str, dtype: torch.dt
 
 
 def load_text_encoder(
-    config: dict[str, Any], state: State, name: str, *, what: str, dtype: torch.dtype
+    config: dict[str, Any],
+    state: State,
+    name: str,
+    *,
+    what: str,
+    dtype: torch.dtype,
+    family: str | None = None,
 ) -> Any:
     """A text encoder with these weights; the second of SDXL has a projection.
 
     Args:
-        config: Config of a `CLIPTextModel`.
+        config: Config of the text encoder.
         state: Weights under transformers' names, of any version.
-        name: Name of the part: "text_encoder" or "text_encoder_2".
+        name: Name of the part, such as "text_encoder_2".
         what: Source of the weights, for messages.
         dtype: Floating point type of the weights.
+        family: Family of the model; None for a part by itself.
 
     Raises:
         BackboneError: A weight is missing, unknown, or of another shape.
     """
     return load_into(
-        lambda: build_part(name, config),
+        lambda: build_part(name, config, family),
         state,
         what=what,
         dtype=dtype,

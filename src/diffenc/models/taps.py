@@ -1,4 +1,4 @@
-"""Which places of a U-Net can be read, with channels and reduction, from its config alone."""
+"""Which places of a denoiser can be read, with channels and reduction, from its config alone."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
@@ -15,7 +15,15 @@ from diffenc.checks.arguments import entries
 from diffenc.denoiser.hooks import ForwardTaps
 from diffenc.denoiser.shape_pass import ShapePass
 from diffenc.denoiser.shortening import shortened
+from diffenc.denoiser.transformers import layout_of
 from diffenc.errors import BackboneError, ConfigError, TapError, near_matches
+from diffenc.models.denoisers import (
+    UNET,
+    build_denoiser,
+    config_of,
+    latent_channels,
+    meta_inputs,
+)
 from diffenc.models.shapes import SHAPES_TAPS_FILE, shapes_folder
 from diffenc.models.tap_names import gdf_name, is_literature_name, spelled_out
 from diffenc.runtime.inference import lasting
@@ -34,7 +42,7 @@ LATENTS = "latents"
 
 @dataclass(frozen=True, slots=True)
 class TapInfo:
-    """A place in the U-Net, or before it.
+    """A place in the denoiser, or before it.
 
     Attributes:
         name: Module path of the module whose output is read, or "latents" for the latents of the
@@ -48,36 +56,39 @@ class TapInfo:
     reduction: int
 
 
-def unet_taps(config: dict[str, Any], vae_reduction: int) -> tuple[TapInfo, ...]:
-    """Every readable place of a U-Net with this config, in module order.
+def denoiser_taps(config: dict[str, Any], vae_reduction: int) -> tuple[TapInfo, ...]:
+    """Every readable place of a denoiser with this config, in module order.
 
     Shapes come from a pass on the meta device: no weights, no memory. Those of the bundled model
     lie beside its weights.
 
     Args:
-        config: A `UNet2DConditionModel` config as JSON holds it.
+        config: Config of the denoiser as JSON holds it, with its class where that is no
+            `UNet2DConditionModel`.
         vae_reduction: Image pixels per latent cell.
     """
     try:
-        return _unet_taps(_with_defaults(config), vae_reduction)
+        return _denoiser_taps(_with_defaults(config), vae_reduction)
     except Exception as error:  # of any kind, by the value that is wrong
+        what = "U-Net" if layout_of(config) is None else "transformer"
         raise BackboneError(
-            f"no U-Net can be built by this config: {reason(error)}; pass one of a "
-            "UNet2DConditionModel"
+            f"no {what} can be built by this config: {reason(error)}; pass one of a "
+            f"{config.get('_class_name', UNET)}"
         ) from error
 
 
 def _with_defaults(config: dict[str, Any]) -> str:
     """One text for a config file and the config of the model that it makes, as a key of caches."""
-    from diffusers import UNet2DConditionModel
+    import diffusers
 
-    arguments = signature(UNet2DConditionModel.__init__).parameters
+    kind = config.get("_class_name", UNET) if layout_of(config) else UNET
+    arguments = signature(getattr(diffusers, kind).__init__).parameters
     whole = {name: config.get(name, arguments[name].default) for name in list(arguments)[1:]}
-    return dumps(whole, sort_keys=True)
+    return dumps({**whole, "_class_name": kind}, sort_keys=True)
 
 
 @cache
-def _unet_taps(config: str, vae_reduction: int) -> tuple[TapInfo, ...]:
+def _denoiser_taps(config: str, vae_reduction: int) -> tuple[TapInfo, ...]:
     bundled, taps = _bundled_taps()
     if config == bundled and taps[0].reduction == vae_reduction:
         return taps
@@ -94,21 +105,23 @@ def _bundled_taps() -> tuple[str, tuple[TapInfo, ...]]:
 
 @lasting
 def derived_taps(config: str, vae_reduction: int) -> tuple[TapInfo, ...]:
-    """Every readable place of a U-Net, by a pass on the meta device.
+    """Every readable place of a denoiser, by a pass on the meta device.
 
     Args:
-        config: A `UNet2DConditionModel` config in JSON.
+        config: Config of the denoiser in JSON, with its class.
         vae_reduction: Image pixels per latent cell.
     """
-    from diffusers import UNet2DConditionModel
-
+    values = loads(config)
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(loads(config)).float().eval()
-    names = [name for name, _ in unet.named_modules() if _READABLE.fullmatch(name)]
+        denoiser = build_denoiser(values).float().eval()
+    layout = layout_of(values)
+    readable = _READABLE.fullmatch if layout is None else layout.is_readable
+    names = [name for name, _ in denoiser.named_modules() if readable(name)]
     side = 64
-    with torch.no_grad(), ForwardTaps(unet, names) as taps, ShapePass():
-        maps = taps.run(lambda: unet(**meta_inputs(unet.config, side)))
-    latents = TapInfo(LATENTS, unet.config.in_channels, vae_reduction)
+    inputs = meta_inputs(config_of(denoiser), side)
+    with torch.no_grad(), ForwardTaps(denoiser, names) as taps, ShapePass():
+        maps = taps.run(lambda: denoiser(**inputs))
+    latents = TapInfo(LATENTS, latent_channels(config_of(denoiser)), vae_reduction)
     return latents, *(
         TapInfo(name, features.shape[1], vae_reduction * side // features.shape[2])
         for name, features in maps.items()
@@ -116,39 +129,18 @@ def derived_taps(config: str, vae_reduction: int) -> tuple[TapInfo, ...]:
 
 
 def count_parameters(config: dict[str, Any], taps: Sequence[str] | None = None) -> int:
-    """Parameters of a U-Net with this config: of all of it, or of what is needed for some taps.
+    """Parameters of a denoiser with this config: of all of it, or of what some taps need.
 
     Args:
-        config: A `UNet2DConditionModel` config as JSON holds it.
+        config: Config of the denoiser as JSON holds it, with its class where that is no
+            `UNet2DConditionModel`.
         taps: Module paths; None counts everything. What lies behind the last of them is what
             `truncate=True` neither loads nor runs.
     """
-    from diffusers import UNet2DConditionModel
-
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config)
-    kept = unet if taps is None else shortened(unet, taps)
+        denoiser = build_denoiser(config)
+    kept = denoiser if taps is None else shortened(denoiser, taps)
     return sum(parameter.numel() for parameter in kept.parameters())
-
-
-def meta_inputs(config: Any, side: int) -> dict[str, Any]:
-    """Arguments of a float32 U-Net's forward pass without values, for latents of this side."""
-    width = config.cross_attention_dim
-    width = width if isinstance(width, int) else width[0]
-    place: dict[str, Any] = {"dtype": torch.float32, "device": "meta"}
-    inputs: dict[str, Any] = {
-        "sample": torch.empty(1, config.in_channels, side, side, **place),
-        "timestep": torch.empty((), dtype=torch.long, device="meta"),
-        "encoder_hidden_states": torch.empty(1, 4, width, **place),
-    }
-    if config.addition_embed_type == "text_time":
-        time = 6 * config.addition_time_embed_dim
-        pooled = config.projection_class_embeddings_input_dim - time
-        inputs["added_cond_kwargs"] = {
-            "text_embeds": torch.empty(1, pooled, **place),
-            "time_ids": torch.empty(1, 6, **place),
-        }
-    return inputs
 
 
 def tap_patterns(taps: object) -> tuple[str, ...]:

@@ -4,8 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from diffenc.denoiser.transformers import layout_of
 from diffenc.errors import BackboneError
-from diffenc.models.family_files import PIPELINES
+from diffenc.models.denoisers import latent_channels
+from diffenc.models.family_files import FAMILY_FILES, PIPELINES
 from diffenc.storage.names import printable
 
 INPUTS = {
@@ -23,17 +25,9 @@ _OTHERS = {  # by a part of the name of the pipeline
     "Pix2Pix": INPUTS[8],
     "UnCLIP": "a model that reads embeddings of pictures",
     "LatentConsistency": "a latent consistency model, whose U-Net reads a guidance scale",
-    "StableDiffusion3": "a transformer without a U-Net",
-    "Flux": "a transformer without a U-Net",
+    "StableDiffusion3": "a transformer of another kind",
+    "Flux": "a transformer of another kind",
     "Kolors": "a model with another kind of text encoder",
-}
-_CLASSES = {
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL", "AutoencoderTiny"),
-    "text_encoder": ("CLIPTextModel",),
-    "text_encoder_2": ("CLIPTextModelWithProjection",),
-    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
-    "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
 }
 
 # Fields that ask for an input which neither a picture nor a text gives, with what each may be.
@@ -83,7 +77,7 @@ def pipeline_family(index: Mapping[str, Any], where: str) -> str:
         raise BackboneError(
             f"{where}: force_zeros_for_empty_prompt must be true or false, got {zeros!r}"
         )
-    check_classes(index, where)
+    check_classes(index, where, family)
     return family
 
 
@@ -92,16 +86,17 @@ def _lacks_first(index: Mapping[str, Any]) -> bool:
     return entry is None or (isinstance(entry, (list, tuple)) and list(entry) == [None, None])
 
 
-def check_classes(index: Mapping[str, Any], where: str) -> None:
+def check_classes(index: Mapping[str, Any], where: str, family: str) -> None:
     """Raise a `BackboneError` for the first part of a pipeline that is of another class.
 
     Args:
         index: `model_index.json`: library and class per part.
         where: Place of the index, for messages.
+        family: Family of the pipeline.
     """
-    for part, known in _CLASSES.items():
+    for part, known in FAMILY_FILES[family].classes.items():
         entry = index.get(part)
-        if entry is None:
+        if entry is None or not known:
             continue
         if not isinstance(entry, (list, tuple)) or len(entry) != 2:
             raise BackboneError(f"{where}: {part} must be a library and a class, got {entry!r}")
@@ -111,21 +106,41 @@ def check_classes(index: Mapping[str, Any], where: str) -> None:
             )
 
 
-def check_configs(configs: Mapping[str, Mapping[str, Any]], where: str) -> None:
+def check_configs(configs: Mapping[str, Mapping[str, Any]], where: str, family: str) -> None:
     """Raise a `BackboneError` that names the first field of a part which asks for more.
 
     Args:
         configs: Config of each part, as JSON holds it.
         where: Name of the model, for messages.
+        family: Family of the model.
     """
-    for part, known in (("unet", _CLASSES["unet"]), ("vae", _CLASSES["vae"])):
+    files = FAMILY_FILES[family]
+    for part in (files.denoiser, "vae"):
+        known = files.classes[part]
         kind = configs[part].get("_class_name", known[0])
         if kind not in known:
             raise BackboneError(f"the {part} of {where} is a {kind!r}; diffenc reads {list(known)}")
-    pooled = "text_encoder_2" in configs
-    check_unet(configs["unet"], where, pooled=pooled)
+    check_denoiser(configs[files.denoiser], where, pooled="text_encoder_2" in configs)
     check_vae(configs["vae"], where)
-    check_channels(configs["unet"], configs["vae"], where)
+    check_channels(configs[files.denoiser], configs["vae"], where)
+
+
+def check_denoiser(config: Mapping[str, Any], where: str, *, pooled: bool | None = None) -> None:
+    """Raise a `BackboneError` that names the field by which a denoiser asks for further inputs.
+
+    Args:
+        config: Config of the denoiser, with its class.
+        where: Name of the model, for messages.
+        pooled: Whether there are pooled texts, see `check_unet`.
+    """
+    if layout_of(config) is None:
+        check_unet(config, where, pooled=pooled)
+    elif (value := config.get("attention_type", "default")) not in (None, "default"):
+        raise BackboneError(
+            f"the transformer of {where} has attention_type={value!r}: it reads boxes with a text "
+            "each (GLIGEN), which features of a picture and a text do not have; pass a model "
+            "without it"
+        )
 
 
 def check_unet(config: Mapping[str, Any], where: str, *, pooled: bool | None = None) -> None:
@@ -210,13 +225,21 @@ def check_vae(config: Mapping[str, Any], where: str) -> None:
 
 
 def check_channels(unet: Mapping[str, Any], vae: Mapping[str, Any], where: str) -> None:
-    """Raise a `BackboneError` unless a U-Net takes the latents of a VAE, and nothing beside them.
+    """Raise a `BackboneError` unless a denoiser takes the latents of a VAE, and nothing else.
 
     Args:
-        unet: Config of the U-Net.
+        unet: Config of the denoiser, with its class.
         vae: Config of the VAE.
         where: Name of the model, for messages.
     """
+    if layout_of(unet) is not None:
+        takes, gives = latent_channels(unet), vae.get("latent_channels", 4)
+        if takes != gives:
+            raise BackboneError(
+                f"the VAE of {where} gives {gives} channels and the transformer takes {takes}; "
+                "they belong to different models"
+            )
+        return
     takes, latents = unet.get("in_channels", 4), vae.get("latent_channels", 4)
     if takes != latents:
         kind = INPUTS.get(takes) if latents == 4 else None

@@ -1,5 +1,6 @@
 """State dicts from safetensors files or from the caller, and models made of them."""
 
+import math
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -7,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from diffenc.denoiser.shortening import shortened
 from diffenc.errors import BackboneError
+from diffenc.models.denoisers import build_denoiser
 from diffenc.models.part_checks import STORED, check_kinds
 from diffenc.models.statements import MARKERS
 from diffenc.storage.names import is_file
@@ -144,11 +147,15 @@ def load_into(
         state = fit(state, model.state_dict().keys())
     check_state(model, state, what=what)
     cast = {}
+    precise = _in_float32(model) if dtype == torch.float16 else frozenset()
     for name in state:
-        value = state[name]
-        cast[name] = value.to(dtype) if value.is_floating_point() else value
+        value, kind = state[name], dtype if precise.isdisjoint(name.split(".")) else torch.float32
+        cast[name] = value.to(kind) if value.is_floating_point() else value
         check_finite(cast[name], name, what)
     model.load_state_dict(cast, assign=True, strict=False)
+    tie: Any = getattr(model, "tie_weights", None)
+    if tie is not None:  # files hold once what layers share
+        tie()
     _fill_positions(model)
     if left := [name for name, value in _tensors(model) if value.is_meta]:
         raise BackboneError(
@@ -168,13 +175,36 @@ def _on_meta(build: Callable[[], nn.Module], what: str) -> nn.Module:
         raise BackboneError(f"{what} cannot be built from its config: {lines[0]}") from error
 
 
+def _in_float32(model: nn.Module) -> frozenset[str]:
+    """Names of the layers that overflow in float16, as transformers says of T5's."""
+    return frozenset(getattr(model, "_keep_in_fp32_modules", None) or ())
+
+
 def _fill_positions(model: nn.Module) -> None:
-    """Make the buffers that stand in no file: they count."""
+    """Make the buffers that stand in no file: they count, or say where a patch lies."""
     for module in model.modules():
         ids = getattr(module, "position_ids", None)
         if isinstance(ids, Tensor) and ids.is_meta:
             places = torch.arange(ids.shape[-1], dtype=torch.long, device="cpu").expand(1, -1)
             module.register_buffer("position_ids", places, persistent=False)
+        waves = getattr(module, "pos_embed", None)
+        if type(module).__name__ == "PatchEmbed" and isinstance(waves, Tensor) and waves.is_meta:
+            module.register_buffer("pos_embed", _sines(module, waves.shape), persistent=False)
+
+
+def _sines(patches: Any, shape: Sequence[int]) -> Float[Tensor, "1 n c"]:
+    """What a `PatchEmbed` adds to its patches, (1 n c), as diffusers makes it."""
+    from diffusers.models.embeddings import get_2d_sincos_pos_embed
+
+    with torch.device("cpu"):
+        waves: Tensor = get_2d_sincos_pos_embed(
+            shape[2],
+            math.isqrt(shape[1]),
+            base_size=patches.base_size,
+            interpolation_scale=patches.interpolation_scale,
+            output_type="pt",
+        )
+    return waves.float()[None]
 
 
 def _tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
@@ -250,18 +280,30 @@ def fit_diffusers(state: State, expected: Collection[str]) -> State:
     return renamed(state, names)
 
 
+def _with_shared_words(state: State) -> State:
+    """Weights of a T5 with those of its words under both of their names."""
+    known = [name for name in _SHARED_TEXT if name in state]
+    names = {name: name for name in state if name not in _SHARED_TEXT}
+    return renamed(state, {**names, **dict.fromkeys(_SHARED_TEXT, known[0])} if known else names)
+
+
+_SHARED_TEXT = ("shared.weight", "encoder.embed_tokens.weight")
+
 _BESIDE_TEXT = ("vision_model.", "visual_projection.", "logit_scale")
 
 
 def fit_text_encoder(state: State, expected: Collection[str]) -> State:
-    """Weights of a CLIP's text encoder under the names of this version of transformers.
+    """Weights of a text encoder under the names of this version of transformers.
 
     `CLIPTextModel` lost the prefix "text_model." in transformers 5.6. The positions are no weights,
-    and a file may hold a whole CLIP, or a projection that the model does not read.
+    and a file may hold a whole CLIP, or a projection that the model does not read. Files of a T5
+    hold its words once, under one of two names.
 
     Raises:
         BackboneError: A weight is there twice, with the prefix and without.
     """
+    if {*_SHARED_TEXT} <= {*expected}:
+        return _with_shared_words(state)
     plain = {name.removeprefix("text_model."): name for name in expected}
     names: dict[str, str] = {}
     for own in state:
@@ -278,7 +320,7 @@ def fit_text_encoder(state: State, expected: Collection[str]) -> State:
     return renamed(state, names)
 
 
-def load_unet(
+def load_denoiser(
     config: dict[str, Any],
     state: State,
     *,
@@ -286,10 +328,10 @@ def load_unet(
     dtype: torch.dtype,
     keep_taps: Sequence[str] | None = None,
 ) -> Any:
-    """A U-Net with these weights, all of it or up to the last tap.
+    """A U-Net or a transformer with these weights, all of it or up to the last tap.
 
     Args:
-        config: Config of a `UNet2DConditionModel`.
+        config: Config of the denoiser; one that names no class is a `UNet2DConditionModel`'s.
         state: Weights under diffusers' names.
         what: Source of the weights, for messages.
         dtype: Floating point type of the weights.
@@ -299,17 +341,11 @@ def load_unet(
     Raises:
         BackboneError: A weight is missing, unknown, or of another shape.
     """
-    from diffusers import UNet2DConditionModel
-
-    def whole() -> nn.Module:
-        unet: nn.Module = UNet2DConditionModel.from_config(config)
-        return unet
-
-    unet = _on_meta(whole, what)
-    state = fit_diffusers(state, unet.state_dict().keys())
+    denoiser = _on_meta(lambda: build_denoiser(config), what)
+    state = fit_diffusers(state, denoiser.state_dict().keys())
     if keep_taps is not None:
-        kept = shortened(unet, keep_taps)
-        # A U-Net that was saved without what lies behind the last tap lacks that, and no more.
-        check_state(unet, state, what=what, needed=kept.state_dict().keys())
-        unet, state = kept, renamed(state, {name: name for name in kept.state_dict()})
-    return load_into(lambda: unet, state, what=what, dtype=dtype)
+        kept = shortened(denoiser, keep_taps)
+        # One that was saved without what lies behind the last tap lacks that, and no more.
+        check_state(denoiser, state, what=what, needed=kept.state_dict().keys())
+        denoiser, state = kept, renamed(state, {name: name for name in kept.state_dict()})
+    return load_into(lambda: denoiser, state, what=what, dtype=dtype)

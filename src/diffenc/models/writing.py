@@ -34,8 +34,7 @@ def write_folder(backbone: Backbone, folder: Path) -> None:
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        pipeline = FAMILY_FILES[backbone.family].pipelines[0]
-        index: dict[str, Any] = {"_class_name": pipeline}
+        index: dict[str, Any] = {"_class_name": backbone.pipeline}
         parts = {**backbone.parts(), "scheduler": _for_pipelines(backbone.scheduler)}
         parts |= {name: part for name, part in vars(backbone).items() if "tokenizer" in name}
         for name, part in parts.items():
@@ -69,8 +68,10 @@ def _for_pipelines(scheduler: Any) -> Any:
 
 def _rest(backbone: Backbone) -> dict[str, Any]:
     """What the pipelines want named beside the parts."""
-    absent = [None, None]
-    rest: dict[str, Any] = {"feature_extractor": absent, "image_encoder": absent}
+    absent = FAMILY_FILES[backbone.family].absent
+    rest: dict[str, Any] = {name: [None, None] for name in absent}
     if backbone.family == "sdxl":
-        return {**rest, "force_zeros_for_empty_prompt": backbone.uncond_rule == "zeros"}
-    return {**rest, "safety_checker": absent, "requires_safety_checker": False}
+        rest["force_zeros_for_empty_prompt"] = backbone.uncond_rule == "zeros"
+    if "safety_checker" in absent:
+        rest["requires_safety_checker"] = False
+    return rest

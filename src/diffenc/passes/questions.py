@@ -44,7 +44,7 @@ def _own(backbone: Backbone, text: str, states: int, long_prompts: LongPrompts) 
     """Mask of a text's states: true for its own tokens, false for padding."""
     tokenizer = backbone.tokenizers[0]  # all tokenizers have the same words
     if long_prompts == "truncate":
-        return fit_rows(tokenizer, prompt_ids(tokenizer, [text]))[1][0].bool()
+        return fit_rows(tokenizer, prompt_ids(tokenizer, [text]))[1][0, :states].bool()
     # Windows are full but for the last one, which is padded as a short prompt is.
     windows = states // limit_of(tokenizer)
     count = len(prompt_ids(tokenizer, [text], special_tokens=False)[0]) + 2 * windows

@@ -26,6 +26,7 @@ from diffenc.errors import PromptError
 from diffenc.features import Features
 from diffenc.inputs.words import shared_positions, words_of
 from diffenc.models.base import Backbone
+from diffenc.models.denoisers import config_of
 from diffenc.models.reached_layers import reached_projections
 
 REST = "<rest>"
@@ -112,7 +113,7 @@ def word_layers(
     known = cross_attention_layers(backbone.denoiser)
     if layers is not None:
         return match_layers(backbone.denoiser, layers)
-    reached = reached_projections(dict(backbone.denoiser.config), taps)
+    reached = reached_projections(config_of(backbone.denoiser), taps)
     run = [
         layer
         for layer in known

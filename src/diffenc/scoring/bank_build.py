@@ -240,7 +240,7 @@ def _read_picture(backbone: Backbone, config: ScorerConfig, picture: ImageSource
         [picture],
         size=config.size or backbone.default_size,
         resize=config.resize,
-        multiple=backbone.reduction,
+        multiple=backbone.multiple,
     )
 
 

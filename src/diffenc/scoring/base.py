@@ -26,7 +26,7 @@ from diffenc.models.pipelines import PIPELINE
 from diffenc.models.sources import lasting_source
 from diffenc.runtime.inference import lasting
 from diffenc.scoring.calibration import References
-from diffenc.scoring.config import ScorerConfig, scorer_preset
+from diffenc.scoring.config import DECODER, ScorerConfig, scorer_preset
 from diffenc.scoring.saved import is_saved_scorer, read_scorer, write_scorer
 from diffenc.storage.names import checked_path
 
@@ -137,6 +137,8 @@ class ConfiguredScorer(nn.Module):
         backbone = load_backbone(name, device=device, dtype=dtype, **parts)
         if saved is not None and variant in (None, saved.parts["variant"]):
             check_mark(backbone, saved.mark, folder)
+        if config.layers == DECODER and "layers" not in options and backbone.is_transformer:
+            config = replace(config, layers="all")
         return cls(backbone, config, use_cache=use_cache, references=references)
 
     def save_pretrained(self, folder: "str | os.PathLike[str]") -> None:
@@ -226,7 +228,7 @@ class ConfiguredScorer(nn.Module):
                 images,
                 self.config,
                 default_size=backbone.default_size,
-                multiple=backbone.reduction,
+                multiple=backbone.multiple,
             )
             changed = {"calibration": "given", "reference_digest": references.digest}
         if texts is not None:

@@ -265,13 +265,16 @@ def _check_count(count: int) -> None:
         raise ConfigError(f"the number of timesteps must be in [1, 1000], got {count}")
 
 
+DECODER = ("up_blocks",)
+"""The decoder of a U-Net. A transformer has none, and presets read all of its layers."""
+
 _PRESETS: dict[str, dict[str, Any]] = {
     # The earlier draft's text: attention of all layers, conditional half, five timesteps.
     "paper": {},
     # Each word where it is seen best, in the decoder, without each text's own offset. Chosen on
     # validation scenes of the miniature, see the guide on scores.
     "calibrated": {
-        "layers": ("up_blocks",),
+        "layers": DECODER,
         "lse_axis": "pixels",
         "token_mask": "content",
         "calibration": "gray",

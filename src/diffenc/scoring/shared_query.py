@@ -16,7 +16,6 @@ from diffenc.passes.encoded import prompts_of
 from diffenc.scoring.batches import check_scores, in_batches
 from diffenc.scoring.denoiser_reads import read_late_queries
 from diffenc.scoring.encoded_call import EncodedCall, pooling_of
-from diffenc.scoring.token_masks import tokens_present
 
 Step = tuple[int, int]
 Place = tuple[int, int]
@@ -165,7 +164,9 @@ def score_queries(
         stop = min(start + _TEXTS_AT_ONCE, chosen.shape[1])
         texts = torch.arange(start, stop, dtype=torch.long, device="cpu")
         part = embeds.select(start, start + len(texts)).to(device, dtype)
-        states, present = part.prompt_embeds, tokens_present(part)
+        present = part.own_states()
+        with torch.no_grad():
+            states = backbone.attended_states(part.prompt_embeds)
         counted = None if mask is None else mask[texts, : states.shape[1]]
         for layer, attn in enumerate(attentions.values()):
             with torch.no_grad():

@@ -41,12 +41,16 @@ def token_mask(
     ids = prompt_ids(tokenizer, [text or "" for text in texts], special_tokens=False)
     shape = (len(texts), embeds.prompt_embeds.shape[1])
     mask = torch.zeros(shape, dtype=torch.bool, device="cpu")
+    marks = len(prompt_ids(tokenizer, [""])[0])  # CLIP's start and end; T5 has an end alone
+    room = limit - marks
     for row, (words, length) in enumerate(zip(ids, embeds.row_lengths(), strict=True)):
-        for window in range(length // limit):
-            count = min(max(len(words) - window * (limit - 2), 0), limit - 2)
+        for window in range(max(1, length // limit)):
+            count = min(max(len(words) - window * room, 0), room)
             first = window * limit
             start, stop = (
-                (first + 1, first + 1 + count) if kind == "content" else (first, first + count + 2)
+                (first + marks - 1, first + marks - 1 + count)
+                if kind == "content"
+                else (first, first + count + marks)
             )
             mask[row, start:stop] = True
     if None in texts:
@@ -57,12 +61,3 @@ def token_mask(
             "it out, or use token_mask='no_pad'"
         )
     return mask.to(backbone.device)
-
-
-def tokens_present(embeds: PromptEmbeds) -> Bool[Tensor, "texts l"] | None:
-    """Mask of the states that are a text's own, where texts differ in that; None is all."""
-    if embeds.lengths is None:
-        return None
-    place: dict[str, Any] = {"dtype": torch.long, "device": embeds.prompt_embeds.device}
-    lengths = torch.tensor(embeds.lengths, **place)
-    return torch.arange(embeds.prompt_embeds.shape[1], **place) < lengths[:, None]

@@ -119,7 +119,7 @@ def picture_values(scorer: ConfiguredScorer, images: Images) -> Float[Tensor, "b
         images,
         size=config.size or backbone.default_size,
         resize=config.resize,
-        multiple=backbone.reduction,
+        multiple=backbone.multiple,
     )
 
 

@@ -189,7 +189,7 @@ def _attention(
     pixel_values = to_pixel_values(
         list(images),
         size=side_of(encoder),
-        multiple=backbone.reduction,
+        multiple=backbone.multiple,
     )
     with torch.no_grad():
         latents, _ = posterior_of(backbone, pixel_values, keys=image_keys(pixel_values))

@@ -159,7 +159,7 @@ def look(
         images,
         size=config.size or backbone.default_size,
         resize=config.resize,
-        multiple=backbone.reduction,
+        multiple=backbone.multiple,
     )
     uncond: dict[str, Tensor] = {}
     cond: dict[str, list[Tensor]] = {}

@@ -285,7 +285,7 @@ def _texts(
 
 def _inputs(backbone: Backbone, images: Sequence[Image.Image]) -> dict[str, Tensor]:
     """Input of the U-Net without noise: the baseline that its features have to beat."""
-    pixel_values = to_pixel_values(list(images), size=images[0].height, multiple=backbone.reduction)
+    pixel_values = to_pixel_values(list(images), size=images[0].height, multiple=backbone.multiple)
     with torch.no_grad():
         latents, _ = posterior_of(backbone, pixel_values, keys=image_keys(pixel_values))
     return {"pixels": pixel_values, "latents": latents}

@@ -67,10 +67,17 @@ class CaptionerPart(nn.Module):
 
         Raises:
             BackboneError: There is no CLIP of that name.
-            ConfigError: There is a captioner already, no CLIP, or a value out of range.
+            ConfigError: There is a captioner already, no CLIP, or a value out of range; or a model
+                whose texts have no states beyond their own.
         """
         if self.captioner is not None:
             raise ConfigError("this encoder has a captioner already; one is enough")
+        if not self.backbone.pads_texts:
+            raise ConfigError(
+                "a captioner adds to the states of every text, and those of "
+                f"{self.backbone.name!r} are as many as a text's tokens, one for no text; use "
+                "add_lora instead"
+            )
         embedder = _embedder(clip, processor)
         widths = self._text_widths()
         captioner = ImplicitCaptioner(

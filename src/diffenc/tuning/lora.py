@@ -23,6 +23,7 @@ from diffenc.denoiser.lora.options import PROJECTIONS, LoraOptions
 from diffenc.errors import BackboneError, ConfigError
 from diffenc.memory.model_state import structure_key
 from diffenc.models.base import Backbone
+from diffenc.models.denoisers import config_of
 from diffenc.models.reached_layers import reached_layers
 from diffenc.models.taps import TapInfo
 from diffenc.runtime.defaults import torch_defaults
@@ -214,8 +215,8 @@ class LoraPart(nn.Module):
             self._exchanged()
 
     def _reached(self) -> frozenset[str]:
-        unet = self.backbone.denoiser
-        return reached_layers(dict(unet.config), [tap.name for tap in self._taps])
+        config = config_of(self.backbone.denoiser)
+        return reached_layers(config, [tap.name for tap in self._taps])
 
     def _lora_in_use(self) -> tuple[str, bool] | None:
         """Name of the active adapter and whether it trains; None where nothing is to be noted."""

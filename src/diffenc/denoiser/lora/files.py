@@ -3,7 +3,7 @@
 import copy
 import math
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffenc.denoiser.lora.adapters import inject, lora_parameters, require_free, set_lora
+from diffenc.denoiser.transformers import layout_of
 from diffenc.errors import BackboneError, ConfigError, OutputError
 from diffenc.runtime.inference import lasting
 from diffenc.storage.names import checked_path, is_file, reason
@@ -33,7 +34,7 @@ def fingerprint(unet: nn.Module) -> list[float]:
     about 0.001, and other weights by more than `_OTHER`.
     """
     numbers = []
-    for path in ("conv_in", "time_embedding.linear_1", "down_blocks.0.resnets.0.conv1"):
+    for path in _unadapted_layers(unet):
         layer: Any = unet.get_submodule(path)
         weight = vars(layer).get("_unmerged_weight", layer.weight)  # as it was before a merge
         values = weight.detach().cpu().double().flatten()
@@ -42,6 +43,19 @@ def fingerprint(unet: nn.Module) -> list[float]:
         along = float(values @ pattern) / (size * float(pattern.norm()) or 1.0)
         numbers += [unit * math.log(size or 1.0), unit * along]
     return numbers
+
+
+def _unadapted_layers(denoiser: nn.Module) -> Sequence[str]:
+    """Three layers that no adapter changes and no cut removes."""
+    if (layout := layout_of(denoiser)) is None:
+        return "conv_in", "time_embedding.linear_1", "down_blocks.0.resnets.0.conv1"
+    outside = tuple(f"{blocks}." for blocks in layout.blocks)
+    layers = [
+        path
+        for path, layer in denoiser.named_modules()
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and not path.startswith(outside)
+    ]
+    return [path for path in layers if path != "proj_out"][:3]
 
 
 def save_lora(
@@ -74,8 +88,11 @@ def save_lora(
     targets = sorted({path.partition(".lora_")[0] for path in weights})
     scales = {path: _get(unet, path).scaling[name] for path in targets}
     peft = {f"{_PEFT_PREFIX}{path}": value for path, value in weights.items()}
+    part = "unet" if layout_of(unet) is None else "transformer"
     diffusers = {
-        f"unet.{path}": value * scales[path.partition(".lora_")[0]] if ".lora_B." in path else value
+        f"{part}.{path}": value * scales[path.partition(".lora_")[0]]
+        if ".lora_B." in path
+        else value
         for path, value in weights.items()
     }
     config: Any = copy.copy(unet.peft_config[name])  # type: ignore[index]

@@ -59,6 +59,11 @@ class DiffEncConfig(PretrainedConfig):  # type: ignore[misc]  # transformers is 
         parsed = TowerSpec.parse(spec)
         if architecture is None:
             architecture = parsed.architecture.configs
+        if "unet" not in architecture:
+            raise ConfigError(
+                f"{spec!r} names a diffusion transformer, and this tower builds U-Nets; use "
+                "DiffusionVisionTower, or DiffusionVLM"
+            )
         if default_taps is None:
             default_taps = list(parsed.architecture.default_taps)
         if backbone_source not in (None, INSIDE):

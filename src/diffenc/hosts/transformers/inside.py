@@ -103,7 +103,7 @@ def build_backbone(config: DiffEncConfig) -> Backbone:
             with torch.device("cpu"):
                 parts[name] = make_scheduler(values)
             continue
-        parts[name] = build_part(name, values)
+        parts[name] = build_part(name, values, architecture.family)
         if name == "unet" and spec.cut:
             parts[name] = shortened(parts[name], [tap.name for tap in spec.tap_infos])
         if name.startswith("text_encoder"):

@@ -18,8 +18,8 @@ from diffenc.mllm.training.config import ModelConfig
 from diffenc.mllm.vision import grid_tokens, processed_side
 from diffenc.models import describe
 from diffenc.models.building import build_on_meta
+from diffenc.models.denoisers import config_of, meta_inputs
 from diffenc.models.reached_layers import reached_projections
-from diffenc.models.taps import meta_inputs
 from diffenc.passes.question_tokens import token_channels, token_count
 from diffenc.storage.names import reason
 from diffenc.storage.pretrained import load_image_processor, model_config
@@ -194,11 +194,11 @@ def _add_diffusion(encoder: MetaEncoder, model: ModelConfig, unet_rank: int) -> 
     size = options.size or architecture.default_size
     height, width = (size, size) if isinstance(size, int) else size
     parts = build_on_meta(architecture)
-    unet, vae = parts["unet"], parts["vae"]
+    unet, vae = parts[architecture.denoiser], parts["vae"]
     texts = {name: part for name, part in parts.items() if name.startswith("text_encoder")}
     short: Any = shortened(unet, [tap.name for tap in taps])
     side = max(height, width) // architecture.reduction
-    inputs = meta_inputs(unet.config, side)
+    inputs = meta_inputs(config_of(unet), side)
     length = texts["text_encoder"].config.max_position_embeddings
     states = inputs["encoder_hidden_states"]
     inputs["encoder_hidden_states"] = states.new_empty(1, length, states.shape[2])
@@ -218,7 +218,7 @@ def _add_diffusion(encoder: MetaEncoder, model: ModelConfig, unet_rank: int) -> 
     encoder.hidden_size += sum(channels)
     encoder.pixels, encoder.text_width = height * width, states.shape[2]
     if unet_rank:
-        reached = reached_projections(dict(unet.config), [tap.name for tap in taps])
+        reached = reached_projections(config_of(unet), [tap.name for tap in taps])
         layers = [unet.get_submodule(path) for path in reached]
         sizes = sum(layer.in_features + layer.out_features for layer in layers)
         encoder.trained["unet LoRA"] = unet_rank * sizes

@@ -1,0 +1,221 @@
+"""Diffusion transformers: where their blocks are, what their outputs hold, and where they end.
+
+A U-Net's code is in the modules beside; each asks `layout_of` first, which answers None for one.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from diffenc.errors import TapError
+from diffenc.inputs.prompts import PromptEmbeds
+from diffenc.runtime.threads import share_lock
+
+Arguments = dict[str, Any]
+"""Keyword arguments of a denoiser's forward pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class TransformerLayout:
+    """What there is to know of a class of transformers.
+
+    Attributes:
+        arguments: Function from the config, noisy latents, timesteps and encoded texts to the
+            arguments of the forward pass.
+        text_width: Field of the config that holds the channels of the text states.
+        needed: Fields without which a config describes no model.
+        places: Pattern of the places within a block that can be read, as module paths.
+        blocks: Lists of blocks, in the order in which they run.
+        streams: Index of the picture's stream among several outputs, by place within a block: ""
+            is the block itself.
+        image_first: Whether the picture's tokens stand before the text's where one tensor holds
+            both.
+        cross_attention: Name of a block's cross-attention; None where text and picture are joined
+            in one attention.
+    """
+
+    arguments: Callable[[Mapping[str, Any], Tensor, Tensor, PromptEmbeds], Arguments]
+    text_width: str
+    needed: tuple[str, ...]
+    places: str
+    blocks: tuple[str, ...] = ("transformer_blocks",)
+    streams: Mapping[str, int] = field(default_factory=dict)
+    image_first: bool = False
+    cross_attention: str | None = None
+
+    def is_readable(self, path: str) -> bool:
+        """Whether a module's output is a map of the picture."""
+        blocks = "|".join(self.blocks)
+        return re.fullmatch(rf"({blocks})\.\d+({self.places})?", path) is not None
+
+    def grid(
+        self, denoiser: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[int, int]:
+        """Rows and columns of the picture's tokens, from the arguments of a forward pass."""
+        latents = args[0] if args else kwargs["hidden_states"]
+        patch = denoiser.config.patch_size
+        return latents.shape[-2] // patch, latents.shape[-1] // patch
+
+    def image_map(self, path: str, output: Any, grid: tuple[int, int]) -> Float[Tensor, "b c h w"]:
+        """The picture's part of what a module gives, as a map.
+
+        Args:
+            path: Module path.
+            output: Output of the module.
+            grid: Rows and columns of the picture's tokens.
+        """
+        if isinstance(output, tuple):
+            place = re.sub(r"^\w+\.\d+\.?", "", path)
+            output = output[self.streams.get(place, 0)]
+        if output.ndim == 4:  # a feed-forward of convolutions
+            features: Tensor = output
+            return features
+        h, w = grid
+        rows = slice(0, h * w) if self.image_first else slice(output.shape[1] - h * w, None)
+        tokens: Tensor = rearrange(output[:, rows], "b (h w) c -> b c h w", h=h, w=w)
+        return tokens
+
+    def depth(self, config: Mapping[str, Any]) -> int:
+        """Number of blocks."""
+        return sum(int(config[_COUNTS[blocks]]) for blocks in self.blocks)
+
+    def block(self, config: Mapping[str, Any], index: int) -> str:
+        """Module path of a block by its place in the order in which blocks run."""
+        for blocks in self.blocks:
+            count = int(config[_COUNTS[blocks]])
+            if index < count:
+                return f"{blocks}.{index}"
+            index -= count
+        raise TapError(f"there is no block {index + self.depth(config)}")
+
+
+_COUNTS = {"transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers"}
+"""Field of the config that holds the length of each list of blocks."""
+
+
+def _pixart_arguments(
+    config: Mapping[str, Any], noisy_latents: Tensor, timesteps: Tensor, texts: PromptEmbeds
+) -> Arguments:
+    rows, _, h, w = noisy_latents.shape
+    added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
+    sized = config.get("use_additional_conditions")
+    if sized or (sized is None and config["sample_size"] == 128):
+        place: dict[str, Any] = {"dtype": noisy_latents.dtype, "device": noisy_latents.device}
+        pixels = torch.tensor([[8.0 * h, 8.0 * w]], **place)  # every PixArt has a VAE of 8
+        added = {
+            "resolution": pixels.expand(rows, 2),
+            "aspect_ratio": torch.tensor([[h / w]], **place).expand(rows, 1),
+        }
+    return {
+        "hidden_states": noisy_latents,
+        "timestep": timesteps.expand(rows),
+        "encoder_hidden_states": texts.prompt_embeds,
+        "encoder_attention_mask": texts.own_states(),
+        "added_cond_kwargs": added,
+    }
+
+
+_CROSS_PLACES = r"\.attn1|\.attn2|\.attn1\.to_[qkv]|\.attn2\.to_q|\.ff"
+
+LAYOUTS = {
+    "PixArtTransformer2DModel": TransformerLayout(
+        arguments=_pixart_arguments,
+        text_width="caption_channels",
+        needed=(
+            *("num_attention_heads", "attention_head_dim", "num_layers", "in_channels"),
+            *("sample_size", "patch_size", "cross_attention_dim", "caption_channels"),
+        ),
+        places=rf"{_CROSS_PLACES}|\.ff\.net\.0",
+        cross_attention="attn2",
+    ),
+}
+"""Every class of transformers that is read."""
+
+
+def layout_of(denoiser: Any) -> TransformerLayout | None:
+    """The layout of a transformer; None for a U-Net.
+
+    Args:
+        denoiser: The module, or its config as JSON holds it.
+    """
+    if isinstance(denoiser, Mapping):
+        return LAYOUTS.get(str(denoiser.get("_class_name")))
+    return LAYOUTS.get(type(denoiser).__name__)
+
+
+class _Shape(nn.Module):
+    """Stands for the last layer: gives zeros of its shape, which nobody reads."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Zeros with the channels of the layer's output."""
+        return hidden_states.new_zeros(*hidden_states.shape[:-1], self.width)
+
+
+def shortened_transformer(
+    denoiser: nn.Module, layout: TransformerLayout, taps: Sequence[str], copied: Any
+) -> nn.Module:
+    """A transformer that shares its modules with `denoiser` and ends with the last tap's block.
+
+    Args:
+        denoiser: Transformer, which is left as it is.
+        layout: Its layout.
+        taps: Module paths that must still be there.
+        copied: Shallow copy of the transformer, which is cut.
+    """
+    places = [(layout.blocks.index(list_), int(index)) for list_, index in map(_block_of, taps)]
+    last_list, last = max(places, default=(0, 0))  # the first block stays, to know the model by
+    for place, blocks in enumerate(layout.blocks):
+        whole = list(getattr(denoiser, blocks))
+        kept = whole if place < last_list else whole[: last + 1] if place == last_list else []
+        setattr(copied, blocks, nn.ModuleList(kept))
+    copied.proj_out = _Shape(copied.proj_out.out_features)
+    share_lock(copied, denoiser)
+    short: nn.Module = copied
+    return short
+
+
+def _block_of(tap: str) -> tuple[str, str]:
+    blocks, index, *_ = tap.split(".")
+    return blocks, index
+
+
+def carried_grid(
+    carrier: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[int, int]:
+    """Rows and columns of the map that a module flattens to tokens, from its arguments.
+
+    Args:
+        carrier: Transformer, or a `Transformer2DModel` within a U-Net.
+        args: Positional arguments of its forward pass.
+        kwargs: Keyword arguments of its forward pass.
+    """
+    if (layout := layout_of(carrier)) is not None:
+        return layout.grid(carrier, args, kwargs)
+    hidden_states = args[0] if args else kwargs["hidden_states"]
+    return hidden_states.shape[-2], hidden_states.shape[-1]
+
+
+def transformer_attentions(
+    denoiser: nn.Module, layout: TransformerLayout
+) -> dict[str, tuple[nn.Module, Any]]:
+    """Every cross-attention by its module path, with the module whose arguments tell the grid."""
+    if layout.cross_attention is None:
+        return {}
+    return {
+        f"{blocks}.{index}.{layout.cross_attention}": (
+            denoiser,
+            getattr(block, layout.cross_attention),
+        )
+        for blocks in layout.blocks
+        for index, block in enumerate(getattr(denoiser, blocks))
+    }

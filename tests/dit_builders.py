@@ -1,0 +1,102 @@
+"""Tiny random folders of the families of diffusion transformers, equal on every run.
+
+Classes, tokens, schedules and factors are those of the published models; widths and depths are not.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+)
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers.models import Unigram
+from transformers import T5Config, T5EncoderModel, T5TokenizerFast
+
+from builders import WORDS, seeded
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789,.'"
+
+
+def tiny_t5_tokenizer() -> T5TokenizerFast:
+    """A tokenizer like T5's that keeps `WORDS` whole and spells any other word."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    pieces += [(letter, -8.0) for letter in LETTERS]
+    pieces += [("▁" + word, -1.0) for word in WORDS]
+    core = Tokenizer(Unigram(pieces, unk_id=2))
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")]
+    )
+    core.decoder = decoders.Metaspace(prepend_scheme="always")
+    core.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
+    return T5TokenizerFast(tokenizer_object=core, vocab=pieces, extra_ids=0, model_max_length=512)
+
+
+def tiny_t5(width: int = 16) -> T5EncoderModel:
+    config = T5Config(
+        vocab_size=len(tiny_t5_tokenizer()),
+        d_model=width,
+        d_kv=4,
+        d_ff=2 * width,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+    )
+    return seeded(lambda: T5EncoderModel(config))
+
+
+def tiny_kl(channels: int = 4, **options: Any) -> AutoencoderKL:
+    """A VAE with 8 pixels per cell."""
+    return seeded(
+        lambda: AutoencoderKL(
+            block_out_channels=(4, 4, 8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=1,
+            norm_num_groups=4,
+            latent_channels=channels,
+            sample_size=64,
+            **options,
+        )
+    )
+
+
+def pixart_pipeline(**options: Any) -> PixArtSigmaPipeline:
+    """A PixArt-Σ of four blocks for pictures of 64 pixels."""
+    transformer = seeded(
+        lambda: PixArtTransformer2DModel(
+            **{
+                "num_attention_heads": 2,
+                "attention_head_dim": 16,
+                "num_layers": 4,
+                "cross_attention_dim": 32,
+                "caption_channels": 16,
+                "sample_size": 8,
+                "norm_num_groups": 4,
+                "interpolation_scale": 2,
+                "use_additional_conditions": False,
+                **options,
+            }
+        )
+    )
+    return PixArtSigmaPipeline(
+        tokenizer=tiny_t5_tokenizer(),
+        text_encoder=tiny_t5(),
+        vae=tiny_kl(scaling_factor=0.13025),
+        transformer=transformer,
+        scheduler=DPMSolverMultistepScheduler(
+            beta_start=0.0001, beta_end=0.02, beta_schedule="linear"
+        ),
+    )
+
+
+def save_pixart(folder: Path, **options: Any) -> Path:
+    """Write a PixArt-Σ pipeline to `folder`."""
+    pixart_pipeline(**options).save_pretrained(folder)
+    return folder
