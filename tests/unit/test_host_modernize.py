@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import importlib.util
 import inspect
 import pickle
 import sys
@@ -278,3 +279,33 @@ def test_a_trainer_may_have_other_parts_before_transformers(write, tmp_path) -> 
     kind = sys.modules["oldfork.train.trainer"].OldTrainer
     assert [each.__name__ for each in kind.__bases__] == ["Part", "Trainer"]
     assert kind.__bases__[1] is transformers.Trainer
+
+
+def test_a_script_outside_of_the_package_is_passed_as_a_module(write, tmp_path) -> None:
+    write()
+    (tmp_path / "oldfork" / "train" / "train.py").rename(tmp_path / "oldfork_script.py")
+    modernize("oldfork", script=None)
+    script = importlib.import_module("oldfork_script")
+    done = modernize("oldfork", script=script)
+    assert modernize("oldfork", script=script) is done
+    script.train(options(tmp_path / "out", "--warmup_ratio", "0.5"), rows())
+    assert (tmp_path / "out" / "checkpoint-2").is_dir()
+    assert any(each.startswith("oldfork_script.maybe_zero_3") for each in done.supplied) == (
+        importlib.util.find_spec("deepspeed") is None
+    )
+    done.undo()
+    del sys.modules["oldfork_script"]
+
+
+def test_a_trainer_that_asks_for_fairscale_is_in_none_of_its_ways(write, tmp_path) -> None:
+    write(
+        trainer=TRAINER.replace("import ALL_", "import ShardedDDPOption, ALL_").replace(
+            "    samplers = 0",
+            "    samplers = 0\n\n    def create_optimizer(self):\n"
+            "        assert self.sharded_ddp != ShardedDDPOption.SIMPLE\n"
+            "        return super().create_optimizer()\n",
+        )
+    )
+    modernize("oldfork")
+    sys.modules["oldfork.train.train"].train(options(tmp_path / "out"), rows())
+    assert (tmp_path / "out" / "checkpoint-2").is_dir()

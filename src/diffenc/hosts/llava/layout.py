@@ -29,14 +29,35 @@ def import_part(package: str, part: str) -> ModuleType:
     try:
         return importlib.import_module(f"{package}.{part}")
     except Exception as error:  # a fork's own code runs here, and what an earlier failure left
-        advice = _advice(package, (getattr(error, "name", None) or "").partition(".")[0])
-        fault = error if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+        cause = _hidden_cause(package, error)
+        advice = _advice(package, (getattr(cause, "name", None) or "").partition(".")[0])
+        fault = cause if isinstance(cause, ImportError) else f"{type(cause).__name__}: {cause}"
         raise ConfigError(f"cannot import {package}.{part}: {fault}. {advice}.") from error
+
+
+def _hidden_cause(package: str, error: Exception) -> Exception:
+    """What made a fork's models fail to import, where its `except: pass` hides that.
+
+    LLaVA's `model/__init__.py` goes on without the models that fail, and what fails in the end is a
+    module that needs one of them.
+    """
+    name = getattr(error, "name", None) or ""
+    models = sys.modules.get(f"{package}.model")
+    if models is None or type(error) is not ImportError or not name.startswith(package):
+        return error
+    for place in getattr(models, "__path__", []):
+        for info in pkgutil.iter_modules([f"{place}/language_model"]):
+            try:
+                importlib.import_module(f"{package}.model.language_model.{info.name}")
+            except Exception as cause:  # the fork's own code
+                return cause
+    return error
 
 
 def _advice(package: str, missing: str) -> str:
     """What to do when a module of a fork cannot be imported for want of a package."""
-    if missing == package.partition(".")[0]:
+    top = package.partition(".")[0]
+    if missing == top and top not in sys.modules:
         return (
             "Put the fork's folder on the path (pip install -e . in it) and pass the name of its "
             "top-level module; name the part if the fork keeps it elsewhere. TinyLLaVA and "
@@ -50,6 +71,8 @@ def _advice(package: str, missing: str) -> str:
             "diffenc.hosts.llava.modernize() supplies what LLaVA itself lacks; what is missing "
             "after it needs the version that the fork names"
         )
+    if missing == top:
+        return "The fork has no such part: name the one that it has (script=, builder=, loader=)"
     if missing:
         return "The fork itself needs that: install what its own guide names"
     return (
@@ -166,9 +189,8 @@ def require_caller(package: str, module: ModuleType, name: str) -> None:
     ]
     if others:
         hints.append(
-            f"It calls {', '.join(sorted(others))}: if that builds one tower of a config, pass "
-            f"builder='{module.__name__.removeprefix(package + '.')}:{others[0]}'; if it builds a "
-            "list, build DiffusionVisionTower in it by hand."
+            f"It calls {', '.join(sorted(others))}: if that builds a tower of a config, or a list "
+            f"of towers, pass builder='{module.__name__.removeprefix(package + '.')}:{others[0]}'."
         )
     if not hints:
         hints = ["If a module does that is not imported yet, import it first."]

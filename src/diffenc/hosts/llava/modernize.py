@@ -8,6 +8,7 @@ to its models. Nothing of the fork's is changed on disk, and nothing that is the
 import importlib
 import importlib.util
 import inspect
+from enum import Enum
 from types import ModuleType
 from typing import Any
 
@@ -21,7 +22,7 @@ from diffenc.hosts.llava.layout import (
     splicing_models,
     trainer_of,
 )
-from diffenc.hosts.llava.modern_trainer import modernize_arguments, modernize_trainer
+from diffenc.hosts.llava.modern_trainer import SHARDING, modernize_arguments, modernize_trainer
 from diffenc.hosts.llava.patches import Patches
 
 _TRAINER = "transformers.trainer"
@@ -36,7 +37,7 @@ class Modernization:
         supplied: Names of what was supplied, with the reason; empty where nothing was missing.
     """
 
-    def __init__(self, package: str, script: str | None) -> None:
+    def __init__(self, package: str, script: "str | ModuleType | None") -> None:
         self.package, self.script = package, script
         self.supplied: list[str] = []
         self.patches = Patches()
@@ -47,19 +48,22 @@ class Modernization:
         self.patches.undo()
 
 
-_DONE: dict[tuple[str, str | None], Modernization] = {}
+_DONE: dict[tuple[str, "str | ModuleType | None"], Modernization] = {}
 
 
 def modernize(
-    package: str = "llava", *, script: str | None = "train.train", trainer: str | None = None
+    package: str = "llava",
+    *,
+    script: "str | ModuleType | None" = "train.train",
+    trainer: str | None = None,
 ) -> Modernization:
     """Let a fork of LLaVA run under today's transformers; call it before all else.
 
     It pins transformers 4.37.2. What later versions lack is supplied, each only where it is
     missing, so that under 4.37.2 nothing is done:
 
-    * `ALL_LAYERNORM_LAYERS` and `get_parameter_names` of `transformers.trainer`, which the fork's
-      trainer imports;
+    * `ALL_LAYERNORM_LAYERS`, `get_parameter_names` and `ShardedDDPOption` of
+      `transformers.trainer`, which trainers of forks import;
     * `tokenizer` of its trainer (`processing_class` of today), the dataset that its
       `_get_train_sampler` gets, the metrics that its `_save_checkpoint` hands on;
     * `--evaluation_strategy` (`--eval_strategy`) and `--warmup_ratio` (`--warmup_steps`) of its
@@ -70,7 +74,9 @@ def modernize(
 
     Args:
         package: Top-level module of the fork; it is imported.
-        script: Module of the package with the fork's `train()`; None leaves training aside.
+        script: Module with the fork's `train()`: the part of the package, or the imported module for
+            scripts outside of it, whose import may want a call with None before. None leaves
+            training aside.
         trainer: Name, in the script, of the trainer that `train()` makes; None finds it.
 
     Returns:
@@ -91,7 +97,7 @@ def modernize(
         import_architectures(package)
         import_part(package, "model.builder")
         if script is not None:
-            module = import_part(package, script)
+            module = import_part(package, script) if isinstance(script, str) else script
             _modernize_script(done, module, trainer)
         _without_deepspeed(done)
         for model in splicing_models(package):
@@ -109,6 +115,7 @@ def _supply_names(done: Modernization) -> None:
     for name, supply in (
         ("ALL_LAYERNORM_LAYERS", _norms),
         ("get_parameter_names", _parameter_names),
+        (SHARDING, _no_sharding),
     ):
         if not hasattr(module, name):
             done.patches.set(module, name, supply())
@@ -121,6 +128,11 @@ def _norms() -> list[type[nn.Module]]:
     from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 
     return [nn.LayerNorm, LlamaRMSNorm, MistralRMSNorm]
+
+
+def _no_sharding() -> type[Enum]:
+    """Ways of fairscale, which transformers no longer calls; a trainer is in none of them."""
+    return Enum(SHARDING, {"SIMPLE": "simple", "OFFLOAD": "offload", "ZERO_DP_2": "zero_dp_2"})
 
 
 def _parameter_names() -> Any:
@@ -158,7 +170,8 @@ def _without_deepspeed(done: Modernization) -> None:
     """`maybe_zero_3` imports deepspeed even where nothing is gathered."""
     if importlib.util.find_spec("deepspeed") is not None:
         return
-    for module in loaded_modules(done.package):
+    scripts = [done.script] if isinstance(done.script, ModuleType) else []
+    for module in [*loaded_modules(done.package), *scripts]:
         if inspect.isfunction(getattr(module, "maybe_zero_3", None)):
             done.patches.set(module, "maybe_zero_3", _whole)
             done.supplied.append(f"{module.__name__}.maybe_zero_3: deepspeed is not installed")

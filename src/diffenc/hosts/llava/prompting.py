@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from diffenc.errors import ConfigError, PromptError
-from diffenc.hosts.installed_towers import towers_of
+from diffenc.hosts.installed_towers import keeps_towers_in_a_list, towers_of
 from diffenc.hosts.llava.layout import SPLICE
 from diffenc.hosts.llava.ownership import owners_of_rows
 from diffenc.hosts.llava.patches import Patches
@@ -206,11 +206,12 @@ def _prepare(original: Any) -> Any:
         if tokens is None:
             return original(self, *args, **kwargs)
         rows = tokens.rows(len(samples))
-        owners = _sample_of_each_image(samples, images)  # type: ignore[arg-type]
+        per_tower = keeps_towers_in_a_list(self)
+        owners = _sample_of_each_image(samples, images[0] if per_tower else images)  # type: ignore[index,arg-type]
         if rows.all_equal():
             with prompt_scope(rows.take([0]), per="image"):
                 return original(self, *args, **kwargs)
-        order = owners_of_rows(original, call, owners)
+        order = owners_of_rows(original, call, owners, per_tower=per_tower)
         with prompt_scope(rows.take_or_none(order), per="image", calls=1):
             return original(self, *args, **kwargs)
 
