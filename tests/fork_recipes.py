@@ -4,6 +4,7 @@ A fork is a row here and a section of the guide, whose lines are run as they sta
 """
 
 import importlib
+import json
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -86,6 +87,11 @@ class Fork:
     label: str = ""
 
     @property
+    def called(self) -> str:
+        """Name in tables."""
+        return self.label or self.title
+
+    @property
     def kinds(self) -> tuple[type, type]:
         """Classes of config and model."""
         module, config, model = self.classes.split()
@@ -114,6 +120,11 @@ class Fork:
 
 
 def _of_class(fork: Fork, folder: Path) -> Any:
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    if config.get("mm_vision_tower_aux", "") is None:
+        del config["mm_vision_tower_aux"]  # MGM builds a second tower of any name
+        file.write_text(json.dumps(config))
     model = fork.kinds[1].from_pretrained(str(folder))  # type: ignore[attr-defined]
     restore_adapters(model, [str(folder)])
     return model
@@ -188,7 +199,14 @@ _NEXT: dict[str, Any] = {
 }
 
 FORKS = (
-    Fork(title="LLaVA", folder="LLaVA", commit="c121f04", package="llava", classes=_LLAVA, training=""),
+    Fork(
+        title="LLaVA",
+        folder="LLaVA",
+        commit="c121f04",
+        package="llava",
+        classes=_LLAVA,
+        training="",
+    ),
     Fork(
         title="LLaVA-NeXT",
         classes=_LLAVA,
@@ -241,7 +259,9 @@ FORKS = (
         build=_mgm_hd,
         loads=False,
         call=lambda samples: {"images_aux": torch.ones(samples, 3, 64, 64) / 2},
-        shown=lambda pixels: torch.stack([pixels, *(pixels.roll(n, -1) for n in (8, 16, 24, 32))], 1),
+        shown=lambda pixels: torch.stack(
+            [pixels, *(pixels.roll(n, -1) for n in (8, 16, 24, 32))], 1
+        ),
     ),
     Fork(
         title="ShareGPT4V",
@@ -274,6 +294,24 @@ FORKS = (
         name="cambrian-tiny",
         call=lambda samples: {"image_sizes": [(64, 64)] * samples},
         shown=lambda pixels: [pixels],
+    ),
+    Fork(
+        title="LLaVA-HR",
+        folder="LLaVA-HR",
+        commit="1212ffb",
+        package="llava_hr",
+        classes="model.language_model.llava_llama LlavaConfig LlavaLlamaForCausalLM",
+        absent=("xformers",),
+        initial={"is_multipath_encoder": False},
+        training="",
+    ),
+    Fork(
+        title="MoE-LLaVA",
+        folder="MoE-LLaVA",
+        commit="6cb5f66",
+        package="moellava",
+        classes="model.language_model.llava_llama LlavaConfig LlavaLlamaForCausalLM",
+        initial={"image_tower": fork_world.TOWER, "video_tower": None},
     ),
     Fork(
         title="TinyLLaVA",

@@ -19,10 +19,12 @@ import sys
 import tempfile
 import traceback
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file
 
 import fork_world
@@ -34,6 +36,8 @@ from fork_recipes import FORKS, Fork
 
 ROOT = Path(__file__).parents[1]
 GUIDE = ROOT / "docs" / "guides" / "host-recipes.md"
+
+
 def blocks(title: str) -> list[str]:
     """Code of a fork's section in the guide."""
     text = GUIDE.read_text("utf-8")
@@ -105,8 +109,13 @@ def train_step(asked: Asked) -> dict[str, float]:
         optimizer.step()
         found.append(float(loss))
     model.eval()
-    moved = max(float(w.abs().max()) for n, w in asked.tower.adapter.named_parameters() if "_up" in n)
-    return {"first loss": found[0], "last loss": found[-1], "adapter moved": moved}
+    return {"first loss": found[0], "last loss": found[-1], "adapter moved": moved(asked.tower)}
+
+
+def moved(tower: Any) -> float:
+    """Largest of the adapter's weights that are zeros in a new one."""
+    weights = tower.adapter.named_parameters()
+    return max(float(weight.abs().max()) for name, weight in weights if name.endswith("_up"))
 
 
 def come_back(asked: Asked, folder: Path) -> dict[str, Any]:
@@ -173,6 +182,7 @@ def ask(fork: Fork, report: dict[str, Any], folder: Path) -> None:
         report |= come_back(asked, folder)
 
 
+VERSIONS = f"transformers {transformers.__version__}, diffusers {version('diffusers')}"
 TRAINING = """
     --model_name_or_path {folder}/{base} --version plain --vision_tower {tower}
     --data_path {folder}/data.json --image_folder {folder}/images --output_dir {folder}/{name}
@@ -185,6 +195,7 @@ TRAINING = """
 def train(fork: Fork, report: dict[str, Any], folder: Path) -> None:
     """The fork's own `train()`, and what it saved."""
     run_block(fork, 0)
+    report["imported"] = True
     fork_world.write_base(folder / fork.base, *fork.kinds, **fork.options)
     fork_world.write_data(folder)
     line = TRAINING.format(folder=folder, tower=fork_world.TOWER, name=fork.name, base=fork.base)
@@ -196,7 +207,7 @@ def train(fork: Fork, report: dict[str, Any], folder: Path) -> None:
     report["losses"] = [entry["loss"] for entry in history if "loss" in entry]
     tower = next(towers_of(fork.loaded(saved)))
     loaded = dict(tower.adapter.named_parameters())
-    report["adapter moved"] = max(float(w.abs().max()) for n, w in loaded.items() if "_up" in n)
+    report["adapter moved"] = moved(tower)
     report["adapter after loading"] = max(
         apart(value, loaded[key.removeprefix("adapter.")])
         for key, value in load_file(saved / "diffenc_adapter.safetensors").items()
@@ -212,7 +223,9 @@ def run_block(fork: Fork, index: int) -> None:
 def declare_torchvision_operators() -> None:
     """Let torchvision of PyPI, which a CPU build of torch cannot load whole, import its Python."""
     for name in ("nms", "qnms"):
-        torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float x) -> Tensor")
+        torch.library.define(
+            f"torchvision::{name}", "(Tensor dets, Tensor scores, float x) -> Tensor"
+        )
 
 
 class Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -232,7 +245,7 @@ class Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 def run_one(label: str, checkout: str, what: str) -> dict[str, Any]:
     """What one fork does here, or what stopped it."""
-    fork = next(each for each in FORKS if (each.label or each.title) == label)
+    fork = next(each for each in FORKS if each.called == label)
     sys.path.insert(0, checkout)
     if importlib.util.find_spec("torchvision") and not torch.cuda.is_available():
         declare_torchvision_operators()
@@ -241,6 +254,7 @@ def run_one(label: str, checkout: str, what: str) -> dict[str, Any]:
     report: dict[str, Any] = {}
     try:
         with tempfile.TemporaryDirectory() as folder:
+            os.chdir(folder)
             {"ask": ask, "train": train}[what](fork, report, Path(folder))
     except BaseException as error:  # a fork's own code: it may exit, too
         report["stopped"] = f"{type(error).__name__}: {error}"
@@ -267,12 +281,13 @@ def run(label: str, checkout: Path, what: str) -> dict[str, Any]:
 
 def main(hosts: str, what: str, *labels: str) -> None:
     for fork in FORKS:
-        label, checkout = fork.label or fork.title, Path(hosts) / fork.folder
+        label, checkout = fork.called, Path(hosts) / fork.folder
         if (labels and label not in labels) or not checkout.is_dir():
             continue
         if what == "train" and fork.training is None:
             continue
-        found = {"fork": label, "what": what, **run(label, checkout, what)}
+        found = {"fork": label, "commit": fork.commit, "versions": VERSIONS, "what": what}
+        found |= run(label, checkout, what)
         sys.stdout.write(json.dumps(found) + "\n")
         sys.stdout.flush()
 

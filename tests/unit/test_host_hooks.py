@@ -113,7 +113,7 @@ def test_a_builder_of_lists_builds_the_tower_in_its_place_among_the_others(fork)
     alone = SimpleNamespace(mm_vision_tower_aux_list=[NAME], vision_tower_aux_token_len_list=[4])
     assert isinstance(fork.arch.initialize(alone)[0], DiffusionVisionTower)
     wrong = SimpleNamespace(vision_tower_aux_list=[NAME], vision_tower_aux_token_len_list=[9])
-    with pytest.raises(ConfigError, match="expects 9 tokens.*has 4; put grid=3"):
+    with pytest.raises(ConfigError, match=r"expects 9 tokens.*has 4; put grid=3"):
         fork.arch.initialize(wrong)
 
 
@@ -175,6 +175,31 @@ def test_a_builder_is_seen_to_be_called_however_the_call_is_written(fork, caller
         f"class LlavaMetaModel:\n{around}    def __init__(self, cfg):\n{caller}",
     )
     register("toyfork").undo()
+
+
+def test_a_fork_that_takes_several_values_from_its_tower_is_refused(tmp_path, monkeypatch) -> None:
+    files = {
+        "__init__.py": "",
+        "model/__init__.py": "from .arch import Meta\n",
+        "model/multimodal_encoder/__init__.py": "",
+        "model/multimodal_encoder/builder.py": "def build_vision_tower(cfg):\n    return None\n",
+        "model/arch.py": "from .multimodal_encoder.builder import build_vision_tower\n"
+        "class Meta:\n"
+        "    def __init__(self, cfg):\n"
+        "        self.tower = build_vision_tower(cfg)\n"
+        "    def encode_images(self, images):\n"
+        "        features, levels = self.get_model().get_vision_tower()(images)\n"
+        "        return features, levels\n",
+    }
+    for name, text in files.items():
+        file = tmp_path / "levelsfork" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"arch\.Meta\.encode_images.*features, levels\)? ="):
+        register("levelsfork", loader=None)
+    for name in [name for name in sys.modules if name.startswith("levelsfork")]:
+        del sys.modules[name]
 
 
 def test_a_second_registration_by_other_places_is_refused(fork) -> None:
@@ -423,7 +448,7 @@ def test_the_fault_that_a_fork_hides_is_the_one_that_is_named(tmp_path, monkeypa
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ConfigError, match="No module named 'never_installed'.*The fork itself"):
+    with pytest.raises(ConfigError, match=r"No module named 'never_installed'.*The fork itself"):
         import_part("hidingfork", "model.builder")
     with pytest.raises(ConfigError, match="The fork has no such part"):
         import_part("hidingfork", "model.loader")

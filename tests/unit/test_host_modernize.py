@@ -309,3 +309,23 @@ def test_a_trainer_that_asks_for_fairscale_is_in_none_of_its_ways(write, tmp_pat
     modernize("oldfork")
     sys.modules["oldfork.train.train"].train(options(tmp_path / "out"), rows())
     assert (tmp_path / "out" / "checkpoint-2").is_dir()
+
+
+def test_a_fork_may_call_its_models_as_transformers_calls_its_own(write) -> None:
+    named = (
+        "from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM\n"
+        "class LlavaConfig(LlamaConfig):\n    model_type = 'llava'\n"
+        "class OldLlava(LlamaForCausalLM):\n    config_class = LlavaConfig\n"
+        "AutoConfig.register('llava', LlavaConfig)\n"
+        "AutoModelForCausalLM.register(LlavaConfig, OldLlava)\n"
+    )
+    write(model=named + MODEL)
+    with pytest.raises(ConfigError, match=r"already used.*diffenc\.hosts\.llava\.modernize"):
+        import_part("oldfork", "model.llava_arch")
+    done = modernize("oldfork", script=None)
+    assert "AutoConfig of 'llava': the fork's" in done.supplied
+    assert type(transformers.AutoConfig.for_model("llava")).__module__ == "oldfork.model.llava_arch"
+    done.undo()
+    assert transformers.AutoConfig.for_model("llava").__class__ is transformers.LlavaConfig
+    with pytest.raises(ValueError, match="already used"):
+        transformers.AutoConfig.register("llava", transformers.LlavaConfig)

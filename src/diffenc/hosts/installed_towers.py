@@ -47,19 +47,19 @@ def towers_of(model: nn.Module) -> Iterator[DiffusionVisionTower]:
                 yield candidate
 
 
-def keeps_towers_in_a_list(model: nn.Module) -> bool:
-    """Whether a host has several towers, one after the other, and none that is the tower."""
+def number_of_towers(model: nn.Module) -> int | None:
+    """How many towers a host keeps in the list that holds diffenc's; None where it has one alone.
+
+    LLaVA puts its one tower into a list under FSDP, and has `get_vision_tower` all the same.
+    """
     if hasattr(model, "get_vision_tower"):
-        return False
-    return any(
-        isinstance(item, DiffusionVisionTower)
-        for module in model.modules()
-        for value in (
-            *vars(module).values(),
-            *(part for part in module.children() if isinstance(part, nn.ModuleList)),
-        )
-        for item in (value if isinstance(value, nn.ModuleList) else _listed(value))
-    )
+        return None
+    for module in model.modules():
+        for value in (*vars(module).values(), *module.children()):
+            held = list(value) if isinstance(value, nn.ModuleList) else _listed(value)
+            if any(isinstance(item, DiffusionVisionTower) for item in held):
+                return len(held)
+    return None
 
 
 def _listed(value: object) -> Sequence[object]:

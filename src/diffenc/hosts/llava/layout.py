@@ -5,10 +5,12 @@ by the name of a file alone: a builder counts if the fork calls it, a model if i
 into text, a trainer if the training script makes one.
 """
 
+import ast
 import importlib
 import inspect
 import pkgutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -30,7 +32,9 @@ def import_part(package: str, part: str) -> ModuleType:
         return importlib.import_module(f"{package}.{part}")
     except Exception as error:  # a fork's own code runs here, and what an earlier failure left
         cause = _hidden_cause(package, error)
-        advice = _advice(package, (getattr(cause, "name", None) or "").partition(".")[0])
+        missing = (getattr(cause, "name", None) or "").partition(".")[0]
+        taken = "already used by a Transformers" in str(cause)
+        advice = _advice(package, "transformers" if taken else missing)
         fault = cause if isinstance(cause, ImportError) else f"{type(cause).__name__}: {cause}"
         raise ConfigError(f"cannot import {package}.{part}: {fault}. {advice}.") from error
 
@@ -198,6 +202,40 @@ def require_caller(package: str, module: ModuleType, name: str) -> None:
         f"nothing in {package!r} calls {module.__name__}.{name}, so replacing it would change "
         f"nothing. {' '.join(hints)}"
     )
+
+
+def require_one_value(package: str) -> None:
+    """Refuse a fork that takes several values from its tower's call.
+
+    A tensor of as many pictures would be taken apart without an error.
+
+    Raises:
+        ConfigError: A function of the fork takes apart what its tower returns.
+    """
+    for module in loaded_modules(package):
+        for function in _functions(module):
+            if "get_vision_tower" in names_used(function) and (line := _taken_apart(function)):
+                raise ConfigError(
+                    f"{module.__name__}.{function.__qualname__} takes several values from its "
+                    f"tower ({line}), and a tower of diffenc returns one tensor of tokens. Build "
+                    "a module around DiffusionVisionTower that returns what the fork expects, and "
+                    "let its builder make that"
+                )
+
+
+def _taken_apart(function: FunctionType) -> str:
+    """The statement of a function that takes a tower's result apart, or ""."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):  # no source at hand
+        return ""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple):
+            called = node.value.func if isinstance(node.value, ast.Call) else None
+            inner = called.func if isinstance(called, ast.Call) else None
+            if isinstance(inner, ast.Attribute) and inner.attr == "get_vision_tower":
+                return ast.unparse(node)
+    return ""
 
 
 def splicing_models(package: str) -> list[type[nn.Module]]:

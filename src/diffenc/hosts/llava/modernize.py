@@ -8,11 +8,15 @@ to its models. Nothing of the fork's is changed on disk, and nothing that is the
 import importlib
 import importlib.util
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.models.auto.auto_factory import _LazyAutoMapping
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from diffenc.errors import ConfigError
 from diffenc.hosts.llava.layout import (
@@ -35,17 +39,21 @@ class Modernization:
         package: Name of the package.
         script: Module of its training script; None where training was left aside.
         supplied: Names of what was supplied, with the reason; empty where nothing was missing.
+        model_types: Kinds of models by which transformers now knows the fork's, not its own.
     """
 
     def __init__(self, package: str, script: "str | ModuleType | None") -> None:
         self.package, self.script = package, script
         self.supplied: list[str] = []
         self.patches = Patches()
+        self.model_types: list[str] = []
 
     def undo(self) -> None:
         """Leave transformers and the package as they were found."""
         _DONE.pop((self.package, self.script), None)
         self.patches.undo()
+        for name in self.model_types:
+            CONFIG_MAPPING._extra_content.pop(name, None)
 
 
 _DONE: dict[tuple[str, "str | ModuleType | None"], Modernization] = {}
@@ -69,13 +77,14 @@ def modernize(
     * `--evaluation_strategy` (`--eval_strategy`) and `--warmup_ratio` (`--warmup_steps`) of its
       training script;
     * `maybe_zero_3`, which gathers weights, where deepspeed is not installed;
+    * the name "llava" of a fork's models, which transformers has given to its own since;
     * `cache_position`, which `generate` of transformers 4.40 to 4.57 hands to models that do not
       know it.
 
     Args:
         package: Top-level module of the fork; it is imported.
-        script: Module with the fork's `train()`: the part of the package, or the imported module for
-            scripts outside of it, whose import may want a call with None before. None leaves
+        script: Module with the fork's `train()`: the part of the package, or the imported module
+            for a script outside of it, whose import may want a call with None before. None leaves
             training aside.
         trainer: Name, in the script, of the trainer that `train()` makes; None finds it.
 
@@ -93,11 +102,9 @@ def modernize(
     done = Modernization(package, script)
     try:
         _supply_names(done)
-        import_part(package, "model")
-        import_architectures(package)
-        import_part(package, "model.builder")
-        if script is not None:
-            module = import_part(package, script) if isinstance(script, str) else script
+        with _fork_names_its_models(done):
+            module = _import_fork(package, script)
+        if module is not None:
             _modernize_script(done, module, trainer)
         _without_deepspeed(done)
         for model in splicing_models(package):
@@ -107,6 +114,43 @@ def modernize(
         raise
     _DONE[package, script] = done
     return done
+
+
+def _import_fork(package: str, script: "str | ModuleType | None") -> ModuleType | None:
+    """Import a fork's models, their loader and its script, which is returned."""
+    import_part(package, "model")
+    import_architectures(package)
+    if importlib.util.find_spec(f"{package}.model.builder") is not None:
+        import_part(package, "model.builder")
+    return import_part(package, script) if isinstance(script, str) else script
+
+
+@contextmanager
+def _fork_names_its_models(done: Modernization) -> Iterator[None]:
+    """A block in which a fork may call its models "llava", as transformers calls its own since.
+
+    From then on the name means the fork's: its checkpoints are loaded by it.
+    """
+    kinds: list[Any] = [type(CONFIG_MAPPING), _LazyAutoMapping]
+    stock = [kind.register for kind in kinds]
+    before = set(CONFIG_MAPPING._extra_content)
+
+    def permitting(register: Any) -> Any:
+        def register_anyway(self: Any, key: Any, value: Any, exist_ok: bool = False) -> None:
+            register(self, key, value, exist_ok=True)
+
+        return register_anyway
+
+    for kind, register in zip(kinds, stock, strict=True):
+        kind.register = permitting(register)
+    try:
+        yield
+    finally:
+        for kind, register in zip(kinds, stock, strict=True):
+            kind.register = register
+        registered = set(CONFIG_MAPPING._extra_content) - before
+        done.model_types = sorted(registered & set(CONFIG_MAPPING._mapping))
+        done.supplied += [f"AutoConfig of {name!r}: the fork's" for name in done.model_types]
 
 
 def _supply_names(done: Modernization) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from diffenc.errors import ConfigError
 from diffenc.hosts.installed_towers import spec_of, specs_of, towers_of
-from diffenc.hosts.llava.layout import function_at, require_caller
+from diffenc.hosts.llava.layout import function_at, require_caller, require_one_value
 from diffenc.hosts.llava.patches import Patches
 from diffenc.hosts.spec import TowerSpec
 from diffenc.hosts.tower import DiffusionVisionTower
@@ -58,8 +58,9 @@ def register(
         loader: Function that loads a checkpoint; None leaves adapters to `tower.load_adapter`.
 
     Raises:
-        ConfigError: The package is not there, has no such functions, never calls the builder, or
-            was registered with other ones; then it is left as it was.
+        ConfigError: The package is not there, has no such functions, never calls the builder, takes
+            several values from its tower, or was registered with other places; then it is left as
+            it was.
     """
     if (done := _DONE.get(package)) is not None:
         if (builder, loader) != (done.builder, done.loader):
@@ -71,6 +72,7 @@ def register(
     done = Registration(package, builder, loader)
     module, name = function_at(package, builder)
     require_caller(package, module, name)
+    require_one_value(package)
     loads = None if loader is None else function_at(package, loader)
     build = getattr(module, name)
     done.patches.replace(name, build, _builder(build, done, name.removeprefix("build_")))
