@@ -5,6 +5,8 @@ ARGS ?=
 WORKERS ?= 2
 # Checkout of LLaVA for `make hosts`; the default one is fetched.
 LLAVA ?= .hosts/LLaVA
+# Folder of checkouts of LLaVA's forks for `make forks`, by the names that tests/fork_recipes.py has.
+HOSTS ?= .hosts
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
@@ -19,7 +21,7 @@ REQUIREMENTS := pyproject.toml constraints.txt src/diffenc/_version.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo notebooks results test test-shapes test-oldest lmms hosts lint format types layers docs wheel check gpu clean
+.PHONY: help demo notebooks results test test-shapes test-oldest lmms hosts forks lint format types layers docs wheel check gpu clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -69,6 +71,15 @@ hosts: $(LLAVA)/pyproject.toml | $(BIN)/python  ## Train and ask LLaVA's own cod
 .hosts/LLaVA/pyproject.toml:
 	git clone --quiet https://github.com/haotian-liu/LLaVA .hosts/LLaVA
 	git -C .hosts/LLaVA checkout --quiet c121f04
+
+# Any Python from 3.10 on: the forks are of its time. decord and the others are what their code imports beside diffenc.
+FORK_IMPORTS := accelerate sentencepiece requests protobuf timm torchvision open_clip_torch opencv-python-headless decord scipy \
+	fvcore shortuuid ezcolorlog tiktoken transformers_stream_generator tyro einops-exts datasets draccus jsonlines matplotlib
+forks:  ## Ask and train the forks of LLaVA that lie in HOSTS, on a tower, in an environment of its own
+	test -d .venv-forks || $(PYTHON) -m venv .venv-forks
+	DS_BUILD_OPS=0 .venv-forks/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-forks.txt \
+		--editable . $(FORK_IMPORTS) deepspeed pytest pytest-timeout
+	DIFFENC_HOSTS=$(abspath $(HOSTS)) .venv-forks/bin/python -m pytest -rs tests/integration/test_forks_checkout.py $(ARGS)
 
 lint: $(DEV_STAMP)  ## Check style, formatting and spelling
 	$(BIN)/ruff check

@@ -12,6 +12,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
+import pytest
 import torch
 
 
@@ -38,7 +39,7 @@ def run_script(path: Path, *arguments: str, folder: Path) -> Outcome:
     modules = set(sys.modules)
     states = random.getstate(), np.random.get_state()  # noqa: NPY002
     with (
-        contextlib.chdir(folder),
+        pytest.MonkeyPatch.context() as monkeypatch,
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         patch.object(sys, "argv", [str(path), *arguments]),
@@ -46,6 +47,7 @@ def run_script(path: Path, *arguments: str, folder: Path) -> Outcome:
         torch.random.fork_rng(),
         warnings.catch_warnings(),
     ):
+        monkeypatch.chdir(folder)
         warnings.simplefilter("ignore")
         returncode = _run(path)
     random.setstate(states[0])

@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-import tomllib
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
 
 import diffenc
+from diffenc.storage.reading import tomllib
 
 ROOT = Path(__file__).parents[1]
 

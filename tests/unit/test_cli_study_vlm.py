@@ -1,11 +1,11 @@
 import json
-import tomllib
 
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
 from diffenc.cli.main import app
+from diffenc.storage.reading import tomllib
 from diffenc.studies.vlm import STUDIES
 from diffenc.studies.vlm.plan_file import bundled_text
 from vlm_builders import save_tiny_lm

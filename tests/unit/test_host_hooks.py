@@ -20,6 +20,7 @@ from diffenc.hosts.llava import (
     take_prompts,
     train_with_prompts,
 )
+from diffenc.hosts.llava.layout import import_part
 from diffenc.hosts.llava.register import registration_of
 from diffenc.hosts.prismatic import register as register_prismatic
 from diffenc.hosts.prompts import PromptTokenizer
@@ -84,6 +85,38 @@ def test_a_builder_of_lists_is_refused_with_its_name(fork) -> None:
     refuses(fork, lambda: register("toyfork"), "calls build_vision_tower_aux_list")
 
 
+LISTS = """
+def build_vision_tower_aux_list(cfg, **kwargs):
+    names = getattr(cfg, "mm_vision_tower_aux_list", None) or cfg.vision_tower_aux_list
+    return list(zip(names, cfg.vision_tower_aux_token_len_list, strict=True))
+"""
+
+
+def test_a_builder_of_lists_builds_the_tower_in_its_place_among_the_others(fork) -> None:
+    source(fork.builder, LISTS)
+    source(
+        fork.arch,
+        "from toyfork.model.multimodal_encoder.builder import build_vision_tower_aux_list\n"
+        "def initialize(cfg):\n"
+        "    return build_vision_tower_aux_list(cfg)\n",
+    )
+    place = "model.multimodal_encoder.builder:build_vision_tower_aux_list"
+    done = register("toyfork", builder=place, loader=None)
+    config = SimpleNamespace(
+        vision_tower_aux_list=["clip", NAME, "dino"], vision_tower_aux_token_len_list=[9, 4, 16]
+    )
+    clip, tower, dino = fork.arch.initialize(config)
+    assert isinstance(tower, DiffusionVisionTower)
+    assert (clip, dino) == (("clip", 9), ("dino", 16))
+    assert len(config.vision_tower_aux_list) == 3
+    assert [str(spec) for spec in done.specs] == [str(tower.spec)]
+    alone = SimpleNamespace(mm_vision_tower_aux_list=[NAME], vision_tower_aux_token_len_list=[4])
+    assert isinstance(fork.arch.initialize(alone)[0], DiffusionVisionTower)
+    wrong = SimpleNamespace(vision_tower_aux_list=[NAME], vision_tower_aux_token_len_list=[9])
+    with pytest.raises(ConfigError, match=r"expects 9 tokens.*has 4; put grid=3"):
+        fork.arch.initialize(wrong)
+
+
 @pytest.mark.parametrize("around", ["", "    @torch.no_grad()\n"])
 def test_a_builder_that_only_another_of_its_name_hides_is_refused(fork, around) -> None:
     del fork.arch.LlavaMetaModel
@@ -142,6 +175,31 @@ def test_a_builder_is_seen_to_be_called_however_the_call_is_written(fork, caller
         f"class LlavaMetaModel:\n{around}    def __init__(self, cfg):\n{caller}",
     )
     register("toyfork").undo()
+
+
+def test_a_fork_that_takes_several_values_from_its_tower_is_refused(tmp_path, monkeypatch) -> None:
+    files = {
+        "__init__.py": "",
+        "model/__init__.py": "from .arch import Meta\n",
+        "model/multimodal_encoder/__init__.py": "",
+        "model/multimodal_encoder/builder.py": "def build_vision_tower(cfg):\n    return None\n",
+        "model/arch.py": "from .multimodal_encoder.builder import build_vision_tower\n"
+        "class Meta:\n"
+        "    def __init__(self, cfg):\n"
+        "        self.tower = build_vision_tower(cfg)\n"
+        "    def encode_images(self, images):\n"
+        "        features, levels = self.get_model().get_vision_tower()(images)\n"
+        "        return features, levels\n",
+    }
+    for name, text in files.items():
+        file = tmp_path / "levelsfork" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"arch\.Meta\.encode_images.*features, levels\)? ="):
+        register("levelsfork", loader=None)
+    for name in [name for name in sys.modules if name.startswith("levelsfork")]:
+        del sys.modules[name]
 
 
 def test_a_second_registration_by_other_places_is_refused(fork) -> None:
@@ -374,4 +432,25 @@ def test_a_fork_whose_own_code_fails_is_refused(hook, module, fault, tmp_path, m
         with pytest.raises(ConfigError, match=r"cannot (import|reach) brokenfork\."):
             hook(package="brokenfork")
     for name in [name for name in sys.modules if name.startswith("brokenfork")]:
+        del sys.modules[name]
+
+
+def test_the_fault_that_a_fork_hides_is_the_one_that_is_named(tmp_path, monkeypatch) -> None:
+    files = {
+        "__init__.py": "",
+        "model/__init__.py": "try:\n    from .language_model.llama import Llama\nexcept: pass\n",
+        "model/language_model/__init__.py": "",
+        "model/language_model/llama.py": "import never_installed\nLlama = object\n",
+        "model/builder.py": "from hidingfork.model import Llama\n",
+    }
+    for name, text in files.items():
+        file = tmp_path / "hidingfork" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"No module named 'never_installed'.*The fork itself"):
+        import_part("hidingfork", "model.builder")
+    with pytest.raises(ConfigError, match="The fork has no such part"):
+        import_part("hidingfork", "model.loader")
+    for name in [name for name in sys.modules if name.startswith("hidingfork")]:
         del sys.modules[name]

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import importlib.util
 import inspect
 import pickle
 import sys
@@ -278,3 +279,53 @@ def test_a_trainer_may_have_other_parts_before_transformers(write, tmp_path) -> 
     kind = sys.modules["oldfork.train.trainer"].OldTrainer
     assert [each.__name__ for each in kind.__bases__] == ["Part", "Trainer"]
     assert kind.__bases__[1] is transformers.Trainer
+
+
+def test_a_script_outside_of_the_package_is_passed_as_a_module(write, tmp_path) -> None:
+    write()
+    (tmp_path / "oldfork" / "train" / "train.py").rename(tmp_path / "oldfork_script.py")
+    modernize("oldfork", script=None)
+    script = importlib.import_module("oldfork_script")
+    done = modernize("oldfork", script=script)
+    assert modernize("oldfork", script=script) is done
+    script.train(options(tmp_path / "out", "--warmup_ratio", "0.5"), rows())
+    assert (tmp_path / "out" / "checkpoint-2").is_dir()
+    assert any(each.startswith("oldfork_script.maybe_zero_3") for each in done.supplied) == (
+        importlib.util.find_spec("deepspeed") is None
+    )
+    done.undo()
+    del sys.modules["oldfork_script"]
+
+
+def test_a_trainer_that_asks_for_fairscale_is_in_none_of_its_ways(write, tmp_path) -> None:
+    write(
+        trainer=TRAINER.replace("import ALL_", "import ShardedDDPOption, ALL_").replace(
+            "    samplers = 0",
+            "    samplers = 0\n\n    def create_optimizer(self):\n"
+            "        assert self.sharded_ddp != ShardedDDPOption.SIMPLE\n"
+            "        return super().create_optimizer()\n",
+        )
+    )
+    modernize("oldfork")
+    sys.modules["oldfork.train.train"].train(options(tmp_path / "out"), rows())
+    assert (tmp_path / "out" / "checkpoint-2").is_dir()
+
+
+def test_a_fork_may_call_its_models_as_transformers_calls_its_own(write) -> None:
+    named = (
+        "from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM\n"
+        "class LlavaConfig(LlamaConfig):\n    model_type = 'llava'\n"
+        "class OldLlava(LlamaForCausalLM):\n    config_class = LlavaConfig\n"
+        "AutoConfig.register('llava', LlavaConfig)\n"
+        "AutoModelForCausalLM.register(LlavaConfig, OldLlava)\n"
+    )
+    write(model=named + MODEL)
+    with pytest.raises(ConfigError, match=r"already used.*diffenc\.hosts\.llava\.modernize"):
+        import_part("oldfork", "model.llava_arch")
+    done = modernize("oldfork", script=None)
+    assert "AutoConfig of 'llava': the fork's" in done.supplied
+    assert type(transformers.AutoConfig.for_model("llava")).__module__ == "oldfork.model.llava_arch"
+    done.undo()
+    assert transformers.AutoConfig.for_model("llava").__class__ is transformers.LlavaConfig
+    with pytest.raises(ValueError, match="already used"):
+        transformers.AutoConfig.register("llava", transformers.LlavaConfig)

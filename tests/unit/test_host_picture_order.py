@@ -83,6 +83,24 @@ class MoreArguments(ToyLlava):
         return self.model(inputs_embeds=prepared[4], attention_mask=prepared[2])
 
 
+class OfSeveralTowers(ToyLlava):
+    """Has a list of towers, and is shown a batch of pictures for each; only one is diffenc's."""
+
+    @property
+    def get_vision_tower(self) -> Any:
+        raise AttributeError  # there is no such thing as the tower
+
+    def prepare_inputs_labels_for_multimodal(
+        self, input_ids: Any, position_ids: Any, mask: Any, past: Any, labels: Any, images: Any
+    ) -> Any:
+        shown = images[1].flip(0)
+        features = self.model.mm_projector(self.model.towers[1](shown)).flip(0)
+        self.encode_images = lambda _: features
+        return super().prepare_inputs_labels_for_multimodal(
+            input_ids, position_ids, mask, past, labels, images[0]
+        )
+
+
 class Resizing(ToyLlava):
     """Shows each picture whole and enlarged, and takes the mean, as scale-space wrappers do."""
 
@@ -151,6 +169,30 @@ def test_a_batch_of_tiles_equals_its_samples(tower, tiles, kind, form) -> None:
         torch.testing.assert_close(batch[row], alone[0], atol=1e-5, rtol=1e-4)
     exchanged = logits(kind, tower, samples, [OTHER, ONE])
     assert (exchanged - batch).abs().amax((1, 2)).min() > 1e-4
+
+
+def test_a_host_of_several_towers_shows_each_a_batch(tower, tiles) -> None:
+    model = take_prompts(toy_model(tower, OfSeveralTowers))
+    model.model.towers = ["another", tower]
+    tokens = tower.tokenize([ONE, OTHER])
+    pictures = tiles[:, 0]
+
+    def answer(rows: list[int], questions: list[int]) -> Tensor:
+        shown, chosen = pictures[rows], tokens.take(questions)
+        with torch.no_grad():
+            out = model(
+                torch.tensor([ROW] * len(rows)),
+                images=[torch.zeros_like(shown), shown],
+                vision_prompt_ids=chosen.ids,
+                vision_prompt_mask=chosen.mask,
+            )
+        logits: Tensor = out.logits
+        return logits
+
+    batch = answer([0, 1], [0, 1])
+    for row in (0, 1):
+        torch.testing.assert_close(batch[row], answer([row], [row])[0], atol=1e-5, rtol=1e-4)
+        assert (batch[row] - answer([row], [1 - row])[0]).abs().max() > 1e-4
 
 
 def test_further_arguments_of_a_host_reach_it_as_they_are(tower, tiles) -> None:

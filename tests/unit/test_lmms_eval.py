@@ -3,7 +3,6 @@
 import importlib
 import json
 import sys
-import tomllib
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -30,6 +29,7 @@ from diffenc.hosts.transformers import (
 )
 from diffenc.mllm import DiffusionVLM
 from diffenc.shapes import render, sample_scenes
+from diffenc.storage.reading import tomllib
 
 GREEDY = {"max_new_tokens": 5, "temperature": 0, "do_sample": False}
 CPU = {"device": torch.device("cpu"), "dtype": torch.float32}

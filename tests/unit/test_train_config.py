@@ -1,4 +1,3 @@
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -6,6 +5,7 @@ import pytest
 from diffenc.errors import ConfigError
 from diffenc.mllm.training import AdaptConfig, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from diffenc.mllm.training.config import to_toml
+from diffenc.storage.reading import tomllib
 
 DATA = {"annotations": "a.json", "images": "images"}
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "train").glob("*.toml"))

@@ -22,6 +22,20 @@ def spec_of(cfg: Any, part: str = "vision_tower") -> str | None:
     return None
 
 
+def specs_of(cfg: Any, part: str) -> list[str] | None:
+    """The names of several towers in a host's config or arguments, or None.
+
+    Args:
+        cfg: Config or arguments of the host.
+        part: Name of the list, which the host's config has with "mm_" before.
+    """
+    for field in (f"mm_{part}", part):
+        names = getattr(cfg, field, None)
+        if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names):
+            return list(names)
+    return None
+
+
 def towers_of(model: nn.Module) -> Iterator[DiffusionVisionTower]:
     """Every tower of a host's model, those that it keeps in lists included."""
     visited: set[int] = set()
@@ -31,6 +45,21 @@ def towers_of(model: nn.Module) -> Iterator[DiffusionVisionTower]:
             if isinstance(candidate, DiffusionVisionTower) and id(candidate) not in visited:
                 visited.add(id(candidate))
                 yield candidate
+
+
+def number_of_towers(model: nn.Module) -> int | None:
+    """How many towers a host keeps in the list that holds diffenc's; None where it has one alone.
+
+    LLaVA puts its one tower into a list under FSDP, and has `get_vision_tower` all the same.
+    """
+    if hasattr(model, "get_vision_tower"):
+        return None
+    for module in model.modules():
+        for value in (*vars(module).values(), *module.children()):
+            held = list(value) if isinstance(value, nn.ModuleList) else _listed(value)
+            if any(isinstance(item, DiffusionVisionTower) for item in held):
+                return len(held)
+    return None
 
 
 def _listed(value: object) -> Sequence[object]:

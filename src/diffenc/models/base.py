@@ -5,11 +5,12 @@ from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, NotRequired, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from typing_extensions import NotRequired  # of typing since Python 3.11
 
 from diffenc._typing import LongPrompts, Uncond
 from diffenc.checks.fields import require_finite

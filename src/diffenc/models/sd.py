@@ -1,9 +1,10 @@
 """Stable Diffusion 1.x and 2.x, and everything shaped like them."""
 
 from collections.abc import Sequence
-from typing import Any, Unpack
+from typing import Any
 
 from torch import Tensor
+from typing_extensions import Unpack  # of typing since Python 3.11
 
 from diffenc.inputs.prompts import PromptEmbeds, join_windows
 from diffenc.models.base import Backbone, UNetParts, grad_where_trained

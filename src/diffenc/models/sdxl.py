@@ -1,10 +1,11 @@
 """Stable Diffusion XL, base."""
 
 from collections.abc import Sequence
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack  # of typing since Python 3.11
 
 from diffenc.inputs.prompts import PromptEmbeds, join_windows
 from diffenc.models.base import Backbone, UNetParts, grad_where_trained

@@ -6,7 +6,7 @@ Every reader raises the error that its caller names, whatever is wrong with the 
 import json
 import math
 import os
-import tomllib
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,6 +14,11 @@ from typing import Any
 
 from diffenc.errors import ConfigError, DiffencError
 from diffenc.storage.names import SURROGATE, StrPath, printable, reason
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 CONFIG_BYTES = 64 * 2**20
 """Largest file that is read as a config, in bytes."""

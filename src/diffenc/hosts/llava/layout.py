@@ -5,10 +5,12 @@ by the name of a file alone: a builder counts if the fork calls it, a model if i
 into text, a trainer if the training script makes one.
 """
 
+import ast
 import importlib
 import inspect
 import pkgutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -29,14 +31,37 @@ def import_part(package: str, part: str) -> ModuleType:
     try:
         return importlib.import_module(f"{package}.{part}")
     except Exception as error:  # a fork's own code runs here, and what an earlier failure left
-        advice = _advice(package, (getattr(error, "name", None) or "").partition(".")[0])
-        fault = error if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+        cause = _hidden_cause(package, error)
+        missing = (getattr(cause, "name", None) or "").partition(".")[0]
+        taken = "already used by a Transformers" in str(cause)
+        advice = _advice(package, "transformers" if taken else missing)
+        fault = cause if isinstance(cause, ImportError) else f"{type(cause).__name__}: {cause}"
         raise ConfigError(f"cannot import {package}.{part}: {fault}. {advice}.") from error
+
+
+def _hidden_cause(package: str, error: Exception) -> Exception:
+    """What made a fork's models fail to import, where its `except: pass` hides that.
+
+    LLaVA's `model/__init__.py` goes on without the models that fail, and what fails in the end is a
+    module that needs one of them.
+    """
+    name = getattr(error, "name", None) or ""
+    models = sys.modules.get(f"{package}.model")
+    if models is None or type(error) is not ImportError or not name.startswith(package):
+        return error
+    for place in getattr(models, "__path__", []):
+        for info in pkgutil.iter_modules([f"{place}/language_model"]):
+            try:
+                importlib.import_module(f"{package}.model.language_model.{info.name}")
+            except Exception as cause:  # the fork's own code
+                return cause
+    return error
 
 
 def _advice(package: str, missing: str) -> str:
     """What to do when a module of a fork cannot be imported for want of a package."""
-    if missing == package.partition(".")[0]:
+    top = package.partition(".")[0]
+    if missing == top and top not in sys.modules:
         return (
             "Put the fork's folder on the path (pip install -e . in it) and pass the name of its "
             "top-level module; name the part if the fork keeps it elsewhere. TinyLLaVA and "
@@ -50,6 +75,8 @@ def _advice(package: str, missing: str) -> str:
             "diffenc.hosts.llava.modernize() supplies what LLaVA itself lacks; what is missing "
             "after it needs the version that the fork names"
         )
+    if missing == top:
+        return "The fork has no such part: name the one that it has (script=, builder=, loader=)"
     if missing:
         return "The fork itself needs that: install what its own guide names"
     return (
@@ -166,9 +193,8 @@ def require_caller(package: str, module: ModuleType, name: str) -> None:
     ]
     if others:
         hints.append(
-            f"It calls {', '.join(sorted(others))}: if that builds one tower of a config, pass "
-            f"builder='{module.__name__.removeprefix(package + '.')}:{others[0]}'; if it builds a "
-            "list, build DiffusionVisionTower in it by hand."
+            f"It calls {', '.join(sorted(others))}: if that builds a tower of a config, or a list "
+            f"of towers, pass builder='{module.__name__.removeprefix(package + '.')}:{others[0]}'."
         )
     if not hints:
         hints = ["If a module does that is not imported yet, import it first."]
@@ -176,6 +202,40 @@ def require_caller(package: str, module: ModuleType, name: str) -> None:
         f"nothing in {package!r} calls {module.__name__}.{name}, so replacing it would change "
         f"nothing. {' '.join(hints)}"
     )
+
+
+def require_one_value(package: str) -> None:
+    """Refuse a fork that takes several values from its tower's call.
+
+    A tensor of as many pictures would be taken apart without an error.
+
+    Raises:
+        ConfigError: A function of the fork takes apart what its tower returns.
+    """
+    for module in loaded_modules(package):
+        for function in _functions(module):
+            if "get_vision_tower" in names_used(function) and (line := _taken_apart(function)):
+                raise ConfigError(
+                    f"{module.__name__}.{function.__qualname__} takes several values from its "
+                    f"tower ({line}), and a tower of diffenc returns one tensor of tokens. Build "
+                    "a module around DiffusionVisionTower that returns what the fork expects, and "
+                    "let its builder make that"
+                )
+
+
+def _taken_apart(function: FunctionType) -> str:
+    """The statement of a function that takes a tower's result apart, or ""."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):  # no source at hand
+        return ""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple):
+            called = node.value.func if isinstance(node.value, ast.Call) else None
+            inner = called.func if isinstance(called, ast.Call) else None
+            if isinstance(inner, ast.Attribute) and inner.attr == "get_vision_tower":
+                return ast.unparse(node)
+    return ""
 
 
 def splicing_models(package: str) -> list[type[nn.Module]]:

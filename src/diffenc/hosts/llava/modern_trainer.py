@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import sys
 from collections.abc import Callable
 from types import FunctionType, ModuleType
 from typing import Any
@@ -10,6 +11,7 @@ from diffenc.errors import ConfigError
 from diffenc.hosts.llava.layout import names_used
 from diffenc.hosts.llava.patches import Patches
 
+SHARDING = "ShardedDDPOption"
 _RENAMED_OPTIONS: dict[str, tuple[Any, str]] = {
     "evaluation_strategy": (str | None, "eval_strategy"),
     "warmup_ratio": (float | None, "warmup_steps"),  # below 1 a share of all steps
@@ -58,6 +60,8 @@ def _supply_below(lowest: type, patches: Patches) -> list[str]:
         parts["__init__"] = _made_with_tokenizer(base)
     if "metrics" not in inspect.signature(base._save_checkpoint).parameters:
         parts["_save_checkpoint"] = _saved_without_metrics(base)
+    if hasattr(sys.modules[lowest.__module__], SHARDING) and not hasattr(base, "sharded_ddp"):
+        parts["sharded_ddp"] = None
     if not parts:
         return []
     between = type(base.__name__, (base,), {**parts, "__module__": __name__})
@@ -65,6 +69,7 @@ def _supply_below(lowest: type, patches: Patches) -> list[str]:
     reasons = {
         "__init__": f"{lowest.__name__}(tokenizer=): processing_class",
         "_save_checkpoint": f"{lowest.__name__}._save_checkpoint: hands on no metrics",
+        "sharded_ddp": f"{lowest.__name__}.sharded_ddp: none",
     }
     return [reasons[name] for name in parts]
 

@@ -8,10 +8,15 @@ to its models. Nothing of the fork's is changed on disk, and nothing that is the
 import importlib
 import importlib.util
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
 from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.models.auto.auto_factory import _LazyAutoMapping
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from diffenc.errors import ConfigError
 from diffenc.hosts.llava.layout import (
@@ -21,7 +26,7 @@ from diffenc.hosts.llava.layout import (
     splicing_models,
     trainer_of,
 )
-from diffenc.hosts.llava.modern_trainer import modernize_arguments, modernize_trainer
+from diffenc.hosts.llava.modern_trainer import SHARDING, modernize_arguments, modernize_trainer
 from diffenc.hosts.llava.patches import Patches
 
 _TRAINER = "transformers.trainer"
@@ -34,43 +39,53 @@ class Modernization:
         package: Name of the package.
         script: Module of its training script; None where training was left aside.
         supplied: Names of what was supplied, with the reason; empty where nothing was missing.
+        model_types: Kinds of models by which transformers now knows the fork's, not its own.
     """
 
-    def __init__(self, package: str, script: str | None) -> None:
+    def __init__(self, package: str, script: "str | ModuleType | None") -> None:
         self.package, self.script = package, script
         self.supplied: list[str] = []
         self.patches = Patches()
+        self.model_types: list[str] = []
 
     def undo(self) -> None:
         """Leave transformers and the package as they were found."""
         _DONE.pop((self.package, self.script), None)
         self.patches.undo()
+        for name in self.model_types:
+            CONFIG_MAPPING._extra_content.pop(name, None)
 
 
-_DONE: dict[tuple[str, str | None], Modernization] = {}
+_DONE: dict[tuple[str, "str | ModuleType | None"], Modernization] = {}
 
 
 def modernize(
-    package: str = "llava", *, script: str | None = "train.train", trainer: str | None = None
+    package: str = "llava",
+    *,
+    script: "str | ModuleType | None" = "train.train",
+    trainer: str | None = None,
 ) -> Modernization:
     """Let a fork of LLaVA run under today's transformers; call it before all else.
 
     It pins transformers 4.37.2. What later versions lack is supplied, each only where it is
     missing, so that under 4.37.2 nothing is done:
 
-    * `ALL_LAYERNORM_LAYERS` and `get_parameter_names` of `transformers.trainer`, which the fork's
-      trainer imports;
+    * `ALL_LAYERNORM_LAYERS`, `get_parameter_names` and `ShardedDDPOption` of
+      `transformers.trainer`, which trainers of forks import;
     * `tokenizer` of its trainer (`processing_class` of today), the dataset that its
       `_get_train_sampler` gets, the metrics that its `_save_checkpoint` hands on;
     * `--evaluation_strategy` (`--eval_strategy`) and `--warmup_ratio` (`--warmup_steps`) of its
       training script;
     * `maybe_zero_3`, which gathers weights, where deepspeed is not installed;
+    * the name "llava" of a fork's models, which transformers has given to its own since;
     * `cache_position`, which `generate` of transformers 4.40 to 4.57 hands to models that do not
       know it.
 
     Args:
         package: Top-level module of the fork; it is imported.
-        script: Module of the package with the fork's `train()`; None leaves training aside.
+        script: Module with the fork's `train()`: the part of the package, or the imported module
+            for a script outside of it, whose import may want a call with None before. None leaves
+            training aside.
         trainer: Name, in the script, of the trainer that `train()` makes; None finds it.
 
     Returns:
@@ -87,11 +102,9 @@ def modernize(
     done = Modernization(package, script)
     try:
         _supply_names(done)
-        import_part(package, "model")
-        import_architectures(package)
-        import_part(package, "model.builder")
-        if script is not None:
-            module = import_part(package, script)
+        with _fork_names_its_models(done):
+            module = _import_fork(package, script)
+        if module is not None:
             _modernize_script(done, module, trainer)
         _without_deepspeed(done)
         for model in splicing_models(package):
@@ -103,12 +116,50 @@ def modernize(
     return done
 
 
+def _import_fork(package: str, script: "str | ModuleType | None") -> ModuleType | None:
+    """Import a fork's models, their loader and its script, which is returned."""
+    import_part(package, "model")
+    import_architectures(package)
+    if importlib.util.find_spec(f"{package}.model.builder") is not None:
+        import_part(package, "model.builder")
+    return import_part(package, script) if isinstance(script, str) else script
+
+
+@contextmanager
+def _fork_names_its_models(done: Modernization) -> Iterator[None]:
+    """A block in which a fork may call its models "llava", as transformers calls its own since.
+
+    From then on the name means the fork's: its checkpoints are loaded by it.
+    """
+    kinds: list[Any] = [type(CONFIG_MAPPING), _LazyAutoMapping]
+    stock = [kind.register for kind in kinds]
+    before = set(CONFIG_MAPPING._extra_content)
+
+    def permitting(register: Any) -> Any:
+        def register_anyway(self: Any, key: Any, value: Any, exist_ok: bool = False) -> None:
+            register(self, key, value, exist_ok=True)
+
+        return register_anyway
+
+    for kind, register in zip(kinds, stock, strict=True):
+        kind.register = permitting(register)
+    try:
+        yield
+    finally:
+        for kind, register in zip(kinds, stock, strict=True):
+            kind.register = register
+        registered = set(CONFIG_MAPPING._extra_content) - before
+        done.model_types = sorted(registered & set(CONFIG_MAPPING._mapping))
+        done.supplied += [f"AutoConfig of {name!r}: the fork's" for name in done.model_types]
+
+
 def _supply_names(done: Modernization) -> None:
     """Names that forks import from `transformers.trainer`."""
     module = importlib.import_module(_TRAINER)
     for name, supply in (
         ("ALL_LAYERNORM_LAYERS", _norms),
         ("get_parameter_names", _parameter_names),
+        (SHARDING, _no_sharding),
     ):
         if not hasattr(module, name):
             done.patches.set(module, name, supply())
@@ -121,6 +172,11 @@ def _norms() -> list[type[nn.Module]]:
     from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 
     return [nn.LayerNorm, LlamaRMSNorm, MistralRMSNorm]
+
+
+def _no_sharding() -> type[Enum]:
+    """Ways of fairscale, which transformers no longer calls; a trainer is in none of them."""
+    return Enum(SHARDING, {"SIMPLE": "simple", "OFFLOAD": "offload", "ZERO_DP_2": "zero_dp_2"})
 
 
 def _parameter_names() -> Any:
@@ -158,7 +214,8 @@ def _without_deepspeed(done: Modernization) -> None:
     """`maybe_zero_3` imports deepspeed even where nothing is gathered."""
     if importlib.util.find_spec("deepspeed") is not None:
         return
-    for module in loaded_modules(done.package):
+    scripts = [done.script] if isinstance(done.script, ModuleType) else []
+    for module in [*loaded_modules(done.package), *scripts]:
         if inspect.isfunction(getattr(module, "maybe_zero_3", None)):
             done.patches.set(module, "maybe_zero_3", _whole)
             done.supplied.append(f"{module.__name__}.maybe_zero_3: deepspeed is not installed")

@@ -22,7 +22,11 @@ _BASE = 100  # exact in bfloat16, with room for a host that rounds
 
 
 def owners_of_rows(
-    splice: Callable[..., Any], call: inspect.BoundArguments, owners: Sequence[int]
+    splice: Callable[..., Any],
+    call: inspect.BoundArguments,
+    owners: Sequence[int],
+    *,
+    per_tower: bool = False,
 ) -> list[int | None]:
     """The sample of each picture that a host shows to its tower in one call.
 
@@ -33,6 +37,8 @@ def owners_of_rows(
         splice: The host's `prepare_inputs_labels_for_multimodal`.
         call: Arguments of the call, which are not changed.
         owners: Sample of each entry of the argument `images`.
+        per_tower: Whether `images` is a list of batches, one for each of the host's towers, whose
+            rows the owners are of.
 
     Returns:
         A sample for each row that the tower is shown; None for a blank picture that the host adds.
@@ -44,7 +50,10 @@ def owners_of_rows(
     for name, value in numbered.arguments.items():
         if isinstance(value, Tensor):  # hosts change some in place
             numbered.arguments[name] = value.clone()
-    numbered.arguments["images"] = _numbered(call.arguments["images"], owners)
+    images = call.arguments["images"]
+    numbered.arguments["images"] = (
+        [_numbered(batch, owners) for batch in images] if per_tower else _numbered(images, owners)
+    )
     with torch.no_grad(), _same_draws(), recording_first_call() as first:
         try:
             first.run(lambda: splice(*numbered.args, **numbered.kwargs))

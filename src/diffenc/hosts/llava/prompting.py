@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from diffenc.errors import ConfigError, PromptError
-from diffenc.hosts.installed_towers import towers_of
+from diffenc.hosts.installed_towers import number_of_towers, towers_of
 from diffenc.hosts.llava.layout import SPLICE
 from diffenc.hosts.llava.ownership import owners_of_rows
 from diffenc.hosts.llava.patches import Patches
@@ -194,7 +194,8 @@ def _prepare(original: Any) -> Any:
     def prepare_inputs_labels_for_multimodal(self: Any, *args: Any, **kwargs: Any) -> Any:
         call = signature.bind(self, *args, **kwargs)
         arguments = call.arguments
-        images, input_ids = arguments.get("images"), arguments["input_ids"]
+        images: Any = arguments.get("images")
+        input_ids = arguments["input_ids"]
         scope = current_scope()
         decodes = images is None or input_ids is None or input_ids.shape[1] == 1
         if decodes or (scope is not None and scope.per == "image"):
@@ -206,11 +207,13 @@ def _prepare(original: Any) -> Any:
         if tokens is None:
             return original(self, *args, **kwargs)
         rows = tokens.rows(len(samples))
-        owners = _sample_of_each_image(samples, images)  # type: ignore[arg-type]
+        # Hosts of several towers are given a batch of pictures for each of them.
+        per_tower = isinstance(images, list) and number_of_towers(self) == len(images)
+        owners = _sample_of_each_image(samples, images[0] if per_tower else images)
         if rows.all_equal():
             with prompt_scope(rows.take([0]), per="image"):
                 return original(self, *args, **kwargs)
-        order = owners_of_rows(original, call, owners)
+        order = owners_of_rows(original, call, owners, per_tower=per_tower)
         with prompt_scope(rows.take_or_none(order), per="image", calls=1):
             return original(self, *args, **kwargs)
 

@@ -1,5 +1,6 @@
 """The tower behind the builder of LLaVA and its forks."""
 
+import copy
 import functools
 import warnings
 from typing import Any
@@ -7,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from diffenc.errors import ConfigError
-from diffenc.hosts.installed_towers import spec_of, towers_of
-from diffenc.hosts.llava.layout import function_at, require_caller
+from diffenc.hosts.installed_towers import spec_of, specs_of, towers_of
+from diffenc.hosts.llava.layout import function_at, require_caller, require_one_value
 from diffenc.hosts.llava.patches import Patches
 from diffenc.hosts.spec import TowerSpec
 from diffenc.hosts.tower import DiffusionVisionTower
@@ -52,12 +53,14 @@ def register(
     Args:
         package: The fork's top-level module, such as "llava" or "bunny"; it is imported.
         builder: Function that builds a tower of a config, as "module:function" inside the package.
-            ``build_<part>`` reads the name in the config's ``mm_<part>``, else ``<part>``.
+            ``build_<part>`` reads the name in the config's ``mm_<part>``, else ``<part>``; where
+            that is a list of names, the builder makes a list of towers.
         loader: Function that loads a checkpoint; None leaves adapters to `tower.load_adapter`.
 
     Raises:
-        ConfigError: The package is not there, has no such functions, never calls the builder, or
-            was registered with other ones; then it is left as it was.
+        ConfigError: The package is not there, has no such functions, never calls the builder, takes
+            several values from its tower, or was registered with other places; then it is left as
+            it was.
     """
     if (done := _DONE.get(package)) is not None:
         if (builder, loader) != (done.builder, done.loader):
@@ -69,6 +72,7 @@ def register(
     done = Registration(package, builder, loader)
     module, name = function_at(package, builder)
     require_caller(package, module, name)
+    require_one_value(package)
     loads = None if loader is None else function_at(package, loader)
     build = getattr(module, name)
     done.patches.replace(name, build, _builder(build, done, name.removeprefix("build_")))
@@ -94,14 +98,66 @@ def registration_of(package: str) -> Registration | None:
 def _builder(original: Any, done: Registration, part: str) -> Any:
     @functools.wraps(original)
     def build_vision_tower(cfg: Any, *args: Any, **kwargs: Any) -> Any:
+        names = specs_of(cfg, part)
+        if names is not None:
+            others = _other_towers(original, cfg, part, names)(*args, **kwargs)
+            return [
+                made(name, cfg, kwargs) if TowerSpec.is_spec(name) else others.pop(0)
+                for name in names
+            ]
         name = spec_of(cfg, part)
         if name is None or not TowerSpec.is_spec(name):
             return original(cfg, *args, **kwargs)
+        return made(name, cfg, kwargs)
+
+    def made(name: str, cfg: Any, kwargs: dict[str, Any]) -> DiffusionVisionTower:
         tower = DiffusionVisionTower(name, args=cfg, **kwargs)
         done.specs.append(tower.spec)
         return tower
 
     return build_vision_tower
+
+
+def _other_towers(original: Any, cfg: Any, part: str, names: list[str]) -> Any:
+    """The host's builder for those of its towers that are not diffenc's.
+
+    The config's other lists about towers, such as their numbers of tokens, lose the same entries.
+
+    Raises:
+        ConfigError: One of these lists asks for another number of tokens than a spec has.
+    """
+    stem = part.removesuffix("_list")
+    lists = {
+        field: list(value)
+        for field, value in vars(cfg).items()
+        if field.startswith((stem, f"mm_{stem}"))
+        and isinstance(value, (list, tuple))
+        and len(value) == len(names)
+    }
+    kept = [index for index, name in enumerate(names) if not TowerSpec.is_spec(name)]
+    for index in set(range(len(names))) - set(kept):
+        _check_tokens(names[index], {field: value[index] for field, value in lists.items()})
+
+    def build(*args: Any, **kwargs: Any) -> list[Any]:
+        if not kept:
+            return []
+        rest = copy.copy(cfg)
+        for field, value in lists.items():
+            setattr(rest, field, [value[index] for index in kept])
+        return list(original(rest, *args, **kwargs))
+
+    return build
+
+
+def _check_tokens(name: str, fields: dict[str, Any]) -> None:
+    spec = TowerSpec.parse(name)
+    for field, value in fields.items():
+        if field.endswith("token_len_list") and value != spec.num_patches:
+            side = round(value**0.5)
+            raise ConfigError(
+                f"{field} expects {value} tokens of {name!r}, which has {spec.num_patches}; put "
+                f"grid={side} into the spec, or {spec.num_patches} into the list"
+            )
 
 
 def _loader(original: Any) -> Any:
