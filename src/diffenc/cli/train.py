@@ -1,20 +1,16 @@
 """`diffenc train`: one stage from a TOML file; `diffenc shapes-data`: data for it in miniature."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from diffenc.cli.options import Debug, Device, quiet_libraries, to_device
 from diffenc.cli.progress import progress_bar
-from diffenc.cli.tables import print_table
+from diffenc.cli.train_plan import print_plan
 from diffenc.errors import ConfigError
 
-if TYPE_CHECKING:
-    from diffenc.mllm.training.plan import Plan
-
 _EXAMPLES = 5
-_UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def train(
@@ -42,6 +38,13 @@ def train(
             help="Operations per second that each process reaches, in 10^12; for --plan.",
         ),
     ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Number of samples to plan for without any data at hand; for --plan.",
+        ),
+    ] = None,
     device: Device = "auto",
     _debug: Debug = False,
 ) -> None:
@@ -49,8 +52,8 @@ def train(
 
     On several processes: torchrun --nproc-per-node 2 -m diffenc.cli.main train CONFIG.toml
     """
-    if not plan and (processes is not None or tflops is not None):
-        raise ConfigError("--processes and --tflops are for --plan")
+    if not plan and any(option is not None for option in (processes, tflops, samples)):
+        raise ConfigError("--processes, --tflops and --samples are for --plan")
     from diffenc.mllm.training.config import TrainConfig
 
     training = TrainConfig.read(config)
@@ -59,8 +62,10 @@ def train(
         from diffenc.mllm.training.plan import make_plan
 
         with progress_bar("looking at pictures", unit="pictures") as looking:
-            plan_of_run = make_plan(training, processes=processes, tflops=tflops, looking=looking)
-        _print_plan(plan_of_run)
+            planned = make_plan(
+                training, processes=processes, tflops=tflops, samples=samples, looking=looking
+            )
+        print_plan(planned)
         return
     from diffenc.mllm.training.processes import is_first_process
     from diffenc.mllm.training.stages import train as run_stage
@@ -109,44 +114,3 @@ def shapes_data(
 
     paths = write_miniature(folder, scenes=scenes, seed=seed, turns=turns, lettered=lettered)
     typer.echo(f"wrote {', '.join(map(str, paths.values()))}")
-
-
-def _print_plan(plan: "Plan") -> None:
-    guessed = " (told from letters: no tokenizer here)" if plan.estimated_text else ""
-    rows = [
-        ["samples", f"{plan.data.samples:,}, {plan.data.text_only:,} without a picture"],
-        ["pictures", f"{plan.data.images:,} of {plan.tokens_per_image} tokens"],
-        ["text", f"{plan.text_tokens:.0f} tokens a sample{guessed}"],
-        ["longest", f"{plan.longest:,} tokens; context {plan.context or 'unknown'}"],
-        ["steps", f"{plan.steps:,}"],
-        ["processes", f"{plan.processes}, {plan.accumulation} batches a step each"],
-        ["arithmetic", f"{_short(sum(plan.flops.values()))}FLOP a sample"],
-        ["counted on", f"{_short(plan.rate)}FLOP/s a process: {plan.rate_source}"],
-        ["time", _duration(plan.seconds)],
-    ]
-    print_table(f"plan: {plan.stage}", ["what", "how much"], rows)
-    parts = [
-        [name, _short(size), _short(plan.trained[name]) if name in plan.trained else "-"]
-        for name, size in plan.parameters.items()
-    ]
-    print_table("parameters", ["part", "all", "trained"], parts, right=["all", "trained"])
-    for title, table in (("memory of a process", plan.memory), ("disk", plan.disk)):
-        lines = [[name, f"{size / 1e9:.2f} GB"] for name, size in table.items()]
-        lines.append(["in all", f"{sum(table.values()) / 1e9:.2f} GB"])
-        print_table(title, ["use", "size"], lines, right=["size"])
-    for warning in plan.warnings():
-        typer.echo(f"note: {warning}")
-
-
-def _short(number: float) -> str:
-    for unit, letter in _UNITS:
-        if number >= unit:
-            return f"{number / unit:.3g} {letter}"
-    return f"{number:.3g} "
-
-
-def _duration(seconds: float) -> str:
-    for unit, name in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):
-        if seconds >= unit:
-            return f"{seconds / unit:.1f} {name}"
-    return f"{seconds:.0f} seconds"

@@ -60,7 +60,7 @@ class Weighted(_BothAligned):
 
     def __init__(self, *streams: Any, **options: Any) -> None:
         super().__init__(*streams, **options)
-        self.weight = nn.Parameter(torch.zeros((), dtype=torch.float32, device="meta"))
+        self.weight = nn.Parameter(torch.zeros(1, dtype=torch.float32, device="meta"))
 
     def _begin(self) -> None:
         self.weight.zero_()

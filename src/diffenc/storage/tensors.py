@@ -126,6 +126,30 @@ def write_tensors(
         save_file(apart, partial, metadata=dict(metadata or {"format": "pt"}))
 
 
+def read_state(path: StrPath, *, error: type[DiffencError] = ConfigError) -> Any:
+    """What `write_state` wrote: tensors on the CPU that are read from the file when they are used.
+
+    Raises:
+        DiffencError: `error`: the file is missing or broken, or holds more than weights and plain
+            values.
+    """
+    _require_file(path, error)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as failure:  # a broken pickle raises whatever it likes
+        raise error(f"cannot read {printable(path)}: {reason(failure)}") from failure
+
+
+def write_state(path: StrPath, state: Any) -> None:
+    """Write tensors among plain values, such as the state of an optimizer, whole or not at all.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    with writing(path) as partial:
+        torch.save(state, partial)
+
+
 def check_finite(
     tensors: Mapping[str, Tensor], where: str, *, error: type[DiffencError] = ConfigError
 ) -> None:

@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-import torch
-
 from diffenc.errors import BackboneError, ConfigError
 from diffenc.mllm.model import DiffusionVLM
 from diffenc.mllm.model_folder import is_saved
+from diffenc.mllm.training.sharding import set_trained
 from diffenc.storage.names import is_file, is_folder
 from diffenc.storage.reading import read_json
 from diffenc.storage.tensors import misfits, read_tensors
@@ -74,9 +73,7 @@ def load_trained(vlm: DiffusionVLM, checkpoint: Path) -> None:
             f"{checkpoint} is a checkpoint of another model: {len(wrong)} parameters differ, such "
             f"as {wrong[0]!r}"
         )
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(state[name])
+    set_trained(vlm, state)
 
 
 def _is_whole(checkpoint: Path) -> bool:

@@ -26,6 +26,7 @@ EncoderKind = Literal["diffusion", "fused", "vision"]
 LanguageTraining = Literal["none", "lora", "full"]
 Precision = Literal["fp32", "bf16", "fp16"]
 CacheMode = Literal["auto", "on", "off"]
+Sharding = Literal["none", "zero2", "zero3"]
 _WIDTH = 98
 
 
@@ -186,6 +187,10 @@ class OptimConfig:
             Trained weights stay in float32.
         gradient_checkpointing: Whether activations are computed again on the way back, which takes
             less memory for a third more time.
+        shard: What is split over the processes of the run: "none" holds everything whole in each,
+            "zero2" splits what trains and the language model between steps, "zero3" also while a
+            step runs, where each layer is whole only while it computes. One process has nothing to
+            split.
     """
 
     learning_rate: float
@@ -198,10 +203,17 @@ class OptimConfig:
     max_grad_norm: float = 1.0
     precision: Precision = "bf16"
     gradient_checkpointing: bool = True
+    shard: Sharding = "none"
 
     def __post_init__(self) -> None:
         conform(self, "optim.")
         check_choice("optim.precision", self.precision, get_args(Precision))
+        check_choice("optim.shard", self.shard, get_args(Sharding))
+        if self.shard != "none" and self.precision == "fp16":
+            raise ConfigError(
+                f'optim.shard = "{self.shard}" takes optim.precision = "bf16" or "fp32": losses in '
+                "fp16 are scaled by what one process sees"
+            )
         for name in ("batch_size", "device_batch_size", "epochs"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"optim.{name} must be 1 or more, got {getattr(self, name)}")

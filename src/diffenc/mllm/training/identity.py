@@ -21,6 +21,7 @@ _FREE_DATA = (
     *("workers", "cache", "cache_gb", "cache_dir", "images", "annotations"),
     *("skip_broken", "check_images"),
 )
+_FREE_OPTIM = ("device_batch_size", "shard")
 
 
 def run_identity(
@@ -35,7 +36,7 @@ def run_identity(
     """
     settings = {key: value for key, value in lasting.to_dict().items() if key not in _FREE}
     settings["data"] = {k: v for k, v in settings["data"].items() if k not in _FREE_DATA}
-    settings["optim"] = {k: v for k, v in settings["optim"].items() if k != "device_batch_size"}
+    settings["optim"] = {k: v for k, v in settings["optim"].items() if k not in _FREE_OPTIM}
     flat = {}
     for key, value in settings.items():
         if isinstance(value, dict):

@@ -15,6 +15,7 @@ from diffenc.errors import BackboneError, DiffencError
 from diffenc.mixing.choosing import make_mixer
 from diffenc.mixing.config import MIXED
 from diffenc.mllm.training.config import ModelConfig
+from diffenc.mllm.training.sharding import layers_of
 from diffenc.mllm.vision import grid_tokens, processed_side
 from diffenc.models import describe
 from diffenc.models.building import build_on_meta
@@ -64,6 +65,8 @@ _VISION_MODELS = {
         "patch_size": 14,
     },
 }
+_CLIP_TEXT = 124_436_737
+"""Parameters of the text half of CLIP ViT-L and of both projections, which its files hold too."""
 _SHOWN_AT = {"facebook/dinov2-large": 224}
 """Sides of the pictures that image processors make, where they differ from the config's size."""
 
@@ -82,6 +85,7 @@ class MetaEncoder:
             together.
         pixels: Number of pixels of a picture, as the first part sees it.
         text_width: Number of channels of a text state.
+        stored: Numbers of parameters in the files of each model, by its name.
     """
 
     parameters: dict[str, int] = field(default_factory=dict)
@@ -92,6 +96,7 @@ class MetaEncoder:
     groups: tuple[int, ...] = ()
     pixels: int = 0
     text_width: int = 0
+    stored: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +113,9 @@ class MetaLanguageModel:
         context: Number of tokens that the context holds; None where the config does not say.
         lora: Number of parameters of a LoRA per rank: the sum of the input and output widths of the
             linear layers, without the output layer.
+        in_layers: Number of parameters of all layers.
+        largest_layer: Number of parameters of the largest layer.
+        stored_width: Bytes of a number in the model's files.
     """
 
     parameters: int
@@ -117,6 +125,9 @@ class MetaLanguageModel:
     vocabulary: int
     context: int | None
     lora: int
+    in_layers: int
+    largest_layer: int
+    stored_width: int
 
 
 def meta_language_model(name: str) -> MetaLanguageModel:
@@ -136,6 +147,8 @@ def meta_language_model(name: str) -> MetaLanguageModel:
         module for module in model.modules() if isinstance(module, nn.Linear) and module is not head
     ]
     total = count(model)
+    layers = [count(layer) for layer in layers_of(model)] or [0]
+    stored: Any = getattr(config, "dtype", None) or torch.float16  # as most are
     tied = head is not None and head.weight is embedding
     return MetaLanguageModel(
         parameters=total,
@@ -145,6 +158,9 @@ def meta_language_model(name: str) -> MetaLanguageModel:
         vocabulary=embedding.shape[0],
         context=getattr(config, "max_position_embeddings", None),
         lora=sum(module.in_features + module.out_features for module in inner),
+        in_layers=sum(layers),
+        largest_layer=max(layers),
+        stored_width=stored.itemsize,
     )
 
 
@@ -194,6 +210,7 @@ def _add_diffusion(encoder: MetaEncoder, model: ModelConfig, unet_rank: int) -> 
     size = options.size or architecture.default_size
     height, width = (size, size) if isinstance(size, int) else size
     parts = build_on_meta(architecture)
+    encoder.stored[model.encoder] = sum(count(part) for part in parts.values())
     unet, vae = parts[architecture.denoiser], parts["vae"]
     texts = {name: part for name, part in parts.items() if name.startswith("text_encoder")}
     short: Any = shortened(unet, [tap.name for tap in taps])
@@ -224,6 +241,7 @@ def _add_diffusion(encoder: MetaEncoder, model: ModelConfig, unet_rank: int) -> 
         encoder.trained["unet LoRA"] = unet_rank * sizes
     if model.captioner:
         vision = _vision_model(model.captioner)
+        encoder.stored[model.captioner] = _stored(model.captioner, vision[0])
         encoder.parameters["captioner's CLIP"] = count(vision[0])
         encoder.flops["captioner's CLIP"] = vision[1]
         *_, last = texts.values()
@@ -272,6 +290,7 @@ def _add_vision(encoder: MetaEncoder, name: str, *, trained: int | None = None) 
             p.numel() for p in read.parameters() if p.requires_grad
         )
     encoder.parameters["vision model"] = count(vision)
+    encoder.stored[name] = _stored(name, vision)
     encoder.flops["vision model"] = flops
     encoder.groups = (config.hidden_size, *encoder.groups)
     encoder.hidden_size += config.hidden_size
@@ -296,6 +315,11 @@ def _vision_model(name: str) -> tuple[Any, float]:
     side = _shown_side(name, config)
     picture = torch.empty(1, 3, side, side, dtype=torch.float32, device="meta")
     return model, counted_flops(lambda: model(picture))
+
+
+def _stored(name: str, vision: nn.Module) -> int:
+    """Parameters in the files of a vision model, of which the half that sees may be all we read."""
+    return count(vision) + (_CLIP_TEXT if "clip-vit-large" in name else 0)
 
 
 def _shown_side(name: str, config: Any) -> int:

@@ -4,16 +4,24 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
-from diffenc.errors import BackboneError, ConfigError
-from diffenc.inputs.policies import parse_policy
-from diffenc.mllm.chat import Chat
-from diffenc.mllm.language import load_tokenizer
-from diffenc.mllm.training.config import TrainConfig
-from diffenc.mllm.training.data import DataReport, TrainSample, check_data
+from diffenc.errors import ConfigError
+from diffenc.mixing.config import MIXED
+from diffenc.mllm.training.config import Sharding, TrainConfig
+from diffenc.mllm.training.data import DataReport
+from diffenc.mllm.training.downloads import Download, downloads
+from diffenc.mllm.training.lengths import assumed, measured
+from diffenc.mllm.training.memory import (
+    BYTES,
+    CARDS,
+    ModelSizes,
+    host_memory,
+    process_memory,
+    what_fits,
+)
 from diffenc.mllm.training.meta import (
     MetaEncoder,
     MetaLanguageModel,
@@ -23,13 +31,9 @@ from diffenc.mllm.training.meta import (
 from diffenc.mllm.training.processes import process_count
 from diffenc.projector.plain import Projector
 
-_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-_SAMPLED = 500
-_CHARACTERS_PER_TOKEN = 4
 _EFFICIENCY = 0.4
-_LAYER_ACTIVATIONS = 34
-"""Values that a layer of a transformer keeps per token and channel for the way back (Korthikanti
-et al. 2022, arXiv:2205.05198, equation 2, without its attention matrix, in two-byte units / 2)."""
+_SPLIT_OVER = 8
+"""Number of processes that a plan for one compares it with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +61,14 @@ class Plan:
         rate_source: Description of where that rate comes from.
         seconds: Duration of the whole run, in seconds.
         disk: Disk space in bytes, by use.
+        shard: What the config splits.
+        assumed: Whether no data was looked at: numbers of samples and tokens are assumed.
+        settings: What the run is told, in words, by subject: batch, rates, precision, prompts.
+        split_over: Number of processes that the memory of what is split is shared by.
+        memories: Memory in bytes per process, by use, for each value of `optim.shard`.
+        host: Main memory in bytes, by what needs it.
+        fits: What cards hold, by their gigabytes: see `diffenc.mllm.training.memory.what_fits`.
+        downloads: Weights that the run reads, and where they come from.
     """
 
     stage: str
@@ -77,6 +89,14 @@ class Plan:
     rate_source: str
     seconds: float
     disk: dict[str, float] = field(default_factory=dict)
+    shard: Sharding = "none"
+    assumed: bool = False
+    settings: dict[str, str] = field(default_factory=dict)
+    split_over: int = 1
+    memories: dict[str, dict[str, float]] = field(default_factory=dict)
+    host: dict[str, float] = field(default_factory=dict)
+    fits: dict[int, dict[str, int | None]] = field(default_factory=dict)
+    downloads: list[Download] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON holds them."""
@@ -92,6 +112,13 @@ class Plan:
             )
         if self.data.broken:
             notes.append(f"left out: {self.data.describe()}")
+        if self.fits and not any(each[self.shard] for each in self.fits.values()):
+            needed = sum(self.memory.values()) / 1e9
+            notes.append(
+                f"no card of {', '.join(map(str, CARDS))} GB holds a process, which needs "
+                f'{needed:.0f} GB: take optim.shard = "zero3" over more processes, a smaller '
+                'optim.device_batch_size, or adapt.language_model = "lora"'
+            )
         if self.data.samples and self.steps < 10:
             notes.append(f"only {self.steps} steps: a smaller optim.batch_size makes more")
         return notes
@@ -102,6 +129,7 @@ def make_plan(
     *,
     processes: int | None = None,
     tflops: float | None = None,
+    samples: int | None = None,
     looking: Callable[[int, int], None] | None = None,
 ) -> Plan:
     """Check the data and add up what the run will take. No weight is loaded.
@@ -115,6 +143,8 @@ def make_plan(
             ``WORLD_SIZE``, and 1 without it.
         tflops: Speed of a process, in 10^12 operations per second; None measures a matrix
             multiplication here and counts on 40 % of it.
+        samples: Number of samples to plan for without looking at data: each is taken to have one
+            picture, and a text of 25 tokens to align or 250 to instruct. None reads the data.
         looking: Function that is called with the number of pictures looked at so far, and with the
             number of all.
 
@@ -122,29 +152,33 @@ def make_plan(
         ConfigError: The data cannot be used, or the batch cannot be shared.
         BackboneError: A model's config cannot be had.
     """
+    if samples is not None and samples < 1:
+        raise ConfigError(f"samples must be 1 or more, got {samples}")
     processes = process_count() if processes is None else processes
     if processes < 1 or (tflops is not None and not tflops > 0):
         raise ConfigError(f"processes must be 1 or more and tflops above 0, got {processes}")
-    samples, report = check_data(config.data, parse_policy(config.data.prompts), progress=looking)
-    optim, adapt = config.optimizing, config.adapting
-    encoder = meta_encoder(config.model, unet_rank=adapt.unet_rank)
+    lengths = measured(config, looking) if samples is None else assumed(config, samples)
+    optim, report = config.optimizing, lengths.report
+    encoder = meta_encoder(config.model, unet_rank=config.adapting.unet_rank)
     language = meta_language_model(config.model.language_model)
-    lengths, estimated = _text_lengths(config, samples)
-    pictures = report.images / report.samples
     total = [
         length + shown * encoder.tokens
-        for length, shown in lengths  # a place in the text counts as a token of the text
+        for length, shown in lengths.samples  # a place in the text counts as a token of the text
     ]
     parameters, trained = _parameters(config, encoder, language)
     tokens = min(sum(total) / len(total), config.data.max_length)
-    flops = _flops(config, encoder, language, tokens, pictures)
+    flops = _flops(config, encoder, language, tokens, report.images / report.samples)
     rate, source = _rate(config, tflops)
     steps = optim.steps(report.samples)
-    seconds = sum(flops.values()) * report.samples * optim.epochs / (rate * processes)
-    longest = max(total)
-    memory = _memory(
-        config, encoder, language, parameters, trained, min(longest, config.data.max_length)
-    )
+    longest = lengths.longest(encoder.tokens)
+    if longest == math.inf:
+        longest = min(config.data.max_length, language.context or math.inf)
+    at_most = int(min(longest, config.data.max_length))
+    model = ModelSizes(config, encoder, language, trained, at_most)
+    over = processes if processes > 1 else _SPLIT_OVER
+    memories = {
+        kind: process_memory(model, shard=kind, processes=over) for kind in get_args(Sharding)
+    }
     return Plan(
         stage=config.stage,
         data=report,
@@ -152,39 +186,54 @@ def make_plan(
         processes=processes,
         accumulation=optim.accumulation(processes),
         tokens_per_image=encoder.tokens,
-        text_tokens=sum(length for length, _ in lengths) / len(lengths),
-        longest=longest,
+        text_tokens=sum(length for length, _ in lengths.samples) / len(lengths.samples),
+        longest=int(longest),
         context=language.context,
-        estimated_text=estimated,
+        estimated_text=lengths.estimated,
         parameters=parameters,
         trained=trained,
-        memory=memory,
+        memory=process_memory(model, shard=optim.shard, processes=processes),
         flops=flops,
         rate=rate,
         rate_source=source,
-        seconds=seconds,
+        seconds=sum(flops.values()) * report.samples * optim.epochs / (rate * processes),
         disk=_disk(config, encoder, trained, report),
+        shard=optim.shard,
+        assumed=samples is not None,
+        settings=_settings(config, steps, processes),
+        split_over=over,
+        memories=memories,
+        host=host_memory(model, shard=optim.shard if processes > 1 else "none"),
+        fits=what_fits(model, over),
+        downloads=downloads(config, encoder, language),
     )
 
 
-def _text_lengths(
-    config: TrainConfig, samples: list[TrainSample]
-) -> tuple[list[tuple[int, int]], bool]:
-    """(Tokens of the text, pictures) of samples evenly spread; whether they are a guess."""
-    some = samples[:: max(1, len(samples) // _SAMPLED)]
-    try:
-        chat = Chat(
-            load_tokenizer(config.model.language_model),
-            config.model.template,  # type: ignore[arg-type]  # checked by the config
-        )
-    except (OSError, ValueError, BackboneError):
-        guessed = [
-            sum(len(turn["value"]) for turn in sample.conversation) // _CHARACTERS_PER_TOKEN + 1
-            for sample in some
-        ]
-        return [(n, len(s.images)) for n, s in zip(guessed, some, strict=True)], True
-    encoded = [chat.encode(sample.conversation) for sample in some]
-    return [(len(each.input_ids) - each.num_images, each.num_images) for each in encoded], False
+def _settings(config: TrainConfig, steps: int, processes: int) -> dict[str, str]:
+    """What a run is told, in words, by subject."""
+    optim, adapt = config.optimizing, config.adapting
+    rises = math.ceil(steps * optim.warmup)
+    again = ", activations computed again" if optim.gradient_checkpointing else ""
+    trains = {
+        "projector": True,
+        "mixer": config.model.how in MIXED,
+        "CLIP": not config.model.freeze_clip,
+        "implicit captioner": bool(config.model.captioner),
+        f"LoRA of rank {adapt.unet_rank} on the U-Net": bool(adapt.unet_rank),
+        f"LoRA of rank {adapt.rank} on the language model": adapt.language_model == "lora",
+        "language model": adapt.language_model == "full",
+    }
+    split = optim.shard if optim.shard == "none" or processes > 1 else f"{optim.shard}, of 1: none"
+    return {
+        "trains": ", ".join(part for part, does in trains.items() if does),
+        "batch": f"{optim.batch_size} = {optim.device_batch_size} at a time x "
+        f"{optim.accumulation(processes)} accumulated x {processes} processes",
+        "learning rate": f"{optim.learning_rate:g}, {optim.schedule} after {rises} steps of warm-up; weight "
+        f"decay {optim.weight_decay:g}, gradients clipped to {optim.max_grad_norm:g}",
+        "precision": f"{optim.precision}, trained weights in fp32{again}",
+        "prompts": config.data.prompts,
+        "split": split,
+    }
 
 
 def _parameters(
@@ -235,41 +284,6 @@ def _flops(
     return parts
 
 
-def _memory(
-    config: TrainConfig,
-    encoder: MetaEncoder,
-    language: MetaLanguageModel,
-    parameters: dict[str, int],
-    trained: dict[str, int],
-    longest: int,
-) -> dict[str, float]:
-    """Bytes per process, by use."""
-    optim = config.optimizing
-    width, batch = _BYTES[optim.precision], optim.device_batch_size
-    learnt = sum(trained.values())
-    frozen = sum(parameters.values()) - learnt
-    tokens = batch * longest
-    layer = tokens * language.width * _LAYER_ACTIVATIONS * width / 2
-    kept = tokens * language.width * width * language.layers
-    activations = kept + layer if optim.gradient_checkpointing else layer * language.layers
-    logits = tokens * language.vocabulary * (2 * width + 4)
-    at_once = min(batch, config.model.image_batch_size or batch)
-    # The VAE's first level: 128 channels at full size, of which it holds about four tensors.
-    encoding = at_once * encoder.pixels * 128 * 4 * width
-    parts = {
-        "frozen weights": float(frozen * width),
-        "trained weights": 4.0 * learnt,
-        "gradients": 4.0 * learnt,
-        "AdamW": 8.0 * learnt,
-        "activations": float(activations),
-        "logits": float(logits),
-        "encoding": float(encoding),
-    }
-    if config.adapting.language_model == "full" and width == 2:
-        parts["autocast copies"] = 2.0 * language.parameters
-    return parts
-
-
 def _disk(
     config: TrainConfig, encoder: MetaEncoder, trained: dict[str, int], report: DataReport
 ) -> dict[str, float]:
@@ -280,7 +294,7 @@ def _disk(
         # Weights and AdamW's two moments; the newest is written before the oldest goes.
         parts["checkpoints"] = 12.0 * learnt * (config.keep + 1)
     if config.keeps_tokens and not encoder.trained:
-        each = encoder.tokens * encoder.hidden_size * _BYTES[config.optimizing.precision]
+        each = encoder.tokens * encoder.hidden_size * BYTES[config.optimizing.precision]
         parts["cache"] = min(float(report.images * each), config.data.cache_gb * 1e9)
     return parts
 

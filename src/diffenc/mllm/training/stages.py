@@ -1,8 +1,9 @@
 """The two stages of LLaVA's recipe: align the projector, then instruct the language model."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,8 +34,10 @@ from diffenc.mllm.training.processes import (
     is_first_process,
     of_all,
     own_device,
+    process_count,
     require_same,
 )
+from diffenc.mllm.training.sharding import check_launch, held_bytes, is_sharded, set_trained
 from diffenc.mllm.training.token_cache import make_cache
 from diffenc.storage.names import expanded
 from diffenc.storage.writing import make_folder, write_json
@@ -53,6 +56,8 @@ class TrainResult:
         cache_hits: Number of pictures whose tokens were in the cache.
         cache_misses: Number of pictures that were encoded, where there was a cache.
         skipped: Samples whose pictures broke while this call trained, and why.
+        held: Bytes that this process held at the end, by use: its part of the weights, trained and
+            frozen, and of AdamW's moments.
     """
 
     model: Path
@@ -63,6 +68,7 @@ class TrainResult:
     cache_hits: int = 0
     cache_misses: int = 0
     skipped: tuple[str, ...] = ()
+    held: Mapping[str, int] = field(default_factory=dict)
 
 
 def train(
@@ -91,13 +97,14 @@ def train(
             training, and with the number of all.
 
     Raises:
-        ConfigError: The data cannot be used, a checkpoint is of another configuration, or a run is
-            in `config.output` already and shall not be resumed.
+        ConfigError: The data cannot be used, a checkpoint is of another configuration, a run is in
+            `config.output` already and shall not be resumed, or the launcher would split the model.
         BackboneError: A model is missing.
         ImageError: A picture broke after it was checked, and `data.skip_broken` is not set.
         OutputError: The folder cannot be written, or another program trains in it.
     """
     require("accelerate", extra="train")
+    check_launch(config.optimizing, process_count())
     folder = Path(config.output)
     policy = parse_policy(config.data.prompts)
     checkpoint = starting_point(folder, resume=resume)
@@ -124,7 +131,9 @@ def _train(
     identity = run_identity(lasting, samples, expanded(config.data.images))
     if checkpoint is not None:
         check_same_run(checkpoint, identity)
-    vlm = build_vlm(config, device=device)
+    # What is split goes to its device layer by layer: the whole may not fit there.
+    split = config.optimizing.shard != "none" and process_count() > 1
+    vlm = build_vlm(config, device="cpu" if split else device)
     identity["weights"] = marks_of(vlm)
     if checkpoint is not None:
         check_same_weights(checkpoint, vlm)
@@ -158,9 +167,8 @@ def _train(
         ) from error
     if cache is not None:
         cache.flush()
-    if stop_after is None and trainer.args.should_save:
-        vlm.eval()
-        vlm.save_pretrained(folder / MODEL_FOLDER)
+    if stop_after is None:
+        _save(config, trainer, folder / MODEL_FOLDER)
     trainer.accelerator.wait_for_everyone()
     return TrainResult(
         model=folder / MODEL_FOLDER,
@@ -171,4 +179,18 @@ def _train(
         cache_hits=0 if cache is None else cache.hits,
         cache_misses=0 if cache is None else cache.misses,
         skipped=of_all(list(trainer.broken)),
+        held=held_bytes(vlm, trainer.optimizer),
     )
+
+
+def _save(config: TrainConfig, trainer: Any, folder: Path) -> None:
+    """Write the model; one that is split is built again as a whole in the first process."""
+    vlm, first = trainer.vlm, trainer.args.should_save
+    if is_sharded(vlm):
+        state = trainer.trained_state()
+        if first:
+            vlm = build_vlm(config, device="cpu")
+            set_trained(vlm, state)
+    if first:
+        vlm.eval()
+        vlm.save_pretrained(folder)

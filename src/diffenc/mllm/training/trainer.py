@@ -5,15 +5,17 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback
 
-from diffenc.errors import BackboneError, ConfigError
+from diffenc.errors import BackboneError
 from diffenc.memory.cache import recall
 from diffenc.mllm.model import DiffusionVLM
 from diffenc.mllm.training.callbacks import RunCallback
@@ -28,9 +30,10 @@ from diffenc.mllm.training.dataset import (
 )
 from diffenc.mllm.training.log import LOG_FILE, Progress
 from diffenc.mllm.training.processes import process_count
+from diffenc.mllm.training.sharding import gathered, is_sharded, load_optimizer, shard
 from diffenc.mllm.training.token_cache import TokenCache, encoder_digest, entry_name
 from diffenc.storage.names import reason
-from diffenc.storage.tensors import write_tensors
+from diffenc.storage.tensors import read_state, write_state, write_tensors
 from diffenc.storage.writing import make_folder, write_json
 
 logger = logging.getLogger(__name__)
@@ -110,10 +113,27 @@ class VLMTrainer(Trainer):  # type: ignore[misc]  # transformers is seen as Any
 
         return [tokens.to(self.args.device) for tokens in recall(self.cache, names, encode)]
 
+    def _move_model_to_device(self, model: Any, device: Any) -> None:
+        """The model is where it shall be: moving one that is split would put it together."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what trains; where it is split, all processes put it together."""
+        state = self.trained_state()
+        if self.args.should_save:
+            self._save(output_dir, state)
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """What trains, by name: whole, on the CPU, in the first process; empty in others.
+
+        All processes call this together.
+        """
+        trained = dict(self.vlm.named_trainable_parameters())
+        state: dict[str, Tensor] = gathered(trained, keep=self.args.should_save)
+        return state
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = make_folder(output_dir or self.args.output_dir)
-        state = {name: value.cpu() for name, value in self.vlm.named_trainable_parameters()}
-        write_tensors(folder / WEIGHTS_FILE, state)
+        write_tensors(folder / WEIGHTS_FILE, state_dict)
         write_json(folder / RUN_FILE, self.identity)
         if self.cache is not None:
             self.cache.flush()
@@ -124,9 +144,23 @@ class VLMTrainer(Trainer):  # type: ignore[misc]  # transformers is seen as Any
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_trained(self.vlm, Path(resume_from_checkpoint))
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not is_sharded(self.vlm):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # In the layout of a run that is not split, so that either goes on from either.
+        state = gathered(self.optimizer.state_dict(), keep=self.args.should_save)
+        if self.args.should_save:
+            write_state(Path(output_dir) / OPTIMIZER_NAME, state)
+            write_state(Path(output_dir) / SCHEDULER_NAME, self.lr_scheduler.state_dict())
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with _reading(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is None or not is_sharded(self.vlm):
+                super()._load_optimizer_and_scheduler(checkpoint)
+                return
+            load_optimizer(self.optimizer, read_state(Path(checkpoint) / OPTIMIZER_NAME))
+            self.lr_scheduler.load_state_dict(read_state(Path(checkpoint) / SCHEDULER_NAME))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with _reading(checkpoint):
@@ -157,7 +191,7 @@ def make_trainer(
         stop_after: Number of steps after which training stops; None runs to the end.
 
     Raises:
-        ConfigError: The processes split parameters.
+        ConfigError: A parameter cannot be split where `optim.shard` says so.
     """
     optim = config.optimizing
     processes, folder = process_count(), Path(config.output)
@@ -191,6 +225,10 @@ def make_trainer(
         seed=config.seed,
         data_seed=config.seed,
     )
+    # The arguments have begun the process group. What is split comes before the optimizer is made.
+    split = optim.shard != "none" and processes > 1
+    if split:
+        shard(vlm, optim, arguments.device)
     trainer = VLMTrainer(
         vlm,
         dataset,
@@ -201,12 +239,9 @@ def make_trainer(
         callbacks=[RunCallback(folder / LOG_FILE, progress, stop_after)],
     )
     trainer.remove_callback(PrinterCallback)
-    kind = str(trainer.accelerator.distributed_type)
-    if any(word in kind for word in ("FSDP", "DEEPSPEED")):
-        raise ConfigError(
-            f"{kind} splits parameters, which checkpoints here do not gather; use plain data "
-            'parallelism, with adapt.language_model = "lora" where memory is short'
-        )
+    if split:  # it reduces its gradients itself, and wants no DistributedDataParallel round it
+        accelerator: Any = trainer.accelerator
+        accelerator.prepare_model = partial(accelerator.prepare_model, evaluation_mode=True)
     return trainer
 
 
