@@ -79,6 +79,8 @@ def list_pictures(
         return _listed_paths(source, prompt_column)
     path = Path(source)
     ending = path.suffix.lower()
+    if id_column is not None and (is_folder(path) or ending not in LIST_ENDINGS):
+        raise ConfigError(f"{printable(path)} is no list, and has no column {id_column!r}")
     if is_folder(path):
         if prompt_column is not None:
             raise ConfigError(

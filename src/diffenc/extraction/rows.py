@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -70,11 +70,15 @@ class Rows:
         tensors: Tensors by name, one row per picture.
         truncated: Number of prompt tokens that were cut, per picture; empty without prompts.
         words: Word of each word token, per picture; empty where no words gather.
+        conditioning: Conditioning of the features.
+        grid: Token grid, as (height, width).
     """
 
     tensors: dict[str, Tensor]
     truncated: tuple[int, ...] = ()
-    words: tuple[tuple[str, ...], ...] = field(default=())
+    words: tuple[tuple[str, ...], ...] = ()
+    conditioning: str = ""
+    grid: tuple[int, int] = (0, 0)
 
 
 @torch.no_grad()
@@ -110,10 +114,11 @@ def read_rows(
     if kept.output_dtype is not None:
         dtype = as_dtype(kept.output_dtype)
         tensors = {name: rows.to(dtype) for name, rows in tensors.items()}
-    if gathered is None:
-        return Rows(tensors, features.truncated)
-    tensors |= {"word_places": gathered.places, "word_mask": gathered.mask}
-    return Rows(tensors, features.truncated, gathered.words)
+    words: tuple[tuple[str, ...], ...] = ()
+    if gathered is not None:
+        tensors |= {"word_places": gathered.places, "word_mask": gathered.mask}
+        words = gathered.words
+    return Rows(tensors, features.truncated, words, features.conditioning, features.grid)
 
 
 def _maps_and_tokens(features: Features, kept: Kept) -> dict[str, Tensor]:

@@ -60,11 +60,14 @@ class Shard:
     Attributes:
         table: Names of the pictures and what else is said of them.
         tensors: Tensors by name, with room for all rows until `close`.
+        conditioning: Conditioning of the features.
+        grid: Token grid, as (height, width).
     """
 
     def __init__(self, capacity: int, run: str = "", *, prompted: bool = False) -> None:
         self.table = ShardTable(run, prompts=[] if prompted else None)
         self.tensors: dict[str, Tensor] = {}
+        self.conditioning, self.grid = "", (0, 0)
         self._capacity = capacity
 
     def add(self, rows: Rows, ids: Sequence[str], prompts: Sequence[str] | None = None) -> None:
@@ -86,6 +89,7 @@ class Shard:
                     "squash, crop or pad, or encode them one by one"
                 )
             whole[done : done + len(values)] = values.cpu()
+        self.conditioning, self.grid = rows.conditioning, rows.grid
         self.table.ids.extend(ids)
         self.table.truncated.extend(rows.truncated)
         self.table.words.extend(rows.words)
