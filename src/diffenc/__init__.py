@@ -12,6 +12,8 @@ __all__ = [
     "DiffusionEncoder",
     "DiffusionVLM",
     "EncoderConfig",
+    "Extractor",
+    "FeatureFolder",
     "Features",
     "FusedEncoder",
     "FusedProjector",
@@ -24,8 +26,10 @@ __all__ = [
     "list_backbones",
     "list_taps",
     "load_backbone",
+    "open_features",
     "projector_for",
     "prompt_scope",
+    "write_features",
 ]
 
 # Names are imported when they are first used, so that `diffenc --help` need not wait for torch.
@@ -36,6 +40,8 @@ _HOMES = {
     "DiffusionEncoder": "diffenc.encoder",
     "DiffusionVLM": "diffenc.mllm.model",
     "EncoderConfig": "diffenc.config",
+    "Extractor": "diffenc.extraction.extractor",
+    "FeatureFolder": "diffenc.extraction.reader",
     "Features": "diffenc.features",
     "FusedEncoder": "diffenc.fusion",
     "FusedProjector": "diffenc.projector",
@@ -47,14 +53,19 @@ _HOMES = {
     "list_backbones": "diffenc.models",
     "list_taps": "diffenc.models",
     "load_backbone": "diffenc.models",
+    "open_features": "diffenc.extraction.reader",
     "projector_for": "diffenc.projector",
     "prompt_scope": "diffenc.hosts.prompts",
+    "write_features": "diffenc.extraction.writing",
 }
 
 if _TYPE_CHECKING:
     from diffenc.config import EncoderConfig
     from diffenc.encoder import DiffusionEncoder
     from diffenc.errors import DiffencError
+    from diffenc.extraction.extractor import Extractor
+    from diffenc.extraction.reader import FeatureFolder, open_features
+    from diffenc.extraction.writing import write_features
     from diffenc.features import Features
     from diffenc.fusion import FusedEncoder
     from diffenc.hosts.prompts import prompt_scope

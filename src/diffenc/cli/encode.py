@@ -1,13 +1,13 @@
-"""`diffenc encode`: features of image files, written as safetensors."""
+"""`diffenc encode`: features of pictures, in one file or in a folder of shards."""
 
-import json
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from diffenc._version import __version__
+from diffenc.cli.encode_outputs import encode_to_file, encode_to_folder
 from diffenc.cli.fields import Changes, with_fields
 from diffenc.cli.files import check_output
 from diffenc.cli.options import (
@@ -19,35 +19,35 @@ from diffenc.cli.options import (
     SkipBroken,
     Variant,
     quiet_libraries,
-    to_device,
-    to_dtype,
 )
-from diffenc.cli.pictures import PictureFiles
-from diffenc.cli.progress import progress_bar
-from diffenc.cli.tables import print_table, readable_bytes
 from diffenc.config import EncoderConfig
-from diffenc.errors import ConfigError, ImageError, ShapeError
+from diffenc.errors import ConfigError
+from diffenc.storage.names import is_folder
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from PIL.Image import Image
-    from torch import Tensor
-
-    from diffenc.encoder import DiffusionEncoder
-    from diffenc.features import Features
-    from diffenc.passes.word_tokens import WordTokens
+_FILE = ".safetensors"
 
 
 def _encode(
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Files of pictures.")],
+    images: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="IMAGE",
+            help="Files of pictures; or one folder, one list (.csv, .jsonl, .parquet, .txt) or one "
+            ".tar archive of pictures.",
+        ),
+    ],
     changes: dict[str, Any],
     output: Annotated[
-        Path,
+        Path | None,
         typer.Option(
-            "--output", "-o", metavar="FILE", help="File that is written, a .safetensors file."
+            "--output",
+            "--out",
+            "-o",
+            metavar="FILE|FOLDER",
+            help="A .safetensors file, or a folder that gets shards and an index; default "
+            "features.safetensors for files of pictures, and the folder features for the rest.",
         ),
-    ] = Path("features.safetensors"),
+    ] = None,
     prompts: Annotated[
         list[str] | None,
         typer.Option(
@@ -105,7 +105,48 @@ def _encode(
             "around in their place.",
         ),
     ] = True,
+    pool: Annotated[
+        str | None,
+        typer.Option(
+            metavar="mean|max", help="Make one vector of the cells of each map and of the tokens."
+        ),
+    ] = None,
+    output_dtype: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Floating point type of what is written; default --dtype."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Number of images per pass.")] = 8,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Number of threads that decode images; default one per core, 8 at most.",
+        ),
+    ] = None,
+    prompt_column: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Column of a list with a text per image; in an archive the ending of files beside "
+            "the images, such as txt.",
+        ),
+    ] = None,
+    image_column: Annotated[
+        str, typer.Option(metavar="NAME", help="Column of a list with the paths of the images.")
+    ] = "image",
+    id_column: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Column of a list with a name per row; default the path."),
+    ] = None,
+    shard_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Number of images per shard; default what fits 256 MiB, 1000 at most.",
+        ),
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "float32",
     skip_broken: SkipBroken = False,
@@ -113,78 +154,118 @@ def _encode(
     force: Force = False,
     _debug: Debug = False,
 ) -> None:
-    """Write features of images under a text to a file.
+    """Write features of images under a text to a file, or to a folder of shards.
 
-    One tensor per tap (images, channels, height, width) and, with --tokens, "tokens" (images,
-    cells, channels); with --word-tokens, "word_tokens" (images, words, channels), "word_places"
-    (images, words, 4), which are the row and column of each centre and the spread along both, and
-    "word_mask". The metadata entry "diffenc" holds, as JSON, the names of the images and of those
-    left out, the prompts, the words, the options and the version.
+    A file is for what fits in memory: one tensor per tap (images, channels, height, width) and,
+    with --tokens, "tokens" (images, cells, channels); with --word-tokens, "word_tokens" (images,
+    words, channels), "word_places" (images, words, 4), which are the row and column of each centre
+    and the spread along both, and "word_mask". The metadata entry "diffenc" holds, as JSON, the
+    names of the images and of those left out, the prompts, the words, the options and the version.
+
+    A folder is for any number: shards with the same tensors, and index.parquet, which says where
+    each image's row is. After an interruption the same command goes on where it stopped.
+    diffenc.open_features reads it.
     """
-    parts: dict[str, Any] = {
-        "preset": preset,
-        "unet": unet,
-        "vae": vae,
-        "architecture": architecture,
-        "tokenizer": tokenizer,
-        "variant": variant,
-    }
-    check_output(output, suffixes=(".safetensors",), force=force)
-    if not (maps or tokens or word_tokens):
-        raise ConfigError("nothing to write: --no-maps needs --tokens or --word-tokens")
+    target = output or Path("features" if _is_collection(images) else f"features{_FILE}")
+    in_folder = not target.suffix or is_folder(target)
+    if not in_folder:
+        check_output(target, suffixes=(_FILE,), force=force)
+    _check_options(prompts, prompt_column, changes, word_tokens, maps or tokens)
     if word_tokens and not registers:
         raise ConfigError("--word-tokens gathers features as they are; leave --no-registers out")
-    _check_inputs(images, prompts, changes, words=word_tokens is not None)
-    files = PictureFiles(images, skip_broken)
-    files.check()
+    if shard_size and not in_folder:
+        raise ConfigError("--shard-size is for a folder of shards: leave .safetensors out of -o")
 
-    import torch
+    from diffenc.extraction.extractor import Extractor
+    from diffenc.extraction.listing import list_pictures
+    from diffenc.extraction.plan import check_folder
+    from diffenc.inputs.prompts import match_batch
+    from diffenc.inputs.words import words_of
 
-    from diffenc.encoder import DiffusionEncoder
-    from diffenc.storage.tensors import write_tensors
-
+    if in_folder:
+        check_folder(target, overwrite=force)
+    listing = list_pictures(
+        images[0] if _is_collection(images) else images,
+        prompt_column=prompt_column,
+        image_column=image_column,
+        id_column=id_column,
+    )
+    if prompts:
+        texts = match_batch(prompts, len(listing))
+        if len(texts) > 1:
+            listing = replace(listing, prompts=texts)
+    else:
+        texts = listing.prompts or []
+    for text in texts if word_tokens else ():
+        words_of(text)
     quiet_libraries()
-    encoder = DiffusionEncoder.from_pretrained(
+    extractor = Extractor(
         model,
-        device=to_device(device),
-        dtype=to_dtype(dtype),
-        **{name: value for name, value in parts.items() if value is not None},
+        prompt=None if listing.prompts is not None or not prompts else prompts[0],
+        prompt_column="prompt" if listing.prompts is not None else None,
+        maps=maps,
+        tokens=tokens,
+        word_tokens=word_tokens,
+        pool=pool,
+        registers=registers,
+        device=device,
+        dtype=dtype,
+        output_dtype=output_dtype,
+        batch_size=batch_size,
+        threads=threads,
+        skip_broken=skip_broken,
+        preset=preset,
+        unet=unet,
+        vae=vae,
+        architecture=architecture,
+        tokenizer=tokenizer,
+        variant=variant,
         **changes,
     )
-    tensors: dict[str, torch.Tensor] = {}
-    truncated: list[int] = []
-    words: list[tuple[str, ...]] = []
-    done = 0
-    for features, gathered in _passes(encoder, files, prompts, batch_size, word_tokens):
-        truncated += features.truncated
-        kept = features if registers else features.without_registers()
-        words += () if gathered is None else gathered.words
-        for name, rows in _to_write(kept, gathered, maps=maps, tokens=tokens).items():
-            _fill(tensors, name, rows, done, len(images))
-            count = len(rows)
-        done += count
-    if done < len(images):
-        tensors = {name: whole[:done].clone() for name, whole in tensors.items()}
-    metadata = {
-        "version": __version__,
-        "model": encoder.backbone.name,
-        "dtype": str(encoder.dtype).removeprefix("torch."),
-        "images": list(map(str, files.kept_paths)),
-        "left_out": files.left_out,
-        "prompts": _texts(prompts, files.kept) or [],
-        "truncated": truncated,
-        "conditioning": features.conditioning,
-        "grid": list(features.grid),
-        "taps": [asdict(tap) for tap in encoder.feature_info],
-        "config": encoder.config.to_dict(),
-        **({} if registers else {"registers": False}),
-        **({} if word_tokens is None else {"words": words}),
-    }
-    # One entry: the order of several is random, and equal calls shall write equal files.
-    described = {"diffenc": json.dumps(metadata)}
-    write_tensors(output, tensors, metadata=described)
-    _report(output, tensors, sum(count > 0 for count in truncated))
-    files.report()
+    if in_folder:
+        encode_to_folder(listing, extractor, target, shard_size=shard_size, force=force)
+    else:
+        paths = None if _is_collection(images) else images
+        encode_to_file(listing, extractor, target, paths=paths)
+
+
+def _is_collection(sources: Sequence[Path]) -> bool:
+    """Whether a folder, a list or an archive is named.
+
+    Raises:
+        ConfigError: There is more beside it.
+    """
+    from diffenc.extraction.listing import is_collection
+
+    collections = [source for source in sources if is_collection(source)]
+    if collections and len(sources) > 1:
+        raise ConfigError(
+            f"{collections[0]} is a folder, a list or an archive, which is given alone; or give "
+            "files of pictures"
+        )
+    return bool(collections)
+
+
+def _check_options(
+    prompts: Sequence[str] | None,
+    prompt_column: str | None,
+    changes: Mapping[str, Any],
+    word_tokens: int | None,
+    others: bool,
+) -> None:
+    """Find what is wrong with the options before anything is read."""
+    if not (others or word_tokens):
+        raise ConfigError("nothing to write: --no-maps needs --tokens or --word-tokens")
+    if prompts and prompt_column is not None:
+        raise ConfigError("--prompt and --prompt-column both give texts: pass one of them")
+    prompted = bool(prompts) or prompt_column is not None
+    conditioning = changes.get("conditioning")
+    if not prompted and conditioning not in (None, "uncond"):
+        raise ConfigError(f"conditioning {conditioning!r} needs --prompt; got none")
+    if "guidance_scale" in changes and conditioning != "cfg":
+        raise ConfigError("--guidance-scale is read by --conditioning cfg alone; pass that too")
+    if word_tokens and not prompted:
+        raise ConfigError("--word-tokens are gathered by the words of --prompt; got none")
 
 
 _CHANGES = Changes(
@@ -210,118 +291,3 @@ _CHANGES = Changes(
     },
 )
 encode = with_fields(_encode, {"changes": _CHANGES})
-
-
-def _check_inputs(
-    images: "Sequence[Path]",
-    prompts: "Sequence[str] | None",
-    changes: "Mapping[str, Any]",
-    *,
-    words: bool,
-) -> None:
-    """Find what is wrong with the input before a model is loaded."""
-    conditioning = changes.get("conditioning")
-    if not prompts and conditioning not in (None, "uncond"):
-        raise ConfigError(f"conditioning {conditioning!r} needs --prompt; got none")
-    if "guidance_scale" in changes and conditioning != "cfg":
-        raise ConfigError("--guidance-scale is read by --conditioning cfg alone; pass that too")
-    if words and not prompts:
-        raise ConfigError("--word-tokens are gathered by the words of --prompt; got none")
-    from diffenc.inputs.prompts import match_batch
-    from diffenc.inputs.words import words_of
-
-    if prompts:
-        texts = match_batch(prompts, len(images))
-        for text in texts if words else ():
-            words_of(text)
-
-
-def _texts(prompts: "Sequence[str] | None", places: "Sequence[int]") -> list[str]:
-    """Prompts of the images at these places: one for all, or one for each."""
-    if not prompts or len(prompts) == 1:
-        return list(prompts or ())
-    return [prompts[place] for place in places]
-
-
-def _passes(
-    encoder: "DiffusionEncoder",
-    files: PictureFiles,
-    prompts: "Sequence[str] | None",
-    batch_size: int,
-    words: int | None,
-) -> "Iterator[tuple[Features, WordTokens | None]]":
-    """The features of each batch and what words gather, with a progress bar on a terminal.
-
-    Raises:
-        ImageError: A picture broke after it was checked and shall not be skipped, or all did.
-    """
-    places = files.kept
-    with progress_bar("encoding", unit="images") as progress:
-        for start in range(0, len(places), batch_size):
-            pictures = _opened(files, places[start : start + batch_size])
-            if pictures:
-                texts = _texts(prompts, list(pictures)) or None
-                if words is None or texts is None:
-                    yield encoder.extract(list(pictures.values()), texts), None
-                else:
-                    gathered = encoder.word_tokens(list(pictures.values()), texts, count=words)
-                    yield gathered.features, gathered
-            if progress is not None and len(places) > batch_size:
-                progress(min(start + batch_size, len(places)), len(places))
-    files.require_some()
-
-
-def _opened(files: PictureFiles, places: "Sequence[int]") -> "dict[int, Image]":
-    """Pictures by their places, without those that broke since they were checked."""
-    from diffenc.inputs.images import load_image
-
-    pictures = {}
-    for place in places:
-        try:
-            pictures[place] = load_image(files.paths[place])
-        except ImageError as error:
-            files.skip(place, error)
-    return pictures
-
-
-def _to_write(
-    features: "Features", gathered: "WordTokens | None", *, maps: bool, tokens: bool
-) -> "Mapping[str, Tensor]":
-    tensors = dict(features) if maps else {}
-    if tokens:
-        tensors["tokens"] = features.tokens()
-    if gathered is not None:
-        tensors["word_tokens"] = gathered.tokens
-        tensors |= {"word_places": gathered.places, "word_mask": gathered.mask}
-    return tensors
-
-
-def _fill(tensors: "dict[str, Tensor]", name: str, rows: "Tensor", start: int, count: int) -> None:
-    """Put the rows of a batch into the tensor of all images, which the first batch creates."""
-    import torch
-
-    if name not in tensors:
-        tensors[name] = torch.empty(count, *rows.shape[1:], dtype=rows.dtype, device="cpu")
-    whole = tensors[name]
-    if rows.shape[1:] != whole.shape[1:]:
-        raise ShapeError(
-            f"the images have different sizes: {name} is {tuple(whole.shape[1:])} for the first "
-            f"and {tuple(rows.shape[1:])} from image {start} on; choose --resize squash, crop or "
-            "pad, or encode them one by one"
-        )
-    whole[start : start + len(rows)] = rows.cpu()
-
-
-def _report(output: Path, tensors: "Mapping[str, Any]", truncated: int) -> None:
-    rows = [
-        (name, " x ".join(map(str, tensor.shape)), str(tensor.dtype).removeprefix("torch."))
-        for name, tensor in tensors.items()
-    ]
-    print_table("features", ("tensor", "shape", "dtype"), rows)
-    if truncated:
-        typer.echo(
-            f"warning: {truncated} prompts are longer than the text encoder reads and were cut; "
-            "--long-prompts chunk reads all of them",
-            err=True,
-        )
-    typer.echo(f"wrote {output} ({readable_bytes(output.stat().st_size)})")

@@ -1,9 +1,14 @@
 """Progress of long work: a bar on a terminal, nothing anywhere else."""
 
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
+
+import typer
+
+_LINE_SECONDS = 30.0
 
 
 class Progress(Protocol):
@@ -52,3 +57,33 @@ def progress_bar(title: str, *others: str, unit: str | Sequence[str]) -> Iterato
             bar.update(tasks[-1], completed=done, description=title or None)
 
         yield update
+
+
+@contextmanager
+def progress_lines(title: str, *, unit: str) -> Iterator[Progress]:
+    """A bar on a terminal; anywhere else, as in a log, a line on standard error now and then.
+
+    Args:
+        title: Name of the work.
+        unit: Name of the things that are counted, in the plural.
+    """
+    with progress_bar(title, unit=unit) as bar:
+        if bar is not None:
+            yield bar
+            return
+        begun: tuple[float, float] | None = None
+        last = time.monotonic()
+
+        def say(done: float, total: float, _title: str = "", /) -> None:
+            nonlocal begun, last
+            now = time.monotonic()
+            begun = begun or (now, done)
+            if now - last < _LINE_SECONDS:
+                return
+            last = now
+            speed = (done - begun[1]) / max(now - begun[0], 1e-9)
+            rest = f", {(total - done) / speed / 60:,.0f} minutes left" if speed else ""
+            line = f"{title}: {done:,.0f} of {total:,.0f} {unit}, {speed:,.1f} a second{rest}"
+            typer.echo(line, err=True)
+
+        yield say

@@ -53,6 +53,21 @@ def read_metadata(path: StrPath, *, error: type[DiffencError] = ConfigError) -> 
     return dict(_opened(path, lambda opened: opened.metadata(), error) or {})
 
 
+def open_tensors(path: StrPath, *, error: type[DiffencError] = ConfigError) -> Any:
+    """A safetensors file that stays open, for rows of large tensors; see `read_tensors`.
+
+    Returns:
+        What safetensors gives: `keys`, `get_slice(name)[rows]`, `get_tensor(name)`, `metadata`.
+    """
+    from safetensors import safe_open
+
+    _require_file(path, error)
+    try:
+        return safe_open(path, framework="pt")
+    except Exception as failure:  # safetensors raises errors of its own
+        raise error(f"cannot read {printable(path)}: {reason(failure)}") from failure
+
+
 def read_pickled(
     path: StrPath,
     *,

@@ -2,7 +2,9 @@
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,17 @@ from diffenc.inputs.pictures.files import UNCLEAR
 
 _TOLERANCE = 1e-3
 _warned = False
+_RANGE_KNOWN = ContextVar("range known", default=False)
+
+
+@contextmanager
+def range_known() -> Iterator[None]:
+    """Say that float tensors lie in [-1, 1], as `Transform` gives them, and need no warning."""
+    token = _RANGE_KNOWN.set(True)
+    try:
+        yield
+    finally:
+        _RANGE_KNOWN.reset(token)
 
 
 def values_of_tensor(values: Tensor) -> Float[Tensor, "3 h w"]:
@@ -113,7 +126,7 @@ def warn_of_unit_range(pictures: Sequence[Any]) -> None:
     has resized them: k / 127.5 - 1 is an odd number of 255ths.
     """
     global _warned  # noqa: PLW0603  # once in a process is what is wanted
-    if _warned:
+    if _warned or _RANGE_KNOWN.get():
         return
     tensors = [p for p in pictures if isinstance(p, Tensor) and p.is_floating_point()]
     floats = [tensor.detach().float() for tensor in tensors]
