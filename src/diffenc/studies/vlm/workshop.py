@@ -35,6 +35,7 @@ _TOKENS = "tokens"
 # What a result does not depend on.
 _FREE = ("output", "save_steps", "keep", "log_steps")
 _FREE_DATA = ("annotations", "images", "cache", "cache_dir", "cache_gb", "workers")
+_FREE_OPTIM = ("shard",)
 
 Step = Callable[[int, int], None]
 """Function that is called with the number of steps that are done and the number of all steps."""
@@ -95,6 +96,7 @@ class Workshop:
         config = self.plan.config(name, seed=seed).to_dict()
         plain = {key: value for key, value in config.items() if key not in _FREE}
         plain["data"] = {k: v for k, v in plain["data"].items() if k not in _FREE_DATA}
+        plain["optim"] = {k: v for k, v in plain["optim"].items() if k not in _FREE_OPTIM}
         return digest_of(
             {
                 "version": __version__,
