@@ -189,6 +189,17 @@ def test_what_differs_is_trained_anew_with_all_that_starts_from_it(run, parts, o
     assert not shop.is_trained("second", 0)
 
 
+def test_an_option_that_is_as_usual_makes_no_training_another(plan, parts, tmp_path):
+    written = ("layer = -1 }", "layer = -1, pad = false }")
+    free = ('precision = "fp32"', 'precision = "fp32"\nshard = "zero2"')
+    other = ("layer = -1 }", "layer = -1, pad = true }")
+    folders = [
+        Workshop(each, tmp_path).folder_of("writer", 0)
+        for each in (plan, made(parts, written), made(parts, free), made(parts, other))
+    ]
+    assert folders[0] == folders[1] == folders[2] != folders[3]
+
+
 def test_another_language_model_in_the_same_folder_is_another_training(parts, tmp_path):
     folder = tmp_path / "lm"
     shutil.copytree(parts["LM"], folder)

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_args
@@ -34,8 +35,10 @@ _WHAT_FILE = "what.json"
 _TOKENS = "tokens"
 # What a result does not depend on.
 _FREE = ("output", "save_steps", "keep", "log_steps")
-_FREE_DATA = ("annotations", "images", "cache", "cache_dir", "cache_gb", "workers")
-_FREE_OPTIM = ("shard",)
+_FREE_TABLES = {
+    "data": ("annotations", "images", "cache", "cache_dir", "cache_gb", "workers"),
+    "optim": ("shard",),
+}
 
 Step = Callable[[int, int], None]
 """Function that is called with the number of steps that are done and the number of all steps."""
@@ -93,14 +96,11 @@ class Workshop:
     def identity(self, name: str, seed: int) -> str:
         """Digest of a training with a seed: equal for equal results, wherever files lie."""
         training = self.plan.trainings[name]
-        config = self.plan.config(name, seed=seed).to_dict()
-        plain = {key: value for key, value in config.items() if key not in _FREE}
-        plain["data"] = {k: v for k, v in plain["data"].items() if k not in _FREE_DATA}
-        plain["optim"] = {k: v for k, v in plain["optim"].items() if k not in _FREE_OPTIM}
+        config = self.plan.config(name, seed=seed)
         return digest_of(
             {
                 "version": __version__,
-                "config": plain,
+                "config": _deciding(config),
                 "scenes": list(self._scenes()),
                 "learns from": f"{training.learns_from} {EDITIONS[training.learns_from]}",
                 "start": self.identity(training.start, seed) if training.start else "",
@@ -236,6 +236,28 @@ def fingerprint(name: str) -> str:
             digest.update(path.relative_to(folder).as_posix().encode())
             digest.update(read_bytes(path, most=DATA_BYTES, error=BackboneError))
     return digest.hexdigest()
+
+
+def _deciding(config: TrainConfig) -> dict[str, Any]:
+    """What of a configuration decides over the result, as far as it is not as usual.
+
+    An option that is new, and by default does what was done before, makes no training another.
+    """
+    plain = {key: value for key, value in _unusual(config).items() if key not in _FREE}
+    for table, free in _FREE_TABLES.items():
+        plain[table] = {k: v for k, v in plain[table].items() if k not in free}
+    return plain
+
+
+def _unusual(options: Any) -> dict[str, Any]:
+    """Fields of a dataclass that differ from their defaults, nested ones alike."""
+    values = {each.name: getattr(options, each.name) for each in fields(options)}
+    usual = {each.name: each.default for each in fields(options)}
+    return {
+        name: _unusual(value) if is_dataclass(value) else value
+        for name, value in values.items()
+        if is_dataclass(value) or value != usual[name]
+    }
 
 
 def digest_of(value: Mapping[str, Any]) -> str:
