@@ -102,7 +102,7 @@ def arithmetic(folder: str | Path, taps: tuple[str, ...], size: int) -> Arithmet
         taps: Module paths.
         size: Side of the pictures, in pixels.
     """
-    model = _Meta(folder, size)
+    model = MetaModel(folder, size)
     return model.arithmetic(partial(model.run, shortened(model.unet, taps)))
 
 
@@ -114,7 +114,7 @@ def score_arithmetic(folder: str | Path, size: int) -> Arithmetic:
         folder: A diffusers folder or an alias; no weights are read.
         size: Side of the pictures, in pixels.
     """
-    model = _Meta(folder, size)
+    model = MetaModel(folder, size)
     last = cross_attention_layers(model.unet)[-1]
 
     def leave(*_: Any) -> None:
@@ -129,8 +129,13 @@ def score_arithmetic(folder: str | Path, size: int) -> Arithmetic:
     return model.arithmetic(run)
 
 
-class _Meta:
-    """The parts of a folder without weights, and inputs of one row."""
+class MetaModel:
+    """The parts of a folder without weights, and inputs of one row.
+
+    Args:
+        folder: A diffusers folder or an alias; no weights are read.
+        size: Side of the pictures, in pixels.
+    """
 
     def __init__(self, folder: str | Path, size: int) -> None:
         told = describe(folder)
@@ -148,18 +153,21 @@ class _Meta:
             self.ids = torch.zeros(1, 77, dtype=torch.long)
 
     def run(self, unet: nn.Module) -> None:
+        """Call the U-Net, or a part of it, with one row."""
         unet(*self.inputs, added_cond_kwargs=self.added)
 
     def arithmetic(self, exits: Callable[[], None]) -> Arithmetic:
+        """Operations of each part, and of a pass that `exits` makes."""
         return Arithmetic(
-            unet=_operations(lambda: self.run(self.unet)),
-            unet_exit=_operations(exits),
-            vae=_operations(lambda: self.vae.encode(self.pixel_values)),
-            text=_operations(lambda: [text(self.ids) for text in self.texts]),
+            unet=operations(lambda: self.run(self.unet)),
+            unet_exit=operations(exits),
+            vae=operations(lambda: self.vae.encode(self.pixel_values)),
+            text=operations(lambda: [text(self.ids) for text in self.texts]),
         )
 
 
-def _operations(call: Any) -> int:
+def operations(call: Callable[[], Any]) -> int:
+    """Floating point operations of a call."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         call()
     return int(counter.get_total_flops())

@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     from diffenc.studies.look import Look
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-_OPTIONS = ("taps", "timestep", "draws", "size", "resize", "guidance_scale", "seed", "uncond", "reuse")
+_OPTIONS = (
+    *("taps", "timestep", "draws", "size", "resize"),
+    *("guidance_scale", "seed", "uncond", "reuse"),
+)
 _METAVARS = {"taps": "NAMES", "timestep": "T,T", "size": "PIXELS|HxW"}
 
 
