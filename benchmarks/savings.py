@@ -219,7 +219,8 @@ def _timed(saving: Saving, alias: str, ratios: dict[str, float]) -> Saving:
 def _page(text: str, savings: Sequence[Saving]) -> str:
     small = sorted({f"{each.job} ({each.model})" for each in savings if each.share < LEAST})
     note = f"Below {100 * LEAST:g} % of the job: {', '.join(small)}.\n" if small else ""
-    return f"{_HEAD}\n{text}\n{note}"
+    start, end = (f"<!-- --8<-- [{side}:table] -->" for side in ("start", "end"))
+    return f"{_HEAD}\n{start}\n\n{text}\n{end}\n\n{note}".rstrip() + "\n"
 
 
 _HEAD = """\
