@@ -24,7 +24,8 @@ class Counts:
     """How often the parts of a model ran.
 
     Attributes:
-        unet_rows: Rows of its batches: one per picture, half, timestep and draw.
+        unet_rows: Rows of its batches: one per picture, half, timestep and draw; what texts have in
+            common may have run for fewer.
         vae_pictures: Pictures that were encoded.
         texts: Texts that were encoded, by the first encoder where there are two.
     """
@@ -47,9 +48,9 @@ def counted(parts: Mapping[str, nn.Module]) -> Iterator[Counts]:
     """
     counts = Counts()
 
-    # The first layers of the parts: a truncated U-Net shares that one with the whole.
+    # A truncated U-Net shares its middle with the whole; what comes before may run once for all.
     places = {
-        "unet_rows": parts["unet"].conv_in,
+        "unet_rows": parts["unet"].mid_block,
         "vae_pictures": parts["vae"].encoder,
         "texts": parts["text_encoder"],
     }
