@@ -24,7 +24,8 @@ class Counts:
     """How often the parts of a model ran.
 
     Attributes:
-        unet_rows: Rows of its batches: one per picture, half, timestep and draw.
+        unet_rows: Rows of its batches: one per picture, half, timestep and draw; what texts have in
+            common may have run for fewer.
         vae_pictures: Pictures that were encoded.
         texts: Texts that were encoded, by the first encoder where there are two.
     """
@@ -47,9 +48,9 @@ def counted(parts: Mapping[str, nn.Module]) -> Iterator[Counts]:
     """
     counts = Counts()
 
-    # The first layers of the parts: a truncated U-Net shares that one with the whole.
+    # A truncated U-Net shares its middle with the whole; what comes before may run once for all.
     places = {
-        "unet_rows": parts["unet"].conv_in,
+        "unet_rows": parts["unet"].mid_block,
         "vae_pictures": parts["vae"].encoder,
         "texts": parts["text_encoder"],
     }
@@ -102,7 +103,7 @@ def arithmetic(folder: str | Path, taps: tuple[str, ...], size: int) -> Arithmet
         taps: Module paths.
         size: Side of the pictures, in pixels.
     """
-    model = _Meta(folder, size)
+    model = MetaModel(folder, size)
     return model.arithmetic(partial(model.run, shortened(model.unet, taps)))
 
 
@@ -114,7 +115,7 @@ def score_arithmetic(folder: str | Path, size: int) -> Arithmetic:
         folder: A diffusers folder or an alias; no weights are read.
         size: Side of the pictures, in pixels.
     """
-    model = _Meta(folder, size)
+    model = MetaModel(folder, size)
     last = cross_attention_layers(model.unet)[-1]
 
     def leave(*_: Any) -> None:
@@ -129,8 +130,13 @@ def score_arithmetic(folder: str | Path, size: int) -> Arithmetic:
     return model.arithmetic(run)
 
 
-class _Meta:
-    """The parts of a folder without weights, and inputs of one row."""
+class MetaModel:
+    """The parts of a folder without weights, and inputs of one row.
+
+    Args:
+        folder: A diffusers folder or an alias; no weights are read.
+        size: Side of the pictures, in pixels.
+    """
 
     def __init__(self, folder: str | Path, size: int) -> None:
         told = describe(folder)
@@ -148,18 +154,21 @@ class _Meta:
             self.ids = torch.zeros(1, 77, dtype=torch.long)
 
     def run(self, unet: nn.Module) -> None:
+        """Call the U-Net, or a part of it, with one row."""
         unet(*self.inputs, added_cond_kwargs=self.added)
 
     def arithmetic(self, exits: Callable[[], None]) -> Arithmetic:
+        """Operations of each part, and of a pass that `exits` makes."""
         return Arithmetic(
-            unet=_operations(lambda: self.run(self.unet)),
-            unet_exit=_operations(exits),
-            vae=_operations(lambda: self.vae.encode(self.pixel_values)),
-            text=_operations(lambda: [text(self.ids) for text in self.texts]),
+            unet=operations(lambda: self.run(self.unet)),
+            unet_exit=operations(exits),
+            vae=operations(lambda: self.vae.encode(self.pixel_values)),
+            text=operations(lambda: [text(self.ids) for text in self.texts]),
         )
 
 
-def _operations(call: Any) -> int:
+def operations(call: Callable[[], Any]) -> int:
+    """Floating point operations of a call."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         call()
     return int(counter.get_total_flops())

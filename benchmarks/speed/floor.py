@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from diffenc.config import EncoderConfig
 from diffenc.denoiser.hooks import TapOutputs
+from diffenc.denoiser.replay import record, replayed, text_free_prefix
 from diffenc.denoiser.shortening import shortened
 from diffenc.inputs.noise import shared_noise
 from diffenc.models.base import Backbone
@@ -23,7 +24,8 @@ class Floor:
     """The text encoders, the VAE and the truncated U-Net, warm, in the memory format of `backbone`.
 
     Pixels, token ids and noise lie ready on the device; what a further question finds remembered
-    (latents, the unconditional half) does too.
+    (latents, the unconditional half, what runs before a text comes in) does too. A first question
+    runs that part for both halves, which is what an answer in one call needs.
 
     Args:
         backbone: Whose parts are called.
@@ -40,7 +42,7 @@ class Floor:
     ) -> None:
         self.backbone, self.config, self.taps, self.again = backbone, config, taps, again
         self.parts: Mapping[str, nn.Module] = backbone.parts()
-        self.unet = TapOutputs(shortened(backbone.unet, taps), taps)
+        self.unet = self._whole = TapOutputs(shortened(backbone.unet, taps), taps)
         self.device, self.dtype = backbone.device, backbone.dtype
         numbers = ("", "_2") if backbone.family == "sdxl" else ("",)
         self.towers: list[tuple[Any, Any]] = [
@@ -65,9 +67,20 @@ class Floor:
             return lambda: self._first(pixel_values, ids)
         if question.picture not in self._known:
             latents = self._noised(self._encode(pixel_values)[0], self.noise)
+            self.unet = self._whole
             known = self._pass(latents, [self.uncond], len(latents))
+            self.unet = self._begun(latents)
             self._known = {question.picture: (latents, known)}
         return lambda: self._next(*self._known[question.picture], ids)
+
+    def _begun(self, latents: Tensor) -> TapOutputs:
+        """The U-Net with the outputs of what no text changes in place."""
+        unet = self.backbone.unet
+        paths = text_free_prefix(unet)
+        if not paths:
+            return self._whole
+        outputs = record(unet, paths, lambda: self._pass(latents, [self.uncond], len(latents)))
+        return TapOutputs(shortened(replayed(unet, outputs), self.taps), self.taps)
 
     @torch.no_grad()
     def _first(self, pixel_values: Tensor, ids: list[Tensor]) -> Maps:

@@ -95,7 +95,7 @@ class DiffusionEncoder(TrainableParts):
         self.config = config if config is not None else EncoderConfig()
         self.use_cache = flag("use_cache", use_cache)
         self._matched: tuple[object, tuple[TapInfo, ...]] = (None, ())
-        check_reuse(self.config.reuse, [tap.name for tap in self._taps])
+        check_reuse(backbone, self.config.reuse, [tap.name for tap in self._taps])
         length = len(backbone.noise_levels)
         if max(self.config.timesteps) >= length:
             raise ConfigError(

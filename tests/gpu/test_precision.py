@@ -40,6 +40,19 @@ def test_every_dtype_agrees_with_float32_on_a_cpu(folder, pictures, device, dtyp
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("part", ["down", "middle"])
+def test_every_dtype_agrees_where_the_first_half_runs_without_the_text(
+    folder, pictures, device, dtype, part
+):
+    options = {**OPTIONS, "taps": TAPS[1:], "reuse": part}
+    expected = DiffusionEncoder.from_pretrained(folder, **options).extract(pictures, PROMPTS)
+    encoder = DiffusionEncoder.from_pretrained(folder, device=device, dtype=dtype, **options)
+    for _ in range(2):  # computed, then remembered
+        found = encoder.extract(pictures.to(device), PROMPTS)
+        assert_near(found, expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_a_picture_has_the_same_features_in_every_batch(folder, pictures, device, dtype):
     encoder = DiffusionEncoder.from_pretrained(
         folder, device=device, dtype=dtype, use_cache=False, **OPTIONS

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffenc import DiffusionEncoder
+from diffenc import CrossAttnScorer, DiffusionEncoder
 from diffenc.config import EncoderConfig
 from diffenc.errors import ConfigError
 from diffenc.passes import reuse
@@ -104,8 +104,8 @@ def test_small_batches_share_the_prefix_too(encoder, convolved, tiny_sd_folder):
         torch.testing.assert_close(parts[tap], whole[tap], atol=1e-5, rtol=1e-5)
 
 
-def test_a_tap_inside_the_prefix_is_read_of_every_row(encoder, tiny_sd_folder, monkeypatch):
-    taps = ("conv_in", "down_blocks.0.resnets.0.conv1", "up_blocks.0")
+def test_a_tap_inside_the_prefix_is_read_of_every_row(tiny_sd_folder, monkeypatch):
+    taps = ("conv_in", "down_blocks.0.resnets.0.conv2", "up_blocks.0")
     encoder = DiffusionEncoder.from_pretrained(fresh(tiny_sd_folder), taps=taps, size=(72, 40))
 
     def ask():
@@ -170,7 +170,7 @@ def by_hand(backbone, noisy_latents, timestep, text, taps, part):
 @pytest.mark.parametrize("folder", ["tiny_sd_folder", "tiny_sdxl_folder"])
 def test_reuse_gives_what_hooks_by_hand_give(request, folder, part):
     backbone = fresh(request.getfixturevalue(folder))
-    taps = ("up_blocks.0", "up_blocks.1")
+    taps = ("up_blocks.1", "up_blocks.1.attentions.0")
     config = EncoderConfig(taps=taps, size=(72, 40), noise=None, timestep=20, reuse=part)
     encoder = DiffusionEncoder(backbone, config)
     features = encoder.extract(pictures(), "a red circle")
@@ -211,15 +211,17 @@ def test_the_unconditional_half_stays_exact(reusing, encoder):
 
 def test_words_gather_under_reuse(reusing):
     assert reusing.word_tokens(pictures(), "a red circle", "circle").mask.all()
-    with pytest.raises(ConfigError, match="lies in the part of the U-Net that reuse='down'"):
+    with pytest.raises(ConfigError, match=r"no text reaches 'down_blocks\.1.* where reuse='down'"):
         reusing.word_tokens(pictures(), "a red circle", "circle", layers="down_blocks.1")
 
 
-@pytest.mark.parametrize(("part", "tap"), [("down", "down_blocks.1"), ("middle", "mid_block")])
+@pytest.mark.parametrize(
+    ("part", "tap"), [("down", "down_blocks.1"), ("middle", "mid_block"), ("middle", "up_blocks.0")]
+)
 def test_taps_that_would_not_change_with_the_text_are_refused(tiny_sd_folder, part, tap):
     backbone = fresh(tiny_sd_folder)
-    with pytest.raises(ConfigError, match=f"'{tap}' lies in the part .* reuse='{part}'"):
-        DiffusionEncoder.from_pretrained(backbone, taps=(tap, "up_blocks.0"), reuse=part)
+    with pytest.raises(ConfigError, match=f"no text reaches '{tap}' where reuse='{part}'"):
+        DiffusionEncoder.from_pretrained(backbone, taps=(tap, "up_blocks.1"), reuse=part)
 
 
 def test_a_middle_tap_is_read_where_only_the_way_down_is_reused(tiny_sd_folder):
@@ -239,12 +241,30 @@ def test_reuse_does_not_train_and_does_not_compile(reusing):
         assert reusing.extract(pictures(), "red")[TAPS[0]].isfinite().all()
 
 
-def test_hooks_on_the_way_down_are_not_passed_by(reusing):
-    reusing.backbone.unet.down_blocks[0].register_forward_hook(lambda *_: None)
-    with pytest.raises(ConfigError, match="whose down path nobody hooks or offloads"):
+def test_an_offloaded_unet_is_refused(reusing):
+    unet = reusing.backbone.unet
+    unet.forward = unet.forward  # as offloading does
+    with pytest.raises(ConfigError, match="neither offloaded nor compiled in place"):
         reusing.extract(pictures(), "red")
 
 
 def test_another_word_for_reuse_is_answered():
     with pytest.raises(ConfigError, match=r"reuse must be one of \['down', 'middle'\], got 'up'"):
         EncoderConfig(reuse="up")
+
+
+# Scores
+
+
+@pytest.mark.parametrize("remembers", [True, False])
+def test_scores_of_many_texts_share_the_prefix(tiny_sd_folder, monkeypatch, convolved, remembers):
+    options = {"preset": "discffusion", "size": (72, 40), "timesteps": (200, 700), "batch_size": 8}
+    scorer = CrossAttnScorer.from_pretrained(fresh(tiny_sd_folder), use_cache=remembers, **options)
+    texts = ["red", "a circle", "a blue square"]
+    scores = scorer(pictures(), texts)
+    unet = scorer.backbone.unet
+    assert convolved[unet.conv_in] == 2 * 2  # pictures, timesteps
+    assert convolved[unet.down_blocks[0].resnets[1].conv1] == 2 * 2 * 4  # and no text
+    scorer.clear_cache()
+    expected = without_sharing(scorer, monkeypatch, lambda: scorer(pictures(), texts))
+    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-6)

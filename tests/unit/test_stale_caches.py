@@ -46,7 +46,12 @@ def ask_guided(backbone: StableDiffusion, use_cache: bool) -> Callable[[], list[
 def ask_reused(backbone: StableDiffusion, use_cache: bool) -> Callable[[], list[Tensor]]:
     config = EncoderConfig(taps=TAPS[1:], reuse="middle")
     encoder = DiffusionEncoder(backbone, config, use_cache=use_cache)
-    return lambda: list(encoder.extract(picture(), TEXT).values())
+
+    @torch.no_grad()  # a gradient is refused, and some changes ask for one
+    def ask() -> list[Tensor]:
+        return list(encoder.extract(picture(), TEXT).values())
+
+    return ask
 
 
 def ask_exact(backbone: StableDiffusion, use_cache: bool) -> Callable[[], list[Tensor]]:

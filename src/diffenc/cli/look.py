@@ -30,15 +30,8 @@ if TYPE_CHECKING:
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _OPTIONS = (
-    "taps",
-    "timestep",
-    "draws",
-    "size",
-    "resize",
-    "guidance_scale",
-    "seed",
-    "uncond",
-    "reuse",
+    *("taps", "timestep", "draws", "size", "resize"),
+    *("guidance_scale", "seed", "uncond", "reuse"),
 )
 _METAVARS = {"taps": "NAMES", "timestep": "T,T", "size": "PIXELS|HxW"}
 

@@ -250,6 +250,57 @@ def similarity(
 
 
 @study.command(cls=NotedCommand)
+def reuse(
+    output: Output = Path("reuse-study"),
+    backbone: Backbone = "shapes",
+    taps: Taps = None,
+    timesteps: Annotated[
+        str, typer.Option(metavar="T,T", help="Noise levels, 0 to 999.")
+    ] = "50,261,500",
+    scenes: Annotated[int, typer.Option(help="Number of scenes per seed.")] = 120,
+    seeds: Seeds = 2,
+    size: Size = None,
+    batch_size: Annotated[int, typer.Option(help="Number of pictures x timesteps per pass.")] = 24,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    force: Force = False,
+    _debug: Debug = False,
+) -> None:
+    """What is lost where the first half of the U-Net runs without the text.
+
+    Drift of features and of word maps, and the answers of linear readouts, for both settings of
+    `reuse` at every tap of the decoder.
+    """
+    steps = parse_timesteps(timesteps)
+
+    from diffenc.studies.reuse import study_reuse
+    from diffenc.studies.reuse_page import summary_table, to_markdown
+
+    run_and_report(
+        output,
+        "reuse",
+        lambda progress: study_reuse(
+            backbone,
+            taps=split_names(taps),
+            timesteps=steps,
+            scenes=scenes,
+            seeds=seeds,
+            size=size,
+            batch_size=batch_size,
+            device=to_device(device),
+            dtype=to_dtype(dtype),
+            progress=progress,
+        ),
+        page=to_markdown,
+        tables=lambda results: [summary_table(results)],
+        remarks=lambda results: _bundled_remark(results.model),
+        unit="scenes",
+        device=device,
+        force=force,
+    )
+
+
+@study.command(cls=NotedCommand)
 def registers(
     output: Output = Path("register-study"),
     backbone: Backbone = "shapes",

@@ -114,7 +114,10 @@ def text_free_prefix(unet: Any) -> tuple[str, ...]:
     block = f"down_blocks.{index}"
     before = [f"down_blocks.{earlier}" for earlier in range(index)]
     inside = [f"{block}.resnets.0", f"{block}.attentions.0.transformer_blocks.0.attn1"]
-    return _replaceable(unet, ["conv_in", *before, *inside])
+    paths = ["conv_in", *before, *inside]
+    if any(_is_hooked(unet.get_submodule(path)) for path in paths):
+        return ()  # somebody reads or changes what every row gives there
+    return _replaceable(unet, paths)
 
 
 def down_path(unet: Any, *, middle: bool = False) -> tuple[str, ...]:
@@ -143,12 +146,22 @@ def _has_usual_blocks(unet: Any) -> bool:
 
 
 def _replaceable(unet: nn.Module, paths: Sequence[str]) -> tuple[str, ...]:
-    """The paths, or none where somebody reads or exchanged what would not run as usual."""
-    ways = {""} | {path.rpartition(".")[0] for path in paths}
-    whole = [module for path in paths for module in unet.get_submodule(path).modules()]
-    exchanged = [unet.get_submodule(way) for way in ways] + whole
-    if any("forward" in vars(each) or each._compiled_call_impl for each in exchanged):
-        return ()  # bound to the original module, such as hooks of accelerate
-    if any(each._forward_hooks or each._forward_pre_hooks for each in whole):
+    """The paths, or none where the modules around them cannot be copied.
+
+    Offloading and `Module.compile` put functions into a module that call the original.
+    """
+    ways = {way for path in paths for way in _ways(path)}
+    around = [unet.get_submodule(way) for way in ways]
+    if any("forward" in vars(each) or each._compiled_call_impl for each in around):
         return ()
     return tuple(paths)
+
+
+def _ways(path: str) -> list[str]:
+    """Paths of the modules around one, the whole among them."""
+    parts = path.split(".")
+    return [".".join(parts[:depth]) for depth in range(len(parts))]
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return any(each._forward_hooks or each._forward_pre_hooks for each in module.modules())

@@ -75,7 +75,7 @@ def read_halves(
     parts: list[Maps] = []
     pictures = [(state, *key) for key in keys] if keys and state is not None else None
     layers = () if attention is None else attention.layers
-    reuse = partial(_reuse, backbone, config, [*taps, *layers], pictures, textless)
+    reuse = partial(_reuse, backbone, config, taps, layers, pictures, textless)
 
     def read(missing: list[int]) -> list[Entry]:
         texts = [uncond.take(missing)] if uncond is not None and missing else []
@@ -176,7 +176,8 @@ def _read_rows(
 def _reuse(
     backbone: Backbone,
     config: EncoderConfig,
-    read: Sequence[str],
+    taps: Sequence[str],
+    layers: Sequence[str],
     pictures: Sequence[tuple[object, ...]] | None,
     textless: PromptEmbeds | None,
     shown: list[int],
@@ -186,7 +187,8 @@ def _reuse(
     Args:
         backbone: Model whose U-Net is called.
         config: Config that gives the timesteps, draws, noise, seed and `reuse`.
-        read: Module paths that are read.
+        taps: Names of the taps.
+        layers: Module paths of cross-attentions that are read.
         pictures: Keys of the pictures and of the model's state; None keeps nothing.
         textless: Unconditional embeddings, one row per picture.
         shown: Index of the picture that each row shows.
@@ -200,8 +202,8 @@ def _reuse(
     ]
     cache = None if pictures is None else backbone.caches.outputs
     if config.reuse is None or textless is None:
-        return prefix_of(backbone, places, cache, read=read)
-    check_reuse(config.reuse, read)
+        return prefix_of(backbone, places, cache, read=[*taps, *layers])
+    check_reuse(backbone, config.reuse, taps, layers)
     repeats = len(config.timesteps) * config.draws
     texts = PromptEmbeds.concat([textless.take(shown)] * repeats)
     keys = [(config.uncond, *place) for place in places]

@@ -21,6 +21,8 @@ from diffenc.errors import ConfigError
 from diffenc.inputs.prompts import PromptEmbeds
 from diffenc.memory.cache import Entry, TensorCache, recall
 from diffenc.models.base import Backbone
+from diffenc.models.reached_layers import reached_projections
+from diffenc.models.taps import LATENTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,21 +92,39 @@ class Reuse:
         return replayed(backbone.denoiser, outputs)
 
 
-def check_reuse(reuse: Reused | None, read: Sequence[str]) -> None:
+def check_reuse(
+    backbone: Backbone, reuse: Reused | None, taps: Sequence[str], layers: Sequence[str] = ()
+) -> None:
     """Raise a `ConfigError` where what is read does not change with the text under `reuse`.
 
     Args:
+        backbone: Model.
         reuse: Part of the U-Net that runs without the text, see `EncoderConfig`.
-        read: Module paths that are read: taps and cross-attentions.
+        taps: Names of the taps: module paths of the U-Net, or "latents".
+        layers: Module paths of cross-attentions whose maps are read.
     """
     if reuse is None:
         return
     first = ("conv_in", "down_blocks", *(["mid_block"] if reuse == "middle" else []))
-    if early := [path for path in read if path.partition(".")[0] in first]:
+
+    def is_early(path: str) -> bool:
+        return path.partition(".")[0] in first
+
+    def hears(tap: str) -> bool:
+        """Whether a cross-attention behind the part has a say in a tap."""
+        config = dict(backbone.denoiser.config)
+        return any(
+            path.endswith(".to_v") and not is_early(path)
+            for path in reached_projections(config, [tap])
+        )
+
+    early = [layer for layer in layers if is_early(layer)]
+    early += [tap for tap in taps if tap != LATENTS and (is_early(tap) or not hears(tap))]
+    if early:
         raise ConfigError(
-            f"{early[0]!r} lies in the part of the U-Net that reuse={reuse!r} runs without the "
-            "text, and would say nothing of it; read places behind it, such as 'up_blocks.1', or "
-            "leave reuse out"
+            f"no text reaches {early[0]!r} where reuse={reuse!r} runs everything before the "
+            f"{'decoder' if reuse == 'middle' else 'middle'} without it; read places behind a "
+            "later cross-attention, such as 'up_blocks.1', or leave reuse out"
         )
 
 
@@ -130,9 +150,9 @@ def without_text(
     paths = down_path(backbone.denoiser, middle=reuse == "middle")
     if not paths:
         raise ConfigError(
-            f"reuse={reuse!r} needs a U-Net of diffusers whose down path nobody hooks or offloads; "
-            f"the denoiser of {backbone.name!r} is a {type(backbone.denoiser).__name__}: leave "
-            "reuse out, or take hooks and offloading out of its first half"
+            f"reuse={reuse!r} needs a U-Net of diffusers with its usual blocks, which is neither "
+            f"offloaded nor compiled in place; the denoiser of {backbone.name!r} is a "
+            f"{type(backbone.denoiser).__name__}: leave reuse out"
         )
     return Reuse(paths, keys, cache, texts)
 

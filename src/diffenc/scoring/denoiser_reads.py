@@ -13,6 +13,7 @@ from diffenc.inputs.noise import to_noise
 from diffenc.inputs.prompts import PromptEmbeds
 from diffenc.models.base import Backbone
 from diffenc.passes.forward import check_whole
+from diffenc.passes.reuse import Reuse
 
 
 def read_statistics(
@@ -25,6 +26,7 @@ def read_statistics(
     *,
     mask: Bool[Tensor, "rows l"] | None = None,
     predict: bool,
+    reuse: Reuse | None = None,
 ) -> tuple[Float[Tensor, "rows layers"] | None, Float[Tensor, "rows c h w"] | None]:
     """Read what scores are made of, with one call of the U-Net for all rows.
 
@@ -37,6 +39,8 @@ def read_statistics(
         pooling: Way in which the products of queries and keys are pooled.
         mask: Mask of the tokens that count, per row; None counts all.
         predict: Whether the noise is predicted too; otherwise the pass ends at the last attention.
+        reuse: Outputs that rows have in common, which are not computed for each; None computes
+            everything.
 
     Returns:
         Attention scores per layer, and the predicted noise, in float32; None where not asked for.
@@ -49,11 +53,14 @@ def read_statistics(
         check_whole(backbone)
     output: list[Tensor] = []
 
-    def call() -> None:
-        output[:] = backbone.denoise(noisy_latents, timesteps, prompt_embeds)
-
+    rows = (noisy_latents, timesteps, prompt_embeds)
     scores = None
     with backbone.lock, torch.no_grad():
+        denoiser = None if reuse is None else reuse.denoiser(backbone, *rows)
+
+        def call() -> None:
+            output[:] = backbone.denoise(*rows, run=denoiser)
+
         if attentions:
             scores = read_scores(attentions, pooling, call, mask=mask, early_exit=not predict)
         else:

@@ -9,6 +9,7 @@ from torch import Tensor
 from diffenc.denoiser.attention import cross_attentions, match_layers
 from diffenc.inputs.prompts import PromptEmbeds
 from diffenc.memory.cache import Entry, TensorCache, recall
+from diffenc.passes.reuse import Reuse, prefix_of
 from diffenc.scoring.batches import check_scores, in_batches
 from diffenc.scoring.denoiser_reads import read_statistics
 from diffenc.scoring.encoded_call import EncodedCall, pooling_of
@@ -103,6 +104,16 @@ def _statistics(
     return table
 
 
+def _prefix(encoded: EncodedCall, places: Sequence[tuple[int, Step]]) -> Reuse | None:
+    """What rows of the same picture and noise have in common."""
+    remembered, config = encoded.memory_key is not None, encoded.config
+    pictures = encoded.picture_keys if remembered else None
+    common = (encoded.memory_key, encoded.seed, config.posterior)
+    keys = [(*common, place if pictures is None else pictures[place], step)
+            for place, step in places]  # fmt: skip
+    return prefix_of(encoded.backbone, keys, encoded.backbone.caches.outputs if pictures else None)
+
+
 def _unknown(*shape: int) -> Tensor:
     return torch.full(shape, torch.nan, dtype=torch.float32, device="cpu")
 
@@ -149,6 +160,7 @@ def _passes(
             pooling_of(config),
             mask=None if encoded.mask is None else encoded.mask[texts, :length],
             predict=predicts,
+            reuse=_prefix(encoded, [(picture, steps[step]) for picture, step, _ in part]),
         )
         columns = _unknown(len(part), len(names) + 1)
         if attention is not None:
