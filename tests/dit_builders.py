@@ -7,14 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     DPMSolverMultistepScheduler,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
 )
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import Unigram
-from transformers import T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import (
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 from builders import WORDS, seeded
 
@@ -100,3 +110,67 @@ def save_pixart(folder: Path, **options: Any) -> Path:
     """Write a PixArt-Σ pipeline to `folder`."""
     pixart_pipeline(**options).save_pretrained(folder)
     return folder
+
+
+def tiny_gemma_tokenizer() -> GemmaTokenizerFast:
+    """A tokenizer like Gemma's: a start and no end, spaces within the pieces, by letters."""
+    names = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁")
+    vocab = {piece: index for index, piece in enumerate((*names, *LETTERS))}
+    tokenizer = GemmaTokenizerFast(vocab=vocab, merges=[], model_max_length=512)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", 2)]
+    )
+    return tokenizer
+
+
+def sana_pipeline(**options: Any) -> SanaPipeline:
+    """A Sana of three blocks on a VAE with 8 pixels per cell."""
+    config = Gemma2Config(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    transformer = seeded(
+        lambda: SanaTransformer2DModel(
+            **{
+                "in_channels": 4,
+                "out_channels": 4,
+                "num_attention_heads": 4,
+                "attention_head_dim": 8,
+                "num_layers": 3,
+                "num_cross_attention_heads": 2,
+                "cross_attention_head_dim": 16,
+                "cross_attention_dim": 32,
+                "caption_channels": 16,
+                "sample_size": 8,
+                "timestep_scale": 0.5,
+                **options,
+            }
+        )
+    )
+    widths = (4, 4, 8, 8)
+    vae = seeded(
+        lambda: AutoencoderDC(
+            latent_channels=4,
+            encoder_block_out_channels=widths,
+            decoder_block_out_channels=widths,
+            encoder_layers_per_block=(1, 1, 1, 1),
+            decoder_layers_per_block=(1, 1, 1, 1),
+            encoder_qkv_multiscales=((),) * 4,
+            decoder_qkv_multiscales=((),) * 4,
+            scaling_factor=0.41407,
+        )
+    )
+    return SanaPipeline(
+        tokenizer=tiny_gemma_tokenizer(),
+        text_encoder=seeded(lambda: Gemma2Model(config)),
+        vae=vae,
+        transformer=transformer,
+        scheduler=DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+    )

@@ -28,6 +28,7 @@ LICENCES = {
     "sd2.1": "CreativeML Open RAIL++-M",
     "sdxl": "CreativeML Open RAIL++-M",
     "pixart-sigma": "CreativeML Open RAIL++-M",
+    "sana": "NSCL v2-custom, not commercial",
 }
 SCORES = {"shapes": "62.7"}
 """Group score of `denoising-gap` on the miniature Winoground; real models were not measured."""

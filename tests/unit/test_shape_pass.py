@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from diffenc.denoiser.hooks import ForwardTaps
 from diffenc.denoiser.shape_pass import ShapePass
 from diffenc.models import describe
-from diffenc.models.taps import meta_inputs
+from diffenc.models.denoisers import meta_inputs
 
 
 def _meta(*shape, dtype=torch.float32):

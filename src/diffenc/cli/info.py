@@ -116,6 +116,7 @@ def describe(model: str) -> dict[str, Any]:
     """
     from diffenc.models import describe as read
     from diffenc.models import list_backbones, resolve_folder
+    from diffenc.models.schedules import prediction_of
     from diffenc.models.sources import single_file
     from diffenc.models.taps import count_parameters
 
@@ -137,7 +138,7 @@ def describe(model: str) -> dict[str, Any]:
         "family": architecture.family,
         "default_size": architecture.default_size,
         "latent_reduction": architecture.reduction,
-        "prediction_type": architecture.configs["scheduler"].get("prediction_type", "epsilon"),
+        "prediction_type": prediction_of(architecture.configs["scheduler"]),
         "components": [_component_values(part) for part in parts],
         "truncated_unet_parameters": shortened,
         "taps": [_tap_values(tap, architecture.default_taps) for tap in architecture.taps()],

@@ -86,7 +86,7 @@ class CrossAttnTaps:
             for name, (transformer, attn) in self._layers.items():
                 stack.callback(keep_present(attn, self._present, name).remove)
                 read = self._reader(name, transformer, attn)
-                for part, module in (("query", attn.to_q), ("key", attn.to_k)):
+                for part, module in last_projections(attn).items():
                     hook = self._projected.hook(name, part, read)
                     stack.callback(module.register_forward_hook(hook).remove)
             self._stack = stack.pop_all()
@@ -160,6 +160,14 @@ class PairedOutputs:
     def clear(self) -> None:
         """Forget what waits."""
         self._waiting.clear()
+
+
+def last_projections(attn: Any) -> dict[str, Any]:
+    """The modules that give an attention's queries and keys: projections, or norms behind them."""
+    return {
+        "query": attn.to_q if getattr(attn, "norm_q", None) is None else attn.norm_q,
+        "key": attn.to_k if getattr(attn, "norm_k", None) is None else attn.norm_k,
+    }
 
 
 def check_read(attentions: Mapping[str, Any], read: Container[str]) -> None:

@@ -10,7 +10,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from diffenc.denoiser.attention import PairedOutputs, check_read, keep_present
+from diffenc.denoiser.attention import PairedOutputs, check_read, keep_present, last_projections
 from diffenc.denoiser.hooks import AllTapsRead
 from diffenc.errors import ConfigError
 from diffenc.runtime.threads import for_this_thread
@@ -194,7 +194,7 @@ def read_scores(
     with ExitStack() as stack:
         for name, attn in attentions.items():
             stack.callback(keep_present(attn, present, name).remove)
-            for part, module in (("query", attn.to_q), ("key", attn.to_k)):
+            for part, module in last_projections(attn).items():
                 hook = projected.hook(name, part, reader(name, attn))
                 stack.callback(module.register_forward_hook(hook).remove)
         with suppress(AllTapsRead):
@@ -223,8 +223,9 @@ def read_queries(
 
     with ExitStack() as stack:
         for name, attn in attentions.items():
-            stack.callback(attn.to_q.register_forward_hook(_keeper(queries, name)).remove)
-            stack.callback(attn.to_q.register_forward_hook(for_this_thread(stop)).remove)
+            last = last_projections(attn)["query"]
+            stack.callback(last.register_forward_hook(_keeper(queries, name)).remove)
+            stack.callback(last.register_forward_hook(for_this_thread(stop)).remove)
         with suppress(AllTapsRead):
             call()
     check_read(attentions, queries)

@@ -121,6 +121,18 @@ def _pixart_arguments(
     }
 
 
+def _sana_arguments(
+    config: Mapping[str, Any], noisy_latents: Tensor, timesteps: Tensor, texts: PromptEmbeds
+) -> Arguments:
+    rows = len(noisy_latents)
+    return {
+        "hidden_states": noisy_latents,
+        "timestep": timesteps.expand(rows) * config.get("timestep_scale", 1.0),
+        "encoder_hidden_states": texts.prompt_embeds,
+        "encoder_attention_mask": texts.own_states(),
+    }
+
+
 _CROSS_PLACES = r"\.attn1|\.attn2|\.attn1\.to_[qkv]|\.attn2\.to_q|\.ff"
 
 LAYOUTS = {
@@ -132,6 +144,17 @@ LAYOUTS = {
             *("sample_size", "patch_size", "cross_attention_dim", "caption_channels"),
         ),
         places=rf"{_CROSS_PLACES}|\.ff\.net\.0",
+        cross_attention="attn2",
+    ),
+    "SanaTransformer2DModel": TransformerLayout(
+        arguments=_sana_arguments,
+        text_width="caption_channels",
+        needed=(
+            *("num_attention_heads", "attention_head_dim", "num_layers", "in_channels"),
+            *("sample_size", "patch_size", "cross_attention_dim", "caption_channels"),
+            *("num_cross_attention_heads", "cross_attention_head_dim"),
+        ),
+        places=_CROSS_PLACES,
         cross_attention="attn2",
     ),
 }

@@ -36,8 +36,9 @@ def encode_posterior(
             if vae.dtype == torch.float16:
                 vae.to(torch.float32)
     encoded = vae.encode(pixel_values.to(vae.device, vae.dtype))
-    if hasattr(encoded, "latents"):
-        mode = encoded.latents.float()
+    plain = getattr(encoded, "latents", getattr(encoded, "latent", None))
+    if plain is not None:
+        mode = plain.float()
         deviation = torch.zeros_like(mode)
     else:
         mode, deviation = encoded.latent_dist.mode().float(), encoded.latent_dist.std.float()

@@ -28,12 +28,26 @@ def shared_noise(
     return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
+def is_flow(scheduler: Any) -> bool:
+    """Whether a scheduler is one of flow matching: noise is mixed in, not added in steps."""
+    return not hasattr(scheduler, "alphas_cumprod") and hasattr(scheduler, "sigmas")
+
+
 def signal_levels(scheduler: Any) -> Float[Tensor, " steps"]:
-    """`alphas_cumprod` of a scheduler on the CPU: how much of a picture each step leaves.
+    """How much of a picture each step leaves, on the CPU: `alphas_cumprod` of a scheduler.
+
+    Of flow matching it is 1 - t/N at step t of N, without the shift that sampling adds: the share
+    of the latents themselves, where `alphas_cumprod` is that of their variance.
 
     Raises:
         ConfigError: They do not fall from at most 1 to at least 0, or are no numbers.
+
+    Source:
+        Lipman et al. 2022 (flow matching), arXiv:2210.02747, section 4.1, example II.
     """
+    if is_flow(scheduler):
+        steps = int(scheduler.config.num_train_timesteps)
+        return 1 - torch.arange(steps, dtype=torch.float64, device="cpu") / steps
     levels = torch.as_tensor(scheduler.alphas_cumprod, dtype=torch.float64, device="cpu").detach()
     values = levels.double().numpy()
     falls = values.ndim == 1 and len(values) > 1 and bool((values[1:] <= values[:-1]).all())
@@ -64,6 +78,8 @@ def add_noise(
 ) -> Float[Tensor, "b c h w"]:
     """Bring latents to the noise level of a scheduler step: sqrt(a) x + sqrt(1 - a) noise.
 
+    In flow matching it is a x + (1 - a) noise.
+
     Args:
         scheduler: Scheduler of diffusers, or any other object with its `alphas_cumprod`.
         latents: Latents without noise, scaled as the U-Net expects.
@@ -82,6 +98,8 @@ def add_noise(
             f"timestep must be in [0, {len(schedule)}) for this model's schedule, got {timestep}"
         )
     signal = float(schedule[timestep])
+    if is_flow(scheduler):
+        return signal * latents + (1 - signal) * noise.to(latents)
     return math.sqrt(signal) * latents + math.sqrt(1 - signal) * noise.to(latents)
 
 
@@ -96,7 +114,8 @@ def to_noise(
 
     Args:
         scheduler: Scheduler of diffusers, or any other object with its `alphas_cumprod`.
-        prediction_type: Quantity that the U-Net predicts: "epsilon", "v_prediction" or "sample".
+        prediction_type: Quantity that the denoiser predicts: "epsilon", "v_prediction", "sample",
+            or "flow", the noise less the latents.
         output: Prediction of the U-Net; the result has the same dtype.
         noisy_latents: Noisy latents that the U-Net was given.
         timesteps: Scheduler step of each row, 0 to the schedule's length - 1.
@@ -119,7 +138,9 @@ def to_noise(
             return of_image * output + of_noise * noisy
         case "sample":
             return (noisy - of_image * output) / of_noise
+        case "flow":
+            return noisy + signal.to(output) * output
     raise ConfigError(
         f"cannot derive noise from a model that predicts {prediction_type!r}; it must be "
-        "'epsilon', 'v_prediction' or 'sample'"
+        "'epsilon', 'v_prediction', 'sample' or 'flow'"
     )

@@ -157,6 +157,13 @@ def limit_of(tokenizer: Any) -> int:
     return limit
 
 
+def marks_of(tokenizer: Any) -> tuple[int, int]:
+    """Number of special tokens before and behind every text: 1 and 1 for CLIP, 0 and 1 for T5."""
+    (ids,) = token_ids(tokenizer, [""])
+    behind = int(bool(ids) and ids[-1] == tokenizer.eos_token_id)
+    return len(ids) - behind, behind
+
+
 def require_right(tokenizer: Any) -> None:
     """Raise a `PromptError` where a tokenizer cuts or pads on the left, which moves every token."""
     sides = [getattr(tokenizer, f"{name}_side", "right") for name in ("padding", "truncation")]
@@ -172,7 +179,8 @@ def _cut(tokenizer: Any, row: list[int], limit: int) -> list[int]:
         return row
     if getattr(tokenizer, "truncation_side", "right") == "left":
         return row[:1] + row[len(row) - limit + 1 :]
-    return row[: limit - 1] + row[-1:]
+    ends = row[-1] == getattr(tokenizer, "eos_token_id", row[-1])  # Gemma's rows have no end
+    return row[: limit - 1] + row[-1:] if ends else row[:limit]
 
 
 def _backend(tokenizer: Any) -> Any:

@@ -9,6 +9,7 @@ from diffenc.errors import PromptError, near_matches
 from diffenc.inputs.tokenizing import (
     added_tokens,
     limit_of,
+    marks_of,
     prompt_places,
     require_right,
     token_ids,
@@ -126,7 +127,7 @@ def word_token_positions(
         room = limit - 2
         places = (position - 1 for start, stop in spans for position in range(start, stop))
         return tuple(place // room * limit + place % room + 1 for place in places)
-    kept = [span for span in spans if span[1] < limit]  # the last place is the end token's
+    kept = [span for span in spans if span[1] <= limit - marks_of(tokenizer)[1]]
     if not kept:
         raise PromptError(
             f"{word!r} was cut off: it is token {spans[0][0]} of {text!r}, and the text encoder "
@@ -158,11 +159,12 @@ def _token_spans(tokenizer: Any, text: str, word: str) -> list[tuple[int, int]]:
     """First token of each occurrence, and the one after its last."""
     text, word = (unicodedata.normalize("NFC", each) for each in (text, word))
     places = list(_places(text, word))
-    edges = [text[:edge] for place in places for edge in place]
+    edges = [text[:edge].rstrip() for place in places for edge in place]
     # What stands before an edge has tokens of its own where a piece ends there.
     whole, *parts = token_ids(tokenizer, [text, *edges])
     places_seen = prompt_places(tokenizer, whole)
-    counts = [len(part) - 1 for part in parts]  # without the end token
+    behind = marks_of(tokenizer)[1]
+    counts = [len(part) - behind for part in parts]  # without the end token
     whole_pieces = [
         part[:count] == whole[:count] for part, count in zip(parts, counts, strict=True)
     ]

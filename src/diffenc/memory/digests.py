@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffenc.inputs.noise import signal_levels
 from diffenc.inputs.tokenizing import prompt_ids
 
 Mark = Mapping[str, list[float]]
@@ -102,7 +103,7 @@ def is_alike(own: Sequence[float], mark: object) -> bool:
 
 def schedule_mark(scheduler: Any) -> list[float]:
     """Numbers of a noise schedule: its length, some of its levels, and what is predicted."""
-    levels = torch.as_tensor(scheduler.alphas_cumprod, dtype=torch.float64, device="cpu").tolist()
+    levels = signal_levels(scheduler).double().tolist()
     kind = str(getattr(scheduler.config, "prediction_type", None))
     step = max(1, len(levels) // _LEVELS)
     some = [round(_FINE * level, 6) for level in (*levels[::step], levels[-1])]

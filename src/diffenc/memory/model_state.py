@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from diffenc.inputs.noise import signal_levels
 from diffenc.memory.object_watch import object_key, watch_of
 
 
@@ -120,7 +121,7 @@ def content_key(values: Tensor) -> bytes:
 
 def scheduler_key(scheduler: Any) -> Hashable:
     """The noise levels of a scheduler and what a model under it predicts."""
-    levels = torch.as_tensor(scheduler.alphas_cumprod, dtype=torch.float64, device="cpu")
+    levels = signal_levels(scheduler)
     config = getattr(scheduler, "config", None)
     return content_key(levels), str(getattr(config, "prediction_type", None))
 

@@ -180,13 +180,18 @@ def load_backbone(
             replaced=replaced,
             variant=variant,
         )
-        backbone.scheduler = make_scheduler(described.configs["scheduler"])
+        backbone.scheduler = _scheduler(described)
     backbone.replacements, backbone.variant = replaced.references(), variant
     if located.chosen:
         backbone.replacements["architecture"] = located.configs
     if prediction_type is not None:
         backbone.replacements["prediction_type"] = prediction_type
     return arrange(backbone, channels_last)
+
+
+def _scheduler(described: Architecture) -> Any:
+    flow = FAMILY_FILES[described.family].flow
+    return make_scheduler(described.configs["scheduler"], flow=flow)
 
 
 def _check_place(backbone: Backbone, device: Device, dtype: Dtype) -> None:
@@ -213,7 +218,7 @@ def _of_pipeline(
     dtype: Any,
 ) -> Backbone:
     parts = pipeline_parts(pipeline)
-    parts["scheduler"] = make_scheduler(described.configs["scheduler"])
+    parts["scheduler"] = _scheduler(described)
     modules = {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
     for name, module in modules.items():
         parts[name] = module if dtype is None else cast_part(module, dtype)
@@ -235,7 +240,7 @@ def _load_single_file(
     device: torch.device,
     keep_taps: Sequence[str] | None,
 ) -> Backbone:
-    parts: dict[str, Any] = {"scheduler": make_scheduler(described.configs["scheduler"])}
+    parts: dict[str, Any] = {"scheduler": _scheduler(described)}
     for part in (part for part in described.configs if part != "scheduler"):
         loaded = replaced.load(part, described, dtype=dtype, keep_taps=keep_taps)
         if loaded is None:

@@ -17,6 +17,7 @@ from diffenc.checks.fields import require_finite
 from diffenc.denoiser.shortening import ends_early, is_whole
 from diffenc.denoiser.transformers import layout_of
 from diffenc.errors import BackboneError, ConfigError, PromptError, ShapeError, TapError
+from diffenc.inputs.noise import is_flow, signal_levels
 from diffenc.inputs.prompts import PromptEmbeds, count_windows, tokenize, tokenize_windows
 from diffenc.inputs.tokenizing import limit_of
 from diffenc.memory.cache import TensorCache
@@ -276,9 +277,8 @@ class Backbone(nn.Module):
 
     @property
     def noise_levels(self) -> Float[Tensor, " steps"]:
-        """How much of a picture each step of the schedule leaves: diffusers' `alphas_cumprod`."""
-        levels: Tensor = self.scheduler.alphas_cumprod
-        return levels
+        """How much of a picture each step of the schedule leaves, see `signal_levels`."""
+        return signal_levels(self.scheduler)
 
     @property
     def trained_size(self) -> int | None:
@@ -349,9 +349,8 @@ class Backbone(nn.Module):
 
     @property
     def prediction_type(self) -> str:
-        """What the U-Net predicts: "epsilon", "v_prediction" or "sample"."""
-        kind: str = self.scheduler.config.prediction_type
-        return kind
+        """What the denoiser predicts: "epsilon", "v_prediction", "sample" or "flow"."""
+        return "flow" if is_flow(self.scheduler) else str(self.scheduler.config.prediction_type)
 
     def taps(self) -> tuple[TapInfo, ...]:
         """Every readable place of the denoiser."""

@@ -41,6 +41,15 @@ _NEEDED = {
         "hidden_act",
     ),
     "t5": ("d_model", "d_kv", "d_ff", "num_layers", "num_heads", "vocab_size"),
+    "gemma2": (
+        *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+        *("num_key_value_heads", "head_dim", "vocab_size"),
+    ),
+    "AutoencoderDC": (
+        "latent_channels",
+        "encoder_block_out_channels",
+        "decoder_block_out_channels",
+    ),
     "scheduler": (),
     **{name: layout.needed for name, layout in LAYOUTS.items()},
 }
@@ -55,11 +64,13 @@ _TEXT_KINDS: dict[str, dict[str, set[type]]] = {
         "feed_forward_proj": {str},
         "layer_norm_epsilon": {float},
     },
+    "gemma2": {key: {int} for key in _NEEDED["gemma2"]},
 }
 _TEXT_CLASSES = {
     "CLIPTextModel": ("clip_text_model", "the text encoders of CLIP"),
     "CLIPTextModelWithProjection": ("clip_text_model", "the text encoders of CLIP"),
     "T5EncoderModel": ("t5", "those of T5"),
+    "Gemma2Model": ("gemma2", "Gemma 2"),
 }
 """Kind of the config of each class of text encoders, and what they are called."""
 

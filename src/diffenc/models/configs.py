@@ -125,10 +125,60 @@ _ARCHITECTURES: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 
+_ARCHITECTURES["sana"] = {
+    "transformer": {
+        "_class_name": "SanaTransformer2DModel",
+        "in_channels": 32,
+        "out_channels": 32,
+        "num_attention_heads": 70,
+        "attention_head_dim": 32,
+        "num_layers": 20,
+        "num_cross_attention_heads": 20,
+        "cross_attention_head_dim": 112,
+        "cross_attention_dim": 2240,
+        "caption_channels": 2304,
+        "sample_size": 32,
+        "patch_size": 1,
+    },
+    "vae": {
+        "_class_name": "AutoencoderDC",
+        "latent_channels": 32,
+        "encoder_block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
+        "decoder_block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
+        "encoder_block_out_channels": [128, 256, 512, 512, 1024, 1024],
+        "decoder_block_out_channels": [128, 256, 512, 512, 1024, 1024],
+        "encoder_layers_per_block": [2, 2, 2, 3, 3, 3],
+        "decoder_layers_per_block": [3, 3, 3, 3, 3, 3],
+        "encoder_qkv_multiscales": [[], [], [], [5], [5], [5]],
+        "decoder_qkv_multiscales": [[], [], [], [5], [5], [5]],
+        "upsample_block_type": "interpolate",
+        "downsample_block_type": "conv",
+        "scaling_factor": 0.41407,
+    },
+    "text_encoder": {
+        "model_type": "gemma2",
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "vocab_size": 256000,
+    },
+    "scheduler": {
+        "_class_name": "DPMSolverMultistepScheduler",
+        "num_train_timesteps": 1000,
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": 3.0,
+    },
+}
+
 
 def vae_reduction(config: Mapping[str, Any]) -> int:
     """Image pixels per latent cell of a VAE, by its config."""
-    return int(2 ** (len(config["block_out_channels"]) - 1))
+    widths = config.get("block_out_channels") or config["encoder_block_out_channels"]
+    return int(2 ** (len(widths) - 1))
 
 
 # What the parts of the transformers share.

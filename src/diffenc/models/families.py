@@ -5,11 +5,12 @@ from typing import Any
 from diffenc.models.base import Backbone
 from diffenc.models.configs import Architecture
 from diffenc.models.pixart import PixArt
+from diffenc.models.sana import Sana
 from diffenc.models.sd import StableDiffusion
 from diffenc.models.sdxl import StableDiffusionXL
 
 FAMILIES: dict[str, type[Backbone]] = {
-    kind.family: kind for kind in (StableDiffusion, StableDiffusionXL, PixArt)
+    kind.family: kind for kind in (StableDiffusion, StableDiffusionXL, PixArt, Sana)
 }
 
 

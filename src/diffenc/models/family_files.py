@@ -18,6 +18,7 @@ class FamilyFiles:
             and the value where it is missing.
         absent: Components that the pipeline knows and a model has not.
         denoiser: Component that is read.
+        flow: Whether the models match flows, and their schedules with them.
     """
 
     family: str
@@ -26,6 +27,7 @@ class FamilyFiles:
     options: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
     absent: tuple[str, ...] = ()
     denoiser: str = "transformer"
+    flow: bool = False
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -47,6 +49,7 @@ class FamilyFiles:
 
 _CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 _T5_TOKENIZERS = ("T5TokenizerFast", "T5Tokenizer")
+_GEMMA_TOKENIZERS = ("GemmaTokenizerFast", "GemmaTokenizer")
 _KL = ("AutoencoderKL", "AutoencoderTiny")
 _SD = {
     "unet": ("UNet2DConditionModel",),
@@ -89,6 +92,18 @@ FAMILY_FILES = {
                 "tokenizer": _T5_TOKENIZERS,
             },
             {"pipeline": ("_class_name", "PixArtSigmaPipeline")},
+        ),
+        FamilyFiles(
+            "sana",
+            ("SanaPipeline",),
+            {
+                "transformer": ("SanaTransformer2DModel",),
+                "vae": ("AutoencoderDC",),
+                "scheduler": (),
+                "text_encoder": ("Gemma2Model", "Gemma2ForCausalLM"),
+                "tokenizer": _GEMMA_TOKENIZERS,
+            },
+            flow=True,
         ),
     )
 }

@@ -240,7 +240,8 @@ def _names_in(folder: Path, part: str, listing: Sequence[str] | None) -> list[st
 def _load_part(folder: Path, part: str, family: str) -> Any:
     try:
         if part == "scheduler":
-            return make_scheduler(read_config(folder, part, family), where=str(folder / part))
+            config, flow = read_config(folder, part, family), FAMILY_FILES[family].flow
+            return make_scheduler(config, where=str(folder / part), flow=flow)
         return load_tokenizer(folder / part, classes=classes_of(part, family))
     except BackboneError:
         raise

@@ -7,6 +7,7 @@ from typing import Any
 from diffenc.config import check_choice
 from diffenc.errors import BackboneError, ConfigError, near_matches
 from diffenc.models.configs import Architecture, known_architecture
+from diffenc.models.family_files import FAMILY_FILES
 from diffenc.models.folder import read_architecture
 from diffenc.models.parts import GivenParts
 from diffenc.models.pipelines import is_pipeline, pipeline_architecture, pipeline_name
@@ -91,10 +92,16 @@ def describe_located(located: Located, replaced: GivenParts) -> Architecture:
     check_configs(described.configs, located.label, described.family)
     scheduler = described.configs["scheduler"]
     if located.prediction_type is not None:
+        if FAMILY_FILES[described.family].flow:
+            raise ConfigError(
+                f"prediction_type= is for models that count steps of noise; {located.label!r} "
+                "matches flows, and predicts the noise less the latents: leave it out"
+            )
         scheduler = {**scheduler, "prediction_type": located.prediction_type}
     elif (stated := replaced.statements()) is not None:
         scheduler = stated.scheduler(scheduler, prediction_type=None, chosen=True)
-    make_scheduler(scheduler, where=f"the scheduler of {located.label}")
+    flow = FAMILY_FILES[described.family].flow
+    make_scheduler(scheduler, where=f"the scheduler of {located.label}", flow=flow)
     return replace(described, configs={**described.configs, "scheduler": scheduler})
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from diffenc.denoiser.lora.adapters import active_lora, is_merged, require_separate
 from diffenc.denoiser.transformers import layout_of
 from diffenc.errors import BackboneError, ConfigError
-from diffenc.inputs.noise import signal_levels
+from diffenc.inputs.noise import is_flow, signal_levels
 from diffenc.models.denoisers import config_of, text_width
 from diffenc.models.schedules import check_schedule
 from diffenc.models.variants import check_channels, check_vae
@@ -23,14 +23,20 @@ STORED = {
 """Types of numbers that weights may have, and what safetensors files call them."""
 
 
+def is_deep(vae: Any) -> bool:
+    """Whether an autoencoder is a deep compression one (`AutoencoderDC`)."""
+    return hasattr(getattr(vae, "config", None), "encoder_qkv_multiscales")
+
+
 def check_components(denoiser: Any, vae: Any, scheduler: Any) -> None:
     """Raise a `BackboneError` that says which two of these do not fit each other, and why."""
     layout = layout_of(denoiser)
     own = "unet" if layout is None else "transformer"
     fields = ("in_channels", "cross_attention_dim") if layout is None else layout.needed
+    widths = "encoder_block_out_channels" if is_deep(vae) else "block_out_channels"
     for name, part, needed in (
         (own, denoiser, fields),
-        ("vae", vae, ("latent_channels", "block_out_channels", "scaling_factor")),
+        ("vae", vae, ("latent_channels", widths, "scaling_factor")),
     ):
         config = getattr(part, "config", None)
         if lacking := [key for key in needed if not hasattr(config, key)]:
@@ -38,12 +44,13 @@ def check_components(denoiser: Any, vae: Any, scheduler: Any) -> None:
                 f"{name} is a {type(part).__name__} whose config lacks {lacking}; pass a model of "
                 "diffusers"
             )
-    if not hasattr(scheduler, "alphas_cumprod"):
+    may_flow = layout is not None and is_flow(scheduler)
+    if not hasattr(scheduler, "alphas_cumprod") and not may_flow:
         raise BackboneError(
             f"scheduler is a {type(scheduler).__name__} without alphas_cumprod; pass one of "
             "diffusers' that counts steps of noise, such as DDPMScheduler"
         )
-    check_schedule(scheduler)
+    check_schedule(scheduler, flow=may_flow)
     try:
         signal_levels(scheduler)
     except ConfigError as error:

@@ -46,7 +46,8 @@ def pipeline_parts(pipeline: Any) -> dict[str, Any]:
             )
     scheduler: Any = parts["scheduler"]
     config = {**scheduler.config, "_class_name": type(scheduler).__name__}
-    parts["scheduler"] = make_scheduler(config, where=f"the scheduler of {where}")
+    where = f"the scheduler of {where}"
+    parts["scheduler"] = make_scheduler(config, where=where, flow=files.flow)
     return {**parts, **files.options_in({**pipeline.config, **_index(pipeline)})}
 
 

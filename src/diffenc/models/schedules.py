@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffenc.errors import BackboneError
+from diffenc.inputs.noise import is_flow
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 """What a U-Net may predict: the noise, v, or the latents without noise."""
@@ -48,24 +49,36 @@ _REMEDY = (
 )
 
 
-def make_scheduler(config: Mapping[str, Any], *, where: str = "the config of the scheduler") -> Any:
+def make_scheduler(
+    config: Mapping[str, Any], *, where: str = "the config of the scheduler", flow: bool = False
+) -> Any:
     """The noise schedule of a config, whatever sampler it names.
 
     Args:
         config: Config of the scheduler, as JSON holds it. Without a `_class_name` it has to state
             its betas.
         where: Place of the config, for messages.
+        flow: Whether the model matches flows, so that its schedule is one of flow matching.
 
     Raises:
-        BackboneError: Another kind of schedule (EDM, flow matching), a kind of prediction that is
-            unknown, or a value that is none.
+        BackboneError: Another kind of schedule (EDM, flow matching of another model), a kind of
+            prediction that is unknown, or a value that is none.
 
     Source:
         Lin et al. 2024, "Common Diffusion Noise Schedules and Sample Steps are Flawed",
         arXiv:2305.08891, for `rescale_betas_zero_snr`.
     """
-    from diffusers import DDPMScheduler
+    from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
+    if flow and not is_flow_config(config):
+        raise BackboneError(
+            f"{where} is of a {config.get('_class_name')!r}, and this model matches flows: it "
+            "needs a FlowMatchEulerDiscreteScheduler, or prediction_type='flow_prediction'"
+        )
+    if flow:
+        steps = _step_count(config, 1000, where)
+        shift = config.get("shift", config.get("flow_shift", 1.0))
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=steps, shift=shift)
     values = _complete(config, where)
     scheduler: Any = DDPMScheduler(**values)
     if len(scheduler.alphas_cumprod) != values["num_train_timesteps"]:
@@ -76,14 +89,28 @@ def make_scheduler(config: Mapping[str, Any], *, where: str = "the config of the
     return scheduler
 
 
-def check_schedule(scheduler: Any) -> None:
+def is_flow_config(config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler's config is one of flow matching."""
+    named = str(config.get("_class_name")).startswith("FlowMatch")
+    return named or config.get("prediction_type") == "flow_prediction"
+
+
+def prediction_of(config: Mapping[str, Any]) -> str:
+    """What a denoiser under the schedule of a config predicts."""
+    return "flow" if is_flow_config(config) else str(config.get("prediction_type", "epsilon"))
+
+
+def check_schedule(scheduler: Any, *, flow: bool = False) -> None:
     """Raise a `BackboneError` unless a scheduler object counts steps of noise that diffenc knows.
 
     Args:
         scheduler: Scheduler object of diffusers.
+        flow: Whether one of flow matching is allowed.
     """
     config = getattr(scheduler, "config", {})
     where = f"the {type(scheduler).__name__}"
+    if flow and is_flow(scheduler):
+        return
     if not hasattr(scheduler, "alphas_cumprod"):
         raise BackboneError(f"{where} has no alphas_cumprod; {_REMEDY}")
     _check_discrete(config, where)
@@ -114,11 +141,7 @@ def _complete(config: Mapping[str, Any], where: str) -> dict[str, Any]:
             f"{values['beta_schedule']!r}"
         )
     default = 1000 if trained is None else len(trained)
-    count = config.get("num_train_timesteps", default)
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 10**6:
-        raise BackboneError(
-            f"{where}: num_train_timesteps must be an int from 1 to 1,000,000, got {count!r}"
-        )
+    count = _step_count(config, default, where)
     rescaled = config.get("rescale_betas_zero_snr")
     if rescaled is not None and not isinstance(rescaled, bool):
         raise BackboneError(
@@ -131,6 +154,15 @@ def _complete(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         "prediction_type": _prediction(config, where),
         "rescale_betas_zero_snr": bool(rescaled),
     }
+
+
+def _step_count(config: Mapping[str, Any], default: int, where: str) -> int:
+    count = config.get("num_train_timesteps", default)
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 10**6:
+        raise BackboneError(
+            f"{where}: num_train_timesteps must be an int from 1 to 1,000,000, got {count!r}"
+        )
+    return count
 
 
 def _own(config: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:

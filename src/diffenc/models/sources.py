@@ -76,6 +76,11 @@ SOURCES = {
             ("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",),
             "PixArt-Σ XL, a diffusion transformer with T5-XXL, epsilon",
         ),
+        BackboneSource(
+            "sana",
+            ("Efficient-Large-Model/Sana_1600M_1024px_diffusers",),
+            "Sana 1.6B, a diffusion transformer with Gemma 2, flow matching",
+        ),
     )
 }
 

@@ -190,6 +190,20 @@ def _fill_positions(model: nn.Module) -> None:
         waves = getattr(module, "pos_embed", None)
         if type(module).__name__ == "PatchEmbed" and isinstance(waves, Tensor) and waves.is_meta:
             module.register_buffer("pos_embed", _sines(module, waves.shape), persistent=False)
+        if isinstance(getattr(module, "inv_freq", None), Tensor):
+            _make_frequencies(module)
+        scale = getattr(module, "scalar_embed_scale", None)
+        if scale is not None:  # of Gemma's words
+            scale = torch.tensor(scale, dtype=torch.float32, device="cpu")
+            module.register_buffer("embed_scale", scale, persistent=False)
+
+
+def _make_frequencies(rotary: Any) -> None:
+    """Make the buffers of a language model's rotary positions."""
+    with torch.device("cpu"):
+        made = type(rotary)(config=rotary.config)
+    for name, value in made.named_buffers():
+        rotary.register_buffer(name, value, persistent=False)
 
 
 def _sines(patches: Any, shape: Sequence[int]) -> Float[Tensor, "1 n c"]:

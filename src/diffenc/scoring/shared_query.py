@@ -171,6 +171,8 @@ def score_queries(
         for layer, attn in enumerate(attentions.values()):
             with torch.no_grad():
                 keys = attn.to_k(states)
+                if (norm := getattr(attn, "norm_k", None)) is not None:
+                    keys = norm(keys)
             for row, per_layer in enumerate(queries):
                 kept = chosen[row, texts].nonzero().flatten()
                 if not len(kept):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffenc.errors import PromptError
 from diffenc.inputs.prompts import PromptEmbeds
-from diffenc.inputs.tokenizing import limit_of, prompt_ids, require_right
+from diffenc.inputs.tokenizing import limit_of, marks_of, prompt_ids, require_right
 from diffenc.models.base import Backbone
 from diffenc.scoring.config import TokenMask
 
@@ -41,16 +41,16 @@ def token_mask(
     ids = prompt_ids(tokenizer, [text or "" for text in texts], special_tokens=False)
     shape = (len(texts), embeds.prompt_embeds.shape[1])
     mask = torch.zeros(shape, dtype=torch.bool, device="cpu")
-    marks = len(prompt_ids(tokenizer, [""])[0])  # CLIP's start and end; T5 has an end alone
-    room = limit - marks
+    before, behind = marks_of(tokenizer)
+    room = limit - before - behind
     for row, (words, length) in enumerate(zip(ids, embeds.row_lengths(), strict=True)):
         for window in range(max(1, length // limit)):
             count = min(max(len(words) - window * room, 0), room)
             first = window * limit
             start, stop = (
-                (first + marks - 1, first + marks - 1 + count)
+                (first + before, first + before + count)
                 if kind == "content"
-                else (first, first + count + marks)
+                else (first, first + before + count + behind)
             )
             mask[row, start:stop] = True
     if None in texts:
