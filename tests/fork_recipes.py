@@ -164,7 +164,7 @@ def _prismatic(fork: Fork, folder: Path) -> Any:
         "hf_hub_path": str(folder / "base"),
     }
     vision, _ = materialize.get_vision_backbone_and_transform("diffenc-tower", "resize-naive")
-    llm = llama2.LLaMa2LLMBackbone("tiny", llm_max_length=512)
+    llm = llama2.LLaMa2LLMBackbone("tiny", llm_max_length=512, use_flash_attention_2=False)
     return materialize.get_vlm("diffenc+tiny", "gelu-mlp", vision, llm)
 
 
@@ -310,7 +310,7 @@ FORKS = (
         folder="MoE-LLaVA",
         commit="6cb5f66",
         package="moellava",
-        classes="model.language_model.llava_llama LlavaConfig LlavaLlamaForCausalLM",
+        classes="model.language_model.llava_llama LlavaLlamaConfig LlavaLlamaForCausalLM",
         initial={"image_tower": fork_world.TOWER, "video_tower": None},
     ),
     Fork(

@@ -119,11 +119,16 @@ def desk(hub: Hub) -> Iterator[None]:
             stack.enter_context(patch(f"diffenc.{place}.hub_folder", hub.folder))
         stack.enter_context(patch("diffenc.evals.llava_bench.OpenAIJudge", _judge))
         fork = stack.enter_context(toy_llava.toy_package("llava"))
-        fork.script.LLaVATrainer = _ForkTrainer
-        fork.script.TrainingArguments = type("TrainingArguments", (TrainingArguments,), {})
-        fork.script.HfArgumentParser = HfArgumentParser
-        exec(FORK_TRAIN, vars(fork.script))
+        _give_script(fork.script)
         yield
+
+
+def _give_script(script: Any) -> None:
+    """The training script of a fork."""
+    script.LLaVATrainer = _ForkTrainer
+    script.TrainingArguments = type("TrainingArguments", (TrainingArguments,), {})
+    script.HfArgumentParser = HfArgumentParser
+    exec(FORK_TRAIN, vars(script))
 
 
 @contextmanager
@@ -253,6 +258,29 @@ def _fork() -> dict[str, Any]:
     }
 
 
+def _forks() -> dict[str, Any]:
+    """Toy packages by the names of all forks; the desk puts the modules away."""
+    names = ("eagle", "mgm", "share4v", "bunny", "cambrian", "llava_hr", "moellava")
+    packages = [toy_llava.toy_package(name) for name in names]
+    for package in packages:
+        fork = package.__enter__()
+        _give_script(fork.script)
+        for other in ("build_vision_tower_aux_list", "build_image_tower"):
+            exec(f"def {other}(cfg): return []", vars(fork.builder))
+            setattr(fork.arch, other, getattr(fork.builder, other))
+            exec(f"def make_{other}(cfg): return {other}(cfg)", vars(fork.arch))
+    sys.modules["train"] = sys.modules["eagle.train.train"]
+    for name in ("tinyllava.model.vision_tower", "prismatic.models.materialize"):
+        parts = name.split(".")
+        for end in range(1, len(parts) + 1):
+            module: Any = types.ModuleType(".".join(parts[:end]))
+            module.__path__ = []
+            module.register_vision_tower = lambda _name: lambda tower: tower
+            module.VISION_BACKBONES = {}
+            sys.modules[module.__name__] = module
+    return {**_fork(), "packages": packages}  # a package that is let go is taken away
+
+
 def _chats() -> dict[str, Any]:
     """What a language model brings for chats."""
     template = (
@@ -274,6 +302,7 @@ AROUND: dict[str, Callable[[Hub], Any]] = {
     "evaluate-language-models": lambda _: _answers(),
     "evaluate": lambda _: _benchmarks(),
     "replace-clip-in-llava": lambda _: _fork(),
+    "host-recipes": lambda _: _forks(),
     "use-with-transformers": lambda _: _chats(),
 }
 """What lies around a page beside pictures, and names that the program it is about has, by page."""

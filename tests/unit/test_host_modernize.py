@@ -329,3 +329,17 @@ def test_a_fork_may_call_its_models_as_transformers_calls_its_own(write) -> None
     assert transformers.AutoConfig.for_model("llava").__class__ is transformers.LlavaConfig
     with pytest.raises(ValueError, match="already used"):
         transformers.AutoConfig.register("llava", transformers.LlavaConfig)
+
+
+def test_an_old_mpt_does_not_keep_the_other_models_from_being_imported(write, tmp_path) -> None:
+    old = "from transformers.models.bloom.modeling_bloom import _expand_mask, _make_causal_mask\n"
+    write(model=old + MODEL)
+    with pytest.raises(ConfigError, match="_expand_mask"):
+        modernize("oldfork", script=None)
+    (tmp_path / "oldfork" / "model" / "language_model" / "mpt").mkdir(parents=True)
+    done = modernize("oldfork", script=None)
+    bloom = importlib.import_module("transformers.models.bloom.modeling_bloom")
+    with pytest.raises(ConfigError, match="MPT needs it"):
+        bloom._expand_mask(1)
+    done.undo()
+    assert not hasattr(bloom, "_expand_mask")

@@ -132,7 +132,8 @@ def fit(value: Any, hint: Any, where: str) -> Any:
         return {key: fit(each, inner, f"{where}.{key}") for key, each in value.items()}
     if _is_list(origin) and isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         return _fit_list(value, hint, where)
-    plain = isinstance(hint, type) and hint not in (int, float)
+    # Python 3.10 takes list[int] for a type.
+    plain = origin is None and isinstance(hint, type) and hint not in (int, float)
     return value if plain and isinstance(value, hint) else _refuse(where, hint, value)
 
 

@@ -8,9 +8,11 @@ to its models. Nothing of the fork's is changed on disk, and nothing that is the
 import importlib
 import importlib.util
 import inspect
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -77,6 +79,7 @@ def modernize(
     * `--evaluation_strategy` (`--eval_strategy`) and `--warmup_ratio` (`--warmup_steps`) of its
       training script;
     * `maybe_zero_3`, which gathers weights, where deepspeed is not installed;
+    * names of masks that only the MPT of older forks needs, so that their other models import;
     * the name "llava" of a fork's models, which transformers has given to its own since;
     * `cache_position`, which `generate` of transformers 4.40 to 4.57 hands to models that do not
       know it.
@@ -102,6 +105,7 @@ def modernize(
     done = Modernization(package, script)
     try:
         _supply_names(done)
+        _supply_masks(done)
         with _fork_names_its_models(done):
             module = _import_fork(package, script)
         if module is not None:
@@ -120,7 +124,8 @@ def _import_fork(package: str, script: "str | ModuleType | None") -> ModuleType 
     """Import a fork's models, their loader and its script, which is returned."""
     import_part(package, "model")
     import_architectures(package)
-    if importlib.util.find_spec(f"{package}.model.builder") is not None:
+    builder = f"{package}.model.builder"
+    if builder not in sys.modules and importlib.util.find_spec(builder) is not None:
         import_part(package, "model.builder")
     return import_part(package, script) if isinstance(script, str) else script
 
@@ -164,6 +169,28 @@ def _supply_names(done: Modernization) -> None:
         if not hasattr(module, name):
             done.patches.set(module, name, supply())
             done.supplied.append(f"{_TRAINER}.{name}")
+
+
+def _supply_masks(done: Modernization) -> None:
+    """Names of masks that the MPT of older forks imports, and nothing else of them calls."""
+    loaded = sys.modules.get(done.package)
+    spec = importlib.util.find_spec(done.package) if loaded is None else None
+    places = getattr(loaded, "__path__", ()) if spec is None else spec.submodule_search_locations
+    if not any((Path(place) / "model" / "language_model" / "mpt").is_dir() for place in places or ()):
+        return
+    for kind in ("bloom", "opt"):
+        module = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
+        for name in ("_expand_mask", "_make_causal_mask"):
+            if not hasattr(module, name):
+                done.patches.set(module, name, _refusing(f"{module.__name__}.{name}"))
+                done.supplied.append(f"{module.__name__}.{name}: refuses to be called")
+
+
+def _refusing(name: str) -> Any:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise ConfigError(f"{name} is gone from transformers, and the fork's MPT needs it")
+
+    return refuse
 
 
 def _norms() -> list[type[nn.Module]]:
