@@ -1,4 +1,3 @@
-import json
 from functools import cache
 
 import pytest
@@ -11,26 +10,17 @@ from diffenc.mllm.recipes import chain, recipe, recipes
 from diffenc.mllm.training import meta, plan
 from diffenc.mllm.training.config import TrainConfig
 from diffenc.models import describe
-from evals_data import picture
 
 PLANNED = ("dinov2-instruct", "cross-instruct-s4")
 
 
 @pytest.fixture(scope="module")
-def real_size(tmp_path_factory):
-    """A folder with one sample where LLaVA's data would lie; equal models are built once."""
-    folder = tmp_path_factory.mktemp("llava")
-    for part, file in (("Pretrain", "blip_laion_cc_sbu_558k"), ("Instruct", "llava_v1_5_mix665k")):
-        (folder / f"LLaVA-{part}").mkdir()
-        picture(0, 0).save(folder / f"LLaVA-{part}/a.jpg")
-        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
-        record = [{"id": "0", "image": "a.jpg", "conversations": turns}]
-        (folder / f"LLaVA-{part}/{file}.json").write_text(json.dumps(record))
+def real_size():
+    """Equal models are built once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
         for module, name in ((plan, "meta_language_model"), (meta, "_vision_model")):
             patch.setattr(module, name, cache(getattr(module, name)))
-        yield folder
+        yield
 
 
 def options_of(name):
@@ -62,7 +52,7 @@ def test_features_are_read_where_the_paper_reads_them(tap, channels, reduction):
     [pytest.param(name, marks=() if name in PLANNED else pytest.mark.slow) for name in recipes()],
 )
 def test_a_recipe_plans_at_real_size(real_size, name):
-    made = plan.make_plan(recipe(name).config(), processes=1, tflops=300)
+    made = plan.make_plan(recipe(name).config(), processes=8, tflops=300, samples=665_298)
     assert made.parameters["language model"] == 6_738_415_616  # Vicuna-7B
     tokens = {"clip": 576, "concat": 576, "cross": 576, "dinov2": 256, "sdxl": 256}
     sd = 1024 if "-l2-r1" in name or "res-out" in name else 256
@@ -70,6 +60,8 @@ def test_a_recipe_plans_at_real_size(real_size, name):
     assert ("unet LoRA" in made.trained) == ("lora" in name)
     assert ("mixer" in made.trained) == name.startswith("cross")
     assert ("language model" in made.trained) == ("instruct" in name)
+    assert "lmsys/vicuna-7b-v1.5" in {each.repository for each in made.downloads}
+    assert made.fits[80]["zero3"]
 
 
 def test_recipes_are_the_trainings_of_both_versions():

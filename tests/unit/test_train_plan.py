@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import BackboneError, ConfigError
 from diffenc.mllm import DiffusionVLM, VisionTokens, tokens_per_image
-from diffenc.mllm.training import write_miniature
+from diffenc.mllm.training import train, write_miniature
 from diffenc.mllm.training.meta import count, meta_encoder, meta_language_model
 from diffenc.mllm.training.plan import make_plan
 from train_builders import Parts, config
@@ -132,3 +133,92 @@ def test_tied_embeddings_compute_too(tmp_path):
     assert found.parameters == count(model)
     assert found.computing == count(model) - model.get_input_embeddings().weight.numel()
     assert all(parameter.device == torch.device("cpu") for parameter in model.parameters())
+
+
+@pytest.fixture(scope="module")
+def vicuna(parts):
+    """LLaVA-1.5's second stage, of bundled configs, with nothing of its data at hand."""
+    model = {"encoder": "openai/clip-vit-large-patch14-336", "layer": -2}
+    run = config(parts, "runs/llava", "instruct", **model, precision="bf16", max_length=2048)
+    optim = {"batch_size": 128, "device_batch_size": 16, "gradient_checkpointing": True}
+    data = replace(run.data, annotations="nowhere.json", images="nowhere")
+    named = replace(run.model, language_model="lmsys/vicuna-7b-v1.5")
+    return replace(run, optim=replace(run.optim, **optim), data=data, model=named)
+
+
+@pytest.fixture(scope="module")
+def planned(vicuna):
+    return make_plan(vicuna, processes=8, tflops=300, samples=665_298)
+
+
+def test_a_plan_needs_no_data_where_it_is_told_the_number_of_samples(vicuna, planned):
+    plan = planned
+    assert (plan.data.samples, plan.data.images, plan.steps) == (665_298, 665_298, 2 * 5198)
+    assert (plan.text_tokens, plan.longest, plan.assumed) == (250, 2048, True)
+    assert plan.settings["batch"] == "128 = 16 at a time x 1 accumulated x 8 processes"
+    with pytest.raises(ConfigError, match="cannot read"):
+        make_plan(vicuna, processes=8, tflops=300)
+    with pytest.raises(ConfigError, match="samples must be 1 or more"):
+        make_plan(vicuna, processes=8, samples=0)
+
+
+def test_a_vicuna_that_trains_takes_sixteen_bytes_a_parameter_and_an_eighth_of_it_split(planned):
+    plan = planned
+    learnt = 6_738_415_616 + plan.trained["projector"]
+    uses = ("trained weights", "gradients", "AdamW")
+    assert sum(plan.memories["none"][use] for use in uses) == 16 * learnt
+    for kind in ("zero2", "zero3"):
+        assert sum(plan.memories[kind][use] for use in uses) == 16 * learnt / 8
+    # Of CLIP, frozen in bf16, every process has all.
+    frozen = 2 * 303_507_456
+    assert {m["frozen weights"] for m in plan.memories.values()} == {frozen}
+    layer = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096
+    rest = 6_738_415_616 - 32 * layer
+    moving = plan.memories["zero2"]["put together"] - plan.memories["zero3"]["put together"]
+    assert moving == 2 * (32 - 2) * layer
+    outside = rest + plan.trained["projector"]
+    together = 2 * 2 * layer + 4 * outside + 4 * (2 * layer + outside)
+    assert plan.memories["zero3"]["put together"] == together
+    assert plan.memory == plan.memories["none"]
+
+
+def test_a_plan_says_which_card_holds_what(vicuna, planned):
+    plan = planned
+    assert list(plan.fits) == [24, 40, 80, 141]
+    for card, fits in plan.fits.items():
+        whole, zero3 = (fits[kind] or 0 for kind in ("none", "zero3"))
+        assert whole <= (fits["zero2"] or 0) <= zero3
+        held = plan.memories["zero3"]
+        grows = sum(held[use] for use in ("activations", "logits", "encoding"))
+        fixed = sum(held.values()) - grows
+        if zero3:
+            assert fixed + grows * zero3 / 16 <= 0.9e9 * card
+        if zero3 < 16:
+            assert fixed + grows * max(1, 2 * zero3) / 16 > 0.9e9 * card
+    assert (plan.fits[80]["none"], plan.fits[141]["none"]) == (0, 2)
+    assert plan.fits[80]["zero3"] == 16
+    assert any('take optim.shard = "zero3"' in note for note in plan.warnings())
+    split = replace(vicuna, optim=replace(vicuna.optim, shard="zero3"))
+    assert not make_plan(split, processes=8, tflops=300, samples=1000).warnings()
+
+
+def test_a_plan_says_what_is_fetched_and_from_where(planned, parts, tmp_path):
+    vision, language = planned.downloads
+    assert (vision.repository, language.repository) == (
+        "openai/clip-vit-large-patch14-336",
+        "lmsys/vicuna-7b-v1.5",
+    )
+    assert vision.bytes == 4 * 427_944_193  # both halves of CLIP, in float32
+    assert language.bytes == 2 * 6_738_415_616
+    here = make_plan(config(parts, tmp_path), processes=1, tflops=1.0)
+    assert [(each.repository, each.bytes) for each in here.downloads] == [("", 0), ("", 0)]
+
+
+def test_what_a_run_holds_is_what_its_plan_says(parts, tmp_path):
+    run = config(parts, tmp_path, "instruct", language_model="full", epochs=1, limit=4)
+    held, plan = train(run).held, make_plan(run, processes=1, tflops=1.0)
+    assert held == {use: plan.memory[use] for use in held}
+    lora = config(parts, tmp_path / "b", "instruct", language_model="lora", epochs=1, limit=4)
+    lora = replace(lora, optim=replace(lora.optim, precision="bf16"))
+    held, plan = train(lora).held, make_plan(lora, processes=1, tflops=1.0)
+    assert held == {use: plan.memory[use] for use in held}

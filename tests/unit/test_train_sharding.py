@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWa
 
 ROOT = Path(__file__).parents[2]
 SIX_SAMPLES = {"limit": 6, "batch_size": 6, "epochs": 3, "prompts": "question"}
-CLIPPED = {"learning_rate": 0.01, "max_grad_norm": 0.1, "warmup": 0.0}
+CLIPPED = {"learning_rate": 0.01, "max_grad_norm": 0.01, "warmup": 0.0}
 LORA = {**SIX_SAMPLES, **CLIPPED, "language_model": "lora", "rank": 2, "dropout": 0.0}
 
 
@@ -131,7 +131,7 @@ def test_split_over_two_processes_a_run_equals_one_on_one_process(runs, split, w
     left, right = runs[split][0].output, runs[whole][0].output
     assert column(left, "loss") == pytest.approx(column(right, "loss"), rel=1e-4)
     assert column(left, "grad_norm") == pytest.approx(column(right, "grad_norm"), rel=1e-3)
-    assert max(column(right, "grad_norm")) > 2 * CLIPPED["max_grad_norm"]  # so that all is clipped
+    assert max(column(right, "grad_norm")) > CLIPPED["max_grad_norm"]
     first, second = saved(left), saved(right)
     assert first.keys() == second.keys()
     assert layout(left) == layout(right)

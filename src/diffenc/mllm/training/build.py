@@ -94,7 +94,8 @@ def _started(
             f"{start} holds no trained model (no vlm.json); run the earlier stage first, or leave "
             "model.start out"
         )
-    options = {} if model.kind == "vision" else dict(model.options)
+    # As a new model is made: without what lies behind the last tap.
+    options = {} if model.kind == "vision" else {"truncate": True, **model.options}
     vlm = DiffusionVLM.from_pretrained(start, device=device, dtype=dtype, trainable=True, **options)
     if language_dtype == torch.float32:
         vlm.language_model.float()

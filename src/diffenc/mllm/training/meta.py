@@ -242,12 +242,14 @@ def _add_diffusion(encoder: MetaEncoder, model: ModelConfig, unet_rank: int) -> 
     if model.captioner:
         vision = _vision_model(model.captioner)
         encoder.stored[model.captioner] = _stored(model.captioner, vision[0])
-        encoder.parameters["captioner's CLIP"] = count(vision[0])
+        embedding = getattr(vision[0].config, "projection_dim", 768)
+        projection = vision[0].config.hidden_size * embedding  # which vision models alone lack
+        encoder.parameters["captioner's CLIP"] = count(vision[0]) + projection
         encoder.flops["captioner's CLIP"] = vision[1]
         *_, last = texts.values()
         pooled = last.config.projection_dim if len(texts) > 1 else None
         captioner = ImplicitCaptioner(
-            getattr(vision[0].config, "projection_dim", 768),
+            embedding,
             states.shape[2],
             length=length,
             pooled_width=pooled,

@@ -17,6 +17,7 @@ from diffenc.mllm.training.lengths import assumed, measured
 from diffenc.mllm.training.memory import (
     BYTES,
     CARDS,
+    SHARE,
     ModelSizes,
     host_memory,
     process_memory,
@@ -112,8 +113,8 @@ class Plan:
             )
         if self.data.broken:
             notes.append(f"left out: {self.data.describe()}")
-        if self.fits and not any(each[self.shard] for each in self.fits.values()):
-            needed = sum(self.memory.values()) / 1e9
+        needed = sum(self.memory.values()) / 1e9
+        if needed > SHARE * max(CARDS):
             notes.append(
                 f"no card of {', '.join(map(str, CARDS))} GB holds a process, which needs "
                 f'{needed:.0f} GB: take optim.shard = "zero3" over more processes, a smaller '
@@ -228,8 +229,9 @@ def _settings(config: TrainConfig, steps: int, processes: int) -> dict[str, str]
         "trains": ", ".join(part for part, does in trains.items() if does),
         "batch": f"{optim.batch_size} = {optim.device_batch_size} at a time x "
         f"{optim.accumulation(processes)} accumulated x {processes} processes",
-        "learning rate": f"{optim.learning_rate:g}, {optim.schedule} after {rises} steps of warm-up; weight "
-        f"decay {optim.weight_decay:g}, gradients clipped to {optim.max_grad_norm:g}",
+        "learning rate": f"{optim.learning_rate:g}, {optim.schedule} after {rises} steps of "
+        f"warm-up; weight decay {optim.weight_decay:g}, gradients clipped to "
+        f"{optim.max_grad_norm:g}",
         "precision": f"{optim.precision}, trained weights in fp32{again}",
         "prompts": config.data.prompts,
         "split": split,
