@@ -32,6 +32,7 @@ class Listing:
         prompts: Text of each picture; None where the source holds none.
         left_alone: Number of other files in the folder or the archive.
         source: Name of where the pictures come from.
+        named: Whether the pictures were named by somebody, and so may not be there.
     """
 
     ids: Sequence[str]
@@ -39,6 +40,7 @@ class Listing:
     prompts: Sequence[str] | None = None
     left_alone: int = 0
     source: str = ""
+    named: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -109,7 +111,7 @@ def _listed_paths(paths: Sequence[StrPath], prompt_column: str | None) -> Listin
     files = [os.fspath(path) for path in paths]
     if not files:
         raise ConfigError("there are no pictures: give a folder, a list, an archive, or paths")
-    return Listing([_plain(name) for name in files], files.__getitem__)
+    return Listing([_plain(name) for name in files], files.__getitem__, named=True)
 
 
 def _folder(root: Path) -> Listing:
@@ -163,7 +165,7 @@ def _list(
         return root / expanded(rows.paths[place])
 
     ids = [_plain(name) for name in (rows.paths if rows.ids is None else rows.ids)]
-    return Listing(ids, picture, rows.prompts, 0, str(path))
+    return Listing(ids, picture, rows.prompts, 0, str(path), named=True)
 
 
 def _archive(path: Path, prompt_ending: str | None) -> Listing:
@@ -241,9 +243,9 @@ def _check_apart(ids: Sequence[str], source: str, *, has_ids: bool) -> None:
 
 
 def missing_files(listing: Listing) -> dict[int, str]:
-    """Files that a list names and that are not there: the reasons, by place."""
+    """Files that somebody named and that are not there: the reasons, by place."""
     missing = {}
-    for place in range(len(listing)):
+    for place in range(len(listing) if listing.named else 0):
         source = listing.picture(place)
         if isinstance(source, (str, os.PathLike)) and not is_file(source):
             missing[place] = _why(source)

@@ -1,0 +1,246 @@
+"""What the pipeline of `diffenc encode` adds to decoding and to the model, and its memory.
+
+    python benchmarks/extraction.py speed --json speed.json
+    python benchmarks/extraction.py memory --pictures 50000 --json memory.json
+
+"speed" runs pairs in turns. First the pipeline with a model that does nothing, beside threads that
+decode and resize the same pictures and throw them away: what is lost is the pipeline's own. Then
+the pipeline with the bundled model, beside the bare encoder on batches that are decoded already.
+
+"memory" writes features of many small pictures in a process of its own, kills it by SIGKILL half
+way, runs it again to the end, and reports the resident memory by the number of pictures that were
+dealt with, and whether anything is missing or doubled.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from diffenc.extraction.extractor import Extractor
+from diffenc.extraction.listing import list_pictures
+from diffenc.extraction.reader import open_features
+from diffenc.extraction.rows import Rows
+from diffenc.extraction.writing import write_features
+from diffenc.shapes import render, sample_scenes
+from speed.program import positive
+
+GOAL = 0.9
+"""Least share of the bare speed."""
+
+FLAT = 1.1
+"""Most memory at the end, in terms of that after 1,000 pictures."""
+
+
+class Idle(Extractor):
+    """An extractor whose model does nothing: rows of the right shape, without values."""
+
+    def read(self, pictures: Sequence[Any], prompts: Sequence[str] | None = None) -> Rows:
+        """Rows of zeros."""
+        shapes = self.row_shapes or {}
+        count = len(pictures)
+        return Rows({n: torch.zeros(count, *shape, dtype=d) for n, (shape, d) in shapes.items()})
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("speed", "memory", "write"))
+    add = parser.add_argument
+    add("--pictures", type=positive, default=1500, help="number of pictures")
+    add("--repeats", type=positive, default=7, help="times that each of a pair runs (7)")
+    add("--threads", type=positive, default=2, help="threads that decode (2)")
+    add("--folder", type=Path, help="folder for pictures and features; default a temporary one")
+    add("--json", type=Path, help="file to write all figures to")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    if options.what == "write":
+        return write(options.folder)
+    folder = Path(tempfile.mkdtemp(dir=options.folder))
+    try:
+        report = {"speed": speed, "memory": memory}[options.what](folder, options)
+    finally:
+        shutil.rmtree(folder)
+    if options.json is not None:
+        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def draw(folder: Path, count: int, size: tuple[int, int], ending: str) -> Path:
+    """Write pictures of scenes, a thousand to a folder; a few are drawn, and written many times."""
+    scenes = sample_scenes(50, seed=0)
+    drawn = []
+    for scene in scenes:
+        path = folder / f"one{ending}"
+        render(scene, max(size)).resize((size[1], size[0]), Image.Resampling.BICUBIC).save(path)
+        drawn.append(path.read_bytes())
+        path.unlink()
+    for place in range(count):
+        path = folder / f"{place // 1000:03d}" / f"{place:06d}{ending}"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(drawn[place % len(drawn)])
+    return folder
+
+
+def speed(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    report: dict[str, Any] = {}
+    for name, size, ending, pixels in (
+        ("photographs, 480 x 640 to 512", (480, 640), ".jpg", 512),
+        ("small pictures, 96 to 64", (96, 96), ".png", 64),
+    ):
+        pictures = folder / ending[1:]
+        pictures.mkdir()
+        count = options.pictures if pixels == 64 else options.pictures // 5
+        draw(pictures, count, size, ending)
+        idle = Idle("shapes", size=pixels, pool="mean", threads=options.threads, batch_size=16)
+        paths = [str(path) for path in sorted(pictures.rglob(f"*{ending}"))]
+        bare = in_turns(
+            {
+                "bare threads": lambda: decode_alone(idle, paths),
+                "pipeline": lambda: write_features(pictures, folder / "out", idle, overwrite=True),
+            },
+            options.repeats,
+        )
+        report[f"no model: {name}"] = told(f"no model: {name}", bare, count)
+    model = Extractor("shapes", pool="mean", threads=options.threads, batch_size=16)
+    count = options.pictures // 5
+    some = list_pictures(sorted((folder / "png").rglob("*.png"))[:count])
+    values = [model.encoder.transform(some.picture(place)) for place in range(count)]
+    pairs = in_turns(
+        {
+            "bare encoder": lambda: encode_alone(model, values),
+            "pipeline": lambda: write_features(some, folder / "out", model, overwrite=True),
+        },
+        options.repeats,
+    )
+    report["shapes"] = told("shapes, 64 px", pairs, count)
+    return report
+
+
+def in_turns(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each call, which take turns; a first round does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for round_ in range(repeats + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if round_:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def told(title: str, seconds: dict[str, list[float]], count: int) -> dict[str, Any]:
+    """Pictures a second of a pair, and the median of the ratios of neighbours."""
+    (bare, alone), (pipeline, whole) = seconds.items()
+    ratio = statistics.median(b / p for b, p in zip(alone, whole, strict=True))
+    rates = {name: count / statistics.median(each) for name, each in seconds.items()}
+    print(
+        f"{title}: {bare} {rates[bare]:,.0f}/s, {pipeline} {rates[pipeline]:,.0f}/s, "
+        f"ratio {ratio:.3f} (goal: at least {GOAL})",
+        flush=True,
+    )
+    return {"seconds": seconds, "pictures": count, "ratio": ratio, "goal": GOAL}
+
+
+def decode_alone(extractor: Extractor, paths: Sequence[str]) -> None:
+    """Threads decode and resize, and throw away."""
+    transform = extractor.encoder.transform
+
+    def work(start: int) -> None:
+        for path in paths[start :: extractor.thread_count]:
+            transform(path)
+
+    with ThreadPoolExecutor(extractor.thread_count) as pool:
+        list(pool.map(work, range(extractor.thread_count)))
+
+
+def encode_alone(extractor: Extractor, values: Sequence[torch.Tensor]) -> None:
+    """The encoder alone on decoded pictures, pooled, and thrown away."""
+    for start in range(0, len(values), extractor.batch_size):
+        extractor.read(values[start : start + extractor.batch_size])
+
+
+def memory(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    draw(pictures, options.pictures, (64, 64), ".png")
+    command = [sys.executable, __file__, "write", "--folder", str(folder)]
+    lines: list[tuple[int, float]] = []
+    start = time.perf_counter()
+    begun = run(command, lines, kill_at=options.pictures // 2)
+    assert begun == -signal.SIGKILL, begun
+    shards = len(list((folder / "features").glob("shard-*")))
+    print(f"killed after {lines[-1][0]:,} pictures, {shards} shards are there", flush=True)
+    goes_on: list[tuple[int, float]] = []
+    assert run(command, goes_on) == 0
+    seconds = time.perf_counter() - start
+    features = open_features(folder / "features")
+    names = sorted(path.relative_to(pictures).as_posix() for path in pictures.rglob("*.png"))
+    assert list(features.ids) == names, "pictures are missing, doubled or in another order"
+    expected = features.stack("up_blocks.0.attentions.1")
+    assert torch.equal(expected[:50], expected[50:100]), "the same pictures have other features"
+    early = next(size for done, size in lines if done >= 1000)
+    most = max(size for each in (lines, goes_on) for _, size in each)
+    print(
+        f"{options.pictures:,} pictures in {seconds:,.0f} s: {early:,.0f} MB after 1,000, at most "
+        f"{most:,.0f} MB, ratio {most / early:.3f} (goal: at most {FLAT})"
+    )
+    return {"first": lines, "second": goes_on, "seconds": seconds, "ratio": most / early}
+
+
+def run(command: Sequence[str], lines: list[tuple[int, float]], kill_at: int | None = None) -> int:
+    """Run the writing process and note its memory; the exit code."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            done, size = line.split()
+            lines.append((int(done), float(size)))
+            if kill_at is not None and int(done) >= kill_at:
+                process.kill()
+    return process.returncode
+
+
+def write(folder: Path) -> int:
+    """Write features of all pictures, and print the memory every 500 pictures."""
+    extractor = Extractor(
+        "shapes", taps="up_blocks.0.attentions.1", pool="mean", size=32, batch_size=64, threads=2
+    )
+    last = 0
+
+    def report(done: int, _total: int) -> None:
+        nonlocal last
+        if done - last >= 500:
+            last = done
+            print(done, resident(), flush=True)
+
+    write_features(folder / "pictures", folder / "features", extractor, progress=report)
+    return 0
+
+
+def resident() -> float:
+    """Resident memory of this process in MB."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+if __name__ == "__main__":
+    sys.exit(main())
