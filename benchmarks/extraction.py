@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from speed.program import positive
 
 from diffenc.extraction.extractor import Extractor
 from diffenc.extraction.listing import list_pictures
@@ -36,7 +37,6 @@ from diffenc.extraction.reader import open_features
 from diffenc.extraction.rows import Rows
 from diffenc.extraction.writing import write_features
 from diffenc.shapes import render, sample_scenes
-from speed.program import positive
 
 GOAL = 0.9
 """Least share of the bare speed."""

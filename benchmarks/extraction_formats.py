@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from speed.program import positive
 
 from diffenc.extraction.index import write_index
 from diffenc.extraction.reader import FeatureFolder
 from diffenc.extraction.rows import Rows
 from diffenc.extraction.shards import Shard, read_table, shard_name
 from diffenc.storage.writing import write_json
-from speed.program import positive
 
 SHARD_BYTES = 2**28
 CASES = {

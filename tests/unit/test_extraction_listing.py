@@ -74,7 +74,9 @@ def write_list(path, rows):
     if path.suffix == ".csv":
         names = list(rows[0])
         quoted = [names, *([str(row[name]) for name in names] for row in rows)]
-        lines = [",".join('"' + cell.replace('"', '""') + '"' for cell in cells) for cells in quoted]
+        lines = [
+            ",".join('"' + cell.replace('"', '""') + '"' for cell in cells) for cells in quoted
+        ]
         path.write_text("\n".join(lines))
     elif path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -111,7 +113,12 @@ def test_a_text_file_lists_a_path_per_line(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "error", "message"),
     [
-        ("l.csv", "path,text\na.png,b", ConfigError, r"no column 'image'; its columns are \['path'"),
+        (
+            "l.csv",
+            "path,text\na.png,b",
+            ConfigError,
+            r"no column 'image'; its columns are \['path'",
+        ),
         ("l.csv", "image,text\na.png", ConfigError, "line 2 has 1 values for 2 columns"),
         ("l.csv", "image,image,text\na,b,c", ConfigError, "has the column 'image' twice"),
         ("l.csv", "image,text\n", ConfigError, "lists no pictures"),
@@ -142,7 +149,7 @@ def test_an_archive_gives_its_pictures_in_place_with_the_texts_beside_them(tmp_p
     path = tmp_path / "some.tar"
     with tarfile.open(path, "w") as archive:
         add(archive, "b.jpg", png("red"))
-        add(archive, "b.txt", "a red one\n".encode())
+        add(archive, "b.txt", b"a red one\n")
         add(archive, "b.json", b"{}")
         add(archive, "dir/a.x.png", png("blue"))
         add(archive, "dir/a.txt", "ein blaues ü".encode())

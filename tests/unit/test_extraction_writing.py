@@ -369,9 +369,7 @@ def test_sizes_are_told_before_the_first_picture_is_read(pictures, make, tmp_pat
         raise StopError
 
     with pytest.raises(StopError):
-        write_features(
-            pictures, tmp_path / "out", make(pool="mean"), shard_size=10, announce=look
-        )
+        write_features(pictures, tmp_path / "out", make(pool="mean"), shard_size=10, announce=look)
     assert files(tmp_path / "out") == ["features.json"]
 
 

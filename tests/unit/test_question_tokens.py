@@ -16,6 +16,7 @@ from diffenc.inputs.prompts import PromptEmbeds
 from diffenc.inputs.words import words_of, words_of_ids
 from diffenc.mllm import DiffusionVLM, tokens_per_image
 from diffenc.passes.question_tokens import PLACE_CHANNELS, embed_places
+from dit_builders import save_pixart
 from loaded import fresh
 from vlm_builders import picture, save_tiny_clip, save_tiny_lm
 
@@ -216,6 +217,27 @@ def test_digits_are_words_and_so_are_added_tokens(encoder):
 
 def fresh_tokenizer(encoder):
     return copy.deepcopy(encoder.backbone.tokenizers[0])
+
+
+@pytest.fixture(scope="module")
+def pixart(tmp_path_factory):
+    folder = save_pixart(tmp_path_factory.mktemp("pixart"))
+    return DiffusionEncoder.from_pretrained(folder, tokens="grid+words", word_count=5, grid=2)
+
+
+def test_a_transformer_that_reads_t5_has_them_too(pixart):
+    tokens = pixart(picture(0), QUESTION)
+    words = pixart.word_tokens(picture(0), QUESTION, count=4, rest=True)
+    close(tokens[:, 4:, :-PLACE_CHANNELS], words.tokens)
+    assert not pixart(picture(0), "")[0, 4:8].any()
+
+
+@pytest.mark.parametrize("text", [QUESTION, "isn't it the cat's star, so to say?", "", "?!"])
+def test_words_by_the_ids_of_t5_are_the_words_of_the_text(text, pixart):
+    tokenizer = pixart.backbone.tokenizers[0]
+    by_ids = words_of_ids(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"])
+    words = words_of(text) if any(letter.isalnum() for letter in text) else []
+    assert list(by_ids) == words
 
 
 # Fused

@@ -18,7 +18,7 @@ from torch import Tensor
 from diffenc._typing import Uncond
 from diffenc.errors import PromptError
 from diffenc.inputs.prompts import PromptEmbeds, match_batch
-from diffenc.inputs.tokenizing import fit_rows, prompt_ids
+from diffenc.inputs.tokenizing import fit_rows, marks_of, prompt_ids
 from diffenc.memory.cache import Entry, content_key, recall
 from diffenc.models import resolve_folder
 from diffenc.models.base import Backbone
@@ -216,8 +216,9 @@ def embed_tokens(
 def words_of_tokens(tokenizer: Any, tokens: PromptTokens) -> tuple[Spans, ...]:
     """Words of each row and their positions; none for a row that stands for no prompt."""
     on_cpu = tokens.to("cpu")
-    rows = zip(on_cpu.ids, on_cpu.mask.bool(), strict=True)
-    return tuple(spans_of_ids(tokenizer, ids[mask][1:-1].tolist()) for ids, mask in rows)
+    before, behind = marks_of(tokenizer)
+    own = [ids[mask].tolist() for ids, mask in zip(on_cpu.ids, on_cpu.mask.bool(), strict=True)]
+    return tuple(spans_of_ids(tokenizer, row[before : len(row) - behind]) for row in own)
 
 
 @dataclass(slots=True)

@@ -17,6 +17,8 @@ from diffenc.inputs.tokenizing import (
 
 _WORD_END = "</w>"
 """Mark of the last piece of a word in the vocabulary of CLIP."""
+_WORD_START = "\u2581"
+"""Mark of the first piece of a word in the vocabularies of T5 and Gemma."""
 _APOSTROPHES = "'\u2019"
 
 
@@ -52,15 +54,19 @@ def words_of_ids(tokenizer: Any, ids: Sequence[int]) -> dict[str, tuple[int, ...
     before it.
 
     Args:
-        tokenizer: Tokenizer of CLIP, or one like it.
+        tokenizer: Tokenizer of CLIP, T5 or Gemma, or one like them.
         ids: Ids of the text, without start, end and padding.
 
     Returns:
         Distinct words in order, without marks, and the places of each in `ids`.
     """
+    special = set(tokenizer.all_special_ids)  # what the vocabulary does not know is one of them
     words: list[tuple[str, list[int]]] = []
     for places in _pieces_by_word(tokenizer, ids):
-        word = tokenizer.decode([ids[place] for place in places]).replace(_WORD_END, "").strip()
+        own = [ids[place] for place in places]
+        if own[0] in special:
+            continue
+        word = tokenizer.decode(own).replace(_WORD_END, "").strip()
         if words and len(word) > 1 and word[0] in _APOSTROPHES:
             words[-1] = (words[-1][0] + word, words[-1][1] + places)
         else:
@@ -75,10 +81,15 @@ def words_of_ids(tokenizer: Any, ids: Sequence[int]) -> dict[str, tuple[int, ...
 def _pieces_by_word(tokenizer: Any, ids: Sequence[int]) -> list[list[int]]:
     added = added_tokens(tokenizer)
     groups: list[list[int]] = [[]]
+    of_pieces, special = False, set(tokenizer.all_special_tokens)
     for place, piece in enumerate(tokenizer.convert_ids_to_tokens(list(ids))):
-        if piece in added and groups[-1]:
+        begins = piece in added or piece.startswith(_WORD_START)
+        # A mark has no start of its own in the vocabulary of T5, and belongs to no word.
+        mark = piece in special or not any(map(_in_word, piece.removesuffix(_WORD_END)))
+        if groups[-1] and (begins or (mark and of_pieces)):
             groups.append([])
         groups[-1].append(place)
+        of_pieces = of_pieces or piece.startswith(_WORD_START)
         if piece in added or piece.endswith(_WORD_END):
             groups.append([])
     return [group for group in groups if group]

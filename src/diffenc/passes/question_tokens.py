@@ -17,7 +17,7 @@ from diffenc.config import EncoderConfig
 from diffenc.errors import PromptError
 from diffenc.features import Features
 from diffenc.inputs.prompts import PromptEmbeds, match_batch
-from diffenc.inputs.tokenizing import limit_of, prompt_ids
+from diffenc.inputs.tokenizing import limit_of, marks_of, prompt_ids
 from diffenc.inputs.words import words_of_ids
 from diffenc.models.taps import TapInfo
 from diffenc.passes.word_tokens import Spans, WordTokens, gather_words
@@ -115,17 +115,18 @@ def _spans(tokenizers: Sequence[Any], text: str, windows: bool) -> Spans:
 
 
 def spans_of_ids(tokenizer: Any, ids: Sequence[int], *, windows: bool = False) -> Spans:
-    """Words of a text and their positions in the text encoder's input, whose first is the start's.
+    """Words of a text and their positions in the text encoder's input.
 
     Args:
-        tokenizer: Tokenizer of CLIP, or one like it.
+        tokenizer: Tokenizer of CLIP, T5 or Gemma, or one like them.
         ids: Ids of the text, without start, end and padding.
         windows: Whether long texts are read in windows; otherwise what is cut has no position.
     """
-    room = limit_of(tokenizer) - 2
+    limit, (before, behind) = limit_of(tokenizer), marks_of(tokenizer)
+    room = limit - before - behind
     read = list(ids) if windows else list(ids)[:room]
     return {
-        word: tuple(place // room * (room + 2) + place % room + 1 for place in places)
+        word: tuple(place // room * limit + place % room + before for place in places)
         for word, places in words_of_ids(tokenizer, read).items()
     }
 

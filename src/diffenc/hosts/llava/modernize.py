@@ -176,7 +176,9 @@ def _supply_masks(done: Modernization) -> None:
     loaded = sys.modules.get(done.package)
     spec = importlib.util.find_spec(done.package) if loaded is None else None
     places = getattr(loaded, "__path__", ()) if spec is None else spec.submodule_search_locations
-    if not any((Path(place) / "model" / "language_model" / "mpt").is_dir() for place in places or ()):
+    if not any(
+        (Path(place) / "model" / "language_model" / "mpt").is_dir() for place in places or ()
+    ):
         return
     for kind in ("bloom", "opt"):
         module = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
