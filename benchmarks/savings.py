@@ -166,7 +166,9 @@ def time_further(folder: Path, alias: str, repeats: int) -> dict[str, float]:
 
 def table(savings: Sequence[Saving]) -> Table:
     """All savings, with what they leave out."""
-    columns = ("job", "model", "size", "saving", "TFLOP before", "after", "saved", "x", "time, x")
+    is_timed = any(each.time_ratio is not None for each in savings)
+    columns = ("job", "model", "size", "saving", "TFLOP before", "after", "saved", "x")
+    columns += ("time, x",) if is_timed else ()
     rows = tuple(
         (
             each.job,
@@ -177,11 +179,15 @@ def table(savings: Sequence[Saving]) -> Table:
             f"{each.after / 1e12:.3f}",
             f"{100 * each.share:.1f} %",
             f"{each.before / each.after:.2f}",
-            "" if each.time_ratio is None else f"{each.time_ratio:.2f}",
+            *([_ratio(each)] if is_timed else []),
         )
         for each in savings
     )
     return Table("Work of one job before and after each saving", columns, rows)
+
+
+def _ratio(saving: Saving) -> str:
+    return "" if saving.time_ratio is None else f"{saving.time_ratio:.2f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
