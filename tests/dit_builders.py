@@ -10,14 +10,20 @@ from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
     DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
 )
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import Unigram
 from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizerFast,
@@ -26,7 +32,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from builders import WORDS, seeded
+from builders import WORDS, seeded, tiny_tokenizer
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789,.'"
 
@@ -173,4 +179,53 @@ def sana_pipeline(**options: Any) -> SanaPipeline:
         scheduler=DPMSolverMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
         ),
+    )
+
+
+def sd3_pipeline(*, dual: bool = True) -> StableDiffusion3Pipeline:
+    """An SD 3.5 of three blocks, or an SD 3 without its norms and second attentions."""
+
+    def clip(act: str, pad: str) -> tuple[CLIPTextModelWithProjection, CLIPTokenizer]:
+        tokenizer = tiny_tokenizer(pad_token=pad)
+        config = CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=8,
+            intermediate_size=16,
+            projection_dim=8,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            hidden_act=act,
+            bos_token_id=0,
+            eos_token_id=2,
+        )
+        return seeded(lambda: CLIPTextModelWithProjection(config)), tokenizer
+
+    transformer = seeded(
+        lambda: SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=16,
+            out_channels=16,
+            num_layers=3,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=24,
+            caption_projection_dim=32,
+            pooled_projection_dim=16,
+            pos_embed_max_size=12,
+            dual_attention_layers=(0, 1) if dual else (),
+            qk_norm="rms_norm" if dual else None,
+        )
+    )
+    (first, words), (second, more_words) = clip("quick_gelu", "<|endoftext|>"), clip("gelu", "!")
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=tiny_kl(16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False),
+        text_encoder=first,
+        tokenizer=words,
+        text_encoder_2=second,
+        tokenizer_2=more_words,
+        text_encoder_3=tiny_t5(24),
+        tokenizer_3=tiny_t5_tokenizer(),
     )

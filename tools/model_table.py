@@ -29,6 +29,7 @@ LICENCES = {
     "sdxl": "CreativeML Open RAIL++-M",
     "pixart-sigma": "CreativeML Open RAIL++-M",
     "sana": "NSCL v2-custom, not commercial",
+    "sd3.5-medium": "Stability AI Community",
 }
 SCORES = {"shapes": "62.7"}
 """Group score of `denoising-gap` on the miniature Winoground; real models were not measured."""

@@ -211,6 +211,7 @@ def test_the_schedule_is_the_folder_s(tiny_sd21_folder):
         ("sd1.5", 859.52, {"up_blocks.1": (1280, 16), "up_blocks.3.attentions.0": (320, 8)}),
         ("sd2.1-base", 865.91, {"mid_block": (1280, 64), "up_blocks.2": (640, 8)}),
         ("sd2.1", 865.91, {"up_blocks.1": (1280, 16)}),
+        ("sd3.5-medium", 2243.17, {"transformer_blocks.12.attn": (1536, 16)}),
         ("sana", 1604.46, {"transformer_blocks.10.ff": (2240, 32)}),
         ("pixart-sigma", 610.86, {"transformer_blocks.14.attn2.to_q": (1152, 16)}),
         (

@@ -23,8 +23,8 @@ Preset = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help="Kind of score: calibrated, paper, discffusion, diffusion-classifier, diffusion-itm "
-        "or denoising-gap.",
+        help="Kind of score: calibrated, paper, discffusion, diffusion-classifier, diffusion-itm, "
+        "self-bench or denoising-gap.",
     ),
 ]
 References = Annotated[

@@ -13,7 +13,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from diffenc.errors import TapError
+from diffenc.errors import ShapeError, TapError
 from diffenc.inputs.prompts import PromptEmbeds
 from diffenc.runtime.threads import share_lock
 
@@ -29,6 +29,8 @@ class TransformerLayout:
         arguments: Function from the config, noisy latents, timesteps and encoded texts to the
             arguments of the forward pass.
         text_width: Field of the config that holds the channels of the text states.
+        pooled_width: Field of the config that holds the channels of the pooled text; None where
+            that is not read.
         needed: Fields without which a config describes no model.
         places: Pattern of the places within a block that can be read, as module paths.
         blocks: Lists of blocks, in the order in which they run.
@@ -48,6 +50,7 @@ class TransformerLayout:
     streams: Mapping[str, int] = field(default_factory=dict)
     image_first: bool = False
     cross_attention: str | None = None
+    pooled_width: str | None = None
 
     def is_readable(self, path: str) -> bool:
         """Whether a module's output is a map of the picture."""
@@ -133,6 +136,23 @@ def _sana_arguments(
     }
 
 
+def _sd3_arguments(
+    config: Mapping[str, Any], noisy_latents: Tensor, timesteps: Tensor, texts: PromptEmbeds
+) -> Arguments:
+    patch, most = config["patch_size"], config["pos_embed_max_size"]
+    if max(noisy_latents.shape[-2:]) > patch * most:
+        raise ShapeError(
+            f"this model has positions for {most} cells on a side, which is {8 * patch * most} "
+            f"pixels, and the latents are {tuple(noisy_latents.shape[-2:])}; take a smaller size"
+        )
+    return {
+        "hidden_states": noisy_latents,
+        "timestep": timesteps.expand(len(noisy_latents)),
+        "encoder_hidden_states": texts.prompt_embeds,
+        "pooled_projections": texts.pooled_prompt_embeds,
+    }
+
+
 _CROSS_PLACES = r"\.attn1|\.attn2|\.attn1\.to_[qkv]|\.attn2\.to_q|\.ff"
 
 LAYOUTS = {
@@ -156,6 +176,19 @@ LAYOUTS = {
         ),
         places=_CROSS_PLACES,
         cross_attention="attn2",
+    ),
+    "SD3Transformer2DModel": TransformerLayout(
+        arguments=_sd3_arguments,
+        text_width="joint_attention_dim",
+        pooled_width="pooled_projection_dim",
+        needed=(
+            *("num_attention_heads", "attention_head_dim", "num_layers", "in_channels"),
+            *("sample_size", "patch_size", "joint_attention_dim", "pooled_projection_dim"),
+            *("caption_projection_dim", "pos_embed_max_size"),
+        ),
+        places=r"\.attn|\.attn\.to_[qkv]|\.attn2|\.ff|\.ff\.net\.0",
+        streams={"": 1, "attn": 0},
+        image_first=True,
     ),
 }
 """Every class of transformers that is read."""
@@ -231,9 +264,18 @@ def carried_grid(
 def transformer_attentions(
     denoiser: nn.Module, layout: TransformerLayout
 ) -> dict[str, tuple[nn.Module, Any]]:
-    """Every cross-attention by its module path, with the module whose arguments tell the grid."""
+    """Every cross-attention by its module path, with the module whose arguments tell the grid.
+
+    Raises:
+        TapError: Picture and text are joined in one attention.
+    """
     if layout.cross_attention is None:
-        return {}
+        raise TapError(
+            f"the {type(denoiser).__name__} joins picture and text in one attention and has no "
+            "cross-attention to read or adapt; score by the predicted noise "
+            "(preset='diffusion-classifier', 'denoising-gap' or 'self-bench'), and read features "
+            "without attention"
+        )
     return {
         f"{blocks}.{index}.{layout.cross_attention}": (
             denoiser,

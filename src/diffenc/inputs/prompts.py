@@ -45,7 +45,7 @@ class PromptEmbeds:
 
     Attributes:
         prompt_embeds: Text states (b l d).
-        pooled_prompt_embeds: Pooled text (b p); SDXL only.
+        pooled_prompt_embeds: Pooled text (b p); of SDXL and SD 3 only.
         time_ids: Original size, crop corner and target size (b 6); SDXL only.
         truncated: Number of tokens that did not fit, per row.
         lengths: Number of states that belong to each row's own text, if rows differ in that; the
@@ -171,7 +171,7 @@ class PromptEmbeds:
     @staticmethod
     def unpack(parts: tuple[Tensor, ...]) -> "PromptEmbeds":
         """Inverse of `pack`."""
-        pooled, time_ids = parts[1:-1] if len(parts) > 2 else (None, None)
+        pooled, time_ids = (*parts[1:-1], None, None)[:2]
         return PromptEmbeds(parts[0], pooled, time_ids, tuple(parts[-1].tolist()))
 
     def unet_kwargs(self) -> dict[str, Any]:

@@ -192,6 +192,7 @@ class Backbone(nn.Module):
         variant: Variant of the weight files that was requested, see `load_backbone`.
         caches: Latents, prompts and unconditional features that were computed before.
         reads_windows: Whether long texts may be encoded in windows.
+        shares_words: Whether all tokenizers split a text in the same way.
         pads_texts: Whether every text has as many states, whatever its length.
         reads_sizes: Whether prompts tell the denoiser the size of their picture.
         reads_pooled: Whether the denoiser reads a pooled state of the text beside the others.
@@ -207,6 +208,7 @@ class Backbone(nn.Module):
     uncond_rule: Uncond = "empty"
     reads_windows: bool = True
     pads_texts: bool = True
+    shares_words: bool = True
     reads_sizes: bool = False
     reads_pooled: bool = False
 
@@ -305,6 +307,7 @@ class Backbone(nn.Module):
 
         Raises:
             ConfigError: Something was done to the denoiser that calls would pass by.
+            ShapeError: Pictures are larger than the denoiser has positions for.
         """
         check_adapters(self.denoiser, self.name)
         device, dtype = self.device, self.dtype
@@ -430,6 +433,11 @@ class Backbone(nn.Module):
             attention_mask: Mask that is 1 for a text's own tokens and 0 for padding.
             size: Size of the pictures in pixels, (height, width), as for `embed`.
         """
+        if not self.shares_words:
+            raise ConfigError(
+                f"the text encoders of {self.name!r} split texts in different ways, so that no ids "
+                "stand for a text; pass texts, or embeddings"
+            )
         # All tokenizers have the same words and pad with different ones.
         padding = attention_mask.to(input_ids.device) == 0
         others = [input_ids.masked_fill(padding, each.pad_token_id) for each in self.tokenizers[1:]]
@@ -437,10 +445,14 @@ class Backbone(nn.Module):
         self._check_ids([input_ids, *others])
         return self._embeds([input_ids, *others], ones, (0,) * len(input_ids), size)
 
+    def _check_text_width(self, encoders: Sequence[Any]) -> None:
+        """Raise a `BackboneError` unless text encoders give what the denoiser reads."""
+        check_width(self.denoiser, encoders)
+
     def _check_ids(self, ids: Sequence[Tensor]) -> None:
         """Raise a `PromptError` where a text encoder does not know a token of its tokenizer."""
         encoders: Any = [part for name, part in self.parts().items() if name.startswith("text")]
-        check_width(self.denoiser, encoders)  # which may have been exchanged
+        self._check_text_width(encoders)  # which may have been exchanged
         for rows, encoder in zip(ids, encoders, strict=True):
             size = encoder.config.vocab_size
             if rows.numel() and (largest := int(rows.max())) >= size:
@@ -522,6 +534,11 @@ class Backbone(nn.Module):
             raise ShapeError(
                 f"prompt embeddings have width {width}, the U-Net of {self.name!r} reads "
                 f"{expected}; encode the texts with this backbone's `embed`"
+            )
+        if self.reads_pooled and not self.reads_sizes and embeds.pooled_prompt_embeds is None:
+            raise ShapeError(
+                f"{self.name!r} needs pooled_prompt_embeds beside the states; encode the texts "
+                "with this backbone's `embed`"
             )
         sized = self.denoiser.config.get("addition_embed_type") == "text_time"
         if sized and (embeds.pooled_prompt_embeds is None or embeds.time_ids is None):

@@ -114,6 +114,7 @@ _POSITIVE = {
     "d_ff",
     "num_heads",
 }
+_MAY_BE_EMPTY = {"dual_attention_layers"}
 _LARGEST, _LONGEST, _DEEPEST = 2**24, 64, 128
 
 
@@ -188,7 +189,8 @@ def _text_config(config: dict[str, Any], known: str) -> tuple[dict[str, Any], st
 def _check_value(key: str, value: Any, kinds: set[type], *, most: int) -> None:
     """Raise a `ValueError` for a value of another type, or beyond all bounds."""
     shown = f"{key} must be {_in_words(kinds)}, got {printable(repr(value), 60)}"
-    if isinstance(value, list) and (list not in kinds or not 0 < len(value) <= 1000):
+    least = 0 if key in _MAY_BE_EMPTY else 1
+    if isinstance(value, list) and (list not in kinds or not least <= len(value) <= 1000):
         raise ValueError(shown)
     if isinstance(value, list) and "beta" not in key and len(value) > _LONGEST:
         raise ValueError(f"{key} must have {_LONGEST} entries at most, got {len(value)}")

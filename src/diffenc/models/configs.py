@@ -125,6 +125,43 @@ _ARCHITECTURES: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 
+# What the parts of the transformers share.
+_T5_XXL = {
+    "model_type": "t5",
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "vocab_size": 32128,
+    "feed_forward_proj": "gated-gelu",
+}
+
+_ARCHITECTURES["pixart-sigma"] = {
+    "transformer": {
+        "_class_name": "PixArtTransformer2DModel",
+        "num_attention_heads": 16,
+        "attention_head_dim": 72,
+        "in_channels": 4,
+        "out_channels": 8,
+        "num_layers": 28,
+        "cross_attention_dim": 1152,
+        "caption_channels": 4096,
+        "sample_size": 128,
+        "patch_size": 2,
+        "interpolation_scale": 2,
+        "use_additional_conditions": False,
+    },
+    "vae": _vae(1024, 0.13025, force_upcast=True),
+    "text_encoder": _T5_XXL,
+    "scheduler": {
+        "beta_start": 0.0001,
+        "beta_end": 0.02,
+        "beta_schedule": "linear",
+        "num_train_timesteps": 1000,
+        "prediction_type": "epsilon",
+    },
+}
 _ARCHITECTURES["sana"] = {
     "transformer": {
         "_class_name": "SanaTransformer2DModel",
@@ -174,50 +211,45 @@ _ARCHITECTURES["sana"] = {
     },
 }
 
+_ARCHITECTURES["sd3.5-medium"] = {
+    "transformer": {
+        "_class_name": "SD3Transformer2DModel",
+        "sample_size": 128,
+        "patch_size": 2,
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_layers": 24,
+        "attention_head_dim": 64,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 4096,
+        "caption_projection_dim": 1536,
+        "pooled_projection_dim": 2048,
+        "pos_embed_max_size": 384,
+        "dual_attention_layers": list(range(13)),
+        "qk_norm": "rms_norm",
+    },
+    "vae": {
+        **_vae(1024, 1.5305, force_upcast=True),
+        "latent_channels": 16,
+        "shift_factor": 0.0609,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    },
+    "text_encoder": _CLIP_L,
+    "text_encoder_2": _OPENCLIP_BIG_G,
+    "text_encoder_3": _T5_XXL,
+    "scheduler": {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": 1000,
+        "shift": 3.0,
+    },
+}
+
 
 def vae_reduction(config: Mapping[str, Any]) -> int:
     """Image pixels per latent cell of a VAE, by its config."""
     widths = config.get("block_out_channels") or config["encoder_block_out_channels"]
     return int(2 ** (len(widths) - 1))
-
-
-# What the parts of the transformers share.
-_T5_XXL = {
-    "model_type": "t5",
-    "d_model": 4096,
-    "d_kv": 64,
-    "d_ff": 10240,
-    "num_layers": 24,
-    "num_heads": 64,
-    "vocab_size": 32128,
-    "feed_forward_proj": "gated-gelu",
-}
-
-_ARCHITECTURES["pixart-sigma"] = {
-    "transformer": {
-        "_class_name": "PixArtTransformer2DModel",
-        "num_attention_heads": 16,
-        "attention_head_dim": 72,
-        "in_channels": 4,
-        "out_channels": 8,
-        "num_layers": 28,
-        "cross_attention_dim": 1152,
-        "caption_channels": 4096,
-        "sample_size": 128,
-        "patch_size": 2,
-        "interpolation_scale": 2,
-        "use_additional_conditions": False,
-    },
-    "vae": _vae(1024, 0.13025, force_upcast=True),
-    "text_encoder": _T5_XXL,
-    "scheduler": {
-        "beta_start": 0.0001,
-        "beta_end": 0.02,
-        "beta_schedule": "linear",
-        "num_train_timesteps": 1000,
-        "prediction_type": "epsilon",
-    },
-}
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,6 +61,15 @@ def patch_of(config: Mapping[str, Any]) -> int:
     return 1 if layout_of(config) is None else int(config["patch_size"])
 
 
+def probed_side(config: Mapping[str, Any]) -> int:
+    """Side of latents that show a denoiser's shapes: few cells for a transformer.
+
+    Args:
+        config: Config of the denoiser, with its class.
+    """
+    return 64 if layout_of(config) is None else 4 * patch_of(config)
+
+
 def meta_inputs(config: Mapping[str, Any], side: int) -> dict[str, Any]:
     """Arguments of a float32 denoiser's forward pass without values, for latents of this side.
 
@@ -73,7 +82,9 @@ def meta_inputs(config: Mapping[str, Any], side: int) -> dict[str, Any]:
     timesteps = torch.empty((), dtype=torch.long, device="meta")
     states = torch.empty(1, 4, text_width(config), **place)
     if (layout := layout_of(config)) is not None:
-        return layout.arguments(config, latents, timesteps, PromptEmbeds(states))
+        field = layout.pooled_width
+        pooled = None if field is None else torch.empty(1, config[field], **place)
+        return layout.arguments(config, latents, timesteps, PromptEmbeds(states, pooled))
     inputs: dict[str, Any] = {
         "sample": latents,
         "timestep": timesteps,

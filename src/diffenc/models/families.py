@@ -7,10 +7,12 @@ from diffenc.models.configs import Architecture
 from diffenc.models.pixart import PixArt
 from diffenc.models.sana import Sana
 from diffenc.models.sd import StableDiffusion
+from diffenc.models.sd3 import StableDiffusion3
 from diffenc.models.sdxl import StableDiffusionXL
 
 FAMILIES: dict[str, type[Backbone]] = {
-    kind.family: kind for kind in (StableDiffusion, StableDiffusionXL, PixArt, Sana)
+    kind.family: kind
+    for kind in (StableDiffusion, StableDiffusionXL, PixArt, Sana, StableDiffusion3)
 }
 
 

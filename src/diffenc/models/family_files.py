@@ -105,6 +105,23 @@ FAMILY_FILES = {
             },
             flow=True,
         ),
+        FamilyFiles(
+            "sd3",
+            ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline"),
+            {
+                "transformer": ("SD3Transformer2DModel",),
+                "vae": _KL,
+                "scheduler": (),
+                "text_encoder": ("CLIPTextModelWithProjection",),
+                "text_encoder_2": ("CLIPTextModelWithProjection",),
+                "text_encoder_3": ("T5EncoderModel",),
+                "tokenizer": _CLIP_TOKENIZERS,
+                "tokenizer_2": _CLIP_TOKENIZERS,
+                "tokenizer_3": _T5_TOKENIZERS,
+            },
+            absent=("feature_extractor", "image_encoder"),
+            flow=True,
+        ),
     )
 }
 

@@ -112,12 +112,17 @@ def check_text(denoiser: Any, *towers: tuple[Any, Any]) -> None:
     """
     check_width(denoiser, [encoder for _, encoder in towers])
     for tokenizer, encoder in towers:
-        check_weights(encoder, "the text encoder")
-        if len(tokenizer) > encoder.config.vocab_size:
-            raise BackboneError(
-                f"the tokenizer knows {len(tokenizer)} tokens and the text encoder "
-                f"{encoder.config.vocab_size}; they belong to different models"
-            )
+        check_encoder(tokenizer, encoder)
+
+
+def check_encoder(tokenizer: Any, encoder: Any) -> None:
+    """Raise a `BackboneError` unless a text encoder knows every token of its tokenizer."""
+    check_weights(encoder, "the text encoder")
+    if len(tokenizer) > encoder.config.vocab_size:
+        raise BackboneError(
+            f"the tokenizer knows {len(tokenizer)} tokens and the text encoder "
+            f"{encoder.config.vocab_size}; they belong to different models"
+        )
 
 
 def check_adapters(unet: Any, name: str) -> None:

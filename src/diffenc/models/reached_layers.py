@@ -10,7 +10,7 @@ from torch import nn
 
 from diffenc.denoiser.hooks import ForwardTaps
 from diffenc.denoiser.lora.options import PROJECTIONS
-from diffenc.models.denoisers import build_denoiser, config_of, meta_inputs
+from diffenc.models.denoisers import build_denoiser, config_of, meta_inputs, probed_side
 from diffenc.models.taps import LATENTS
 from diffenc.runtime.inference import lasting
 
@@ -50,7 +50,8 @@ def _reached(config: str, taps: tuple[str, ...]) -> frozenset[str]:
         for path, layer in denoiser.named_modules()
         if isinstance(layer, (nn.Linear, nn.Conv2d))
     }
-    inputs = meta_inputs(config_of(denoiser), 64)
+    known = config_of(denoiser)
+    inputs = meta_inputs(known, probed_side(known))
     with torch.enable_grad(), ForwardTaps(denoiser, taps, early_exit=True) as reader:
         maps = reader.run(lambda: denoiser(**inputs)) if taps else {}
         ends = [features.sum() for features in maps.values() if features.requires_grad]

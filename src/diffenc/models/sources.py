@@ -81,6 +81,11 @@ SOURCES = {
             ("Efficient-Large-Model/Sana_1600M_1024px_diffusers",),
             "Sana 1.6B, a diffusion transformer with Gemma 2, flow matching",
         ),
+        BackboneSource(
+            "sd3.5-medium",
+            ("stabilityai/stable-diffusion-3.5-medium",),
+            "Stable Diffusion 3.5 medium, joint attention, two CLIPs and T5-XXL, flow matching",
+        ),
     )
 }
 

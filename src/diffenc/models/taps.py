@@ -23,6 +23,7 @@ from diffenc.models.denoisers import (
     config_of,
     latent_channels,
     meta_inputs,
+    probed_side,
 )
 from diffenc.models.shapes import SHAPES_TAPS_FILE, shapes_folder
 from diffenc.models.tap_names import gdf_name, is_literature_name, spelled_out
@@ -117,7 +118,7 @@ def derived_taps(config: str, vae_reduction: int) -> tuple[TapInfo, ...]:
     layout = layout_of(values)
     readable = _READABLE.fullmatch if layout is None else layout.is_readable
     names = [name for name, _ in denoiser.named_modules() if readable(name)]
-    side = 64
+    side = probed_side(values)
     inputs = meta_inputs(config_of(denoiser), side)
     with torch.no_grad(), ForwardTaps(denoiser, names) as taps, ShapePass():
         maps = taps.run(lambda: denoiser(**inputs))

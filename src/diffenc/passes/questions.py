@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from diffenc._typing import LongPrompts
 from diffenc.inputs.tokenizing import fit_rows, limit_of, prompt_ids
@@ -44,7 +45,8 @@ def _own(backbone: Backbone, text: str, states: int, long_prompts: LongPrompts) 
     """Mask of a text's states: true for its own tokens, false for padding."""
     tokenizer = backbone.tokenizers[0]  # all tokenizers have the same words
     if long_prompts == "truncate":
-        return fit_rows(tokenizer, prompt_ids(tokenizer, [text]))[1][0, :states].bool()
+        own = fit_rows(tokenizer, prompt_ids(tokenizer, [text]))[1][0, :states].bool()
+        return F.pad(own, (0, states - len(own)))  # behind CLIP's states stand T5's, in SD 3
     # Windows are full but for the last one, which is padded as a short prompt is.
     windows = states // limit_of(tokenizer)
     count = len(prompt_ids(tokenizer, [text], special_tokens=False)[0]) + 2 * windows

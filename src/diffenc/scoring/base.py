@@ -68,6 +68,12 @@ class ConfiguredScorer(nn.Module):
         self.use_cache = flag("use_cache", use_cache)
         self.references = references
         self.rows, self.queries = TensorCache(_ROW_BYTES), TensorCache(_QUERY_BYTES)
+        flows = self.config.error_term in ("l2_flow", "l2_flow_gap")
+        if flows and backbone.prediction_type != "flow":
+            raise ConfigError(
+                f"error_term={self.config.error_term!r} is of models that match flows, and "
+                f"{backbone.name!r} predicts {backbone.prediction_type!r}; take 'l2_gap' or 'mse'"
+            )
         if self.config.attention:
             layer_mix(self.config.layer_weights, len(self.layers))  # checks both
 
@@ -107,8 +113,8 @@ class ConfiguredScorer(nn.Module):
                 `.safetensors` checkpoint, a pipeline of diffusers or a `Backbone`; or a folder that
                 `save_pretrained` wrote.
             preset: Name of the kind of score: "calibrated", "paper", "discffusion",
-                "diffusion-classifier", "diffusion-itm" or "denoising-gap"; None is "calibrated", or
-                what was saved.
+                "diffusion-classifier", "diffusion-itm", "self-bench" or "denoising-gap"; None is
+                "calibrated", or what was saved.
             device: Device of the model; for this and the next see `load_backbone`.
             dtype: Floating point type of the U-Net and the text encoders. Scores are computed in
                 float32 whatever it is.

@@ -14,7 +14,7 @@ Space = Literal["logits", "probs"]
 PoolAxis = Literal["tokens", "pixels", "both"]
 TokenMask = Literal["none", "no_pad", "content"]
 HeadReduce = Literal["mean", "max"]
-ErrorTerm = Literal["l2_gap", "mse", "mse_gap"]
+ErrorTerm = Literal["l2_flow", "l2_flow_gap", "l2_gap", "mse", "mse_gap"]
 Calibration = Literal["gray", "neutral", "given"]
 
 SCORE_TIMESTEPS = (189, 389, 589, 789, 989)
@@ -47,7 +47,8 @@ class ScorerConfig:
         include_uncond: Whether the attention part is averaged with that of the unconditional half.
         error_term: Kind of the error part. "mse" is minus the mean squared error of the predicted
             noise; "mse_gap" is that error without the text minus that with it; "l2_gap" is the same
-            difference of Euclidean norms. None leaves the part out.
+            difference of Euclidean norms. "l2_flow" is minus the norm of the error of the flow, and
+            "l2_flow_gap" its difference, for models that match flows. None leaves the part out.
         timesteps: Noise levels, as scheduler steps.
         draws: Number of noise tensors per timestep.
         seed: Seed of the noise, which all images, texts and halves share.
@@ -173,7 +174,7 @@ class ScorerConfig:
     @property
     def needs_uncond(self) -> bool:
         """Whether a score has a part without the text."""
-        return self.include_uncond or self.error_term in ("l2_gap", "mse_gap")
+        return self.include_uncond or self.error_term in ("l2_gap", "mse_gap", "l2_flow_gap")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON holds them."""
@@ -260,6 +261,31 @@ def itm_timesteps(steps: int) -> tuple[int, ...]:
     return tuple(range(10, 990, 1000 // steps))
 
 
+def self_bench_timesteps(steps: int = 30) -> tuple[int, ...]:
+    """Noise levels of Self-Bench for Stable Diffusion 3, ascending, to the nearest whole step.
+
+    They are spread over the schedule's own steps, whose shift of 3 crowds them at much noise.
+
+    Args:
+        steps: Number of noise levels, 1 to 30, of which the first ones are taken.
+
+    Raises:
+        ConfigError: Another number.
+
+    Examples:
+        >>> self_bench_timesteps(4)
+        (66, 151, 227, 294)
+
+    Source:
+        "Diffusion Classifiers Understand Compositionality, but Conditions Apply" (Self-Bench),
+        arXiv:2505.17955, released code.
+    """
+    if not 1 <= whole("the number of timesteps", steps) <= 30:
+        raise ConfigError(f"the number of timesteps must be in [1, 30], got {steps}")
+    shares = [1 - (20 + 33 * index) / 1000 for index in reversed(range(30))]
+    return tuple(round(1000 * 3 * share / (1 + 2 * share)) for share in shares[:steps])
+
+
 def _check_count(count: int) -> None:
     if not 1 <= whole("the number of timesteps", count) <= 1000:
         raise ConfigError(f"the number of timesteps must be in [1, 1000], got {count}")
@@ -306,6 +332,13 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "uncond": "empty",
         "posterior": "sample",
     },
+    # Self-Bench, arXiv:2505.17955, as released for SD 3: the norm of the error of the flow, at
+    # thirty steps of the schedule.
+    "self-bench": {
+        "attention": False,
+        "error_term": "l2_flow",
+        "timesteps": self_bench_timesteps(),
+    },
     # Nobody's release: Diffusion Classifier's error, less that without the text, so that images of
     # a text compare.
     "denoising-gap": {
@@ -324,7 +357,7 @@ def scorer_preset(name: str) -> dict[str, Any]:
 
     Args:
         name: Name of the preset: "paper", "calibrated", "discffusion", "diffusion-classifier",
-            "diffusion-itm" or "denoising-gap".
+            "diffusion-itm", "self-bench" or "denoising-gap".
 
     Raises:
         ConfigError: No such preset.

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from diffenc.denoiser.attention import cross_attentions, match_layers
+from diffenc.inputs.noise import signal_levels
 from diffenc.inputs.prompts import PromptEmbeds
 from diffenc.memory.cache import Entry, TensorCache, recall
 from diffenc.passes.reuse import Reuse, prefix_of
@@ -56,21 +57,28 @@ def exact_scores(
             mixed = (mixed + mixed[:, empty, None]) / 2
         scores = scores + mixed
     if config.error_term is not None:
-        scores = scores + _error_part(encoded, squared, empty)
+        scores = scores + _error_part(encoded, squared, empty, steps)
     return scores.masked_fill(~chosen[:, :, None, None], torch.nan)
 
 
-def _error_part(encoded: EncodedCall, squared: Tensor, empty: int | None) -> Tensor:
-    """Error part of the scores, from sums of squared errors.
+def _error_part(
+    encoded: EncodedCall, squared: Tensor, empty: int | None, steps: Sequence[Step]
+) -> Tensor:
+    """Error part of the scores, from sums of squared errors of the noise.
 
     Source:
         Li et al. 2023 (Diffusion Classifier), arXiv:2303.16203, equation 6. For the gap of norms
         the released codes of He et al. 2023 (Discffusion), arXiv:2305.10722, and of Krojer et al.
-        2023 (DiffusionITM), arXiv:2305.16397.
+        2023 (DiffusionITM), arXiv:2305.16397. For flows that of Self-Bench, arXiv:2505.17955.
     """
     size, term = encoded.posterior[0][0].numel(), encoded.config.error_term
     if term == "mse":
         return -squared / size
+    if term in ("l2_flow", "l2_flow_gap"):
+        # The noise in x_σ is x_σ + (1 - σ) v: its error is that of the flow v, times 1 - σ.
+        levels = signal_levels(encoded.backbone.scheduler)[[step for step, _ in steps]].float()
+        norms = squared.sqrt() / levels[:, None]
+        return -norms if empty is None else norms[:, empty, None] - norms
     without = squared[:, empty, None]
     if term == "mse_gap":
         return (without - squared) / size
@@ -143,7 +151,7 @@ def _passes(
 ) -> Iterator[tuple[Sequence[_Row], Float[Tensor, "rows statistics"]]]:
     """Run the U-Net on rows, `batch_size` at a time."""
     config, backbone = encoded.config, encoded.backbone
-    known = cross_attentions(backbone.denoiser)
+    known = cross_attentions(backbone.denoiser) if names else {}
     attentions = {name: known[name] for name in names}
     predicts = config.error_term is not None
 

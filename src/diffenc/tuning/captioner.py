@@ -78,6 +78,11 @@ class CaptionerPart(nn.Module):
                 f"{self.backbone.name!r} are as many as a text's tokens, one for no text; use "
                 "add_lora instead"
             )
+        if self.backbone.is_transformer:
+            raise ConfigError(
+                f"a captioner adds to the states of CLIP, and {self.backbone.name!r} reads "
+                "those of T5 behind them; use a U-Net"
+            )
         embedder = _embedder(clip, processor)
         widths = self._text_widths()
         captioner = ImplicitCaptioner(

@@ -13,8 +13,8 @@ class MatchOptions:
     Attributes:
         model: Alias, Hub id, diffusers folder or .safetensors checkpoint; see diffenc info.
         presets: Kinds of score, repeated: calibrated, paper, discffusion, diffusion-classifier,
-            diffusion-itm or denoising-gap; calibrated+shared-query and the like; none: CLIP alone.
-            Default calibrated.
+            diffusion-itm, self-bench or denoising-gap; calibrated+shared-query and the like; none:
+            CLIP alone. Default calibrated.
         clip: CLIP, SigLIP or open_clip models on the same items, repeated: a folder, a Hub id, or
             shapes-clip.
         trials: Number of trials, each with other noise.

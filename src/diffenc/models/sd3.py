@@ -1,0 +1,119 @@
+"""Stable Diffusion 3 and 3.5: picture and text joined in one attention, flow matching."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffenc.errors import BackboneError
+from diffenc.inputs.prompts import PromptEmbeds
+from diffenc.models.base import Backbone, TransformerParts, grad_where_trained
+from diffenc.models.part_checks import check_encoder
+from diffenc.runtime.threads import lock_of
+
+T5_TOKENS = 256
+"""Tokens of a text that the pipeline's T5 reads; the padding counts, as the model has learnt it."""
+
+
+class StableDiffusion3(Backbone):
+    """Two CLIPs and one T5, whose states stand one behind the other: 77 of CLIP, 256 of T5.
+
+    Every text has all of these states. The pipeline masks none of them, and neither is done here.
+
+    Args:
+        text_encoder: First text encoder, a `CLIPTextModelWithProjection`.
+        tokenizer: `CLIPTokenizer` of the first text encoder.
+        text_encoder_2: Second text encoder, of the same class.
+        tokenizer_2: `CLIPTokenizer` of the second text encoder.
+        text_encoder_3: Third text encoder, a `T5EncoderModel`.
+        tokenizer_3: Tokenizer of the third text encoder.
+        parts: Name, transformer, VAE and scheduler, and defaults; see `TransformerParts`.
+
+    Raises:
+        BackboneError: Parts do not fit each other.
+
+    Source:
+        Esser et al. 2024 (Stable Diffusion 3), arXiv:2403.03206.
+    """
+
+    family = "sd3"
+    reads_windows = shares_words = False
+    reads_pooled = True
+
+    def __init__(
+        self,
+        *,
+        text_encoder: Any,
+        tokenizer: Any,
+        text_encoder_2: Any,
+        tokenizer_2: Any,
+        text_encoder_3: Any,
+        tokenizer_3: Any,
+        **parts: Unpack[TransformerParts],
+    ) -> None:
+        super().__init__(**parts)
+        self.text_encoder, self.tokenizer = text_encoder, tokenizer
+        self.text_encoder_2, self.tokenizer_2 = text_encoder_2, tokenizer_2
+        self.text_encoder_3 = text_encoder_3
+        self.tokenizer_3 = _within(tokenizer_3, T5_TOKENS)
+        encoders = (text_encoder, text_encoder_2, text_encoder_3)
+        for words, encoder in zip(self.tokenizers, encoders, strict=True):
+            check_encoder(words, encoder)
+        self._check_text_width(encoders)
+        self.freeze()
+
+    @property
+    def tokenizers(self) -> tuple[Any, ...]:
+        """Those of both CLIPs, and T5's."""
+        return self.tokenizer, self.tokenizer_2, self.tokenizer_3
+
+    def _check_text_width(self, encoders: Sequence[Any]) -> None:
+        config, (first, second, third) = self.transformer.config, encoders
+        pooled = first.config.projection_dim + second.config.projection_dim
+        side_by_side = first.config.hidden_size + second.config.hidden_size
+        width = third.config.d_model
+        if width != config.joint_attention_dim or side_by_side > width:
+            raise BackboneError(
+                f"T5 gives states of width {width}, both CLIPs of {side_by_side}, and the "
+                f"transformer takes {config.joint_attention_dim}; they belong to different models"
+            )
+        if pooled != config.pooled_projection_dim:
+            raise BackboneError(
+                f"both CLIPs give pooled texts of width {pooled} and the transformer takes "
+                f"{config.pooled_projection_dim}; they belong to different models"
+            )
+
+    def _embeds(
+        self,
+        ids: Sequence[Tensor],
+        counts: Sequence[int],
+        truncated: tuple[int, ...],
+        size: tuple[int, int],
+    ) -> PromptEmbeds:
+        clips = [
+            self._encode(encoder, rows, output_hidden_states=True)
+            for encoder, rows in zip((self.text_encoder, self.text_encoder_2), ids, strict=False)
+        ]
+        words = self._encode(self.text_encoder_3, ids[2])[0]
+        states = torch.cat([output.hidden_states[-2] for output in clips], dim=-1)
+        states = F.pad(states, (0, words.shape[-1] - states.shape[-1]))
+        pooled = torch.cat([output[0] for output in clips], dim=-1)
+        return PromptEmbeds(torch.cat([states, words], dim=1), pooled, truncated=truncated)
+
+    @staticmethod
+    def _encode(encoder: Any, ids: Tensor, **options: Any) -> Any:
+        device = next(encoder.parameters()).device
+        with lock_of(encoder), grad_where_trained(encoder):
+            return encoder(ids.to(device), **options)
+
+
+def _within(tokenizer: Any, limit: int) -> Any:
+    """The tokenizer, or a copy of it that keeps no more tokens than a limit."""
+    if tokenizer.model_max_length <= limit:
+        return tokenizer
+    fitting = copy.deepcopy(tokenizer)
+    fitting.model_max_length = limit
+    return fitting
