@@ -9,6 +9,7 @@ import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 import torch
@@ -155,7 +156,10 @@ def _mgm_hd(fork: Fork, folder: Path) -> Any:
 def _prismatic(fork: Fork, folder: Path) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    fork_world.write_base(folder / "base", LlamaConfig, LlamaForCausalLM)
+    fork_world.write_base(folder / "base", LlamaConfig, LlamaForCausalLM, vocab_size=64)
+    words = fork_world.tokenizer()
+    words.add_tokens(["True", "False", "Yes", "No", *ascii_uppercase])  # each must be one token
+    words.save_pretrained(folder / "base")
     llama2 = importlib.import_module("prismatic.models.backbones.llm.llama2")
     materialize = importlib.import_module("prismatic.models.materialize")
     llama2.LLAMA2_MODELS["tiny"] = {
@@ -192,7 +196,7 @@ def _tinyllava(fork: Fork, folder: Path) -> Any:
 _LLAVA = "model.language_model.llava_llama LlavaConfig LlavaLlamaForCausalLM"
 _NEXT: dict[str, Any] = {
     "folder": "LLaVA-NeXT",
-    "commit": "df17966",
+    "commit": "b42941c",  # the last before one that leaves out imports of its trainer
     "package": "llava",
     "loading": {"device_map": "auto", "attn_implementation": "eager"},
     "call": lambda samples: {"modalities": ["image"] * samples},
