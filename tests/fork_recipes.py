@@ -60,6 +60,7 @@ class Fork:
         build: Function that makes the model, in place of the one for LLaVA's kin.
         load: Function that loads a checkpoint's folder, in place of the fork's loader; a fork that
             keeps no checkpoints of its own kind has `loads` false.
+        generates: Whether its `generate` runs on the versions of `make forks`.
         call: Function that makes further arguments of a call from the number of samples.
         shown: Function that brings pictures, one a sample, to the form that the fork takes.
         training: Options of its training script beside those of LLaVA's; None where it has none
@@ -81,6 +82,7 @@ class Fork:
     build: "Callable[[Fork, Path], Any] | None" = None
     load: "Callable[[Fork, Path], Any] | None" = None
     loads: bool = True
+    generates: bool = True
     call: Callable[[int], dict[str, Any]] = lambda _: {}
     shown: Callable[[torch.Tensor], Any] = lambda pixels: pixels
     training: str | None = None
@@ -315,7 +317,12 @@ FORKS = (
         commit="6cb5f66",
         package="moellava",
         classes="model.language_model.llava_llama LlavaLlamaConfig LlavaLlamaForCausalLM",
-        initial={"image_tower": fork_world.TOWER, "video_tower": None},
+        initial={
+            "image_tower": fork_world.TOWER,
+            "video_tower": None,
+            "image_projector_type": "mlp2x_gelu",
+            "video_projector_type": "linear",
+        },
     ),
     Fork(
         title="TinyLLaVA",
@@ -333,5 +340,7 @@ FORKS = (
         package="prismatic",
         classes="",
         build=_prismatic,
+        loads=False,
+        generates=False,
     ),
 )

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import transformers
 from transformers import LlavaNextProcessor, LlavaProcessor
 
 from diffenc.errors import ConfigError, PromptError
@@ -59,11 +58,6 @@ class _MakesPrompts:
             num_additional_image_tokens=num_additional_image_tokens,
             **kwargs,
         )
-        if not hasattr(self, "image_token"):
-            raise ConfigError(
-                f"the processor of transformers {transformers.__version__} counts no tokens of "
-                "pictures: DiffEncLlavaProcessor needs 4.48.3 or newer"
-            )
 
     @property
     def prompt_tokens(self) -> Any:
