@@ -9,6 +9,7 @@ import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 import torch
@@ -59,6 +60,7 @@ class Fork:
         build: Function that makes the model, in place of the one for LLaVA's kin.
         load: Function that loads a checkpoint's folder, in place of the fork's loader; a fork that
             keeps no checkpoints of its own kind has `loads` false.
+        generates: Whether its `generate` runs on the versions of `make forks`.
         call: Function that makes further arguments of a call from the number of samples.
         shown: Function that brings pictures, one a sample, to the form that the fork takes.
         training: Options of its training script beside those of LLaVA's; None where it has none
@@ -80,6 +82,7 @@ class Fork:
     build: "Callable[[Fork, Path], Any] | None" = None
     load: "Callable[[Fork, Path], Any] | None" = None
     loads: bool = True
+    generates: bool = True
     call: Callable[[int], dict[str, Any]] = lambda _: {}
     shown: Callable[[torch.Tensor], Any] = lambda pixels: pixels
     training: str | None = None
@@ -155,7 +158,10 @@ def _mgm_hd(fork: Fork, folder: Path) -> Any:
 def _prismatic(fork: Fork, folder: Path) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    fork_world.write_base(folder / "base", LlamaConfig, LlamaForCausalLM)
+    fork_world.write_base(folder / "base", LlamaConfig, LlamaForCausalLM, vocab_size=64)
+    words = fork_world.tokenizer()
+    words.add_tokens(["True", "False", "Yes", "No", *ascii_uppercase])  # each must be one token
+    words.save_pretrained(folder / "base")
     llama2 = importlib.import_module("prismatic.models.backbones.llm.llama2")
     materialize = importlib.import_module("prismatic.models.materialize")
     llama2.LLAMA2_MODELS["tiny"] = {
@@ -192,7 +198,7 @@ def _tinyllava(fork: Fork, folder: Path) -> Any:
 _LLAVA = "model.language_model.llava_llama LlavaConfig LlavaLlamaForCausalLM"
 _NEXT: dict[str, Any] = {
     "folder": "LLaVA-NeXT",
-    "commit": "df17966",
+    "commit": "b42941c",  # the last before one that leaves out imports of its trainer
     "package": "llava",
     "loading": {"device_map": "auto", "attn_implementation": "eager"},
     "call": lambda samples: {"modalities": ["image"] * samples},
@@ -311,7 +317,12 @@ FORKS = (
         commit="6cb5f66",
         package="moellava",
         classes="model.language_model.llava_llama LlavaLlamaConfig LlavaLlamaForCausalLM",
-        initial={"image_tower": fork_world.TOWER, "video_tower": None},
+        initial={
+            "image_tower": fork_world.TOWER,
+            "video_tower": None,
+            "image_projector_type": "mlp2x_gelu",
+            "video_projector_type": "linear",
+        },
     ),
     Fork(
         title="TinyLLaVA",
@@ -329,5 +340,7 @@ FORKS = (
         package="prismatic",
         classes="",
         build=_prismatic,
+        loads=False,
+        generates=False,
     ),
 )

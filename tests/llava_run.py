@@ -18,50 +18,12 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+import fork_world
 from diffenc.evals.hosted_vlm import HostedVLM
 from diffenc.hosts.llava import modernize, register, take_prompts, train_with_prompts
 from diffenc.hosts.prompts import prompt_scope
-from diffenc.shapes import render, sample_scenes
-
-TOWER = "diffenc:shapes?t=50&rank=4"
-QUESTIONS = ["what color is the circle?", "how many stars are there?"]
-WORDS = "what color is the circle star square how many stars are there ? red blue green one two a"
-
-
-def write_world(folder: Path) -> None:
-    """A tokenizer, an untrained language model, pictures, and questions about them."""
-    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>"))
-    tokenizer.add_tokens(sorted(set(WORDS.split())))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-    fast.save_pretrained(folder / "base")
-    from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
-
-    config = LlavaConfig(
-        vocab_size=128,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=512,
-    )
-    torch.manual_seed(0)
-    LlavaLlamaForCausalLM(config).save_pretrained(folder / "base")
-    entries = []
-    (folder / "images").mkdir()
-    for index, scene in enumerate(sample_scenes(8, seed=0)):
-        render(scene).save(folder / "images" / f"{index}.png")
-        turns = [
-            {"from": "human", "value": f"<image>\n{QUESTIONS[index % 2]}"},
-            {"from": "gpt", "value": "a red circle"},
-        ]
-        entries.append({"id": str(index), "image": f"{index}.png", "conversations": turns})
-    (folder / "data.json").write_text(json.dumps(entries))
+from fork_world import QUESTIONS, TOWER
 
 
 def train(folder: Path, out: str, *options: str) -> Any:
@@ -251,7 +213,11 @@ def main(checkout: str, target: str) -> None:
     folder = Path(target)
     supplied = modernize("llava").supplied
     register("llava")
-    write_world(folder)
+    from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+
+    options = {"vocab_size": 128, "pad_token_id": None}
+    fork_world.write_base(folder / "base", LlavaConfig, LlavaLlamaForCausalLM, **options)
+    fork_world.write_data(folder)
     train_with_prompts("llava", "question")
     report: dict[str, Any] = {"transformers": transformers.__version__, "supplied": supplied}
     stage1 = train(folder, "llava-stage1", "--tune_mm_mlp_adapter", "True")

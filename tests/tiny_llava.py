@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import transformers
 from PIL import Image
@@ -15,11 +16,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from diffenc.hosts.transformers import DiffEncConfig, DiffEncImageProcessor, DiffEncModel
+VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+if VERSION < (4, 48):
+    pytest.skip("diffenc.hosts.transformers needs transformers 4.48.3", allow_module_level=True)
+
+from diffenc.hosts.transformers import DiffEncConfig, DiffEncImageProcessor, DiffEncModel  # noqa: E402
 
 IMAGE_TOKEN = 63
 PINPOINTS = [[128, 64], [64, 128]]
-VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 DTYPE = "dtype" if VERSION >= (4, 56) else "torch_dtype"
 WORDS = ["what", "color", "is", "the", "circle", "how", "many", "red", "?"]
 

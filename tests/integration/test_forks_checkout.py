@@ -40,7 +40,8 @@ def test_a_model_of_the_fork_reads_the_question_trains_and_comes_back(fork) -> N
     assert report["same question"] == 0
     assert report["other question"] > 1e-4
     assert report["batch against singles"] < 1e-5
-    assert report["answers repeat"]
+    if fork.generates:
+        assert report["answers repeat"]
     if fork.loads:
         assert report["adapter after loading"] < 1e-4
         assert report["logits after loading"] < 1e-2  # a loader's half precision

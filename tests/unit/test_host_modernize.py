@@ -82,6 +82,12 @@ def train(options, rows):
 """
 
 
+missing = pytest.mark.skipif(
+    "tokenizer" in inspect.signature(transformers.Trainer.__init__).parameters,
+    reason="this transformers lacks nothing of it",
+)
+
+
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """A function that writes the fork; what it left in transformers is checked afterwards."""
@@ -129,6 +135,7 @@ def rows() -> list[dict[str, Any]]:
     return [{"rows": torch.ones(2), "labels": torch.ones(1)} for _ in range(4)]
 
 
+@missing
 def test_an_old_script_trains_and_saves_checkpoints(write, tmp_path) -> None:
     write()
     supplied = modernize("oldfork").supplied
@@ -139,12 +146,14 @@ def test_an_old_script_trains_and_saves_checkpoints(write, tmp_path) -> None:
     assert any("tokenizer" in each for each in supplied)
 
 
+@missing
 def test_without_it_an_import_fails_with_the_advice_to_call_it(write) -> None:
     write()
     with pytest.raises(ConfigError, match=r"diffenc\.hosts\.llava\.modernize"):
         import_part("oldfork", "train.train")
 
 
+@missing
 def test_renamed_options_set_the_new_ones(write, tmp_path) -> None:
     write()
     modernize("oldfork")
@@ -203,6 +212,7 @@ def test_generate_hands_no_cache_position_to_a_model_that_takes_none(write) -> N
     assert set(stock(model, 1, cache_position=2)) == {"input_ids", "cache_position"}
 
 
+@missing
 def test_training_can_follow_a_call_that_left_it_aside(write) -> None:
     write()
     first = modernize("oldfork", script=None)
@@ -238,6 +248,7 @@ def test_what_a_fork_has_of_its_own_is_left(write) -> None:
     assert not [each for each in done.supplied if any(word in each for word in words)]
 
 
+@missing
 def test_a_second_call_changes_nothing_and_undo_everything(write) -> None:
     write()
     done = modernize("oldfork")

@@ -1,5 +1,6 @@
 """Which classes of transformers take a tower is what the page says, and the others say why not."""
 
+import importlib
 import importlib.util
 import re
 from pathlib import Path
@@ -74,3 +75,12 @@ def test_a_tower_is_there_or_its_absence_is_told():
     assert isinstance(llava, LlavaForConditionalGeneration)
     with pytest.raises(ConfigError, match=r"no vision tower.*is a CLIPVisionConfig"):
         require_tower(llava)
+
+
+def test_a_transformers_that_is_too_old_for_stock_classes_is_refused(monkeypatch) -> None:
+    oldest = importlib.import_module("diffenc.hosts.transformers._oldest")
+    monkeypatch.setattr(transformers, "__version__", "4.44.2")
+    with pytest.raises(ConfigError, match=r"needs transformers 4\.48\.3 or newer, and 4\.44\.2"):
+        importlib.reload(oldest)
+    monkeypatch.undo()
+    importlib.reload(oldest)

@@ -32,9 +32,8 @@ def import_part(package: str, part: str) -> ModuleType:
         return importlib.import_module(f"{package}.{part}")
     except Exception as error:  # a fork's own code runs here, and what an earlier failure left
         cause = _hidden_cause(package, error)
-        missing = (getattr(cause, "name", None) or "").partition(".")[0]
         taken = "already used by a Transformers" in str(cause)
-        advice = _advice(package, "transformers" if taken else missing)
+        advice = _advice(package, "transformers" if taken else getattr(cause, "name", None) or "")
         fault = cause if isinstance(cause, ImportError) else f"{type(cause).__name__}: {cause}"
         raise ConfigError(f"cannot import {package}.{part}: {fault}. {advice}.") from error
 
@@ -59,15 +58,14 @@ def _hidden_cause(package: str, error: Exception) -> Exception:
 
 
 def _advice(package: str, missing: str) -> str:
-    """What to do when a module of a fork cannot be imported for want of a package."""
+    """What to do when a module of a fork cannot be imported for want of another module."""
     top = package.partition(".")[0]
-    if missing == top and top not in sys.modules:
+    if missing == top:
         return (
             "Put the fork's folder on the path (pip install -e . in it) and pass the name of its "
-            "top-level module; name the part if the fork keeps it elsewhere. TinyLLaVA and "
-            "prismatic have hooks of their own: diffenc.hosts.tinyllava and diffenc.hosts.prismatic"
+            "top-level module"
         )
-    if missing == "transformers":
+    if missing.partition(".")[0] == "transformers":
         import transformers
 
         return (
@@ -75,8 +73,12 @@ def _advice(package: str, missing: str) -> str:
             "diffenc.hosts.llava.modernize() supplies what LLaVA itself lacks; what is missing "
             "after it needs the version that the fork names"
         )
-    if missing == top:
-        return "The fork has no such part: name the one that it has (script=, builder=, loader=)"
+    if missing.startswith(f"{top}."):
+        return (
+            "The fork has no such part: name the one that it has (script=, builder=, loader=). "
+            "TinyLLaVA and prismatic have hooks of their own: diffenc.hosts.tinyllava and "
+            "diffenc.hosts.prismatic"
+        )
     if missing:
         return "The fork itself needs that: install what its own guide names"
     return (

@@ -176,9 +176,8 @@ def _supply_masks(done: Modernization) -> None:
     loaded = sys.modules.get(done.package)
     spec = importlib.util.find_spec(done.package) if loaded is None else None
     places = getattr(loaded, "__path__", ()) if spec is None else spec.submodule_search_locations
-    if not any(
-        (Path(place) / "model" / "language_model" / "mpt").is_dir() for place in places or ()
-    ):
+    folders = [Path(place) / "model" / "language_model" / "mpt" for place in places or ()]
+    if not any(folder.is_dir() for folder in folders):
         return
     for kind in ("bloom", "opt"):
         module = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
@@ -203,7 +202,7 @@ def _norms() -> list[type[nn.Module]]:
     return [nn.LayerNorm, LlamaRMSNorm, MistralRMSNorm]
 
 
-def _no_sharding() -> type[Enum]:
+def _no_sharding() -> Any:
     """Ways of fairscale, which transformers no longer calls; a trainer is in none of them."""
     return Enum(SHARDING, {"SIMPLE": "simple", "OFFLOAD": "offload", "ZERO_DP_2": "zero_dp_2"})
 

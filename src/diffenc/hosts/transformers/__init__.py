@@ -6,6 +6,7 @@ stock classes build and load it as any other vision model.
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
 
+import diffenc.hosts.transformers._oldest  # noqa: F401  # before the classes it is needed for
 from diffenc.hosts.transformers.configuration import DiffEncConfig
 from diffenc.hosts.transformers.image_processing import DiffEncImageProcessor
 from diffenc.hosts.transformers.llava import (
