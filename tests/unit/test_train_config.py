@@ -55,7 +55,7 @@ def test_written_and_read_again_it_is_the_same(tmp_path):
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_examples_can_be_read(path):
     assert TrainConfig.read(path).data.annotations
-    assert len(EXAMPLES) == 4
+    assert len(EXAMPLES) == 7
 
 
 @pytest.mark.parametrize(
