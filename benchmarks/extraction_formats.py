@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from speed.program import positive
 
 from diffenc.extraction.index import write_index
 from diffenc.extraction.reader import FeatureFolder
 from diffenc.extraction.rows import Rows
 from diffenc.extraction.shards import Shard, read_table, shard_name
 from diffenc.storage.writing import write_json
-from speed.program import positive
 
 SHARD_BYTES = 2**28
 CASES = {
@@ -222,13 +222,13 @@ def write_zarr(folder: Path, values: np.ndarray) -> None:
     import zarr
 
     step = rows_together(values)
+    chunk = max(1, 2**16 // values[0].nbytes)
     array = zarr.create_array(
         str(folder / "tap.zarr"),
         shape=values.shape,
         dtype=values.dtype,
-        chunks=(max(1, 2**16 // values[0].nbytes), *values.shape[1:]),
-        shards=(step // max(1, 2**16 // values[0].nbytes) * max(1, 2**16 // values[0].nbytes),)
-        + values.shape[1:],
+        chunks=(chunk, *values.shape[1:]),
+        shards=(step // chunk * chunk, *values.shape[1:]),
         compressors=None,
     )
     for first in range(0, len(values), array.shards[0]):

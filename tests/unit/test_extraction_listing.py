@@ -74,7 +74,9 @@ def write_list(path, rows):
     if path.suffix == ".csv":
         names = list(rows[0])
         quoted = [names, *([str(row[name]) for name in names] for row in rows)]
-        lines = [",".join('"' + cell.replace('"', '""') + '"' for cell in cells) for cells in quoted]
+        lines = [
+            ",".join('"' + cell.replace('"', '""') + '"' for cell in cells) for cells in quoted
+        ]
         path.write_text("\n".join(lines))
     elif path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -99,7 +101,9 @@ def test_a_list_gives_paths_beside_it_texts_and_names(tmp_path, ending):
     assert listing.prompts == ['what, "exactly"?', "", "näch\nste"]
     colors = [load_image(listing.picture(place)).getpixel((0, 0)) for place in range(3)]
     assert colors == [(255, 0, 0), (0, 0, 255), (255, 0, 0)]
-    with pytest.raises(ConfigError, match="names pics/a.png twice, as pictures 1 and 3.*id-column"):
+    with pytest.raises(
+        ConfigError, match=r"names pics/a.png twice, as pictures 1 and 3.*id-column"
+    ):
         list_pictures(path)
 
 
@@ -111,7 +115,12 @@ def test_a_text_file_lists_a_path_per_line(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "error", "message"),
     [
-        ("l.csv", "path,text\na.png,b", ConfigError, r"no column 'image'; its columns are \['path'"),
+        (
+            "l.csv",
+            "path,text\na.png,b",
+            ConfigError,
+            r"no column 'image'; its columns are \['path'",
+        ),
         ("l.csv", "image,text\na.png", ConfigError, "line 2 has 1 values for 2 columns"),
         ("l.csv", "image,image,text\na,b,c", ConfigError, "has the column 'image' twice"),
         ("l.csv", "image,text\n", ConfigError, "lists no pictures"),
@@ -142,7 +151,7 @@ def test_an_archive_gives_its_pictures_in_place_with_the_texts_beside_them(tmp_p
     path = tmp_path / "some.tar"
     with tarfile.open(path, "w") as archive:
         add(archive, "b.jpg", png("red"))
-        add(archive, "b.txt", "a red one\n".encode())
+        add(archive, "b.txt", b"a red one\n")
         add(archive, "b.json", b"{}")
         add(archive, "dir/a.x.png", png("blue"))
         add(archive, "dir/a.txt", "ein blaues ü".encode())
@@ -183,15 +192,15 @@ def test_an_archive_that_is_cut_off_or_none_is_told(tmp_path):
         add(archive, "b.png", np.random.default_rng(0).bytes(50_000))
     whole = path.read_bytes()
     path.write_bytes(whole[:20_000])
-    with pytest.raises(ConfigError, match="no whole .tar file"):
+    with pytest.raises(ConfigError, match=r"no whole .tar file"):
         list_pictures(path)
     path.write_bytes(whole)
     listing = list_pictures(path)
     path.write_bytes(whole[:20_000])
-    with pytest.raises(ImageError, match="b.png in .*: it is cut off"):
+    with pytest.raises(ImageError, match=r"b.png in .*: it is cut off"):
         listing.picture(1)
     path.write_bytes(b"no archive at all" * 99)
-    with pytest.raises(ConfigError, match="no whole .tar file"):
+    with pytest.raises(ConfigError, match=r"no whole .tar file"):
         list_pictures(path)
 
 

@@ -113,7 +113,9 @@ def _encode(
     ] = None,
     output_dtype: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Floating point type of what is written; default --dtype."),
+        typer.Option(
+            metavar="NAME", help="Floating point type of what is written; default --dtype."
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Number of images per pass.")] = 8,
     threads: Annotated[
@@ -137,7 +139,9 @@ def _encode(
     ] = "image",
     id_column: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Column of a list with a name per row; default the path."),
+        typer.Option(
+            metavar="NAME", help="Column of a list with a name per row; default the path."
+        ),
     ] = None,
     shard_size: Annotated[
         int | None,

@@ -92,9 +92,7 @@ def _filled(listing: "Listing", extractor: "Extractor") -> "Shard":
     return shard
 
 
-def _described(
-    shard: "Shard", extractor: "Extractor", left_out: Sequence[str]
-) -> dict[str, Any]:
+def _described(shard: "Shard", extractor: "Extractor", left_out: Sequence[str]) -> dict[str, Any]:
     """What a file of features says of itself."""
     encoder, table = extractor.encoder, shard.table
     one = [] if extractor.prompt is None else [extractor.prompt]

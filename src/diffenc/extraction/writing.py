@@ -124,9 +124,7 @@ def write_features(
         _refuse_missing(listing)
     shapes = extractor.row_shapes
     size = shard_size or _shard_size(shapes, extractor.batch_size)
-    plan = make_plan(
-        extractor, listing, shard_size=size, trained=trained_digest(extractor.encoder)
-    )
+    plan = make_plan(extractor, listing, shard_size=size, trained=trained_digest(extractor.encoder))
     make_folder(target)
     with locked(target, purpose="writing features to it"):
         begun = begin(target, plan, overwrite=overwrite)
