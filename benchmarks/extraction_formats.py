@@ -124,7 +124,7 @@ def forget(folder: Path) -> None:
 
 
 def rows_together(values: np.ndarray) -> int:
-    return max(1, min(1000, SHARD_BYTES // values[0].nbytes))
+    return max(1, min(1000, SHARD_BYTES // int(values[0].nbytes)))
 
 
 def write_shards(folder: Path, values: np.ndarray) -> None:

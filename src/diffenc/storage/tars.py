@@ -39,7 +39,7 @@ def list_tar(path: StrPath, *, error: type[DiffencError] = ConfigError) -> Itera
     try:
         with tarfile.open(path, "r:") as archive:
             while (entry := archive.next()) is not None:
-                archive.members = []  # they would pile up: one for each file
+                archive.members = []  # type: ignore[attr-defined]  # one for each file piles up
                 if entry.isreg() and not entry.issparse():
                     yield Member(entry.name, entry.offset_data, entry.size)
     except (tarfile.TarError, OSError, ValueError, EOFError) as failure:
