@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +115,8 @@ def speed(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         paths = [str(path) for path in sorted(pictures.rglob(f"*{ending}"))]
         bare = in_turns(
             {
-                "bare threads": lambda: decode_alone(idle, paths),
-                "pipeline": lambda: write_features(pictures, folder / "out", idle, overwrite=True),
+                "bare threads": partial(decode_alone, idle, paths),
+                "pipeline": partial(write_features, pictures, folder / "out", idle, overwrite=True),
             },
             options.repeats,
         )
@@ -195,7 +196,7 @@ def memory(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     features = open_features(folder / "features")
     names = sorted(path.relative_to(pictures).as_posix() for path in pictures.rglob("*.png"))
     assert list(features.ids) == names, "pictures are missing, doubled or in another order"
-    expected = features.stack("up_blocks.0.attentions.1")
+    expected = features.stack("latents")
     assert torch.equal(expected[:50], expected[50:100]), "the same pictures have other features"
     early = next(size for done, size in lines if done >= 1000)
     most = max(size for each in (lines, goes_on) for _, size in each)
@@ -221,9 +222,7 @@ def run(command: Sequence[str], lines: list[tuple[int, float]], kill_at: int | N
 
 def write(folder: Path) -> int:
     """Write features of all pictures, and print the memory every 500 pictures."""
-    extractor = Extractor(
-        "shapes", taps="up_blocks.0.attentions.1", pool="mean", size=32, batch_size=64, threads=2
-    )
+    extractor = Extractor("shapes", taps="latents", pool="mean", size=32, batch_size=64, threads=2)
     last = 0
 
     def report(done: int, _total: int) -> None:

@@ -124,7 +124,7 @@ def forget(folder: Path) -> None:
 
 
 def rows_together(values: np.ndarray) -> int:
-    return max(1, min(1000, SHARD_BYTES // values[0].nbytes))
+    return max(1, min(1000, SHARD_BYTES // int(values[0].nbytes)))
 
 
 def write_shards(folder: Path, values: np.ndarray) -> None:
@@ -222,13 +222,13 @@ def write_zarr(folder: Path, values: np.ndarray) -> None:
     import zarr
 
     step = rows_together(values)
+    chunk = max(1, 2**16 // values[0].nbytes)
     array = zarr.create_array(
         str(folder / "tap.zarr"),
         shape=values.shape,
         dtype=values.dtype,
-        chunks=(max(1, 2**16 // values[0].nbytes), *values.shape[1:]),
-        shards=(step // max(1, 2**16 // values[0].nbytes) * max(1, 2**16 // values[0].nbytes),)
-        + values.shape[1:],
+        chunks=(chunk, *values.shape[1:]),
+        shards=(step // chunk * chunk, *values.shape[1:]),
         compressors=None,
     )
     for first in range(0, len(values), array.shards[0]):

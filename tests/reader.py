@@ -66,6 +66,9 @@ AMOUNTS = (
 )
 """What takes minutes in the numbers that a page gives, and seconds in these."""
 
+ENGINES = ("daft", "datasets", "pyspark", "ray")
+"""Packages of many megabytes: where one is not installed, the blocks that import it are not run."""
+
 
 class Hub:
     """Folders of tiny models, made when a page first asks for one of their family."""
@@ -317,12 +320,22 @@ def sit_down(page: Path, hub: Hub) -> dict[str, Any]:
     return {"__name__": "__main__", **(names or {})}
 
 
+def _is_there(package: str) -> bool:
+    return package in sys.modules or find_spec(package) is not None
+
+
 def run(block: "re.Match[str]", page: Path, namespace: dict[str, Any]) -> None:
     """Run one block of a page in the page's namespace.
 
     Files that a page includes are run as a whole by `test_examples`.
     """
     code = block["code"]
+    if any(
+        not _is_there(name)
+        for name in ENGINES
+        if re.search(rf"^(import|from) {name}\b", code, re.M)
+    ):
+        return
     included = SNIPPET.findall(code)
     if included:
         assert all(path.startswith("examples/") for path in included), included

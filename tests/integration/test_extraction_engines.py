@@ -87,6 +87,8 @@ class KilledOnce(Extractor):
 
 @pytest.fixture(scope="module")
 def ray():
+    # Its own processes have half a minute to start, which is not enough beside other work.
+    os.environ.setdefault("RAY_agent_register_timeout_ms", "300000")
     library = pytest.importorskip("ray")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

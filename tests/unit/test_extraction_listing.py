@@ -101,7 +101,9 @@ def test_a_list_gives_paths_beside_it_texts_and_names(tmp_path, ending):
     assert listing.prompts == ['what, "exactly"?', "", "näch\nste"]
     colors = [load_image(listing.picture(place)).getpixel((0, 0)) for place in range(3)]
     assert colors == [(255, 0, 0), (0, 0, 255), (255, 0, 0)]
-    with pytest.raises(ConfigError, match="names pics/a.png twice, as pictures 1 and 3.*id-column"):
+    with pytest.raises(
+        ConfigError, match=r"names pics/a.png twice, as pictures 1 and 3.*id-column"
+    ):
         list_pictures(path)
 
 
@@ -190,15 +192,15 @@ def test_an_archive_that_is_cut_off_or_none_is_told(tmp_path):
         add(archive, "b.png", np.random.default_rng(0).bytes(50_000))
     whole = path.read_bytes()
     path.write_bytes(whole[:20_000])
-    with pytest.raises(ConfigError, match="no whole .tar file"):
+    with pytest.raises(ConfigError, match=r"no whole .tar file"):
         list_pictures(path)
     path.write_bytes(whole)
     listing = list_pictures(path)
     path.write_bytes(whole[:20_000])
-    with pytest.raises(ImageError, match="b.png in .*: it is cut off"):
+    with pytest.raises(ImageError, match=r"b.png in .*: it is cut off"):
         listing.picture(1)
     path.write_bytes(b"no archive at all" * 99)
-    with pytest.raises(ConfigError, match="no whole .tar file"):
+    with pytest.raises(ConfigError, match=r"no whole .tar file"):
         list_pictures(path)
 
 

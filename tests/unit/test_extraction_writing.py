@@ -2,12 +2,12 @@
 
 import errno
 import json
-import os
 import pickle
 import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -120,7 +120,7 @@ def test_a_row_that_is_not_there_is_told(written, key, error, message):
 
 
 def test_a_kind_of_feature_that_is_not_there_is_told(written):
-    with pytest.raises(ConfigError, match="no features 'mid'.*Did you mean 'mid_block'"):
+    with pytest.raises(ConfigError, match=r"no features 'mid'.*Did you mean 'mid_block'"):
         written.stack("mid")
 
 
@@ -267,9 +267,7 @@ def test_broken_pictures_stop_a_run_or_are_left_out_with_a_report(
     with pytest.raises(ImageError, match=r"cannot read the image .*cut.png.*; 0 of 7 .*skip_brok"):
         write_features(paths, tmp_path / "out", make(), shard_size=2)
     features = write_features(paths, tmp_path / "out", make(skip_broken=True), shard_size=2)
-    assert [os.path.basename(name) for name in features.ids] == [
-        name for name in names if name[0] == "0"
-    ]
+    assert [Path(name).name for name in features.ids] == [name for name in names if name[0] == "0"]
     assert close(features.stack(TAP), expected[:5])
     assert list(features.skipped) == [str(tmp_path / "cut.png"), str(tmp_path / "web.jpg")]
     assert "web page" in features.skipped[str(tmp_path / "web.jpg")]

@@ -96,7 +96,7 @@ def test_copies_in_one_process_share_a_model_and_a_fork_does_not(make, monkeypat
     assert pickle.loads(pickle.dumps(extractor)).encoder is encoder
     assert make(pool="mean", prompt="other").encoder is encoder  # what is kept changes no model
     assert make(timestep=7).encoder is not encoder
-    monkeypatch.setattr(module.os, "getpid", lambda: os.getppid())
+    monkeypatch.setattr(module.os, "getpid", os.getppid)
     assert make(timestep=7).encoder.config.timestep == 7
     assert make().encoder is not encoder
 

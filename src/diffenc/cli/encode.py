@@ -195,7 +195,7 @@ def _encode(
         id_column=id_column,
     )
     if prompts:
-        texts = match_batch(prompts, len(listing))
+        texts: Sequence[str] = match_batch(prompts, len(listing))
         if len(texts) > 1:
             listing = replace(listing, prompts=texts)
     else:
@@ -203,6 +203,8 @@ def _encode(
     for text in texts if word_tokens else ():
         words_of(text)
     quiet_libraries()
+    # What the command line gives as text is checked by the object itself.
+    words: dict[str, Any] = {"pool": pool, "output_dtype": output_dtype}
     extractor = Extractor(
         model,
         prompt=None if listing.prompts is not None or not prompts else prompts[0],
@@ -210,11 +212,9 @@ def _encode(
         maps=maps,
         tokens=tokens,
         word_tokens=word_tokens,
-        pool=pool,
         registers=registers,
         device=device,
         dtype=dtype,
-        output_dtype=output_dtype,
         batch_size=batch_size,
         threads=threads,
         skip_broken=skip_broken,
@@ -224,6 +224,7 @@ def _encode(
         architecture=architecture,
         tokenizer=tokenizer,
         variant=variant,
+        **words,
         **changes,
     )
     if in_folder:

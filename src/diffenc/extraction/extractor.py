@@ -25,8 +25,10 @@ from diffenc.models.device import named_device, named_dtype
 from diffenc.models.taps import tap_patterns
 
 _LOADING = frozenset(
-    ("preset", "truncate", "channels_last", "architecture", "prediction_type", "variant")
-    + ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    (
+        *("preset", "truncate", "channels_last", "architecture", "prediction_type", "variant"),
+        *("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
+    )
 )
 """Arguments of `DiffusionEncoder.from_pretrained` that are passed on."""
 
@@ -379,8 +381,8 @@ def _entries(column: Any) -> list[Any]:
     """Pictures of a column: a list, an array of objects, or an array of a whole batch."""
     if isinstance(column, (np.ndarray, Tensor)) and column.ndim == 3:
         raise ShapeError(
-            f"the column of pictures has the shape {tuple(column.shape)}, that of one picture or of "
-            "grey ones; pass a list of pictures"
+            f"the column of pictures has the shape {tuple(column.shape)}, that of one picture or "
+            "of grey ones; pass a list of pictures"
         )
     return as_list(column) if len(column) else []
 

@@ -14,8 +14,10 @@ from diffenc.storage.names import SURROGATE, StrPath, expanded, is_file, is_fold
 from diffenc.storage.tars import Member, list_tar, read_tar_member
 
 PICTURE_ENDINGS = frozenset(
-    (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
-    + (".jp2", ".heic", ".heif", ".ppm", ".pgm", ".pbm", ".pnm", ".tga")
+    (
+        *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"),
+        *(".jp2", ".heic", ".heif", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"),
+    )
 )
 """Endings by which pictures are told from the other files of a folder or an archive."""
 

@@ -55,7 +55,7 @@ def read_list(path: Path, *, image: str, prompt: str | None, id_: str | None) ->
                 f"{shown} is a list of paths without columns; give a .csv, .jsonl or .parquet file"
             )
         lines = text_lines(read_text(path, most=_LIST_BYTES))
-        columns: dict[str, Sequence[Any]] = {image: [line for line in lines if line.strip()]}
+        columns: dict[str, list[Any]] = {image: [line for line in lines if line.strip()]}
         wheres: Sequence[int] = [n for n, line in enumerate(lines, 1) if line.strip()]
     else:
         names = [name for name in (image, prompt, id_) if name is not None]
@@ -124,7 +124,7 @@ def _require_columns(names: Sequence[str], header: Sequence[str], path: Path) ->
             raise ConfigError(f"{printable(path)} has the column {name!r} twice")
 
 
-def _csv(path: Path, names: Sequence[str]) -> tuple[dict[str, Sequence[Any]], Sequence[int]]:
+def _csv(path: Path, names: Sequence[str]) -> tuple[dict[str, list[Any]], Sequence[int]]:
     shown = printable(path)
     lines = parse_csv(read_text(path, most=_LIST_BYTES), where=shown)
     (_, header), rows = (lines[0], lines[1:]) if lines else ((0, []), [])
@@ -139,7 +139,7 @@ def _csv(path: Path, names: Sequence[str]) -> tuple[dict[str, Sequence[Any]], Se
     return columns, [number for number, _ in rows]
 
 
-def _jsonl(path: Path, names: Sequence[str]) -> tuple[dict[str, Sequence[Any]], Sequence[int]]:
+def _jsonl(path: Path, names: Sequence[str]) -> tuple[dict[str, list[Any]], Sequence[int]]:
     shown = printable(path)
     objects, broken = parse_json_lines(read_text(path, most=_LIST_BYTES), where=shown)
     if broken:
@@ -150,7 +150,7 @@ def _jsonl(path: Path, names: Sequence[str]) -> tuple[dict[str, Sequence[Any]], 
     return columns, [number for number, _ in objects]
 
 
-def _parquet(path: Path, names: Sequence[str]) -> tuple[dict[str, Sequence[Any]], Sequence[int]]:
+def _parquet(path: Path, names: Sequence[str]) -> tuple[dict[str, list[Any]], Sequence[int]]:
     parquet = require("pyarrow.parquet", extra="parquet")
     try:
         with parquet.ParquetFile(path) as file:

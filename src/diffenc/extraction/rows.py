@@ -168,8 +168,8 @@ def row_shapes(encoder: DiffusionEncoder, kept: Kept) -> Shapes | None:
             shapes[tap.name] = ((*times, tap.channels * halves, *cells), dtype)
     channels = encoder.hidden_size
     if kept.tokens:
-        grid = config.grid or middle_grid(grids)
-        rows, columns = (grid, grid) if isinstance(grid, int) else grid
+        own = config.grid or middle_grid(grids)
+        rows, columns = (own, own) if isinstance(own, int) else own
         count = (rows * columns,) if kept.pool is None else ()
         shapes["tokens"] = ((*times, *count, channels), dtype)
     if kept.word_tokens is not None:

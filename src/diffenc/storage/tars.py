@@ -3,6 +3,7 @@
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from diffenc.errors import ConfigError, DiffencError
 from diffenc.storage.names import StrPath, is_file, printable, reason
@@ -38,11 +39,11 @@ def list_tar(path: StrPath, *, error: type[DiffencError] = ConfigError) -> Itera
     try:
         with tarfile.open(path, "r:") as archive:
             while (entry := archive.next()) is not None:
-                archive.members = []  # they would pile up: one for each file
+                archive.members = []  # type: ignore[attr-defined]  # one for each file piles up
                 if entry.isreg() and not entry.issparse():
                     yield Member(entry.name, entry.offset_data, entry.size)
     except (tarfile.TarError, OSError, ValueError, EOFError) as failure:
-        with open(path, "rb") as file:
+        with Path(path).open("rb") as file:
             start = file.read(6)
         if start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")):
             raise error(
@@ -59,7 +60,7 @@ def read_tar_member(path: StrPath, member: Member, *, error: type[DiffencError])
         DiffencError: `error`: the archive is gone, or ends before the file does.
     """
     try:
-        with open(path, "rb") as archive:
+        with Path(path).open("rb") as archive:
             archive.seek(member.start)
             content = archive.read(member.size)
     except (OSError, ValueError, MemoryError) as failure:
