@@ -167,8 +167,8 @@ def time_further(folder: Path, alias: str, repeats: int) -> dict[str, float]:
 def table(savings: Sequence[Saving]) -> Table:
     """All savings, with what they leave out."""
     is_timed = any(each.time_ratio is not None for each in savings)
-    columns = ("job", "model", "size", "saving", "TFLOP before", "after", "saved", "x")
-    columns += ("time, x",) if is_timed else ()
+    columns: tuple[str, ...] = ("job", "model", "size", "saving")
+    columns += ("TFLOP before", "after", "saved", "x", *(["time, x"] if is_timed else []))
     rows = tuple(
         (
             each.job,
