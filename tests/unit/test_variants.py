@@ -76,7 +76,6 @@ def test_u_nets_of_further_channels_are_called_what_they_are(
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"_class_name": "StableDiffusion3Pipeline"}, "StableDiffusion3Pipeline.*transformer"),
         ({"_class_name": "FluxPipeline"}, "FluxPipeline.*transformer"),
         ({"_class_name": "StableDiffusionXLInstructPix2PixPipeline"}, "InstructPix2Pix"),
         ({"_class_name": "StableDiffusionUpscalePipeline"}, "upscaler"),
