@@ -169,7 +169,7 @@ def table(savings: Sequence[Saving]) -> Table:
     is_timed = any(each.time_ratio is not None for each in savings)
     columns: tuple[str, ...] = ("job", "model", "size", "saving")
     columns += ("TFLOP before", "after", "saved", "x", *(["time, x"] if is_timed else []))
-    rows = tuple(
+    rows: tuple[tuple[str, ...], ...] = tuple(
         (
             each.job,
             each.model,
