@@ -78,7 +78,7 @@ class Extractor:
         >>> from diffenc import Extractor
         >>> extractor = Extractor("shapes", prompt_column="question", pool="mean")
         >>> batch = {"image": [circle, square], "question": ["what color is it?"] * 2}
-        >>> extractor(batch)["up_blocks.0"].shape
+        >>> extractor(batch)["up_blocks.0.attentions.1"].shape
         (2, 128)
     """
 

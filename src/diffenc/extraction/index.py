@@ -25,7 +25,7 @@ def require_parquet() -> None:
     require("pyarrow.parquet", extra="parquet")
 
 
-def write_index(folder: Path, tables: Iterable[ShardTable]) -> int:
+def write_index(folder: Path, tables: Iterable[ShardTable]) -> None:
     """Write the index of all shards, whole or not at all.
 
     The columns are "id", "shard" and "row"; "prompt", "truncated" and "words" where the run has
@@ -35,29 +35,24 @@ def write_index(folder: Path, tables: Iterable[ShardTable]) -> int:
         folder: Folder of the shards.
         tables: Tables of all shards, in order; one at a time is held in memory.
 
-    Returns:
-        Number of pictures that have features.
-
     Raises:
         OutputError: It cannot be written.
     """
     arrow = require("pyarrow", extra="parquet")
     parquet = require("pyarrow.parquet", extra="parquet")
-    schema, count, waiting = _schema(arrow), 0, []
+    schema, waiting = _schema(arrow), []
     with (
         writing(folder / INDEX_FILE) as partial,
         parquet.ParquetWriter(partial, schema, compression="zstd") as writer,
     ):
         rows = 0
         for number, table in enumerate(tables):
-            count += len(table.ids)
             waiting.append(arrow.RecordBatch.from_pydict(_columns(table, number), schema=schema))
             rows += len(waiting[-1])
             if rows >= _GROUP_ROWS:
                 writer.write_table(arrow.Table.from_batches(waiting, schema))
                 waiting, rows = [], 0
         writer.write_table(arrow.Table.from_batches(waiting, schema))
-    return count
 
 
 def _schema(arrow: Any) -> Any:

@@ -18,7 +18,7 @@ from diffenc.extraction.listing import Listing
 from diffenc.extraction.shards import shard_paths
 from diffenc.memory.digests import is_alike
 from diffenc.storage.names import exists, is_file, is_folder, printable
-from diffenc.storage.reading import read_json
+from diffenc.storage.reading import parse_json, read_json
 from diffenc.storage.writing import remove_file, reporting, write_json
 
 PLAN_FILE = "features.json"
@@ -85,7 +85,7 @@ def make_plan(
         "trained": trained,
         "mark": encoder.backbone.mark(),
     }
-    made: dict[str, Any] = json.loads(json.dumps(plan))  # as it will be read again
+    made: dict[str, Any] = parse_json(json.dumps(plan), where="the plan")  # as it is read again
     return made
 
 

@@ -240,6 +240,7 @@ class _Run:
         left_out: list[tuple[str, str]] = []
 
         def tables() -> Iterator[ShardTable]:
+            kept = 0
             for number in range(self.shards):
                 table = read_table(self._path(number), self.digest)
                 if table is None:
@@ -248,12 +249,12 @@ class _Run:
                         "repeat the call"
                     )
                 left_out.extend(table.skipped)
+                kept += len(table.ids)
                 yield table
+            if not kept:
+                reasons = (why for _, why in left_out)
+                raise ImageError(describe_broken(reasons, len(self.listing)))
 
-        if not any(table.ids for table in tables()):
-            reasons = (why for _, why in left_out)
-            raise ImageError(describe_broken(reasons, len(self.listing)))
-        left_out.clear()
         remove_file(self.folder / SKIPPED_FILE)
         write_index(self.folder, tables())
         if left_out:
