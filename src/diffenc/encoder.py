@@ -569,10 +569,10 @@ class DiffusionEncoder(TrainableParts):
         needed = self._conditioning(conditioning, prompts)
         check_guidance(guidance_scale, needed)
         positions = positions_of(words)
+        chosen = word_layers(self.backbone, [tap.name for tap in self._taps], layers)
         if not positions:
             return self._read(images, prompts, needed, guidance_scale)
-        taps = [tap.name for tap in self._taps]
-        reading = AttentionRead(word_layers(self.backbone, taps, layers), positions)
+        reading = AttentionRead(chosen, positions)
         both = "concat" if needed == "uncond" else needed  # attention needs the text
         features, attention = self._read(images, prompts, both, guidance_scale, reading)
         return features if both == needed else features.select(needed), attention

@@ -121,26 +121,24 @@ def to_noise(
         timesteps: Scheduler step of each row, 0 to the schedule's length - 1.
 
     Raises:
-        ConfigError: Another type of prediction.
+        ConfigError: Another type of prediction, or one that is none of this schedule.
 
     Source:
         Salimans and Ho 2022 (v-prediction), arXiv:2202.00512, appendix D.
     """
+    known = ("flow",) if is_flow(scheduler) else ("epsilon", "v_prediction", "sample")
+    if prediction_type not in known:
+        raise ConfigError(
+            f"cannot derive noise from a model that predicts {prediction_type!r}; with "
+            f"{type(scheduler).__name__} it must be {' or '.join(map(repr, known))}"
+        )
     noisy = noisy_latents.to(output)
     signal = signal_levels(scheduler).double()[timesteps.cpu()]
     signal = rearrange(signal, "rows -> rows 1 1 1")
+    if prediction_type == "flow":
+        return noisy + signal.to(output) * output
     of_image: Tensor = signal.sqrt().to(output)
     of_noise: Tensor = (1 - signal).sqrt().to(output)
-    match prediction_type:
-        case "epsilon":
-            return output
-        case "v_prediction":
-            return of_image * output + of_noise * noisy
-        case "sample":
-            return (noisy - of_image * output) / of_noise
-        case "flow":
-            return noisy + signal.to(output) * output
-    raise ConfigError(
-        f"cannot derive noise from a model that predicts {prediction_type!r}; it must be "
-        "'epsilon', 'v_prediction', 'sample' or 'flow'"
-    )
+    if prediction_type == "v_prediction":
+        return of_image * output + of_noise * noisy
+    return output if prediction_type == "epsilon" else (noisy - of_image * output) / of_noise

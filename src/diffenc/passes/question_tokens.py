@@ -147,9 +147,8 @@ def question_tokens(
         config: Kind of the tokens, and number of those of words.
         grid: Side, or (height, width), of the token grid; None takes the features'.
     """
-    read = list(attention) or [_no_attention(next(iter(features.values())))]
     least = max(config.word_count, 2)  # a word, be it absent, and the rest
-    gathered = gather_words(features, read, words, count=least - 1, rest=True)
+    gathered = gather_words(features, attention, words, count=least - 1, rest=True)
     of_words = _with_places(gathered)[..., least - config.word_count :, :]
     if config.tokens == "words":
         return of_words
@@ -174,9 +173,3 @@ def _of_areas(places: Float[Tensor, "*b 4"], grid: tuple[int, int]) -> Float[Ten
     centres, spreads = places.split(2, dim=-1)
     sides = torch.tensor(grid, dtype=places.dtype, device=places.device)
     return torch.cat([centres, (spreads.square() + 1 / (12 * sides.square())).sqrt()], dim=-1)
-
-
-def _no_attention(maps: Float[Tensor, "b *t c h w"]) -> Float[Tensor, "b *t 0 h w"]:
-    """Attention to no token at all, so that what the words leave is the whole picture."""
-    shape = (*maps.shape[:-3], 0, *maps.shape[-2:])
-    return torch.zeros(shape, dtype=torch.float32, device=maps.device)

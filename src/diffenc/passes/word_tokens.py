@@ -179,13 +179,15 @@ def gather_words(
 
     Args:
         features: Features of the pass.
-        attention: Maps of the tokens at `positions_of(spans)`, at each cross-attention.
+        attention: Maps of the tokens at `positions_of(spans)`, at each cross-attention; none where
+            there are no such tokens.
         spans: Words of each picture's text and their positions.
         count: Number of words per picture: those of `most_telling` where there are more, absent
             ones where there are fewer; None keeps all.
         power: Exponent of the maps; above 1 peaks count for more.
         rest: Whether a last token is gathered by the attention that the words do not get.
     """
+    attention = attention or [_no_attention(next(iter(features.values())))]
     device = attention[0].device
     widest = max(1, *map(len, spans))  # texts may have no words at all
     words = [[*own, *[""] * (widest - len(own))] for own in spans]
@@ -217,6 +219,12 @@ def gather_words(
         ),
         features=features,
     )
+
+
+def _no_attention(maps: Float[Tensor, "b *t c h w"]) -> Float[Tensor, "b *t 0 h w"]:
+    """Attention to no token at all, so that what the words leave is the whole picture."""
+    shape = (*maps.shape[:-3], 0, *maps.shape[-2:])
+    return torch.zeros(shape, dtype=torch.float32, device=maps.device)
 
 
 def _pieces(spans: Sequence[Spans], width: int) -> Float[Tensor, "b width tokens"]:
