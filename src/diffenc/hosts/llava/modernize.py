@@ -30,6 +30,7 @@ from diffenc.hosts.llava.layout import (
 )
 from diffenc.hosts.llava.modern_trainer import SHARDING, modernize_arguments, modernize_trainer
 from diffenc.hosts.llava.patches import Patches
+from diffenc.storage.names import is_folder
 
 _TRAINER = "transformers.trainer"
 
@@ -177,7 +178,7 @@ def _supply_masks(done: Modernization) -> None:
     spec = importlib.util.find_spec(done.package) if loaded is None else None
     places = getattr(loaded, "__path__", ()) if spec is None else spec.submodule_search_locations
     folders = [Path(place) / "model" / "language_model" / "mpt" for place in places or ()]
-    if not any(folder.is_dir() for folder in folders):
+    if not any(is_folder(folder) for folder in folders):
         return
     for kind in ("bloom", "opt"):
         module = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
