@@ -31,7 +31,8 @@ def degrade(
         for axis in (0, 1):
             values = np.apply_along_axis(_smoothed, axis, values, kernel)
     values += rng.normal(0, noise, values.shape)
-    return values.clip(0, 255).round().astype(np.uint8)
+    degraded: np.ndarray = values.clip(0, 255).round().astype(np.uint8)
+    return degraded
 
 
 def _smoothed(line: NDArray[np.float64], kernel: NDArray[np.float64]) -> NDArray[np.float64]:

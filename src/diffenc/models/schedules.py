@@ -68,17 +68,19 @@ def make_scheduler(
         Lin et al. 2024, "Common Diffusion Noise Schedules and Sample Steps are Flawed",
         arXiv:2305.08891, for `rescale_betas_zero_snr`.
     """
-    from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
-
     if flow and not is_flow_config(config):
         raise BackboneError(
             f"{where} is of a {config.get('_class_name')!r}, and this model matches flows: it "
             "needs a FlowMatchEulerDiscreteScheduler, or prediction_type='flow_prediction'"
         )
     if flow:
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
         steps = _step_count(config, 1000, where)
         shift = config.get("shift", config.get("flow_shift", 1.0))
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=steps, shift=shift)
+    from diffusers import DDPMScheduler
+
     values = _complete(config, where)
     scheduler: Any = DDPMScheduler(**values)
     if len(scheduler.alphas_cumprod) != values["num_train_timesteps"]:

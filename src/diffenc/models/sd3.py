@@ -2,11 +2,12 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import Unpack  # of typing since Python 3.11
 
 from diffenc.errors import BackboneError
 from diffenc.inputs.prompts import PromptEmbeds

@@ -75,7 +75,8 @@ class HeatMap:
     @property
     def array(self) -> Float64[np.ndarray, "h w"]:
         """The values, as a copy."""
-        return self._values.copy()
+        values: np.ndarray = self._values.copy()
+        return values
 
     def __repr__(self) -> str:
         height, width = self._values.shape
