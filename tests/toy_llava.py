@@ -104,6 +104,7 @@ class ToyLlava(LlamaForCausalLM, LlavaMetaForCausalLM):
         output_hidden_states: bool | None = None,
         images: Any = None,
         return_dict: bool | None = None,
+        cache_position: Any = None,  # transformers 4.42 to 4.57 pass it
     ) -> Any:
         if inputs_embeds is None:
             input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels = (

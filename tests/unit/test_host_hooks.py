@@ -393,7 +393,7 @@ def test_an_adapter_that_nothing_trains_is_told_of_once() -> None:
     with pytest.warns(UserWarning, match="no gradient"):
         tower(shown, ONE)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         tower(shown, ONE)
         trained = DiffusionVisionTower(NAME).train()
         trained(shown, ONE)
