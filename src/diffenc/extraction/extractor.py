@@ -331,7 +331,10 @@ class Extractor:
         """Tensors of several passes as arrays, of no rows where there was no picture."""
         if not parts:
             shapes = self.row_shapes or {}
-            empty = {name: torch.empty(0, *shape, dtype=d) for name, (shape, d) in shapes.items()}
+            empty = {
+                name: torch.empty(0, *shape, dtype=d, device="cpu")
+                for name, (shape, d) in shapes.items()
+            }
             return {name: _to_numpy(rows) for name, rows in empty.items()}
         return {name: _to_numpy(torch.cat([part[name] for part in parts])) for name in parts[0]}
 
