@@ -332,8 +332,8 @@ class Extractor:
         if not parts:
             shapes = self.row_shapes or {}
             empty = {
-                name: torch.empty(0, *shape, dtype=d, device="cpu")
-                for name, (shape, d) in shapes.items()
+                name: torch.empty(0, *shape, dtype=dtype, device="cpu")
+                for name, (shape, dtype) in shapes.items()
             }
             return {name: _to_numpy(rows) for name, rows in empty.items()}
         return {name: _to_numpy(torch.cat([part[name] for part in parts])) for name in parts[0]}
