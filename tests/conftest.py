@@ -7,6 +7,9 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # on busy cores spinning takes 80 times longer
 
+import cpu_torchvision  # noqa: F401  # before all that imports torchvision
+
+# isort: split
 from pathlib import Path
 
 import pytest
