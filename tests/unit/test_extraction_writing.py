@@ -180,10 +180,10 @@ import os, signal
 from diffenc import Extractor, write_features
 extractor = Extractor({str(tiny_sd_folder)!r}, taps={TAP!r}, size=64, batch_size=1)
 write_features({str(pictures)!r}, {str(tmp_path / "out")!r}, extractor, shard_size=2, progress=
-    lambda done, _: os.kill(os.getpid(), signal.SIGKILL) if done == KILL else None)
+    lambda done, _: os.kill(os.getpid(), signal.SIGKILL) if done == LAST else None)
 """
     for kill in (5, 9, 0):
-        command = [sys.executable, "-c", code.replace("KILL", str(kill))]
+        command = [sys.executable, "-c", code.replace("LAST", str(kill))]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == (-signal.SIGKILL if kill else 0), done.stderr
     features = open_features(tmp_path / "out")
