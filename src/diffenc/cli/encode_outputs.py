@@ -161,7 +161,8 @@ def _announce(outlook: "Outlook", folder: Path) -> None:
         _print_shapes(outlook.shapes)
     each = outlook.picture_bytes
     total = "" if each is None else f": {readable_bytes(each * outlook.pictures)}"
-    shards = f"{outlook.shards:,} shards of {outlook.shard_size:,}"
+    plural = "" if outlook.shards == 1 else "s"
+    shards = f"{outlook.shards:,} shard{plural} of {outlook.shard_size:,}"
     typer.echo(f"{outlook.pictures:,} images in {shards}{total}")
     if outlook.done:
         typer.echo(f"going on with {folder}: {outlook.done:,} images are done", err=True)
