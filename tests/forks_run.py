@@ -101,15 +101,15 @@ def train_step(asked: Asked) -> dict[str, float]:
         weight.requires_grad_(True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     labels = torch.tensor([[-100, -100, 5, 6]] * 2)
-    found = []
+    losses = []
     for _ in range(3):
         loss = asked.call([0, 1], [0, 1], labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        found.append(float(loss))
+        losses.append(float(loss))
     model.eval()
-    return {"first loss": found[0], "last loss": found[-1], "adapter moved": moved(asked.tower)}
+    return {"first loss": losses[0], "last loss": losses[-1], "adapter moved": moved(asked.tower)}
 
 
 def moved(tower: Any) -> float:
@@ -265,10 +265,10 @@ def run(label: str, checkout: Path, what: str) -> dict[str, Any]:
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
     )
     try:
-        found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        report: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     except (IndexError, ValueError):
-        found = {"stopped": done.stderr[-1500:]}
-    return found
+        report = {"stopped": done.stderr[-1500:]}
+    return report
 
 
 def main(hosts: str, what: str, *labels: str) -> None:
@@ -278,9 +278,9 @@ def main(hosts: str, what: str, *labels: str) -> None:
             continue
         if what == "train" and fork.training is None:
             continue
-        found = {"fork": label, "commit": fork.commit, "versions": VERSIONS, "what": what}
-        found |= run(label, checkout, what)
-        sys.stdout.write(json.dumps(found) + "\n")
+        report = {"fork": label, "commit": fork.commit, "versions": VERSIONS, "what": what}
+        report |= run(label, checkout, what)
+        sys.stdout.write(json.dumps(report) + "\n")
         sys.stdout.flush()
 
 

@@ -55,8 +55,8 @@ def main(folder: Path) -> None:
             stop_after=job.stop_after,
             device="cpu",
         )
-        told = {"steps": result.steps, "resumed_at": result.resumed_at, "loss": result.loss}
-        outcomes.append({**told, "held": dict(result.held)})
+        outcome = {"steps": result.steps, "resumed_at": result.resumed_at, "loss": result.loss}
+        outcomes.append({**outcome, "held": dict(result.held)})
     path = folder / f"outcome_{os.environ['RANK']}.json"
     path.write_text(json.dumps(outcomes))
 

@@ -49,8 +49,8 @@ def test_a_folder_becomes_shards_after_the_sizes_are_told(pictures, options, enc
     assert f"wrote {out} (" in result.stdout
     assert "1 other files are no pictures by their names" in result.stderr
     features = open_features(out)
-    wanted = encoder.extract(sorted(pictures.glob("*.png")), "a")[TAP]
-    torch.testing.assert_close(features.stack(TAP), wanted, rtol=1e-4, atol=1e-5)
+    expected = encoder.extract(sorted(pictures.glob("*.png")), "a")[TAP]
+    torch.testing.assert_close(features.stack(TAP), expected, rtol=1e-4, atol=1e-5)
     again = run(pictures, *options, "-p", "a", "--out", out, "--shard-size", 2)
     assert again.exit_code == 2
     assert "holds complete features" in again.output
@@ -75,8 +75,8 @@ def test_a_folder_fits_into_one_file_too(pictures, options, encoder, tmp_path):
     result = run(pictures, *options, "-o", path, "--tokens", "--pool", "mean")
     assert result.exit_code == 0, result.output
     maps = encoder.extract(sorted(pictures.glob("*.png")))
-    wanted = maps[TAP].mean(dim=(2, 3))
-    torch.testing.assert_close(load_file(path)[TAP], wanted, rtol=1e-4, atol=1e-5)
+    expected = maps[TAP].mean(dim=(2, 3))
+    torch.testing.assert_close(load_file(path)[TAP], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_texts_come_from_a_list_and_from_beside_the_pictures_of_an_archive(
@@ -90,13 +90,13 @@ def test_texts_come_from_a_list_and_from_beside_the_pictures_of_an_archive(
             archive.add(pictures / f"{place}.png", f"{place}.png")
             (tmp_path / "text").write_text(text)
             archive.add(tmp_path / "text", f"{place}.txt")
-    wanted = encoder.extract(sorted(pictures.glob("*.png")), texts)[TAP]
+    expected = encoder.extract(sorted(pictures.glob("*.png")), texts)[TAP]
     for source, column in (("list.csv", "question"), ("some.tar", "txt")):
         out = tmp_path / f"out-{column}"
         result = run(tmp_path / source, *options, "--prompt-column", column, "--out", out)
         assert result.exit_code == 0, result.output
         features = open_features(out)
-        torch.testing.assert_close(features.stack(TAP), wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(features.stack(TAP), expected, rtol=1e-4, atol=1e-5)
         assert [row["prompt"] for row in features] == texts
 
 

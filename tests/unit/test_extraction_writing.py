@@ -61,8 +61,8 @@ def written(pictures, make, tmp_path_factory):
     return write_features(pictures, folder, make(), shard_size=4)
 
 
-def close(found, wanted):
-    return float((found - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
+def close(result, expected):
+    return float((result - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
 
 
 def files(folder):
@@ -317,8 +317,8 @@ def test_pictures_of_every_mode_become_what_the_encoder_makes_of_them(
     encoder = DiffusionEncoder.from_pretrained(tiny_sd_folder, taps=TAP, size=64)
     for name in features.ids:
         with Image.open(tmp_path / name) as picture:
-            wanted = encoder.extract(picture)[TAP].mean(dim=(2, 3))[0]
-        assert close(features[name][TAP], wanted), name
+            features_of_picture = encoder.extract(picture)[TAP].mean(dim=(2, 3))[0]
+        assert close(features[name][TAP], features_of_picture), name
     assert len(features) == 6
 
 

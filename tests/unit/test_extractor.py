@@ -32,19 +32,19 @@ def make(tiny_sd_folder):
     return lambda **options: Extractor(tiny_sd_folder, taps=TAPS, size=64, device="cpu", **options)
 
 
-def close(found, wanted):
-    limit = 1e-5 * float(wanted.abs().max())
-    return float((torch.from_numpy(found) - wanted).abs().max()) <= limit
+def close(result, expected):
+    limit = 1e-5 * float(expected.abs().max())
+    return float((torch.from_numpy(result) - expected).abs().max()) <= limit
 
 
 def test_rows_are_what_the_encoder_gives_and_other_columns_stay(make, encoder, pictures):
     questions = ["a", "b", "c d", "", "e"]
     batch = {"image": pictures, "question": questions, "label": [3, 1, 4, 1, 5]}
     result = make(prompt_column="question", tokens=True, batch_size=2)(batch)
-    wanted = encoder.extract(pictures, questions)
+    plain = encoder.extract(pictures, questions)
     assert set(result) == {"question", "label", *TAPS, "tokens"}
-    assert all(close(result[tap], wanted[tap]) for tap in TAPS)
-    assert close(result["tokens"], wanted.tokens())
+    assert all(close(result[tap], plain[tap]) for tap in TAPS)
+    assert close(result["tokens"], plain.tokens())
     assert result["question"].tolist() == questions
     assert result["label"].tolist() == [3, 1, 4, 1, 5]
 

@@ -141,7 +141,7 @@ def by_hand(backbone, noisy_latents, timestep, text, taps, part):
     size = tuple(8 * side for side in noisy_latents.shape[-2:])
     names = ["conv_in", *[f"down_blocks.{i}" for i in range(len(unet.down_blocks))]]
     names += ["mid_block"] if part == "middle" else []
-    kept, found, handles = {}, {}, []
+    kept, outputs, handles = {}, {}, []
 
     def run(embeds):
         unet(noisy_latents, timestep, **embeds.rows(len(noisy_latents)).unet_kwargs())
@@ -155,7 +155,7 @@ def by_hand(backbone, noisy_latents, timestep, text, taps, part):
     for tap in taps:
 
         def read(module, args, output, tap=tap):
-            found[tap] = output[0] if isinstance(output, tuple) else output
+            outputs[tap] = output[0] if isinstance(output, tuple) else output
 
         handles.append(unet.get_submodule(tap).register_forward_hook(read))
     with torch.no_grad():
@@ -163,7 +163,7 @@ def by_hand(backbone, noisy_latents, timestep, text, taps, part):
         run(backbone.embed([text], size=size))
     for handle in handles:
         handle.remove()
-    return found
+    return outputs
 
 
 @pytest.mark.parametrize("part", ["down", "middle"])

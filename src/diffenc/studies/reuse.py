@@ -212,7 +212,7 @@ def _distances(
     encoder: DiffusionEncoder, exact: Features, under: Features
 ) -> dict[tuple[str, int], dict[str, list[float]]]:
     """Drift of the features and direction of the change, of each picture, by tap and timestep."""
-    found = {}
+    changes = {}
     without, with_text = exact.select("uncond"), exact.select("cond")
     for tap in under:
         for index, step in enumerate(encoder.config.timesteps):
@@ -222,8 +222,8 @@ def _distances(
             )
             drift = (other - true).norm(dim=1) / true.norm(dim=1)
             direction = F.cosine_similarity(other - plain, true - plain, dim=1)
-            found[tap, step] = {"drift": drift.tolist(), "direction": direction.tolist()}
-    return found
+            changes[tap, step] = {"drift": drift.tolist(), "direction": direction.tolist()}
+    return changes
 
 
 def _keep(
