@@ -88,7 +88,7 @@ def count(alias: str, size: int) -> list[Saving]:
     plain = vae + 2 * text + 2 * works.unet if alias != "sdxl" else vae + text + 2 * works.unet
     make = partial(Saving, alias, size)
     first, further = "first question, cfg", "further question, cfg"
-    found = []
+    savings = []
     if "prefix" in rest:
         shared = whole - rest["prefix"]
         prefix = "prefix without text once"
@@ -97,7 +97,7 @@ def count(alias: str, size: int) -> list[Saving]:
         pairs = 20  # 2 x 2 at five timesteps
         unit = 2 * vae + 2 * text
         before = vae + text + 2 * whole
-        found += [
+        savings += [
             make(first, prefix, before, before - shared, True),
             make(further, prefix, text + whole, text + whole - shared, True),
             make("2 x 2 scores, paper", prefix, unit + pairs * score,
@@ -107,10 +107,10 @@ def count(alias: str, size: int) -> list[Saving]:
         ]  # fmt: skip
     exact = text + rest.get("prefix", whole)
     for name in ("down", "middle"):
-        found.append(make(further, f'reuse="{name}"', exact, text + rest[name], False))
-        found.append(make(f"{further}, over the plain script", f'reuse="{name}"', plain,
+        savings.append(make(further, f'reuse="{name}"', exact, text + rest[name], False))
+        savings.append(make(f"{further}, over the plain script", f'reuse="{name}"', plain,
                           text + rest[name], False))  # fmt: skip
-    return found
+    return savings
 
 
 def _until(model: MetaModel, unet: nn.Module, taps: Sequence[str]) -> None:

@@ -46,7 +46,7 @@ def blocks(title: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```$", section[1], re.M | re.S)
 
 
-class Asked:
+class Trial:
     """A fork's model, and pictures and questions for it."""
 
     def __init__(self, fork: Fork, model: Any) -> None:
@@ -95,21 +95,21 @@ def apart(left: torch.Tensor, right: torch.Tensor) -> float:
     return float((left - right).abs().max())
 
 
-def train_step(asked: Asked) -> dict[str, float]:
-    model = asked.model.train()
-    for weight in asked.tower.adapter.parameters():
+def train_step(trial: Trial) -> dict[str, float]:
+    model = trial.model.train()
+    for weight in trial.tower.adapter.parameters():
         weight.requires_grad_(True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     labels = torch.tensor([[-100, -100, 5, 6]] * 2)
     losses = []
     for _ in range(3):
-        loss = asked.call([0, 1], [0, 1], labels=labels).loss
+        loss = trial.call([0, 1], [0, 1], labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(float(loss))
     model.eval()
-    return {"first loss": losses[0], "last loss": losses[-1], "adapter moved": moved(asked.tower)}
+    return {"first loss": losses[0], "last loss": losses[-1], "adapter moved": moved(trial.tower)}
 
 
 def moved(tower: Any) -> float:
@@ -118,22 +118,22 @@ def moved(tower: Any) -> float:
     return max(float(weight.abs().max()) for name, weight in weights if name.endswith("_up"))
 
 
-def come_back(asked: Asked, folder: Path) -> dict[str, Any]:
+def come_back(trial: Trial, folder: Path) -> dict[str, Any]:
     """What a saved model is like once the fork has loaded it."""
-    target = folder / asked.fork.name
-    asked.model.save_pretrained(target)
-    asked.tower.image_processor.save_pretrained(target)
+    target = folder / trial.fork.name
+    trial.model.save_pretrained(target)
+    trial.tower.image_processor.save_pretrained(target)
     fork_world.tokenizer().save_pretrained(target)
-    asked.tower.save_adapter(target)
-    again = type(asked)(asked.fork, asked.fork.loaded(target))
-    weights, loaded = (t.state_dict() for t in (asked.tower, again.tower))
+    trial.tower.save_adapter(target)
+    again = type(trial)(trial.fork, trial.fork.loaded(target))
+    weights, loaded = (t.state_dict() for t in (trial.tower, again.tower))
     return {
         "adapter after loading": max(apart(weights[key], loaded[key]) for key in weights),
-        "logits after loading": apart(asked.logits([0], [0]), again.logits([0], [0])),
+        "logits after loading": apart(trial.logits([0], [0]), again.logits([0], [0])),
     }
 
 
-class AskedPrismatic(Asked):
+class PrismaticTrial(Trial):
     """Prismatic, to which prompts go in `pixel_values`."""
 
     def __init__(self, fork: Fork, model: Any) -> None:
@@ -167,19 +167,19 @@ def ask(fork: Fork, report: dict[str, Any], folder: Path) -> None:
     """A model of the fork, trained for three steps, asked, saved and loaded."""
     run_block(fork, 0)
     report["imported"] = True
-    kind = AskedPrismatic if fork.package == "prismatic" else Asked
-    asked = kind(fork, fork.model(folder))
-    report |= train_step(asked)
-    report["same question"] = apart(asked.logits([0], [0]), asked.logits([0], [0]))
-    report["other question"] = apart(asked.logits([0], [0]), asked.logits([0], [1]))
-    both = asked.logits([0, 1], [0, 1])
+    kind = PrismaticTrial if fork.package == "prismatic" else Trial
+    trial = kind(fork, fork.model(folder))
+    report |= train_step(trial)
+    report["same question"] = apart(trial.logits([0], [0]), trial.logits([0], [0]))
+    report["other question"] = apart(trial.logits([0], [0]), trial.logits([0], [1]))
+    both = trial.logits([0, 1], [0, 1])
     report["batch against singles"] = max(
-        apart(both[row], asked.logits([row], [row])[0]) for row in (0, 1)
+        apart(both[row], trial.logits([row], [row])[0]) for row in (0, 1)
     )
     if fork.generates:
-        report["answers repeat"] = asked.generate(0) == asked.generate(0)
+        report["answers repeat"] = trial.generate(0) == trial.generate(0)
     if fork.loads:
-        report |= come_back(asked, folder)
+        report |= come_back(trial, folder)
 
 
 VERSIONS = f"transformers {transformers.__version__}, diffusers {version('diffusers')}"

@@ -64,7 +64,7 @@ def near(value: float) -> str:
     return f"{value:.3f}" if value >= 1e-3 else f"{value:.0e}".replace("e-0", "e-")
 
 
-def asked(row: dict[str, Any]) -> str:
+def asked_row(row: dict[str, Any]) -> str:
     loading = [near(row[key]) if key in row else "" for key in LOADED]
     cells = [
         f"{row['fork']} {row['commit']}",
@@ -80,7 +80,7 @@ def asked(row: dict[str, Any]) -> str:
 LOADED = ("adapter after loading", "logits after loading")
 
 
-def trained(row: dict[str, Any]) -> str:
+def trained_row(row: dict[str, Any]) -> str:
     losses = row["losses"]
     cells = [
         row["fork"],
@@ -100,7 +100,7 @@ def stopped(row: dict[str, Any]) -> str:
 def main(paths: list[str]) -> None:
     rows = list(read(paths).values())
     page = HEAD
-    for what, head, line in (("ask", ASK, asked), ("train", TRAIN, trained)):
+    for what, head, line in (("ask", ASK, asked_row), ("train", TRAIN, trained_row)):
         page += head + "".join(
             line(row) for row in rows if row["what"] == what and "stopped" not in row
         )

@@ -32,11 +32,11 @@ def assert_near(found, expected, tolerance):
 def test_every_dtype_agrees_with_float32_on_a_cpu(folder, pictures, device, dtype):
     expected = DiffusionEncoder.from_pretrained(folder, **OPTIONS).extract(pictures, PROMPTS)
     encoder = DiffusionEncoder.from_pretrained(folder, device=device, dtype=dtype, **OPTIONS)
-    found = encoder.extract(pictures.to(device), PROMPTS)
-    assert found["mid_block"].device.type == device.type
-    assert found["mid_block"].dtype == dtype
-    assert_near(found, expected, TOLERANCE[dtype])
-    assert_near(found.select("uncond"), expected.select("uncond"), TOLERANCE[dtype])
+    features = encoder.extract(pictures.to(device), PROMPTS)
+    assert features["mid_block"].device.type == device.type
+    assert features["mid_block"].dtype == dtype
+    assert_near(features, expected, TOLERANCE[dtype])
+    assert_near(features.select("uncond"), expected.select("uncond"), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -48,8 +48,8 @@ def test_every_dtype_agrees_where_the_first_half_runs_without_the_text(
     expected = DiffusionEncoder.from_pretrained(folder, **options).extract(pictures, PROMPTS)
     encoder = DiffusionEncoder.from_pretrained(folder, device=device, dtype=dtype, **options)
     for _ in range(2):  # computed, then remembered
-        found = encoder.extract(pictures.to(device), PROMPTS)
-        assert_near(found, expected, TOLERANCE[dtype])
+        features = encoder.extract(pictures.to(device), PROMPTS)
+        assert_near(features, expected, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

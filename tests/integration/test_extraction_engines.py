@@ -58,8 +58,8 @@ def test_datasets_map_gives_the_same_and_is_cached(extractor, rows, plain, tmp_p
     table = datasets.Dataset.from_dict(columns(rows), features=features)
     mapped = table.map(extractor, batched=True, batch_size=7, remove_columns=["image"])
     assert mapped["id"][:] == list(range(COUNT))
-    found = np.asarray(mapped.with_format("numpy")[TAP][:])
-    np.testing.assert_allclose(found, plain[TAP], rtol=1e-4, atol=1e-5)
+    mapped_rows = np.asarray(mapped.with_format("numpy")[TAP][:])
+    np.testing.assert_allclose(mapped_rows, plain[TAP], rtol=1e-4, atol=1e-5)
     extractor.encoder  # noqa: B018  # loaded or not makes no other recipe
     again = table.map(extractor, batched=True, batch_size=7, remove_columns=["image"])
     assert again._fingerprint == mapped._fingerprint

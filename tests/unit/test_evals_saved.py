@@ -44,10 +44,10 @@ class TestSavedVLM:
         saved = SavedVLM(folder / "run", max_new_tokens=5)
         images, policies = [[picture(0)], [picture(1), picture(2)]], ["one", "another one"]
         vlm = DiffusionVLM.from_pretrained(folder / "run/model")
-        wanted = vlm.generate(images, policies, ["", "b"], max_new_tokens=5)
-        assert saved.answer(images, policies, ["", "b"]) == wanted
+        expected = vlm.generate(images, policies, ["", "b"], max_new_tokens=5)
+        assert saved.answer(images, policies, ["", "b"]) == expected
         saved.release()
-        assert saved.answer(images, policies, ["", "b"]) == wanted
+        assert saved.answer(images, policies, ["", "b"]) == expected
 
     def test_the_folder_of_the_run_gives_the_name(self, folder, tmp_path):
         shutil.copytree(folder / "run/model", tmp_path / "mine")
