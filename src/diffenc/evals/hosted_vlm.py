@@ -1,7 +1,7 @@
 """A checkpoint of LLaVA with a tower of diffenc, as a model that answers questions."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,7 @@ import torch
 
 from diffenc.errors import BackboneError
 from diffenc.evals.answerers import Images
-from diffenc.evals.items import check_positive
-from diffenc.evals.saved_vlm import SavedVLM, WeightsOfFolder
+from diffenc.evals.folder_answerer import FolderAnswerer, free_memory
 from diffenc.hosts.spec import TowerSpec
 from diffenc.mllm.chat import IMAGE_MARK
 from diffenc.storage.names import expanded, is_file
@@ -19,42 +18,16 @@ from diffenc.storage.reading import read_json
 _LORA = "adapter_config.json"
 
 
-class HostedVLM(SavedVLM):
-    """A checkpoint of LLaVA, its own or of transformers, that is asked as a `SavedVLM` is.
+class HostedVLM(FolderAnswerer):
+    """A checkpoint of LLaVA, its own or of transformers, as an `Answerer`.
 
     A LoRA checkpoint of LLaVA's own package is put on the language model that it names. Each
-    question stands behind its pictures, in the conversation template of the model.
-
-    Args:
-        folder: Folder of the checkpoint.
-        name: Name of the model in tables and files; None takes the name of the folder.
-        max_new_tokens: Largest number of tokens in an answer, 1 or more.
-        device: Device that the model runs on.
-        dtype: Floating point type of the model.
-        description: Further facts that the answers depend on; None adds nothing.
-
-    Raises:
-        ConfigError: `max_new_tokens` is below 1.
+    question stands behind its pictures, in the conversation template of the model. The encoder
+    is prompted with the question. Arguments, attributes and errors are those of
+    `FolderAnswerer`.
     """
 
-    def __init__(
-        self,
-        folder: "str | os.PathLike[str]",
-        *,
-        name: str | None = None,
-        max_new_tokens: int = 64,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
-        description: Mapping[str, Any] | None = None,
-    ) -> None:
-        check_positive(max_new_tokens=max_new_tokens)
-        self.folder = expanded(folder)
-        self.name = name or self.folder.resolve().name
-        self.guidance_scale: float | None = None
-        self.prompt_policy = "question"
-        self._max_new_tokens, self._more = max_new_tokens, dict(description or {})
-        self._weights = WeightsOfFolder(self.folder, device, dtype)
-        self._opened: dict[float | None, Any] = {}
+    prompt_policy = "question"
 
     def load(self) -> Any:
         """The model, as the plug-in for lmms-eval opens it; loaded once.
@@ -69,8 +42,8 @@ class HostedVLM(SavedVLM):
             self._opened.clear()  # one at a time: a guided tower stays guided
             self._opened[scale] = open_model(
                 str(self.folder),
-                device=torch.device(self._weights.device),
-                dtype=self._weights.dtype,
+                device=torch.device(self._device),
+                dtype=self._dtype,
                 guidance_scale=scale,
                 **_options(self.folder),
             )
@@ -79,7 +52,7 @@ class HostedVLM(SavedVLM):
     def release(self) -> None:
         """Free the memory; the next question loads the model again."""
         self._opened.clear()
-        super().release()
+        free_memory(self._device)
 
     def answer(
         self, images: Images, questions: Sequence[str], prompts: Sequence[str] | None = None
@@ -101,6 +74,9 @@ class HostedVLM(SavedVLM):
             do_sample=False,
         )
         return answers
+
+    def _prepare(self) -> None:
+        self._opened: dict[float | None, Any] = {}
 
     def _check_guidable(self) -> None:
         """Guidance is checked where the tower is there: when the model is opened."""

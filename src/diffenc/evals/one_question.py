@@ -10,15 +10,15 @@ from diffenc.evals.tables import Table
 from diffenc.evals.task import Ask, AskOptions, Outcome
 
 if TYPE_CHECKING:
+    from diffenc.evals.folder_answerer import FolderAnswerer
     from diffenc.evals.inspection import Progress
-    from diffenc.evals.saved_vlm import SavedVLM
 
 _SHOWN = 5
 
 
 def one_question(
     benchmark: Benchmark[Any],
-    model: "SavedVLM",
+    model: "FolderAnswerer",
     question: str,
     prompts: Mapping[str, str],
     options: AskOptions,

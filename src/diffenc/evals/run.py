@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from diffenc.errors import ConfigError, PromptError
 from diffenc.evals.captions_file import read_captions, with_captions
+from diffenc.evals.folder_answerer import FolderAnswerer
 from diffenc.evals.hosted_vlm import HostedVLM, is_hosted
 from diffenc.evals.saved_vlm import SavedVLM
 from diffenc.evals.task import Ask, AskOptions, AskTask, Outcome
@@ -73,7 +74,7 @@ def prepare_task(task: AskTask, model: "str | os.PathLike[str]", options: AskOpt
     task.check()
     captions = _captions(task, options)
     real, miniature = task.tokens if task.counts else _CAPTION_TOKENS
-    kind = HostedVLM if is_hosted(model) else SavedVLM
+    kind: type[FolderAnswerer] = HostedVLM if is_hosted(model) else SavedVLM
     saved = kind(
         model,
         name=options.name,

@@ -15,9 +15,9 @@ from diffenc.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
+    from diffenc.evals.folder_answerer import FolderAnswerer
     from diffenc.evals.inspection import Progress
     from diffenc.evals.items import Benchmark
-    from diffenc.evals.saved_vlm import SavedVLM
     from diffenc.evals.tables import Table
 
 MINIATURE = "shapes"
@@ -251,7 +251,7 @@ class AskTask(Task):
     def prepare(
         self,
         benchmark: Any,
-        model: "SavedVLM",
+        model: "FolderAnswerer",
         prompts: Mapping[str, str],
         options: AskOptions,
     ) -> Ask:

@@ -10,8 +10,8 @@ from diffenc.evals.task import Ask, AskOptions, AskTask, Outcome, option, refuse
 if TYPE_CHECKING:
     from diffenc.evals.captioning import CaptionEvaluation, CaptionSet
     from diffenc.evals.captioning.data import CaptionItem
+    from diffenc.evals.folder_answerer import FolderAnswerer
     from diffenc.evals.inspection import Progress
-    from diffenc.evals.saved_vlm import SavedVLM
     from diffenc.evals.tables import Table
 
 _SHOWN = 5
@@ -115,7 +115,7 @@ class Captions(CaptionTask):
     def prepare(
         self,
         benchmark: "CaptionSet",
-        model: "SavedVLM",
+        model: "FolderAnswerer",
         prompts: Mapping[str, str],
         options: AskOptions,
     ) -> Ask:

@@ -9,8 +9,8 @@ from diffenc.evals.task import Ask, AskOptions, AskTask, Outcome, option
 
 if TYPE_CHECKING:
     from diffenc.evals.choices import ChoiceBenchmark
+    from diffenc.evals.folder_answerer import FolderAnswerer
     from diffenc.evals.inspection import Progress
-    from diffenc.evals.saved_vlm import SavedVLM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class ChoiceTask(AskTask):
     def prepare(
         self,
         benchmark: "ChoiceBenchmark",
-        model: "SavedVLM",
+        model: "FolderAnswerer",
         prompts: Mapping[str, str],
         options: AskOptions,
     ) -> Ask:

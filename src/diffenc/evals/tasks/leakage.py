@@ -11,8 +11,8 @@ from diffenc.evals.tasks.captions import CaptionTask
 
 if TYPE_CHECKING:
     from diffenc.evals.captioning import CaptionSet
+    from diffenc.evals.folder_answerer import FolderAnswerer
     from diffenc.evals.inspection import Progress
-    from diffenc.evals.saved_vlm import SavedVLM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class Leakage(CaptionTask):
     def prepare(
         self,
         benchmark: "CaptionSet",
-        model: "SavedVLM",
+        model: "FolderAnswerer",
         prompts: Mapping[str, str],
         options: AskOptions,
     ) -> Ask:

@@ -11,9 +11,9 @@ from diffenc.errors import ConfigError
 from diffenc.evals.task import Ask, AskOptions, AskTask, Outcome, option, refuse
 
 if TYPE_CHECKING:
+    from diffenc.evals.folder_answerer import FolderAnswerer
     from diffenc.evals.inspection import Progress
     from diffenc.evals.llava_bench import LlavaBench, LocalJudge, OpenAIJudge, WordJudge
-    from diffenc.evals.saved_vlm import SavedVLM
 
 _OPENAI = "api.openai.com"
 _OPENAI_KEY = "OPENAI_API_KEY"
@@ -65,7 +65,7 @@ class LlavaBenchInTheWild(AskTask):
     def prepare(
         self,
         benchmark: "LlavaBench",
-        model: "SavedVLM",
+        model: "FolderAnswerer",
         prompts: Mapping[str, str],
         options: AskOptions,
     ) -> Ask:
@@ -114,7 +114,7 @@ class LlavaBenchInTheWild(AskTask):
         return ask
 
     def _judge(
-        self, model: "SavedVLM", options: AskOptions
+        self, model: "FolderAnswerer", options: AskOptions
     ) -> "OpenAIJudge | LocalJudge | WordJudge":
         """Make the judge that the options name.
 
