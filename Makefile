@@ -3,6 +3,8 @@ VENV ?= .venv
 ARGS ?=
 # Processes that share the tests; 0 runs them in one.
 WORKERS ?= 2
+# Tests that need no other machine and no hour, `long` ones included.
+LOCAL := not gpu and not slow and not network
 # Checkout of LLaVA for `make hosts`; the default one is fetched.
 LLAVA ?= .hosts/LLaVA
 # Folder of checkouts of LLaVA's forks for `make forks`, by the names that tests/fork_recipes.py has.
@@ -21,7 +23,7 @@ REQUIREMENTS := pyproject.toml constraints.txt src/diffenc/_version.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo notebooks results test test-shapes test-oldest lmms hosts forks lint format types layers docs wheel check gpu clean
+.PHONY: help demo notebooks results test test-long test-shapes test-oldest lmms hosts forks lint format types layers docs wheel check gpu clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,14 +44,17 @@ results: $(PACKAGE_STAMP)  ## Make docs/results anew: the study of features and 
 test: $(DEV_STAMP)  ## Run the tests that need no GPU, no network and little time
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
+test-long: $(DEV_STAMP)  ## Run the tests that take seconds each, which `make test` leaves out and CI runs
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "long and $(LOCAL)" $(ARGS)
+
 test-shapes: $(DEV_STAMP)  ## Run the tests with every shape annotation checked at run time
-	$(BIN)/python -m pytest --jaxtyping-packages=diffenc,runtime_types.checked $(ARGS)
+	$(BIN)/python -m pytest -m "$(LOCAL)" --jaxtyping-packages=diffenc,runtime_types.checked $(ARGS)
 
 test-oldest: | $(BIN)/python  ## Run the unit and integration tests with the oldest versions the package asks for
 	test -d .venv-oldest || $(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt \
 		--editable . accelerate pytest pytest-timeout
-	.venv-oldest/bin/python -m pytest -W default tests/unit tests/integration $(ARGS)
+	.venv-oldest/bin/python -m pytest -m "$(LOCAL)" -W default tests/unit tests/integration $(ARGS)
 
 # PyPI's torchvision does not fit a CPU build of torch, and no task of these tests needs it.
 lmms: | $(BIN)/python  ## Run models through lmms-eval, which gets an environment of its own
@@ -104,7 +109,7 @@ wheel: $(DEV_STAMP)  ## Build the wheel into dist/, look inside, and run it away
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist
 	$(BIN)/python tools/check_wheel.py dist/*.whl
 
-check: test lint types layers docs wheel  ## All checks that CI runs
+check: test test-long lint types layers docs wheel  ## All checks that CI runs
 
 # Nothing is installed, so that it runs without a network: in $(VENV) where that is, else in $(PYTHON).
 gpu:  ## Run the tests that need a GPU and the benchmarks, and write gpu-report.json and .md
