@@ -3,30 +3,40 @@
     python benchmarks/savings.py --markdown docs/results/savings.md --json docs/results/savings.json
 
 Operations are counted on the meta device from the real configs and need no weights. `--time` asks
-a real size model with random weights the same question with and without each saving, in turn, and
-gives the ratio of processor times; `--models` says where models lie or are built.
+a real size model with random weights questions with and without each saving, in turn, and gives
+ratios of times: on a CPU of processor time, in float32. Times in the JSON file of models that are
+not timed anew stay.
 """
 
 import argparse
 import json
-import statistics
 import sys
-import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 
 import torch
-from real_size import build_folder
 from speed.counting import MetaModel, operations
+from speed.measuring import median
+from speed.program import DTYPES, MODELS, built_folder, positive
+from speed.saving_times import (
+    BLANK,
+    FURTHER,
+    KEYS,
+    OVER_PLAIN,
+    PREFIX,
+    ROWS,
+    SAME_TEXT,
+    WITHOUT_TEXT,
+    Times,
+    text_projections,
+    time_savings,
+)
 from torch import nn
 
-from diffenc import DiffusionEncoder
-from diffenc.config import EncoderConfig
 from diffenc.denoiser.attention import cross_attention_layers
+from diffenc.denoiser.blank_texts import skipping_rows
 from diffenc.denoiser.hooks import ForwardTaps
 from diffenc.denoiser.replay import down_path, record, replayed, text_free_prefix
 from diffenc.evals.tables import Table
@@ -37,6 +47,7 @@ TAPS: dict[str, tuple[str, ...]] = {
     "sd2.1-base": preset_options("dift", "sd")["taps"],
     "sdxl": preset_options("gdf", "sdxl")["taps"],
 }
+TIMED_SIZE, QUICK_SIZE = 512, 64
 LEAST = 0.02
 """Share of the work below which a saving is not worth its code."""
 
@@ -53,7 +64,6 @@ class Saving:
         before: Operations without the saving.
         after: Operations with it.
         exact: Whether the answer stays the same.
-        time_ratio: Median of processor time before over after, or None where it was not timed.
     """
 
     model: str
@@ -63,7 +73,6 @@ class Saving:
     before: int
     after: int
     exact: bool
-    time_ratio: float | None = None
 
     @property
     def share(self) -> float:
@@ -87,29 +96,45 @@ def count(alias: str, size: int) -> list[Saving]:
     last = (f"{cross_attention_layers(unet)[-1]}.to_q",)
     plain = vae + 2 * text + 2 * works.unet if alias != "sdxl" else vae + text + 2 * works.unet
     make = partial(Saving, alias, size)
-    first, further = "first question, cfg", "further question, cfg"
+    first = "first question, cfg"
     savings = []
     if "prefix" in rest:
         shared = whole - rest["prefix"]
-        prefix = "prefix without text once"
         score = operations(partial(_until, model, unet, last))
         begun = operations(partial(_until, model, _known(model, parts["prefix"]), last))
         pairs = 20  # 2 x 2 at five timesteps
         unit = 2 * vae + 2 * text
         before = vae + text + 2 * whole
         savings += [
-            make(first, prefix, before, before - shared, True),
-            make(further, prefix, text + whole, text + whole - shared, True),
-            make("2 x 2 scores, paper", prefix, unit + pairs * score,
+            make(first, PREFIX, before, before - shared, True),
+            make(FURTHER, PREFIX, text + whole, text + whole - shared, True),
+            make("2 x 2 scores, paper", PREFIX, unit + pairs * score,
                  unit + pairs * begun + pairs // 2 * (score - begun), True),
-            make("8 x 32 scores, paper, passes", prefix, 32 * score,
+            make("8 x 32 scores, paper, passes", PREFIX, 32 * score,
                  32 * begun + score - begun, True),
         ]  # fmt: skip
     exact = text + rest.get("prefix", whole)
+    if alias == "sdxl":
+        copy = skipping_rows(unet, torch.zeros(1, dtype=torch.bool), read=TAPS[alias])
+        skipped = whole - operations(partial(_until, model, copy, TAPS[alias]))
+        for job, before in (
+            (WITHOUT_TEXT, whole),
+            ("features without a text", vae + whole),
+            (first, vae + text + 2 * whole),
+        ):
+            savings.append(make(job, BLANK, before, before - skipped, True))
+    states = torch.empty(1, 77, unet.config.cross_attention_dim, device="meta")
+    projections = text_projections(unet, TAPS[alias])
+    keys = operations(lambda: [layer(states) for layer in projections])
+    same = text + ROWS * (exact - text)
+    saved = (ROWS - 1) * keys
+    for job, before in ((SAME_TEXT, same), (f"one text for {ROWS} new pictures, cond",
+                                            same + ROWS * vae)):  # fmt: skip
+        savings.append(make(job, KEYS, before, before - saved, True))
+    savings.append(make(OVER_PLAIN, "all that is exact", plain, exact, True))
     for name in ("down", "middle"):
-        savings.append(make(further, f'reuse="{name}"', exact, text + rest[name], False))
-        savings.append(make(f"{further}, over the plain script", f'reuse="{name}"', plain,
-                          text + rest[name], False))  # fmt: skip
+        for job, before in ((FURTHER, exact), (OVER_PLAIN, plain)):
+            savings.append(make(job, f'reuse="{name}"', before, text + rest[name], False))
     return savings
 
 
@@ -122,53 +147,18 @@ def _known(model: MetaModel, paths: tuple[str, ...]) -> nn.Module:
     return replayed(model.unet, record(model.unet, paths, lambda: model.run(model.unet)))
 
 
-def time_further(folder: Path, alias: str, repeats: int) -> dict[str, float]:
-    """Ratios of processor time of a further question at 512 pixels, each against one saving less.
-
-    Args:
-        folder: Folder of the model.
-        alias: Alias of its architecture.
-        repeats: Number of rounds, in which all take turns.
-    """
-    taps = TAPS[alias]
-    config = EncoderConfig(taps=taps, timestep=261, size=512, conditioning="cfg")
-    exact = DiffusionEncoder.from_pretrained(folder, dtype=torch.float32, **config.to_dict())
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randint(0, 256, (1, 3, 512, 512), generator=generator, dtype=torch.uint8)
-    parts = ("down", "middle")
-    encoders = {
-        f'reuse="{part}"': DiffusionEncoder(exact.backbone, replace(config, reuse=part))  # type: ignore[arg-type]
-        for part in parts
-    }
-    for encoder in (exact, *encoders.values()):
-        encoder.extract(image, "warm")
-    times: dict[str, list[float]] = {}
-
-    def clock(name: str, encoder: DiffusionEncoder, question: int) -> None:
-        start = time.process_time()
-        encoder.extract(image, f"question {question}")
-        times.setdefault(name, []).append(time.process_time() - start)
-
-    for question in range(repeats):
-        with patch("diffenc.passes.reuse.text_free_prefix", lambda _: ()):
-            clock("whole", exact, 3 * question)
-        clock("exact", exact, 3 * question + 1)
-        for name, encoder in encoders.items():
-            clock(name, encoder, 3 * question + 2)
-            exact.backbone.caches.prompts.clear()  # a text of its own for each
-    ratio = {name: statistics.median(each) for name, each in times.items()}
-    against = {'reuse="down"': "exact", 'reuse="middle"': "exact"}
-    if text_free_prefix(exact.backbone.denoiser):
-        against["prefix without text once"] = "whole"
-    named = {"prefix without text once": "exact"}
-    return {name: ratio[before] / ratio[named.get(name, name)] for name, before in against.items()}
-
-
-def table(savings: Sequence[Saving]) -> Table:
+def table(savings: Sequence[Saving], times: Mapping[str, Times]) -> Table:
     """All savings, with what they leave out."""
-    is_timed = any(each.time_ratio is not None for each in savings)
     columns: tuple[str, ...] = ("job", "model", "size", "saving")
-    columns += ("TFLOP before", "after", "saved", "x", *(["time, x"] if is_timed else []))
+    columns += ("TFLOP before", "after", "saved", "x", *(["time, x"] if times else []))
+
+    def ratio(saving: Saving) -> str:
+        timed = times.get(saving.model)
+        value = None
+        if timed is not None and timed.size == saving.size:
+            value = timed.ratio(saving.job, saving.saving)
+        return "" if value is None else f"{value:.2f}"
+
     rows: tuple[tuple[str, ...], ...] = tuple(
         (
             each.job,
@@ -179,65 +169,122 @@ def table(savings: Sequence[Saving]) -> Table:
             f"{each.after / 1e12:.3f}",
             f"{100 * each.share:.1f} %",
             f"{each.before / each.after:.2f}",
-            *([_ratio(each)] if is_timed else []),
+            *([ratio(each)] if times else []),
         )
         for each in savings
     )
     return Table("Work of one job before and after each saving", columns, rows)
 
 
-def _ratio(saving: Saving) -> str:
-    return "" if saving.time_ratio is None else f"{saving.time_ratio:.2f}"
+def seconds_table(times: Mapping[str, Times]) -> Table:
+    """Median seconds of each call that was timed."""
+    names = list(dict.fromkeys(name for each in times.values() for name in each.seconds))
+    rows = tuple(
+        (
+            name,
+            *(
+                f"{median(each.seconds[name]):.2f}" if name in each.seconds else ""
+                for each in times.values()
+            ),
+        )
+        for name in names
+    )
+    heads = [f"{alias} at {each.size} px" for alias, each in times.items()]
+    return Table("Seconds of one call, median", ("call", *heads), rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    parser.add_argument("--time", nargs="+", choices=list(SIZES), default=[], metavar="MODEL")
-    parser.add_argument("--models", type=Path, help="folder in which models are built, with --time")
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
-    options = parser.parse_args(arguments)
-    if options.time and options.models is None:
-        parser.error("--time needs --models, a folder with room for them (sdxl: 7 GB)")
+    options = parse(arguments)
     savings = [each for alias, sizes in SIZES.items() for size in sizes
                for each in count(alias, size)]  # fmt: skip
+    times = _times_before(options.json)
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     for alias in options.time:
-        folder = build_folder(alias, options.models / "bfloat16" / alias, dtype=torch.bfloat16)
-        ratios = time_further(folder, alias, options.repeats)
-        savings = [_timed(each, alias, ratios) for each in savings]
-    text = table(savings).to_markdown()
-    print(text)
-    if options.json:
-        rows: list[dict[str, Any]] = [asdict(each) for each in savings]
-        options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    if options.markdown:
-        options.markdown.write_text(_page(text, savings), encoding="utf-8")
+        # On a CPU half of the disk is enough: weights in bfloat16 are read into float32.
+        kept = torch.bfloat16 if dtype == torch.float32 else dtype
+        times[alias] = time_savings(
+            built_folder(options.models, kept, options.quick, alias),
+            TAPS[alias],
+            size=QUICK_SIZE if options.quick else TIMED_SIZE,
+            repeats=options.repeats,
+            device=device,
+            dtype=dtype,
+        )
+        times = {name: times[name] for name in SIZES if name in times}
+        _write(options, savings, times)  # what is known if the next one fails
+    print(_write(options, savings, times))
     return 0
 
 
-def _timed(saving: Saving, alias: str, ratios: dict[str, float]) -> Saving:
-    fits = (saving.model, saving.size, saving.job) == (alias, 512, "further question, cfg")
-    return replace(saving, time_ratio=ratios.get(saving.saving)) if fits else saving
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    add, cuda = parser.add_argument, torch.cuda.is_available()
+    add("--time", nargs="+", choices=list(SIZES), default=[], metavar="MODEL",
+        help=f"time these models at {TIMED_SIZE} px: {', '.join(SIZES)}")  # fmt: skip
+    add("--models", type=Path, default=MODELS, help="where models are built (%(default)s)")
+    add("--repeats", type=positive, default=2, help="rounds of all calls (%(default)s)")
+    add("--device", default="cuda" if cuda else "cpu", help="%(default)s")
+    add("--dtype", choices=DTYPES, default="float16" if cuda else "float32", help="%(default)s")
+    add("--quick", action="store_true", help=f"narrow models at {QUICK_SIZE} px: it runs, no more")
+    add("--json", type=Path, metavar="FILE", help="write counts and times")
+    add("--markdown", type=Path, metavar="FILE", help="write the page")
+    return parser.parse_args(arguments)
 
 
-def _page(text: str, savings: Sequence[Saving]) -> str:
+def _times_before(file: Path | None) -> dict[str, Times]:
+    if file is None or not file.exists():
+        return {}
+    return {alias: Times(**each) for alias, each in json.loads(file.read_text())["times"].items()}
+
+
+def _write(
+    options: argparse.Namespace, savings: Sequence[Saving], times: Mapping[str, Times]
+) -> str:
+    """Write the files that were asked for; the page."""
+    if options.json:
+        report = {
+            "savings": [asdict(each) for each in savings],
+            "times": {alias: asdict(each) for alias, each in times.items()},
+        }
+        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    page = _page(savings, times)
+    if options.markdown:
+        options.markdown.write_text(page, encoding="utf-8")
+    return page
+
+
+def _page(savings: Sequence[Saving], times: Mapping[str, Times]) -> str:
     small = sorted({f"{each.job} ({each.model})" for each in savings if each.share < LEAST})
-    note = f"Below {100 * LEAST:g} % of the job: {', '.join(small)}.\n" if small else ""
     start, end = (f"<!-- --8<-- [{side}:table] -->" for side in ("start", "end"))
-    return f"{_HEAD}\n{start}\n\n{text}\n{end}\n\n{note}".rstrip() + "\n"
+    parts = [_HEAD, start, table(savings, times).to_markdown(), end]
+    if small:
+        parts.append(f"Below {100 * LEAST:g} % of the job: {', '.join(small)}.")
+    if times:
+        parts += [seconds_table(times).to_markdown(), *map(_how_timed, times.items())]
+    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def _how_timed(timed: tuple[str, Times]) -> str:
+    alias, times = timed
+    rounds = len(next(iter(times.seconds.values())))
+    return (
+        f"* {alias}: {times.machine}; {rounds} rounds. Exact features differ from those of the "
+        f"plain script by {times.difference:.1g} of the largest magnitude at a tap."
+    )
 
 
 _HEAD = """\
 # What is computed once for several questions
 
-`python benchmarks/savings.py --markdown docs/results/savings.md --json docs/results/savings.json`
+`python benchmarks/savings.py --time sd2.1-base sdxl --markdown docs/results/savings.md
+--json docs/results/savings.json`
 
 Operations of one job, counted from the real configs: a multiplication and an addition are two.
 Each row stands alone: it is held against the same job without this saving. The taps are those of
-`dift` (SD 2.1) and `gdf` (SDXL). Time, where it was taken (`--time`): processor time of the job
-before over after, float32, one core, random weights, in turn in one process.
+`dift` (SD 2.1) and `gdf` (SDXL). The plain script hooks the stock pipeline, encodes picture and
+text anew for every question and runs the whole U-Net under the text and under none. Times are of
+real sizes with random weights, in turn in one process; on a CPU processor time.
 """
 
 if __name__ == "__main__":

@@ -96,7 +96,8 @@ class PlainScript:
         taps: Module paths.
         device: Where it runs.
         dtype: Of the weights; a VAE that overflows in float16 runs in float32.
-        unet: Loaded before, in diffusers' own memory format, to save memory.
+        parts: Parts of the pipeline that were loaded before, by diffusers' names, to save memory; a
+            U-Net among them has to be in diffusers' own memory format.
     """
 
     name = "plain diffusers"
@@ -110,10 +111,10 @@ class PlainScript:
         *,
         device: torch.device,
         dtype: torch.dtype,
-        unet: nn.Module | None = None,
+        **parts: nn.Module | None,
     ) -> None:
         self.config, self.taps = config, taps
-        self.pipe = load_pipeline(folder, device, dtype, unet)
+        self.pipe = load_pipeline(folder, device, dtype, **parts)
         self.device, self.dtype = device, dtype
         self.parts: Mapping[str, nn.Module] = {
             name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)
@@ -211,12 +212,12 @@ class DiftScript(PlainScript):
 
 
 def load_pipeline(
-    folder: Path, device: torch.device, dtype: torch.dtype, unet: nn.Module | None = None
+    folder: Path, device: torch.device, dtype: torch.dtype, **parts: nn.Module | None
 ) -> Any:
     """The stock pipeline of a folder; a VAE that overflows in float16 is kept in float32."""
     from diffusers import DiffusionPipeline
 
-    given = {} if unet is None else {"unet": unet}
+    given = {name: part for name, part in parts.items() if part is not None}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the argument is called dtype in some versions
         pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, **given).to(device)

@@ -55,13 +55,18 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def clock(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+def clock(
+    call: Callable[[], Any],
+    device: torch.device,
+    *,
+    timer: Callable[[], float] = time.perf_counter,
+) -> tuple[float, Any]:
     """Seconds of one call, and its result."""
     synchronize(device)
-    start = time.perf_counter()
+    start = timer()
     result = call()
     synchronize(device)
-    return time.perf_counter() - start, result
+    return timer() - start, result
 
 
 def in_turn(
@@ -71,6 +76,7 @@ def in_turn(
     repeats: int,
     first: int = 0,
     limit: float = float("inf"),
+    timer: Callable[[], float] = time.perf_counter,
 ) -> dict[Name, list[float]]:
     """Seconds of calls that take turns, A B C then C B A, so that a busy machine slows them all.
 
@@ -80,6 +86,7 @@ def in_turn(
         repeats: Calls per name.
         first: Number of the first call.
         limit: After this many seconds of calls no round begins but the first three.
+        timer: Clock; `time.process_time` leaves out what other programs take.
     """
     seconds: dict[Name, list[float]] = {name: [] for name in calls}
     for index in range(repeats):
@@ -89,7 +96,7 @@ def in_turn(
         order = list(calls) if index % 2 == 0 else list(calls)[::-1]
         for name in order:
             call = calls[name](first + index)
-            seconds[name].append(clock(call, device)[0])
+            seconds[name].append(clock(call, device, timer=timer)[0])
     return seconds
 
 

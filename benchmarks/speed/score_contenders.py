@@ -73,7 +73,7 @@ class ReleasedWay:
         unet: nn.Module | None = None,
     ) -> None:
         self.config, self.kind = config, kind
-        self.pipe = load_pipeline(folder, device, dtype, unet)
+        self.pipe = load_pipeline(folder, device, dtype, unet=unet)
         self.device, self.dtype = device, dtype
         self.parts: Mapping[str, nn.Module] = {
             name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)

@@ -7,6 +7,7 @@ from torch import nn
 from diffenc import CrossAttnScorer, DiffusionEncoder
 from diffenc.config import EncoderConfig
 from diffenc.errors import ConfigError
+from diffenc.inputs.noise import add_noise, shared_noise
 from diffenc.passes import reuse
 from loaded import fresh
 
@@ -268,3 +269,55 @@ def test_scores_of_many_texts_share_the_prefix(tiny_sd_folder, monkeypatch, conv
     scorer.clear_cache()
     expected = without_sharing(scorer, monkeypatch, lambda: scorer(pictures(), texts))
     torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("part", ["down", "middle"])
+def test_scores_with_reuse_read_the_decoder_behind_a_way_down_without_text(
+    tiny_sd_folder, convolved, part
+):
+    """By hand: outputs without a text put in by hooks, queries and keys multiplied here."""
+    backbone = fresh(tiny_sd_folder)
+    layer = "up_blocks.1.attentions.0.transformer_blocks.0.attn2"
+    options = {"preset": "paper", "size": (72, 40), "timesteps": (200,), "layers": (layer,)}
+    scorer = CrossAttnScorer.from_pretrained(backbone, reuse=part, **options)
+    texts = ["red", "a blue circle"]
+    scores = scorer(pictures(), texts)
+    down, middle = backbone.unet.down_blocks[0], backbone.unet.mid_block
+    assert convolved[down.resnets[0].conv1] == 2  # pictures
+    assert convolved[middle.resnets[0].conv1] == {"down": 2 * 2, "middle": 2}[part]
+    latents = DiffusionEncoder(
+        backbone, EncoderConfig(taps=("latents",), size=(72, 40), noise=None)
+    ).extract(pictures())["latents"]
+    noise = shared_noise(latents.shape[1:], seed=0, timestep=200)
+    noisy = add_noise(backbone.scheduler, latents, noise, 200)
+    attention = backbone.unet.get_submodule(layer)
+    for column, text in enumerate(texts):
+        taps = (f"{layer}.to_q", f"{layer}.to_k")
+        query, key = by_hand(backbone, noisy, 200, text, taps, part).values()
+        query, key = (each.unflatten(-1, (attention.heads, -1)) for each in (query, key))
+        products = torch.einsum("bnhd,blhd->bhnl", query, key) * attention.scale
+        expected = products.logsumexp(dim=-1).mean(dim=(1, 2))
+        torch.testing.assert_close(scores[:, column], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_predicted_noise_is_scored_under_reuse(tiny_sd_folder):
+    options = {"preset": "denoising-gap", "size": (72, 40), "timesteps": (200,)}
+    scorer = CrossAttnScorer.from_pretrained(fresh(tiny_sd_folder), **options)
+    exact, reused = (
+        each(pictures(), ["red", "a blue circle"])
+        for each in (scorer, scorer.with_options(reuse="down"))
+    )
+    assert not torch.equal(exact, reused)
+    torch.testing.assert_close(exact, reused, atol=0.1, rtol=0)
+    again = scorer.with_options(reuse=None)(pictures(), ["red", "a blue circle"])
+    torch.testing.assert_close(again, exact, atol=1e-6, rtol=1e-6)
+
+
+def test_scores_that_reuse_cannot_serve_are_refused(tiny_sd_folder):
+    scorer = CrossAttnScorer.from_pretrained(fresh(tiny_sd_folder))
+    with pytest.raises(ConfigError, match=r"no text reaches 'down_blocks\..* where reuse='down'"):
+        scorer.with_options(reuse="down", layers="all")
+    with pytest.raises(ConfigError, match="saves nothing with mode 'shared-query'"):
+        scorer.with_options(reuse="down", mode="shared-query")
+    with pytest.raises(ConfigError, match=r"reuse must be one of \['down', 'middle'\], got 'up'"):
+        scorer.with_options(reuse="up")

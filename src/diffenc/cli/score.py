@@ -81,8 +81,8 @@ def _score(
         )
 
 
-_CHANGES = ("mode", "calibration", "timesteps", "layers", "size", "resize", "seed", "batch_size")
-score = with_fields(_score, {"changes": scorer_changes(*_CHANGES)})
+_CHANGES = ("mode", "reuse", "calibration", "timesteps", "layers", "size", "resize", "seed")
+score = with_fields(_score, {"changes": scorer_changes(*_CHANGES, "batch_size")})
 
 
 def _scores(files: PictureFiles, score_files: "Callable[[list[str]], Scores]") -> "Scores":

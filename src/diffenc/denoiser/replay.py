@@ -115,9 +115,9 @@ def text_free_prefix(unet: Any) -> tuple[str, ...]:
     before = [f"down_blocks.{earlier}" for earlier in range(index)]
     inside = [f"{block}.resnets.0", f"{block}.attentions.0.transformer_blocks.0.attn1"]
     paths = ["conv_in", *before, *inside]
-    if any(_is_hooked(unet.get_submodule(path)) for path in paths):
+    if any(is_hooked(unet.get_submodule(path)) for path in paths):
         return ()  # somebody reads or changes what every row gives there
-    return _replaceable(unet, paths)
+    return replaceable(unet, paths)
 
 
 def down_path(unet: Any, *, middle: bool = False) -> tuple[str, ...]:
@@ -133,7 +133,7 @@ def down_path(unet: Any, *, middle: bool = False) -> tuple[str, ...]:
     if not _has_usual_blocks(unet) or (middle and unet.mid_block is None):
         return ()
     blocks = [f"down_blocks.{index}" for index in range(len(unet.down_blocks))]
-    return _replaceable(unet, ["conv_in", *blocks, *(["mid_block"] if middle else [])])
+    return replaceable(unet, ["conv_in", *blocks, *(["mid_block"] if middle else [])])
 
 
 def _is_block(path: str) -> bool:
@@ -145,7 +145,7 @@ def _has_usual_blocks(unet: Any) -> bool:
     return bool(blocks) and all(type(block).__name__ in _DOWN_BLOCKS for block in blocks)
 
 
-def _replaceable(unet: nn.Module, paths: Sequence[str]) -> tuple[str, ...]:
+def replaceable(unet: nn.Module, paths: Sequence[str]) -> tuple[str, ...]:
     """The paths, or none where the modules around them cannot be copied.
 
     Offloading and `Module.compile` put functions into a module that call the original.
@@ -163,5 +163,6 @@ def _ways(path: str) -> list[str]:
     return [".".join(parts[:depth]) for depth in range(len(parts))]
 
 
-def _is_hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody reads or changes what a module, or one in it, takes or gives."""
     return any(each._forward_hooks or each._forward_pre_hooks for each in module.modules())

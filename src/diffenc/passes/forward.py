@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from diffenc.checks.arguments import wholes
 from diffenc.denoiser.attention import CrossAttnTaps
+from diffenc.denoiser.blank_texts import skipping_blank_texts
 from diffenc.denoiser.hooks import ForwardTaps, TapOutputs
 from diffenc.denoiser.shortening import shortened
 from diffenc.errors import ConfigError, NonFiniteError, TapError
@@ -188,6 +189,8 @@ def _read(
         return {name: tap.clone() for name, tap in zip(taps, maps, strict=True)}
     rows = (noisy_latents, timesteps, prompt_embeds)
     denoiser = backbone.denoiser if reuse is None else reuse.denoiser(backbone, *rows)
+    if attention is None and not torch.is_grad_enabled():
+        denoiser = skipping_blank_texts(denoiser, prompt_embeds.prompt_embeds, read=taps)
     call = partial(backbone.denoise, *rows, run=denoiser)
     if attention is None:
         with ForwardTaps(denoiser, taps, early_exit=True) as reader:

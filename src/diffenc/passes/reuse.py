@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from diffenc._typing import Reused
+from diffenc.denoiser.blank_texts import skipping_blank_texts
 from diffenc.denoiser.replay import (
     Outputs,
     down_path,
@@ -77,8 +78,10 @@ class Reuse:
         counts = output_counts(backbone.denoiser, self.paths)
 
         def compute(rows: list[int]) -> Iterator[Entry]:
-            call = partial(backbone.denoise, noisy_latents[rows], timesteps[rows], texts.take(rows))
-            outputs = record(backbone.denoiser, self.paths, call)
+            of_rows = texts.take(rows)
+            whole = skipping_blank_texts(backbone.denoiser, of_rows.prompt_embeds)
+            inputs = (noisy_latents[rows], timesteps[rows], of_rows)
+            outputs = record(whole, self.paths, partial(backbone.denoise, *inputs, run=whole))
             yield from zip(*(each for path in self.paths for each in outputs[path]), strict=True)
 
         # A cache without room still computes rows with equal keys once.

@@ -24,6 +24,7 @@ from diffenc.models.device import Device, Dtype
 from diffenc.models.encoder_folder import check_mark
 from diffenc.models.pipelines import PIPELINE
 from diffenc.models.sources import lasting_source
+from diffenc.passes.reuse import check_reuse
 from diffenc.runtime.inference import lasting
 from diffenc.scoring.calibration import References
 from diffenc.scoring.config import DECODER, ScorerConfig, scorer_preset
@@ -76,6 +77,8 @@ class ConfiguredScorer(nn.Module):
             )
         if self.config.attention:
             layer_mix(self.config.layer_weights, len(self.layers))  # checks both
+        layers = self.layers if self.config.attention else ()
+        check_reuse(backbone, self.config.reuse, (), layers)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "config":

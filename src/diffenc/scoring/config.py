@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from diffenc._typing import LongPrompts, Posterior, Resize, Uncond
+from diffenc._typing import LongPrompts, Posterior, Resize, Reused, Uncond
 from diffenc.checks.arguments import whole
 from diffenc.checks.fields import conform
 from diffenc.config import check_choice, check_pair, make_options
@@ -63,6 +63,10 @@ class ScorerConfig:
             every text.
         query_prompt: Prompt of the one pass of "shared-query"; the empty text is encoded, never
             replaced by zeros.
+        reuse: Part of the U-Net that runs without the text, once per image and noise for all texts:
+            "down" is everything before the middle, "middle" everything before the decoder. Faster
+            for many texts and approximate, see `EncoderConfig.reuse`. None runs all of it under
+            each text.
         calibration: Reference images whose mean score is subtracted from each text's scores: a
             "gray" one, a "neutral" set, or those "given" to `CrossAttnScorer.calibrate`. None
             subtracts nothing.
@@ -94,6 +98,7 @@ class ScorerConfig:
     long_prompts: LongPrompts = "truncate"
     mode: ScoreMode = "exact"
     query_prompt: str = ""
+    reuse: Reused | None = None
     calibration: Calibration | None = None
     reference_texts: tuple[str, ...] = ()
     reference_digest: str | None = None
@@ -147,6 +152,8 @@ class ScorerConfig:
         check_choice("mode", self.mode, get_args(ScoreMode))
         if self.error_term is not None:
             check_choice("error_term", self.error_term, get_args(ErrorTerm))
+        if self.reuse is not None:
+            check_choice("reuse", self.reuse, get_args(Reused))
         if self.calibration is not None:
             check_choice("calibration", self.calibration, get_args(Calibration))
 
@@ -157,6 +164,11 @@ class ScorerConfig:
             raise ConfigError(
                 "mode 'shared-query' scores by attention alone, since the error of a text needs a "
                 "pass of its own; set error_term=None, or mode='exact'"
+            )
+        if self.mode == "shared-query" and self.reuse is not None:
+            raise ConfigError(
+                f"reuse={self.reuse!r} saves nothing with mode 'shared-query', which runs once for "
+                "all texts; leave it out, or set mode='exact'"
             )
         if self.include_uncond and self.token_mask == "content":
             raise ConfigError(

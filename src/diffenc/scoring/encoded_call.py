@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ class EncodedCall:
         texts: Distinct texts; None is no text, whose embedding is the unconditional one.
         text_rows: Index among the distinct texts, for each text of the call.
         embeds: Embeddings of the distinct texts.
+        textless: Unconditional embedding, one row, where the config has `reuse`; else None.
         mask: Mask of the tokens of the distinct texts that count; None counts all.
         size: Size of the pictures in pixels, (height, width).
         seed: Seed of the noise.
@@ -50,6 +52,7 @@ class EncodedCall:
     texts: list[str | None]
     text_rows: list[int]
     embeds: PromptEmbeds
+    textless: PromptEmbeds | None
     mask: Bool[Tensor, "texts l"] | None
     size: tuple[int, int]
     seed: int
@@ -133,15 +136,16 @@ def encode_call(
     known: list[str | None] = list(dict.fromkeys(texts))
     if config.needs_uncond:
         known.append(None)
-    embeds = prompts_of(
+    embed = partial(
+        prompts_of,
         backbone,
-        known,
         size=size,
         uncond=config.uncond,
         long_prompts=config.long_prompts,
         use_cache=use_cache,
         states=states,
     )
+    embeds = embed(known)
     remember = use_cache and states.features is not None
     key = (states.features, size, config.posterior, config.uncond, config.long_prompts)
     return EncodedCall(
@@ -153,6 +157,7 @@ def encode_call(
         texts=known,
         text_rows=[known.index(text) for text in texts],
         embeds=embeds,
+        textless=None if config.reuse is None else embed([None]),
         mask=token_mask(backbone, known, embeds, config.token_mask),
         size=size,
         seed=seed,

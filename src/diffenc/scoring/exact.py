@@ -10,7 +10,7 @@ from diffenc.denoiser.attention import cross_attentions, match_layers
 from diffenc.inputs.noise import signal_levels
 from diffenc.inputs.prompts import PromptEmbeds
 from diffenc.memory.cache import Entry, TensorCache, recall
-from diffenc.passes.reuse import Reuse, prefix_of
+from diffenc.passes.reuse import Reuse, check_reuse, prefix_of, without_text
 from diffenc.scoring.batches import check_scores, in_batches
 from diffenc.scoring.denoiser_reads import read_statistics
 from diffenc.scoring.encoded_call import EncodedCall, pooling_of
@@ -42,6 +42,7 @@ def exact_scores(
 
     Raises:
         NonFiniteError: NaN or infinity came out of the U-Net.
+        ConfigError: `reuse` with a layer that no text would reach.
     """
     config = encoded.config
     empty = encoded.texts.index(None) if config.needs_uncond else None
@@ -93,6 +94,7 @@ def _statistics(
     config = encoded.config
     unet = encoded.backbone.denoiser
     names = match_layers(unet, config.layers) if config.attention else ()
+    check_reuse(encoded.backbone, config.reuse, (), names)
     table = _unknown(*needed.shape, len(steps), len(names) + 1)
     rows: list[_Row] = [
         (picture, step, text)
@@ -112,14 +114,18 @@ def _statistics(
     return table
 
 
-def _prefix(encoded: EncodedCall, places: Sequence[tuple[int, Step]]) -> Reuse | None:
-    """What rows of the same picture and noise have in common."""
+def _reuse(encoded: EncodedCall, places: Sequence[tuple[int, Step]]) -> Reuse | None:
+    """What rows of the same picture and noise have in common, or share without their texts."""
     remembered, config = encoded.memory_key is not None, encoded.config
     pictures = encoded.picture_keys if remembered else None
     common = (encoded.memory_key, encoded.seed, config.posterior)
     keys = [(*common, place if pictures is None else pictures[place], step)
             for place, step in places]  # fmt: skip
-    return prefix_of(encoded.backbone, keys, encoded.backbone.caches.outputs if pictures else None)
+    cache = encoded.backbone.caches.outputs if pictures else None
+    if config.reuse is None or encoded.textless is None:
+        return prefix_of(encoded.backbone, keys, cache)
+    texts = encoded.textless.rows(len(places))
+    return without_text(encoded.backbone, config.reuse, keys, cache, texts)
 
 
 def _unknown(*shape: int) -> Tensor:
@@ -133,7 +139,8 @@ def _memory_keys(
         return None
     config = encoded.config
     predicts = config.error_term is not None
-    common = (*encoded.memory_key, names, pooling_of(config), config.token_mask, predicts)
+    kind = (pooling_of(config), config.token_mask, config.reuse)
+    common = (*encoded.memory_key, names, *kind, predicts)
     return [
         (
             common,
@@ -168,7 +175,7 @@ def _passes(
             pooling_of(config),
             mask=None if encoded.mask is None else encoded.mask[texts, :length],
             predict=predicts,
-            reuse=_prefix(encoded, [(picture, steps[step]) for picture, step, _ in part]),
+            reuse=_reuse(encoded, [(picture, steps[step]) for picture, step, _ in part]),
         )
         columns = _unknown(len(part), len(names) + 1)
         if attention is not None:

@@ -37,6 +37,8 @@ class ScorerMatcher:
         self.scorer, self.by_timestep = scorer, by_timestep
         self.name = name or scorer.backbone.name
         config, parts = scorer.config.to_dict(), scorer.backbone.parts()
+        # Scores that were written before there was `reuse` are those without it.
+        left_out = (*_NO_RESULT, *(["reuse"] if config["reuse"] is None else []))
         image = [part for name, part in parts.items() if not name.startswith("text")]
         self.parameters = tower_sizes(nn.ModuleList(parts.values()), *image)
         self.description: Mapping[str, Any] = {
@@ -44,7 +46,7 @@ class ScorerMatcher:
             "model": scorer.backbone.name,
             "weights": weights_digest(parts.items()),
             "dtype": str(scorer.backbone.dtype).removeprefix("torch."),
-            "config": {key: value for key, value in config.items() if key not in _NO_RESULT},
+            "config": {key: value for key, value in config.items() if key not in left_out},
             "by_timestep": by_timestep,
         }
 

@@ -1,0 +1,48 @@
+"""The program that says what each saving is worth, on a narrow model: times, ratios, files."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def program():
+    """`benchmarks/savings.py` as a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        import savings
+
+        yield savings
+
+
+@pytest.fixture
+def run(program, tmp_path, monkeypatch):
+    """The JSON file and the page that a narrow model at 64 pixels leaves, with no counts."""
+    monkeypatch.setattr(program, "TIMED_SIZE", 64)
+    row = ("further question, cfg, over the plain script", 'reuse="down"', 12, 4, False)
+    monkeypatch.setattr(program, "count", lambda alias, size: [program.Saving(alias, size, *row)])
+    monkeypatch.setattr(program, "SIZES", {"sd2.1-base": (64,), "sdxl": (64,)})
+    rows, page = tmp_path / "rows.json", tmp_path / "page.md"
+
+    def call(*options):
+        basic = ["--quick", "--dtype", "float32", "--device", "cpu", "--models", str(tmp_path)]
+        assert program.main([*basic, "--json", str(rows), "--markdown", str(page), *options]) == 0
+        return json.loads(rows.read_text()), page.read_text()
+
+    return call
+
+
+def test_ratios_are_those_of_the_times_and_times_of_before_stay(run):
+    report, page = run("--time", "sd2.1-base", "--repeats", "1")
+    times = report["times"]["sd2.1-base"]
+    assert times["difference"] < 1e-4
+    seconds = {name: each[0] for name, each in times["seconds"].items()}
+    assert min(seconds.values()) > 0
+    assert {"plain script", "further, exact", "further, without the prefix"} <= set(seconds)
+    ratio = seconds["plain script"] / seconds["further, down"]
+    assert f"| 66.7 % | 3.00 | {ratio:.2f} |" in page
+    again, same = run()
+    assert (again, same) == (report, page)
