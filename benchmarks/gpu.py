@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,16 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "einops", "jaxtyping",
 TEST_SECONDS = 240
 SPARE_SECONDS = 30
 """For what the benchmarks are doing when their time is up."""
+
+ENCODER_SHARE = 0.6
+"""Of the time that the tests leave; the rest is for the programs below, equally."""
+
+PROGRAMS: dict[str, tuple[str, ...]] = {
+    "savings.py": ("--time", "sd2.1-base", "sdxl", "--repeats", "5"),
+    "extraction.py": ("speed", "--pictures", "500", "--repeats", "3"),
+}
+"""What is run after `encoder.py`, with its options: what texts have in common, and the pipeline of
+`diffenc encode`."""
 
 
 @dataclass(slots=True)
@@ -62,10 +72,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
               "a GPU. `make test` and `python benchmarks/encoder.py` run without one.")  # fmt: skip
         return 0
     tests = run_tests()
-    left = 60 * options.minutes - (time.monotonic() - start)
+    end = start + 60 * options.minutes
+    others: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as scratch:
+        left = ENCODER_SHARE * (end - time.monotonic())
         benchmark, status = run_benchmark(Path(scratch), left, options.benchmark)
-    write_report(options.out, tests, benchmark)
+        for place, (program, more) in enumerate(PROGRAMS.items()):
+            seconds = (end - time.monotonic()) / (len(PROGRAMS) - place)
+            others[program], failed = run_program(Path(scratch), program, more, seconds)
+            status = status or failed
+    write_report(options.out, tests, benchmark, others)
     return 0 if tests.status == "passed" and status == 0 else 1
 
 
@@ -126,11 +142,47 @@ def run_benchmark(
     return found, status
 
 
-def write_report(folder: Path, tests: TestReport, benchmark: dict[str, Any]) -> None:
+def run_program(
+    scratch: Path, program: str, options: Sequence[str], seconds: float
+) -> tuple[dict[str, Any], int]:
+    """What another program printed and wrote as JSON, and its exit status.
+
+    Args:
+        scratch: Folder for its file.
+        program: Name of its file in `benchmarks`.
+        options: Options, without that of the file.
+        seconds: Time after which it is stopped, which is no failure.
+    """
+    file = scratch / f"{program}.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / program), *options, "--json", str(file)]
+    printed, status, note = "", 0, ""
+    try:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, timeout=max(1, seconds), check=False, text=True
+        )
+        printed, status = done.stdout, done.returncode
+        note = f"left with status {status}" if status else ""
+    except subprocess.TimeoutExpired:
+        note = "stopped when the time was up"
+    notes = [f"benchmarks/{program} {note}"] if note else []
+    rows = json.loads(file.read_text()) if file.exists() else None
+    return {"rows": rows, "notes": notes, "printed": printed}, status
+
+
+def write_report(
+    folder: Path,
+    tests: TestReport,
+    benchmark: dict[str, Any],
+    others: Mapping[str, dict[str, Any]] | None = None,
+) -> None:
     """`gpu-report.json` and `gpu-report.md`."""
     folder.mkdir(parents=True, exist_ok=True)
+    others = others or {}
     told = {key: value for key, value in benchmark.items() if key != "table"}
-    text = json.dumps({"tests": asdict(tests), "benchmark": told}, indent=2)
+    report = {"tests": asdict(tests), "benchmark": told}
+    for program, each in others.items():
+        report[program] = {key: value for key, value in each.items() if key != "printed"}
+    text = json.dumps(report, indent=2)
     (folder / "gpu-report.json").write_text(text + "\n", encoding="utf-8")
     lines = [
         "# Tests on a GPU",
@@ -140,6 +192,8 @@ def write_report(folder: Path, tests: TestReport, benchmark: dict[str, Any]) -> 
         *(f"* failed: `{name}`" for name in tests.failed),
         "",
         benchmark["table"],
+        *(f"* {note}" for each in others.values() for note in each["notes"]),
+        *(each["printed"].strip() for each in others.values()),
     ]
     (folder / "gpu-report.md").write_text("\n".join(lines), encoding="utf-8")
     print(f"wrote {folder / 'gpu-report.json'} and {folder / 'gpu-report.md'}")

@@ -187,6 +187,32 @@ def test_a_report_holds_tests_and_benchmarks(tmp_path):
     assert text.rstrip().endswith("# the table")
 
 
+def test_other_programs_stand_in_the_report_with_what_they_printed(tmp_path, monkeypatch):
+    import gpu
+
+    folder = tmp_path / "benchmarks"
+    folder.mkdir()
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    (folder / "fine.py").write_text(
+        "import sys; print('a table'); open(sys.argv[-1], 'w').write('{\"x\": 1}')"
+    )
+    (folder / "broken.py").write_text("raise SystemExit(3)")
+    (folder / "slow.py").write_text("import time; time.sleep(60)")
+    fine, failed = gpu.run_program(tmp_path, "fine.py", ("--quick",), 60)
+    assert (fine, failed) == ({"rows": {"x": 1}, "notes": [], "printed": "a table\n"}, 0)
+    broken, failed = gpu.run_program(tmp_path, "broken.py", (), 60)
+    assert (broken["notes"], failed) == (["benchmarks/broken.py left with status 3"], 3)
+    slow, failed = gpu.run_program(tmp_path, "slow.py", (), 0)
+    assert (slow["notes"], failed) == (["benchmarks/slow.py stopped when the time was up"], 0)
+    benchmark = {"rows": [], "notes": [], "table": "# the table"}
+    others = {"fine.py": fine, "broken.py": broken}
+    gpu.write_report(tmp_path, gpu.TestReport("passed"), benchmark, others)
+    assert json.loads((tmp_path / "gpu-report.json").read_text())["fine.py"]["rows"] == {"x": 1}
+    text = (tmp_path / "gpu-report.md").read_text()
+    assert "a table" in text
+    assert "* benchmarks/broken.py left with status 3" in text
+
+
 def test_a_benchmark_that_fails_or_takes_too_long_is_told_of(tmp_path):
     from gpu import run_benchmark
 
