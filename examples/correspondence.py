@@ -6,20 +6,18 @@
 
 # %%
 import argparse
-import random
 import sys
-from dataclasses import replace
 
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
-from torch.nn import functional as F
 
 from diffenc import DiffusionEncoder
+from diffenc.evals.dense.miniature import points_of, scene_pair
+from diffenc.evals.dense.points import match_points
 from diffenc.inputs.images import to_pixel_values
 from diffenc.inputs.latents import encode_latents
-from diffenc.shapes import Scene, SceneObject, render, sample_scene
-from diffenc.shapes.scenes import COLORS, SHAPES
+from diffenc.shapes import Scene, render
 from diffenc.viz import Panel, figure
 
 parser = argparse.ArgumentParser(description="Semantic correspondence between two pictures.")
@@ -42,48 +40,15 @@ ALPHA = 0.1  # a point is found when it lies within this share of the picture's 
 
 
 # %%
-def make_pair(index: int, *, recolored: bool) -> tuple[Scene, Scene]:
-    rng = random.Random(f"{950_000}/{index}")
-    kinds = list(zip(rng.sample(COLORS, 3), rng.sample(SHAPES, 3), strict=True))
-    first, second = (sample_scene(rng, kinds=kinds) for _ in range(2))
-    second = replace(second, background=first.background)
-    if recolored:
-        others = rng.sample([c for c in COLORS if c not in {color for color, _ in kinds}], 3)
-        objects = tuple(
-            replace(thing, color=color) for thing, color in zip(second.objects, others, strict=True)
-        )
-        second = replace(second, objects=objects)
-    return first, second
-
-
-OFFSETS = ((0.0, 0.0), (-0.3, 0.3), (0.3, 0.3), (0.0, -0.4), (0.0, 0.35))
-
-
-def points_of(scene: Scene) -> Tensor:
-    """(objects x 5, 2): x and y as fractions of the side."""
-
-    def of(thing: SceneObject) -> list[tuple[float, float]]:
-        return [(thing.x + u * thing.radius, thing.y + v * thing.radius) for u, v in OFFSETS]
-
-    return torch.tensor([point for thing in scene.objects for point in of(thing)])
-
+first, second = scene_pair(0, recolored=True)
+points_of(first)[:5]  # of the first shape, as shares of width and height
 
 # %% [markdown]
 # Nearest neighbours by cosine, as in DIFT (Tang et al. 2023, arXiv:2306.03881): the feature at a
-# point of the first picture against the features at all pixels of the second.
+# point of the first picture against the features at all pixels of the second: `match_points`.
 
 
 # %%
-def match(first: Tensor, second: Tensor, points: Tensor) -> Tensor:
-    """Where the points of the first map (c h w) are found in the second, as fractions."""
-    grid = (2 * points - 1)[None, None]
-    queries = F.grid_sample(first[None], grid, mode="bilinear", align_corners=False)[0, :, 0]
-    keys = F.interpolate(second[None], (SIDE, SIDE), mode="bilinear", align_corners=False)[0]
-    similarity = F.normalize(queries, dim=0).T @ F.normalize(keys.flatten(1), dim=0)
-    best = similarity.argmax(1)
-    return (torch.stack([best % SIDE, best // SIDE], dim=1) + 0.5) / SIDE
-
-
 def maps_of(pair: tuple[Scene, Scene]) -> dict[tuple[str, int | None], Tensor]:
     """Per place (2 c h w): pixels and latents around their mean, and every tap and timestep."""
     images = [render(scene, SIDE) for scene in pair]
@@ -109,10 +74,10 @@ pck: dict[tuple[str, int | None], dict[str, float]] = {}
 for task, recolored in TASKS.items():
     hits: dict[tuple[str, int | None], list[Tensor]] = {}
     for index in range(options.pairs):
-        pair = make_pair(index, recolored=recolored)
+        pair = scene_pair(index, recolored=recolored)
         source, target = (points_of(scene) for scene in pair)
         for place, maps in maps_of(pair).items():
-            distance = (match(maps[0], maps[1], source) - target).norm(dim=1)
+            distance = (match_points(maps[0], maps[1], source, (SIDE, SIDE)) - target).norm(dim=1)
             hits.setdefault(place, []).append(distance < ALPHA)
     for place, found in hits.items():
         pck.setdefault(place, {})[task] = float(torch.cat(found).float().mean())
@@ -149,13 +114,18 @@ baseline: tuple[str, int | None] = ("latents", None)
 rows = []
 for task, recolored in TASKS.items():
     for index in range(min(2, options.pairs)):
-        first, second = make_pair(index, recolored=recolored)
+        first, second = scene_pair(index, recolored=recolored)
         source, target = points_of(first), points_of(second)
         panels = [Panel(marked(first, source), f"points, {task}")]
         for place in (best, baseline):
             maps = maps_of((first, second))[place]
             name = place[0] if place[1] is None else f"{place[0]}, timestep {place[1]}"
-            panels.append(Panel(marked(second, target, match(maps[0], maps[1], source)), name))
+            panels.append(
+                Panel(
+                    marked(second, target, match_points(maps[0], maps[1], source, (SIDE, SIDE))),
+                    name,
+                )
+            )
         rows.append(panels)
 drawn = figure(
     rows,

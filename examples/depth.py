@@ -6,7 +6,6 @@
 
 # %%
 import argparse
-import random
 import sys
 
 import torch
@@ -17,10 +16,10 @@ from torch.nn import functional as F
 
 from diffenc import DiffusionEncoder
 from diffenc.denoiser.grids import to_grid
+from diffenc.evals.dense.miniature import caption_of, order_of_cells, overlapping_scenes
 from diffenc.inputs.images import to_pixel_values
 from diffenc.inputs.latents import encode_latents
-from diffenc.shapes import Scene, masks, render, sample_scene
-from diffenc.shapes.captions import join, noun_phrase
+from diffenc.shapes import Scene, render
 from diffenc.viz import HeatMap, Panel, figure
 
 parser = argparse.ArgumentParser(description="Depth from the order in which shapes were drawn.")
@@ -37,38 +36,11 @@ CELLS = 16
 # %% [markdown]
 # Scenes of two shapes, the second drawn over the first. Only those in which the second hides a part
 # of the first are kept: in all others nobody could tell the order.
-
-
 # %%
-def hidden_share(scene: Scene) -> float:
-    """Share of the first object's pixels that lie under the second."""
-    whole = masks(Scene(scene.objects[:1]), 64)[0]
-    return 1 - float(masks(scene, 64)[0].sum() / whole.sum())
-
-
-def overlapping(count: int, seed: int) -> list[Scene]:
-    kept: list[Scene] = []
-    for index in range(100 * count):
-        scene = sample_scene(random.Random(f"{seed}/{index}"), count=2, overlap=0.9)
-        first, second = scene.objects
-        if first.color != second.color and 0.1 < hidden_share(scene) < 0.6:
-            kept.append(scene)
-        if len(kept) == count:
-            break
-    return kept
-
-
-def depth_of(scene: Scene) -> Tensor:
-    """Per cell 0 for background, 1 for the shape behind, 2 for the shape in front."""
-    owned = torch.from_numpy(masks(scene, SIDE)).float()
-    behind, front = F.adaptive_avg_pool2d(owned[None], CELLS)[0]
-    return torch.stack([1 - behind - front, behind, front]).argmax(0)
-
-
-train_scenes = overlapping(options.scenes, seed=1)
-test_scenes = overlapping(max(10, options.scenes // 3), seed=950_000)
-train_depth = torch.stack([depth_of(scene) for scene in train_scenes])
-test_depth = torch.stack([depth_of(scene) for scene in test_scenes])
+train_scenes = overlapping_scenes(options.scenes, seed=1)
+test_scenes = overlapping_scenes(max(10, options.scenes // 3), seed=950_000)
+train_depth = torch.stack([order_of_cells(scene, SIDE, CELLS) for scene in train_scenes])
+test_depth = torch.stack([order_of_cells(scene, SIDE, CELLS) for scene in test_scenes])
 
 # %% [markdown]
 # Inputs, all on one grid. The caption names both shapes in alphabetical order: it does not tell
@@ -76,17 +48,13 @@ test_depth = torch.stack([depth_of(scene) for scene in test_scenes])
 
 
 # %%
-def caption(scene: Scene) -> str:
-    return join(sorted(noun_phrase(shape=t.shape, color=t.color) for t in scene.objects))
-
-
 def inputs_of(scenes: list[Scene]) -> dict[str, Tensor]:
     """Per input (scenes, cells, channels)."""
     parts: dict[str, list[Tensor]] = {}
     for start in range(0, len(scenes), 20):
         batch = scenes[start : start + 20]
         images = [render(scene, SIDE) for scene in batch]
-        features = encoder.extract(images, [caption(s) for s in batch], conditioning="cfg")
+        features = encoder.extract(images, [caption_of(s) for s in batch], conditioning="cfg")
         pixel_values = to_pixel_values(images, size=SIDE)
         with torch.no_grad():
             latents = encode_latents(encoder.backbone.vae, pixel_values)
@@ -164,7 +132,7 @@ def shaded(depth: Tensor) -> Image.Image:
 
 rows = [
     [
-        Panel(render(scene, SIDE), "picture", caption(scene)),
+        Panel(render(scene, SIDE), "picture", caption_of(scene)),
         Panel(shaded(test_depth[index]), "truth"),
         *(Panel(shaded(maps[index]), f"from {name}") for name, maps in found.items()),
     ]

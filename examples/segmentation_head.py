@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffenc import DiffusionEncoder
+from diffenc.evals.dense.miniature import shape_of_cells
 from diffenc.inputs.images import to_pixel_values
 from diffenc.inputs.latents import encode_latents
-from diffenc.shapes import Scene, masks, render, sample_scenes
+from diffenc.shapes import Scene, render, sample_scenes
 from diffenc.shapes.render import GROUND
 from diffenc.shapes.scenes import SHAPES
 from diffenc.viz import Panel, figure
@@ -40,21 +41,11 @@ TEXT = "a circle, a square, a triangle and a star"
 # Truth comes from the renderer: the mask of every object. Scenes for the test have seeds that no
 # bundled model was trained on.
 
-
 # %%
-def truth_of(scene: Scene) -> Tensor:
-    """Class of each cell, (CELLS, CELLS): the shape of which most is seen in it, or background."""
-    of_shapes = np.zeros((len(SHAPES), SIDE, SIDE), dtype=np.float32)
-    for thing, mask in zip(scene.objects, masks(scene, SIDE), strict=True):
-        of_shapes[SHAPES.index(thing.shape)] += mask
-    shares = F.adaptive_avg_pool2d(torch.from_numpy(of_shapes)[None], CELLS)[0]
-    return torch.cat([1 - shares.sum(0, keepdim=True), shares]).argmax(0)
-
-
 train_scenes = list(sample_scenes(options.scenes, seed=1))
 test_scenes = list(sample_scenes(max(8, options.scenes // 3), seed=950_000))
-train_truth = torch.stack([truth_of(scene) for scene in train_scenes])
-test_truth = torch.stack([truth_of(scene) for scene in test_scenes])
+train_truth = torch.stack([shape_of_cells(scene, SIDE, CELLS) for scene in train_scenes])
+test_truth = torch.stack([shape_of_cells(scene, SIDE, CELLS) for scene in test_scenes])
 
 # %% [markdown]
 # What the head sees: a list of maps, one per scale. `extract` gives all taps from one pass of the

@@ -8,13 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
 from diffenc.cli.info import describe as describe_parts
 from diffenc.errors import TapError
 from diffenc.models import describe, list_backbones
-from diffenc.models.denoisers import build_denoiser, config_of, meta_inputs
+from diffenc.models.arithmetic import pass_operations
 from diffenc.models.presets import PRESETS
 from diffenc.models.sources import BackboneSource
 
@@ -33,9 +30,6 @@ LICENCES = {
 }
 SCORES = {"shapes": "62.7"}
 """Group score of `denoising-gap` on the miniature Winoground; real models were not measured."""
-
-TOKENS = 77
-"""Length of the text of a pass."""
 
 COLUMNS = (
     "alias",
@@ -106,14 +100,8 @@ def _fits(architecture: Any, preset: str) -> bool:
 
 def _gigaflops(architecture: Any, size: int) -> str:
     """Arithmetic of a whole pass of the denoiser, two for a multiplication and an addition."""
-    with torch.device("meta"):
-        denoiser = build_denoiser(architecture.denoiser_config).eval()
-    inputs = meta_inputs(config_of(denoiser), size // architecture.reduction)
-    states = inputs["encoder_hidden_states"]
-    inputs["encoder_hidden_states"] = states.new_empty(1, TOKENS, states.shape[2])
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        denoiser(**inputs)
-    return f"{counter.get_total_flops() / 1e9:,.1f}"
+    whole, _ = pass_operations(architecture.denoiser_config, size // architecture.reduction)
+    return f"{whole / 1e9:,.1f}"
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ __all__ = [
     "QueryBank",
     "ScorerConfig",
     "Scores",
+    "Size",
     "TapInfo",
     "__version__",
     "list_backbones",
@@ -49,6 +50,7 @@ _HOMES = {
     "QueryBank": "diffenc.scoring.query_bank",
     "ScorerConfig": "diffenc.scoring.config",
     "Scores": "diffenc.scoring.result",
+    "Size": "diffenc._typing",
     "TapInfo": "diffenc.models",
     "list_backbones": "diffenc.models",
     "list_taps": "diffenc.models",
@@ -60,6 +62,7 @@ _HOMES = {
 }
 
 if _TYPE_CHECKING:
+    from diffenc._typing import Size
     from diffenc.config import EncoderConfig
     from diffenc.encoder import DiffusionEncoder
     from diffenc.errors import DiffencError

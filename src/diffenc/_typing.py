@@ -1,6 +1,6 @@
-"""Literal unions that appear in public signatures."""
+"""Literal unions that appear in public signatures, and sizes whose sides have names."""
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Conditioning = Literal["uncond", "cond", "cfg", "concat"]
 Resize = Literal["squash", "crop", "pad", "none"]
@@ -14,3 +14,23 @@ Mixed = Literal["cross_attention", "add", "weighted", "gated", "token_gated", "q
 How = Literal[Placed, Mixed]
 Tokens = Literal["grid", "words", "grid+words"]
 Stream = Literal["clip", "diffusion"]
+
+
+class Size(NamedTuple):
+    """Height and width in pixels, by name, wherever (height, width) is taken.
+
+    PIL, OpenCV's `resize` and most options of other programs have (width, height); names cannot be
+    transposed by accident.
+
+    Attributes:
+        height: Number of rows of pixels.
+        width: Number of pixels in a row.
+
+    Examples:
+        >>> from diffenc import Size
+        >>> Size(width=640, height=480)
+        Size(height=480, width=640)
+    """
+
+    height: int
+    width: int

@@ -77,7 +77,7 @@ class EncoderConfig:
         noise: Kind of noise: "shared" adds the same noise to all images, None keeps the latents
             clean at that timestep (CleanDIFT's way).
         size: Side of the square that images are brought to, or (height, width), in pixels; None
-            takes the backbone's own.
+            takes the backbone's own. `diffenc.Size(width=640, height=480)` is such a pair by names.
         resize: Way in which images are brought to `size`: "squash" ignores the aspect ratio; "crop"
             keeps the middle, in the same pixels as torchvision's `Resize` and `CenterCrop`; "pad"
             adds grey; "none" keeps the size and pads to a multiple of what the model needs.

@@ -408,16 +408,36 @@ class DiffusionEncoder(TrainableParts):
             DiffencError: As `extract`.
             PromptError: Tokens of words under texts that were encoded before.
         """
+        return self.tokens_and_features(images, prompts, grid=grid)[0]
+
+    encode = forward
+
+    def tokens_and_features(
+        self,
+        images: Images,
+        prompts: str | Sequence[str] | PromptEmbeds | None = None,
+        *,
+        grid: int | tuple[int, int] | None = None,
+    ) -> tuple[Float[Tensor, "b *t n c"], Features]:
+        """The tokens of `forward`, and the features of the same pass.
+
+        Args:
+            images: One or several pictures, see `extract`.
+            prompts: One text for all images or one for each, see `extract`.
+            grid: Side, or (height, width), of the token grid; None takes the config's.
+
+        Raises:
+            DiffencError: As `forward`.
+        """
         if self.config.tokens == "grid":
-            return self.extract(images, prompts).tokens(grid)
+            features = self.extract(images, prompts)
+            return features.tokens(grid), features
         images = decoded(images)
         windows = self.config.long_prompts == "chunk"
         tokenizers = self.backbone.tokenizers
         words = prompt_words(tokenizers, prompts, len(images), windows=windows)
         features, attention = self._read_words(images, prompts, words)
-        return question_tokens(features, attention, words, self.config, grid)
-
-    encode = forward
+        return question_tokens(features, attention, words, self.config, grid), features
 
     @overload
     def extract(

@@ -2,9 +2,10 @@ import numpy as np
 from PIL import Image
 from typer.testing import CliRunner
 
-from diffenc.cli.demo import PROMPTS, WORDS, WRONG_PROMPT, bundled_picture
+from diffenc.cli.demo import PROMPTS, WORDS, WRONG_PROMPT
 from diffenc.cli.main import app
 from diffenc.denoiser.attention import word_token_positions
+from diffenc.shapes.example import example_picture
 
 
 def run(*arguments):
@@ -39,6 +40,6 @@ def test_an_existing_figure_is_refused_before_the_model_is_looked_at(tmp_path):
 
 
 def test_the_picture_is_one_of_the_world_and_the_words_are_in_the_prompt(tiny_tokenizer):
-    assert bundled_picture(64).size == (64, 64)
+    assert example_picture(64).size == (64, 64)
     for word in WORDS:
         assert len(word_token_positions(tiny_tokenizer, PROMPTS[0], word)) == 1

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -121,6 +122,20 @@ def test_the_size_of_a_row_is_known_before_anything_is_computed(tiny_sd_folder, 
     tensors = extractor.read(pictured).tensors
     assert {n: (tuple(t.shape[1:]), t.dtype) for n, t in tensors.items()} == shapes
     assert row_bytes(shapes) == sum(t.numel() * t.element_size() for t in tensors.values()) // 2
+
+
+@pytest.mark.parametrize("kind", ["words", "grid+words"])
+def test_tokens_are_of_the_kind_that_a_saved_encoder_has(encoder, pictures, tmp_path, kind):
+    config = replace(encoder.config, tokens=kind, word_count=3)
+    saved = DiffusionEncoder(encoder.backbone, config, use_cache=False)
+    saved.save_pretrained(tmp_path)
+    options = {"tokens": True, "prompt": "a red circle", "device": "cpu"}
+    extractor = Extractor(tmp_path, **options)
+    result = extractor({"image": pictures[:2]})
+    assert close(result["tokens"], saved(pictures[:2], "a red circle"))
+    assert extractor.row_shapes["tokens"][0] == result["tokens"].shape[1:]
+    with pytest.raises(ConfigError, match="gathers tokens of words by itself"):
+        Extractor(tmp_path, **options, registers=False)({"image": pictures[:1]})
 
 
 def test_no_pictures_give_no_rows_of_the_right_shape(make):

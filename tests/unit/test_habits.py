@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers.utils import logging
 
-from diffenc import CrossAttnScorer, DiffusionEncoder, FusedEncoder
+from diffenc import CrossAttnScorer, DiffusionEncoder, EncoderConfig, FusedEncoder, Size
 from diffenc.errors import ConfigError, PromptError, TapError
 from diffenc.inputs.pictures import world
 from diffenc.shapes import masks, render, sample_scenes
@@ -45,6 +45,16 @@ def features(encoder, pictures):
 @pytest.fixture(scope="module")
 def maps(scorer, pictures):
     return scorer.word_maps(pictures[0], TEXT, ["circle", "square", "red"])
+
+
+def test_a_size_by_names_is_height_and_width_wherever_one_is_taken(encoder, pictures):
+    named = Size(width=96, height=64)
+    assert named == (64, 96)
+    config = replace(encoder.config, size=named, grid=Size(height=4, width=6))
+    wide = DiffusionEncoder(encoder.backbone, config)
+    assert wide.transform(pictures[0]).shape == (3, 64, 96)
+    assert wide(pictures[0]).shape[1] == 24
+    assert EncoderConfig.from_dict(config.to_dict()) == config
 
 
 @pytest.mark.parametrize("resize", ["squash", "crop", "pad", "none"])

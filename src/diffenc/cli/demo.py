@@ -63,6 +63,7 @@ def demo(
     quiet_libraries()
     from diffenc.cli.demo_figure import draw_demo
     from diffenc.encoder import DiffusionEncoder
+    from diffenc.shapes.example import example_picture
 
     clock = Clock()
     with clock("load the model"):
@@ -70,7 +71,7 @@ def demo(
             model, device=to_device(device), dtype=to_dtype(dtype)
         )
     _print_parts(encoder)
-    picture = bundled_picture(encoder.backbone.default_size)
+    picture = example_picture(encoder.backbone.default_size)
     with clock(f"features under {len(PROMPTS)} prompts, both halves"):
         features = encoder.extract(
             [picture] * len(PROMPTS), PROMPTS, conditioning="cfg", guidance_scale=GUIDANCE_SCALE
@@ -118,18 +119,6 @@ class Clock:
         """Steps in order, and all together."""
         steps = {**self._seconds, "all": sum(self._seconds.values())}
         return [(step, f"{seconds:.2f}") for step, seconds in steps.items()]
-
-
-def bundled_picture(size: int) -> "Image.Image":
-    """The picture of the demo: a red circle left of a blue square, a yellow star below."""
-    from diffenc.shapes import Scene, SceneObject, render
-
-    objects = (
-        SceneObject("circle", "red", "large", 0.27, 0.32, 0.21),
-        SceneObject("square", "blue", "large", 0.73, 0.35, 0.21),
-        SceneObject("star", "yellow", "small", 0.45, 0.79, 0.14),
-    )
-    return render(Scene(objects), size)
 
 
 def _scores_and_maps(

@@ -119,7 +119,6 @@ def _look(
     drawn = results.figure(
         guidance_scale=scale,
         leave_out_registers=not registers,
-        title=image.name,
         note=f"Model: {results.model}. Made by: {command_line()}",
         side=side,
     )

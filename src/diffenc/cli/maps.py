@@ -81,7 +81,7 @@ def _maps(
     from diffenc.viz import Panel, figure
     from diffenc.viz.figure import fitted
 
-    panels: list[Panel | None] = [Panel(picture, image.name)]
+    panels: list[Panel | None] = [Panel(picture, "picture")]
     for word, heat in heat_maps.items():
         over = heat.to_pil(fitted(heat.picture or picture, _SIDE), overlay=True)
         panels.append(Panel(over, word, legend=heat))

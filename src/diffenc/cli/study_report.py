@@ -94,14 +94,18 @@ def _made_with(seconds: float, device: str) -> str:
     import diffusers
     import torch
 
-    where = to_device(device)
-    hardware = (
-        torch.cuda.get_device_name(where)
-        if where.type == "cuda"
-        else f"{where.type} ({platform.machine()}, {torch.get_num_threads()} of "
-        f"{os.cpu_count()} cores)"
-    )
     return (
         f"diffenc {__version__}, torch {torch.__version__}, diffusers {diffusers.__version__}; "
-        f"{hardware}; {seconds / 60:.1f} minutes."
+        f"{hardware(device)}; {seconds / 60:.1f} minutes."
     )
+
+
+def hardware(device: str) -> str:
+    """Name of the GPU, or kind of processor and number of its cores."""
+    import torch
+
+    where = to_device(device)
+    if where.type == "cuda":
+        return str(torch.cuda.get_device_name(where))
+    threads = torch.get_num_threads()
+    return f"{where.type} ({platform.machine()}, {threads} of {os.cpu_count()} cores)"

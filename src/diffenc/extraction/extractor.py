@@ -53,7 +53,8 @@ class Extractor:
             arrays, or entries of Hugging Face datasets.
         keep_columns: Names of the other columns that the result repeats; None repeats all.
         maps: Whether to give one feature map per tap, under the tap's name.
-        tokens: Whether to give "tokens": all taps on one grid, as rows.
+        tokens: Whether to give "tokens", by the `tokens` of a saved encoder: all taps on one grid,
+            as rows, tokens of words, or both.
         word_tokens: Number of words of each text that gather tokens, given as "word_tokens",
             "word_places" and "word_mask"; None gives none.
         pool: Way in which the cells of maps and tokens become one vector: "mean" or "max"; None

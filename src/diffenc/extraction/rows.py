@@ -16,6 +16,7 @@ from diffenc.errors import ConfigError
 from diffenc.features import Features
 from diffenc.inputs.images import Images
 from diffenc.models.device import as_dtype
+from diffenc.passes.question_tokens import token_count
 from diffenc.passes.word_tokens import WordTokens
 
 Pool = Literal["mean", "max"]
@@ -30,7 +31,8 @@ class Kept:
 
     Attributes:
         maps: Whether to keep one feature map per tap.
-        tokens: Whether to keep "tokens": all taps on one grid, as rows.
+        tokens: Whether to keep "tokens", by the encoder's `tokens`: all taps on one grid, as rows,
+            tokens of words, or both.
         word_tokens: Number of words of each picture's text that gather tokens, kept as
             "word_tokens", "word_places" and "word_mask"; None keeps none.
         pool: Way in which the cells of maps and tokens become one vector: "mean" or "max"; None
@@ -100,7 +102,10 @@ def read_rows(
         DiffencError: See `DiffusionEncoder.extract` and `word_tokens`.
     """
     gathered: WordTokens | None = None
-    if kept.word_tokens is None:
+    tokens: Tensor | None = None
+    if _reads_words(encoder, kept):
+        tokens, features = encoder.tokens_and_features(pictures, prompts)
+    elif kept.word_tokens is None:
         features = encoder.extract(pictures, prompts)
     else:
         texts = "" if prompts is None else prompts
@@ -108,7 +113,7 @@ def read_rows(
         features = gathered.features
     if not kept.registers:
         features = features.without_registers()
-    tensors = _maps_and_tokens(features, kept)
+    tensors = _maps_and_tokens(features, kept, tokens)
     if gathered is not None:
         tensors["word_tokens"] = gathered.tokens
     if kept.output_dtype is not None:
@@ -121,12 +126,27 @@ def read_rows(
     return Rows(tensors, features.truncated, words, features.conditioning, features.grid)
 
 
-def _maps_and_tokens(features: Features, kept: Kept) -> dict[str, Tensor]:
+def _reads_words(encoder: DiffusionEncoder, kept: Kept) -> bool:
+    """Whether the kept tokens are of words, which contradicts two other things to keep."""
+    kind = encoder.config.tokens
+    if not kept.tokens or kind == "grid":
+        return False
+    if kept.word_tokens is not None or not kept.registers:
+        other = "word_tokens" if kept.word_tokens is not None else "registers=False"
+        raise ConfigError(
+            f"tokens={kind!r} of the encoder gathers tokens of words by itself, from features as "
+            f"they are; leave {other} out, or take tokens='grid'"
+        )
+    return True
+
+
+def _maps_and_tokens(features: Features, kept: Kept, tokens: Tensor | None) -> dict[str, Tensor]:
     tensors = {}
     if kept.maps:
         tensors = {tap: _pooled(maps, (-2, -1), kept.pool) for tap, maps in features.items()}
     if kept.tokens:
-        tensors["tokens"] = _pooled(features.tokens(), (-2,), kept.pool)
+        rows = features.tokens() if tokens is None else tokens
+        tensors["tokens"] = _pooled(rows, (-2,), kept.pool)
     return tensors
 
 
@@ -166,14 +186,15 @@ def row_shapes(encoder: DiffusionEncoder, kept: Kept) -> Shapes | None:
         for tap, grid in zip(encoder.feature_info, grids, strict=True):
             cells = grid if kept.pool is None else ()
             shapes[tap.name] = ((*times, tap.channels * halves, *cells), dtype)
-    channels = encoder.hidden_size
     if kept.tokens:
         own = config.grid or middle_grid(grids)
         rows, columns = (own, own) if isinstance(own, int) else own
-        count = (rows * columns,) if kept.pool is None else ()
-        shapes["tokens"] = ((*times, *count, channels), dtype)
+        _reads_words(encoder, kept)  # or raises before anything is read
+        count = (token_count(config, rows * columns),) if kept.pool is None else ()
+        shapes["tokens"] = ((*times, *count, encoder.hidden_size), dtype)
     if kept.word_tokens is not None:
         words = kept.word_tokens
+        channels = halves * sum(tap.channels for tap in encoder.feature_info)
         shapes["word_tokens"] = ((*times, words, channels), dtype)
         shapes["word_places"] = ((*times, words, 4), torch.float32)
         shapes["word_mask"] = ((words,), torch.bool)

@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from diffenc.errors import ConfigError, DiffencError
@@ -46,3 +47,12 @@ def parse_csv(
         return [(lines.line_num, cells) for cells in lines if any(map(str.strip, cells))]
     except csv.Error as failure:
         raise error(f"{where}, line {lines.line_num} is no CSV: {failure}") from failure
+
+
+def format_csv(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A CSV text with a header; values with commas, quotes or line breaks are quoted."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    return text.getvalue()

@@ -84,7 +84,23 @@ class Look:
         """
         count = len(self.questions)
         heading = f"One picture under {count} question{'s' if count > 1 else ''}"
-        maps = [
+        return question_figure(
+            self.picture,
+            self.tap_maps(leave_out_registers=leave_out_registers),
+            self.questions,
+            guidance_scale=guidance_scale,
+            title=heading if title is None else title,
+            note=f"Model: {self.model}." if note is None else note,
+            side=side,
+        )
+
+    def tap_maps(self, *, leave_out_registers: bool = False) -> list[TapMaps]:
+        """What is drawn of each tap, for `diffenc.viz.questions`.
+
+        Args:
+            leave_out_registers: Whether register cells have no part in the colours and are white.
+        """
+        return [
             TapMaps(
                 tap,
                 self.uncond[tap],
@@ -99,15 +115,6 @@ class Look:
             )
             for tap in self.taps
         ]
-        return question_figure(
-            self.picture,
-            maps,
-            self.questions,
-            guidance_scale=guidance_scale,
-            title=heading if title is None else title,
-            note=f"Model: {self.model}." if note is None else note,
-            side=side,
-        )
 
 
 def look(

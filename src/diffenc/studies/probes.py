@@ -80,17 +80,21 @@ def require_distinct(what: str, values: Sequence[Any]) -> None:
 def tap_order(
     known: Sequence[TapInfo], taps: Sequence[str] | None, default: Sequence[str]
 ) -> tuple[str, ...]:
-    """Taps from the input of the U-Net to its output; what lies inside a block, before the block.
+    """Taps from the input of a denoiser to its output; what lies inside a block, before the block.
 
     Args:
         known: All taps of the model.
-        taps: Module paths or globs of the taps to order; None is the blocks and `default`.
+        taps: Module paths or globs of the taps to order; None is the blocks of a U-Net and
+            `default`.
         default: Default taps of the model.
 
     Raises:
         TapError: A tap does not exist.
     """
     index = {tap.name: place for place, tap in enumerate(known)}
+    if "conv_in" not in index:  # a transformer, whose blocks stand in order
+        names = {tap.name for tap in match_taps(default if taps is None else taps, known)}
+        return tuple(sorted(names, key=lambda name: index[name]))
     patterns = [*_BLOCKS, *default] if taps is None else taps
 
     def place(name: str) -> tuple[int, int, bool, int]:

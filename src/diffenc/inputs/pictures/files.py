@@ -76,6 +76,31 @@ def load_image(source: FileSource, *, name: str | None = None) -> Image.Image:
         raise ImageError(f"cannot read the image{where}: {_in_words(error)}") from error
 
 
+def load_numbers(path: "str | os.PathLike[str]") -> np.ndarray:
+    """The whole numbers of a grey picture as they stand in the file, such as a depth map's.
+
+    Args:
+        path: File of one channel, of 8, 16 or 32 bits.
+
+    Returns:
+        Array (height, width) of integers, upright as EXIF says.
+
+    Raises:
+        ImageError: The file is missing, is no picture, or has colours.
+    """
+    try:
+        with _opened(path) as image:
+            image.load()
+            if not (image.mode == "L" or image.mode.startswith("I")):
+                raise ValueError(f"it must have one channel of whole numbers, got {image.mode!r}")
+            return np.asarray(_upright(image))
+    except _NameError as error:
+        raise ImageError(str(error)) from error.__cause__
+    except Exception as error:  # Pillow and its codecs raise errors of twenty kinds
+        message = f"cannot read the depth map {printable(path)}: {_in_words(error)}"
+        raise ImageError(message) from error
+
+
 def read_picture(path: "str | os.PathLike[str]") -> bytes:
     """The content of a picture file.
 
