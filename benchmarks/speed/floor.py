@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from diffenc.config import EncoderConfig
+from diffenc.denoiser.blank_texts import skipping_blank_texts
 from diffenc.denoiser.hooks import TapOutputs
 from diffenc.denoiser.replay import record, replayed, text_free_prefix
 from diffenc.denoiser.shortening import shortened
@@ -25,7 +26,8 @@ class Floor:
 
     Pixels, token ids and noise lie ready on the device; what a further question finds remembered
     (latents, the unconditional half, what runs before a text comes in) does too. A first question
-    runs that part for both halves, which is what an answer in one call needs.
+    runs that part for both halves, which is what an answer in one call needs. Rows without a text
+    skip cross-attention where diffenc's do.
 
     Args:
         backbone: Whose parts are called.
@@ -42,7 +44,8 @@ class Floor:
     ) -> None:
         self.backbone, self.config, self.taps, self.again = backbone, config, taps, again
         self.parts: Mapping[str, nn.Module] = backbone.parts()
-        self.unet = self._whole = TapOutputs(shortened(backbone.unet, taps), taps)
+        self._short = shortened(backbone.unet, taps)
+        self.unet = self._whole = TapOutputs(self._short, taps)
         self.device, self.dtype = backbone.device, backbone.dtype
         numbers = ("", "_2") if backbone.family == "sdxl" else ("",)
         self.towers: list[tuple[Any, Any]] = [
@@ -127,7 +130,9 @@ class Floor:
         if pooled:
             time_ids = self._time_ids.expand(len(latents), 6)
             kwargs["added_cond_kwargs"] = {"text_embeds": torch.cat(pooled), "time_ids": time_ids}
-        return list(self.unet(latents, step, states, return_dict=False, **kwargs))
+        skipping = skipping_blank_texts(self._short, states, read=self.taps)
+        unet = self.unet if skipping is self._short else TapOutputs(skipping, self.taps)
+        return list(unet(latents, step, states, return_dict=False, **kwargs))
 
     def _ids(self, prompts: Sequence[str]) -> list[Tensor]:
         options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}

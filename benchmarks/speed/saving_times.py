@@ -87,6 +87,7 @@ def time_savings(
     repeats: int,
     device: torch.device,
     dtype: torch.dtype,
+    remark: str = "",
 ) -> Times:
     """Time questions about a picture: as a plain script answers them, exactly, and with reuse.
 
@@ -99,6 +100,7 @@ def time_savings(
         repeats: Number of rounds, in which all calls take turns.
         device: Where everything runs.
         dtype: Type of the weights.
+        remark: What else is to be said of the machine.
 
     Raises:
         ValueError: The plain script reads other features.
@@ -169,7 +171,8 @@ def time_savings(
     if not difference <= AGREEMENT[dtype]:
         raise ValueError(f"the plain script reads other features: {difference:.2g} apart")
     about = describe_machine(device, dtype, 0.0)
-    machine = f"{about['device']}, {about['dtype']}, torch {about['torch']}"
+    facts = (about["device"], about["dtype"], f"torch {about['torch']}", remark)
+    machine = ", ".join(fact for fact in facts if fact)
     return Times(machine, size, seconds, difference)
 
 

@@ -301,6 +301,65 @@ def reuse(
     )
 
 
+@study.command("reuse-outcomes", cls=NotedCommand)
+def reuse_outcomes(
+    output: Output = Path("reuse-outcomes"),
+    backbone: Backbone = "shapes",
+    vlm: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FOLDER", help="Trained model that answers questions; repeated."),
+    ] = None,
+    timesteps: Annotated[
+        str, typer.Option(metavar="T,T", help="Noise levels of the scores, 0 to 999.")
+    ] = "50,389",
+    per_pattern: Annotated[
+        int, typer.Option(help="Number of pairs of pictures for each of six patterns.")
+    ] = 2,
+    questions: Annotated[int, typer.Option(help="Number of questions for each model.")] = 140,
+    seeds: Seeds = 2,
+    batch_size: Annotated[int, typer.Option(help="Number of rows per pass.")] = 24,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    force: Force = False,
+    _debug: Debug = False,
+) -> None:
+    """What scores and answers lose where the first half of the U-Net runs without the text.
+
+    Scores by attention and by predicted noise, and the answers of language models that were trained
+    without `reuse`, for both settings of it.
+    """
+    steps = parse_timesteps(timesteps)
+
+    from diffenc.studies.reuse_outcomes import study_reuse_outcomes
+    from diffenc.studies.reuse_outcomes_page import answer_table, score_table, to_markdown
+
+    run_and_report(
+        output,
+        "reuse-outcomes",
+        lambda progress: study_reuse_outcomes(
+            backbone,
+            vlms=vlm or (),
+            timesteps=steps,
+            per_pattern=per_pattern,
+            questions=questions,
+            seeds=seeds,
+            batch_size=batch_size,
+            device=to_device(device),
+            dtype=to_dtype(dtype),
+            progress=progress,
+        ),
+        page=to_markdown,
+        tables=lambda results: [
+            score_table(results),
+            *([answer_table(results)] if results.answers else []),
+        ],
+        remarks=lambda results: _bundled_remark(results.model),
+        unit="settings",
+        device=device,
+        force=force,
+    )
+
+
 @study.command(cls=NotedCommand)
 def registers(
     output: Output = Path("register-study"),

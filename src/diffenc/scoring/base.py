@@ -77,8 +77,7 @@ class ConfiguredScorer(nn.Module):
             )
         if self.config.attention:
             layer_mix(self.config.layer_weights, len(self.layers))  # checks both
-        layers = self.layers if self.config.attention else ()
-        check_reuse(backbone, self.config.reuse, (), layers)
+        check_reuse(backbone, self.config.reuse, (), self.layers)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "config":

@@ -144,21 +144,52 @@ def _leakage(
     return Measured(figures, _examples(prompts, texts))
 
 
+def ask_questions(
+    generate: Generate,
+    count: int,
+    *,
+    seed: int,
+    prompts: Callable[[Sequence[Scene], Sequence[str]], Sequence[str]] | None = None,
+) -> tuple[tuple[Question, ...], list[str]]:
+    """Questions on scenes, all kinds in turn, and what a model answers.
+
+    Args:
+        generate: Function `generate` of the model, see `DiffusionVLM.generate`.
+        count: Number of questions.
+        seed: Seed of the scenes and of the choice of questions.
+        prompts: Function that returns the encoder's prompts, from scenes and questions; None takes
+            the questions.
+    """
+    scenes, chosen = zip(*(_asked(index, seed) for index in range(count)), strict=True)
+    texts = [question.text for question in chosen]
+    words = texts if prompts is None else prompts(scenes, texts)
+    pictures = [render(scene) for scene in scenes]
+    return chosen, _in_batches(generate, pictures, texts, words, ANSWER_TOKENS)
+
+
+def is_right(answer: str, question: Question) -> bool:
+    """Whether a model's answer is the true one."""
+    return _plain(answer) == question.answer
+
+
 def _answers(
     measurement: Measurement, generate: Generate, seed: int, writer: Writer | None
 ) -> Measured:
-    scenes, chosen = zip(*(_asked(index, seed) for index in range(measurement.items)), strict=True)
-    pictures = [render(scene) for scene in scenes]
-    texts = [question.text for question in chosen]
-    prompts = _prompts(
-        measurement,
-        writer,
-        lambda: pictures,
-        captions=[captions(scene, 1, seed=seed + index)[0] for index, scene in enumerate(scenes)],
-        questions=texts,
-    )
-    answers = _in_batches(generate, pictures, texts, prompts, ANSWER_TOKENS)
-    right = [_plain(text) == q.answer for text, q in zip(answers, chosen, strict=True)]
+    prompts: list[str] = []
+
+    def make_prompts(scenes: Sequence[Scene], texts: Sequence[str]) -> list[str]:
+        truth = [captions(scene, 1, seed=seed + index)[0] for index, scene in enumerate(scenes)]
+        prompts[:] = _prompts(
+            measurement,
+            writer,
+            lambda: [render(scene) for scene in scenes],
+            captions=truth,
+            questions=texts,
+        )
+        return prompts
+
+    chosen, answers = ask_questions(generate, measurement.items, seed=seed, prompts=make_prompts)
+    right = [is_right(text, question) for text, question in zip(answers, chosen, strict=True)]
     unread = [_plain(text) not in q.choices for text, q in zip(answers, chosen, strict=True)]
     figures: Figures = {
         "all": _percent(right),
@@ -166,7 +197,7 @@ def _answers(
         "unread": _percent(unread),
     }
     for kind in QUESTION_KINDS:
-        own = [is_right for is_right, q in zip(right, chosen, strict=True) if q.kind == kind]
+        own = [value for value, q in zip(right, chosen, strict=True) if q.kind == kind]
         figures[kind] = _percent(own) if own else None
     examples = tuple(
         {"prompt": prompt, "question": question.text, "said": text, "true": question.answer}
