@@ -16,7 +16,7 @@ from diffenc.storage.reading import tomllib
 ROOT = Path(__file__).parents[1]
 
 # Extras, and what is too heavy to load before it is asked for.
-OPTIONAL = ("matplotlib", "pyarrow")
+OPTIONAL = ("gradio", "matplotlib", "pyarrow")
 HEAVY = ("diffusers", "transformers", "peft", "accelerate", "torchvision", *OPTIONAL)
 
 IMPORT_EVERYTHING = f"""

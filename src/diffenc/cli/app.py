@@ -21,6 +21,7 @@ from diffenc.cli.noted import NotedCommand
 from diffenc.cli.options import DEBUG, Debug
 from diffenc.cli.recipes import recipes
 from diffenc.cli.score import score
+from diffenc.cli.serve import serve
 from diffenc.cli.study import study
 from diffenc.cli.train import shapes_data, train
 from diffenc.errors import DiffencError
@@ -130,6 +131,7 @@ app.command("info")(info)
 app.command("score")(score)
 app.command("maps")(maps)
 app.command("look", cls=NotedCommand)(look)
+app.command("app")(serve)
 app.command("index")(index)
 app.command("search")(search)
 app.command("train")(train)

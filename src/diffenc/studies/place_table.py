@@ -82,9 +82,9 @@ def place_table(
         TapError: A tap does not exist in this model.
 
     Examples:
-        >>> rows = place_table("sdxl", taps=["mid_block"], timed=False)
+        >>> rows = place_table("shapes", taps=["mid_block"], timed=False)
         >>> rows[0]["parameters_m"], rows[0]["gflop"]
-        ('1243.4', '690.2')
+        ('1.9', '0.117')
     """
     whole("batch_size", batch_size, least=1)
     require_distinct("texts", texts)
