@@ -30,6 +30,8 @@ LICENCES = {
     "pixart-sigma": "CreativeML Open RAIL++-M",
     "sana": "NSCL v2-custom, not commercial",
     "sd3.5-medium": "Stability AI Community",
+    "flux-schnell": "Apache-2.0",
+    "flux-dev": "FLUX.1-dev, not commercial",
 }
 SCORES = {"shapes": "62.7"}
 """Group score of `denoising-gap` on the miniature Winoground; real models were not measured."""
@@ -108,9 +110,7 @@ def _gigaflops(architecture: Any, size: int) -> str:
     """Arithmetic of a whole pass of the denoiser, two for a multiplication and an addition."""
     with torch.device("meta"):
         denoiser = build_denoiser(architecture.denoiser_config).eval()
-    inputs = meta_inputs(config_of(denoiser), size // architecture.reduction)
-    states = inputs["encoder_hidden_states"]
-    inputs["encoder_hidden_states"] = states.new_empty(1, TOKENS, states.shape[2])
+    inputs = meta_inputs(config_of(denoiser), size // architecture.reduction, length=TOKENS)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         denoiser(**inputs)
     return f"{counter.get_total_flops() / 1e9:,.1f}"
