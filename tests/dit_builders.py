@@ -11,6 +11,8 @@ from diffusers import (
     AutoencoderKL,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     SanaPipeline,
@@ -22,6 +24,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import Unigram
 from transformers import (
     CLIPTextConfig,
+    CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     Gemma2Config,
@@ -229,3 +232,52 @@ def sd3_pipeline(*, dual: bool = True) -> StableDiffusion3Pipeline:
         text_encoder_3=tiny_t5(24),
         tokenizer_3=tiny_t5_tokenizer(),
     )
+
+
+def flux_pipeline(*, guidance: bool = True, **options: Any) -> FluxPipeline:
+    """A FLUX.1 of two dual and three single blocks; dev, or schnell without guidance."""
+    tokenizer = tiny_tokenizer(pad_token="<|endoftext|>")
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bos_token_id=0,
+        eos_token_id=2,
+    )
+    transformer = seeded(
+        lambda: FluxTransformer2DModel(
+            **{
+                "patch_size": 1,
+                "in_channels": 64,
+                "num_layers": 2,
+                "num_single_layers": 3,
+                "attention_head_dim": 16,
+                "num_attention_heads": 2,
+                "joint_attention_dim": 24,
+                "pooled_projection_dim": 8,
+                "guidance_embeds": guidance,
+                "axes_dims_rope": (4, 6, 6),
+                **options,
+            }
+        )
+    )
+    return FluxPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=guidance),
+        vae=tiny_kl(16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False),
+        text_encoder=seeded(lambda: CLIPTextModel(config)),
+        tokenizer=tokenizer,
+        text_encoder_2=tiny_t5(24),
+        tokenizer_2=tiny_t5_tokenizer(),
+    )
+
+
+PIPELINES = {
+    "pixart": pixart_pipeline,
+    "sana": sana_pipeline,
+    "sd3": sd3_pipeline,
+    "flux": flux_pipeline,
+}
+"""Builder of each family's pipeline."""

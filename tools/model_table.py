@@ -27,6 +27,8 @@ LICENCES = {
     "pixart-sigma": "CreativeML Open RAIL++-M",
     "sana": "NSCL v2-custom, not commercial",
     "sd3.5-medium": "Stability AI Community",
+    "flux-schnell": "Apache-2.0",
+    "flux-dev": "FLUX.1-dev, not commercial",
 }
 SCORES = {"shapes": "62.7"}
 """Group score of `denoising-gap` on the miniature Winoground; real models were not measured."""

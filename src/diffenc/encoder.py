@@ -143,6 +143,7 @@ class DiffusionEncoder(TrainableParts):
         prediction_type: Prediction | None = None,
         variant: str | None = None,
         unet: Any = None,
+        transformer: Any = None,
         vae: Any = None,
         text_encoder: Any = None,
         text_encoder_2: Any = None,
@@ -175,6 +176,7 @@ class DiffusionEncoder(TrainableParts):
             prediction_type: Kind of the U-Net's prediction, where the model does not state it.
             variant: Word in the names of the weight files, such as "fp16".
             unet: Replacement for the model's own U-Net.
+            transformer: Replacement for the model's own transformer.
             vae: Replacement for the model's own VAE.
             text_encoder: Replacement for the model's own text encoder.
             text_encoder_2: Replacement for SDXL's second text encoder.
@@ -196,6 +198,7 @@ class DiffusionEncoder(TrainableParts):
             "architecture": architecture,
             "prediction_type": prediction_type,
             "unet": unet,
+            "transformer": transformer,
             "vae": vae,
             "text_encoder": text_encoder,
             "text_encoder_2": text_encoder_2,
@@ -678,6 +681,12 @@ class DiffusionEncoder(TrainableParts):
         check_choice("conditioning", chosen, get_args(Conditioning))
         if unprompted and chosen != "uncond":
             raise ConfigError(f"conditioning {chosen!r} needs prompts; got none")
+        if chosen in ("cfg", "concat") and self.backbone.is_guidance_distilled:
+            raise ConfigError(
+                f"{self.backbone.name!r} was distilled of guided predictions and has no "
+                f"unconditional half beside the text's, so that conditioning {chosen!r} means "
+                "nothing; take 'cond' or 'uncond' (the empty text)"
+            )
         return chosen
 
 

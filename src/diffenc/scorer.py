@@ -28,14 +28,17 @@ from diffenc.scoring.result import Scores, stack_trials
 from diffenc.scoring.screening import Candidates
 from diffenc.scoring.trials import ScoreCall, Trial, picture_values
 from diffenc.scoring.word_maps import (
+    JOINT_PRESETS,
     WORD_TIMESTEPS,
     heat_maps,
     pointing_layers,
+    preset_places,
+    text_share,
     word_maps,
     words_of,
 )
 from diffenc.storage.names import checked_path
-from diffenc.viz.heatmap import WordMaps
+from diffenc.viz.heatmap import HeatMap, WordMaps
 
 _MOST_TRIALS = 2**20
 
@@ -231,7 +234,7 @@ class CrossAttnScorer(ConfiguredScorer):
         text: str,
         words: str | Sequence[str] | None = None,
         *,
-        preset: Literal["daam"] | None = None,
+        preset: Literal["daam", "seg4diff"] | None = None,
         layers: str | Sequence[str] | None = None,
         heads: Sequence[int] | None = None,
         timesteps: Sequence[int] | None = None,
@@ -244,7 +247,8 @@ class CrossAttnScorer(ConfiguredScorer):
             text: Prompt that the picture is read under.
             words: Words of the prompt, or several in a row as one ("red circle"); None takes every
                 word.
-            preset: Name of the definition: "daam" is that program's. None is the share of a cell's
+            preset: Name of the definition: "daam" is that program's, "seg4diff" that paper's for
+                SD 3: layer 9 at timestep 515. None is the share of a cell's
                 attention that the word gets, mean over heads, layers and timesteps.
             layers: Module paths of cross-attentions or of blocks around them. None takes those of
                 the second block of the decoder, where words point best, and for "daam" all but the
@@ -274,6 +278,10 @@ class CrossAttnScorer(ConfiguredScorer):
         if words is None:
             words = words_of(text, self.backbone.tokenizer)
         squashed = config.resize == "squash"
+        if preset in JOINT_PRESETS:
+            places = preset_places(self.backbone, preset)
+            layers = places["layers"] if layers is None else layers
+            timesteps = places["timesteps"] if timesteps is None else timesteps
         if timesteps is None:
             timesteps = WORD_TIMESTEPS if preset is None else config.timesteps
         if layers is None and preset is None:
@@ -292,6 +300,58 @@ class CrossAttnScorer(ConfiguredScorer):
                 seed=self._seed(seed),
                 picture=to_pictures(images)[0] if squashed else to_image(pixel_values[0]),
             )
+
+    def text_share(
+        self,
+        image: ImageSource,
+        text: str,
+        *,
+        layers: str | Sequence[str] | None = None,
+        timesteps: Sequence[int] | None = None,
+        seed: int | None = None,
+    ) -> HeatMap:
+        """Map how much of its attention each cell gives to a text, against the picture itself.
+
+        The twin, for models that join picture and text in one attention, of what the log-sum-exp
+        over a text's tokens says of cross-attention: exp(LSE over the keys of the text's own tokens
+        - LSE over all keys), the mean over heads, layers and timesteps. Padding counts among all
+        keys, as the model sees it, and not among the text's.
+
+        Args:
+            image: A picture of any kind.
+            text: Prompt that the picture is read under.
+            layers: Module paths of attentions, or of blocks around them; None takes all.
+            timesteps: Noise levels, as scheduler steps; None takes the config's.
+            seed: Seed of the noise; None takes the config's.
+
+        Returns:
+            Shares between 0 and 1, over the picture.
+
+        Raises:
+            ImageError: The picture cannot be read.
+            ShapeError: More than one picture, or a size that the model does not take.
+            TapError: The model has cross-attention, or no such layer.
+        """
+        text = one_text("text", text, error=PromptError)
+        images = decoded(image)
+        pixel_values = picture_values(self, images)
+        if len(pixel_values) != 1:
+            raise ShapeError(f"a map is of one image, got {len(pixel_values)}")
+        keys = image_keys(pixel_values) if self.use_cache else None
+        chosen = self.config.timesteps if timesteps is None else wholes("timesteps", timesteps)
+        squashed = self.config.resize == "squash"
+        with self.backbone.lock:
+            latents, _ = posterior_of(self.backbone, pixel_values, keys=keys)
+            shares = text_share(
+                self.backbone,
+                latents,
+                text,
+                timesteps=chosen,
+                layers=layers,
+                seed=self._seed(seed),
+            )
+        picture = to_pictures(images)[0] if squashed else to_image(pixel_values[0])
+        return HeatMap(shares[0], label=text, picture=picture)
 
     def index_bytes(self, images: int) -> int:
         """Size of the bank that `build_index` would write for so many images, in half precision.

@@ -165,10 +165,10 @@ def test_a_folder_without_an_index_is_refused(tmp_path):
         load_backbone(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"_class_name": "FluxPipeline"}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"_class_name": "Flux2Pipeline"}'])
 def test_a_broken_or_foreign_index_is_refused(broken, content):
     (broken / "model_index.json").write_text(content)
-    with pytest.raises(BackboneError, match=r"is broken|FluxPipeline; diffenc reads"):
+    with pytest.raises(BackboneError, match=r"is broken|Flux2Pipeline; diffenc reads"):
         load_backbone(broken)
 
 

@@ -133,6 +133,61 @@ def test_scores_and_word_maps_read_queries_and_keys_behind_their_norms(folder, p
     assert agree(torch.as_tensor(maps["red"].array).float(), expected)
 
 
+def test_shared_queries_meet_keys_behind_projection_and_norms(folder):
+    # The first block's queries know nothing of the text: the shortcut is exact there.
+    layers = ("transformer_blocks.0",)
+    options = {"preset": "paper", "layers": layers, "timesteps": (300,), "size": (24, 40)}
+    exact, shared = (
+        CrossAttnScorer.from_pretrained(folder, mode=mode, **options)(
+            picture(24, 40), ["a red circle", TEXT]
+        )
+        for mode in ("exact", "shared-query")
+    )
+    assert torch.allclose(shared, exact, rtol=1e-5)
+
+
+def test_daam_maps_and_word_tokens_are_those_of_the_plain_pass(folder, encoder, plain, request):
+    last = ("norm_q", "norm_k") if "sana1.5" in request.node.name else ("to_q", "to_k")
+    layers = [f"transformer_blocks.{index}.attn2" for index in range(3)]
+    names = [f"{layer}.{part}" for layer in layers for part in last]
+    outputs, _, _, own = plain(TEXT, 300, [*names, "transformer_blocks.1"])
+    shares = []
+    for layer in layers:
+        q, k = (outputs[f"{layer}.{part}"][0].reshape(-1, 2, 16).transpose(0, 1) for part in last)
+        shares.append((q @ k[:, :own].transpose(1, 2) / 4).softmax(-1))
+    # The published grid is that of the latents, in which no cell is made up.
+    scorer = CrossAttnScorer.from_pretrained(folder, size=(24, 40))
+    maps = scorer.word_maps(picture(24, 40), TEXT, "red", preset="daam", timesteps=(300,))
+    expected = torch.stack(shares).mean((0, 1))[:, 2:6].mean(-1).reshape(3, 5)
+    assert agree(torch.as_tensor(maps["red"].array), expected)
+    words = encoder.word_tokens(picture(24, 40), TEXT, "red", layers="transformer_blocks.1")
+    weights = shares[1].mean(0)[:, 2:6].sum(-1)
+    weights = weights / weights.sum()
+    gathered = weights @ outputs["transformer_blocks.1"][0]
+    assert agree(words.tokens[0, 0, 32:64], gathered)  # behind those of the first tap
+
+
+def test_an_adapter_changes_what_the_tap_reads_and_is_merged_without_a_trace(folder):
+    encoder = DiffusionEncoder.from_pretrained(
+        folder, taps=("transformer_blocks.1",), size=(24, 40)
+    )
+    before = encoder.extract(picture(24, 40), TEXT)[0]
+    encoder.add_lora(rank=2)
+    assert agree(encoder.extract(picture(24, 40), TEXT)[0].detach(), before, 1e-6)
+    trained = {name: each for name, each in encoder.named_parameters() if each.requires_grad}
+    assert len(trained) == 2 * 2 * 4  # A and B, two blocks, four projections
+    encoder.extract(picture(24, 40), TEXT)[0].square().mean().backward()
+    assert all(each.grad is not None for each in trained.values())
+    with torch.no_grad():
+        for name, each in trained.items():
+            if ".lora_B." in name:
+                each.add_(0.1)
+    after = encoder.extract(picture(24, 40), TEXT)[0].detach()
+    assert not agree(after, before, 1e-3)
+    encoder.merge_lora()
+    assert agree(encoder.extract(picture(24, 40), TEXT)[0].detach(), after, 1e-5)
+
+
 def test_a_gemma_tokenizer_has_a_start_and_no_end(encoder):
     tokenizer = encoder.backbone.tokenizer
     assert marks_of(tokenizer) == (1, 0)

@@ -1,5 +1,7 @@
 """Stable Diffusion 3 behind the same calls: joint attention, three text encoders, flow matching."""
 
+import shutil
+
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
@@ -213,4 +215,39 @@ def test_encoders_of_another_width_are_refused(folder):
             tokenizer_2=parts.tokenizer_2,
             text_encoder_3=dit_builders.tiny_t5(16),
             tokenizer_3=parts.tokenizer_3,
+        )
+
+
+def test_without_t5_zeros_stand_for_its_states(tmp_path):
+    pipe = dit_builders.sd3_pipeline()
+    pipe.register_modules(text_encoder_3=None, tokenizer_3=None)
+    pipe.save_pretrained(tmp_path / "model")
+    theirs, _, _ = plain_pass(pipe, TEXT, 515)
+    options = {"taps": TAPS, "timestep": 515, "size": (48, 80)}
+    shutil.rmtree(tmp_path / "model" / "tokenizer_3", ignore_errors=True)
+    encoder = DiffusionEncoder.from_pretrained(tmp_path / "model", **options)
+    assert [name for name in encoder.backbone.parts() if "_3" in name] == []
+    ours = encoder.extract(picture(48, 80), TEXT)
+    for tap in TAPS:
+        assert agree(ours[tap], as_map(PICTURE[tap](theirs[tap]), 3, 5)), tap
+    of_pipeline = DiffusionEncoder.from_pretrained(pipe, **options)
+    assert agree(of_pipeline.extract(picture(48, 80), TEXT)[TAPS[4]], ours[TAPS[4]], 1e-6)
+    encoder.save_pretrained(tmp_path / "saved", include_backbone=True)
+    back = DiffusionEncoder.from_pretrained(tmp_path / "saved")
+    assert torch.equal(back.extract(picture(48, 80), TEXT)[TAPS[4]], ours[TAPS[4]])
+    absent = {"text_encoder_3": None, "tokenizer_3": None}
+    StableDiffusion3Pipeline.from_pretrained(tmp_path / "saved" / "backbone", **absent)
+
+
+def test_t5_comes_with_its_tokenizer_or_not_at_all(folder):
+    parts = load_backbone(folder)
+    kept = {name: part for name, part in parts.named_children() if not name.endswith("_3")}
+    with pytest.raises(BackboneError, match="text_encoder_3 and tokenizer_3 go together"):
+        type(parts)(
+            name="half",
+            scheduler=parts.scheduler,
+            tokenizer=parts.tokenizer,
+            tokenizer_2=parts.tokenizer_2,
+            tokenizer_3=parts.tokenizer_3,
+            **kept,
         )

@@ -76,7 +76,7 @@ def test_u_nets_of_further_channels_are_called_what_they_are(
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"_class_name": "FluxPipeline"}, "FluxPipeline.*transformer"),
+        ({"_class_name": "Flux2Pipeline"}, "Flux2Pipeline.*or FLUX.2"),
         ({"_class_name": "StableDiffusionXLInstructPix2PixPipeline"}, "InstructPix2Pix"),
         ({"_class_name": "StableDiffusionUpscalePipeline"}, "upscaler"),
         ({"_class_name": "LatentConsistencyModelPipeline"}, "latent consistency"),

@@ -39,7 +39,8 @@ def _maps(
     ] = Path("maps.png"),
     model: Model = "shapes",
     preset: Annotated[
-        str | None, typer.Option(metavar="NAME", help="daam: that program's definition.")
+        str | None,
+        typer.Option(metavar="NAME", help="daam, or for SD 3 seg4diff: their definitions."),
     ] = None,
     layers: Annotated[
         list[str] | None,
@@ -66,9 +67,10 @@ def _maps(
     from diffenc.inputs.images import load_image
 
     picture = load_image(image)
-    scorer = load_scorer(
-        model, changes, device=device, dtype=dtype, preset="paper", variant=variant
-    )
+    from diffenc.models import describe
+
+    base = "diffusion-classifier" if describe(model).joins_text else "paper"
+    scorer = load_scorer(model, changes, device=device, dtype=dtype, preset=base, variant=variant)
     heat_maps = scorer.word_maps(
         picture,
         text,

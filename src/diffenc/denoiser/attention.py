@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from diffenc.checks.arguments import shown, texts
-from diffenc.denoiser.transformers import carried_grid, layout_of, transformer_attentions
+from diffenc.denoiser.transformers import carried_grid, layout_of, transformer_attentions, word_for
 from diffenc.errors import ShapeError, TapError, near_matches
 from diffenc.inputs.words import word_token_positions
 from diffenc.runtime.threads import for_this_thread
@@ -24,6 +24,7 @@ __all__ = [  # words are looked up from here by users
     "head_maps",
     "keep_present",
     "match_layers",
+    "match_paths",
     "word_token_positions",
 ]
 
@@ -66,7 +67,9 @@ class CrossAttnTaps:
         merge_heads: bool = True,
     ) -> None:
         known = _attentions(unet)
-        self._layers = {name: known[name] for name in _match(layers, list(known))}
+        self._layers = {
+            name: known[name] for name in match_paths(layers, list(known), word_for(unet))
+        }
         if not tokens or min(tokens) < 0:
             raise ShapeError(f"tokens must be one position or more, 0 or above, got {list(tokens)}")
         self._tokens, self._merge_heads = list(tokens), merge_heads
@@ -180,10 +183,10 @@ def check_read(attentions: Mapping[str, Any], read: Container[str]) -> None:
     if missing := [name for name in attentions if name not in read]:
         processor = type(getattr(attentions[missing[0]], "processor", None)).__name__
         raise TapError(
-            f"no attention was read at {missing}: the U-Net did not run inside the block, it ends "
-            f"before them, or their processor ({processor}) does not call to_q and to_k. Where its "
-            "projections are fused, unet.unfuse_qkv_projections() separates them; "
-            "unet.set_default_attn_processor() brings the usual processor back."
+            f"no attention was read at {missing}: the denoiser did not run inside the block, it "
+            f"ends before them, or their processor ({processor}) does not call to_q and to_k. "
+            "Where its projections are fused, its unfuse_qkv_projections() separates them; a "
+            "U-Net's set_default_attn_processor() brings the usual processor back."
         )
 
 
@@ -273,7 +276,8 @@ def match_layers(unet: nn.Module, layers: str | Sequence[str] | None = None) -> 
                 "transformer without stages; name blocks such as 'transformer_blocks.14', or 'all'"
             )
         return _last_of_each_stage(known)
-    chosen = set(_match(None if isinstance(layers, str) and layers == "all" else layers, known))
+    named = None if isinstance(layers, str) and layers == "all" else layers
+    chosen = set(match_paths(named, known, word_for(unet)))
     return tuple(name for name in known if name in chosen)
 
 
@@ -319,7 +323,17 @@ def _attentions(unet: nn.Module) -> dict[str, tuple[nn.Module, Any]]:
     return attentions
 
 
-def _match(layers: Sequence[str] | None, known: Sequence[str]) -> list[str]:
+def match_paths(layers: Sequence[str] | None, known: Sequence[str], word: str) -> list[str]:
+    """Those of some attentions that are named, or lie in a module that is named.
+
+    Args:
+        layers: Module paths of attentions, or of modules around them; None names all.
+        known: Module paths of the attentions.
+        word: What the denoiser is called in messages.
+
+    Raises:
+        TapError: Nothing by that name.
+    """
     if layers is None:
         return list(known)
     matches: dict[str, None] = {}
@@ -329,7 +343,7 @@ def _match(layers: Sequence[str] | None, known: Sequence[str]) -> list[str]:
             blocks = list(dict.fromkeys(name.partition(".attentions")[0] for name in known))
             raise TapError(
                 f"there is no cross-attention in {shown(layer)}.{near_matches(layer, known)} "
-                f"The U-Net has it in {blocks}."
+                f"The {word} has it in {blocks}."
             )
         matches.update(dict.fromkeys(inside))
     return list(matches)

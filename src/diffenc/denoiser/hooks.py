@@ -78,10 +78,10 @@ class ForwardTaps:
     def __getitem__(self, name: str) -> Float[Tensor, "b c h w"]:
         if name not in self._outputs:
             raise TapError(
-                f"nothing was read at {name!r}: the U-Net does not call it now. Fused projections "
-                "(unet.unfuse_qkv_projections() separates them) and attention processors of other "
-                "libraries pass projections by (unet.set_default_attn_processor() brings the "
-                "usual ones back); else read another tap"
+                f"nothing was read at {name!r}: the denoiser does not call it now. Fused "
+                "projections (its unfuse_qkv_projections() separates them) and attention "
+                "processors of other libraries pass projections by (a U-Net's "
+                "set_default_attn_processor() brings the usual ones back); else read another tap"
             )
         return self._outputs[name]
 

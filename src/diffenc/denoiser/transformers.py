@@ -3,6 +3,7 @@
 A U-Net's code is in the modules beside; each asks `layout_of` first, which answers None for one.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +41,9 @@ class TransformerLayout:
             both.
         cross_attention: Name of a block's cross-attention; None where text and picture are joined
             in one attention.
+        joint_attention: Name of a block's attention that joins text and picture; None where there
+            is none.
+        packing: Side of the squares of latent cells that the denoiser is given as one token.
     """
 
     arguments: Callable[[Mapping[str, Any], Tensor, Tensor, PromptEmbeds], Arguments]
@@ -51,6 +55,15 @@ class TransformerLayout:
     image_first: bool = False
     cross_attention: str | None = None
     pooled_width: str | None = None
+    joint_attention: str | None = None
+    packing: int = 1
+
+    @property
+    def adapted(self) -> str:
+        """Name of the attention in which the text has its say, and that adapters change."""
+        name = self.cross_attention or self.joint_attention
+        assert name is not None  # every layout has one of them
+        return name
 
     def is_readable(self, path: str) -> bool:
         """Whether a module's output is a map of the picture."""
@@ -61,6 +74,8 @@ class TransformerLayout:
         self, denoiser: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[int, int]:
         """Rows and columns of the picture's tokens, from the arguments of a forward pass."""
+        if self.packing > 1:
+            return _packed_grid(kwargs["img_ids"])
         latents = args[0] if args else kwargs["hidden_states"]
         patch = denoiser.config.patch_size
         return latents.shape[-2] // patch, latents.shape[-1] // patch
@@ -153,6 +168,45 @@ def _sd3_arguments(
     }
 
 
+GUIDANCE = 3.5
+"""Scale that a model with a guidance embedding is told, as its pipeline does."""
+
+
+def _flux_arguments(
+    config: Mapping[str, Any], noisy_latents: Tensor, timesteps: Tensor, texts: PromptEmbeds
+) -> Arguments:
+    rows, _, h, w = noisy_latents.shape
+    device = noisy_latents.device
+    numbers: dict[str, Any] = {"dtype": torch.float32, "device": device}
+    cells = [torch.arange(side // 2, **numbers) for side in (h, w)]
+    places = torch.cartesian_prod(*cells)
+    arguments: Arguments = {
+        "hidden_states": rearrange(
+            noisy_latents,
+            "b c (h rows) (w columns) -> b (h w) (c rows columns)",
+            rows=2,
+            columns=2,
+        ),
+        "timestep": (timesteps.to(torch.float32) / 1000).expand(rows),
+        "encoder_hidden_states": texts.prompt_embeds,
+        "pooled_projections": texts.pooled_prompt_embeds,
+        "img_ids": torch.cat([torch.zeros_like(places[:, :1]), places], dim=1),
+        "txt_ids": torch.zeros(texts.prompt_embeds.shape[1], 3, **numbers),
+    }
+    if config.get("guidance_embeds"):
+        arguments["guidance"] = torch.full((rows,), GUIDANCE, **numbers)
+    return arguments
+
+
+def _packed_grid(img_ids: Tensor) -> tuple[int, int]:
+    """Rows and columns of tokens, of which the last place is the lower right one."""
+    if img_ids.is_meta:  # shapes are derived from squares
+        side = math.isqrt(len(img_ids))
+        return side, side
+    _, row, column = img_ids[-1].tolist()
+    return int(row) + 1, int(column) + 1
+
+
 _CROSS_PLACES = r"\.attn1|\.attn2|\.attn1\.to_[qkv]|\.attn2\.to_q|\.ff"
 
 LAYOUTS = {
@@ -189,6 +243,22 @@ LAYOUTS = {
         places=r"\.attn|\.attn\.to_[qkv]|\.attn2|\.ff|\.ff\.net\.0",
         streams={"": 1, "attn": 0},
         image_first=True,
+        joint_attention="attn",
+    ),
+    "FluxTransformer2DModel": TransformerLayout(
+        arguments=_flux_arguments,
+        text_width="joint_attention_dim",
+        pooled_width="pooled_projection_dim",
+        needed=(
+            *("num_attention_heads", "attention_head_dim", "num_layers", "num_single_layers"),
+            *("in_channels", "patch_size", "joint_attention_dim", "pooled_projection_dim"),
+            "axes_dims_rope",
+        ),
+        places=r"\.norm|\.attn|\.attn\.to_[qkv]|\.ff|\.ff\.net\.0|\.proj_mlp",
+        blocks=("transformer_blocks", "single_transformer_blocks"),
+        streams={"": 1, "attn": 0, "norm": 0},
+        joint_attention="attn",
+        packing=2,
     ),
 }
 """Every class of transformers that is read."""
@@ -203,6 +273,15 @@ def layout_of(denoiser: Any) -> TransformerLayout | None:
     if isinstance(denoiser, Mapping):
         return LAYOUTS.get(str(denoiser.get("_class_name")))
     return LAYOUTS.get(type(denoiser).__name__)
+
+
+def word_for(denoiser: Any) -> str:
+    """What a denoiser is called in messages: "U-Net" or "transformer".
+
+    Args:
+        denoiser: The module, or its config as JSON holds it.
+    """
+    return "U-Net" if layout_of(denoiser) is None else "transformer"
 
 
 class _Shape(nn.Module):
@@ -272,9 +351,8 @@ def transformer_attentions(
     if layout.cross_attention is None:
         raise TapError(
             f"the {type(denoiser).__name__} joins picture and text in one attention and has no "
-            "cross-attention to read or adapt; score by the predicted noise "
-            "(preset='diffusion-classifier', 'denoising-gap' or 'self-bench'), and read features "
-            "without attention"
+            "cross-attention to read; score by the predicted noise (preset='diffusion-classifier', "
+            "'denoising-gap' or 'self-bench'), and see words by scorer.word_maps"
         )
     return {
         f"{blocks}.{index}.{layout.cross_attention}": (

@@ -27,7 +27,8 @@ from diffenc.models.taps import tap_patterns
 _LOADING = frozenset(
     (
         *("preset", "truncate", "channels_last", "architecture", "prediction_type", "variant"),
-        *("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
+        *("unet", "transformer", "vae", "text_encoder", "text_encoder_2"),
+        *("tokenizer", "tokenizer_2"),
     )
 )
 """Arguments of `DiffusionEncoder.from_pretrained` that are passed on."""

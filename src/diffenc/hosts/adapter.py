@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffenc.denoiser.attention import cross_attention_layers
+from diffenc.denoiser.joint_attention import adapted_attentions
 from diffenc.denoiser.lora.adapters import add_lora
 from diffenc.denoiser.lora.options import PROJECTIONS, LoraOptions
 from diffenc.errors import BackboneError, ConfigError
@@ -59,7 +59,7 @@ def adapted_layers(unet_config: Mapping[str, Any], taps: Sequence[str]) -> tuple
     """
     with torch.device("meta"):
         unet: Any = build_denoiser(unet_config)
-    paths = [f"{each}.{part}" for each in cross_attention_layers(unet) for part in PROJECTIONS]
+    paths = [f"{each}.{part}" for each in adapted_attentions(unet) for part in PROJECTIONS]
     reached = reached_projections(dict(unet_config), taps)
     layers = [(path, unet.get_submodule(path)) for path in paths if path in reached]
     return tuple(AdaptedLayer(path, each.in_features, each.out_features) for path, each in layers)

@@ -143,8 +143,8 @@ class TowerSpec:
             raise ConfigError(f"alpha must be above 0 and needs a rank, got {self.alpha!r}")
         if self.rank is not None and self.reuse is not None:
             raise ConfigError(
-                f"rank={self.rank} trains the U-Net under the text, and reuse={self.reuse} runs a "
-                "part of it without; leave one of them out"
+                f"rank={self.rank} trains the denoiser under the text, and reuse={self.reuse} runs "
+                "a part of it without; leave one of them out"
             )
         if self.seed < 0:
             raise ConfigError(f"seed must be 0 or more, got {self.seed}")

@@ -142,6 +142,12 @@ def fit_rows(
     return first, second
 
 
+def own_places(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """Positions of a text's own tokens in a row, start and end included, without padding."""
+    _, own = fit_rows(tokenizer, prompt_ids(tokenizer, [text]))
+    return tuple(own[0].nonzero()[:, 0].tolist())
+
+
 def limit_of(tokenizer: Any) -> int:
     """Number of tokens of a text that a tokenizer keeps, including start and end token.
 

@@ -70,6 +70,7 @@ def load_backbone(
     channels_last: bool | None = None,
     variant: str | None = None,
     unet: Any = None,
+    transformer: Any = None,
     vae: Any = None,
     text_encoder: Any = None,
     text_encoder_2: Any = None,
@@ -104,6 +105,8 @@ def load_backbone(
             than float16 and is made of the full files where there are any.
         unet: Replacement for the model's own U-Net: a `UNet2DConditionModel`, a state dict or a
             `.safetensors` file (CleanDIFT's, for one), with any prefix.
+        transformer: Replacement for the model's own transformer: a module of the same class, or the
+            folder of one.
         vae: Replacement for the model's own VAE: an `AutoencoderKL` or `AutoencoderTiny` (TAESD),
             its folder, or a `.safetensors` file that fits the model's.
         text_encoder: Replacement for the model's own text encoder: a `CLIPTextModel` or its folder.
@@ -123,6 +126,7 @@ def load_backbone(
     """
     replaced = GivenParts(
         unet=unet,
+        transformer=transformer,
         vae=vae,
         text_encoder=text_encoder,
         text_encoder_2=text_encoder_2,
@@ -295,6 +299,7 @@ def describe(
     architecture: "str | os.PathLike[str] | None" = None,
     prediction_type: Prediction | None = None,
     unet: Any = None,
+    transformer: Any = None,
     vae: Any = None,
 ) -> Architecture:
     """What a model's configs tell, without its weights; for aliases without network too.
@@ -305,6 +310,7 @@ def describe(
         prediction_type: Kind of the U-Net's prediction, as for `load_backbone`.
         unet: Replacement for the model's own U-Net, as for `load_backbone`; a module's config
             counts.
+        transformer: Replacement for the model's own transformer, as for `load_backbone`.
         vae: Replacement for the model's own VAE, as for `load_backbone`.
 
     Raises:
@@ -312,7 +318,7 @@ def describe(
         ConfigError: See `load_backbone`.
     """
     located = locate(name, architecture, prediction_type)
-    return describe_located(located, GivenParts(unet=unet, vae=vae))
+    return describe_located(located, GivenParts(unet=unet, transformer=transformer, vae=vae))
 
 
 def list_taps(name: Any) -> tuple[TapInfo, ...]:

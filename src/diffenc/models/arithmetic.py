@@ -35,9 +35,7 @@ def pass_operations(
     """
     with torch.device("meta"):
         denoiser = build_denoiser(config).float().eval()
-    inputs = meta_inputs(config_of(denoiser), side)
-    states = inputs["encoder_hidden_states"]
-    inputs["encoder_hidden_states"] = states.new_empty(1, TEXT_LENGTH, states.shape[2])
+    inputs = meta_inputs(config_of(denoiser), side, length=TEXT_LENGTH)
     until: dict[str, int] = {}
     with ExitStack() as stack, torch.no_grad():
         counter = stack.enter_context(FlopCounterMode(display=False))

@@ -15,11 +15,12 @@ from typing_extensions import NotRequired  # of typing since Python 3.11
 from diffenc._typing import LongPrompts, Uncond
 from diffenc.checks.fields import require_finite
 from diffenc.denoiser.shortening import ends_early, is_whole
-from diffenc.denoiser.transformers import layout_of
+from diffenc.denoiser.transformers import layout_of, word_for
 from diffenc.errors import BackboneError, ConfigError, PromptError, ShapeError, TapError
 from diffenc.inputs.noise import is_flow, signal_levels
 from diffenc.inputs.prompts import PromptEmbeds, count_windows, tokenize, tokenize_windows
-from diffenc.inputs.tokenizing import limit_of
+from diffenc.inputs.tokenizing import limit_of, own_places
+from diffenc.inputs.words import shared_positions
 from diffenc.memory.cache import TensorCache
 from diffenc.memory.digests import scaling_mark, schedule_mark, weights_mark, words_mark
 from diffenc.memory.model_state import module_key, scheduler_key, tokenizer_key, torch_settings
@@ -278,6 +279,22 @@ class Backbone(nn.Module):
         return layout_of(self.denoiser) is not None
 
     @property
+    def joins_text(self) -> bool:
+        """Whether picture and text are joined in one attention, so that there is none across."""
+        layout = layout_of(self.denoiser)
+        return layout is not None and layout.cross_attention is None
+
+    @property
+    def is_guidance_distilled(self) -> bool:
+        """Whether the denoiser was distilled of guided predictions, without a half of no text."""
+        return False
+
+    @property
+    def denoiser_word(self) -> str:
+        """What the denoiser is called in messages: "U-Net" or "transformer"."""
+        return word_for(self.denoiser)
+
+    @property
     def noise_levels(self) -> Float[Tensor, " steps"]:
         """How much of a picture each step of the schedule leaves, see `signal_levels`."""
         return signal_levels(self.scheduler)
@@ -322,10 +339,12 @@ class Backbone(nn.Module):
                 called, **layout.arguments(self.denoiser.config, latents, steps, texts)
             )
         output: tuple[Tensor, ...] = called(return_dict=False)
-        return output if run is not None else (self._prediction(output[0]), *output[1:])
+        if run is not None:
+            return output
+        return self._prediction(output[0], latents), *output[1:]
 
-    def _prediction(self, output: Tensor) -> Tensor:
-        """What the denoiser says of the noise, of all that it gives."""
+    def _prediction(self, output: Tensor, noisy_latents: Tensor) -> Tensor:
+        """What the denoiser says of the noise, of all that it gives, in the form of latents."""
         return output
 
     @property
@@ -380,9 +399,10 @@ class Backbone(nn.Module):
             every = match_taps([pattern], known)
             if gone := [tap.name for tap in every if tap not in left]:
                 raise TapError(
-                    f"{gone[0]!r} lies behind {left[-1].name!r}, after which the U-Net of "
-                    f"{self.name!r} was truncated when it was loaded; load the model with this tap "
-                    "among those it is truncated for, or without truncate"
+                    f"{gone[0]!r} lies behind {left[-1].name!r}, after which the "
+                    f"{self.denoiser_word} of {self.name!r} was truncated when it was "
+                    "loaded; load the model with this tap among those it is truncated for, or "
+                    "without truncate"
                 )
 
     @property
@@ -503,6 +523,18 @@ class Backbone(nn.Module):
             embeds.truncated,
         )
 
+    def word_positions(self, text: str, word: str) -> tuple[int, ...]:
+        """Positions of a word's tokens among the states of a text.
+
+        Raises:
+            PromptError: The text has no such word, or it was cut off.
+        """
+        return shared_positions(self.tokenizers, text, word)
+
+    def own_positions(self, text: str) -> tuple[int, ...]:
+        """Positions of a text's own tokens, start and end included, among its states."""
+        return own_places(self.tokenizers[0], text)
+
     def attended_states(self, states: Float[Tensor, "b l d"]) -> Float[Tensor, "b l _c"]:
         """Text states as the cross-attentions read them."""
         return states
@@ -532,8 +564,8 @@ class Backbone(nn.Module):
         expected = text_width(config_of(self.denoiser))
         if width != expected:
             raise ShapeError(
-                f"prompt embeddings have width {width}, the U-Net of {self.name!r} reads "
-                f"{expected}; encode the texts with this backbone's `embed`"
+                f"prompt embeddings have width {width}, the {self.denoiser_word} of {self.name!r} "
+                f"reads {expected}; encode the texts with this backbone's `embed`"
             )
         if self.reads_pooled and not self.reads_sizes and embeds.pooled_prompt_embeds is None:
             raise ShapeError(

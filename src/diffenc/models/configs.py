@@ -245,6 +245,40 @@ _ARCHITECTURES["sd3.5-medium"] = {
     },
 }
 
+_FLUX = {
+    "transformer": {
+        "_class_name": "FluxTransformer2DModel",
+        "patch_size": 1,
+        "in_channels": 64,
+        "num_layers": 19,
+        "num_single_layers": 38,
+        "attention_head_dim": 128,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 4096,
+        "pooled_projection_dim": 768,
+        "guidance_embeds": False,
+        "axes_dims_rope": [16, 56, 56],
+    },
+    "vae": {
+        **_ARCHITECTURES["sd3.5-medium"]["vae"],
+        "scaling_factor": 0.3611,
+        "shift_factor": 0.1159,
+    },
+    "text_encoder": _CLIP_L,
+    "text_encoder_2": _T5_XXL,
+    "scheduler": {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": 1000,
+        "shift": 1.0,
+    },
+}
+_ARCHITECTURES["flux-schnell"] = _FLUX
+_ARCHITECTURES["flux-dev"] = {
+    **_FLUX,
+    "transformer": {**_FLUX["transformer"], "guidance_embeds": True},
+    "scheduler": {**_FLUX["scheduler"], "shift": 3.0},
+}
+
 
 def vae_reduction(config: Mapping[str, Any]) -> int:
     """Image pixels per latent cell of a VAE, by its config."""
@@ -287,6 +321,12 @@ class Architecture:
     def denoiser_config(self) -> dict[str, Any]:
         """Config of the part that is read."""
         return self.configs[self.denoiser]
+
+    @property
+    def joins_text(self) -> bool:
+        """Whether picture and text are joined in one attention, so that there is none across."""
+        layout = layout_of(self.denoiser_config)
+        return layout is not None and layout.cross_attention is None
 
     @property
     def multiple(self) -> int:

@@ -49,7 +49,8 @@ def latent_channels(config: Mapping[str, Any]) -> int:
     Args:
         config: Config of the denoiser, with its class.
     """
-    return int(config["in_channels"])
+    layout = layout_of(config)
+    return int(config["in_channels"]) // (1 if layout is None else layout.packing**2)
 
 
 def patch_of(config: Mapping[str, Any]) -> int:
@@ -58,7 +59,8 @@ def patch_of(config: Mapping[str, Any]) -> int:
     Args:
         config: Config of the denoiser, with its class.
     """
-    return 1 if layout_of(config) is None else int(config["patch_size"])
+    layout = layout_of(config)
+    return 1 if layout is None else int(config["patch_size"]) * layout.packing
 
 
 def probed_side(config: Mapping[str, Any]) -> int:
@@ -70,17 +72,18 @@ def probed_side(config: Mapping[str, Any]) -> int:
     return 64 if layout_of(config) is None else 4 * patch_of(config)
 
 
-def meta_inputs(config: Mapping[str, Any], side: int) -> dict[str, Any]:
+def meta_inputs(config: Mapping[str, Any], side: int, *, length: int = 4) -> dict[str, Any]:
     """Arguments of a float32 denoiser's forward pass without values, for latents of this side.
 
     Args:
         config: Config of the denoiser, with its class.
         side: Height and width of the latents.
+        length: Number of text states.
     """
     place: dict[str, Any] = {"dtype": torch.float32, "device": "meta"}
     latents = torch.empty(1, latent_channels(config), side, side, **place)
     timesteps = torch.empty((), dtype=torch.long, device="meta")
-    states = torch.empty(1, 4, text_width(config), **place)
+    states = torch.empty(1, length, text_width(config), **place)
     if (layout := layout_of(config)) is not None:
         field = layout.pooled_width
         pooled = None if field is None else torch.empty(1, config[field], **place)

@@ -170,7 +170,7 @@ def check_mark(
     """
     own = backbone.mark()
     replaced = {*exchanged}
-    if {"unet", "prediction_type", "architecture"} & replaced:
+    if {"unet", "transformer", "prediction_type", "architecture"} & replaced:
         replaced.add("scheduler")  # they say what is predicted
     others = [
         name

@@ -4,6 +4,7 @@ from typing import Any
 
 from diffenc.models.base import Backbone
 from diffenc.models.configs import Architecture
+from diffenc.models.flux import Flux
 from diffenc.models.pixart import PixArt
 from diffenc.models.sana import Sana
 from diffenc.models.sd import StableDiffusion
@@ -12,7 +13,7 @@ from diffenc.models.sdxl import StableDiffusionXL
 
 FAMILIES: dict[str, type[Backbone]] = {
     kind.family: kind
-    for kind in (StableDiffusion, StableDiffusionXL, PixArt, Sana, StableDiffusion3)
+    for kind in (StableDiffusion, StableDiffusionXL, PixArt, Sana, StableDiffusion3, Flux)
 }
 
 

@@ -17,6 +17,11 @@ class FamilyFiles:
         options: Options of the family's class that `model_index.json` holds: by name, the key there
             and the value where it is missing.
         absent: Components that the pipeline knows and a model has not.
+        optional: Components that a model may be without, as its index says by null.
+        tokens: Number of tokens of a text that each text encoder reads, where its config does not
+            tell.
+        in_sequence: Text encoders whose states stand one behind the other; those of all others
+            stand beside them.
         denoiser: Component that is read.
         flow: Whether the models match flows, and their schedules with them.
     """
@@ -26,6 +31,9 @@ class FamilyFiles:
     classes: Mapping[str, tuple[str, ...]]
     options: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
     absent: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    in_sequence: tuple[str, ...] = ("text_encoder",)
     denoiser: str = "transformer"
     flow: bool = False
 
@@ -38,6 +46,15 @@ class FamilyFiles:
     def weighty(self) -> tuple[str, ...]:
         """Components that have weights: not the tokenizers and the scheduler."""
         return tuple(part for part in self.parts if not part.startswith(("tokenizer", "scheduler")))
+
+    def parts_in(self, index: Mapping[str, Any]) -> tuple[str, ...]:
+        """The components that a pipeline has, by its `model_index.json`."""
+        return tuple(
+            part
+            for part in self.parts
+            if part not in self.optional
+            or index.get(part) not in ([None, None], (None, None), None)
+        )
 
     def options_in(self, index: Mapping[str, Any]) -> dict[str, Any]:
         """The options that an index holds, each of the type of its default."""
@@ -92,6 +109,7 @@ FAMILY_FILES = {
                 "tokenizer": _T5_TOKENIZERS,
             },
             {"pipeline": ("_class_name", "PixArtSigmaPipeline")},
+            tokens={"text_encoder": 300},
         ),
         FamilyFiles(
             "sana",
@@ -103,6 +121,7 @@ FAMILY_FILES = {
                 "text_encoder": ("Gemma2Model", "Gemma2ForCausalLM"),
                 "tokenizer": _GEMMA_TOKENIZERS,
             },
+            tokens={"text_encoder": 300},
             flow=True,
         ),
         FamilyFiles(
@@ -120,6 +139,26 @@ FAMILY_FILES = {
                 "tokenizer_3": _T5_TOKENIZERS,
             },
             absent=("feature_extractor", "image_encoder"),
+            optional=("text_encoder_3", "tokenizer_3"),
+            tokens={"text_encoder_3": 256},
+            in_sequence=("text_encoder", "text_encoder_3"),
+            flow=True,
+        ),
+        FamilyFiles(
+            "flux",
+            ("FluxPipeline", "FluxImg2ImgPipeline"),
+            {
+                "transformer": ("FluxTransformer2DModel",),
+                "vae": _KL,
+                "scheduler": (),
+                "text_encoder": ("CLIPTextModel",),
+                "text_encoder_2": ("T5EncoderModel",),
+                "tokenizer": _CLIP_TOKENIZERS,
+                "tokenizer_2": _T5_TOKENIZERS,
+            },
+            absent=("feature_extractor", "image_encoder"),
+            tokens={"text_encoder_2": 512},
+            in_sequence=("text_encoder_2",),
             flow=True,
         ),
     )
@@ -147,18 +186,20 @@ def classes_of(part: str, family: str | None) -> tuple[str, ...]:
 
 
 def family_of_configs(configs: Mapping[str, Mapping[str, Any]]) -> str:
-    """The family whose components with weights are all there, the one with most of them.
+    """The family of the denoiser's class whose components with weights are all there.
 
-    Where several have the same ones, the class of the denoiser decides.
+    Where several are, or the class is not named, it is the one with most components.
 
     Args:
         configs: Config of each component, which may name its class.
     """
-    whole = [each for each in FAMILY_FILES.values() if {*each.weighty} <= {*configs}]
+    whole = [
+        each for each in FAMILY_FILES.values() if {*each.weighty} - {*each.optional} <= {*configs}
+    ]
     smallest = min(FAMILY_FILES.values(), key=lambda each: len(each.weighty))
 
-    def fitting(files: FamilyFiles) -> tuple[int, bool]:
+    def fitting(files: FamilyFiles) -> tuple[bool, int]:
         kind = configs[files.denoiser].get("_class_name")
-        return len(files.weighty), kind in files.classes[files.denoiser]
+        return kind in files.classes[files.denoiser], len(files.weighty)
 
     return max(whole, key=fitting, default=smallest).family

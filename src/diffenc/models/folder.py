@@ -12,7 +12,13 @@ from diffenc.models.base import Backbone
 from diffenc.models.config_checks import check_config
 from diffenc.models.configs import Architecture
 from diffenc.models.families import FAMILIES, make_backbone
-from diffenc.models.family_files import FAMILY_FILES, PARTS, classes_of, family_of_configs
+from diffenc.models.family_files import (
+    FAMILY_FILES,
+    PARTS,
+    FamilyFiles,
+    classes_of,
+    family_of_configs,
+)
 from diffenc.models.parts import GivenParts, fitting_tokenizer, load_tokenizer
 from diffenc.models.schedules import make_scheduler
 from diffenc.models.stored import load_stored, read_plain, stem_of
@@ -48,7 +54,7 @@ def read_model_index(folder: Path) -> tuple[str, dict[str, Any]]:
     for part in sorted(PARTS):
         _check_origin(index.get(part), part, folder)
     family = pipeline_family(index, str(folder))
-    parts = FAMILY_FILES[family].parts
+    parts = FAMILY_FILES[family].parts_in(index)
     missing = [part for part in parts if not is_folder(folder / part)]
     if missing:
         raise BackboneError(f"{folder} is incomplete: it lacks {', '.join(missing)}")
@@ -94,8 +100,8 @@ def read_architecture(folder: Path, *, own_taps: tuple[str, ...] | None = None) 
     Raises:
         BackboneError: The folder is missing, incomplete or broken.
     """
-    family, _ = read_model_index(folder)
-    parts = FAMILY_FILES[family].parts
+    family, index = read_model_index(folder)
+    parts = FAMILY_FILES[family].parts_in(index)
     names = [part for part in parts if not part.startswith("tokenizer")]
     configs = {name: read_config(folder, name, family) for name in names}
     own_family = None if family == family_of_configs(configs) else family
@@ -135,9 +141,9 @@ def load_folder(
     replaced = replaced or GivenParts()
     family, index = read_model_index(folder)
     files = FAMILY_FILES[family]
-    named = part_variants(folder, files.weighty, variant)
+    named = part_variants(folder, _weighty(files, index), variant)
     parts, halves = {}, []
-    for part in files.parts:
+    for part in files.parts_in(index):
         loaded = replaced.load(part, described, dtype=dtype, keep_taps=keep_taps)
         if loaded is None and part in named:
             loaded, taken = load_stored(
@@ -198,8 +204,14 @@ def weighty_parts(folder: Path) -> dict[str, dict[str, Any]]:
     Raises:
         BackboneError: See `read_model_index`.
     """
-    family, _ = read_model_index(folder)
-    return {part: read_config(folder, part, family) for part in FAMILY_FILES[family].weighty}
+    family, index = read_model_index(folder)
+    weighty = _weighty(FAMILY_FILES[family], index)
+    return {part: read_config(folder, part, family) for part in weighty}
+
+
+def _weighty(files: FamilyFiles, index: dict[str, Any]) -> list[str]:
+    """Those of a folder's parts that have weights."""
+    return [part for part in files.parts_in(index) if part in files.weighty]
 
 
 def part_variants(

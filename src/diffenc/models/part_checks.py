@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from diffenc.denoiser.lora.adapters import active_lora, is_merged, require_separate
-from diffenc.denoiser.transformers import layout_of
+from diffenc.denoiser.transformers import layout_of, word_for
 from diffenc.errors import BackboneError, ConfigError
 from diffenc.inputs.noise import is_flow, signal_levels
 from diffenc.models.denoisers import config_of, text_width
@@ -55,7 +55,7 @@ def check_components(denoiser: Any, vae: Any, scheduler: Any) -> None:
         signal_levels(scheduler)
     except ConfigError as error:
         raise BackboneError(str(error)) from None
-    check_weights(denoiser, "the U-Net" if layout is None else "the transformer")
+    check_weights(denoiser, f"the {word_for(denoiser)}")
     check_weights(vae, "the VAE")
     check_vae(vae.config, "this model")
     check_channels(config_of(denoiser), vae.config, "this model")
@@ -96,10 +96,9 @@ def check_width(denoiser: Any, encoders: Sequence[Any]) -> None:
     width = sum(encoder.config.hidden_size for encoder in encoders)
     expected = text_width(config_of(denoiser))
     if width != expected:
-        what = "U-Net" if layout_of(denoiser) is None else "transformer"
         raise BackboneError(
-            f"the text encoders give states of width {width} and the {what} takes {expected}; they "
-            "belong to different models"
+            f"the text encoders give states of width {width} and the {word_for(denoiser)} takes "
+            f"{expected}; they belong to different models"
         )
 
 

@@ -1,4 +1,4 @@
-"""Parts that the caller gives in place of a model's own: a U-Net, a VAE, text encoders."""
+"""Parts that the caller gives in place of a model's own: a denoiser, a VAE, text encoders."""
 
 import copy
 import os
@@ -14,11 +14,19 @@ from torch import Tensor, nn
 from diffenc.checks.arguments import is_wide, whole
 from diffenc.denoiser.shortening import shortened
 from diffenc.errors import BackboneError
+from diffenc.models.config_checks import check_config
 from diffenc.models.configs import Architecture
+from diffenc.models.denoisers import config_of
 from diffenc.models.family_files import classes_of
 from diffenc.models.part_checks import check_weights
 from diffenc.models.statements import Statements
-from diffenc.models.stored import load_stored, load_vae, part_dtype, read_vae_config
+from diffenc.models.stored import (
+    load_stored,
+    load_vae,
+    part_dtype,
+    read_plain,
+    read_vae_config,
+)
 from diffenc.models.weights import State, load_denoiser, read_state, unet_state
 from diffenc.storage.names import checked_path, is_file, is_folder, printable
 from diffenc.storage.pretrained import absolute
@@ -35,6 +43,7 @@ class GivenParts:
     Attributes:
         unet: A `UNet2DConditionModel`, a state dict, or a `.safetensors` file, under diffusers'
             names or the original ones, with or without a prefix.
+        transformer: A diffusion transformer of the class that the model has, or the folder of one.
         vae: An `AutoencoderKL` or `AutoencoderTiny` (TAESD), the folder of one, or a
             `.safetensors` file that fits the model's own VAE.
         text_encoder: A `CLIPTextModel`, or the folder of one.
@@ -45,6 +54,7 @@ class GivenParts:
     """
 
     unet: Any = None
+    transformer: Any = None
     vae: Any = None
     text_encoder: Any = None
     text_encoder_2: Any = None
@@ -68,18 +78,32 @@ class GivenParts:
         }
 
     def described(self, described: Architecture) -> Architecture:
-        """A model's configs, with those of the U-Net and the VAE that are given as modules."""
+        """A model's configs, with those of the denoiser and the VAE that are given as modules.
+
+        Raises:
+            BackboneError: The denoiser that is given is of the other kind, or of another class.
+        """
         configs = {"vae": dict(self.vae.config)} if hasattr(self.vae, "config") else {}
-        if self.unet is not None and described.denoiser != "unet":
-            raise BackboneError(
-                "unet= replaces a U-Net, and this model has a transformer; put the transformer "
-                "into a pipeline of diffusers and pass that"
-            )
+        for name, word, own in (
+            ("unet", "a U-Net", "a transformer: pass transformer="),
+            ("transformer", "a transformer", "a U-Net: pass unet="),
+        ):
+            if getattr(self, name) is not None and described.denoiser != name:
+                raise BackboneError(f"{name}= replaces {word}, and this model has {own}")
         if hasattr(self.unet, "config"):
             configs["unet"] = dict(self.unet.config)
+        if hasattr(self.transformer, "config"):
+            configs["transformer"] = config_of(self.transformer)
+        if _is_path(self.transformer):
+            configs["transformer"] = self._transformer_config(described.family)
         if _is_path(self.vae) and is_folder(self.vae):
             configs["vae"] = read_vae_config(_subfolder(Path(self.vae), "vae"))
         return replace(described, configs={**described.configs, **configs})
+
+    def _transformer_config(self, family: str) -> dict[str, Any]:
+        folder = _subfolder(Path(self.transformer), "transformer")
+        values = read_plain(folder / "config.json")
+        return check_config(values, "transformer", os.fspath(self.transformer), family)
 
     def statements(self) -> Statements | None:
         """What the given weights of a U-Net say of themselves; None where they are none.
@@ -131,7 +155,7 @@ class GivenParts:
             check_weights(replacement, f"the given {name}")  # a cast would hide what they were
             return cast_part(
                 replacement
-                if keep_taps is None or name != "unet"
+                if keep_taps is None or name not in ("unet", "transformer")
                 else shortened(replacement, keep_taps),
                 dtype,
             )
@@ -148,7 +172,7 @@ class GivenParts:
         if name == "vae":
             return _load_vae(Path(replacement), described.configs["vae"], dtype)
         folder = _subfolder(Path(replacement), name)
-        return load_stored(folder, name, dtype, family=described.family)[0]
+        return load_stored(folder, name, dtype, keep_taps=keep_taps, family=described.family)[0]
 
 
 def _is_part(name: str, value: object) -> bool:

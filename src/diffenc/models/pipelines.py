@@ -34,7 +34,7 @@ def pipeline_parts(pipeline: Any) -> dict[str, Any]:
     """
     where = pipeline_name(pipeline)
     files = FAMILY_FILES[pipeline_family(_index(pipeline), where)]
-    parts = {name: getattr(pipeline, name, None) for name in files.parts}
+    parts = {name: getattr(pipeline, name, None) for name in files.parts_in(_index(pipeline))}
     if missing := [name for name, part in parts.items() if part is None]:
         raise BackboneError(f"{where} lacks {', '.join(missing)}; make it with all of its parts")
     for name, part in parts.items():
@@ -67,6 +67,8 @@ def pipeline_architecture(pipeline: Any) -> Architecture:
     configs = {name: dict(config) for name, config in configs.items()}
     denoiser = FAMILY_FILES[family].denoiser
     configs[denoiser] = config_of(parts[denoiser])
+    if FAMILY_FILES[family].flow:  # a config that no file was read from names no class
+        configs["scheduler"]["_class_name"] = type(parts["scheduler"]).__name__
     check_configs(configs, pipeline_name(pipeline), family)
     return Architecture(configs, own_family=family)
 

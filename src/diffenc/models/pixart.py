@@ -89,7 +89,7 @@ class PixArt(Backbone):
         projected: Tensor = self.transformer.caption_projection(states)
         return projected
 
-    def _prediction(self, output: Tensor) -> Tensor:
+    def _prediction(self, output: Tensor, noisy_latents: Tensor) -> Tensor:
         return output[:, : self.transformer.config.in_channels]
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from diffenc.denoiser.hooks import ForwardTaps
 from diffenc.denoiser.lora.options import PROJECTIONS
+from diffenc.denoiser.transformers import layout_of
 from diffenc.models.denoisers import build_denoiser, config_of, meta_inputs, probed_side
 from diffenc.models.taps import LATENTS
 from diffenc.runtime.inference import lasting
@@ -31,11 +32,13 @@ def reached_layers(config: dict[str, Any], taps: Sequence[str]) -> frozenset[str
 
 
 def reached_projections(config: dict[str, Any], taps: Sequence[str]) -> frozenset[str]:
-    """The `reached_layers` that are projections of cross-attentions.
+    """The `reached_layers` that are projections of the attentions in which texts have a say.
 
     See `diffenc.denoiser.lora.PROJECTIONS`.
     """
-    endings = tuple(f".attn2.{part}" for part in PROJECTIONS)
+    layout = layout_of(config)
+    attention = "attn2" if layout is None else layout.adapted
+    endings = tuple(f".{attention}.{part}" for part in PROJECTIONS)
     return frozenset(path for path in reached_layers(config, taps) if path.endswith(endings))
 
 

@@ -50,5 +50,5 @@ class Sana(PixArt):
         projected: Tensor = self.transformer.caption_norm(super().attended_states(states))
         return projected
 
-    def _prediction(self, output: Tensor) -> Tensor:
+    def _prediction(self, output: Tensor, noisy_latents: Tensor) -> Tensor:
         return output

@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import Unpack  # of typing since Python 3.11
 
-from diffenc.errors import BackboneError
+from diffenc.errors import BackboneError, PromptError
 from diffenc.inputs.prompts import PromptEmbeds
+from diffenc.inputs.tokenizing import limit_of, own_places
+from diffenc.inputs.words import word_token_positions
 from diffenc.models.base import Backbone, TransformerParts, grad_where_trained
 from diffenc.models.part_checks import check_encoder
 from diffenc.runtime.threads import lock_of
@@ -23,14 +25,16 @@ class StableDiffusion3(Backbone):
     """Two CLIPs and one T5, whose states stand one behind the other: 77 of CLIP, 256 of T5.
 
     Every text has all of these states. The pipeline masks none of them, and neither is done here.
+    Without T5, which has most of the model's parameters, zeros stand for its states, as in the
+    pipeline.
 
     Args:
         text_encoder: First text encoder, a `CLIPTextModelWithProjection`.
         tokenizer: `CLIPTokenizer` of the first text encoder.
         text_encoder_2: Second text encoder, of the same class.
         tokenizer_2: `CLIPTokenizer` of the second text encoder.
-        text_encoder_3: Third text encoder, a `T5EncoderModel`.
-        tokenizer_3: Tokenizer of the third text encoder.
+        text_encoder_3: Third text encoder, a `T5EncoderModel`; None is none.
+        tokenizer_3: Tokenizer of the third text encoder; None where there is none.
         parts: Name, transformer, VAE and scheduler, and defaults; see `TransformerParts`.
 
     Raises:
@@ -51,16 +55,19 @@ class StableDiffusion3(Backbone):
         tokenizer: Any,
         text_encoder_2: Any,
         tokenizer_2: Any,
-        text_encoder_3: Any,
-        tokenizer_3: Any,
+        text_encoder_3: Any = None,
+        tokenizer_3: Any = None,
         **parts: Unpack[TransformerParts],
     ) -> None:
         super().__init__(**parts)
         self.text_encoder, self.tokenizer = text_encoder, tokenizer
         self.text_encoder_2, self.tokenizer_2 = text_encoder_2, tokenizer_2
-        self.text_encoder_3 = text_encoder_3
-        self.tokenizer_3 = _within(tokenizer_3, T5_TOKENS)
-        encoders = (text_encoder, text_encoder_2, text_encoder_3)
+        if (text_encoder_3 is None) != (tokenizer_3 is None):
+            raise BackboneError("text_encoder_3 and tokenizer_3 go together; pass both, or neither")
+        if text_encoder_3 is not None:
+            self.text_encoder_3 = text_encoder_3
+            self.tokenizer_3 = within(tokenizer_3, T5_TOKENS)
+        encoders = [part for name, part in self.parts().items() if name.startswith("text")]
         for words, encoder in zip(self.tokenizers, encoders, strict=True):
             check_encoder(words, encoder)
         self._check_text_width(encoders)
@@ -68,14 +75,38 @@ class StableDiffusion3(Backbone):
 
     @property
     def tokenizers(self) -> tuple[Any, ...]:
-        """Those of both CLIPs, and T5's."""
-        return self.tokenizer, self.tokenizer_2, self.tokenizer_3
+        """Those of both CLIPs, and T5's where there is one."""
+        clips = (self.tokenizer, self.tokenizer_2)
+        return (*clips, self.tokenizer_3) if hasattr(self, "tokenizer_3") else clips
+
+    def word_positions(self, text: str, word: str) -> tuple[int, ...]:
+        """Positions among the states of CLIP, and behind them of T5, of those that were kept."""
+        first = limit_of(self.tokenizer)
+        positions: list[int] = []
+        faults = []
+        starts = {self.tokenizer: 0, **dict.fromkeys(self.tokenizers[2:], first)}
+        for tokenizer, start in starts.items():
+            try:
+                own = word_token_positions(tokenizer, text, word)
+            except PromptError as fault:  # CLIP reads less of a text than T5
+                faults.append(fault)
+            else:
+                positions += [start + place for place in own]
+        if not positions:
+            raise faults[-1]
+        return tuple(positions)
+
+    def own_positions(self, text: str) -> tuple[int, ...]:
+        """Positions among the states of CLIP, and behind them of T5."""
+        first = limit_of(self.tokenizer)
+        behind = [first + place for each in self.tokenizers[2:] for place in own_places(each, text)]
+        return (*own_places(self.tokenizer, text), *behind)
 
     def _check_text_width(self, encoders: Sequence[Any]) -> None:
-        config, (first, second, third) = self.transformer.config, encoders
+        config, (first, second, *others) = self.transformer.config, encoders
         pooled = first.config.projection_dim + second.config.projection_dim
         side_by_side = first.config.hidden_size + second.config.hidden_size
-        width = third.config.d_model
+        width = others[0].config.d_model if others else config.joint_attention_dim
         if width != config.joint_attention_dim or side_by_side > width:
             raise BackboneError(
                 f"T5 gives states of width {width}, both CLIPs of {side_by_side}, and the "
@@ -98,9 +129,13 @@ class StableDiffusion3(Backbone):
             self._encode(encoder, rows, output_hidden_states=True)
             for encoder, rows in zip((self.text_encoder, self.text_encoder_2), ids, strict=False)
         ]
-        words = self._encode(self.text_encoder_3, ids[2])[0]
         states = torch.cat([output.hidden_states[-2] for output in clips], dim=-1)
-        states = F.pad(states, (0, words.shape[-1] - states.shape[-1]))
+        width = self.transformer.config.joint_attention_dim
+        states = F.pad(states, (0, width - states.shape[-1]))
+        if len(ids) == 3:
+            words = self._encode(self.text_encoder_3, ids[2])[0]
+        else:
+            words = states.new_zeros(len(states), T5_TOKENS, width)
         pooled = torch.cat([output[0] for output in clips], dim=-1)
         return PromptEmbeds(torch.cat([states, words], dim=1), pooled, truncated=truncated)
 
@@ -111,7 +146,7 @@ class StableDiffusion3(Backbone):
             return encoder(ids.to(device), **options)
 
 
-def _within(tokenizer: Any, limit: int) -> Any:
+def within(tokenizer: Any, limit: int) -> Any:
     """The tokenizer, or a copy of it that keeps no more tokens than a limit."""
     if tokenizer.model_max_length <= limit:
         return tokenizer

@@ -86,6 +86,16 @@ SOURCES = {
             ("stabilityai/stable-diffusion-3.5-medium",),
             "Stable Diffusion 3.5 medium, joint attention, two CLIPs and T5-XXL, flow matching",
         ),
+        BackboneSource(
+            "flux-schnell",
+            ("black-forest-labs/FLUX.1-schnell",),
+            "FLUX.1 schnell, dual and single streams, CLIP-L and T5-XXL, flow matching",
+        ),
+        BackboneSource(
+            "flux-dev",
+            ("black-forest-labs/FLUX.1-dev",),
+            "FLUX.1 dev, the same distilled of guided predictions",
+        ),
     )
 }
 

@@ -15,7 +15,7 @@ from diffenc.checks.arguments import entries
 from diffenc.denoiser.hooks import ForwardTaps
 from diffenc.denoiser.shape_pass import ShapePass
 from diffenc.denoiser.shortening import shortened
-from diffenc.denoiser.transformers import layout_of
+from diffenc.denoiser.transformers import layout_of, word_for
 from diffenc.errors import BackboneError, ConfigError, TapError, near_matches
 from diffenc.models.denoisers import (
     UNET,
@@ -71,9 +71,8 @@ def denoiser_taps(config: dict[str, Any], vae_reduction: int) -> tuple[TapInfo, 
     try:
         return _denoiser_taps(_with_defaults(config), vae_reduction)
     except Exception as error:  # of any kind, by the value that is wrong
-        what = "U-Net" if layout_of(config) is None else "transformer"
         raise BackboneError(
-            f"no {what} can be built by this config: {reason(error)}; pass one of a "
+            f"no {word_for(config)} can be built by this config: {reason(error)}; pass one of a "
             f"{config.get('_class_name', UNET)}"
         ) from error
 

@@ -25,7 +25,7 @@ _OTHERS = {  # by a part of the name of the pipeline
     "Pix2Pix": INPUTS[8],
     "UnCLIP": "a model that reads embeddings of pictures",
     "LatentConsistency": "a latent consistency model, whose U-Net reads a guidance scale",
-    "Flux": "a transformer of another kind",
+    "Flux": "a transformer that reads more than a picture and a text, or FLUX.2",
     "Kolors": "a model with another kind of text encoder",
 }
 

@@ -68,7 +68,8 @@ def _for_pipelines(scheduler: Any) -> Any:
 
 def _rest(backbone: Backbone) -> dict[str, Any]:
     """What the pipelines want named beside the parts."""
-    absent = FAMILY_FILES[backbone.family].absent
+    files = FAMILY_FILES[backbone.family]
+    absent = (*files.absent, *[name for name in files.optional if not hasattr(backbone, name)])
     rest: dict[str, Any] = {name: [None, None] for name in absent}
     if backbone.family == "sdxl":
         rest["force_zeros_for_empty_prompt"] = backbone.uncond_rule == "zeros"

@@ -15,6 +15,7 @@ from diffenc.checks.arguments import wholes
 from diffenc.denoiser.attention import CrossAttnTaps
 from diffenc.denoiser.blank_texts import skipping_blank_texts
 from diffenc.denoiser.hooks import ForwardTaps, TapOutputs
+from diffenc.denoiser.joint_attention import JointAttnTaps
 from diffenc.denoiser.shortening import shortened
 from diffenc.errors import ConfigError, NonFiniteError, TapError
 from diffenc.inputs.noise import to_noise
@@ -122,8 +123,8 @@ def read_taps(
             start = stop
     if size < min(batch_size or rows, rows):
         warnings.warn(
-            f"{rows} rows did not fit on {backbone.device}; calls of the U-Net were cut down to "
-            f"{size}. Pass batch_size={size} to begin there.",
+            f"{rows} rows did not fit on {backbone.device}; calls of the {backbone.denoiser_word} "
+            f"were cut down to {size}. Pass batch_size={size} to begin there.",
             stacklevel=2,
         )
     maps = (
@@ -245,8 +246,8 @@ def check_whole(backbone: Backbone) -> None:
     """Raise a `ConfigError` where the U-Net was shortened and predicts nothing."""
     if backbone.shortened:
         raise ConfigError(
-            f"the U-Net of {backbone.name!r} was truncated after its last tap and predicts no "
-            "noise; load the model without truncate"
+            f"the {backbone.denoiser_word} of {backbone.name!r} was truncated after its last tap "
+            "and predicts no noise; load the model without truncate"
         )
 
 
@@ -310,7 +311,11 @@ def read_head_attention(
         TapError: No cross-attention by that name, or it has no such head.
         ShapeError: A position that the text does not have.
     """
-    reader = CrossAttnTaps(backbone.denoiser, layers, tokens=positions, merge_heads=False)
+    reader: CrossAttnTaps | JointAttnTaps
+    if backbone.joins_text:
+        reader = JointAttnTaps(backbone.denoiser, layers, tokens=positions)
+    else:
+        reader = CrossAttnTaps(backbone.denoiser, layers, tokens=positions, merge_heads=False)
     with backbone.lock, torch.no_grad(), reader:
         backbone.denoise(noisy_latents, timestep, prompt_embeds)
         maps = reader.maps()

@@ -108,6 +108,8 @@ def check_reuse(
     """
     if reuse is None:
         return
+    if backbone.is_transformer:
+        raise _no_first_half(backbone, reuse)
     first = ("conv_in", "down_blocks", *(["mid_block"] if reuse == "middle" else []))
 
     def is_early(path: str) -> bool:
@@ -152,12 +154,16 @@ def without_text(
     """
     paths = down_path(backbone.denoiser, middle=reuse == "middle")
     if not paths:
-        raise ConfigError(
-            f"reuse={reuse!r} needs a U-Net of diffusers with its usual blocks, which is neither "
-            f"offloaded nor compiled in place; the denoiser of {backbone.name!r} is a "
-            f"{type(backbone.denoiser).__name__}: leave reuse out"
-        )
+        raise _no_first_half(backbone, reuse)
     return Reuse(paths, keys, cache, texts)
+
+
+def _no_first_half(backbone: Backbone, reuse: Reused) -> ConfigError:
+    return ConfigError(
+        f"reuse={reuse!r} needs a U-Net of diffusers with its usual blocks, which is neither "
+        f"offloaded nor compiled in place; the denoiser of {backbone.name!r} is a "
+        f"{type(backbone.denoiser).__name__}: leave reuse out"
+    )
 
 
 def prefix_of(

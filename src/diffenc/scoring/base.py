@@ -164,9 +164,9 @@ class ConfiguredScorer(nn.Module):
             )
         if (adapter := active_lora(self.backbone.denoiser)) is not None:
             raise ConfigError(
-                f"the U-Net has the adapter {adapter!r}, which the folder of a scorer does not "
-                "hold: save the encoder that has it, and make the scorer of the loaded encoder's "
-                "backbone, CrossAttnScorer(encoder.backbone)"
+                f"the {self.backbone.denoiser_word} has the adapter {adapter!r}, which the folder "
+                "of a scorer does not hold: save the encoder that has it, and make the scorer of "
+                "the loaded encoder's backbone, CrossAttnScorer(encoder.backbone)"
             )
         target = checked_path("a saved scorer", folder, error=OutputError)
         write_scorer(target, self.backbone, self.config, self.references)

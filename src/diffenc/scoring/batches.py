@@ -36,8 +36,8 @@ def in_batches(
         start += len(part)
     if size < batch_size:
         warnings.warn(
-            f"calls of the U-Net with {batch_size} rows did not fit and were cut down to {size}. "
-            f"Pass batch_size={size} to begin there.",
+            f"calls of the denoiser with {batch_size} rows did not fit and were cut down to "
+            f"{size}. Pass batch_size={size} to begin there.",
             stacklevel=2,
         )
 
@@ -46,6 +46,7 @@ def check_scores(scores: Tensor, backbone: Backbone) -> None:
     """Raise a `NonFiniteError` unless all scores are numbers."""
     if not torch.isfinite(scores).all():
         raise NonFiniteError(
-            f"scores hold NaN or infinity with a U-Net in {backbone.dtype}; load the model with "
-            "dtype=torch.bfloat16 or torch.float32, and check its weights if that is so already"
+            f"scores hold NaN or infinity with a {backbone.denoiser_word} in {backbone.dtype}; "
+            "load the model with dtype=torch.bfloat16 or torch.float32, and check its weights if "
+            "that is so already"
         )

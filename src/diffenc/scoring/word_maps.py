@@ -15,9 +15,10 @@ from diffenc.checks.fields import require_finite
 from diffenc.config import check_choice
 from diffenc.denoiser.attention import match_layers
 from diffenc.denoiser.grids import to_grid
+from diffenc.denoiser.joint_attention import match_joint_layers
 from diffenc.errors import ConfigError, PromptError
 from diffenc.inputs.noise import add_noise, shared_noise
-from diffenc.inputs.words import shared_positions, words_of
+from diffenc.inputs.words import words_of
 from diffenc.models.base import Backbone
 from diffenc.passes.forward import read_head_attention
 from diffenc.scoring.config import SCORE_TIMESTEPS
@@ -38,6 +39,12 @@ WORD_TIMESTEPS = (50, 189)
 
 WORD_LAYERS = ("up_blocks.1",)
 """The block whose attention points best, in the bundled model; 16 x 16 cells in SD at 512 px."""
+
+JOINT_PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
+    # Kim et al. 2025 (Seg4Diff), arXiv:2509.18096: layer 9 of SD 3, 8th step from the end of 28.
+    "seg4diff": ("sd3", {"layers": ("transformer_blocks.9",), "timesteps": (515,)}),
+}
+"""Presets of joint attention: the family that each is defined for, and its options."""
 
 _DAAM_CELLS = {512: 64, 768: 96, 1024: 64}
 """Cells on a side of DAAM's grid, by the image size that a model was trained for."""
@@ -81,7 +88,7 @@ def word_maps(
         ConfigError: No timestep, or one outside the schedule.
         TapError: No cross-attention by that name, or a layer without such a head.
     """
-    spans = [shared_positions(backbone.tokenizers, text, word) for word in words]
+    spans = [backbone.word_positions(text, word) for word in words]
     sums: list[Tensor] = []
     with backbone.lock:
         for maps in _per_timestep(backbone, latents, text, spans, timesteps, layers, heads, seed):
@@ -89,6 +96,22 @@ def word_maps(
             finest = max(((m.shape[2], m.shape[3]) for m in merged), key=math.prod)
             sums.append(torch.stack([to_grid(m, finest) for m in merged]).mean(dim=0))
     return _of_words(torch.stack(sums).mean(dim=0), spans, "sum")
+
+
+def text_attentions(
+    backbone: Backbone, layers: str | Sequence[str] | None = None
+) -> tuple[str, ...]:
+    """Attentions in which cells see the text: cross-attentions, or those that join both.
+
+    Args:
+        backbone: The text-to-image model.
+        layers: Module paths, or modules around them; None takes all.
+
+    Raises:
+        TapError: No such attention by that name.
+    """
+    match = match_joint_layers if backbone.joins_text else match_layers
+    return match(backbone.denoiser, layers)
 
 
 def pointing_layers(backbone: Backbone) -> list[str] | None:
@@ -99,10 +122,46 @@ def pointing_layers(backbone: Backbone) -> list[str] | None:
     """
     names = [
         name
-        for name in match_layers(backbone.denoiser)
+        for name in text_attentions(backbone)
         if any(name.startswith(f"{block}.") for block in WORD_LAYERS)
     ]
     return names or None
+
+
+def text_share(
+    backbone: Backbone,
+    latents: Float[Tensor, "images c h w"],
+    text: str,
+    *,
+    timesteps: Sequence[int] = SCORE_TIMESTEPS,
+    layers: str | Sequence[str] | None = None,
+    seed: int = 0,
+) -> Float[Tensor, "images gh gw"]:
+    """Share of a cell's joint attention that a text's own tokens get, without its padding.
+
+    Args:
+        backbone: The text-to-image model, in which picture and text are joined.
+        latents: Latents of the images, without noise.
+        text: Prompt that the pictures are read under.
+        timesteps: Noise levels, as scheduler steps.
+        layers: Module paths of the layers; None takes all.
+        seed: Seed of the noise.
+
+    Returns:
+        Shares in [0, 1], in float32: mean over heads, layers and timesteps.
+
+    Raises:
+        TapError: The model has cross-attention, in which the text gets everything; or no such
+            layer.
+    """
+    match_joint_layers(backbone.denoiser, layers)
+    own = [backbone.own_positions(text)]
+    with backbone.lock:
+        steps = [
+            torch.stack([reduce(m, "b tokens heads h w -> b tokens h w", "mean") for m in maps])
+            for maps in _per_timestep(backbone, latents, text, own, timesteps, layers, None, seed)
+        ]
+    return torch.stack(steps).mean(dim=(0, 1)).sum(dim=1)
 
 
 def daam_maps(
@@ -152,10 +211,8 @@ def daam_maps(
     size = (latents.shape[2], latents.shape[3])
     names = layers
     if layers is None:
-        names = [
-            name for name in match_layers(backbone.denoiser) if not name.startswith("mid_block")
-        ]
-    spans = [shared_positions(backbone.tokenizers, text, word) for word in words]
+        names = [name for name in text_attentions(backbone) if not name.startswith("mid_block")]
+    spans = [backbone.word_positions(text, word) for word in words]
     with backbone.lock:
         steps = _per_timestep(backbone, latents, text, spans, timesteps, names, heads, seed)
         sums = next(steps)
@@ -218,7 +275,7 @@ def heat_maps(
         PromptError: No word, or one that the text does not have.
     """
     if preset is not None:
-        check_choice("preset of word maps", preset, ("daam",))
+        check_choice("preset of word maps", preset, ("daam", *JOINT_PRESETS))
     if not words:
         raise PromptError("got no words; pass at least one, or None for all of the text")
     draw = daam_maps if preset == "daam" else word_maps
@@ -227,6 +284,21 @@ def heat_maps(
         (word, HeatMap(values, label=word, picture=picture))
         for word, values in zip(words, maps[0], strict=True)
     )
+
+
+def preset_places(backbone: Backbone, preset: str) -> dict[str, Any]:
+    """Layers and timesteps of a preset of joint attention.
+
+    Raises:
+        ConfigError: It is defined for another family.
+    """
+    family, options = JOINT_PRESETS[preset]
+    if backbone.family != family:
+        raise ConfigError(
+            f"preset {preset!r} of word maps is defined for {family!r}, and this model is "
+            f"{backbone.family!r}; leave the preset out, and name layers and timesteps"
+        )
+    return options
 
 
 def _per_timestep(
@@ -245,7 +317,7 @@ def _per_timestep(
     c, h, w = latents.shape[1:]
     embeds = backbone.embed([text], size=(h * backbone.reduction, w * backbone.reduction))
     positions = [position for span in spans for position in span]
-    names = match_layers(backbone.denoiser, layers)
+    names = text_attentions(backbone, layers)
     for timestep in timesteps:
         noise = shared_noise((c, h, w), seed=seed, timestep=timestep)
         noisy = add_noise(backbone.scheduler, latents, noise, timestep)
@@ -253,7 +325,7 @@ def _per_timestep(
         for name, values in maps.items():
             require_finite(
                 values,
-                f"attention maps of {name!r} with a U-Net in {backbone.dtype}",
+                f"attention maps of {name!r} with a {backbone.denoiser_word} in {backbone.dtype}",
                 "load the model with dtype=torch.bfloat16 or torch.float32",
             )
         yield list(maps.values())

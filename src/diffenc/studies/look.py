@@ -234,6 +234,8 @@ def _word_maps(
 ) -> dict[tuple[str, int, int], dict[str, HeatMap]]:
     """Heat maps by tap, question and timestep; taps beside equal layers share them."""
     config, backbone = encoder.config, encoder.backbone
+    if not any(words):
+        return {}
     options = ScorerConfig(size=config.size, resize=config.resize, seed=config.seed)
     scorer = CrossAttnScorer(backbone, options, use_cache=encoder.use_cache)
     known = cross_attention_layers(backbone.denoiser)

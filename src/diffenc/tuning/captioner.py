@@ -81,7 +81,7 @@ class CaptionerPart(nn.Module):
         if self.backbone.is_transformer:
             raise ConfigError(
                 f"a captioner adds to the states of CLIP, and {self.backbone.name!r} reads "
-                "those of T5 behind them; use a U-Net"
+                "those of T5 behind them; use add_lora instead, or a model with a U-Net"
             )
         embedder = _embedder(clip, processor)
         widths = self._text_widths()

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from diffenc.checks.arguments import texts
-from diffenc.denoiser.attention import cross_attention_layers
+from diffenc.denoiser.joint_attention import adapted_attentions
 from diffenc.denoiser.lora.adapters import (
     active_lora,
     add_lora,
@@ -60,7 +60,10 @@ class LoraPart(nn.Module):
         projections: Sequence[str] = PROJECTIONS,
         name: str = "default",
     ) -> None:
-        """Add a low-rank adapter to the cross-attentions that the taps depend on, and train it.
+        """Add a low-rank adapter to the attentions to a text that the taps depend on, and train it.
+
+        These are cross-attentions, or those that join picture and text, of which the picture's
+        projections are adapted.
 
         Nothing behind the last tap is adapted, so every parameter gets a gradient. The new adapter
         changes nothing until it is trained; the one in use before is set aside. An encoder that
@@ -88,7 +91,7 @@ class LoraPart(nn.Module):
         unet = self.backbone.denoiser
         with torch_defaults(), self.backbone.lock:
             left = self._lora_in_use()
-            add_lora(unet, cross_attention_layers(unet), options, name=name, only=self._reached())
+            add_lora(unet, adapted_attentions(unet), options, name=name, only=self._reached())
             self._set_aside(left)
             self._exchanged()
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from diffenc.checks.arguments import shown
 from diffenc.denoiser.lora.options import LoraOptions
+from diffenc.denoiser.transformers import word_for
 from diffenc.errors import ConfigError, near_matches
 from diffenc.runtime.defaults import torch_defaults
 from diffenc.runtime.inference import lasting
@@ -222,8 +223,9 @@ def require_separate(unet: nn.Module) -> None:
     processors = (getattr(module, "processor", None) for module in unet.modules())
     if any(type(processor).__name__.startswith("Fused") for processor in processors):
         raise ConfigError(
-            "the projections of this U-Net are fused, and an adapter on them has no effect; call "
-            "unet.unfuse_qkv_projections() first, or merge the adapter before they are fused"
+            f"the projections of this {word_for(unet)} are fused, and an adapter on them has no "
+            "effect; call its unfuse_qkv_projections() first, or merge the adapter before they "
+            "are fused"
         )
 
 

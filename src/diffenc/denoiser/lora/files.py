@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffenc.denoiser.lora.adapters import inject, lora_parameters, require_free, set_lora
-from diffenc.denoiser.transformers import layout_of
+from diffenc.denoiser.transformers import layout_of, word_for
 from diffenc.errors import BackboneError, ConfigError, OutputError
 from diffenc.runtime.inference import lasting
 from diffenc.storage.names import checked_path, is_file, reason
@@ -210,7 +210,7 @@ def _require_own(unet: nn.Module, source: Path) -> None:
     if not alike:
         raise BackboneError(
             f"{source} is an adapter for another backbone, {origin.get('backbone', 'unknown')!r}: "
-            "its U-Net has other weights; load that one"
+            f"its {word_for(unet)} has other weights; load that one"
         )
 
 
@@ -225,7 +225,7 @@ def _require_fitting(
         if not sizes:
             raise BackboneError(
                 f"{source} is an adapter for another model, or for one cut behind later taps: "
-                f"this U-Net has no linear layer or convolution {target!r}"
+                f"this {word_for(unet)} has no linear layer or convolution {target!r}"
             )
         for part, wants in sizes.items():
             value = weights.get(f"{target}.lora_{part}.weight")

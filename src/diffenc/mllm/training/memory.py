@@ -20,7 +20,8 @@ SHARE = 0.9
 ASSUMPTIONS = (
     "weights, gradients and AdamW are exact by count; activations are estimated, as 34 bytes a "
     "token, channel and layer in two-byte precision, without attention matrices, or one state a "
-    "layer and one layer with gradient checkpointing; those of a U-Net that trains are not counted"
+    "layer and one layer with gradient checkpointing; those of a denoiser that trains are not "
+    "counted"
 )
 _LAYER_ACTIVATIONS = 34
 """Values that a layer of a transformer keeps per token and channel for the way back (Korthikanti

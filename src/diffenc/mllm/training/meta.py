@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffenc.clip.captioner import ImplicitCaptioner
 from diffenc.clip.tokens import ClipTokens
 from diffenc.denoiser.shortening import shortened
-from diffenc.errors import BackboneError, DiffencError
+from diffenc.denoiser.transformers import layout_of
+from diffenc.errors import BackboneError, ConfigError, DiffencError
 from diffenc.mixing.choosing import make_mixer
 from diffenc.mixing.config import MIXED
 from diffenc.mllm.training.config import ModelConfig
@@ -20,6 +21,7 @@ from diffenc.mllm.vision import grid_tokens, processed_side
 from diffenc.models import describe
 from diffenc.models.building import build_on_meta
 from diffenc.models.denoisers import config_of, meta_inputs
+from diffenc.models.family_files import FAMILY_FILES
 from diffenc.models.reached_layers import reached_projections
 from diffenc.passes.question_tokens import token_channels, token_count
 from diffenc.storage.names import reason
@@ -86,6 +88,7 @@ class MetaEncoder:
         pixels: Number of pixels of a picture, as the first part sees it.
         text_width: Number of channels of a text state.
         stored: Numbers of parameters in the files of each model, by its name.
+        denoiser: Name of the part that features are read from: "unet" or "transformer".
     """
 
     parameters: dict[str, int] = field(default_factory=dict)
@@ -97,6 +100,7 @@ class MetaEncoder:
     pixels: int = 0
     text_width: int = 0
     stored: dict[str, int] = field(default_factory=dict)
+    denoiser: str = "unet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,25 +215,29 @@ def _add_diffusion(encoder: MetaEncoder, model: ModelConfig, unet_rank: int) -> 
     height, width = (size, size) if isinstance(size, int) else size
     parts = build_on_meta(architecture)
     encoder.stored[model.encoder] = sum(count(part) for part in parts.values())
-    unet, vae = parts[architecture.denoiser], parts["vae"]
+    unet, vae, name = parts[architecture.denoiser], parts["vae"], architecture.denoiser
     texts = {name: part for name, part in parts.items() if name.startswith("text_encoder")}
     short: Any = shortened(unet, [tap.name for tap in taps])
     side = max(height, width) // architecture.reduction
-    inputs = meta_inputs(config_of(unet), side)
-    length = texts["text_encoder"].config.max_position_embeddings
+    files = FAMILY_FILES[architecture.family]
+    lengths = {
+        part: text_length(text.config, files.tokens.get(part)) for part, text in texts.items()
+    }
+    length = sum(lengths.get(part, files.tokens.get(part, 0)) for part in files.in_sequence)
+    inputs = meta_inputs(config_of(unet), side, length=length)
     states = inputs["encoder_hidden_states"]
-    inputs["encoder_hidden_states"] = states.new_empty(1, length, states.shape[2])
     steps = options.timestep if isinstance(options.timestep, tuple) else (options.timestep,)
     halves = 2 if options.conditioning in ("cfg", "concat") else 1
     rows = halves * len(steps) * options.draws
     picture = torch.empty(1, 3, height, width, dtype=torch.float32, device="meta")
-    encoder.flops["unet"] = rows * counted_flops(lambda: short(**inputs))
+    encoder.denoiser = name
+    encoder.flops[name] = rows * counted_flops(lambda: short(**inputs))
     encoder.flops["vae"] = counted_flops(lambda: vae.encoder(picture))
-    encoder.parameters |= {"unet": count(short), "vae": count(vae)}
-    for name, text in texts.items():
-        encoder.parameters[name] = count(text)
+    encoder.parameters |= {name: count(short), "vae": count(vae)}
+    for part, text in texts.items():
+        encoder.parameters[part] = count(text)
         embedded = text.get_input_embeddings().weight.numel()
-        encoder.flops[name] = 2.0 * (count(text) - embedded) * length
+        encoder.flops[part] = 2.0 * (count(text) - embedded) * lengths[part]
     channels = token_channels(options, taps)
     encoder.groups = (*encoder.groups, *channels)
     encoder.hidden_size += sum(channels)
@@ -238,8 +246,13 @@ def _add_diffusion(encoder: MetaEncoder, model: ModelConfig, unet_rank: int) -> 
         reached = reached_projections(config_of(unet), [tap.name for tap in taps])
         layers = [unet.get_submodule(path) for path in reached]
         sizes = sum(layer.in_features + layer.out_features for layer in layers)
-        encoder.trained["unet LoRA"] = unet_rank * sizes
+        encoder.trained[f"{name} LoRA"] = unet_rank * sizes
     if model.captioner:
+        if layout_of(config_of(unet)) is not None:
+            raise ConfigError(
+                f"a captioner adds to states of CLIP, which {model.encoder!r} does not read alone; "
+                "leave model.captioner out, or use a model with a U-Net"
+            )
         vision = _vision_model(model.captioner)
         encoder.stored[model.captioner] = _stored(model.captioner, vision[0])
         embedding = getattr(vision[0].config, "projection_dim", 768)
@@ -260,6 +273,16 @@ def _add_diffusion(encoder: MetaEncoder, model: ModelConfig, unet_rank: int) -> 
         return token_count(options, _cells(options.grid))
     reductions = [tap.reduction for tap in taps]
     return token_count(options, grid_tokens(size, architecture.reduction, reductions))
+
+
+def text_length(config: Any, known: int | None) -> int:
+    """Number of tokens of a text that a text encoder reads.
+
+    Args:
+        config: Config of the text encoder.
+        known: Number that its family is known to read; None takes the config's.
+    """
+    return int(config.max_position_embeddings if known is None else known)
 
 
 def _add_mixer(encoder: MetaEncoder, model: ModelConfig, clip: int, own: int) -> None:

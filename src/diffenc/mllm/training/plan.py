@@ -201,7 +201,7 @@ def make_plan(
         disk=_disk(config, encoder, trained, report),
         shard=optim.shard,
         assumed=samples is not None,
-        settings=_settings(config, steps, processes),
+        settings=_settings(config, steps, processes, encoder.denoiser.replace("unet", "U-Net")),
         split_over=over,
         memories=memories,
         host=host_memory(model, shard=optim.shard if processes > 1 else "none"),
@@ -210,7 +210,7 @@ def make_plan(
     )
 
 
-def _settings(config: TrainConfig, steps: int, processes: int) -> dict[str, str]:
+def _settings(config: TrainConfig, steps: int, processes: int, word: str) -> dict[str, str]:
     """What a run is told, in words, by subject."""
     optim, adapt = config.optimizing, config.adapting
     rises = math.ceil(steps * optim.warmup)
@@ -220,7 +220,7 @@ def _settings(config: TrainConfig, steps: int, processes: int) -> dict[str, str]
         "mixer": config.model.how in MIXED,
         "CLIP": not config.model.freeze_clip,
         "implicit captioner": bool(config.model.captioner),
-        f"LoRA of rank {adapt.unet_rank} on the U-Net": bool(adapt.unet_rank),
+        f"LoRA of rank {adapt.unet_rank} on the {word}": bool(adapt.unet_rank),
         f"LoRA of rank {adapt.rank} on the language model": adapt.language_model == "lora",
         "language model": adapt.language_model == "full",
     }
@@ -275,8 +275,8 @@ def _flops(
     parts = {name: flops * pictures for name, flops in encoder.flops.items()}
     if config.keeps_tokens and not encoder.trained:
         parts = {name: flops / config.optimizing.epochs for name, flops in parts.items()}
-    if encoder.trained.keys() - {"vision model", "mixer"} and "unet" in parts:
-        parts["unet"] *= 1 + through
+    if encoder.trained.keys() - {"vision model", "mixer"} and encoder.denoiser in parts:
+        parts[encoder.denoiser] *= 1 + through
     for part in encoder.trained.keys() & {"vision model", "mixer"}:
         parts[part] *= 3  # the gradients of what came in and of the weights
     forward = 2.0 * language.computing * tokens
