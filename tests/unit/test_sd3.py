@@ -176,13 +176,7 @@ def test_what_needs_cross_attention_is_refused_with_the_reason(folder, encoder):
     with pytest.raises(TapError, match=joint):
         CrossAttnScorer.from_pretrained(folder)
     with pytest.raises(TapError, match=joint):
-        CrossAttnScorer.from_pretrained(folder, preset="self-bench").word_maps(
-            picture(48, 80), TEXT
-        )
-    with pytest.raises(TapError, match=joint):
         encoder.word_tokens(picture(48, 80), TEXT)
-    with pytest.raises(TapError, match=joint):
-        encoder.add_lora()
     with pytest.raises(ConfigError, match="reads those of T5 behind them"):
         encoder.add_captioner("shapes-clip")
     ids = torch.zeros(1, 77, dtype=torch.long)
