@@ -150,7 +150,9 @@ def time_savings(
         return call
 
     # What a further question finds known: latents, features without a text, outputs for reuse.
-    DiffusionEncoder(backbone, replace(config, taps=("latents",))).extract(image)
+    DiffusionEncoder(backbone, replace(config, taps=("latents",))).extract(
+        image, conditioning="uncond"
+    )
     calls: dict[str, Callable[[int], Callable[[], None]]] = {}
     if backbone.uncond_rule == "zeros":
         calls["no text, attended"] = partial(without_text, True)
