@@ -23,7 +23,7 @@ REQUIREMENTS := pyproject.toml constraints.txt src/diffenc/_version.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo notebooks results test test-long test-shapes test-oldest lmms hosts forks lint format types layers docs wheel check gpu clean
+.PHONY: help demo notebooks results test test-long test-shapes test-oldest app lmms hosts forks lint format types layers docs wheel check gpu clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +55,12 @@ test-oldest: | $(BIN)/python  ## Run the unit and integration tests with the old
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt \
 		--editable . accelerate pytest pytest-timeout
 	.venv-oldest/bin/python -m pytest -m "$(LOCAL)" -W default tests/unit tests/integration $(ARGS)
+
+app: | $(BIN)/python  ## Open the page of `diffenc app` in a headless Chromium, in an environment of its own
+	test -d .venv-app || $(PYTHON) -m venv .venv-app
+	.venv-app/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-app.txt \
+		--editable ".[app]" playwright pytest pytest-timeout
+	.venv-app/bin/python -m pytest -rs tests/integration/test_app_page.py $(ARGS)
 
 # PyPI's torchvision does not fit a CPU build of torch, and no task of these tests needs it.
 lmms: | $(BIN)/python  ## Run models through lmms-eval, which gets an environment of its own

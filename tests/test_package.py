@@ -79,9 +79,9 @@ def test_constraints_pin_every_direct_dependency():
         *chain.from_iterable(project["dependency-groups"].values()),
     ]
     names = {re.match(r"[\w-]+", requirement)[0] for requirement in requirements} - {"diffenc"}
-    pinned = set(
-        re.findall(r"^([\w-]+)==\S+$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
-    )
+    files = ("constraints.txt", "constraints-app.txt")
+    texts = [(ROOT / name).read_text() for name in files]
+    pinned = set(re.findall(r"^([\w-]+)==\S+$", "\n".join(texts), re.MULTILINE))
     assert names <= pinned
 
 

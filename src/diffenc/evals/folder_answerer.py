@@ -15,7 +15,7 @@ from typing_extensions import Self
 from diffenc.errors import BackboneError
 from diffenc.evals.answerers import Images
 from diffenc.evals.items import check_positive
-from diffenc.storage.names import expanded, reason
+from diffenc.storage.names import expanded, is_file, reason
 
 _CHUNK = 2**22
 
@@ -161,7 +161,7 @@ class _Files:
     def digest(self) -> str:
         """Digest of the names and contents of all files."""
         digest = hashlib.sha256()
-        for path in sorted(path for path in self._folder.rglob("*") if path.is_file()):
+        for path in sorted(path for path in self._folder.rglob("*") if is_file(path)):
             digest.update(f"{path.relative_to(self._folder).as_posix()}\0".encode())
             try:
                 with path.open("rb") as file:

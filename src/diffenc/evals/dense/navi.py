@@ -20,7 +20,7 @@ from diffenc.evals.dense.data import DepthPicture, Surface, some_of
 from diffenc.evals.dense.surfaces import normals_of
 from diffenc.inputs.images import load_image
 from diffenc.inputs.pictures.files import load_numbers
-from diffenc.storage.names import expanded, is_folder, printable
+from diffenc.storage.names import expanded, is_file, is_folder, printable
 from diffenc.storage.reading import read_json
 
 _DISPARITY = 10 * (2**16 - 1)  # units of the depth maps per reciprocal millimetre
@@ -111,7 +111,7 @@ def _pictures_of(place: Path) -> list[NaviPicture]:
         for prefix in (_SMALLER, ""):
             picture = place / "images" / f"{prefix}{stem}.jpg"
             depth = place / "depth" / f"{prefix}{stem}.png"
-            if picture.is_file() and depth.is_file():
+            if is_file(picture) and is_file(depth):
                 pictures.append(NaviPicture(picture, depth, focal, _caption(place.parent.name)))
                 break
     return pictures

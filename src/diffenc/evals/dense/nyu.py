@@ -21,7 +21,7 @@ from diffenc.evals.dense.surfaces import normals_of
 from diffenc.inputs.images import load_image
 from diffenc.inputs.pictures.files import load_numbers
 from diffenc.shapes.captions import with_article
-from diffenc.storage.names import expanded, is_folder, printable
+from diffenc.storage.names import expanded, is_file, is_folder, printable
 
 FOCAL = 518.86
 """Focal length of the camera in pixels, at 480 x 640."""
@@ -100,7 +100,7 @@ def load_nyu(
     for picture in sorted(root.glob("*/rgb_*.jpg")):
         number = picture.stem.removeprefix("rgb_")
         depth = picture.with_name(f"sync_depth_{number}.png")
-        if depth.is_file():
+        if is_file(depth):
             room = re.sub(r"_\d+\w*$", "", picture.parent.name).replace("_", " ")
             pictures.append(NyuPicture(picture, depth, f"a photo of {with_article(room)}"))
     if not pictures:
