@@ -177,8 +177,8 @@ def _flux_arguments(
 ) -> Arguments:
     rows, _, h, w = noisy_latents.shape
     device = noisy_latents.device
-    numbers: dict[str, Any] = {"dtype": torch.float32, "device": device}
-    cells = [torch.arange(side // 2, **numbers) for side in (h, w)]
+    place: dict[str, Any] = {"dtype": torch.float32, "device": device}
+    cells = [torch.arange(side // 2, **place) for side in (h, w)]
     places = torch.cartesian_prod(*cells)
     arguments: Arguments = {
         "hidden_states": rearrange(
@@ -191,10 +191,10 @@ def _flux_arguments(
         "encoder_hidden_states": texts.prompt_embeds,
         "pooled_projections": texts.pooled_prompt_embeds,
         "img_ids": torch.cat([torch.zeros_like(places[:, :1]), places], dim=1),
-        "txt_ids": torch.zeros(texts.prompt_embeds.shape[1], 3, **numbers),
+        "txt_ids": torch.zeros(texts.prompt_embeds.shape[1], 3, **place),
     }
     if config.get("guidance_embeds"):
-        arguments["guidance"] = torch.full((rows,), GUIDANCE, **numbers)
+        arguments["guidance"] = torch.full((rows,), GUIDANCE, **place)
     return arguments
 
 
