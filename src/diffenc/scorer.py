@@ -28,7 +28,6 @@ from diffenc.scoring.result import Scores, stack_trials
 from diffenc.scoring.screening import Candidates
 from diffenc.scoring.trials import ScoreCall, Trial, picture_values
 from diffenc.scoring.word_maps import (
-    JOINT_PRESETS,
     WORD_TIMESTEPS,
     heat_maps,
     pointing_layers,
@@ -278,10 +277,9 @@ class CrossAttnScorer(ConfiguredScorer):
         if words is None:
             words = words_of(text, self.backbone.tokenizer)
         squashed = config.resize == "squash"
-        if preset in JOINT_PRESETS:
-            places = preset_places(self.backbone, preset)
-            layers = places["layers"] if layers is None else layers
-            timesteps = places["timesteps"] if timesteps is None else timesteps
+        places = preset_places(self.backbone, preset)
+        layers = places.get("layers") if layers is None else layers
+        timesteps = places.get("timesteps") if timesteps is None else timesteps
         if timesteps is None:
             timesteps = WORD_TIMESTEPS if preset is None else config.timesteps
         if layers is None and preset is None:

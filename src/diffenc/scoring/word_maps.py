@@ -271,11 +271,8 @@ def heat_maps(
     """Maps of words over the picture that they are of.
 
     Raises:
-        ConfigError: An unknown preset.
         PromptError: No word, or one that the text does not have.
     """
-    if preset is not None:
-        check_choice("preset of word maps", preset, ("daam", *JOINT_PRESETS))
     if not words:
         raise PromptError("got no words; pass at least one, or None for all of the text")
     draw = daam_maps if preset == "daam" else word_maps
@@ -286,12 +283,17 @@ def heat_maps(
     )
 
 
-def preset_places(backbone: Backbone, preset: str) -> dict[str, Any]:
-    """Layers and timesteps of a preset of joint attention.
+def preset_places(backbone: Backbone, preset: str | None) -> dict[str, Any]:
+    """Layers and timesteps that a preset names; None, and "daam", name none.
 
     Raises:
-        ConfigError: It is defined for another family.
+        ConfigError: An unknown preset, or one that is defined for another family.
     """
+    if preset is None:
+        return {}
+    check_choice("preset of word maps", preset, ("daam", *JOINT_PRESETS))
+    if preset not in JOINT_PRESETS:
+        return {}
     family, options = JOINT_PRESETS[preset]
     if backbone.family != family:
         raise ConfigError(
