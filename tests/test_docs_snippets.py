@@ -24,6 +24,7 @@ def hub(tmp_path_factory):
     return reader.Hub(tmp_path_factory.mktemp("hub"))
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(reader.ROOT).as_posix())
 def test_the_code_of_a_page_runs_in_order_and_prints_what_it_says(page, hub, tmp_path, monkeypatch):

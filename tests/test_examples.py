@@ -19,6 +19,7 @@ EXAMPLES = sorted(
 )
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_runs(path, tmp_path):
@@ -27,6 +28,7 @@ def test_an_example_runs(path, tmp_path):
     assert done.stdout
 
 
+@pytest.mark.long
 def test_the_program_of_the_readme_runs(tmp_path):
     """In a process of its own: the first thing that a user does."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -52,6 +52,7 @@ def test_the_changelog_is_headed_by_the_version():
     assert first[1] == diffenc.__version__
 
 
+@pytest.mark.long
 def test_every_module_imports_without_extras():
     run_python(IMPORT_EVERYTHING)
 
@@ -61,6 +62,7 @@ def test_importing_the_package_is_light():
     assert not {name.partition(".")[0] for name in loaded} & {"torch", *HEAVY}
 
 
+@pytest.mark.long
 def test_importing_the_encoder_costs_torch_and_nothing_heavier():
     loaded = run_python("from diffenc import DiffusionEncoder; import sys; print(*sys.modules)")
     assert not {name.partition(".")[0] for name in loaded.split()} & set(HEAVY)

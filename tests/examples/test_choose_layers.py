@@ -17,6 +17,7 @@ ROWS = (
 )
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_it_weighs_layers_and_compares_on_other_items(tmp_path, monkeypatch):
     options = ("--fit", "1", "--test", "1", "--trials", "1", "--references", "1")

@@ -35,6 +35,7 @@ def rows(printed: str) -> dict[str, list[float]]:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", RUNS)
 def test_it_prints_its_baselines_and_writes_the_picture(name, tmp_path):
@@ -49,6 +50,7 @@ def test_it_prints_its_baselines_and_writes_the_picture(name, tmp_path):
         assert np.asarray(picture.convert("L")).std() > 10
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_the_backbone_is_one_option_away(tiny_sd_folder, tmp_path):
     """The tiny model is random: this shows that nothing in an example is tied to `shapes`."""

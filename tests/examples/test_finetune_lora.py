@@ -12,6 +12,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "finetune_lora.py"
 TINY = ("--train", "24", "--test", "12", "--head-steps", "10", "--steps", "2", "--rank", "2")
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_it_prints_accuracy_before_and_after_and_saves_the_encoder(tmp_path):
     done = run_script(EXAMPLE, *TINY, "--output", "tuned", folder=tmp_path)

@@ -12,6 +12,7 @@ from scripts import run_script
 FOLDER = Path(__file__).parents[2] / "examples" / "llava"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("prompt", "tower"),
     [("question", "diffenc:shapes?grid=2&rank=2"), ("empty", "diffenc:shapes?grid=2")],

@@ -10,6 +10,7 @@ from scripts import run_script
 EXAMPLE = Path(__file__).parents[2] / "examples" / "use_with_transformers.py"
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("options", [[], ["--no-prompts"]], ids=["prompts", "none"])
 def test_it_learns_saves_loads_and_answers(options, tmp_path):

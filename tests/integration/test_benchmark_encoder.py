@@ -55,6 +55,7 @@ def quick(program, models, tmp_path, capsys):
     return run
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("cases", [["sd2.1-first", "sd2.1-next", "dift-768"],
                                     ["sdxl-first", "sdxl-next"]], ids=["sd", "sdxl"])  # fmt: skip
 def test_every_case_costs_what_it_must_and_agrees(quick, cases):
@@ -80,6 +81,7 @@ def test_every_case_costs_what_it_must_and_agrees(quick, cases):
             assert row["operations"] == others["bare floor"]["operations"] < rival["operations"]
 
 
+@pytest.mark.long
 def test_batches_and_compiled_code_are_timed_where_asked_for(quick, monkeypatch):
     handed: list[dict[str, object]] = []
 
@@ -104,6 +106,7 @@ def test_batches_and_compiled_code_are_timed_where_asked_for(quick, monkeypatch)
     assert eager["images_per_second"] == pytest.approx(2 / eager["seconds"])
 
 
+@pytest.mark.long
 def test_contenders_that_answer_something_else_are_not_compared(quick, monkeypatch):
     monkeypatch.setattr("speed.floor.Floor._guide", lambda self, uncond, cond: uncond)
     status, told, _, shown = quick("--cases", "sd2.1-first")
@@ -147,6 +150,7 @@ def test_options_that_mean_nothing_are_refused(program, options, capsys):
     assert options[0] in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_peaks_are_read_in_processes_of_their_own(program, models, tmp_path):
     from real_size import build_folder
     from speed.cases import CASES
@@ -167,6 +171,7 @@ def test_peaks_are_read_in_processes_of_their_own(program, models, tmp_path):
     assert "no peak memory of plain diffusers" in bench.notes[0]
 
 
+@pytest.mark.long
 def test_without_a_gpu_the_gpu_program_says_so_and_leaves_in_peace(tmp_path):
     done = subprocess.run(
         [sys.executable, BENCHMARKS / "gpu.py", "--out", tmp_path],

@@ -93,6 +93,7 @@ def test_weights_that_are_shared_count_once():
     assert weight_bytes(first, both) == 4 * (100 + 110)
 
 
+@pytest.mark.long
 def test_the_arithmetic_of_real_models_is_the_published_one():
     from speed.counting import Counts, arithmetic
 
@@ -106,6 +107,7 @@ def test_the_arithmetic_of_real_models_is_the_published_one():
     assert work.total(counts, exits=True) == 2 * work.unet_exit + work.vae + 3 * work.text
 
 
+@pytest.mark.long
 def test_the_arithmetic_of_dift_is_the_published_one():
     """Eight encodings and eight passes to the tap: 29.9 TFLOP; with one encoding 11.6."""
     from speed.counting import Counts, arithmetic
@@ -213,6 +215,7 @@ def test_other_programs_stand_in_the_report_with_what_they_printed(tmp_path, mon
     assert "* benchmarks/broken.py left with status 3" in text
 
 
+@pytest.mark.long
 def test_a_benchmark_that_fails_or_takes_too_long_is_told_of(tmp_path):
     from gpu import run_benchmark
 

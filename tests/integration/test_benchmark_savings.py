@@ -35,6 +35,7 @@ def run(program, tmp_path, monkeypatch):
     return call
 
 
+@pytest.mark.long
 def test_ratios_are_those_of_the_times_and_times_of_before_stay(run):
     report, page = run("--time", "sd2.1-base", "--repeats", "1")
     times = report["times"]["sd2.1-base"]

@@ -49,6 +49,7 @@ def quick(program, models, tmp_path, capsys):
     return run
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "cases",
     [{"sd2.1-unit": UNIT, "sd2.1-matrix": MATRIX}, {"sdxl-unit": UNIT}],
@@ -73,6 +74,7 @@ def test_every_case_costs_what_it_must_and_agrees(quick, cases):
     assert counts == cases
 
 
+@pytest.mark.long
 def test_ratios_are_of_the_times_that_are_shown(quick):
     _, told, _, _ = quick("--cases", "sd2.1-unit", "--pairs", "2")
     released, *ours = told["rows"]
@@ -82,6 +84,7 @@ def test_ratios_are_of_the_times_that_are_shown(quick):
         assert row["operations"] < released["operations"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["paper", "discffusion", "shared-query"])
 def test_scores_that_differ_are_not_compared(quick, monkeypatch, kind):
     """Keys of another text give another score: 16 layers of 64 pixels tell them apart."""
@@ -138,6 +141,7 @@ def test_no_two_questions_share_a_picture_or_a_text(program):
     assert len(set(texts)) == len(texts) == 4 * (2 + 32)
 
 
+@pytest.mark.long
 def test_the_arithmetic_of_scores_is_the_published_one(program):
     """A pass to the last cross-attention is 98.5 % of a whole one of SD 2.1, 92.2 % of SDXL's."""
     from speed.counting import Counts, score_arithmetic

@@ -17,6 +17,7 @@ def teraflops(call: Callable[[], object]) -> float:
     return counter.get_total_flops() / 1e12
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("alias", "taps", "whole", "share"),
     [("sd2.1-base", ["up_blocks.1"], 0.804, 0.547), ("sdxl", None, 1.589, 0.841)],

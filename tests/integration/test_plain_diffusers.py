@@ -46,6 +46,7 @@ def plain_features(pipe, image, prompt, timestep, size, taps) -> dict[str, torch
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("timestep", [50, 261])
 @pytest.mark.parametrize("kind", TAPS)
 @torch.no_grad()

@@ -115,6 +115,7 @@ def plain_place(shares):
     return torch.tensor(centre + spread)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", CASES)
 @torch.no_grad()
 def test_word_tokens_and_their_places_equal_a_plain_program(request, kind):

@@ -51,6 +51,7 @@ def test_dift_features_are_those_of_its_code(model, text, draws):
     assert_close(encoder.extract(picture(0, 64, 96), text)["up_blocks.1"], theirs)
 
 
+@pytest.mark.long
 def test_dift_takes_the_same_way_for_the_other_topology(model):
     encoder = DiffusionEncoder.from_pretrained(model("sd1.5"), preset="dift", size=(64, 96))
     ours = encoder.extract(picture(0, 64, 96), PROMPT)["up_blocks.1"]

@@ -138,6 +138,7 @@ STEPS = (189, 389, 589, 789, 989)
 FOLDERS = ["tiny_sd_folder", "tiny_sd21_folder", "tiny_sdxl_folder"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fixture", FOLDERS)
 def test_the_papers_score_is_the_log_partition_of_every_cross_attention(fixture, images, models_of):
     plain, backbone = models_of(fixture)
@@ -186,6 +187,7 @@ def test_diffusion_classifier_is_minus_the_mean_squared_error(fixture, images, m
     assert_scores(scorer(images, TEXTS), table(images, score))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fixture", FOLDERS[1:])
 def test_diffusion_itm_is_a_difference_of_norms_at_its_ten_timesteps(fixture, images, models_of):
     plain, backbone = models_of(fixture)

@@ -77,6 +77,7 @@ def test_latents_have_unit_scale(backbone):
     assert 0.8 < latents.std() < 1.2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("items", [8, pytest.param(24, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("kind", "floor"),

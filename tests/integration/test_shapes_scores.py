@@ -16,6 +16,7 @@ def scorer():
     return CrossAttnScorer.from_pretrained("shapes")
 
 
+@pytest.mark.long
 def test_the_noise_is_found_better_under_the_true_text(scorer):
     items = winoground_items(12, seed=950_000, kinds=["noun"])
     classifier = scorer.with_options(preset="diffusion-classifier")
@@ -43,6 +44,7 @@ def test_calibration_takes_the_offset_of_a_text_away(scorer, mode):
     assert spread_of_texts(calibrated(images, texts)) < 0.5 * spread_of_texts(raw(images, texts))
 
 
+@pytest.mark.long
 def test_the_default_score_ranks_pictures_by_their_words(scorer):
     """Of two pictures the one that shows what a text says, for a noun or a colour exchanged."""
     items = winoground_items(6, seed=950_003, kinds=["noun", "color"])

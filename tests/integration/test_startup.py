@@ -32,6 +32,7 @@ def added():
     return json.loads(subprocess.run(call, check=True, capture_output=True, text=True).stdout)
 
 
+@pytest.mark.long
 def test_the_first_features_import_a_scheduler_and_small_libraries_alone(added):
     foreign = [
         name

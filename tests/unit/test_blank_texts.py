@@ -98,6 +98,7 @@ def test_only_rows_with_a_text_compare_cells_and_tokens(encoder, attended):
     assert set(attended) == {1}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("part", ["down", "middle"])
 def test_the_way_down_without_a_text_skips_too(encoder, attended, part):
     config = EncoderConfig(**OPTIONS, reuse=part)

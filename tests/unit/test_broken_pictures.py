@@ -307,6 +307,7 @@ def test_without_being_told_to_skip_it_ends_with_the_name(parts, tmp_path):
     assert "Traceback" not in str(ended.value)
 
 
+@pytest.mark.long
 @TRAINING
 def test_a_run_goes_on_with_the_samples_that_it_began_with(parts, tmp_path):
     files = files_of(parts)

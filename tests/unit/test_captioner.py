@@ -103,6 +103,7 @@ def test_it_begins_exactly_unconditional(encoder):
     assert halves[TAP].shape[1] == 2 * plain.extract(picture())[TAP].shape[1]
 
 
+@pytest.mark.long
 def test_it_begins_exactly_unconditional_on_sdxl_in_half_precision_too(tiny_sdxl_folder, sdxl):
     plain = DiffusionEncoder.from_pretrained(tiny_sdxl_folder, taps=("mid_block",), size=64)
     assert torch.equal(sdxl(picture()), plain(picture()))

@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -12,6 +13,7 @@ def run(*arguments):
     return CliRunner().invoke(app, ["demo", *map(str, arguments)])
 
 
+@pytest.mark.long
 def test_numbers_are_printed_and_a_figure_is_written(tiny_sd_folder, tmp_path):
     output = tmp_path / "demo.png"
     result = run("--model", tiny_sd_folder, "-o", output)

@@ -37,6 +37,7 @@ def pictures(tmp_path_factory):
     return paths
 
 
+@pytest.mark.long
 def test_the_file_holds_what_the_encoder_gives(tiny_sd_folder, pictures, tmp_path):
     output = tmp_path / "f.safetensors"
     prompts = ["a red circle", "blue", "a square"]
@@ -236,6 +237,7 @@ def test_a_preset_reads_as_a_published_method_does(tiny_sd_folder, pictures, tmp
     assert "Did you mean 'hyperfeatures'" in unknown.output
 
 
+@pytest.mark.long
 def test_word_tokens_are_written_with_their_places_and_their_words(
     tiny_sd_folder, pictures, tmp_path
 ):

@@ -37,6 +37,7 @@ def calls(monkeypatch):
     return counted
 
 
+@pytest.mark.long
 def test_several_scores_in_one_run(model, tiny_sd_folder, tmp_path, calls):
     result = run(
         *("winoground", *MINI, *model, "--trials", 2, "-o", tmp_path / "out"),
@@ -58,6 +59,7 @@ def test_several_scores_in_one_run(model, tiny_sd_folder, tmp_path, calls):
     assert len(calls) == 2 * 5 * 2
 
 
+@pytest.mark.long
 def test_a_repeated_run_scores_nothing_and_more_trials_only_what_is_missing(model, tmp_path, calls):
     arguments = ("winoground", *MINI, *model, "-o", tmp_path)
     first = run(*arguments, "--trials", 1)
@@ -72,6 +74,7 @@ def test_a_repeated_run_scores_nothing_and_more_trials_only_what_is_missing(mode
     assert len(calls) == 15
 
 
+@pytest.mark.long
 def test_an_interrupted_run_says_how_it_goes_on(model, tmp_path, monkeypatch, calls):
     counting = matchers_module.ScorerMatcher.__call__
 
@@ -92,6 +95,7 @@ def test_an_interrupted_run_says_how_it_goes_on(model, tmp_path, monkeypatch, ca
     assert sum(line["type"] == "score" for line in read_lines(tmp_path / "scores.jsonl")) == 6
 
 
+@pytest.mark.long
 def test_another_configuration_in_the_same_folder_is_refused(model, tmp_path):
     arguments = ("winoground", *MINI, *model, "--trials", 1, "-o", tmp_path)
     assert run(*arguments).exit_code == 0
@@ -102,6 +106,7 @@ def test_another_configuration_in_the_same_folder_is_refused(model, tmp_path):
     assert "--force" in result.output
 
 
+@pytest.mark.long
 def test_real_data_is_read_and_the_paper_stands_beside_it(model, tmp_path):
     data = winoground_jsonl(tmp_path / "winoground")
     result = run(
@@ -117,6 +122,7 @@ def test_real_data_is_read_and_the_paper_stands_beside_it(model, tmp_path):
     assert "paper:" not in without.stdout
 
 
+@pytest.mark.long
 def test_broken_data_is_told_in_one_line_and_skipped_on_request(model, tmp_path, calls):
     data = mmvp_vlm(tmp_path / "data")
     (data / "MLLM_VLM Images/Presence/3.jpg").write_bytes(b"")
@@ -134,6 +140,7 @@ def test_broken_data_is_told_in_one_line_and_skipped_on_request(model, tmp_path,
     assert 'template is "{}, seen", was "a photo of {}"' in again.output
 
 
+@pytest.mark.long
 def test_calibration_by_pictures_of_the_data(model, tmp_path):
     arguments = ("winoground", *MINI, *model, "--trials", 1, "-o", tmp_path / "o")
     result = run(*arguments, "--data-references", 3)
@@ -152,6 +159,7 @@ def test_json_is_printed_alone(model, tmp_path):
     assert json.loads(result.stdout)["benchmark"] == "mmvp-vlm"
 
 
+@pytest.mark.long
 def test_the_timestep_study_writes_table_and_picture(model, tmp_path, calls):
     pytest.importorskip("matplotlib")
     result = run(
@@ -170,6 +178,7 @@ def test_the_timestep_study_writes_table_and_picture(model, tmp_path, calls):
     assert re.search(r"^ +ensemble +\S+ ± ", result.stdout, re.MULTILINE)
 
 
+@pytest.mark.long
 def test_the_draw_study_writes_table_and_picture(model, tmp_path, calls):
     pytest.importorskip("matplotlib")
     result = run(

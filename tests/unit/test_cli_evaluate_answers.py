@@ -123,6 +123,7 @@ def test_help_says_what_is_needed(command):
 
 
 class TestCaptions:
+    @pytest.mark.long
     def test_a_tiny_model_captions_twice_and_its_captions_are_prompts(self, models, tmp_path):
         result = done(
             *("captions", models / "sd", "--data", "shapes", "--limit", 3, "--passes", 2),
@@ -154,6 +155,7 @@ class TestCaptions:
         assert re.search(r"^  clip +100\.00 +100\.00$", scored.stdout, re.MULTILINE)
         assert "they say nothing of photographs" in scored.stdout
 
+    @pytest.mark.long
     def test_true_captions_as_prompts(self, models, speech):
         arguments = ("captions", models / "sd", "--data", "shapes", "--limit", 6)
         done(*arguments, "--prompts", "caption")
@@ -431,6 +433,7 @@ class TestLeakage:
         assert content["settings"][0]["readout"]["said"] == 1
         assert len(speech.asked) == 3 * 2 * 6
 
+    @pytest.mark.long
     def test_guidance_reaches_the_features(self, models, speech):
         """The features of each row are those of an encoder that was loaded with its scale."""
         found = {}

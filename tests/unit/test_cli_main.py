@@ -56,6 +56,7 @@ def test_the_program_itself_imports_nothing_heavy():
     assert not set(HEAVY) & set(done.stdout.split())
 
 
+@pytest.mark.long
 def test_an_error_is_one_line_on_standard_error(tmp_path):
     output = tmp_path / "a.safetensors"
     done = run_python("-m", "diffenc.cli.main", "encode", tmp_path / "no.png", "-o", output)

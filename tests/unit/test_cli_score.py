@@ -29,6 +29,7 @@ ASKED = [part for text in TEXTS for part in ("--text", text)]
 FAST = ("--size", 64, "--timesteps", "200,700")
 
 
+@pytest.mark.long
 def test_json_holds_what_the_scorer_gives(tiny_sd_folder, pictures):
     result = run(
         *("score", *pictures, *ASKED, *FAST, "-m", tiny_sd_folder, "--preset", "paper"),
@@ -53,6 +54,7 @@ def test_json_holds_what_the_scorer_gives(tiny_sd_folder, pictures):
     assert found["seeds"] == [3, 4]
 
 
+@pytest.mark.long
 def test_the_table_marks_the_best_text_and_the_best_image(tiny_sd_folder, pictures):
     result = run("score", *pictures, *ASKED, *FAST, "-m", tiny_sd_folder, "--trials", 2)
     assert result.exit_code == 0, result.output
@@ -140,6 +142,7 @@ def test_maps_are_drawn_in_rows(tiny_sd_folder, pictures, tmp_path):
     assert run("maps", pictures[0], "-t", "red", "-o", output).exit_code == 2  # it exists
 
 
+@pytest.mark.long
 def test_a_bank_is_written_and_searched(tiny_sd_folder, pictures, tmp_path):
     bank = tmp_path / "bank"
     built = run(
@@ -169,6 +172,7 @@ def test_a_bank_is_written_and_searched(tiny_sd_folder, pictures, tmp_path):
 INDEX = (*FAST, "--layers", "up_blocks.1")
 
 
+@pytest.mark.long
 def test_an_interrupted_index_is_gone_on_with(tiny_sd_folder, pictures, tmp_path, monkeypatch):
     arguments = ("index", *pictures, "-o", tmp_path / "bank", "-m", tiny_sd_folder, *INDEX)
     small = {"shard_bytes": 1}

@@ -14,6 +14,7 @@ def run(*arguments):
     return CliRunner().invoke(app, ["study", "features", *map(str, arguments)])
 
 
+@pytest.mark.long
 def test_tables_are_printed_and_three_files_are_written(tiny_sd_folder, tmp_path):
     folder = tmp_path / "new" / "folder"
     result = run("-b", tiny_sd_folder, "-o", folder, "--taps", "conv_in,up_blocks.1", *SMALL)

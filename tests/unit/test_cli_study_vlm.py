@@ -69,6 +69,7 @@ def run(*arguments):
     return CliRunner().invoke(app, ["study", *map(str, arguments)])
 
 
+@pytest.mark.long
 def test_a_study_is_run_printed_and_written(config, language_model, tmp_path):
     options = ("--config", config, "--language-model", language_model, "--seeds", 2)
     options = (*options, "--work", tmp_path / "work")
@@ -94,6 +95,7 @@ def test_a_study_is_run_printed_and_written(config, language_model, tmp_path):
     assert "2 trainings, 2 of them done before" in forced.stdout
 
 
+@pytest.mark.long
 def test_a_study_without_plots_writes_no_picture(config, language_model, tmp_path):
     config.write_text(config.read_text("utf-8").replace('plots = ["captions/named"]', ""), "utf-8")
     options = ("--config", config, "--language-model", language_model, "--seeds", 1)

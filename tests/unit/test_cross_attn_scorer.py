@@ -163,6 +163,7 @@ def test_a_text_costs_no_pass_up_to_the_last_layer(backbone, images, monkeypatch
 MODES = ["exact", "shared-query"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("calibration", [None, "gray"])
 def test_a_score_does_not_depend_on_what_else_is_in_the_call(backbone, images, mode, calibration):
@@ -322,6 +323,7 @@ def test_the_error_without_the_text_goes_with_a_score_of_words(backbone, images)
     torch.testing.assert_close(scorer(images, TEXTS), attention + errors, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 def test_screening_scores_the_kept_exactly_and_tells_the_dropped(backbone, counts, images):
     texts = [
         f"{color} {noun}" for color in ("red", "blue") for noun in ("a", "of", "left", "photo")
@@ -354,6 +356,7 @@ def test_any_shape_of_image_is_scored(backbone):
     assert wide.shape == (2, 3)
 
 
+@pytest.mark.long
 def test_save_and_load_are_the_identity(tiny_sd_folder, images, tmp_path):
     scorer = CrossAttnScorer.from_pretrained(
         tiny_sd_folder, size=64, timesteps=TWO_STEPS, layers="up_blocks.1", mode="shared-query"

@@ -357,6 +357,7 @@ def sources() -> dict[str, ast.Module]:
     }
 
 
+@pytest.mark.long
 def test_whatever_makes_a_tensor_names_its_dtype_and_its_device():
     lacking, on_purpose = [], set()
     for source, tree in sources().items():

@@ -404,6 +404,7 @@ def test_two_threads_may_share_an_encoder(encoder):
         assert all(torch.equal(result, expected[index]) for result in results[index])
 
 
+@pytest.mark.long
 def test_the_backbone_is_registered_copied_and_pickled(encoder):
     assert any(name.startswith("backbone.unet.") for name in encoder.state_dict())
     for twin in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
@@ -500,6 +501,7 @@ def test_sdxl_may_be_told_the_original_size(sdxl_encoder, tmp_path):
     )
 
 
+@pytest.mark.long
 def test_save_and_load_is_identity(tiny_sd_folder, tmp_path, encoder):
     options = {"taps": ("mid_block",), "timestep": 261, "size": (64, 96), "guidance_scale": 4.5}
     first = DiffusionEncoder.from_pretrained(tiny_sd_folder, **options)
@@ -602,6 +604,7 @@ def test_missing_weights_of_a_truncated_unet_are_named(tiny_sd_folder, tmp_path)
         DiffusionEncoder.from_pretrained(broken, taps="mid_block", truncate=True)
 
 
+@pytest.mark.long
 def test_a_compiled_encoder_gives_the_same_features_without_graph_breaks(
     tiny_sd_folder, pytestconfig
 ):

@@ -69,6 +69,7 @@ def sd():
     return DiffusionEncoder(tiny_backbone(), EncoderConfig(taps=("up_blocks.0",), size=16))
 
 
+@pytest.mark.long
 def test_a_new_adapter_changes_nothing_and_a_trained_one_does(encoder):
     plain = encoder([picture(), picture(1)], ["red", "blue circle"])
     encoder.add_lora(rank=2)
@@ -86,6 +87,7 @@ ALL = ("to_q", "to_k", "to_v", "to_out.0")
 INSIDE = "up_blocks.1.attentions.1.transformer_blocks.0"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("truncated", [False, True])
 @pytest.mark.parametrize(
     ("taps", "whole", "partly"),
@@ -122,6 +124,7 @@ def test_every_adapted_layer_gets_a_gradient_and_no_other_parameter_does(
     assert moved == expected
 
 
+@pytest.mark.long
 def test_sdxl_reaches_every_adapted_layer_too(tiny_sdxl_folder):
     taps = (
         "up_blocks.0.attentions.0.transformer_blocks.1",
@@ -227,6 +230,7 @@ def test_only_the_adapter_in_use_trains(sd):
     assert trained() == {"second"}
 
 
+@pytest.mark.long
 def test_merged_features_are_equal_and_unmerging_is_exact(encoder):
     encoder = encoder.to(torch.bfloat16)
     weights = copy.deepcopy(encoder.backbone.unet.state_dict())
@@ -314,6 +318,7 @@ def test_training_under_autocast_lowers_the_loss_and_remembers_nothing_imprecise
     assert torch.equal(sd(picture()), exact)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("training", [False, True])
 def test_checkpointing_changes_no_gradient(encoder, training):
     encoder.add_lora(rank=2)
@@ -335,6 +340,7 @@ def test_checkpointing_changes_no_gradient(encoder, training):
     assert sum(len(m._forward_hooks) for m in encoder.backbone.unet.modules()) == 0
 
 
+@pytest.mark.long
 def test_compiled_encoders_follow_their_adapters(pytestconfig):
     """A tap that is an adapted layer itself: compiled code has a copy of it."""
     if pytestconfig.getoption("jaxtyping_packages", None):
@@ -406,6 +412,7 @@ def test_the_summary_counts_what_trains(sd):
     assert lines["all"][1:3] == [f"{total:,}", f"{count:,}"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("truncated", [False, True])
 def test_a_saved_adapter_comes_back_and_trains_if_asked(tiny_sd_folder, tmp_path, truncated):
     encoder = load(tiny_sd_folder, truncate=truncated)
@@ -422,6 +429,7 @@ def test_a_saved_adapter_comes_back_and_trains_if_asked(tiny_sd_folder, tmp_path
     assert names == [name for name, _ in encoder.named_trainable_parameters()]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("folder", "pipeline"),
     [
@@ -491,12 +499,14 @@ def test_adapters_of_another_backbone_are_refused(
     assert other.lora_names == ()
 
 
+@pytest.mark.long
 def test_rounding_of_the_dtype_makes_no_other_backbone(tiny_sd_folder, tmp_path):
     saved(tiny_sd_folder, tmp_path)
     for dtype in (torch.bfloat16, torch.float16):
         load(tiny_sd_folder, dtype=dtype).load_lora(tmp_path)
 
 
+@pytest.mark.long
 def test_adapters_for_other_taps_are_refused(tiny_sd_folder, tmp_path):
     saved(tiny_sd_folder, tmp_path)
     before = load(tiny_sd_folder, taps=("mid_block",))

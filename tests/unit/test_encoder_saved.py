@@ -77,6 +77,7 @@ COMBINATIONS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("included", [False, True])
 @pytest.mark.parametrize(("kind", "parts"), COMBINATIONS)
 def test_what_is_saved_comes_back(kind, parts, included, clip_folder, tmp_path, request):
@@ -98,6 +99,7 @@ def test_what_is_saved_comes_back(kind, parts, included, clip_folder, tmp_path, 
     assert (source / "backbone").is_dir() == included
 
 
+@pytest.mark.long
 def test_no_adapter_in_use_and_a_merged_one_come_back_as_they_were(
     tiny_sd_folder, clip_folder, tmp_path
 ):
@@ -119,6 +121,7 @@ def test_no_adapter_in_use_and_a_merged_one_come_back_as_they_were(
         assert_equal(again, plain)  # the weights without the adapter are there, exactly
 
 
+@pytest.mark.long
 def test_training_goes_on_if_asked(tiny_sd_folder, clip_folder, tmp_path):
     encoder = build(tiny_sd_folder, ("lora", "captioner"), clip_folder)
     encoder.save_pretrained(tmp_path)
@@ -131,6 +134,7 @@ def test_training_goes_on_if_asked(tiny_sd_folder, clip_folder, tmp_path):
     assert all(p.grad is not None for p in again.trainable_parameters())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "pipeline"), [("sd", StableDiffusionPipeline), ("sdxl", StableDiffusionXLPipeline)]
 )
@@ -149,6 +153,7 @@ def test_the_included_backbone_is_a_folder_for_diffusers(
     assert mine.tokenizer(text).input_ids == theirs.tokenizer(text).input_ids
 
 
+@pytest.mark.long
 def test_truncated_half_precision_and_given_parts_are_included_too(tiny_sd_folder, tmp_path):
     torch.manual_seed(0)
     tiny = AutoencoderTiny(
@@ -171,6 +176,7 @@ def test_truncated_half_precision_and_given_parts_are_included_too(tiny_sd_folde
         DiffusionEncoder.from_pretrained(tmp_path / "c", dtype=torch.bfloat16)
 
 
+@pytest.mark.long
 def test_a_bundled_backbone_reads_the_same_taps_from_its_folder(tmp_path):
     encoder = DiffusionEncoder.from_pretrained("shapes")
     encoder.save_pretrained(tmp_path, include_backbone=True)
@@ -181,6 +187,7 @@ def test_a_bundled_backbone_reads_the_same_taps_from_its_folder(tmp_path):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_a_clip_without_a_name_is_asked_for(tiny_sd_folder, clip_folder, tmp_path):
     encoder = DiffusionEncoder.from_pretrained(tiny_sd_folder, **ARGUMENTS)
     encoder.add_captioner(tiny_clip())
@@ -203,6 +210,7 @@ def test_nothing_but_json_and_safetensors_is_written(tiny_sd_folder, clip_folder
     assert {p.name for p in tmp_path.iterdir()} == {"config.json", "lora", "captioner", "backbone"}
 
 
+@pytest.mark.long
 def test_half_saved_folders_are_refused(tiny_sd_folder, clip_folder, tmp_path, monkeypatch):
     whole = tmp_path / "whole"
     encoder = build(tiny_sd_folder, ("lora", "captioner"), clip_folder)
@@ -235,6 +243,7 @@ def test_half_saved_folders_are_refused(tiny_sd_folder, clip_folder, tmp_path, m
         DiffusionEncoder.from_pretrained(whole)
 
 
+@pytest.mark.long
 def test_saving_that_is_interrupted_leaves_no_folder_that_can_be_read(
     tiny_sd_folder, clip_folder, tmp_path, monkeypatch
 ):
@@ -274,6 +283,7 @@ def test_configs_that_were_tampered_with_are_told(tiny_sd_folder, tmp_path):
             DiffusionEncoder.from_pretrained(tmp_path)
 
 
+@pytest.mark.long
 def test_other_taps_than_those_that_were_trained_are_told(tiny_sd_folder, clip_folder, tmp_path):
     encoder = build(tiny_sd_folder, ("lora",), clip_folder)
     encoder.save_pretrained(tmp_path)

@@ -117,6 +117,7 @@ evaluate(shapes_benchmark("winoground", per_label=8), [Slow()], results=Path(sys
 """
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_without_loss(tmp_path):
     path = tmp_path / "scores.jsonl"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

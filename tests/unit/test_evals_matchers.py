@@ -106,6 +106,7 @@ def test_names_are_short(tiny_sd_folder):
     assert short_name("owner/model") == "owner/model"
 
 
+@pytest.mark.long
 def test_trials_differ_by_noise_alone(scorer):
     data = shapes_benchmark("winoground", per_label=1)
     found = evaluate(data, [ScorerMatcher(scorer, name="paper")], trials=2)

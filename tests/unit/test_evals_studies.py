@@ -139,6 +139,7 @@ def test_too_few_noises_are_refused():
         draw_study(found, "random")
 
 
+@pytest.mark.long
 def test_pictures_are_drawn(by_timestep, many_trials, tmp_path):
     pytest.importorskip("matplotlib")
     plot_timesteps(timestep_study(by_timestep, "parts", STEPS, STEPS), tmp_path / "t.png")

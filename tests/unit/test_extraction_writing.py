@@ -69,6 +69,7 @@ def files(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.long
 def test_every_picture_has_its_row_under_its_name(written, pictures, expected):
     assert written.ids == tuple(sorted(path.name for path in pictures.glob("*.png")))
     assert close(written.stack(TAP), expected)
@@ -297,6 +298,7 @@ def test_missing_files_are_named_before_a_model_is_loaded(pictures, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 def test_pictures_of_every_mode_become_what_the_encoder_makes_of_them(
     tiny_sd_folder, make, tmp_path
 ):

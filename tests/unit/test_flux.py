@@ -206,6 +206,7 @@ def test_taps_are_known_before_weights(folder):
     assert default == ("single_transformer_blocks.0",)
 
 
+@pytest.mark.long
 def test_real_models_are_described_without_weights():
     taps = {tap.name: (tap.channels, tap.reduction) for tap in list_taps("flux-dev")}
     assert taps["single_transformer_blocks.37"] == taps["single_transformer_blocks.9.norm"]

@@ -385,6 +385,7 @@ def test_a_model_on_another_tower_or_of_another_signature_is_refused() -> None:
 # Adapters that never train
 
 
+@pytest.mark.long
 def test_an_adapter_that_nothing_trains_is_told_of_once() -> None:
     tower = DiffusionVisionTower(NAME).train()
     side = tower.image_size

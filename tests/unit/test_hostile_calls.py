@@ -143,6 +143,7 @@ def test_scores(scorer):
     assert foreign(calls, VALUES) == []
 
 
+@pytest.mark.long
 def test_word_maps(scorer):
     options = ("words", "preset", "layers", "heads", "timesteps", "seed")
     calls = {
@@ -157,6 +158,7 @@ def test_pictures(encoder, scorer):
     assert foreign(calls, [value for value in VALUES if not isinstance(value, str)]) == []
 
 
+@pytest.mark.long
 def test_loading_options(tiny_sd_folder, encoder):
     names = ("device", "dtype", "prediction_type", "architecture", "keep_taps", "vae", "tokenizer")
     calls = {
@@ -186,6 +188,7 @@ def test_projectors(encoder):
     assert foreign(calls, VALUES) == []
 
 
+@pytest.mark.long
 def test_adapters_and_captioners(tiny_sd_folder, encoder):
     names = ("rank", "alpha", "dropout", "projections", "name")
     adapted = DiffusionEncoder.from_pretrained(tiny_sd_folder, taps=("mid_block",))

@@ -249,6 +249,7 @@ def fuzz(readers, count):
     return counts
 
 
+@pytest.mark.long
 def test_files_changed_at_random_raise_nothing_else(readers):
     counts = fuzz(readers, 30)
     assert sum(counts.values()) > 8 * len(counts)

@@ -183,6 +183,7 @@ def test_a_repository_of_pickles_is_refused_before_they_are_fetched(hub, sdxl):
     assert hub.weights() == set()
 
 
+@pytest.mark.long
 def test_without_network_the_cache_is_read(hub, sdxl):
     online = load_backbone(NAME, dtype=torch.float16).unet.state_dict()
     hub.online = False

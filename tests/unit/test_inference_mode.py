@@ -35,6 +35,7 @@ def loaded_inside(request, tiny_sd_folder):
         return load(name)
 
 
+@pytest.mark.long
 def test_a_model_loaded_inside_works_and_trains_outside(loaded_inside, tiny_sd_folder):
     tensors = [*loaded_inside.parameters(), *loaded_inside.buffers()]
     assert not any(tensor.is_inference() for tensor in tensors)
@@ -44,6 +45,7 @@ def test_a_model_loaded_inside_works_and_trains_outside(loaded_inside, tiny_sd_f
     assert trains(loaded_inside)
 
 
+@pytest.mark.long
 def test_an_adapter_and_a_captioner_made_inside_train_outside(tiny_sd_folder):
     reached_layers._reached.cache_clear()
     encoder = load(tiny_sd_folder)
@@ -62,6 +64,7 @@ def test_an_adapter_and_a_captioner_made_inside_train_outside(tiny_sd_folder):
     assert trains(other)
 
 
+@pytest.mark.long
 def test_what_was_loaded_inside_from_files_trains_outside(tiny_sd_folder, tmp_path):
     encoder = load(tiny_sd_folder)
     encoder.add_lora(rank=2)
@@ -72,6 +75,7 @@ def test_what_was_loaded_inside_from_files_trains_outside(tiny_sd_folder, tmp_pa
     assert trains(again)
 
 
+@pytest.mark.long
 def test_a_model_that_was_moved_inside_trains_outside(tiny_sd_folder):
     for move in (
         lambda e: e.to(torch.bfloat16).float(),

@@ -168,6 +168,7 @@ def test_cross_attention_has_no_text_share():
         CrossAttnScorer.from_pretrained("shapes").text_share(picture(*SIZE), TEXT)
 
 
+@pytest.mark.long
 def test_an_adapter_trains_what_the_tap_reads_and_is_saved_for_diffusers(kind, folder, tmp_path):
     tap = "single_transformer_blocks.0" if kind == "flux" else "transformer_blocks.1"
     encoder = DiffusionEncoder.from_pretrained(folder, taps=(tap,), size=SIZE)

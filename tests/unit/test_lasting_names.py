@@ -41,6 +41,7 @@ def put_another_model(folder):
     backbone.unet.save_pretrained(folder / "unet")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "name"),
     [(DiffusionEncoder, "models/sd"), (CrossAttnScorer, "../here/models/sd")],
@@ -67,6 +68,7 @@ def test_a_model_within_the_saved_folder_moves_with_it(models, monkeypatch, kind
     assert kind.from_pretrained("../moved").backbone.name == str(models / "moved" / "sd")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [DiffusionEncoder, CrossAttnScorer])
 def test_another_model_in_the_same_place_is_refused(models, kind):
     kind.from_pretrained("models/sd").save_pretrained("saved")
@@ -75,6 +77,7 @@ def test_another_model_in_the_same_place_is_refused(models, kind):
         kind.from_pretrained("saved")
 
 
+@pytest.mark.long
 def test_half_precision_and_a_cut_model_are_known_again(models):
     encoder = DiffusionEncoder.from_pretrained("models/sd", taps="mid_block", timestep=20)
     encoder.save_pretrained("saved")
@@ -83,6 +86,7 @@ def test_half_precision_and_a_cut_model_are_known_again(models):
     DiffusionEncoder.from_pretrained("saved", unet=other)  # the caller's own, on purpose
 
 
+@pytest.mark.long
 def test_a_bank_is_found_from_another_directory_and_knows_its_model(models, monkeypatch):
     scorer = CrossAttnScorer.from_pretrained(
         "models/sd", preset="paper", mode="shared-query", timesteps=(300,)
@@ -99,6 +103,7 @@ def test_a_bank_is_found_from_another_directory_and_knows_its_model(models, monk
     assert again.backbone.name == str(models / "here" / "models" / "sd")
 
 
+@pytest.mark.long
 def test_an_alias_wins_over_a_folder_of_its_name(tmp_path, monkeypatch, tiny_sd_folder):
     for alias in ("shapes", "sdxl"):
         shutil.copytree(tiny_sd_folder, tmp_path / alias)
@@ -186,6 +191,7 @@ def test_a_mark_tells_models_apart_and_outlives_rounding():
         assert not is_marked(unet, broken)
 
 
+@pytest.mark.long
 def test_the_name_of_cached_tokens_follows_every_value_and_setting():
     def changed(change):
         encoder = DiffusionEncoder(tiny_backbone())
@@ -278,6 +284,7 @@ def other_limit(backbone):
     backbone.tokenizer.model_max_length = 20
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -302,6 +309,7 @@ def test_settings_that_no_name_leads_to_are_not_lost_in_silence(
     DiffusionEncoder.from_pretrained(tmp_path / "whole")
 
 
+@pytest.mark.long
 def test_a_scorer_with_an_adapter_is_not_saved_without_it(tiny_sd_folder, tmp_path):
     encoder = DiffusionEncoder.from_pretrained(fresh(tiny_sd_folder))
     encoder.add_lora(rank=2)

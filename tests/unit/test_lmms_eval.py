@@ -385,6 +385,7 @@ class TestLlavaOfTransformers:
         [{"from": "human", "value": "how many"}],
     )
 
+    @pytest.mark.long
     def test_the_question_reaches_the_tower(self, llava, monkeypatch):
         tower, prompts = llava.model.require_tower().tower, []
         forward = tower.forward
@@ -468,6 +469,7 @@ def test_pictures_keep_their_size():
 # `diffenc evaluate` on the same checkpoints
 
 
+@pytest.mark.long
 def test_a_checkpoint_of_llava_is_asked_as_the_plug_in_asks_it(llava, llava_folder):
     model = HostedVLM(llava_folder, max_new_tokens=5)
     shown, questions = [SCENES[:1], SCENES[:2], []], [*QUESTIONS, QUESTIONS[0]]

@@ -53,6 +53,7 @@ def adapter_for(folder, targets, target):
     return target
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", MOVING)
 def test_adapters_that_move_the_features_are_taken(tiny_sd_folder, tmp_path, kind):
     folder = adapter_for(tiny_sd_folder, MOVING[kind], tmp_path / "adapter")
@@ -101,6 +102,7 @@ def test_adapters_that_move_nothing_are_refused_and_it_is_true(tiny_sd_folder, t
     assert torch.equal(encoder(IMAGE, "red"), plain)
 
 
+@pytest.mark.long
 def test_reach_is_what_a_gradient_finds_in_the_real_model(tiny_sd_folder):
     encoder = load(tiny_sd_folder)
     unet = encoder.backbone.unet.requires_grad_(True)
@@ -114,6 +116,7 @@ def test_reach_is_what_a_gradient_finds_in_the_real_model(tiny_sd_folder):
     assert reached_layers(dict(unet.config), TAPS) == expected
 
 
+@pytest.mark.long
 def test_what_is_no_such_layer_or_of_another_shape_is_refused(tiny_sd_folder, tmp_path):
     from safetensors.torch import load_file, save_file
 

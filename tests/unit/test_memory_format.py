@@ -24,6 +24,7 @@ def folder(request):
     return request.getfixturevalue(request.param)
 
 
+@pytest.mark.long
 def test_the_format_changes_no_feature(folder):
     image = torch.linspace(-1, 1, 3 * 64 * 96).reshape(3, 64, 96)
     expected = None
@@ -40,6 +41,7 @@ def test_the_format_changes_no_feature(folder):
             assert difference <= 1e-5 * expected[tap].abs().max()
 
 
+@pytest.mark.long
 def test_the_format_survives_moves_casts_copies_and_loading(folder):
     backbone = load_backbone(folder, channels_last=True)
     for changed in (

@@ -297,6 +297,7 @@ def test_clip_may_ask_several_timesteps_and_nothing_else_may(tiny_sd_folder, fus
             fuse(how, config, diffusion=several)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", MIXED)
 def test_a_saved_mixer_comes_back(fuse, tmp_path, how) -> None:
     encoder = fuse(how)

@@ -16,6 +16,7 @@ def rows():
     return table.table()
 
 
+@pytest.mark.long
 def test_the_page_of_models_holds_the_table_that_the_tool_makes(rows):
     page = table.PAGE.read_text(encoding="utf-8")
     assert table.BEGIN + rows + table.END in page
@@ -34,6 +35,7 @@ def test_the_score_is_that_of_the_results_page():
     assert any(table.SCORES["shapes"] in line for line in lines)
 
 
+@pytest.mark.long
 def test_arithmetic_and_size_are_those_that_were_counted_before(rows):
     line = next(line for line in rows.splitlines() if line.startswith("| `sdxl`"))
     assert "2,567.5" in line

@@ -153,6 +153,7 @@ def check(folder: Path, target: Path, seed: int, taps: tuple[str, ...]) -> None:
             assert torch.isfinite(one[1]).all(), damage
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("block", range(4))
 def test_a_damaged_folder_is_refused_or_sound(smallest, tmp_path, block):

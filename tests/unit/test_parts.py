@@ -53,6 +53,7 @@ def test_weights_are_found_under_any_prefix(tiny_sd_folder, tmp_path, prefix):
         assert all(torch.equal(found[key], weights[key]) for key in weights)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["tiny_sd_folder", "tiny_sdxl_folder"])
 def test_a_unet_takes_the_weights_of_a_file_whole_or_in_part(request, tmp_path, kind):
     folder, file = request.getfixturevalue(kind), tmp_path / "unet.safetensors"
@@ -73,6 +74,7 @@ def test_a_state_dict_in_the_original_layout_is_converted(tiny_sd21_folder, pref
     assert all(torch.equal(given[key], weights[key]) for key in weights)
 
 
+@pytest.mark.long
 def test_cleandift_s_weights_are_read_where_its_preset_says(tiny_sd21_folder, tmp_path):
     """Against the plain pipeline with these weights in its U-Net, on clean latents."""
     pipe = DiffusionPipeline.from_pretrained(tiny_sd21_folder)
@@ -95,6 +97,7 @@ def test_cleandift_s_weights_are_read_where_its_preset_says(tiny_sd21_folder, tm
     assert not torch.allclose(plain.extract(IMAGE, "red")["up_blocks.1"], ours, rtol=0.1)
 
 
+@pytest.mark.long
 def test_a_unet_may_be_a_module_with_other_configs(tiny_sd_folder):
     own = load_backbone(tiny_sd_folder).unet
     assert all(
@@ -223,6 +226,7 @@ def test_vaes_that_do_not_fit_are_refused(tiny_sd_folder, tmp_path):
         load_backbone(tiny_sd_folder, vae=tmp_path / "empty")
 
 
+@pytest.mark.long
 def test_other_text_encoders_must_fit_the_unet(tiny_sd_folder, tiny_sd21_folder, tiny_text_encoder):
     given = load_backbone(tiny_sd_folder, text_encoder=tiny_sd21_folder)
     assert given.text_encoder.config.num_hidden_layers == 3
@@ -230,6 +234,7 @@ def test_other_text_encoders_must_fit_the_unet(tiny_sd_folder, tiny_sd21_folder,
         load_backbone(tiny_sd_folder, text_encoder=copy.deepcopy(tiny_text_encoder))
 
 
+@pytest.mark.long
 def test_saved_encoders_find_paths_again_and_ask_for_objects(tiny_sd_folder, tmp_path, monkeypatch):
     weights = other_weights(load_backbone(tiny_sd_folder).unet)
     monkeypatch.chdir(tmp_path)
@@ -246,6 +251,7 @@ def test_saved_encoders_find_paths_again_and_ask_for_objects(tiny_sd_folder, tmp
     assert torch.equal(again(IMAGE, "red"), encoder(IMAGE, "red"))
 
 
+@pytest.mark.long
 def test_backbones_are_built_of_components(tiny_sd_folder, tiny_sdxl_folder):
     for folder, build in ((tiny_sd_folder, StableDiffusion), (tiny_sdxl_folder, StableDiffusionXL)):
         pipe = DiffusionPipeline.from_pretrained(folder)

@@ -67,6 +67,7 @@ def test_other_pictures_are_not_warned_of(images):
     assert not warned_of(images)
 
 
+@pytest.mark.long
 def test_it_is_once_in_a_process_whatever_the_filters_say():
     code = """
         import torch

@@ -31,6 +31,7 @@ def pipeline(tiny_sd_folder):
     return StableDiffusionPipeline.from_pretrained(tiny_sd_folder)
 
 
+@pytest.mark.long
 def test_features_and_scores_are_those_of_its_folder(model):
     folder, pipeline = model
     pipeline.unet.train().requires_grad_(True)

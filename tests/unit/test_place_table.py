@@ -41,6 +41,7 @@ def rows(tiny_sd_folder):
     return place_table(shared(tiny_sd_folder), [Counted()], hardware="abacus", **options)
 
 
+@pytest.mark.long
 def test_every_tap_timestep_and_text_has_its_row_with_costs_times_and_figures(rows):
     assert len(rows) == 2 * 2 * 2
     assert [row["timestep"] for row in rows[:4]] == ["10", "10", "50", "50"]
@@ -53,12 +54,14 @@ def test_every_tap_timestep_and_text_has_its_row_with_costs_times_and_figures(ro
         assert row["batch"] == "2"
 
 
+@pytest.mark.long
 def test_arithmetic_until_a_tap_is_that_of_a_unet_cut_there(tiny_sd_folder):
     config = describe(tiny_sd_folder).denoiser_config
     whole, until = pass_operations(config, 8, ["mid_block", "up_blocks.0"])
     assert 0 < until["mid_block"] < until["up_blocks.0"] < whole
 
 
+@pytest.mark.long
 def test_what_is_known_from_configs_needs_no_weights(tiny_sd_folder):
     (row,) = place_table(tiny_sd_folder, taps=["up_blocks.0"], timed=False)
     short = shortened(build_on_meta(describe(tiny_sd_folder))["unet"], ["up_blocks.0"])
@@ -134,12 +137,14 @@ def test_unknown_data_is_named_with_what_is_known(entry, message):
         measures_of(entry, 64)
 
 
+@pytest.mark.long
 def test_the_miniature_has_a_probe_points_shapes_and_an_order():
     tasks = measures_of("shapes", 64, Extent(scenes=30, pairs=2))
     assert [type(task).__name__ for task in tasks] == ["Probe", "Points", "Labels", "Labels"]
     assert [task.total for task in tasks] == [30, 2, 40, 40]
 
 
+@pytest.mark.long
 def test_the_command_measures_a_dataset_and_goes_on_with_the_file(tiny_sd_folder, tmp_path):
     nyu = write_nyu(write_nyu(tmp_path / "nyu"), split="train")
     place = {"model": "tiny", "size": "32", "tap": "mid_block", "timestep": "50", "text": "none"}

@@ -38,6 +38,7 @@ def scorer_of(backbone, **options):
     return CrossAttnScorer.from_pretrained(backbone, preset="paper", mode="shared-query", **options)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "options",
     [
@@ -57,6 +58,7 @@ def test_a_bank_scores_as_the_scorer_does(backbone, images, tmp_path, options):
     torch.testing.assert_close(bank.scores(TEXTS), scorer(images, TEXTS), rtol=0, atol=1e-5)
 
 
+@pytest.mark.long
 def test_sdxl_banks_and_given_references(tiny_sdxl_folder, images, tmp_path):
     scorer = scorer_of(load_backbone(tiny_sdxl_folder))
     scorer.calibrate(images[3:])
@@ -118,6 +120,7 @@ def test_other_weights_are_refused_and_other_dtypes_are_not(
         QueryBank.load(tmp_path, backbone=other)
 
 
+@pytest.mark.long
 def test_text_encoders_that_were_exchanged_and_adapters_left_out_are_refused(
     tiny_sd_folder, images, tmp_path
 ):

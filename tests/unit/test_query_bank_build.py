@@ -115,6 +115,7 @@ class TestGoingOn:
         assert done == [6, 7]
         assert files_of(tmp_path / "bank") == whole
 
+    @pytest.mark.long
     def test_shards_of_several_parts_end_where_they_would_have(self, backbone, paths, tmp_path):
         scorer, options = scorer_of(backbone), {"shard_bytes": 3_000}
         build(scorer, paths, tmp_path / "whole", **options)

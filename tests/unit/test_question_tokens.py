@@ -57,6 +57,7 @@ def waves(places):
     return torch.tensor(rows).flatten()
 
 
+@pytest.mark.long
 def test_tokens_are_the_grids_and_then_those_of_words_each_with_its_place(encoder):
     tokens = encoder(picture(0), QUESTION)
     channels = sum(tap.channels for tap in encoder.feature_info)
@@ -154,6 +155,7 @@ def test_words_of_a_second_window_gather_too(load):
     assert present == [3, 2]  # circle, square and the rest; circle and the rest
 
 
+@pytest.mark.long
 def test_sdxl_has_them(tiny_sdxl_folder):
     encoder = DiffusionEncoder.from_pretrained(
         fresh(tiny_sdxl_folder), taps=("up_blocks.1",), size=64, tokens="words", word_count=3
@@ -315,6 +317,7 @@ def test_a_spec_says_the_kind_of_tokens_and_their_number():
 # Language models
 
 
+@pytest.mark.long
 def test_a_language_model_takes_them_and_comes_back(load, tmp_path, tiny_sd21_base_folder):
     encoder = DiffusionEncoder.from_pretrained(
         tiny_sd21_base_folder, taps=TAPS, size=64, tokens="grid+words", word_count=4, grid=2

@@ -46,6 +46,7 @@ def test_features_are_read_where_the_paper_reads_them(tap, channels, reduction):
     assert (place.channels, place.reduction) == (channels, reduction)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "name",

@@ -11,6 +11,7 @@ from diffenc.models import load_backbone
 from diffenc.scorer import CrossAttnScorer
 
 
+@pytest.mark.long
 def test_an_encoder_shows_what_it_reads_and_where(tiny_sd_folder):
     encoder = DiffusionEncoder.from_pretrained(
         tiny_sd_folder, taps="up_blocks.1", timestep=(50, 100), conditioning="cfg", seed=3

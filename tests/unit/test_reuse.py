@@ -167,6 +167,7 @@ def by_hand(backbone, noisy_latents, timestep, text, taps, part):
     return outputs
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("part", ["down", "middle"])
 @pytest.mark.parametrize("folder", ["tiny_sd_folder", "tiny_sdxl_folder"])
 def test_reuse_gives_what_hooks_by_hand_give(request, folder, part):
@@ -191,6 +192,7 @@ def reusing(tiny_sd_folder):
     return DiffusionEncoder.from_pretrained(fresh(tiny_sd_folder), reuse="down", **OPTIONS)
 
 
+@pytest.mark.long
 def test_answers_do_not_depend_on_what_was_asked_before(reusing, convolved):
     unet = reusing.backbone.unet
     first = reusing.extract(pictures(), "red", conditioning="cfg")

@@ -129,6 +129,7 @@ def test_a_folder_of_another_kind_of_schedule_is_refused_before_weights_are_read
         load_backbone(folder)
 
 
+@pytest.mark.long
 def test_a_folder_s_schedule_is_read_whole_and_saved_whole(tiny_sd_folder, tmp_path):
     config = {
         "_class_name": "HeunDiscreteScheduler",  # has betas of its own where none are stated

@@ -32,6 +32,7 @@ def refused(folder, match):
         CrossAttnScorer.from_pretrained(folder)
 
 
+@pytest.mark.long
 def test_what_was_saved_comes_back(saved):
     again = CrossAttnScorer.from_pretrained(saved)
     assert len(again.references.pictures) == 3

@@ -35,6 +35,7 @@ def test_equal_seeds_give_equal_crowds_and_other_seeds_others():
     assert not set(sample_crowds(20, seed=3)) & set(sample_crowds(20, seed=4))
 
 
+@pytest.mark.long
 def test_five_to_nine_objects_lie_within_the_picture_and_can_all_be_seen():
     assert {len(scene.objects) for scene in CROWDS} == {5, 6, 7, 8, 9}
     for scene in CROWDS:
@@ -46,6 +47,7 @@ def test_five_to_nine_objects_lie_within_the_picture_and_can_all_be_seen():
             assert pixels > 0.5 * (thing.radius * 128) ** 2  # a star alone covers 1.1 of it
 
 
+@pytest.mark.long
 def test_some_objects_are_partly_hidden_and_most_crowds_hold_distractors():
     alone = [
         masks(Scene((thing,), scene.background), 128).sum()

@@ -71,6 +71,7 @@ def test_attention_inside_costs_nothing_and_outside_everything() -> None:
     assert outside({"a": below}, shares, 0 * bits, weight).item() == 0
 
 
+@pytest.mark.long
 def test_whitening_changes_the_latents_and_not_the_pictures() -> None:
     torch.manual_seed(0)
     vae = build((16, 32, 64), 64).eval().requires_grad_(False)

@@ -63,6 +63,7 @@ def test_the_last_of_several_taps_decides(backbone):
     assert "up_blocks.1.resnets.1" not in names
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", [(8, 8), (9, 7)], ids=str)
 def test_a_truncated_unet_compiles_without_graph_breaks(tiny_unet, size):
     tap = "up_blocks.0"

@@ -97,6 +97,7 @@ def test_every_weight_equals_the_folder_s(pair):
     assert (ours.default_size, ours.default_taps) == (theirs.default_size, theirs.default_taps)
 
 
+@pytest.mark.long
 def test_features_equal_the_folder_s_and_a_saved_encoder_finds_its_file(pair, tmp_path):
     folder, file = pair
     options = {"taps": ("mid_block", "up_blocks.1"), "size": 64, "conditioning": "cfg"}
@@ -112,6 +113,7 @@ def test_features_equal_the_folder_s_and_a_saved_encoder_finds_its_file(pair, tm
             torch.testing.assert_close(found[tap], expected[tap], atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_what_lies_behind_the_last_tap_is_not_kept(pair):
     folder, file = pair
     options = {"taps": ("mid_block",), "size": 64, "truncate": True}
@@ -122,6 +124,7 @@ def test_what_lies_behind_the_last_tap_is_not_kept(pair):
     torch.testing.assert_close(short(image, "red"), expected(image, "red"), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_half_precision_files_come_out_in_the_dtype_asked_for(tiny_sdxl_folder, tmp_path):
     halved = {
         key: value.half() if value.is_floating_point() else value
@@ -137,6 +140,7 @@ def test_half_precision_files_come_out_in_the_dtype_asked_for(tiny_sdxl_folder, 
     assert {p.dtype for p in half.vae.parameters()} == {torch.float32}  # it would overflow
 
 
+@pytest.mark.long
 def test_a_file_without_text_encoder_or_vae_says_how_to_give_them(pair, tmp_path):
     folder, file = pair
     state = load_file(file)

@@ -217,6 +217,7 @@ def test_transformers_are_refused_by_name(file, key, said):
         describe(file)
 
 
+@pytest.mark.long
 def test_a_given_u_net_says_what_it_predicts_too(tiny_sd_folder, tmp_path):
     unet = load_backbone(tiny_sd_folder).unet.state_dict()
     path = tmp_path / "unet.safetensors"
@@ -244,6 +245,7 @@ def with_rescaling(folder, target, value):
     return target
 
 
+@pytest.mark.long
 def test_what_the_caller_says_is_saved_with_the_encoder(tiny_sd_folder, tmp_path):
     options = {"prediction_type": "v_prediction", "taps": ("mid_block",)}
     encoder = DiffusionEncoder.from_pretrained(tiny_sd_folder, **options)

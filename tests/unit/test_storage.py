@@ -57,6 +57,7 @@ def test_hostile_json_is_answered_by_the_error_asked_for(tmp_path, text):
         read_json(path, error=BackboneError)
 
 
+@pytest.mark.long
 def test_random_bytes_raise_nothing_else(tmp_path):
     rng = random.Random(0)
     whole = json.dumps({"a": [1, 2.5, "text", None, True, {"b": "ü\u2028"}]}).encode()

@@ -180,6 +180,7 @@ def read_files(monkeypatch) -> list[str]:
     return names
 
 
+@pytest.mark.long
 def test_half_precision_is_read_where_no_more_is_asked_for(folder, monkeypatch):
     for part in ("unet", "vae", "text_encoder"):
         halved(folder, part, full=True)
@@ -208,6 +209,7 @@ def test_a_vae_that_overflows_is_read_in_full_beside_a_half_unet(tiny_sdxl_folde
     )
 
 
+@pytest.mark.long
 def test_half_precision_alone_is_read_and_said_once(folder):
     for part in ("unet", "text_encoder"):
         halved(folder, part, full=False)
@@ -222,6 +224,7 @@ def test_half_precision_alone_is_read_and_said_once(folder):
         load_backbone(folder, variant="fp16")
 
 
+@pytest.mark.long
 def test_half_precision_of_other_weights_is_not_taken_in_silence(folder):
     halved(folder, "unet", full=True)
     tuned = other(weights_of(folder, "unet"))
@@ -244,6 +247,7 @@ def test_one_other_weight_among_all_is_enough_to_ask(folder):
             load_backbone(folder, dtype=torch.float16)
 
 
+@pytest.mark.long
 def test_a_variant_is_read_where_a_part_has_it_and_found_again(folder, expected, tmp_path):
     ema = other(weights_of(folder, "unet"))
     write_weights(folder, "unet", ema, f"{STEM}.non_ema.safetensors")

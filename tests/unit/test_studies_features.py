@@ -190,6 +190,7 @@ class TestContrast:
 
 
 class TestFocus:
+    @pytest.mark.long
     def test_a_map_of_one_cell_prefers_nothing(self, study):
         """The mid block of the tiny model has one cell: whatever rounding does is a draw."""
         for timestep in (50, 261):
@@ -222,6 +223,7 @@ class TestFocus:
         assert attention.control.mean < 0.5
         assert attention.preferred.mean == 1
 
+    @pytest.mark.long
     def test_attention_follows_the_rows_whatever_their_words_are_spelled_with(self, backbone):
         """Words of different lengths go through the U-Net in groups; one by one it is the same."""
         config = EncoderConfig(taps=("up_blocks.1",), timestep=(50,), seed=3)
@@ -263,6 +265,7 @@ class TestStudy:
         found = {entry.tap for entry in study.focus if entry.measure == "attention"}
         assert found == {"mid_block", "up_blocks.1"}
 
+    @pytest.mark.long
     def test_an_oracle_reads_the_same_features(self, study, backbone):
         """One number of the table, made again by hand: hooks, masks, and a plain loop."""
         trials = sample_trials(30, seed=1)
@@ -286,6 +289,7 @@ class TestStudy:
         assert found is not None
         assert found.values[1] == pytest.approx(accuracy, abs=0.101)  # one scene may tip
 
+    @pytest.mark.long
     def test_equal_calls_give_equal_results_and_leave_the_global_state_alone(
         self, backbone, study, pytestconfig
     ):
@@ -323,6 +327,7 @@ class TestStudy:
         assert accuracy is not None
         assert accuracy.mean < found.chance["position"] + 0.15
 
+    @pytest.mark.long
     def test_the_batch_size_changes_nothing(self, backbone):
         one, other = (
             study_features(
@@ -412,6 +417,7 @@ class TestReport:
     def test_json_is_plain(self):
         assert json.loads(json.dumps(made_up().to_dict()))["chance"] == {"color": 0.2}
 
+    @pytest.mark.long
     def test_the_heat_map_shows_high_numbers_light(self, tmp_path):
         pytest.importorskip("matplotlib")
         picture, darker = (

@@ -33,6 +33,7 @@ def study(backbone):
     )
 
 
+@pytest.mark.long
 def test_every_part_is_read_everywhere(study):
     assert (study.taps, study.timesteps, study.guidance_scales) == (TAPS, (50, 261), (1.5, 7))
     assert len(study.readings) == 2 * 2 * 2 * (3 + 2)
@@ -84,6 +85,7 @@ def test_means_and_loudness_are_those_of_the_maps(backbone):
     assert ratios["mid_block", 50] == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.long
 def test_the_bundled_model_hides_the_prompt_in_the_difference():
     study = study_leakage_readout(
         taps=["mid_block", "up_blocks.1"],
@@ -125,6 +127,7 @@ def test_unknown_places(backbone, study):
         study.find("color", "cfg", "mid_block", 50, 3.0)
 
 
+@pytest.mark.long
 def test_the_command_writes_a_page_with_verdicts_and_a_picture(tiny_sd_folder, tmp_path):
     options = ["--taps", "mid_block,up_blocks.1", "--timesteps", "50", "--scales", "1.5,7"]
     options += ["--scenes", "30", "--seeds", "2", "-b", str(tiny_sd_folder), "-o", str(tmp_path)]

@@ -147,6 +147,7 @@ def test_only_rows_behind_the_split_are_measured(questions) -> None:
     assert torch.equal(again.value, model.value)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("part", ["lora", "lora-empty", "captioner"])
 def test_training_moves_what_is_added_and_nothing_else(tiny_sd_folder, clip_folder, part) -> None:
     encoder = DiffusionEncoder.from_pretrained(tiny_sd_folder, grid=4)
@@ -177,6 +178,7 @@ def test_training_moves_what_is_added_and_nothing_else(tiny_sd_folder, clip_fold
     assert not list(encoder.trainable_parameters())
 
 
+@pytest.mark.long
 def test_every_part_is_read_by_both_readers(study) -> None:
     assert {(row.part, row.reader) for row in study.rows} == {
         (part, reader) for part in PARTS for reader in ("told", "blind")
@@ -199,6 +201,7 @@ def test_gains_are_differences_within_a_seed(study) -> None:
         assert study.gain("cond", "uncond", "told").values[seed] == pytest.approx(expected / 3)
 
 
+@pytest.mark.long
 def test_the_control_trains_on_the_same_rows_without_their_texts(
     tiny_sd_folder, monkeypatch
 ) -> None:
@@ -245,6 +248,7 @@ def test_what_is_owed_to_the_text_is_a_gain_less_a_gain(study) -> None:
     assert without.lora_by_text("told") is None
 
 
+@pytest.mark.long
 def test_the_model_is_left_as_it_was_and_runs_repeat(tiny_sd_folder, clip_folder) -> None:
     encoder = DiffusionEncoder.from_pretrained(tiny_sd_folder)
     before = {name: value.clone() for name, value in encoder.backbone.state_dict().items()}
@@ -266,6 +270,7 @@ def test_the_model_is_left_as_it_was_and_runs_repeat(tiny_sd_folder, clip_folder
     assert second == replace(first, model=second.model)
 
 
+@pytest.mark.long
 def test_without_a_clip_its_parts_are_missing_and_said_to_be(tiny_sd_folder, monkeypatch) -> None:
     found = study_parts(str(tiny_sd_folder), clip=None, **QUICK)
     assert found.parts == ["uncond", "cond", "concat", "lora", "lora-empty"]
@@ -349,6 +354,7 @@ def run(*arguments: object):
     return CliRunner().invoke(app, ["study", "parts", *map(str, arguments)])
 
 
+@pytest.mark.long
 def test_the_command_prints_tables_and_writes_two_files(
     tiny_sd_folder, clip_folder, tmp_path
 ) -> None:
@@ -365,6 +371,7 @@ def test_the_command_prints_tables_and_writes_two_files(
     assert f"--clip {clip_folder} --quick" in page
 
 
+@pytest.mark.long
 def test_no_clip_and_existing_files(tiny_sd_folder, tmp_path) -> None:
     result = run("-b", tiny_sd_folder, "--clip", "none", "-o", tmp_path, "--quick")
     assert result.exit_code == 0, result.output

@@ -107,6 +107,7 @@ def test_wrong_options(backbone, wrong):
         study_registers(backbone, **options)
 
 
+@pytest.mark.long
 def test_the_command_reads_pictures_of_yours(tiny_sd_folder, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 255, (30, 50, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "mine.png")

@@ -23,6 +23,7 @@ def study(tiny_sd_folder):
     return study_reuse(shared(tiny_sd_folder), **OPTIONS)
 
 
+@pytest.mark.long
 def test_drift_and_direction_are_those_of_the_features(study, tiny_sd_folder):
     trials = sample_trials(6, seed=0)
     images, captions = [render(t.scene, 32) for t in trials], [t.caption() for t in trials]

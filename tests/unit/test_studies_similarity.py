@@ -212,6 +212,7 @@ def test_wrong_options(backbone, wrong):
         study_similarity(backbone, taps=TAPS, **wrong)
 
 
+@pytest.mark.long
 def test_the_command_writes_a_page_with_the_papers_figures_beside(tiny_sd_folder, tmp_path):
     options = ["--taps", "mid_block,up_blocks.1", "--timesteps", "50,261", "--scales", "1,4"]
     options += ["--per-pattern", "1", "--seeds", "1", "--clip", "none"]
@@ -230,6 +231,7 @@ def test_the_command_writes_a_page_with_the_papers_figures_beside(tiny_sd_folder
     assert "guidance scales must be like 1,1.5,4" in wrong.output
 
 
+@pytest.mark.long
 def test_pairs_of_the_real_layout_are_read_and_broken_ones_refused(
     tiny_sdxl_folder, tmp_path_factory
 ):

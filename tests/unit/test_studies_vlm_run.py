@@ -127,6 +127,7 @@ def run(parts, tmp_path_factory):
     return found, work, told
 
 
+@pytest.mark.long
 def test_everything_is_trained_and_measured(run):
     found, _, told = run
     assert (found.trained, found.fresh, found.missing) == (6, 6, {})
@@ -210,6 +211,7 @@ def test_another_language_model_in_the_same_folder_is_another_training(parts, tm
     assert fingerprint("lmsys/vicuna-7b-v1.5") == "lmsys/vicuna-7b-v1.5"
 
 
+@pytest.mark.long
 def test_killed_within_a_training_and_resumed_is_as_uninterrupted(parts, tmp_path):
     """The kill comes after the checkpoint of step 50."""
     long = made(parts, ("epochs = 2", "epochs = 30"), text=_only_first())
@@ -240,6 +242,7 @@ def test_killed_within_a_training_and_resumed_is_as_uninterrupted(parts, tmp_pat
     assert all(one[name].equal(other[name]) for name in one)
 
 
+@pytest.mark.long
 def test_a_clip_that_is_missing_leaves_out_what_needs_it(parts, tmp_path):
     told = made(
         {**parts, "VISION": "no/such-clip"},

@@ -183,6 +183,7 @@ def differences(calls: Sequence[int], threads: int) -> list[int]:
     return wrong
 
 
+@pytest.mark.long
 def test_mixed_calls_of_eight_threads_equal_those_of_one_from_a_cold_start():
     assert differences(range(64), 8) == []
 

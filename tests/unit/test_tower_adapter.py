@@ -81,6 +81,7 @@ def test_the_registered_parameters_are_those_that_peft_runs() -> None:
     torch.testing.assert_close(changed, run(by_hand), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_adapters_are_made_alike_whatever_the_default_dtype_and_device() -> None:
     first = DiffusionVisionTower(ADAPTED, delay_load=True).state_dict()
     torch.set_default_dtype(torch.float16)

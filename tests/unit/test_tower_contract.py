@@ -229,6 +229,7 @@ def test_every_conditioning_works_with_and_without_a_prompt(
     torch.testing.assert_close(features, expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("folder", ["tiny_sd_folder", "tiny_sdxl_folder"])
 def test_other_models_by_their_folder(folder, request) -> None:
     path = request.getfixturevalue(folder)
@@ -513,6 +514,7 @@ def test_caches_do_not_hide_a_changed_adapter(adapted, pixel_values) -> None:
 # Weights through the hands of hosts
 
 
+@pytest.mark.long
 def test_the_state_dict_is_small_and_loads_strictly(adapted, pixel_values) -> None:
     state = {k: v.clone() for k, v in adapted.state_dict().items()}
     assert sum(value.numel() for value in state.values()) < 50_000
@@ -608,6 +610,7 @@ def test_lora_for_the_language_model_stays_out_of_the_tower(adapted) -> None:
     assert {p.requires_grad for n, p in model.named_parameters() if "vision_tower" in n} == {False}
 
 
+@pytest.mark.long
 def test_what_stage_two_saves_comes_back(adapted, pixel_values, tmp_path) -> None:
     trainable = {
         f"base_model.model.{name}": value.detach().clone()
@@ -713,6 +716,7 @@ def clip_folder(tmp_path_factory) -> str:
     return str(folder)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["channel", "tokens", "interleave"])
 def test_clip_and_diffusion_are_one_tower(clip_folder, how, pixel_values) -> None:
     tower = DiffusionVisionTower(f"{ADAPTED}&fuse={clip_folder}&how={how}", delay_load=True)

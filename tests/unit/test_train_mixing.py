@@ -77,6 +77,7 @@ def first_stage(parts, tmp_path_factory):
     return run
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["cross_attention", "token_gated"])
 def test_both_stages_train_the_mixer_and_nothing_below_it(first_stage, parts, tmp_path, how):
     before, after, model = first_stage(how)
@@ -114,6 +115,7 @@ def test_a_later_stage_guides_what_the_first_one_read_without_text(first_stage, 
     assert begun.encoder.config.guidance_scale == 4.0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["cross_attention", "token_gated"])
 def test_a_mixer_that_was_stopped_goes_on_as_if_it_had_not_been(parts, tmp_path, how):
     train(mixed(parts, tmp_path / "a", how, precision="bf16"))
@@ -136,6 +138,7 @@ def plain_plan(parts, tmp_path_factory):
     return make_plan(mixed(parts, tmp_path_factory.mktemp("plan"), "channel"), tflops=1.0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["cross_attention", "gated", "question_gated"])
 def test_a_plan_counts_what_is_built(parts, plain_plan, tmp_path, how):
     run = mixed(parts, tmp_path, how)
@@ -151,6 +154,7 @@ def test_a_plan_counts_what_is_built(parts, plain_plan, tmp_path, how):
     assert planned.flops["unet"] == plain_plan.flops["unet"]  # nothing goes back through it
 
 
+@pytest.mark.long
 def test_a_plan_counts_the_stream_that_asks_and_all_timesteps(parts, tmp_path):
     options = {"taps": ["up_blocks.1"], "size": 32, "grid": 3}
     asks = {"heads": 2, "asks": "diffusion"}
@@ -167,6 +171,7 @@ def test_a_plan_counts_the_stream_that_asks_and_all_timesteps(parts, tmp_path):
     assert build_vlm(two).encode_images([picture(0)], ["a"]).shape[1] == 16
 
 
+@pytest.mark.long
 def test_the_seed_of_a_run_begins_the_mixer_unless_the_table_says_one(parts, tmp_path):
     def weight(**options):
         return build_vlm(mixed(parts, tmp_path, "add", **options)).encoder.mixer.clip_in.weight
@@ -175,6 +180,7 @@ def test_the_seed_of_a_run_begins_the_mixer_unless_the_table_says_one(parts, tmp
     assert not torch.equal(weight(seed=3), weight(seed=4))
 
 
+@pytest.mark.long
 def test_a_mixer_that_trains_is_never_cached(parts, tmp_path):
     run = mixed(parts, tmp_path, "question_gated", prompts="empty")
     assert train(run).cache_misses == 0

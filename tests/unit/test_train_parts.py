@@ -91,6 +91,7 @@ def adapted_model(parts, tmp_path_factory):
     return train(config(parts, tmp_path_factory.mktemp("adapted"), "instruct", **ADAPTED)).model
 
 
+@pytest.mark.long
 def test_a_captioner_trains_with_the_projector_and_nothing_else_does(captioner_run):
     folder, before, after = captioner_run
     changed = moved(before, after)
@@ -108,6 +109,7 @@ def test_a_captioner_trains_with_the_projector_and_nothing_else_does(captioner_r
     assert not torch.allclose(with_captioner, without, atol=1e-6)
 
 
+@pytest.mark.long
 def test_a_captioner_that_was_stopped_goes_on_as_if_it_had_not_been(
     parts, clip_folder, captioner_run, tmp_path
 ):
@@ -124,6 +126,7 @@ def test_a_captioner_that_was_stopped_goes_on_as_if_it_had_not_been(
         assert all(torch.equal(left[key], right[key]) for key in left)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("goes_on", [True, False])
 def test_a_later_stage_keeps_the_captioner_and_trains_it_where_it_is_named(
     parts, clip_folder, captioner_run, tmp_path, goes_on
@@ -145,6 +148,7 @@ def test_a_later_stage_keeps_the_captioner_and_trains_it_where_it_is_named(
     assert any(value.any() for name, value in after.named_parameters() if ".lora_B." in name)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rank", [2, 0])
 def test_a_later_stage_trains_the_lora_of_an_earlier_one_where_it_is_asked_to(
     parts, adapted_model, tmp_path, rank
@@ -156,6 +160,7 @@ def test_a_later_stage_trains_the_lora_of_an_earlier_one_where_it_is_asked_to(
     assert moved(before, after) & adapted == (adapted if rank else set())
 
 
+@pytest.mark.long
 def test_what_trains_is_in_float32_whatever_the_precision(parts, adapted_model, tmp_path):
     for start in ("", str(adapted_model)):
         half = {**ADAPTED, "start": start, "precision": "bf16"}
@@ -166,6 +171,7 @@ def test_what_trains_is_in_float32_whatever_the_precision(parts, adapted_model, 
         assert torch.bfloat16 in frozen
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["channel", "tokens", "interleave"])
 def test_of_a_fused_encoder_the_projector_alone_trains(parts, clip_folder, tmp_path, how):
     before, after = states(fused(parts, tmp_path, clip_folder, how))
@@ -182,6 +188,7 @@ def test_of_a_fused_encoder_the_projector_alone_trains(parts, clip_folder, tmp_p
     assert not (tmp_path / "model" / "encoder" / "clip").exists()
 
 
+@pytest.mark.long
 def test_cached_tokens_of_a_fused_encoder_train_the_same_model(parts, clip_folder, tmp_path):
     results = [
         train(fused(parts, tmp_path / mode, clip_folder, "tokens", prompts="empty", cache=mode))
@@ -194,6 +201,7 @@ def test_cached_tokens_of_a_fused_encoder_train_the_same_model(parts, clip_folde
         torch.testing.assert_close(value, right[key], rtol=1e-2, atol=1e-4)
 
 
+@pytest.mark.long
 def test_a_fused_encoder_takes_captioner_and_lora_as_the_diffusion_encoder_does(
     parts, clip_folder, tmp_path
 ):
@@ -211,6 +219,7 @@ def test_a_fused_encoder_takes_captioner_and_lora_as_the_diffusion_encoder_does(
     assert {name.rpartition("captioner.")[0] for name in others} == {"", "encoder.diffusion."}
 
 
+@pytest.mark.long
 def test_a_clip_that_is_not_frozen_trains_up_to_its_layer_and_is_saved(
     parts, clip_folder, tmp_path
 ):
@@ -236,6 +245,7 @@ def test_a_clip_that_is_not_frozen_trains_up_to_its_layer_and_is_saved(
         assert torch.equal(later.state_dict()[name], state[name])
 
 
+@pytest.mark.long
 def test_a_trained_clip_goes_on_from_a_checkpoint(parts, clip_folder, tmp_path):
     options = {"freeze_clip": False, "precision": "bf16", "device_batch_size": 2}
     train(fused(parts, tmp_path / "a", clip_folder, "interleave", **options))
@@ -248,6 +258,7 @@ def test_a_trained_clip_goes_on_from_a_checkpoint(parts, clip_folder, tmp_path):
         assert value.dtype == torch.float32
 
 
+@pytest.mark.long
 def test_a_clip_that_trains_is_planned_for_and_never_cached(parts, clip_folder, tmp_path):
     run = fused(parts, tmp_path, clip_folder, "channel", freeze_clip=False)
     clip = build_vlm(run).encoder.clip
@@ -263,6 +274,7 @@ def test_a_clip_that_trains_is_planned_for_and_never_cached(parts, clip_folder, 
         captioned(parts, tmp_path, clip_folder, freeze_clip=False)
 
 
+@pytest.mark.long
 def test_a_clip_as_baseline_trains_the_projector_and_is_found_by_its_folder(
     parts, clip_folder, tmp_path, monkeypatch
 ):

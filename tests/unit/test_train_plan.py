@@ -27,6 +27,7 @@ def parts(tmp_path_factory, tiny_sd_folder):
     )
 
 
+@pytest.mark.long
 def test_a_plan_says_what_the_run_then_has(parts, tmp_path):
     taps = {"taps": ["up_blocks.1"], "conditioning": "concat"}
     run = config(
@@ -214,6 +215,7 @@ def test_a_plan_says_what_is_fetched_and_from_where(planned, parts, tmp_path):
     assert [(each.repository, each.bytes) for each in here.downloads] == [("", 0), ("", 0)]
 
 
+@pytest.mark.long
 def test_what_a_run_holds_is_what_its_plan_says(parts, tmp_path):
     run = config(parts, tmp_path, "instruct", language_model="full", epochs=1, limit=4)
     held, plan = train(run).held, make_plan(run, processes=1, tflops=1.0)

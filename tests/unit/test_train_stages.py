@@ -44,6 +44,7 @@ def close(left, right):
         torch.testing.assert_close(left[key], right[key], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.long
 def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(parts, tmp_path):
     whole = train(config(parts, tmp_path / "a"))
     assert (whole.steps, whole.resumed_at) == (6, 0)
@@ -76,6 +77,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(parts, tmp_path):
     assert (tmp_path / "checkpoint-2").is_dir()
 
 
+@pytest.mark.long
 def test_accumulated_batches_equal_one_batch(parts, tmp_path):
     for name, size in (("a", 4), ("b", 1)):
         train(config(parts, tmp_path / name, device_batch_size=size, save_steps=0))
@@ -83,6 +85,7 @@ def test_accumulated_batches_equal_one_batch(parts, tmp_path):
     assert not list((tmp_path / "a").glob("checkpoint-*"))
 
 
+@pytest.mark.long
 def test_cached_tokens_train_the_same_model_and_are_found_again(parts, tmp_path):
     plain = config(parts, tmp_path / "a", cache="off")
     assert train(plain).cache_misses == 0
@@ -95,6 +98,7 @@ def test_cached_tokens_train_the_same_model_and_are_found_again(parts, tmp_path)
     close(weights(tmp_path / "b"), weights(tmp_path / "c"))
 
 
+@pytest.mark.long
 def test_what_is_learnt_is_the_answer(parts, tmp_path):
     records = json.loads(parts.data["align"].read_text())
     for record in records:
@@ -130,6 +134,7 @@ def test_text_and_pictures_may_be_mixed(parts, tmp_path):
     assert result.steps == 6
 
 
+@pytest.mark.long
 def test_both_stages_train_what_they_name_in_a_diffusion_model(parts, tmp_path):
     options = {"kind": "diffusion", "options": {"taps": ["up_blocks.1"], "conditioning": "cfg"}}
     align = config(parts, tmp_path / "a", prompts="caption | dropout(0.3)", limit=4, **options)
@@ -245,6 +250,7 @@ def test_a_run_goes_on_with_the_same_frozen_weights_alone(parts, tmp_path):
         train(begun, resume=True)
 
 
+@pytest.mark.long
 def test_a_broken_checkpoint_is_told(parts, tmp_path):
     begun = config(parts, tmp_path)
     train(begun, stop_after=2)

@@ -98,6 +98,7 @@ def test_a_plan_counts_the_parts_that_are_there(models, family, data, tmp_path):
     assert "LoRA of rank 2 on the transformer" in plan.settings["trains"]
 
 
+@pytest.mark.long
 def test_a_run_trains_an_adapter_beside_the_language_model(models, data, tmp_path):
     parts = Parts(models / "clip", models / "lm", data, models / "pixart")
     options = {"kind": "diffusion", "language_model": "lora", "rank": 2, "unet_rank": 2}
@@ -131,6 +132,7 @@ def test_a_captioner_and_reuse_are_refused_by_encoder_and_plan(models, family, d
         DiffusionEncoder.from_pretrained(models / family, reuse="down")
 
 
+@pytest.mark.long
 def test_the_commands_describe_encode_score_and_draw(models, family, tmp_path):
     folder, image = models / family, models / "picture.png"
     facts = json.loads(run("info", folder, "--json").output)

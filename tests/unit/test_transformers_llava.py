@@ -275,6 +275,7 @@ def test_stock_llava_next_runs_and_agrees_without_prompts(tiled):
     torch.testing.assert_close(stock(**given).logits, tiled(**given).logits)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("source", [None, "checkpoint"], ids=["reference", "inside"])
 @pytest.mark.parametrize(
     "classes",
@@ -310,6 +311,7 @@ def test_a_checkpoint_without_the_backbone_it_promises_is_told_of(tmp_path):
         again(**tiny_llava.text_ids([1]), pixel_values=tiny_llava.pixel_values(1))
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_a_device_map_places_the_hidden_backbone_with_its_tower(tmp_path):
     pytest.importorskip("accelerate")
@@ -394,6 +396,7 @@ def trained(folder, *, checkpointing: bool):
     return before, dict(model.named_parameters())
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("default")  # of the libraries' own doing
 def test_trainer_trains_adapter_and_projector_alike_with_checkpointing(tmp_path):
     pytest.importorskip("accelerate")
@@ -549,6 +552,7 @@ def test_the_way_to_make_prompts_is_saved_and_others_are_refused(asking, tmp_pat
         DiffEncLlavaProcessor(chat_prompts="caption")
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's own
 def test_peft_trains_and_brings_back_the_adapter_that_it_is_told_to_save(tmp_path) -> None:
     from peft import LoraConfig, PeftModel, get_peft_model

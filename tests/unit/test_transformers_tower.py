@@ -175,6 +175,7 @@ def test_a_thread_sees_the_prompts_it_is_given(adapted):
     assert torch.equal(found[0], features(adapted, pixel_values, prompts=QUESTIONS))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("source", [None, "checkpoint"], ids=["reference", "inside"])
 @pytest.mark.parametrize("spec", ["diffenc:shapes", "diffenc:shapes?rank=2&cut=0"])
 def test_what_is_saved_loads_to_the_same_features(spec, source, tmp_path):
@@ -197,6 +198,7 @@ def test_what_is_saved_loads_to_the_same_features(spec, source, tmp_path):
     assert trained == {name for name, weight in again.named_parameters() if weight.requires_grad}
 
 
+@pytest.mark.long
 def test_a_backbone_may_be_put_inside_later(tmp_path, monkeypatch):
     model = DiffEncModel(DiffEncConfig("diffenc:shapes?rank=2")).eval()
     tiny_llava.train_adapter(model)
@@ -220,6 +222,7 @@ def test_a_backbone_may_be_put_inside_later(tmp_path, monkeypatch):
     torch.testing.assert_close(features(again, pixel_values), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("part", ["backbone.unet.mid_block", "backbone.vae.encoder", "backbone."])
 def test_missing_weights_of_the_backbone_are_told_of(part, checkpoint, tmp_path):
     model, whole = checkpoint
@@ -276,6 +279,7 @@ def test_on_the_meta_device_nothing_is_loaded_and_a_call_says_so():
     assert not by_name.tower.is_loaded
 
 
+@pytest.mark.long
 def test_half_precision_follows_the_host_and_spares_adapter_and_vae():
     model = DiffEncModel(DiffEncConfig("diffenc:shapes?rank=2")).eval()
     pixel_values = tiny_llava.pixel_values()
@@ -291,6 +295,7 @@ def test_half_precision_follows_the_host_and_spares_adapter_and_vae():
     assert features(model, pixel_values.half()).dtype == torch.float16
 
 
+@pytest.mark.long
 def test_copies_are_equal_and_independent():
     model = DiffEncModel(DiffEncConfig("diffenc:shapes?rank=2")).eval()
     tiny_llava.train_adapter(model)
@@ -329,6 +334,7 @@ def test_wrong_input_is_answered(frozen, given, error, message):
         frozen(**given)
 
 
+@pytest.mark.long
 def test_texts_need_a_tokenizer_that_a_checkpoint_does_not_hold(tiny_sd_folder, tmp_path):
     spec = f"diffenc:{tiny_sd_folder}?taps=up_blocks.1"
     model = DiffEncModel(DiffEncConfig(spec, "checkpoint"))
@@ -348,6 +354,7 @@ def test_texts_need_a_tokenizer_that_a_checkpoint_does_not_hold(tiny_sd_folder, 
         again(pixel_values, prompts="a cat")
 
 
+@pytest.mark.long
 def test_sdxl_keeps_pooled_text_and_both_paddings_in_a_checkpoint(tiny_sdxl_folder, tmp_path):
     spec = f"diffenc:{tiny_sdxl_folder}?rank=2&taps=up_blocks.0"
     model = DiffEncModel(DiffEncConfig(spec, "checkpoint")).eval()

@@ -101,6 +101,7 @@ def test_folders_of_other_models_are_refused_by_name(tiny_sdxl_folder, tmp_path,
 MEAN, STD = [-1.6, 2.1, -1.4, 1.3], [8.4, 6.0, 5.3, 7.6]
 
 
+@pytest.mark.long
 def test_means_and_deviations_of_latents_are_read_as_diffusers_reads_them(
     tiny_sdxl_folder, tmp_path
 ):

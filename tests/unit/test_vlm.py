@@ -240,6 +240,7 @@ def test_parts_that_do_not_fit_are_refused():
         DiffusionVLM(RecordingEncoder(), "/nowhere/at/all")
 
 
+@pytest.mark.long
 def test_the_encoder_is_a_diffusion_model_and_all_is_saved_and_loaded(
     tiny_sd_folder, lm_folder, tmp_path
 ):

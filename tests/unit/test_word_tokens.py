@@ -94,6 +94,7 @@ def test_words_are_chosen_that_are_sharp_and_lie_apart():
 # The encoder
 
 
+@pytest.mark.long
 def test_a_picture_has_the_tokens_that_it_has_alone_and_absent_ones_are_zero(encoder):
     prompts = [TEXT, "a blue circle"]
     both = encoder.word_tokens([picture(0), picture(1)], prompts)
@@ -221,6 +222,7 @@ def test_halves_are_gathered_by_one_map(load):
     close(without.tokens[0], (weights[0, :, None] * plain[0]).sum(dim=(-2, -1)))
 
 
+@pytest.mark.long
 def test_half_precision_gathers_in_float32(load):
     full = load(dtype="float32").word_tokens(picture(), TEXT)
     half = load(dtype="bfloat16").word_tokens(picture(), TEXT)
@@ -253,6 +255,7 @@ def test_gradients_reach_lora_through_tokens_and_through_places(load, part):
     assert any("attn2.to_k" in name for name in reached)
 
 
+@pytest.mark.long
 def test_a_word_of_a_second_window_gathers_and_a_cut_one_is_absent(load):
     long_text = "red " * 80 + "circle"
     cut = load().word_tokens(picture(), long_text)
@@ -336,6 +339,7 @@ def nouns():
     return objects, parts
 
 
+@pytest.mark.long
 def test_the_word_that_tells_most_is_the_noun_and_its_place_is_its_object(nouns):
     objects, parts = nouns
     chosen = [words[0] for part in parts for words in part.words]
