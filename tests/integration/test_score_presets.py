@@ -152,6 +152,7 @@ def test_the_papers_score_is_the_log_partition_of_every_cross_attention(fixture,
     assert_scores(scorer(images, TEXTS), table(images, score))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fixture", FOLDERS[:2])
 def test_discffusion_scores_six_layers_both_halves_and_the_gap_of_errors(
     fixture, images, models_of
@@ -232,6 +233,7 @@ def mean_word_lse(products, words):
     return float(torch.stack(layers).mean())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fixture", ["tiny_sd_folder", "tiny_sdxl_folder"])
 def test_the_calibrated_score_asks_where_each_word_is_seen_best(fixture, images, models_of):
     """In the decoder, less the same on a grey picture."""

@@ -43,6 +43,7 @@ def test_the_first_features_import_a_scheduler_and_small_libraries_alone(added):
     assert foreign == []
 
 
+@pytest.mark.long
 def test_the_first_features_leave_the_other_parts_of_diffenc_alone(added):
     rooms = {name.split(".")[1] for name in added if name.startswith("diffenc.")}
     assert rooms & ROOMS == set()

@@ -153,6 +153,7 @@ def test_calibration_by_pictures_of_the_data(model, tmp_path):
     assert "go with a preset that calibrates" in refused.output
 
 
+@pytest.mark.long
 def test_json_is_printed_alone(model, tmp_path):
     result = run("mmvp-vlm", *MINI, *model, "--trials", 1, "-o", tmp_path, "--json")
     assert result.exit_code == 0, result.output

@@ -601,6 +601,7 @@ class TestLlavaBench:
         refused(run(*arguments), "cannot be reached")
         assert len(speech.asked) == 3
 
+    @pytest.mark.long
     def test_a_language_model_judges(self, models, speech, tmp_path):
         llava_bench(tmp_path / "bench")
         arguments = ("llava-bench", models / "clip", "--data", "bench")

@@ -79,6 +79,7 @@ def test_one_text_and_one_image_need_no_marks(tiny_sd_folder, pictures):
     assert "warning: 1 texts are longer" in result.output
 
 
+@pytest.mark.long
 def test_screened_texts_are_told_apart(tiny_sd_folder, pictures):
     options = ("score", *pictures[:1], *ASKED, *FAST, "-m", tiny_sd_folder, "--screen", 1)
     result = run(*options)

@@ -372,6 +372,7 @@ def test_whatever_makes_a_tensor_names_its_dtype_and_its_device():
     assert on_purpose == READ_ON_PURPOSE
 
 
+@pytest.mark.long
 def test_a_dict_called_place_has_both():
     for source, tree in sources().items():
         for node in ast.walk(tree):

@@ -285,6 +285,7 @@ def test_the_adapter_is_never_in_float16(sd, cast):
     assert {p.dtype for p in sd.trainable_parameters()} == {torch.float32}
 
 
+@pytest.mark.long
 def test_adapters_made_in_a_bfloat16_encoder_are_precise(tiny_sd_folder):
     encoder = load(tiny_sd_folder, dtype=torch.bfloat16)
     encoder.add_lora(rank=2)
@@ -457,6 +458,7 @@ def test_diffusers_pipelines_really_apply_the_file_keyed_for_them(
     torch.testing.assert_close(after, encoder(image, text), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_peft_reads_the_folder_of_a_truncated_encoder_into_a_whole_unet(tiny_sd_folder, tmp_path):
     """The saved config names each layer: peft would shorten the list to endings such as `to_q`."""
     from peft import PeftModel
@@ -481,6 +483,7 @@ def saved(folder, target, **options) -> None:
     encoder.save_lora(target)
 
 
+@pytest.mark.long
 def test_adapters_of_another_backbone_are_refused(
     tiny_sd_folder, tiny_sd21_base_folder, tiny_sdxl_folder, tmp_path
 ):

@@ -214,6 +214,7 @@ def test_transformers_reads_what_both_could(tmp_path):
         load_baseline(tmp_path / "nowhere")
 
 
+@pytest.mark.long
 def test_parameters_of_all_contenders_are_told(siglip_folder):
     clip = ClipMatcher.from_pretrained("shapes-clip")
     scorer = CrossAttnScorer.from_pretrained("shapes", preset="paper", timesteps=(489,))

@@ -22,6 +22,7 @@ def test_the_page_of_models_holds_the_table_that_the_tool_makes(rows):
     assert table.BEGIN + rows + table.END in page
 
 
+@pytest.mark.long
 def test_every_alias_has_a_row_with_its_licence(rows):
     assert rows.count("| `") == 2 * len(table.LICENCES) + rows.count(" | `")
     for alias, licence in table.LICENCES.items():

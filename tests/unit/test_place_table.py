@@ -82,6 +82,7 @@ def test_blocks_of_a_transformer_stand_in_order():
     )
 
 
+@pytest.mark.long
 def test_a_file_keeps_rows_and_another_run_extends_them(rows, tmp_path):
     path = tmp_path / "tiny.csv"
     write_rows(path, rows)

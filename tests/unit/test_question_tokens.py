@@ -76,6 +76,7 @@ def test_tokens_are_the_grids_and_then_those_of_words_each_with_its_place(encode
         close(row[channels:], waves([up, left, *areas]), tolerance=1e-4)
 
 
+@pytest.mark.long
 def test_words_alone_are_what_stands_behind_the_grid(load, encoder):
     alone = load(tokens="words")(picture(0), QUESTION)
     close(alone, encoder(picture(0), QUESTION)[:, 4:])

@@ -205,6 +205,7 @@ def test_answers_do_not_depend_on_what_was_asked_before(reusing, convolved):
         torch.testing.assert_close(again[tap], first[tap], atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.long
 def test_the_unconditional_half_stays_exact(reusing, encoder):
     features = reusing.extract(pictures(), "red", conditioning="concat").select("uncond")
     expected = encoder.extract(pictures(), conditioning="uncond")

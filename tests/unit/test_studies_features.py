@@ -244,6 +244,7 @@ class TestFocus:
 
 
 class TestStudy:
+    @pytest.mark.long
     def test_every_place_is_read_once(self, study):
         assert study.taps == TAPS
         assert study.timesteps == (50, 261)

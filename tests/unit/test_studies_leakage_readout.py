@@ -45,6 +45,7 @@ def test_every_part_is_read_everywhere(study):
     json.dumps(study.to_dict(), allow_nan=False)
 
 
+@pytest.mark.long
 def test_in_front_of_the_text_there_is_nothing_to_read(study):
     for each in study.loudness:
         assert (each.ratio.mean > 1e-4) == (each.tap != "conv_in")

@@ -192,6 +192,7 @@ def test_every_part_is_read_by_both_readers(study) -> None:
     assert len(study.rms) == len(study.taps)
 
 
+@pytest.mark.long
 def test_gains_are_differences_within_a_seed(study) -> None:
     over, under = study.find("cond", "told"), study.find("uncond", "told")
     for seed in range(2):

@@ -46,6 +46,7 @@ def test_drift_and_direction_are_those_of_the_features(study, tiny_sd_folder):
         assert row.direction["caption"].mean == pytest.approx(cosine, rel=1e-4)
 
 
+@pytest.mark.long
 def test_every_part_tap_and_timestep_has_its_row_and_a_page_shows_them(study):
     assert [(row.part, row.tap) for row in study.rows] == [
         (part, tap) for part in ("down", "middle") for tap in TAPS

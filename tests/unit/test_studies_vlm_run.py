@@ -147,6 +147,7 @@ def test_everything_is_trained_and_measured(run):
     assert any("training second, seed 1" in what for _, _, what in told)
 
 
+@pytest.mark.long
 def test_findings_are_decided_by_figures(run):
     found, _, _ = run
     first, second = found.findings

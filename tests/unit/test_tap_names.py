@@ -71,6 +71,7 @@ def test_unknown_names_offer_near_ones_and_texts_are_no_maps():
             match_taps(name, taps)
 
 
+@pytest.mark.long
 def test_encoders_and_towers_take_the_names(tiny_sd_folder, tmp_path):
     image = Image.new("RGB", (64, 64), "red")
     named = DiffusionEncoder.from_pretrained(tiny_sd_folder, taps="U-L1-R1-B0-Cross-Q", size=64)

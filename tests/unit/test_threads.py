@@ -382,6 +382,7 @@ def test_two_backbones_share_a_tokenizer():
     in_threads(6, work)
 
 
+@pytest.mark.long
 def test_loading_in_threads_leaves_the_defaults_and_the_verbosity_of_the_process(tiny_sd_folder):
     from transformers import CLIPModel
     from transformers.utils import logging as library

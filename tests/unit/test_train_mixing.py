@@ -106,6 +106,7 @@ def test_both_stages_train_the_mixer_and_nothing_below_it(first_stage, parts, tm
     assert torch.equal(shown, tokens)
 
 
+@pytest.mark.long
 def test_a_later_stage_guides_what_the_first_one_read_without_text(first_stage, parts, tmp_path):
     model = first_stage("cross_attention")[2]
     guided = {"taps": ["up_blocks.1"], "size": 32, "conditioning": "cfg", "guidance_scale": 4.0}

@@ -170,6 +170,7 @@ def test_both_stages_train_what_they_name_in_a_diffusion_model(parts, tmp_path):
         train(config(parts, tmp_path / "c", "instruct", start=str(first.model)))
 
 
+@pytest.mark.long
 def test_what_cannot_work_is_refused_before_training(parts, tmp_path):
     with pytest.raises(ConfigError, match="a sample may have 4"):
         train(config(parts, tmp_path / "a", max_length=4))

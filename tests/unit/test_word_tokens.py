@@ -363,6 +363,7 @@ def named(vectors, colors) -> float:
     return float(((scaled[fit:] @ layer).argmax(dim=1) == labels[fit:]).float().mean())
 
 
+@pytest.mark.long
 def test_the_token_of_a_noun_names_its_colour_where_the_mean_of_all_cells_does_not(nouns):
     objects, parts = nouns
     colors = [thing.color for thing in objects]
