@@ -217,10 +217,10 @@ def load_pipeline(
     """The stock pipeline of a folder; a VAE that overflows in float16 is kept in float32."""
     from diffusers import DiffusionPipeline
 
-    given = {name: part for name, part in parts.items() if part is not None}
+    shared = {name: part for name, part in parts.items() if part is not None}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the argument is called dtype in some versions
-        pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, **given).to(device)
+        pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, **shared).to(device)
     if dtype == torch.float16 and pipe.vae.config.force_upcast:
         pipe.vae.to(torch.float32)
     for part in pipe.components.values():

@@ -31,15 +31,15 @@ def test_a_point_counts_within_a_tenth_of_the_box_as_published(tmp_path):
     (pair,) = load_spair(write_spair(tmp_path))
     pixels = torch.tensor([50.0, 100.0])
     for distance, right in ((3.9, True), (4.1, False)):  # 0.1 x 40 pixels
-        found = pair.second_points + torch.tensor([distance, 0.0]) / pixels
-        assert hits(pair, found, 0.1).tolist() == [right, right]
+        moved = pair.second_points + torch.tensor([distance, 0.0]) / pixels
+        assert hits(pair, moved, 0.1).tolist() == [right, right]
         down = pair.second_points + torch.tensor([0.0, distance]) / pixels
         assert hits(pair, down, 0.1).tolist() == [right, right]
 
 
 def test_pck_counts_points_alike_or_pictures_alike():
-    found = [torch.tensor([True]), torch.tensor([False, False, True, False])]
-    assert pck(found) == {"pck": pytest.approx(2 / 5), "pck_image": pytest.approx(0.625)}
+    correct = [torch.tensor([True]), torch.tensor([False, False, True, False])]
+    assert pck(correct) == {"pck": pytest.approx(2 / 5), "pck_image": pytest.approx(0.625)}
 
 
 def test_some_pairs_are_spread_over_the_list(tmp_path):

@@ -41,19 +41,19 @@ def test_a_point_is_found_at_the_cell_with_its_feature():
     second = 5 * torch.eye(12)[:, order].reshape(12, 3, 4)  # lengths do not count
     cells = torch.tensor([[x, y] for y in range(3) for x in range(4)])
     points = (cells + 0.5) / torch.tensor([4, 3])
-    found = match_points(first, second, points, (3, 4))
-    torch.testing.assert_close(found, points[order.argsort()])
+    matches = match_points(first, second, points, (3, 4))
+    torch.testing.assert_close(matches, points[order.argsort()])
 
 
 def test_matching_in_parts_is_the_cosine_of_interpolated_features():
     generator = torch.Generator().manual_seed(1)
     first, second = (torch.randn(150, *size, generator=generator) for size in ((5, 7), (6, 4)))
     points = torch.rand(9, 2, generator=generator)
-    found = match_points(first, second, points, (20, 30))
+    matches = match_points(first, second, points, (20, 30))
     grid = (2 * points - 1)[None, None]
     queries = F.grid_sample(first[None], grid, align_corners=False)[0, :, 0].T.numpy()
     keys = F.interpolate(second[None], (20, 30), mode="bilinear")[0].flatten(1).T.numpy()
-    for query, (x, y) in zip(queries, found.tolist(), strict=True):
+    for query, (x, y) in zip(queries, matches.tolist(), strict=True):
         cosines = keys @ query / np.linalg.norm(keys, axis=1)
         place = int(20 * y) * 30 + int(30 * x)  # at the border several pixels are alike
         assert cosines[place] == pytest.approx(cosines.max(), abs=1e-5)

@@ -187,10 +187,10 @@ def test_another_transformer_takes_the_place_of_the_models_own(models, family):
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(1.1)
-    given = DiffusionEncoder.from_pretrained(models / family, size=SIZE, transformer=other)
+    replaced = DiffusionEncoder.from_pretrained(models / family, size=SIZE, transformer=other)
     own = DiffusionEncoder.from_pretrained(models / family, size=SIZE)
-    maps = given.extract(picture(*SIZE), TEXT)[0]
-    assert given.backbone.transformer is other
+    maps = replaced.extract(picture(*SIZE), TEXT)[0]
+    assert replaced.backbone.transformer is other
     assert not agree(maps, own.extract(picture(*SIZE), TEXT)[0], 1e-3)
     same = DiffusionEncoder.from_pretrained(
         models / family, size=SIZE, transformer=str(models / family), truncate=True

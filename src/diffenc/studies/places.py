@@ -97,7 +97,7 @@ class Points:
         self, encoder: DiffusionEncoder, texts: Sequence[Text], done: Callable[[int], object]
     ) -> Figures:
         """See `Measure`."""
-        found: defaultdict[Place, list[Tensor]] = defaultdict(list)
+        correct: defaultdict[Place, list[Tensor]] = defaultdict(list)
         cache, places = TensorCache(_KEPT_BYTES), list[Place]()
         pairs = sorted(self.pairs, key=lambda pair: (pair.category, pair.names))
         most = max(1, per_pass(encoder) // 2)
@@ -121,9 +121,9 @@ class Points:
                     places, maps[2 * index], maps[2 * index + 1], strict=True
                 ):
                     points = match_points(first, second, pair.first_points, pair.second_size)
-                    found[place].append(hits(pair, points, self.share))
+                    correct[place].append(hits(pair, points, self.share))
             done(len(batch))
-        return {place: _named(self.name, pck(each)) for place, each in found.items()}
+        return {place: _named(self.name, pck(each)) for place, each in correct.items()}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -227,11 +227,11 @@ class Depth:
         normals: defaultdict[Place, CellStatistics] = defaultdict(CellStatistics)
         for picture in self.train:
             truth = picture.surface()
-            seen = (truth.depth > 0).float()
+            known = (truth.depth > 0).float()
             logarithm = truth.depth.clamp_min(1e-6).log()
             looks = (truth.normals.abs().sum(dim=0) > 0).float()
             for place, maps in read_places(encoder, [picture.image()], [picture.caption], texts):
-                depths[place].add(maps, logarithm[None, None], seen[None])
+                depths[place].add(maps, logarithm[None, None], known[None])
                 normals[place].add(maps, truth.normals[None], looks[None])
             done(1)
         heads = {place: (depths[place].regressor(), normals[place].regressor()) for place in depths}
@@ -240,10 +240,10 @@ class Depth:
         for picture in self.test:
             truth = picture.surface()
             grid = (truth.depth.shape[0], truth.depth.shape[1])
-            seen, looks = truth.depth > 0, truth.normals.abs().sum(dim=0) > 0
+            known, looks = truth.depth > 0, truth.normals.abs().sum(dim=0) > 0
             for place, maps in read_places(encoder, [picture.image()], [picture.caption], texts):
                 depth, directions = (head(maps, grid)[0] for head in heads[place])
-                errors = depth_errors(depth[0].exp()[seen], truth.depth[seen].double())
+                errors = depth_errors(depth[0].exp()[known], truth.depth[known].double())
                 errors |= normal_errors(directions[:, looks], truth.normals[:, looks].double())
                 for key, value in errors.items():
                     figures[place][key].append(value)

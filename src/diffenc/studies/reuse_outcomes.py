@@ -220,10 +220,10 @@ def _answers(folder: Path, questions: int, device: str | torch.device, done: Don
     said: dict[Reused | None, list[str]] = {}
     for part in (None, *PARTS):
         vlm = DiffusionVLM.from_pretrained(folder, device=device, reuse=part)
-        asked, said[part] = ask_questions(vlm.generate, questions, seed=HELD_OUT["answers"])
+        posed, said[part] = ask_questions(vlm.generate, questions, seed=HELD_OUT["answers"])
         done.add(1)
     shares = {
-        part: mean(is_right(text, question) for text, question in zip(texts, asked, strict=True))
+        part: mean(is_right(text, question) for text, question in zip(texts, posed, strict=True))
         for part, texts in said.items()
     }
     changed = {
@@ -237,7 +237,7 @@ def _answers(folder: Path, questions: int, device: str | torch.device, done: Don
             "exact": said[None][row],
             **{part: said[part][row] for part in PARTS},
         }
-        for row, question in enumerate(asked[:_EXAMPLES])
+        for row, question in enumerate(posed[:_EXAMPLES])
     )
     reused = {part: shares[part] for part in PARTS}
     return AnswerFigure(folder.name, shares[None], reused, changed, examples)

@@ -48,38 +48,38 @@ def match_points(
     best = (products / squares.sqrt().clamp_min(1e-12)).flatten(1).argmax(dim=1)
     places = torch.stack([best % width, best // width], dim=1) + 0.5
     sides = torch.tensor([width, height], dtype=places.dtype, device=places.device)
-    found: Tensor = places / sides
-    return found
+    matches: Tensor = places / sides
+    return matches
 
 
 def hits(
-    pair: PointPair, found: Float[Tensor, "points 2"], share: float
+    pair: PointPair, matches: Float[Tensor, "points 2"], share: float
 ) -> Bool[Tensor, " points"]:
     """Which points were found: no farther from the truth than a share of the object's box.
 
     Args:
         pair: Pair of pictures with the true points.
-        found: Points that were found, as `match_points` returns them.
+        matches: Points that were found, as `match_points` returns them.
         share: Allowed distance as a share of the longer side of the box.
     """
     height, width = pair.second_size
     pixels = torch.tensor([width, height], dtype=torch.float32, device="cpu")
-    distances = ((found.float().cpu() - pair.second_points) * pixels).norm(dim=1)
+    distances = ((matches.float().cpu() - pair.second_points) * pixels).norm(dim=1)
     within: Tensor = distances <= share * pair.box
     return within
 
 
-def pck(found: Sequence[Bool[Tensor, " points"]]) -> dict[str, float]:
+def pck(correct: Sequence[Bool[Tensor, " points"]]) -> dict[str, float]:
     """Percentage of correct keypoints, as shares: over all points, and as a mean over pictures.
 
     Args:
-        found: Which points were found, for each pair.
+        correct: Which points were found, for each pair.
 
     Source:
         Min et al. 2019 (SPair-71k), arXiv:1908.10543: the mean over pairs. DIFT's tables count all
         points alike.
     """
-    some = [each for each in found if len(each)]
+    some = [each for each in correct if len(each)]
     if not some:
         return {}
     means = torch.stack([each.float().mean() for each in some])
