@@ -166,8 +166,8 @@ class DiffusionEncoder(TrainableParts):
             use_cache: Whether to remember latents, prompts and unconditional features; see the
                 class.
             preset: Name of a published method whose taps and options are taken: "gdf", "mustafar",
-                "dift", "cleandift" or "hyperfeatures", see `diffenc.models.presets`. None takes no
-                preset.
+                "dift", "cleandift", "hyperfeatures" or "ditf", see `diffenc.models.presets`. None
+                takes no preset.
             truncate: Whether to leave out everything behind the last tap, which gives the same
                 features with less memory. Such an encoder has no later taps and predicts no noise.
             channels_last: Memory format of convolutions; for this and all up to `tokenizer_2` see

@@ -206,6 +206,29 @@ def test_taps_are_known_before_weights(folder):
     assert default == ("single_transformer_blocks.0",)
 
 
+def test_ditf_reads_the_modulated_input_of_its_block():
+    pipe = dit_builders.flux_pipeline(num_single_layers=10)
+    whole = DiffusionEncoder.from_pretrained(pipe, preset="ditf")
+    assert (whole.config.timestep, whole.config.draws, whole.config.size) == (260, 8, 640)
+    encoder = DiffusionEncoder.from_pretrained(pipe, preset="ditf", size=(48, 80), draws=1)
+    inputs = {}
+
+    def keep(_module, args, kwargs):
+        inputs.update(states=kwargs["hidden_states"], text=kwargs["encoder_hidden_states"])
+        inputs["time"] = kwargs["temb"]
+
+    block = encoder.backbone.transformer.single_transformer_blocks[9]
+    handle = block.register_forward_pre_hook(keep, with_kwargs=True)
+    features = encoder.extract(picture(48, 80), TEXT)[0]
+    handle.remove()
+    # Gan et al. 2025: (1 + scale) LN(x) + shift, on the joined sequence, of which text comes first.
+    joined = torch.cat([inputs["text"], inputs["states"]], dim=1)
+    shift, scale, _ = block.norm.linear(torch.nn.functional.silu(inputs["time"])).chunk(3, dim=1)
+    flat = torch.nn.functional.layer_norm(joined, joined.shape[-1:], eps=1e-6)
+    expected = (1 + scale[:, None]) * flat + shift[:, None]
+    assert agree(features, as_map(expected[:, -15:], 3, 5), 1e-5)
+
+
 @pytest.mark.long
 def test_real_models_are_described_without_weights():
     taps = {tap.name: (tap.channels, tap.reduction) for tap in list_taps("flux-dev")}

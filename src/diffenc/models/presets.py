@@ -88,8 +88,9 @@ def preset_options(name: str, family: str) -> dict[str, Any]:
     """Options of `EncoderConfig` for a published method.
 
     Args:
-        name: Name of the preset: "gdf", "mustafar", "dift", "cleandift" or "hyperfeatures".
-        family: Family of the backbone, "sd" or "sdxl".
+        name: Name of the preset: "gdf", "mustafar", "dift", "cleandift", "hyperfeatures" or
+            "ditf".
+        family: Family of the backbone, such as "sd".
 
     Raises:
         ConfigError: No such preset, or not for this family.
