@@ -472,6 +472,7 @@ def test_pictures_keep_their_size():
 @pytest.mark.long
 def test_a_checkpoint_of_llava_is_asked_as_the_plug_in_asks_it(llava, llava_folder):
     model = HostedVLM(llava_folder, max_new_tokens=5)
+    assert (model.prompt_policy, model.prompt_dropout) == ("question", 0)
     shown, questions = [SCENES[:1], SCENES[:2], []], [*QUESTIONS, QUESTIONS[0]]
     marks = ["<image>\n", "<image>\n<image>\n", ""]
     turns = [
@@ -495,6 +496,7 @@ def test_a_benchmark_runs_on_a_checkpoint_of_llava_and_goes_on(llava_folder, tmp
     assert model["description"]["guidance_scale"] == 2
     answers = [each for each in written if each["type"] == "answer"]
     assert len(answers) == 2
+    assert all(each["prompt"] for each in answers)  # the question, as a tower is asked
     assert all(each["question"].startswith(each["prompt"]) for each in answers)
     before = file.read_text()
     run_task(Mmvp(data="shapes", limit=2), llava_folder, options, results=file)
