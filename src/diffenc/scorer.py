@@ -233,7 +233,7 @@ class CrossAttnScorer(ConfiguredScorer):
         text: str,
         words: str | Sequence[str] | None = None,
         *,
-        preset: Literal["daam", "seg4diff"] | None = None,
+        preset: Literal["daam", "seg4diff", "concept-attention"] | None = None,
         layers: str | Sequence[str] | None = None,
         heads: Sequence[int] | None = None,
         timesteps: Sequence[int] | None = None,
@@ -245,10 +245,12 @@ class CrossAttnScorer(ConfiguredScorer):
             image: A picture of any kind.
             text: Prompt that the picture is read under.
             words: Words of the prompt, or several in a row as one ("red circle"); None takes every
-                word.
+                word. For "concept-attention" two concepts or more, which need not stand in it.
             preset: Name of the definition: "daam" is that program's, "seg4diff" that paper's for
-                SD 3: layer 9 at timestep 515. None is the share of a cell's
-                attention that the word gets, mean over heads, layers and timesteps.
+                SD 3: layer 9 at timestep 515, and "concept-attention" that paper's for FLUX and
+                SD 3: how well the attention outputs of cell and concept agree, shared out among the
+                concepts. None is the share of a cell's attention that the word gets, mean over
+                heads, layers and timesteps.
             layers: Module paths of cross-attentions or of blocks around them. None takes those of
                 the second block of the decoder, where words point best, and for "daam" all but the
                 middle block's.

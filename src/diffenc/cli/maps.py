@@ -14,6 +14,8 @@ from diffenc.cli.tables import print_table
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _COLUMNS, _SIDE = 4, 256
+_SHARE = "Share of each cell's attention that the word gets"
+_MEANINGS = {"concept-attention": "Share of each cell that the concept gets among the concepts"}
 
 
 def _maps(
@@ -28,7 +30,8 @@ def _maps(
             "--word",
             "-w",
             metavar="WORD",
-            help="Word of the text that is drawn, repeated; default all.",
+            help="Word of the text that is drawn, repeated; default all. A concept for "
+            "concept-attention, which need not stand in the text.",
         ),
     ] = None,
     output: Annotated[
@@ -40,7 +43,10 @@ def _maps(
     model: Model = "shapes",
     preset: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="daam, or for SD 3 seg4diff: their definitions."),
+        typer.Option(
+            metavar="NAME",
+            help="daam, for SD 3 seg4diff, for FLUX and SD 3 concept-attention: their definitions.",
+        ),
     ] = None,
     layers: Annotated[
         list[str] | None,
@@ -91,8 +97,8 @@ def _maps(
     drawn = figure(
         rows,
         title=text,
-        note=f"Model: {scorer.backbone.name}. Share of each cell's attention that the word gets, "
-        "each word in its own range. Made by: diffenc maps",
+        note=f"Model: {scorer.backbone.name}. {_MEANINGS.get(preset or '', _SHARE)}, each word in "
+        "its own range. Made by: diffenc maps",
         side=_SIDE,
     )
     write_whole(output, drawn.save)

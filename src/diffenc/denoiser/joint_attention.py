@@ -175,24 +175,31 @@ def _joined(
         cells: Number of the picture's tokens.
         rotary: Rotary positions, where the model has them.
     """
-    query = _normed(attn, "norm_q", projected["to_q"])[:, -cells:]
-    keys = _normed(attn, "norm_k", projected["to_k"])
+    query = by_heads(attn, "norm_q", projected["to_q"])[:, -cells:]
+    keys = by_heads(attn, "norm_k", projected["to_k"])
     if "add_k_proj" in projected:
-        keys = torch.cat([_normed(attn, "norm_added_k", projected["add_k_proj"]), keys], dim=1)
+        keys = torch.cat([by_heads(attn, "norm_added_k", projected["add_k_proj"]), keys], dim=1)
     if rotary is not None:
         waves = [each[:, None] for each in rotary]
-        query, keys = _turned(query, [each[-cells:] for each in waves]), _turned(keys, waves)
+        query, keys = rotated(query, [each[-cells:] for each in waves]), rotated(keys, waves)
     return query.flatten(2), keys.flatten(2)
 
 
-def _normed(attn: Any, norm: str, projected: Tensor) -> Float[Tensor, "b l heads d"]:
+def by_heads(attn: Any, norm: str, projected: Tensor) -> Float[Tensor, "b l heads d"]:
+    """A projection with its heads apart, behind a norm of the attention where it has that.
+
+    Args:
+        attn: Joint attention.
+        norm: Name of the norm; "" is none.
+        projected: Output of a projection.
+    """
     apart = rearrange(projected, "b l (heads d) -> b l heads d", heads=attn.heads)
     module = getattr(attn, norm, None)
     normed: Tensor = apart if module is None else module(apart)
     return normed
 
 
-def _turned(
+def rotated(
     values: Float[Tensor, "b l heads d"], waves: Sequence[Float[Tensor, "l 1 d"]]
 ) -> Float[Tensor, "b l heads d"]:
     """Rotate pairs of neighbouring channels (Su et al. 2021, arXiv:2104.09864, equation 34)."""

@@ -14,6 +14,7 @@ from typing_extensions import NotRequired  # of typing since Python 3.11
 
 from diffenc._typing import LongPrompts, Uncond
 from diffenc.checks.fields import require_finite
+from diffenc.denoiser.concept_attention import Concepts
 from diffenc.denoiser.shortening import ends_early, is_whole
 from diffenc.denoiser.transformers import layout_of, word_for
 from diffenc.errors import BackboneError, ConfigError, PromptError, ShapeError, TapError
@@ -534,6 +535,21 @@ class Backbone(nn.Module):
     def own_positions(self, text: str) -> tuple[int, ...]:
         """Positions of a text's own tokens, start and end included, among its states."""
         return own_places(self.tokenizers[0], text)
+
+    def concepts(self, concepts: Sequence[str], *, size: tuple[int, int]) -> Concepts:
+        """Concepts of one token each that ride along with a pass, as ConceptAttention has them.
+
+        Args:
+            concepts: One or more.
+            size: Size of the pictures in pixels, (height, width), as for `embed`.
+
+        Raises:
+            ConfigError: The method is not defined for this family.
+        """
+        raise ConfigError(
+            f"concepts are read in models that join picture and text, and {self.name!r} is "
+            f"{self.family!r}; its words are mapped by word_maps without a preset"
+        )
 
     def attended_states(self, states: Float[Tensor, "b l d"]) -> Float[Tensor, "b l _c"]:
         """Text states as the cross-attentions read them."""

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import Unpack  # of typing since Python 3.11
 
+from diffenc.denoiser.concept_attention import Concepts
 from diffenc.errors import BackboneError
 from diffenc.inputs.prompts import PromptEmbeds
 from diffenc.inputs.tokenizing import own_places
@@ -82,6 +83,11 @@ class Flux(Backbone):
     def own_positions(self, text: str) -> tuple[int, ...]:
         """Positions among the states of T5."""
         return own_places(self.tokenizer_2, text)
+
+    def concepts(self, concepts: Sequence[str], *, size: tuple[int, int]) -> Concepts:
+        """The first state of T5 of each concept, encoded by itself, without a pooled text."""
+        states = self.embed(concepts, size=size).prompt_embeds[:, 0]
+        return Concepts(states, pooled=False)
 
     def _check_text_width(self, encoders: Sequence[Any]) -> None:
         config, (clip, t5) = self.transformer.config, encoders

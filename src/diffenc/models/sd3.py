@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -9,9 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import Unpack  # of typing since Python 3.11
 
+from diffenc.denoiser.concept_attention import Concepts
 from diffenc.errors import BackboneError, PromptError
 from diffenc.inputs.prompts import PromptEmbeds
-from diffenc.inputs.tokenizing import limit_of, own_places
+from diffenc.inputs.tokenizing import limit_of, own_places, token_ids
 from diffenc.inputs.words import word_token_positions
 from diffenc.models.base import Backbone, TransformerParts, grad_where_trained
 from diffenc.models.part_checks import check_encoder
@@ -101,6 +103,25 @@ class StableDiffusion3(Backbone):
         first = limit_of(self.tokenizer)
         behind = [first + place for each in self.tokenizers[2:] for place in own_places(each, text)]
         return (*own_places(self.tokenizer, text), *behind)
+
+    def concepts(self, concepts: Sequence[str], *, size: tuple[int, int]) -> Concepts:
+        """States of CLIP of the concepts in one text, behind its start; the first token of each.
+
+        The release takes as many states as there are concepts, which is the same where each of
+        them is one token.
+
+        Raises:
+            PromptError: They have more tokens than CLIP reads.
+        """
+        counts = map(len, token_ids(self.tokenizer, concepts, special_tokens=False))
+        *starts, end = accumulate(counts, initial=1)
+        if end > limit_of(self.tokenizer) - 1:
+            raise PromptError(
+                f"{len(concepts)} concepts have {end - 1} tokens together, and CLIP reads "
+                f"{limit_of(self.tokenizer) - 2}; pass fewer of them"
+            )
+        states = self.embed([" ".join(concepts)], size=size).prompt_embeds[0, [0, *starts]]
+        return Concepts(states, ahead=1, unit=True, cells_see=True)
 
     def _check_text_width(self, encoders: Sequence[Any]) -> None:
         config, (first, second, *others) = self.transformer.config, encoders

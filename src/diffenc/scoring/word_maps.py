@@ -21,6 +21,7 @@ from diffenc.inputs.noise import add_noise, shared_noise
 from diffenc.inputs.words import words_of
 from diffenc.models.base import Backbone
 from diffenc.passes.forward import read_head_attention
+from diffenc.scoring.concept_maps import concept_maps
 from diffenc.scoring.config import SCORE_TIMESTEPS
 from diffenc.viz.heatmap import HeatMap, WordMaps
 
@@ -40,11 +41,21 @@ WORD_TIMESTEPS = (50, 189)
 WORD_LAYERS = ("up_blocks.1",)
 """The block whose attention points best, in the bundled model; 16 x 16 cells in SD at 512 px."""
 
-JOINT_PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
+JOINT_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # Kim et al. 2025 (Seg4Diff), arXiv:2509.18096: layer 9 of SD 3, 8th step from the end of 28.
-    "seg4diff": ("sd3", {"layers": ("transformer_blocks.9",), "timesteps": (515,)}),
+    "seg4diff": {"sd3": {"layers": ("transformer_blocks.9",), "timesteps": (515,)}},
+    # Helbling et al. 2025 (ConceptAttention), arXiv:2502.04320, released code, where it encodes a
+    # picture: the last four dual blocks of FLUX at the third of four steps (schnell's), and all
+    # blocks of SD 3 at its third, which the shift of 3 brings to sigma = 0.602.
+    "concept-attention": {
+        "flux": {
+            "layers": tuple(f"transformer_blocks.{block}" for block in range(15, 19)),
+            "timesteps": (500,),
+        },
+        "sd3": {"timesteps": (602,)},
+    },
 }
-"""Presets of joint attention: the family that each is defined for, and its options."""
+"""Presets of joint attention: options by the families that each is defined for."""
 
 _DAAM_CELLS = {512: 64, 768: 96, 1024: 64}
 """Cells on a side of DAAM's grid, by the image size that a model was trained for."""
@@ -266,7 +277,7 @@ def heat_maps(
     *,
     preset: str | None,
     picture: Image.Image,
-    **options: Any,  # of word_maps and daam_maps
+    **options: Any,  # of word_maps, daam_maps and concept_maps
 ) -> WordMaps:
     """Maps of words over the picture that they are of.
 
@@ -275,7 +286,7 @@ def heat_maps(
     """
     if not words:
         raise PromptError("got no words; pass at least one, or None for all of the text")
-    draw = daam_maps if preset == "daam" else word_maps
+    draw = {"daam": daam_maps, "concept-attention": concept_maps}.get(preset or "", word_maps)
     maps = draw(backbone, latents, text, words, **options)
     return WordMaps(
         (word, HeatMap(values, label=word, picture=picture))
@@ -284,7 +295,7 @@ def heat_maps(
 
 
 def preset_places(backbone: Backbone, preset: str | None) -> dict[str, Any]:
-    """Layers and timesteps that a preset names; None, and "daam", name none.
+    """Layers and timesteps that a preset names for a model; None, and "daam", name none.
 
     Raises:
         ConfigError: An unknown preset, or one that is defined for another family.
@@ -294,13 +305,14 @@ def preset_places(backbone: Backbone, preset: str | None) -> dict[str, Any]:
     check_choice("preset of word maps", preset, ("daam", *JOINT_PRESETS))
     if preset not in JOINT_PRESETS:
         return {}
-    family, options = JOINT_PRESETS[preset]
-    if backbone.family != family:
+    families = JOINT_PRESETS[preset]
+    if backbone.family not in families:
         raise ConfigError(
-            f"preset {preset!r} of word maps is defined for {family!r}, and this model is "
-            f"{backbone.family!r}; leave the preset out, and name layers and timesteps"
+            f"preset {preset!r} of word maps is defined for {' and '.join(map(repr, families))}, "
+            f"and this model is {backbone.family!r}; leave the preset out, and name layers and "
+            "timesteps"
         )
-    return options
+    return families[backbone.family]
 
 
 def _per_timestep(
