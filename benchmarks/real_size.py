@@ -9,9 +9,8 @@ stock pipelines of diffusers load these folders too.
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,7 @@ def build_folder(
             schedule = DDPMScheduler(**config, clip_sample=False, steps_offset=1)
             schedule.save_pretrained(folder / part)
             continue
-        model: Any = _seeded(partial(build_part, part, config), dtype)
+        model: Any = seeded_part(part, config, dtype)
         model.save_pretrained(folder / part)
     tokenizers = ["tokenizer", "tokenizer_2"] if known.family == "sdxl" else ["tokenizer"]
     for name in tokenizers:
@@ -115,10 +114,13 @@ def _made_in(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _seeded(build: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
+def seeded_part(
+    part: str, config: Mapping[str, Any], dtype: torch.dtype, family: str | None = None
+) -> Any:
+    """A part of a model with seeded random weights, drawn in a dtype; see `build_part`."""
     with torch.random.fork_rng(devices=[]), _made_in(dtype):
         torch.manual_seed(0)
-        model = build()
+        model = build_part(part, config, family)
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
