@@ -24,7 +24,6 @@ from real_size import seeded_part
 from speed.bench import DisagreementError
 from speed.cases import OVERHEAD_GOAL
 from speed.measuring import (
-    clock,
     fast_dtype,
     forget_peak,
     in_turn,
@@ -376,9 +375,12 @@ def measure(alias: str, backbone: Backbone, *, size: int, repeats: int) -> list[
     floor.answer(job.ask(10_000, picture=0))
     of_floor = (floor.noisy, floor.uncond)
     rows, apart = dict[tuple[str, str], Measured](), dict[tuple[str, str], float]()
-    expected: dict[str, Tensor] = {}
+    expected, peaks = dict[str, Tensor](), dict[tuple[str, str], int | None]()
     for kind in calls:  # warms all of them
-        features = prepare(kind, 0)().float()
+        call = prepare(kind, 0)
+        forget_peak(device)
+        features = call().float()
+        peaks[kind] = peak_memory(device)
         first = expected.setdefault(kind[0], features)
         apart[kind] = float((features - first).abs().max() / first.abs().max())
         if not apart[kind] <= AGREEMENT[backbone.dtype]:
@@ -389,10 +391,7 @@ def measure(alias: str, backbone: Backbone, *, size: int, repeats: int) -> list[
     for kind, taken in seconds.items():
         question, contender = kind
         row = Measured(alias, question, contender, taken, difference=apart[kind])
-        call = prepare(kind, repeats + 1)
-        forget_peak(device)
-        clock(call, device)
-        row.peak_bytes = peak_memory(device)
+        row.peak_bytes = peaks[kind]
         if contender == "diffenc":
             row.speedup = _ratio(seconds["first", script.name], taken)
             row.overhead = _ratio(taken, seconds[question, floor.name]) - 1
@@ -450,7 +449,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         weights = weight_bytes(*backbone.parts().values())
         print(f"{alias}: {weights / 1e9:.2f} GB of weights", file=sys.stderr, flush=True)
         size = QUICK_SIZE if options.quick else SIZE
-        rows += measure(alias, backbone, size=size, repeats=options.repeats)
+        try:
+            rows += measure(alias, backbone, size=size, repeats=options.repeats)
+        except DisagreementError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
         print(table(rows[-5:]), flush=True)  # what is known if the next one fails
         if options.json:
             report = {"machine": machine, "rows": [asdict(row) for row in rows]}

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from diffenc._typing import Conditioning, LongPrompts, Posterior, Resize, Reused, Tokens, Uncond
-from diffenc.checks.arguments import pair, shown, whole
+from diffenc.checks.arguments import pair, shown, whole, wholes
 from diffenc.checks.fields import conform
 from diffenc.errors import ConfigError, near_matches
 from diffenc.storage.schema import make
@@ -109,6 +109,9 @@ class EncoderConfig:
             is all before the middle, "middle" all before the decoder. Features under a text are
             then approximate, and a further question costs about half. None runs everything under
             each text.
+        discard: Channels of a block's input that are zeroed before the adaptive norm that is
+            tapped, such as "single_transformer_blocks.9.norm" of FLUX; draws are then averaged
+            before the norm, as DiTF has it. () zeroes none, and None reads norms as they are.
     """
 
     taps: tuple[str, ...] | None = None
@@ -129,6 +132,7 @@ class EncoderConfig:
     word_count: int = 8
     batch_size: int | None = None
     reuse: Reused | None = None
+    discard: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.taps is not None and (isinstance(self.taps, str) or not len(self.taps)):
@@ -165,6 +169,8 @@ class EncoderConfig:
             check_choice("uncond", self.uncond, get_args(Uncond))
         if self.reuse is not None:
             check_choice("reuse", self.reuse, get_args(Reused))
+        if self.discard:
+            wholes("discard", self.discard)
 
     @property
     def timesteps(self) -> tuple[int, ...]:

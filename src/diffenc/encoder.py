@@ -44,7 +44,7 @@ from diffenc.models.taps import LATENTS, tap_patterns
 from diffenc.models.writing import write_folder
 from diffenc.passes.encoded import image_keys, posterior_of
 from diffenc.passes.forward import AttentionRead, attention_key, compile_taps
-from diffenc.passes.halves import read_halves
+from diffenc.passes.halves import check_discard, read_halves
 from diffenc.passes.question_tokens import prompt_words, question_tokens, token_channels
 from diffenc.passes.reuse import check_reuse
 from diffenc.passes.texts import text_halves
@@ -96,6 +96,7 @@ class DiffusionEncoder(TrainableParts):
         self.use_cache = flag("use_cache", use_cache)
         self._matched: tuple[object, tuple[TapInfo, ...]] = (None, ())
         check_reuse(backbone, self.config.reuse, [tap.name for tap in self._taps])
+        check_discard(self.config.discard, self._taps)
         length = len(backbone.noise_levels)
         if max(self.config.timesteps) >= length:
             raise ConfigError(
@@ -377,8 +378,13 @@ class DiffusionEncoder(TrainableParts):
             options: Keyword arguments of `torch.compile`, such as `mode` and `dynamic`.
 
         Raises:
-            ConfigError: The config has `reuse`, for which nothing is compiled.
+            ConfigError: The config has `reuse` or `discard`, for which nothing is compiled.
         """
+        if self.config.discard is not None:
+            raise ConfigError(
+                f"with discard={self.config.discard} the norm that is tapped runs behind the pass, "
+                "which is not compiled; leave discard out or do without compile"
+            )
         if self.config.reuse is not None:
             raise ConfigError(
                 f"with reuse={self.config.reuse!r} a pass begins in the middle of the U-Net, which "

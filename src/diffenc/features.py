@@ -11,6 +11,7 @@ from diffenc._typing import Conditioning
 from diffenc.checks.arguments import number, shown, sides
 from diffenc.checks.fields import require_finite
 from diffenc.config import check_choice
+from diffenc.denoiser.adaptive_norm import MASSIVE_RATIO, massive_channels
 from diffenc.denoiser.grids import to_tokens
 from diffenc.denoiser.registers import REGISTER_RATIO, register_cells, without_cells
 from diffenc.errors import ConfigError, TapError, near_matches
@@ -182,6 +183,29 @@ class Features(Mapping[str, Tensor]):
             for tap, maps in half.items():
                 registers[tap] = registers[tap] | register_cells(maps, ratio=ratio)
         return registers
+
+    def massive_channels(self, *, ratio: float = MASSIVE_RATIO) -> dict[str, tuple[int, ...]]:
+        """Channels that dwarf the others at every tap, in either half, as `discard` takes them.
+
+        Of FLUX, read the block before the norm that is tapped: what that block gives is the norm's
+        input.
+
+        Args:
+            ratio: Factor above 1 by which a massive channel's mean magnitude exceeds that of the
+                median channel.
+
+        Raises:
+            ConfigError: Another ratio.
+        """
+        halves = [half for half in self._halves.values() if half is not None]
+        return {
+            tap: tuple(
+                sorted(
+                    {each for half in halves for each in massive_channels(half[tap], ratio=ratio)}
+                )
+            )
+            for tap in halves[0]
+        }
 
     def without_registers(self, *, ratio: float = REGISTER_RATIO) -> "Features":
         """The same features, with the mean of the cells around in the place of each register.

@@ -206,27 +206,109 @@ def test_taps_are_known_before_weights(folder):
     assert default == ("single_transformer_blocks.0",)
 
 
-def test_ditf_reads_the_modulated_input_of_its_block():
-    pipe = dit_builders.flux_pipeline(num_single_layers=10)
-    whole = DiffusionEncoder.from_pretrained(pipe, preset="ditf")
-    assert (whole.config.timestep, whole.config.draws, whole.config.size) == (260, 8, 640)
-    encoder = DiffusionEncoder.from_pretrained(pipe, preset="ditf", size=(48, 80), draws=1)
-    inputs = {}
+@pytest.fixture(scope="module")
+def deep():
+    return dit_builders.flux_pipeline(num_single_layers=10)
+
+
+def plain_ditf(encoder, discard, seeds):
+    """What DiTF's release makes of its block's inputs: their mean, zeroed, normed, modulated."""
+    inputs = []
 
     def keep(_module, args, kwargs):
-        inputs.update(states=kwargs["hidden_states"], text=kwargs["encoder_hidden_states"])
-        inputs["time"] = kwargs["temb"]
+        joined = torch.cat([kwargs["encoder_hidden_states"], kwargs["hidden_states"]], dim=1)
+        inputs.append((joined[:, -15:], kwargs["temb"]))  # the text comes first
 
     block = encoder.backbone.transformer.single_transformer_blocks[9]
     handle = block.register_forward_pre_hook(keep, with_kwargs=True)
     features = encoder.extract(picture(48, 80), TEXT)[0]
     handle.remove()
-    # Gan et al. 2025: (1 + scale) LN(x) + shift, on the joined sequence, of which text comes first.
-    joined = torch.cat([inputs["text"], inputs["states"]], dim=1)
-    shift, scale, _ = block.norm.linear(torch.nn.functional.silu(inputs["time"])).chunk(3, dim=1)
-    flat = torch.nn.functional.layer_norm(joined, joined.shape[-1:], eps=1e-6)
-    expected = (1 + scale[:, None]) * flat + shift[:, None]
-    assert agree(features, as_map(expected[:, -15:], 3, 5), 1e-5)
+    ((states, time),) = inputs
+    assert len(states) == seeds
+    mean = states.mean(dim=0, keepdim=True)
+    mean[:, :, list(discard)] = 0.0
+    shift, scale, _ = block.norm.linear(torch.nn.functional.silu(time[:1])).chunk(3, dim=1)
+    flat = torch.nn.functional.layer_norm(mean, mean.shape[-1:], eps=1e-6)
+    return features, as_map((1 + scale[:, None]) * flat + shift[:, None], 3, 5)
+
+
+@pytest.mark.parametrize(("discard", "draws"), [((), 1), ((), 3), ((5, 30), 1), ((5, 30), 3)])
+def test_ditf_norms_the_mean_input_of_its_block(deep, discard, draws):
+    options = {"size": (48, 80), "draws": draws, "discard": discard}
+    encoder = DiffusionEncoder.from_pretrained(deep, preset="ditf", **options)
+    ours, theirs = plain_ditf(encoder, discard, draws)
+    assert agree(ours, theirs, 1e-5)
+
+
+def test_ditf_without_a_mean_is_the_norm_of_the_model(deep):
+    tap = "single_transformer_blocks.9.norm"
+    options = {"size": (48, 80), "taps": (tap,), "timestep": (260, 515)}
+    plain, ditf, less = (
+        DiffusionEncoder.from_pretrained(deep, **options, discard=discard)
+        for discard in (None, (), (3,))
+    )
+    halves = [each.extract(picture(48, 80), TEXT)[0] for each in (plain, ditf, less)]
+    assert halves[0].shape == (1, 2, 32, 3, 5)
+    assert agree(halves[1], halves[0], 1e-6)
+    assert not agree(halves[2], halves[0], 1e-3)
+
+
+def test_the_preset_discards_the_massive_channels_of_the_published_model(deep):
+    with pytest.raises(ConfigError, match=r"no channel 154 at .*which has 32; massive channels"):
+        DiffusionEncoder.from_pretrained(deep, preset="ditf")
+    encoder = DiffusionEncoder.from_pretrained(deep, preset="ditf", discard=())
+    assert (encoder.config.timestep, encoder.config.draws, encoder.config.size) == (260, 8, 640)
+    with pytest.raises(ConfigError, match=r"'transformer_blocks\.0' is none"):
+        DiffusionEncoder.from_pretrained(deep, taps="transformer_blocks.0", discard=())
+
+
+def test_features_of_other_channels_are_not_remembered_as_these(deep):
+    tap = "single_transformer_blocks.9.norm"
+    options = {"size": (48, 80), "taps": (tap,)}
+    first = DiffusionEncoder.from_pretrained(deep, **options, discard=())
+    second = DiffusionEncoder.from_pretrained(first.backbone, **options, discard=(3,))
+    plain = DiffusionEncoder.from_pretrained(first.backbone, **options)
+    ours, theirs, last = (each.extract(picture(48, 80))[0] for each in (first, second, plain))
+    assert not agree(ours, theirs, 1e-3)
+    assert agree(ours, last, 1e-6)
+
+
+@pytest.mark.long
+def test_a_compiled_transformer_gives_the_same_features_at_every_size(deep):
+    torch._dynamo.reset()
+    taps = ("transformer_blocks.1", "single_transformer_blocks.0.norm")
+    plain = DiffusionEncoder.from_pretrained(deep, taps=taps, size=(48, 80))
+    own = DiffusionEncoder.from_pretrained(deep, taps=taps, size=(48, 80))
+    own.compile(backend="eager", fullgraph=True)
+    for size in ((48, 80), (64, 32)):
+        compiled, expected = (
+            DiffusionEncoder.from_pretrained(each.backbone, taps=taps, size=size)
+            for each in (own, plain)
+        )
+        ours, theirs = (each.extract(picture(*size), TEXT) for each in (compiled, expected))
+        for tap in taps:
+            assert agree(ours[tap], theirs[tap]), tap
+    ditf = DiffusionEncoder.from_pretrained(plain.backbone, taps=taps[1:], discard=())
+    with pytest.raises(ConfigError, match="runs behind the pass, which is not compiled"):
+        ditf.compile()
+
+
+def test_massive_channels_are_found(deep):
+    block = deep.transformer.single_transformer_blocks[8]
+    before = block.proj_out.bias.detach().clone()
+    options = {"taps": ("single_transformer_blocks.8",), "size": (48, 80)}
+    encoder = DiffusionEncoder.from_pretrained(deep, **options)
+    assert encoder.extract(picture(48, 80), TEXT).massive_channels() == {options["taps"][0]: ()}
+    with torch.no_grad():
+        block.proj_out.bias[[4, 17]] += torch.tensor([1e6, -1e6])
+    encoder.clear_cache()
+    features = encoder.extract(picture(48, 80), TEXT)
+    with torch.no_grad():
+        block.proj_out.bias.copy_(before)
+    encoder.clear_cache()
+    assert features.massive_channels() == {options["taps"][0]: (4, 17)}
+    with pytest.raises(ConfigError, match="ratio must be above 1"):
+        features.massive_channels(ratio=1)
 
 
 @pytest.mark.long

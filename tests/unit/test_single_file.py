@@ -262,3 +262,29 @@ def test_shapes_alone_tell_which_model_it_is(tmp_path):
         describe(header(768, channels=9))
     with pytest.raises(BackboneError, match=r"texts of width \[1280\]"):
         describe(header(1280, label=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "instead"),
+    [
+        ("joint_blocks.0.x_block.attn.qkv.weight", "Stable Diffusion 3", "SD3Transformer2DModel"),
+        ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "Stable", "SD3Transf"),
+        ("double_blocks.0.img_attn.qkv.weight", "FLUX", "FluxTransformer2DModel.from_single_file"),
+        ("blocks.0.cross_attn.q_linear.weight", "PixArt", "a folder that holds config.json"),
+        ("transformer_blocks.0.attn1.to_q.weight", "diffusers'", "a folder that holds config.json"),
+    ],
+)
+def test_a_file_of_a_transformer_is_refused_with_what_to_pass(tmp_path, name, kind, instead):
+    path = tmp_path / "transformer.safetensors"
+    write(path, {name: torch.zeros(2, 2)})
+    with pytest.raises(BackboneError, match=f"it is {kind}.*whose single files are not read") as e:
+        load_backbone(path)
+    assert instead in str(e.value)
+
+
+def test_a_file_of_sana_is_not_called_pixart(tmp_path):
+    path = tmp_path / "sana.safetensors"
+    names = ("attention_y_norm.weight", "blocks.0.cross_attn.q_linear.weight")
+    write(path, {name: torch.zeros(2) for name in names})
+    with pytest.raises(BackboneError, match=r"it is Sana, .*SanaTransformer2DModel"):
+        load_backbone(path)

@@ -8,6 +8,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from diffenc.denoiser.adaptive_norm import pack_input
 from diffenc.denoiser.shortening import copy_ways
 from diffenc.denoiser.transformers import carried_grid, layout_of
 from diffenc.errors import TapError, near_matches
@@ -29,7 +30,8 @@ class ForwardTaps:
     latents of a diffusion transformer, of whose joint outputs the picture's part is kept. With
     `early_exit` the pass ends, exactly and at any size, once every tap has been read; `run` hides
     the exception that does it. What other threads pass through the module meanwhile is left alone,
-    unless `any_thread` says that calls of all threads are read.
+    unless `any_thread` says that calls of all threads are read. Of norms in `packed`, what they are
+    given is kept in place of their output, see `diffenc.denoiser.adaptive_norm.pack_input`.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class ForwardTaps:
         *,
         early_exit: bool = False,
         any_thread: bool = False,
+        packed: Sequence[str] = (),
     ) -> None:
         known = dict(module.named_modules())
         if missing := [name for name in names if name not in known]:
@@ -54,7 +57,9 @@ class ForwardTaps:
             name: _carrier(known, name) if self._layout is None else module for name in names
         }
         self._early_exit, self._any_thread = early_exit, any_thread
+        self._packed = tuple(packed)
         self._grids: dict[nn.Module, tuple[int, int]] = {}
+        self.known_grid: tuple[int, int] | None = None
         self._outputs: dict[str, Tensor] = {}
         self._stack = ExitStack()
 
@@ -67,7 +72,10 @@ class ForwardTaps:
                 handle = carrier.register_forward_pre_hook(note_grid, with_kwargs=True)
                 stack.callback(handle.remove)
             for name, target in self._targets.items():
-                stack.callback(target.register_forward_hook(bound(self._reader(name))).remove)
+                packs = name in self._packed
+                read = bound(self._packer(name) if packs else self._reader(name))
+                handle = target.register_forward_hook(read, with_kwargs=packs)
+                stack.callback(handle.remove)
             self._stack = stack.pop_all()
         return self
 
@@ -96,7 +104,8 @@ class ForwardTaps:
         return {name: self[name] for name in self._targets}
 
     def _note_grid(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._grids[module] = carried_grid(module, args, kwargs)
+        grid = self.known_grid or carried_grid(module, args, kwargs)
+        self._grids[module] = grid
 
     def _reader(self, name: str) -> Callable[..., None]:
         carrier, layout = self._carriers[name], self._layout
@@ -112,11 +121,26 @@ class ForwardTaps:
             return features
 
         def read(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-            self._outputs[name] = map_of(output)
-            if self._early_exit and len(self._outputs) == len(self._targets):
-                raise AllTapsRead
+            self._keep(name, map_of(output))
 
         return read
+
+    def _packer(self, name: str) -> Callable[..., None]:
+        carrier, layout = self._carriers[name], self._layout
+        assert carrier is not None  # adaptive norms are of transformers
+        assert layout is not None
+
+        def read(
+            _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any
+        ) -> None:
+            self._keep(name, pack_input(layout, name, args, kwargs, self._grids[carrier]))
+
+        return read
+
+    def _keep(self, name: str, maps: Tensor) -> None:
+        self._outputs[name] = maps
+        if self._early_exit and len(self._outputs) == len(self._targets):
+            raise AllTapsRead
 
 
 class TapOutputs(nn.Module):
@@ -139,8 +163,18 @@ class TapOutputs(nn.Module):
         self._taps = ForwardTaps(self.unet, names, any_thread=True)
         self._taps.__enter__()
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Float[Tensor, "b _c _h _w"], ...]:
-        """Call the U-Net with these arguments; a map per tap, in the order of `names`."""
+    def forward(
+        self, *args: Any, grid: tuple[int, int] | None = None, **kwargs: Any
+    ) -> tuple[Float[Tensor, "b _c _h _w"], ...]:
+        """Call the U-Net with these arguments; a map per tap, in the order of `names`.
+
+        Args:
+            args: Positional arguments of the U-Net.
+            grid: Rows and columns of the picture's tokens, of a transformer whose latents are
+                packed: a graph does not see the numbers in its arguments. None reads them there.
+            kwargs: Keyword arguments of the U-Net.
+        """
+        self._taps.known_grid = grid
         self.unet(*args, **kwargs)
         return tuple(self._taps[name] for name in self.names)
 

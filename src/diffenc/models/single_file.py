@@ -34,7 +34,13 @@ _VARIANTS = {  # by the width of the texts, and whether there is something besid
     (1280, True): "the refiner of SDXL, which finishes pictures of the base model",
     (1024, True): "a model that reads embeddings of pictures (unCLIP)",
 }
-_TRANSFORMERS = {"joint_blocks.": "Stable Diffusion 3", "double_blocks.": "FLUX"}
+_TRANSFORMERS = {  # by a part of names, the more particular one first
+    "joint_blocks.": ("Stable Diffusion 3", "diffusers.SD3Transformer2DModel.from_single_file"),
+    "double_blocks.": ("FLUX", "diffusers.FluxTransformer2DModel.from_single_file"),
+    "attention_y_norm": ("Sana", "diffusers.SanaTransformer2DModel.from_single_file"),
+    "cross_attn.q_linear": ("PixArt", None),
+}
+"""What a transformer is, and what of diffusers reads its file, by names in the original layout."""
 
 
 class SingleFile:
@@ -56,15 +62,14 @@ class SingleFile:
         except Exception as error:  # SafetensorError is no subclass of a builtin
             raise BackboneError(f"cannot load {path}: {error}") from error
         if f"{_UNET}{LDM_UNET}" not in self.names:
-            known = [kind for part, kind in _TRANSFORMERS.items() if self._any(part)]
+            for part, (kind, reader) in _TRANSFORMERS.items():
+                if self._any(part):
+                    raise BackboneError(_transformer_file(path, kind, reader))
+            if any(name.startswith("transformer_blocks.") for name in self.names):
+                raise BackboneError(_transformer_file(path, "diffusers'", None))
             raise BackboneError(
-                f"{path} is no checkpoint of a whole Stable Diffusion: "
-                + (
-                    f"it is {known[0]}, a transformer"
-                    if known
-                    else f"it lacks {_UNET + LDM_UNET!r}"
-                )
-                + f". Its first names are {sorted(self.names)[:3]}. Weights of a "
+                f"{path} is no checkpoint of a whole Stable Diffusion: it lacks "
+                f"{_UNET + LDM_UNET!r}. Its first names are {sorted(self.names)[:3]}. Weights of a "
                 "U-Net alone are passed as unet=, beside the name of the model that they belong to."
             )
         self.statements = Statements.read(self.names, self.metadata, str(path))
@@ -271,3 +276,14 @@ def _fit_names(state: State, expected: Any) -> State:
 
 def _layer(name: str) -> str:
     return name.partition(".layers.")[2].partition(".")[0]
+
+
+def _transformer_file(path: Path, kind: str, reader: str | None) -> str:
+    """Message for a file of a diffusion transformer."""
+    instead = f", transformer={reader}(path)" if reader else ""
+    return (
+        f"{path} is no checkpoint of a whole Stable Diffusion: it is {kind}, a transformer, whose "
+        "single files are not read. Pass the diffusers folder or the Hub id of the model"
+        + (f"; other weights of the transformer beside it{instead}" if instead else "")
+        + ", or transformer= with a folder that holds config.json beside the file."
+    )

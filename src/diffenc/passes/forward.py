@@ -17,6 +17,7 @@ from diffenc.denoiser.blank_texts import skipping_blank_texts
 from diffenc.denoiser.hooks import ForwardTaps, TapOutputs
 from diffenc.denoiser.joint_attention import JointAttnTaps
 from diffenc.denoiser.shortening import shortened
+from diffenc.denoiser.transformers import layout_of
 from diffenc.errors import ConfigError, NonFiniteError, TapError
 from diffenc.inputs.noise import to_noise
 from diffenc.inputs.prompts import PromptEmbeds
@@ -50,6 +51,7 @@ def read_taps(
     compiled: Callable[..., tuple[Tensor, ...]] | None = None,
     attention: AttentionRead | None = None,
     reuse: Reuse | None = None,
+    packed: Sequence[str] = (),
 ) -> dict[str, Float[Tensor, "rows _c _h _w"]]:
     """Read features of rows, each with latents, a noise level and a text of its own.
 
@@ -69,6 +71,8 @@ def read_taps(
             end after the last of both; None reads none.
         reuse: Outputs that rows have in common, which are not computed for each; exact ones are
             left out where a graph is built, and by compiled code. None computes everything.
+        packed: Taps that are adaptive norms and give their inputs, see
+            `diffenc.denoiser.adaptive_norm.pack_input`; compiled code gives none.
 
     Returns:
         One map per tap, in the order of `taps`; behind them, under `attention_key`, one per
@@ -91,7 +95,7 @@ def read_taps(
         make_plain(backbone.denoiser)  # moved in inference mode, weights could not be saved for it
     rows = len(noisy_latents)
     size = min(batch_size or rows, rows)
-    if attention is not None:
+    if attention is not None or packed:
         compiled = None
     elif compiled is None:
         compiled = compiled_taps(backbone, taps)
@@ -112,6 +116,7 @@ def read_taps(
                         compiled,
                         attention,
                         None if reuse is None else reuse.select(start, stop),
+                        packed,
                     )
                 )
             except torch.cuda.OutOfMemoryError:
@@ -183,8 +188,13 @@ def _read(
     compiled: Callable[..., tuple[Tensor, ...]] | None,
     attention: AttentionRead | None,
     reuse: Reuse | None,
+    packed: Sequence[str],
 ) -> dict[str, Tensor]:
     if compiled is not None:
+        layout = layout_of(backbone.denoiser)
+        if layout is not None and layout.packing > 1:
+            h, w = (side // layout.packing for side in noisy_latents.shape[-2:])
+            compiled = partial(compiled, grid=(h, w))
         maps = backbone.denoise(noisy_latents, timesteps, prompt_embeds, run=compiled)
         # A compiled graph may give its outputs' memory to its next call.
         return {name: tap.clone() for name, tap in zip(taps, maps, strict=True)}
@@ -194,7 +204,7 @@ def _read(
         denoiser = skipping_blank_texts(denoiser, prompt_embeds.prompt_embeds, read=taps)
     call = partial(backbone.denoise, *rows, run=denoiser)
     if attention is None:
-        with ForwardTaps(denoiser, taps, early_exit=True) as reader:
+        with ForwardTaps(denoiser, taps, early_exit=True, packed=packed) as reader:
             return reader.run(call)
     length, positions = prompt_embeds.prompt_embeds.shape[1], attention.positions
     there = [position for position in positions if position < length]

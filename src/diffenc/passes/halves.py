@@ -15,6 +15,8 @@ from torch import Tensor
 
 from diffenc.checks.fields import require_finite
 from diffenc.config import EncoderConfig
+from diffenc.denoiser.adaptive_norm import is_adaptive_norm, normed
+from diffenc.errors import ConfigError
 from diffenc.features import Maps
 from diffenc.inputs.latents import draw_latents
 from diffenc.inputs.noise import add_noise, shared_noise
@@ -22,7 +24,7 @@ from diffenc.inputs.prompts import PromptEmbeds
 from diffenc.memory.cache import Entry, recall
 from diffenc.memory.object_watch import object_key
 from diffenc.models.base import Backbone, States
-from diffenc.models.taps import LATENTS
+from diffenc.models.taps import LATENTS, TapInfo
 from diffenc.passes.forward import AttentionRead, attention_key, compiled_taps, read_taps
 from diffenc.passes.reuse import Reuse, check_reuse, prefix_of, without_text
 
@@ -70,7 +72,7 @@ def read_halves(
     states = states or backbone.states()
     state = None if keys is None else states.features
     compiled = None
-    if attention is None and config.reuse is None:
+    if attention is None and config.reuse is None and config.discard is None:
         compiled = compiled_taps(backbone, [tap for tap in taps if tap != LATENTS], states)
     parts: list[Maps] = []
     pictures = [(state, *key) for key in keys] if keys and state is not None else None
@@ -90,7 +92,7 @@ def read_halves(
     if uncond is not None:
         options = (tuple(taps), config.timestep, config.draws, config.noise, config.seed)
         run = None if compiled is None else object_key(compiled)
-        shared = (state, run, *options, config.posterior)
+        shared = (state, run, *options, config.posterior, config.discard)
         rows = recall(
             None if state is None else backbone.caches.features,
             [(*shared, config.uncond, *key) for key in keys or [()] * batch],
@@ -157,6 +159,7 @@ def _read_rows(
             compiled=compiled,
             attention=attention,
             reuse=reuse(shown),
+            packed=() if config.discard is None else names,
         )
     if LATENTS in taps:
         maps[LATENTS] = torch.cat(clean * len(steps)).to(backbone.device, backbone.dtype)
@@ -164,13 +167,48 @@ def _read_rows(
     one = isinstance(config.timestep, int)
     ordered = {name: maps[name] for name in [*taps, *map(attention_key, layers)]}
     if repeats == 1 and one:
-        return ordered
+        return _discarded(backbone, config, ordered)
     split = "(t d b) c h w -> b t d c h w"
     means = {
         name: rearrange(each, split, t=len(steps), d=draws).mean(dim=2)
         for name, each in ordered.items()
     }
-    return {name: mean[:, 0] for name, mean in means.items()} if one else means
+    kept = {name: mean[:, 0] for name, mean in means.items()} if one else means
+    return _discarded(backbone, config, kept)
+
+
+def check_discard(discard: Sequence[int] | None, taps: Sequence[TapInfo]) -> None:
+    """Raise a `ConfigError` unless channels can be discarded before what taps give.
+
+    Args:
+        discard: Channels; None reads taps as they are.
+        taps: Taps of the encoder.
+    """
+    if discard is None:
+        return
+    for tap in taps:
+        if tap.name != LATENTS and not is_adaptive_norm(tap.name):
+            raise ConfigError(
+                f"discard zeroes channels before an adaptive norm, and {tap.name!r} is none; read "
+                "taps such as 'single_transformer_blocks.9.norm' of FLUX, or leave discard out"
+            )
+        if beyond := [channel for channel in discard if channel >= tap.channels]:
+            raise ConfigError(
+                f"there is no channel {beyond[0]} at {tap.name!r}, which has {tap.channels}; "
+                "massive channels belong to a model: Features.massive_channels finds them, and "
+                "discard=() zeroes none"
+            )
+
+
+def _discarded(backbone: Backbone, config: EncoderConfig, maps: Maps) -> Maps:
+    """Maps behind the adaptive norms that were read, where channels are discarded before them."""
+    if config.discard is None:
+        return maps
+    modules = backbone.denoiser.get_submodule
+    return {
+        name: each if name == LATENTS else normed(modules(name), each, config.discard)
+        for name, each in maps.items()
+    }
 
 
 def _reuse(
