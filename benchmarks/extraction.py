@@ -7,9 +7,10 @@
 decode and resize the same pictures and throw them away: what is lost is the pipeline's own. Then
 the pipeline with the bundled model, beside the bare encoder on batches that are decoded already.
 
-"memory" writes features of many small pictures in a process of its own, kills it by SIGKILL half
-way, runs it again to the end, and reports the resident memory by the number of pictures that were
-dealt with, and whether anything is missing or doubled.
+"memory" writes features of 1,000, of 10,000 and of --pictures small pictures, each in a process of
+its own, with a model that only takes means of colours. The last one is killed by SIGKILL half way
+and run again to the end. It reports the largest resident memory of each process, and whether any
+row is missing, doubled, or of another picture than its name says.
 """
 
 import argparse
@@ -35,7 +36,7 @@ from speed.program import positive
 from diffenc.extraction.extractor import Extractor
 from diffenc.extraction.listing import list_pictures
 from diffenc.extraction.reader import open_features
-from diffenc.extraction.rows import Rows
+from diffenc.extraction.rows import Rows, Shapes
 from diffenc.extraction.writing import write_features
 from diffenc.shapes import render, sample_scenes
 
@@ -43,7 +44,13 @@ GOAL = 0.9
 """Least share of the bare speed."""
 
 FLAT = 1.1
-"""Most memory at the end, in terms of that after 1,000 pictures."""
+"""Most memory of a process, in terms of that of one that writes 1,000 pictures."""
+
+FEW = (1_000, 10_000)
+"""Numbers of pictures of the smaller runs."""
+
+DRAWN = 300
+"""Different pictures of the memory runs."""
 
 
 class Idle(Extractor):
@@ -54,6 +61,21 @@ class Idle(Extractor):
         shapes = self.row_shapes or {}
         count = len(pictures)
         return Rows({n: torch.zeros(count, *shape, dtype=d) for n, (shape, d) in shapes.items()})
+
+
+class Means(Extractor):
+    """An extractor without a model: the mean colour of each picture, in float32."""
+
+    def read(self, pictures: Sequence[Any], prompts: Sequence[str] | None = None) -> Rows:
+        """A row of three values for each picture."""
+        (name,) = self.row_shapes or {}
+        values = torch.stack([picture.flatten(-2).mean(-1).flatten() for picture in pictures])
+        return Rows({name: values})
+
+    @property
+    def row_shapes(self) -> Shapes | None:
+        """Three values under one name."""
+        return {"colour": ((3,), torch.float32)}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -82,6 +104,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json is not None:
         options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return 0
+
+
+def link(folder: Path, count: int) -> Path:
+    """Pictures of scenes, a thousand to a folder: links to a few hundred that are drawn."""
+    drawn = folder.parent / "drawn"
+    if not drawn.exists():
+        drawn.mkdir(parents=True)
+        for place, scene in enumerate(sample_scenes(DRAWN, seed=0)):
+            render(scene, 96).save(drawn / f"{place}.jpg")
+    for place in range(count):
+        path = folder / f"{place // 1000:03d}" / f"{place:06d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.link(drawn / f"{place % DRAWN}.jpg", path)
+    return folder
 
 
 def draw(folder: Path, count: int, size: tuple[int, int], ending: str) -> Path:
@@ -180,35 +216,44 @@ def encode_alone(extractor: Extractor, values: Sequence[torch.Tensor]) -> None:
 
 
 def memory(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    pictures = folder / "pictures"
-    pictures.mkdir()
-    draw(pictures, options.pictures, (64, 64), ".png")
-    command = [sys.executable, __file__, "write", "--folder", str(folder)]
-    lines: list[tuple[int, float]] = []
-    start = time.perf_counter()
-    begun = run(command, lines, kill_at=options.pictures // 2)
-    assert begun == -signal.SIGKILL, begun
-    shards = len(list((folder / "features").glob("shard-*")))
-    print(f"killed after {lines[-1][0]:,} pictures, {shards} shards are there", flush=True)
-    goes_on: list[tuple[int, float]] = []
-    assert run(command, goes_on) == 0
-    seconds = time.perf_counter() - start
-    features = open_features(folder / "features")
-    names = sorted(path.relative_to(pictures).as_posix() for path in pictures.rglob("*.png"))
+    report: dict[str, Any] = {}
+    counts = [*(few for few in FEW if few < options.pictures), options.pictures]
+    for count in counts:
+        place = folder / str(count)
+        link(place / "pictures", count)
+        killed: list[tuple[int, float]] = []
+        start = time.perf_counter()
+        if count == options.pictures:
+            assert run(place, killed, kill_at=count // 2) == -signal.SIGKILL
+            shards = len(list((place / "features").glob("shard-*.safetensors")))
+            print(f"killed after {killed[-1][0]:,} pictures, {shards} shards are there", flush=True)
+        lines: list[tuple[int, float]] = []
+        assert run(place, lines) == 0
+        seconds = time.perf_counter() - start
+        check(place)
+        most = max(size for _, size in (*killed, *lines))
+        print(f"{count:,} pictures in {seconds:,.0f} s: at most {most:,.0f} MB", flush=True)
+        report[str(count)] = {"killed": killed, "lines": lines, "seconds": seconds, "most": most}
+    ratio = report[str(counts[-1])]["most"] / report[str(counts[0])]["most"]
+    print(f"ratio {ratio:.3f} (goal: at most {FLAT})")
+    return {**report, "ratio": ratio, "goal": FLAT}
+
+
+def check(place: Path) -> None:
+    """Hold every row against the picture of its name."""
+    features = open_features(place / "features")
+    pictures = place / "pictures"
+    names = sorted(path.relative_to(pictures).as_posix() for path in pictures.rglob("*.jpg"))
     assert list(features.ids) == names, "pictures are missing, doubled or in another order"
-    expected = features.stack("latents")
-    assert torch.equal(expected[:50], expected[50:100]), "the same pictures have other features"
-    early = next(size for done, size in lines if done >= 1000)
-    most = max(size for each in (lines, goes_on) for _, size in each)
-    print(
-        f"{options.pictures:,} pictures in {seconds:,.0f} s: {early:,.0f} MB after 1,000, at most "
-        f"{most:,.0f} MB, ratio {most / early:.3f} (goal: at most {FLAT})"
-    )
-    return {"first": lines, "second": goes_on, "seconds": seconds, "ratio": most / early}
+    transform = Means("shapes", size=64).encoder.transform
+    some = [transform(pictures / name).flatten(-2).mean(-1).flatten() for name in names[:DRAWN]]
+    expected = torch.stack(some).repeat(-(-len(names) // DRAWN), 1)[: len(names)]
+    assert torch.equal(features.stack("colour"), expected), "a row is of another picture"
 
 
-def run(command: Sequence[str], lines: list[tuple[int, float]], kill_at: int | None = None) -> int:
-    """Run the writing process and note its memory; the exit code."""
+def run(place: Path, lines: list[tuple[int, float]], kill_at: int | None = None) -> int:
+    """Run the writing process and note its largest memory so far; the exit code."""
+    command = [sys.executable, __file__, "write", "--folder", str(place)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
@@ -221,24 +266,26 @@ def run(command: Sequence[str], lines: list[tuple[int, float]], kill_at: int | N
 
 
 def write(folder: Path) -> int:
-    """Write features of all pictures, and print the memory every 500 pictures."""
-    extractor = Extractor("shapes", taps="latents", pool="mean", size=32, batch_size=64, threads=2)
+    """Write features of all pictures, and print the largest memory every 500 and at the end."""
+    extractor = Means("shapes", size=64, batch_size=64, threads=2)
     last = 0
 
     def report(done: int, _total: int) -> None:
         nonlocal last
         if done - last >= 500:
             last = done
-            print(done, resident(), flush=True)
+            print(done, most_resident(), flush=True)
 
     write_features(folder / "pictures", folder / "features", extractor, progress=report)
+    print(last, most_resident(), flush=True)
     return 0
 
 
-def resident() -> float:
-    """Resident memory of this process in MB."""
-    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+def most_resident() -> float:
+    """Largest resident memory of this process so far, in MB."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024 / 1e6
 
 
 if __name__ == "__main__":

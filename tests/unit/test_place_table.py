@@ -6,7 +6,7 @@ import io
 import pytest
 from typer.testing import CliRunner
 
-from dense_builders import write_nyu
+from dense_builders import write_navi, write_navi_ball, write_nyu
 from diffenc.cli.main import app
 from diffenc.denoiser.shortening import shortened
 from diffenc.errors import ConfigError
@@ -162,3 +162,19 @@ def test_the_command_measures_a_dataset_and_goes_on_with_the_file(tiny_sd_folder
     assert "hardware" not in row
     assert "SPair PCK@0.1, points" in page.read_text()
     assert "NYU normals" in page.read_text()
+
+
+@pytest.mark.long
+def test_the_command_fills_depth_and_correspondence_of_navi(tiny_sd_folder, tmp_path):
+    navi = write_navi_ball(write_navi(tmp_path / "navi", "multiview_00_pixel_6pro"), [0, 40, 80])
+    command = ["study", "table", "-m", str(tiny_sd_folder), "--name", "tiny", "-o", str(tmp_path)]
+    command += ["--taps", "mid_block", "--timesteps", "50", "--size", "32", "--texts", "none"]
+    page = tmp_path / "page.md"
+    command += ["--data", f"navi={navi}", "--no-time", "--page", str(page)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    (row,) = read_rows(tmp_path / "tiny.csv")
+    limits = [float(row[f"navi_recall_{limit}"]) for limit in ("1cm", "2cm", "5cm")]
+    assert 0 <= limits[0] <= limits[1] <= limits[2] <= 1
+    assert 0 <= float(row["navi_depth_delta1"]) <= 1
+    assert "NAVI recall 25 px" in page.read_text()

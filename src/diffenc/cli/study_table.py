@@ -88,8 +88,8 @@ def table(
     """What each model, tap, timestep and text costs, and what can be read there.
 
     Parameters, arithmetic, time; a linear probe, correspondence, segmentation and depth order in
-    the miniature world; correspondence on SPair-71k, depth and normals on NYU and NAVI. Rows go to
-    <folder>/<model>.csv, after each dataset. Takes some minutes with the bundled model.
+    the miniature world; correspondence on SPair-71k and NAVI, depth and normals on NYU and NAVI.
+    Rows go to <folder>/<model>.csv, after each dataset. Takes some minutes with the bundled model.
     """
     entries = data or ["shapes"]
     entries = [] if entries == ["none"] else entries

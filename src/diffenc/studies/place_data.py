@@ -14,10 +14,11 @@ from diffenc.evals.dense.miniature import (
     point_pairs,
     shape_of_cells,
 )
-from diffenc.evals.dense.navi import load_navi
+from diffenc.evals.dense.navi import load_navi, load_navi_pairs
 from diffenc.evals.dense.nyu import load_nyu
 from diffenc.evals.dense.spair import load_spair
 from diffenc.shapes.scenes import SHAPES, sample_scenes
+from diffenc.studies.place_views import Views
 from diffenc.studies.places import Depth, Labels, Measure, Points, Probe
 
 _CELLS = 32  # side of the grid of classes
@@ -102,7 +103,10 @@ def _nyu(folder: Path, extent: Extent) -> list[Measure]:
 
 def _navi(folder: Path, extent: Extent) -> list[Measure]:
     train = load_navi(folder, split="train", most=_twice(extent.most))
-    return [Depth("navi", train, load_navi(folder, most=extent.most))]
+    return [
+        Depth("navi", train, load_navi(folder, most=extent.most)),
+        Views("navi", load_navi_pairs(folder, most=extent.most)),
+    ]
 
 
 def _twice(most: int | None) -> int | None:

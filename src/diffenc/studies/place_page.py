@@ -28,6 +28,16 @@ HEADINGS = {
     "navi_depth_rmse": "NAVI RMSE",
     "navi_normals_11": "NAVI normals < 11.25°",
     "navi_normals_median": "NAVI normals, median °",
+    "navi_recall_1cm": "NAVI recall 1 cm",
+    "navi_recall_2cm": "NAVI recall 2 cm",
+    "navi_recall_5cm": "NAVI recall 5 cm",
+    "navi_recall_5px": "NAVI recall 5 px",
+    "navi_recall_25px": "NAVI recall 25 px",
+    "navi_recall_50px": "NAVI recall 50 px",
+    "navi_recall_2cm_0_30": "NAVI recall 2 cm, 0–30°",
+    "navi_recall_2cm_30_60": "NAVI recall 2 cm, 30–60°",
+    "navi_recall_2cm_60_90": "NAVI recall 2 cm, 60–90°",
+    "navi_recall_2cm_90_120": "NAVI recall 2 cm, 90–120°",
 }
 """Headings of the columns; the columns of the machine stand in a line above a table."""
 

@@ -74,6 +74,32 @@ def read_places(
                 yield (tap, timestep, text), maps[:, index].float().cpu()
 
 
+def kept_places(
+    encoder: DiffusionEncoder, texts: Sequence[Text]
+) -> Callable[
+    [Sequence[str], Sequence[ImageSource], Sequence[str]], dict[Place, list[Float[Tensor, "c h w"]]]
+]:
+    """A function that reads pictures at every place, given names, pictures and captions.
+
+    Features are kept by the names, for pictures that stand in several pairs.
+    """
+    cache, places = TensorCache(_KEPT_BYTES), list[Place]()
+
+    def read(
+        names: Sequence[str], images: Sequence[ImageSource], captions: Sequence[str]
+    ) -> dict[Place, list[Tensor]]:
+        def compute(rows: list[int]) -> list[tuple[Tensor, ...]]:
+            chosen = [images[row] for row in rows], [captions[row] for row in rows]
+            maps = dict(read_places(encoder, *chosen, texts))
+            places[:] = maps
+            return list(zip(*(each.unbind() for each in maps.values()), strict=True))
+
+        rows = recall(cache, names, compute)
+        return {place: [row[index] for row in rows] for index, place in enumerate(places)}
+
+    return read
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Points:
     """Share of points that are found in another picture by the nearest feature.
@@ -98,32 +124,22 @@ class Points:
     ) -> Figures:
         """See `Measure`."""
         correct: defaultdict[Place, list[Tensor]] = defaultdict(list)
-        cache, places = TensorCache(_KEPT_BYTES), list[Place]()
+        read = kept_places(encoder, texts)
         pairs = sorted(self.pairs, key=lambda pair: (pair.category, pair.names))
         most = max(1, per_pass(encoder) // 2)
         for start in range(0, len(pairs), most):
             batch = pairs[start : start + most]
-            names = [name for pair in batch for name in pair.names]
-            images = [image for pair in batch for image in pair.images]
-            captions = [caption for pair in batch for caption in pair.captions]
-
-            def compute(
-                rows: list[int], images: list[ImageSource] = images, captions: list[str] = captions
-            ) -> list[tuple[Tensor, ...]]:
-                chosen = [images[row] for row in rows], [captions[row] for row in rows]
-                read = dict(read_places(encoder, *chosen, texts))
-                places[:] = read
-                return list(zip(*(maps.unbind() for maps in read.values()), strict=True))
-
-            maps = recall(cache, names, compute)
-            for index, pair in enumerate(batch):
-                for place, first, second in zip(
-                    places, maps[2 * index], maps[2 * index + 1], strict=True
-                ):
+            maps = read(
+                [name for pair in batch for name in pair.names],
+                [image for pair in batch for image in pair.images],
+                [caption for pair in batch for caption in pair.captions],
+            )
+            for place, each in maps.items():
+                for pair, first, second in zip(batch, each[::2], each[1::2], strict=True):
                     points = match_points(first, second, pair.first_points, pair.second_size)
                     correct[place].append(hits(pair, points, self.share))
             done(len(batch))
-        return {place: _named(self.name, pck(each)) for place, each in correct.items()}
+        return {place: named(self.name, pck(each)) for place, each in correct.items()}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -172,7 +188,7 @@ class Labels:
         truth = torch.stack([picture.labels for picture in self.test])
         count = mean_iou if self.figure == "miou" else order_share
         return {
-            place: _named(self.name, {self.figure: count(torch.cat(each), truth)})
+            place: named(self.name, {self.figure: count(torch.cat(each), truth)})
             for place, each in scores.items()
         }
 
@@ -249,7 +265,7 @@ class Depth:
                     figures[place][key].append(value)
             done(1)
         return {
-            place: _named(self.name, {key: mean(values) for key, values in each.items()})
+            place: named(self.name, {key: mean(values) for key, values in each.items()})
             for place, each in figures.items()
         }
 
@@ -308,7 +324,8 @@ class Probe:
         return figures
 
 
-def _named(name: str, figures: Mapping[str, float]) -> dict[str, float]:
+def named(name: str, figures: Mapping[str, float]) -> dict[str, float]:
+    """Figures under names that begin with the name of their task."""
     return {f"{name}_{key}": value for key, value in figures.items()}
 
 

@@ -40,6 +40,44 @@ class PointPair:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Sighting:
+    """Points in space that the cells of a picture show, and the camera that sees them.
+
+    Attributes:
+        points: Point of each cell in metres (right, down, into the picture), with the camera as
+            the origin; 0 where there is none.
+        rotation: Rotation from the object's directions to the camera's.
+        translation: Place of the object's origin, in metres from the camera.
+        focal: Focal length over the side of the picture.
+    """
+
+    points: Float[Tensor, "3 height width"]
+    rotation: Float[Tensor, "3 3"]
+    translation: Float[Tensor, "3"]
+    focal: float
+
+
+class View:
+    """A picture of an object whose shape and place are known; readers of datasets extend it.
+
+    Attributes:
+        name: Name of one picture of the data alone.
+        caption: Text about the picture.
+    """
+
+    name: str
+    caption: str
+
+    def image(self) -> Image.Image:
+        """The picture, decoded."""
+        raise NotImplementedError
+
+    def sighting(self, cells: int) -> Sighting:
+        """What it shows in space, on a grid of so many cells a side."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class LabelledPicture:
     """A picture with a class for each cell of a grid.
 
