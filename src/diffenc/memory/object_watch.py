@@ -80,7 +80,8 @@ _WATCHES: dict[int, tuple[weakref.ref[Any], "Watch"]] = {}
 _NUMBERED: dict[int, tuple[weakref.ref[Any], int]] = {}
 _OBJECT = object()
 _CORE = itemgetter("_modules", "_parameters", "_buffers", "_forward_pre_hooks", "_forward_hooks")
-_CONTAINERS = (dict, list, tuple, set, frozenset, deque, types.MappingProxyType)
+_MAPS = (dict, types.MappingProxyType)
+_CONTAINERS = (*_MAPS, list, tuple, set, frozenset, deque)
 _SMALL = 2**20
 _NOTES = frozenset(
     {
@@ -466,8 +467,8 @@ def _frozen(value: Any, visit: Callable[[object], None] | None = None) -> object
         return _OBJECT, id(value)
     if visit is not None and getattr(value, "__dict__", None):
         visit(value)  # configs of diffusers hold each setting twice, as an entry and an attribute
-    is_map = isinstance(value, (dict, types.MappingProxyType))
-    entries = tuple(value.items()) if is_map else tuple(value)
+    is_map = isinstance(value, _MAPS)
+    entries = tuple(value.items()) if isinstance(value, _MAPS) else tuple(value)
     if is_map and "_class_name" in value:
         entries = tuple(entry for entry in entries if entry[0] not in _NOTES)
     if isinstance(value, (set, frozenset)):
