@@ -22,6 +22,7 @@ from speed.measuring import median
 from speed.program import DTYPES, MODELS, built_folder, positive
 from speed.saving_times import (
     BLANK,
+    COMPILED,
     FURTHER,
     KEYS,
     OVER_PLAIN,
@@ -205,11 +206,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         times[alias] = time_savings(
             built_folder(options.models, kept, options.quick, alias),
             TAPS[alias],
-            size=QUICK_SIZE if options.quick else TIMED_SIZE,
+            size=QUICK_SIZE if options.quick else options.size,
             repeats=options.repeats,
             device=device,
             dtype=dtype,
             remark=options.remark,
+            compiled=options.backend if options.compile else None,
         )
         times = {name: times[name] for name in SIZES if name in times}
         _write(options, savings, times)  # what is known if the next one fails
@@ -222,9 +224,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     add, cuda = parser.add_argument, torch.cuda.is_available()
     add("--time", nargs="+", choices=list(SIZES), default=[], metavar="MODEL",
-        help=f"time these models at {TIMED_SIZE} px: {', '.join(SIZES)}")  # fmt: skip
+        help=f"time these models: {', '.join(SIZES)}")  # fmt: skip
     add("--models", type=Path, default=MODELS, help="where models are built (%(default)s)")
-    add("--repeats", type=positive, default=2, help="rounds of all calls (%(default)s)")
+    add("--repeats", type=positive, default=3, help="rounds of all calls (%(default)s)")
+    add("--compile", action="store_true", help="time further questions of a compiled U-Net too")
+    add("--backend", default="inductor", help="of torch.compile (%(default)s)")
+    add("--size", type=positive, default=TIMED_SIZE, help="side of the pictures (%(default)s)")
     add("--remark", default="", help="what else is to be said of the machine, such as its load")
     add("--device", default="cuda" if cuda else "cpu", help="%(default)s")
     add("--dtype", choices=DTYPES, default="float16" if cuda else "float32", help="%(default)s")
@@ -272,9 +277,11 @@ def _how_timed(timed: tuple[str, Times]) -> str:
     alias, times = timed
     count = len(next(iter(times.seconds.values())))
     rounds = "1 round" if count == 1 else f"{count} rounds"
+    ratio = times.ratio(FURTHER, COMPILED)
+    compiled = "" if ratio is None else f" Compiled, a further question is {ratio:.2f} x as fast."
     return (
         f"* {alias}: {times.machine}; {rounds}. Exact features differ from those of the plain "
-        f"script by {times.difference:.1g} of the largest magnitude at a tap."
+        f"script by {times.difference:.1g} of the largest magnitude at a tap.{compiled}"
     )
 
 

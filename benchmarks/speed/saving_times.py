@@ -1,5 +1,7 @@
 """Times of a question with and without each saving, in turn in one process."""
 
+import copy
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -15,7 +17,7 @@ from torch import Tensor
 from diffenc import DiffusionEncoder
 from diffenc.config import EncoderConfig
 from diffenc.denoiser.replay import text_free_prefix
-from diffenc.models.base import Backbone
+from diffenc.models.base import Backbone, Caches
 from diffenc.models.reached_layers import reached_projections
 from speed.cases import Question
 from speed.contenders import PlainScript, is_plain_format
@@ -27,6 +29,7 @@ TIMESTEP = 261
 FURTHER = "further question, cfg"
 OVER_PLAIN = f"{FURTHER}, over the plain script"
 PREFIX = "prefix without text once"
+COMPILED = "compiled"
 WITHOUT_TEXT = "pass without a text"
 BLANK = "no attention to a text of zeros"
 ROWS = 8
@@ -36,6 +39,7 @@ _ALL_KEYS, _KEYS_ONCE = f"keys and values, {ROWS} rows", "keys and values, 1 row
 
 PAIRS = {
     (FURTHER, PREFIX): ("further, without the prefix", "further, exact"),
+    (FURTHER, COMPILED): ("further, exact", "further, compiled"),
     (WITHOUT_TEXT, BLANK): ("no text, attended", "no text, exact"),
     (OVER_PLAIN, "all that is exact"): ("plain script", "further, exact"),
     **{
@@ -88,6 +92,7 @@ def time_savings(
     device: torch.device,
     dtype: torch.dtype,
     remark: str = "",
+    compiled: str | None = None,
 ) -> Times:
     """Time questions about a picture: as a plain script answers them, exactly, and with reuse.
 
@@ -101,6 +106,7 @@ def time_savings(
         device: Where everything runs.
         dtype: Type of the weights.
         remark: What else is to be said of the machine.
+        compiled: Backend of `torch.compile` of a U-Net that is timed too; None compiles nothing.
 
     Raises:
         ValueError: The plain script reads other features.
@@ -167,15 +173,34 @@ def time_savings(
         encoder = DiffusionEncoder(backbone, replace(config, reuse=part))
         encoder.extract(image, "warm", conditioning="cond")
         calls[f"further, {part}"] = partial(further, encoder, part)
+    if compiled is not None:
+        calls["further, compiled"] = partial(further, _compiled(backbone, config, image, compiled),
+                                             "compiled")  # fmt: skip
     timer = time.process_time if device.type == "cpu" else time.perf_counter
+    load = [os.getloadavg()[0]]
     seconds = in_turn(calls, device, repeats=repeats, timer=timer)
+    load.append(os.getloadavg()[0])
     difference = _difference(answers["script"], answers["exact"])
     if not difference <= AGREEMENT[dtype]:
         raise ValueError(f"the plain script reads other features: {difference:.2g} apart")
     about = describe_machine(device, dtype, 0.0)
-    facts = (about["device"], about["dtype"], f"torch {about['torch']}", remark)
+    busy = f"load {load[0]:.1f} before and {load[1]:.1f} after, on {os.cpu_count()} cores"
+    facts = (about["device"], about["dtype"], f"torch {about['torch']}", busy, remark)
     machine = ", ".join(fact for fact in facts if fact)
     return Times(machine, size, seconds, difference)
+
+
+def _compiled(
+    backbone: Backbone, config: EncoderConfig, image: Tensor, backend: str
+) -> DiffusionEncoder:
+    """An encoder with compiled code of its own on the same weights, warm for further questions."""
+    twin = copy.copy(backbone)
+    twin.caches, twin.compiled = Caches(), {}
+    encoder = DiffusionEncoder(twin, config)
+    encoder.compile(backend=backend)
+    encoder.extract(image, conditioning="uncond")
+    encoder.extract(image, "warm")  # a text of its own leaves the shape as it will be
+    return encoder
 
 
 def text_projections(unet: Any, taps: Sequence[str]) -> list[Any]:

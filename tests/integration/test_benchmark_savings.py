@@ -1,10 +1,14 @@
 """The program that says what each saving is worth, on a narrow model: times, ratios, files."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+from diffenc import DiffusionEncoder
+
+COMPILED = ("--compile", "--backend", "eager")
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -36,8 +40,14 @@ def run(program, tmp_path, monkeypatch):
 
 
 @pytest.mark.long
-def test_ratios_are_those_of_the_times_and_times_of_before_stay(run):
-    report, page = run("--time", "sd2.1-base", "--repeats", "1")
+def test_ratios_are_those_of_the_times_and_times_of_before_stay(run, monkeypatch):
+    backends = []  # compiling takes a minute, and is tested elsewhere
+
+    def note(encoder, *, backend):
+        backends.append(backend)
+
+    monkeypatch.setattr(DiffusionEncoder, "compile", note)
+    report, page = run("--time", "sd2.1-base", "--repeats", "1", *COMPILED)
     times = report["times"]["sd2.1-base"]
     assert times["difference"] < 1e-4
     seconds = {name: each[0] for name, each in times["seconds"].items()}
@@ -45,5 +55,9 @@ def test_ratios_are_those_of_the_times_and_times_of_before_stay(run):
     assert {"plain script", "further, exact", "further, without the prefix"} <= set(seconds)
     ratio = seconds["plain script"] / seconds["further, down"]
     assert f"| 66.7 % | 3.00 | {ratio:.2f} |" in page
+    ratio = seconds["further, exact"] / seconds["further, compiled"]
+    assert f"Compiled, a further question is {ratio:.2f} x as fast." in page
+    assert re.search(r"load \d+\.\d before and \d+\.\d after, on \d+ cores; 1 round", page)
+    assert backends == ["eager"]
     again, same = run()
     assert (again, same) == (report, page)

@@ -309,13 +309,29 @@ def reuse_outcomes(
         list[Path] | None,
         typer.Option(metavar="FOLDER", help="Trained model that answers questions; repeated."),
     ] = None,
+    work: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Work folder of other studies, whose trained models answer too."
+        ),
+    ] = None,
+    training: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Training in --work, such as cfg; default all."),
+    ] = None,
     timesteps: Annotated[
         str, typer.Option(metavar="T,T", help="Noise levels of the scores, 0 to 999.")
     ] = "50,389",
     per_pattern: Annotated[
         int, typer.Option(help="Number of pairs of pictures for each of six patterns.")
     ] = 2,
-    questions: Annotated[int, typer.Option(help="Number of questions for each model.")] = 140,
+    questions: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of questions for each model; default as many as decide whether one answer "
+            "in a hundred is lost."
+        ),
+    ] = None,
     seeds: Seeds = 2,
     batch_size: Annotated[int, typer.Option(help="Number of rows per pass.")] = 24,
     device: Device = "auto",
@@ -326,12 +342,17 @@ def reuse_outcomes(
     """What scores and answers lose where the first half of the U-Net runs without the text.
 
     Scores by attention and by predicted noise, and the answers of language models that were trained
-    without `reuse`, for both settings of it.
+    without `reuse`, for both settings of it; what answers lose with its confidence interval.
     """
     steps = parse_timesteps(timesteps)
 
     from diffenc.studies.reuse_outcomes import study_reuse_outcomes
-    from diffenc.studies.reuse_outcomes_page import answer_table, score_table, to_markdown
+    from diffenc.studies.reuse_outcomes_page import (
+        answer_table,
+        loss_table,
+        score_table,
+        to_markdown,
+    )
 
     run_and_report(
         output,
@@ -339,6 +360,8 @@ def reuse_outcomes(
         lambda progress: study_reuse_outcomes(
             backbone,
             vlms=vlm or (),
+            work=work,
+            training=training,
             timesteps=steps,
             per_pattern=per_pattern,
             questions=questions,
@@ -351,7 +374,7 @@ def reuse_outcomes(
         page=to_markdown,
         tables=lambda results: [
             score_table(results),
-            *([answer_table(results)] if results.answers else []),
+            *([answer_table(results), loss_table(results)] if results.answers else []),
         ],
         remarks=lambda results: _bundled_remark(results.model),
         unit="settings",

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.modules import module as torch_module
 
 from diffenc.inputs.noise import signal_levels
@@ -26,9 +27,11 @@ def state_key(module: Any) -> Hashable | None:
 
     It changes with every write that autograd counts, with storage, device and dtype of parameters
     and buffers, with parameters, submodules, settings, configs, attention processors and adapters
-    that are exchanged or changed, with functions and hooks that are put in, and with autocast and
-    torch's settings of precision. Writes through `.data` are not seen, nor is what a hook itself
-    reads: clear the cache after them.
+    that are exchanged or changed, with functions and hooks that are put in, with what the code of
+    classes and functions reads by name, and with autocast and torch's settings of precision. Of
+    writes that autograd does not count, such as those through `.data`, only those on a CPU are seen
+    that change the first value of a tensor; what a hook itself reads is not seen: clear the cache
+    after them.
 
     Args:
         module: Module, or another object, whose attributes decide its results.
@@ -62,6 +65,7 @@ def torch_settings() -> Hashable:
         tuple(torch_module._global_forward_pre_hooks),
         tuple(_autocast(kind) for kind in _DEVICES),
         _precision(),
+        object_key(functional.scaled_dot_product_attention),  # programs put their own in its place
         torch.get_default_dtype(),
         torch.get_num_threads(),
         torch.are_deterministic_algorithms_enabled(),

@@ -1,11 +1,10 @@
 """What scores and answers lose where a part of the U-Net runs without the text."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
-from statistics import mean
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from diffenc._typing import Reused
 from diffenc.checks.arguments import whole
-from diffenc.mllm.model import DiffusionVLM
 from diffenc.models import load_backbone
 from diffenc.models.base import Backbone
 from diffenc.scorer import CrossAttnScorer
@@ -21,14 +19,21 @@ from diffenc.scoring.config import ScorerConfig, scorer_preset
 from diffenc.shapes.pairs import mmvp_pairs
 from diffenc.shapes.render import render
 from diffenc.studies.probes import Done, Progress
+from diffenc.studies.reuse_answers import (
+    PARTS,
+    AnswerFigure,
+    AnswerLoss,
+    answer_figure,
+    loss_over,
+    questions_each,
+)
 from diffenc.studies.spreads import Spread, over_seeds
-from diffenc.studies.vlm.measure import HELD_OUT, ask_questions, is_right
+from diffenc.studies.vlm.measure import HELD_OUT
+from diffenc.studies.vlm.workshop import trained_models
 
-PARTS: tuple[Reused, ...] = get_args(Reused)
 PRESETS = ("calibrated", "denoising-gap")
 """Scores by attention in the decoder, and by the predicted noise."""
 
-_EXAMPLES = 20
 _Place = tuple[str, Reused, int]
 
 
@@ -58,25 +63,6 @@ class ScoreFigure:
 
 
 @dataclass(frozen=True, slots=True)
-class AnswerFigure:
-    """Answers of one trained language model to the same questions.
-
-    Attributes:
-        model: Name of its folder.
-        exact: Share of right answers without reuse.
-        reused: Share of right answers, by part that runs without the text.
-        changed: Share of answers that differ from those without reuse, by part.
-        examples: Questions, true answers, and what was said.
-    """
-
-    model: str
-    exact: float
-    reused: Mapping[Reused, float]
-    changed: Mapping[Reused, float]
-    examples: tuple[Mapping[str, str], ...]
-
-
-@dataclass(frozen=True, slots=True)
 class ReuseOutcomes:
     """Results of the study.
 
@@ -84,12 +70,14 @@ class ReuseOutcomes:
         model: Name of the backbone that scores.
         scores: Figures of each kind of score, part and timestep.
         answers: Figures of each language model.
+        losses: What these models lose together, by part; empty without models.
         settings: Numbers of pictures, questions and seeds, and dtype.
     """
 
     model: str
     scores: tuple[ScoreFigure, ...]
     answers: tuple[AnswerFigure, ...]
+    losses: tuple[AnswerLoss, ...]
     settings: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
@@ -101,9 +89,11 @@ def study_reuse_outcomes(
     model: "str | Backbone" = "shapes",
     *,
     vlms: "Sequence[str | PathLike[str]]" = (),
+    work: "str | PathLike[str] | None" = None,
+    training: str | None = None,
     timesteps: Sequence[int] = (50, 389),
     per_pattern: int = 2,
-    questions: int = 140,
+    questions: int | None = None,
     seeds: int = 2,
     batch_size: int = 24,
     device: str | torch.device = "cpu",
@@ -115,9 +105,13 @@ def study_reuse_outcomes(
     Args:
         model: Alias, Hub id or folder of a diffusion model, or a loaded `Backbone`.
         vlms: Folders of trained `DiffusionVLM`s that were trained without reuse.
+        work: Work folder of `diffenc study`, whose trained models of second stages are asked too.
+        training: Name of the training in `work`, such as "cfg"; None takes all.
         timesteps: Scheduler steps of the scores' noise levels.
         per_pattern: Number of pairs of nearly same pictures for each of the six patterns of MMVP.
-        questions: Number of questions that each language model is asked, on held-out scenes.
+        questions: Number of questions that each language model is asked, on held-out scenes of its
+            own; None asks as many as decide whether one answer in a hundred is lost, see
+            `questions_needed`, divided among the models.
         seeds: Number of repetitions of the scores with other pictures and other noise.
         batch_size: Largest number of rows per call of the U-Net.
         device: Device that the models run on; unused for a `Backbone`.
@@ -126,17 +120,25 @@ def study_reuse_outcomes(
             of all; None reports nothing.
 
     Raises:
-        ConfigError: A number is too small, or a timestep does not exist.
+        ConfigError: A number is too small, a timestep does not exist, or the work folder holds no
+            such model.
         BackboneError: A model is unknown, missing or broken.
     """
     whole("per_pattern", per_pattern, least=1)
+    folders = {Path(folder).name: Path(folder) for folder in vlms}
+    if len(folders) < len(vlms):
+        folders = {str(folder): Path(folder) for folder in vlms}
+    if work is not None:
+        folders |= trained_models(work, training)
+    if questions is None:
+        questions = questions_each(max(1, len(folders)))
     whole("questions", questions, least=1)
     whole("seeds", seeds, least=1)
     backbone = model
     if not isinstance(backbone, Backbone):
         backbone = load_backbone(backbone, device=device, dtype=dtype)
     settings = 1 + len(PARTS)
-    done = Done(progress, settings * (seeds * len(PRESETS) + len(vlms)))
+    done = Done(progress, settings * (seeds * len(PRESETS) + len(folders)))
     options = {"timesteps": tuple(timesteps), "batch_size": batch_size}
     figures = []
     for seed in range(seeds):
@@ -147,7 +149,10 @@ def study_reuse_outcomes(
         figures.append(numbers)
     spreads = over_seeds(figures)
     places = [(p, part, step) for p in PRESETS for part in PARTS for step in timesteps]
-    answers = [_answers(Path(folder), questions, device, done) for folder in vlms]
+    answers = [
+        answer_figure(folder, name, number, questions, device, done)
+        for number, (name, folder) in enumerate(folders.items())
+    ]
     return ReuseOutcomes(
         model=backbone.name,
         scores=tuple(
@@ -161,6 +166,7 @@ def study_reuse_outcomes(
             for place in places
         ),
         answers=tuple(answers),
+        losses=tuple(loss_over(answers, part) for part in PARTS) if answers else (),
         settings={
             "pictures": 12 * per_pattern,
             "questions": questions,
@@ -213,31 +219,3 @@ def _matched(scores: Float[Tensor, "pictures texts"]) -> float:
     own = torch.arange(len(scores), dtype=torch.long, device=scores.device)
     right = scores[own, own] > scores[own, own ^ 1]
     return float(right.double().mean())
-
-
-def _answers(folder: Path, questions: int, device: str | torch.device, done: Done) -> AnswerFigure:
-    """What one language model answers with and without reuse."""
-    said: dict[Reused | None, list[str]] = {}
-    for part in (None, *PARTS):
-        vlm = DiffusionVLM.from_pretrained(folder, device=device, reuse=part)
-        posed, said[part] = ask_questions(vlm.generate, questions, seed=HELD_OUT["answers"])
-        done.add(1)
-    shares = {
-        part: mean(is_right(text, question) for text, question in zip(texts, posed, strict=True))
-        for part, texts in said.items()
-    }
-    changed = {
-        part: mean(one != two for one, two in zip(said[part], said[None], strict=True))
-        for part in PARTS
-    }
-    examples = tuple(
-        {
-            "question": question.text,
-            "true": question.answer,
-            "exact": said[None][row],
-            **{part: said[part][row] for part in PARTS},
-        }
-        for row, question in enumerate(posed[:_EXAMPLES])
-    )
-    reused = {part: shares[part] for part in PARTS}
-    return AnswerFigure(folder.name, shares[None], reused, changed, examples)

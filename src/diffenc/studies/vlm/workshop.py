@@ -27,7 +27,7 @@ from diffenc.mllm.training.stages import train
 from diffenc.mllm.vision import VisionTokens
 from diffenc.storage.names import is_folder
 from diffenc.storage.pretrained import model_config
-from diffenc.storage.reading import DATA_BYTES, read_bytes
+from diffenc.storage.reading import DATA_BYTES, read_bytes, read_json
 from diffenc.storage.writing import locked, make_folder, remove_folder, reporting, write_json
 from diffenc.studies.vlm.plan import StudyPlan
 
@@ -222,6 +222,36 @@ class Workshop:
         if part not in self._prints:
             self._prints[part] = fingerprint(part)
         return self._prints[part]
+
+
+def trained_models(
+    folder: "str | os.PathLike[str]", training: str | None = None
+) -> dict[str, Path]:
+    """Folders of the models in a work folder that answer questions, by training and seed.
+
+    Args:
+        folder: Work folder of studies.
+        training: Name of the training; None takes every second stage.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    models: dict[tuple[str, int], Path] = {}
+    for each in sorted(Path(folder).glob(f"trainings/instruct-*/{_WHAT_FILE}")):
+        what = read_json(each)
+        if is_saved(each.parent / MODEL_FOLDER):
+            key = str(what.get("training")), int(what.get("seed", 0))
+            models[key] = each.parent / MODEL_FOLDER
+    known = sorted({name for name, _ in models})
+    chosen = {key: models[key] for key in sorted(models) if training in (None, key[0])}
+    if not chosen:
+        there = f"it has those of {known}" if known else "it has none"
+        named = "" if training is None else f" of the training {training!r}"
+        raise ConfigError(
+            f"{folder} has no trained model{named} that answers questions; {there}. "
+            "`diffenc study conditioning --work FOLDER` trains some"
+        )
+    return {f"{name}, seed {seed}": path for (name, seed), path in chosen.items()}
 
 
 def fingerprint(name: str) -> str:
