@@ -299,11 +299,11 @@ class Floor:
         self.noisy = self.job.noised(self.job.backbone.vae, question.pixels)
         texts = [self.job.uncond, question.embeds][-self.job.halves :]
         rows = self.noisy.expand(self.job.halves, -1, -1, -1)
-        *uncond, cond = self._pass(rows, texts).split(1)
-        if not uncond:
-            return cond
-        self.uncond = uncond[0]
-        return torch.lerp(self.uncond, cond, self.job.config.guidance_scale)
+        maps = self._pass(rows, texts)
+        if self.job.halves == 1:
+            return maps
+        self.uncond = maps[:1]
+        return torch.lerp(self.uncond, maps[1:], self.job.config.guidance_scale)
 
     @torch.no_grad()
     def answer_next(self, question: Question) -> Tensor:
