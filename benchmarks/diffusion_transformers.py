@@ -12,11 +12,12 @@ import argparse
 import copy
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -24,6 +25,7 @@ from real_size import seeded_part
 from speed.bench import DisagreementError
 from speed.cases import OVERHEAD_GOAL
 from speed.measuring import (
+    clock,
     fast_dtype,
     forget_peak,
     in_turn,
@@ -59,6 +61,8 @@ SIZE, QUICK_SIZE = 512, 64
 MEMORY_GOAL = 24e9
 WORDS = 20
 """Own tokens of a text."""
+
+_CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 _NARROW: dict[str, dict[str, Any]] = {
     "pixart": {
@@ -124,7 +128,7 @@ def build_backbone(alias: str, dtype: torch.dtype, *, quick: bool) -> Backbone:
     return arrange(model)
 
 
-def _clip(width: int, dtype: torch.dtype) -> nn.Module:
+def _clip(width: int, dtype: torch.dtype) -> Any:
     config = {
         "hidden_size": width,
         "projection_dim": width,
@@ -167,15 +171,19 @@ class Job:
     Args:
         backbone: The model.
         size: Side of the pictures, in pixels.
+        conditioning: "cfg" for both halves, or "cond" for the one under the text.
     """
 
-    def __init__(self, backbone: Backbone, size: int) -> None:
+    def __init__(
+        self, backbone: Backbone, size: int, conditioning: Literal["cond", "cfg"] = "cfg"
+    ) -> None:
         self.backbone, self.size = backbone, size
         self.timestep = TIMESTEPS[backbone.family]
         (self.tap,) = backbone.default_taps
         self.config = EncoderConfig(
-            taps=(self.tap,), timestep=self.timestep, size=size, conditioning="cfg"
+            taps=(self.tap,), timestep=self.timestep, size=size, conditioning=conditioning
         )
+        self.halves = 2 if conditioning == "cfg" else 1
         self.uncond = backbone.embed_uncond(None, size=(size, size))
 
     def ask(self, index: int, *, picture: int) -> Question:
@@ -211,7 +219,8 @@ class Job:
         else:
             sigma = self.timestep / 1000
             noisy = (1 - sigma) * latents + sigma * noise
-        return noisy.to(self.backbone.dtype)
+        rounded: Tensor = noisy.to(self.backbone.dtype)
+        return rounded
 
     def arguments(
         self, noisy: Tensor, texts: Sequence[PromptEmbeds], *, states: int | None = None
@@ -265,12 +274,12 @@ class HookedScript:
         module = job.backbone.denoiser.get_submodule(job.tap)
         handle = module.register_forward_hook(lambda _module, _args, output: kept.append(output))
         try:
-            for text in (job.uncond, question.embeds):
+            for text in (job.uncond, question.embeds)[-job.halves :]:
                 job.backbone.denoiser(**job.arguments(noisy, [text], states=states))
         finally:
             handle.remove()
-        uncond, cond = (_as_map(output) for output in kept)
-        return uncond + job.config.guidance_scale * (cond - uncond)
+        *uncond, cond = (_as_map(output) for output in kept)
+        return uncond[0] + job.config.guidance_scale * (cond - uncond[0]) if uncond else cond
 
 
 class Floor:
@@ -288,14 +297,20 @@ class Floor:
     def answer(self, question: Question) -> Tensor:
         """Both halves in one call."""
         self.noisy = self.job.noised(self.job.backbone.vae, question.pixels)
-        texts = [self.job.uncond, question.embeds]
-        self.uncond, cond = self._pass(self.noisy.expand(2, -1, -1, -1), texts).split(1)
-        return torch.lerp(self.uncond, cond, self.job.config.guidance_scale)
+        texts = [self.job.uncond, question.embeds][-self.job.halves :]
+        rows = self.noisy.expand(self.job.halves, -1, -1, -1)
+        maps = self._pass(rows, texts)
+        if self.job.halves == 1:
+            return maps
+        self.uncond = maps[:1]
+        return torch.lerp(self.uncond, maps[1:], self.job.config.guidance_scale)
 
     @torch.no_grad()
     def answer_next(self, question: Question) -> Tensor:
         """The half under the text, of a picture that was answered about."""
         cond = self._pass(self.noisy, [question.embeds])
+        if self.job.halves == 1:
+            return cond
         return torch.lerp(self.uncond, cond, self.job.config.guidance_scale)
 
     def _pass(self, noisy: Tensor, texts: Sequence[PromptEmbeds]) -> Tensor:
@@ -339,14 +354,28 @@ class Measured:
     peak_bytes: int | None = None
 
 
-def measure(alias: str, backbone: Backbone, *, size: int, repeats: int) -> list[Measured]:
+def measure(
+    alias: str,
+    job: Job,
+    *,
+    repeats: int,
+    timer: Callable[[], float] = time.perf_counter,
+) -> list[Measured]:
     """Agreement, times in turn, and peaks of one model.
+
+    Plain diffusers, whose time is far from the others', is timed once.
+
+    Args:
+        alias: Name of the model.
+        job: What is asked of it.
+        repeats: Timed calls of diffenc and of the floor.
+        timer: Clock; `time.process_time` leaves out what other programs take.
 
     Raises:
         DisagreementError: Contenders read different features.
     """
+    backbone = job.backbone
     device = backbone.device
-    job = Job(backbone, size)
     encoder = DiffusionEncoder(backbone, job.config)
     script, floor = HookedScript(job), Floor(job)
 
@@ -376,25 +405,30 @@ def measure(alias: str, backbone: Backbone, *, size: int, repeats: int) -> list[
     of_floor = (floor.noisy, floor.uncond)
     rows, apart = dict[tuple[str, str], Measured](), dict[tuple[str, str], float]()
     expected, peaks = dict[str, Tensor](), dict[tuple[str, str], int | None]()
+    seconds = dict[tuple[str, str], list[float]]()
     for kind in calls:  # warms all of them
         call = prepare(kind, 0)
         forget_peak(device)
-        features = call().float()
+        taken, features = clock(call, device, timer=timer)
+        if kind[1] == script.name:
+            seconds[kind] = [taken]
+        features = features.float()
         peaks[kind] = peak_memory(device)
         first = expected.setdefault(kind[0], features)
         apart[kind] = float((features - first).abs().max() / first.abs().max())
         if not apart[kind] <= AGREEMENT[backbone.dtype]:
             raise DisagreementError(f"{alias}: {kind[1]} is {apart[kind]:.2g} from diffenc")
-    seconds = in_turn(
-        {kind: partial(prepare, kind) for kind in calls}, device, repeats=repeats, first=1
-    )
-    for kind, taken in seconds.items():
+        facts = f"{taken:.2f} s before it was warm, {apart[kind]:.1g} apart, {peaks[kind]} bytes"
+        print(f"{alias}, {kind[0]}, {kind[1]}: {facts}", file=sys.stderr, flush=True)
+    timed = {kind: partial(prepare, kind) for kind in calls if kind not in seconds}
+    seconds |= in_turn(timed, device, repeats=repeats, first=1, timer=timer)
+    for kind in calls:
         question, contender = kind
-        row = Measured(alias, question, contender, taken, difference=apart[kind])
+        row = Measured(alias, question, contender, seconds[kind], difference=apart[kind])
         row.peak_bytes = peaks[kind]
         if contender == "diffenc":
-            row.speedup = _ratio(seconds["first", script.name], taken)
-            row.overhead = _ratio(taken, seconds[question, floor.name]) - 1
+            row.speedup = seconds["first", script.name][0] / median(seconds[kind])
+            row.overhead = _ratio(seconds[kind], seconds[question, floor.name]) - 1
         rows[kind] = row
     return list(rows.values())
 
@@ -429,6 +463,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", choices=DTYPES, help="bfloat16 where it is fast")
     add("--repeats", type=positive, default=3, help="timed calls of each; 3 by default")
     add("--threads", type=positive, help="of torch")
+    add("--conditioning", choices=["cfg", "cond"], default="cfg", help="both halves by default")
+    add("--clock", choices=list(_CLOCKS), default="wall",
+        help="cpu leaves out what other programs take, and holds with one thread")  # fmt: skip
     add("--quick", action="store_true", help="narrow models and small pictures, in a minute")
     add("--json", type=Path, metavar="FILE", help="write the rows")
     return parser.parse_args(arguments)
@@ -450,7 +487,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{alias}: {weights / 1e9:.2f} GB of weights", file=sys.stderr, flush=True)
         size = QUICK_SIZE if options.quick else SIZE
         try:
-            rows += measure(alias, backbone, size=size, repeats=options.repeats)
+            job = Job(backbone, size, options.conditioning)
+            timer = _CLOCKS[options.clock]
+            rows += measure(alias, job, repeats=options.repeats, timer=timer)
         except DisagreementError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1

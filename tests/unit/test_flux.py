@@ -258,6 +258,7 @@ def test_the_preset_discards_the_massive_channels_of_the_published_model(deep):
         DiffusionEncoder.from_pretrained(deep, preset="ditf")
     encoder = DiffusionEncoder.from_pretrained(deep, preset="ditf", discard=())
     assert (encoder.config.timestep, encoder.config.draws, encoder.config.size) == (260, 8, 640)
+    assert encoder.config.posterior == "sample"
     with pytest.raises(ConfigError, match=r"'transformer_blocks\.0' is none"):
         DiffusionEncoder.from_pretrained(deep, taps="transformer_blocks.0", discard=())
 

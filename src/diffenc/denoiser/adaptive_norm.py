@@ -89,4 +89,5 @@ def normed(
     tokens = rearrange(maps.index_fill(1, channels, 0.0), "b c h w -> b (h w) c")
     output = norm(tokens, emb=modulation[:, :, 0, 0])[0]
     h, w = maps.shape[2:]
-    return rearrange(output, "b (h w) c -> b c h w", h=h, w=w).reshape(*packed.shape[:-3], -1, h, w)
+    apart: Tensor = rearrange(output, "b (h w) c -> b c h w", h=h, w=w)
+    return apart.reshape(*packed.shape[:-3], -1, h, w)

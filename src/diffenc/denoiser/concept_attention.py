@@ -148,9 +148,10 @@ class ConceptTaps:
 
     def _begin(self, denoiser: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._grid = carried_grid(denoiser, args, kwargs)
-        rows = len(args[0] if args else kwargs["hidden_states"])
-        embedded = denoiser.context_embedder(self._concepts.states)
-        self._stream = embedded.expand(rows, *embedded.shape)
+        latents = args[0] if args else kwargs["hidden_states"]
+        states = self._concepts.states.to(latents.device, latents.dtype)
+        embedded = denoiser.context_embedder(states)
+        self._stream = embedded.expand(len(latents), *embedded.shape)
 
     def _keep_time(self, module: Any, args: tuple[Any, ...], _output: object) -> None:
         *others, pooled = args

@@ -58,14 +58,15 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "sd": {"taps": ("up_blocks.1",), "timestep": 261, "noise": None, "posterior": "sample"},
     },
     # Gan et al. 2025 (DiTF), arXiv:2505.18584, released code: the input of block 28 of 57 behind
-    # its adaptive norm, (1 + scale) LN(x) + shift, at sigma = 0.26, mean of x over 8 draws, 640 px,
-    # two massive channels of x discarded.
+    # its adaptive norm, (1 + scale) LN(x) + shift, at sigma = 0.26, mean of x over 8 draws of
+    # posterior and noise, 640 px, two massive channels of FLUX.1-dev's x discarded.
     "ditf": {
         "flux": {
             "taps": ("single_transformer_blocks.9.norm",),
             "timestep": 260,
             "draws": 8,
             "size": 640,
+            "posterior": "sample",
             "discard": (154, 1446),
         },
     },

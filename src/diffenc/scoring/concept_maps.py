@@ -1,6 +1,7 @@
 """Where in an image concepts are seen that no prompt needs to hold."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -73,9 +74,7 @@ def concept_maps(
             noise = shared_noise((c, h, w), seed=seed, timestep=timestep)
             noisy = add_noise(backbone.scheduler, latents, noise, timestep)
             with ConceptTaps(backbone.denoiser, layers, stream) as reader:
-                products = reader.run(
-                    lambda noisy=noisy, t=timestep: backbone.denoise(noisy, t, embeds)
-                )
+                products = reader.run(partial(backbone.denoise, noisy, timestep, embeds))
             for name, of_layer in products.items():
                 require_finite(
                     of_layer,

@@ -1,7 +1,7 @@
 """Where in an image a word of a text is seen."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -286,7 +286,11 @@ def heat_maps(
     """
     if not words:
         raise PromptError("got no words; pass at least one, or None for all of the text")
-    draw = {"daam": daam_maps, "concept-attention": concept_maps}.get(preset or "", word_maps)
+    drawn: dict[str, Callable[..., Tensor]] = {
+        "daam": daam_maps,
+        "concept-attention": concept_maps,
+    }
+    draw = drawn.get(preset or "", word_maps)
     maps = draw(backbone, latents, text, words, **options)
     return WordMaps(
         (word, HeatMap(values, label=word, picture=picture))
