@@ -1,7 +1,7 @@
 """Train the U-Net of the miniature diffusion model on frozen latents and a frozen text encoder.
 
     python tools/shapes/train_unet.py --steps 6000
-    python tools/shapes/train_unet.py --size 128 --crowds 0.65 --colors --model runs/shapes-many
+    python tools/shapes/train_unet.py --size 96 --crowds 0.65 --colors --model runs/shapes-many
 
 Needs the VAE, the text encoder and the tokenizer in `--model`. Latents, token ids and masks of the
 training scenes are computed once and kept beside the run. Writes averaged weights to `--model`.
@@ -48,9 +48,9 @@ MARGIN = 0.02
 """By how much a wrong caption's error should be larger, as a share of the level's usual error."""
 
 
-def build_unet() -> UNet2DConditionModel:
+def build_unet(side: int) -> UNet2DConditionModel:
     return UNet2DConditionModel(
-        sample_size=16,
+        sample_size=side,
         in_channels=4,
         out_channels=4,
         block_out_channels=(32, 64, 128),
@@ -116,7 +116,7 @@ def cached_data(
 ) -> dict[str, Tensor]:
     """What the training reads of its scenes, in integers and half precision.
 
-    latents (n 4 16 16), shares (n objects 16 16) of each cell that an object covers in 255ths, and
+    latents (n 4 side side), shares (n objects side side) of each cell that an object covers in 255ths, and
     for several texts a scene their token ids and the objects they speak of (n texts 32), and the
     ids of a wrong caption (0 throughout where there is none).
     """
@@ -135,7 +135,8 @@ def cached_data(
         ]
         scenes = [scene for scene, _ in drawn]
         found["latents"].append(encode(vae, pixels(scenes, size)).half())
-        found["shares"].append(torch.stack([covered(scene, size, most) for scene in scenes]))
+        side = found["latents"][0].shape[-1]
+        found["shares"].append(torch.stack([covered(scene, size, side, most) for scene in scenes]))
         texts = [
             [
                 crowd_text(scene, rng)
@@ -168,11 +169,11 @@ def cached_data(
     return data
 
 
-def covered(scene: Scene, size: int, most: int) -> Tensor:
-    """Share of each latent cell that an object covers, in 255ths (most 16 16)."""
+def covered(scene: Scene, size: int, side: int, most: int) -> Tensor:
+    """Share of each of `side` x `side` latent cells that an object covers, in 255ths."""
     seen = torch.from_numpy(masks(scene, size)).float()
-    shares = torch.zeros(most, 16, 16)
-    shares[: len(seen)] = F.avg_pool2d(seen, size // 16)
+    shares = torch.zeros(most, side, side)
+    shares[: len(seen)] = F.avg_pool2d(seen, size // side)
     return (255 * shares).round().byte()
 
 
@@ -255,9 +256,11 @@ def main() -> None:
         crowds=options.crowds,
         colors=options.colors,
     )
-    unet = build_unet()
+    side = data["latents"].shape[-1]
+    unet = build_unet(side)
     if options.warm_start is not None:
         unet = UNet2DConditionModel.from_pretrained(options.warm_start)
+        unet.register_to_config(sample_size=side)
         unet.train()
     run = Run(options.run, {"unet": unet}, steps=options.steps, lr=options.lr, ema_decay=0.9985)
     alphas = build_scheduler().alphas_cumprod

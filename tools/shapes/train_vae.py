@@ -1,7 +1,7 @@
 """Train the autoencoder of the miniature model: L1 and squared error on rendered scenes.
 
     python tools/shapes/train_vae.py --steps 2500
-    python tools/shapes/train_vae.py --size 128 --channels 8 16 32 64 --crowds 0.65 --batch 16
+    python tools/shapes/train_vae.py --size 96 --crowds 0.65 --batch 16 --warm-start FOLDER
 
 Resumable: started again, it goes on from `--run`. Writes a diffusers folder to `--output`.
 
