@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from training import HELD_OUT_SEED, VALIDATION_SEED
 
-from diffenc import DiffusionEncoder
+from diffenc import DiffusionEncoder, EncoderConfig
 from diffenc.denoiser.attention import (
     CrossAttnTaps,
     cross_attention_layers,
@@ -362,7 +362,9 @@ def main() -> None:
         table[f"maximum on its object: {label}"] = of_best(chosen, shown)
         print(label, json.dumps(table[f"maximum on its object: {label}"]), flush=True)
     for timestep in TIMESTEPS:
-        encoder = DiffusionEncoder(backbone, taps=list(TAPS), timesteps=timestep, batch_size=BATCH)
+        encoder = DiffusionEncoder(
+            backbone, EncoderConfig(taps=TAPS, timestep=timestep, batch_size=BATCH)
+        )
         for naming in ("color", "shape"):
             name = f"change, {naming}, t = {timestep}"
             table[name] = changes(encoder, asked_scenes(options.items, seed, naming), naming)

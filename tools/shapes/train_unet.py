@@ -41,6 +41,8 @@ FOCUS = (150, 800)
 """Two of three timesteps are drawn from here, where text says most that the image does not."""
 LEVELS = 20
 """Parts of the schedule; each counts by its error relative to the part's recent mean."""
+LOW = 150
+"""Below it even small objects are seen well; rows of `--low` have their timesteps from there."""
 GROUNDING_WEIGHT = 0.5
 NEGATIVES = 0.25
 """Share of the rows that are negatives."""
@@ -116,9 +118,9 @@ def cached_data(
 ) -> dict[str, Tensor]:
     """What the training reads of its scenes, in integers and half precision.
 
-    latents (n 4 side side), shares (n objects side side) of each cell that an object covers in 255ths, and
-    for several texts a scene their token ids and the objects they speak of (n texts 32), and the
-    ids of a wrong caption (0 throughout where there is none).
+    latents (n 4 side side), shares (n objects side side) of each cell that an object covers in
+    255ths, and for several texts a scene their token ids and the objects they speak of (n texts
+    32), and the ids of a wrong caption (0 throughout where there is none).
     """
     if file.exists():
         kept: dict[str, Tensor] = torch.load(file, weights_only=True)
@@ -209,10 +211,14 @@ def winoground_text(
     return {name: round(100 * hits.float().mean().item(), 1) for name, hits in parts.items()}
 
 
-def draw_timesteps(batch: int, generator: torch.Generator) -> Tensor:
-    """A third from the whole schedule, the rest from `FOCUS`; evenly spread, for less variance."""
-    whole = batch // 3
-    parts = [(0, 1000, whole), (*FOCUS, batch - whole)]
+def draw_timesteps(batch: int, generator: torch.Generator, *, low: float = 0.0) -> Tensor:
+    """A third from the whole schedule, a share from below `LOW`, the rest from `FOCUS`.
+
+    Each part is evenly spread, for less variance.
+    """
+    whole, below = batch // 3, round(low * batch)
+    parts = [(0, 1000, whole), (0, LOW, below), (*FOCUS, batch - whole - below)]
+    parts = [part for part in parts if part[2]]
     drawn = [
         low + (torch.arange(count) + torch.rand(count, generator=generator)) / count * (high - low)
         for low, high, count in parts
@@ -240,6 +246,11 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
     parser.add_argument("--crowds", type=float, default=0.0, help="share of crowded scenes")
     parser.add_argument("--colors", action="store_true", help="ground colour words and 'object'")
+    parser.add_argument("--grounding", type=float, default=GROUNDING_WEIGHT)
+    parser.add_argument(
+        "--clear", type=float, default=1.0, help="signal to noise at which words count fully"
+    )
+    parser.add_argument("--low", type=float, default=0.0, help="share of low timesteps")
     parser.add_argument("--warm-start", type=Path, help="a U-Net folder to go on from")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -283,7 +294,7 @@ def main() -> None:
         bits = torch.where(dropped[:, None], 0, data["bits"][rows, which])
         bits = torch.cat([bits, torch.zeros_like(bits[again])])
         noise = torch.randn((count, *data["latents"].shape[1:]), generator=generator)
-        timesteps = draw_timesteps(count, generator)
+        timesteps = draw_timesteps(count, generator, low=options.low)
         both = torch.cat([torch.arange(count), again])
         rows, noise, timesteps = rows[both], noise[both], timesteps[both]
         latents = data["latents"][rows].float()
@@ -297,10 +308,11 @@ def main() -> None:
         errors = errors / usual[levels]
         loss = errors[:count].mean()
         shares = data["shares"][rows].float() / 255
-        astray = outside(taps.maps(), shares, bits, snr[timesteps].clamp(max=1))
+        weights = (snr[timesteps] / options.clear).clamp(max=1)
+        astray = outside(taps.maps(), shares, bits, weights)
         gap = errors[count:] - errors[again]
         fooled = MARGIN * F.softplus(-gap / MARGIN).sum() / count
-        run.update(loss + GROUNDING_WEIGHT * astray + fooled)
+        run.update(loss + options.grounding * astray + fooled)
         told_apart = 100 * (gap > 0).float().mean()
         means = [
             0.98 * mean + 0.02 * value.item() if run.step > 1 else value.item()
