@@ -69,6 +69,8 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--weight", type=float, default=1.0, help="of the loss on the maps")
+    parser.add_argument("--low", type=float, default=0.6, help="share of low timesteps")
+    parser.add_argument("--clear", type=float, default=6.0)
     parser.add_argument("--items", type=int, default=100)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("runs/ground-lora"))
@@ -100,7 +102,7 @@ def main() -> None:
             ]
         )
         generator = torch.Generator().manual_seed(step)
-        timesteps = draw_timesteps(options.batch, generator)
+        timesteps = draw_timesteps(options.batch, generator, low=options.low)
         noise = torch.randn(latents.shape, generator=generator)
         signal = alphas[timesteps].view(-1, 1, 1, 1)
         noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
@@ -108,7 +110,8 @@ def main() -> None:
             states = backbone.embed(texts, size=(64, 64)).prompt_embeds
         with CrossAttnTaps(backbone.unet, GROUNDED_LAYERS, tokens=range(bits.shape[1])) as taps:
             predicted = backbone.unet(noisy, timesteps, states).sample
-        astray = outside(taps.maps(), shares, bits, snr[timesteps].clamp(max=1))
+        weights = (snr[timesteps] / options.clear).clamp(max=1)
+        astray = outside(taps.maps(), shares, bits, weights)
         loss = F.mse_loss(predicted, noise) + options.weight * astray
         optimizer.param_groups[0]["lr"] = options.lr * (1 - step / options.steps)
         optimizer.zero_grad()

@@ -341,6 +341,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=200, help="scenes per kind of words")
     parser.add_argument("--pairs", type=int, default=50, help="pairs of scenes per kind; 0: none")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=Path("runs/crowds.json"))
     parser.add_argument("--validation", action="store_true", help="look at validation scenes alone")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -380,8 +381,10 @@ def main() -> None:
             print(name, json.dumps(table[name]), flush=True)
     if options.pairs:
         table["pairs"] = pair_scores(backbone, options.pairs, seed)
+        print("pairs", json.dumps(table["pairs"]), flush=True)
     table["seconds"] = round(time.monotonic() - started)
-    print(json.dumps(table, indent=2))
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
