@@ -29,7 +29,7 @@ help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "PYTHON=python3.12 picks the interpreter for $(VENV); ARGS='-k name' is passed on to demo and test."
 
-demo: $(PACKAGE_STAMP)  ## Features, scores and word maps of a bundled picture, written to diffenc-demo.png
+demo: $(PACKAGE_STAMP)  ## Ask three questions of a bundled picture, and draw what each lights up in diffenc-demo.png
 	$(BIN)/diffenc demo -o diffenc-demo.png --force $(ARGS)
 
 notebooks: $(NOTEBOOKS_STAMP)  ## Run the notebooks of docs/tutorials anew, from examples

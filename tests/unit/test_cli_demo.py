@@ -3,10 +3,10 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from diffenc.cli.demo import PROMPTS, WORDS, WRONG_PROMPT
+from diffenc.cli.demo import TEXTS, demo_queries
 from diffenc.cli.main import app
 from diffenc.denoiser.attention import word_token_positions
-from diffenc.shapes.example import example_picture
+from diffenc.shapes.example import CROWD, crowded_picture
 
 
 def run(*arguments):
@@ -18,11 +18,11 @@ def test_numbers_are_printed_and_a_figure_is_written(tiny_sd_folder, tmp_path):
     output = tmp_path / "demo.png"
     result = run("--model", tiny_sd_folder, "-o", output)
     assert result.exit_code == 0, result.output
-    for words in ("parameters", "16 x 48", "scores", "timings", f"wrote {output}", *PROMPTS):
+    for words in ("parameters", "16 x 48", "scores", "timings", f"wrote {output}", *TEXTS):
         assert words in result.stdout
     rows = (line.rsplit(maxsplit=2) for line in result.stdout.splitlines())
     scores = {row[0].strip(): float(row[1]) for row in rows if row and row[0].startswith("  a ")}
-    assert set(scores) == {*PROMPTS, WRONG_PROMPT}
+    assert set(scores) == set(TEXTS)
     assert list(scores.values()) == sorted(scores.values(), reverse=True)
     with Image.open(output) as figure:
         assert min(figure.size) > 1000
@@ -41,7 +41,13 @@ def test_an_existing_figure_is_refused_before_the_model_is_looked_at(tmp_path):
     assert output.read_bytes() == b"mine"
 
 
-def test_the_picture_is_one_of_the_world_and_the_words_are_in_the_prompt(tiny_tokenizer):
-    assert example_picture(64).size == (64, 64)
-    for word in WORDS:
-        assert len(word_token_positions(tiny_tokenizer, PROMPTS[0], word)) == 1
+def test_each_question_has_one_answer_in_the_picture_and_its_word_stands_in_it(tiny_tokenizer):
+    assert crowded_picture(64).size == (64, 64)
+    for each in demo_queries():
+        assert word_token_positions(tiny_tokenizer, each.text, each.word)
+        named = [
+            thing
+            for thing in CROWD.objects
+            if (thing.shape if each.trait == "color" else thing.color) in each.text
+        ]
+        assert [getattr(thing, each.trait) for thing in named] == [each.answer]

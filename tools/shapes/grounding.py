@@ -64,7 +64,7 @@ def outside(maps: Mapping[str, Tensor], shares: Tensor, bits: Tensor, weight: Te
 
     Args:
         maps: Per layer the attention (b tokens h w).
-        shares: How much of each cell the objects cover (b objects 16 16), 0 to 1.
+        shares: How much of each cell the objects cover (b objects h w), 0 to 1.
         bits: Per token its set of objects (b tokens).
         weight: Per row (b), 0 to 1.
     """

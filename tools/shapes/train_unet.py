@@ -1,7 +1,7 @@
 """Train the U-Net of the miniature diffusion model on frozen latents and a frozen text encoder.
 
     python tools/shapes/train_unet.py --steps 6000
-    python tools/shapes/train_unet.py --size 128 --crowds 0.65 --colors --model runs/shapes-many
+    python tools/shapes/train_unet.py --size 96 --crowds 0.65 --colors --model runs/shapes-many
 
 Needs the VAE, the text encoder and the tokenizer in `--model`. Latents, token ids and masks of the
 training scenes are computed once and kept beside the run. Writes averaged weights to `--model`.
@@ -41,6 +41,8 @@ FOCUS = (150, 800)
 """Two of three timesteps are drawn from here, where text says most that the image does not."""
 LEVELS = 20
 """Parts of the schedule; each counts by its error relative to the part's recent mean."""
+LOW = 150
+"""Below it even small objects are seen well; rows of `--low` have their timesteps from there."""
 GROUNDING_WEIGHT = 0.5
 NEGATIVES = 0.25
 """Share of the rows that are negatives."""
@@ -48,9 +50,9 @@ MARGIN = 0.02
 """By how much a wrong caption's error should be larger, as a share of the level's usual error."""
 
 
-def build_unet() -> UNet2DConditionModel:
+def build_unet(side: int) -> UNet2DConditionModel:
     return UNet2DConditionModel(
-        sample_size=16,
+        sample_size=side,
         in_channels=4,
         out_channels=4,
         block_out_channels=(32, 64, 128),
@@ -116,9 +118,9 @@ def cached_data(
 ) -> dict[str, Tensor]:
     """What the training reads of its scenes, in integers and half precision.
 
-    latents (n 4 16 16), shares (n objects 16 16) of each cell that an object covers in 255ths, and
-    for several texts a scene their token ids and the objects they speak of (n texts 32), and the
-    ids of a wrong caption (0 throughout where there is none).
+    latents (n 4 side side), shares (n objects side side) of each cell that an object covers in
+    255ths, and for several texts a scene their token ids and the objects they speak of (n texts
+    32), and the ids of a wrong caption (0 throughout where there is none).
     """
     if file.exists():
         kept: dict[str, Tensor] = torch.load(file, weights_only=True)
@@ -135,7 +137,8 @@ def cached_data(
         ]
         scenes = [scene for scene, _ in drawn]
         found["latents"].append(encode(vae, pixels(scenes, size)).half())
-        found["shares"].append(torch.stack([covered(scene, size, most) for scene in scenes]))
+        side = found["latents"][0].shape[-1]
+        found["shares"].append(torch.stack([covered(scene, size, side, most) for scene in scenes]))
         texts = [
             [
                 crowd_text(scene, rng)
@@ -168,11 +171,11 @@ def cached_data(
     return data
 
 
-def covered(scene: Scene, size: int, most: int) -> Tensor:
-    """Share of each latent cell that an object covers, in 255ths (most 16 16)."""
+def covered(scene: Scene, size: int, side: int, most: int) -> Tensor:
+    """Share of each of `side` x `side` latent cells that an object covers, in 255ths."""
     seen = torch.from_numpy(masks(scene, size)).float()
-    shares = torch.zeros(most, 16, 16)
-    shares[: len(seen)] = F.avg_pool2d(seen, size // 16)
+    shares = torch.zeros(most, side, side)
+    shares[: len(seen)] = F.avg_pool2d(seen, size // side)
     return (255 * shares).round().byte()
 
 
@@ -208,10 +211,14 @@ def winoground_text(
     return {name: round(100 * hits.float().mean().item(), 1) for name, hits in parts.items()}
 
 
-def draw_timesteps(batch: int, generator: torch.Generator) -> Tensor:
-    """A third from the whole schedule, the rest from `FOCUS`; evenly spread, for less variance."""
-    whole = batch // 3
-    parts = [(0, 1000, whole), (*FOCUS, batch - whole)]
+def draw_timesteps(batch: int, generator: torch.Generator, *, low: float = 0.0) -> Tensor:
+    """A third from the whole schedule, a share from below `LOW`, the rest from `FOCUS`.
+
+    Each part is evenly spread, for less variance.
+    """
+    whole, below = batch // 3, round(low * batch)
+    parts = [(0, 1000, whole), (0, LOW, below), (*FOCUS, batch - whole - below)]
+    parts = [part for part in parts if part[2]]
     drawn = [
         low + (torch.arange(count) + torch.rand(count, generator=generator)) / count * (high - low)
         for low, high, count in parts
@@ -239,6 +246,11 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
     parser.add_argument("--crowds", type=float, default=0.0, help="share of crowded scenes")
     parser.add_argument("--colors", action="store_true", help="ground colour words and 'object'")
+    parser.add_argument("--grounding", type=float, default=GROUNDING_WEIGHT)
+    parser.add_argument(
+        "--clear", type=float, default=1.0, help="signal to noise at which words count fully"
+    )
+    parser.add_argument("--low", type=float, default=0.0, help="share of low timesteps")
     parser.add_argument("--warm-start", type=Path, help="a U-Net folder to go on from")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -255,9 +267,11 @@ def main() -> None:
         crowds=options.crowds,
         colors=options.colors,
     )
-    unet = build_unet()
+    side = data["latents"].shape[-1]
+    unet = build_unet(side)
     if options.warm_start is not None:
         unet = UNet2DConditionModel.from_pretrained(options.warm_start)
+        unet.register_to_config(sample_size=side)
         unet.train()
     run = Run(options.run, {"unet": unet}, steps=options.steps, lr=options.lr, ema_decay=0.9985)
     alphas = build_scheduler().alphas_cumprod
@@ -280,7 +294,7 @@ def main() -> None:
         bits = torch.where(dropped[:, None], 0, data["bits"][rows, which])
         bits = torch.cat([bits, torch.zeros_like(bits[again])])
         noise = torch.randn((count, *data["latents"].shape[1:]), generator=generator)
-        timesteps = draw_timesteps(count, generator)
+        timesteps = draw_timesteps(count, generator, low=options.low)
         both = torch.cat([torch.arange(count), again])
         rows, noise, timesteps = rows[both], noise[both], timesteps[both]
         latents = data["latents"][rows].float()
@@ -294,10 +308,11 @@ def main() -> None:
         errors = errors / usual[levels]
         loss = errors[:count].mean()
         shares = data["shares"][rows].float() / 255
-        astray = outside(taps.maps(), shares, bits, snr[timesteps].clamp(max=1))
+        weights = (snr[timesteps] / options.clear).clamp(max=1)
+        astray = outside(taps.maps(), shares, bits, weights)
         gap = errors[count:] - errors[again]
         fooled = MARGIN * F.softplus(-gap / MARGIN).sum() / count
-        run.update(loss + GROUNDING_WEIGHT * astray + fooled)
+        run.update(loss + options.grounding * astray + fooled)
         told_apart = 100 * (gap > 0).float().mean()
         means = [
             0.98 * mean + 0.02 * value.item() if run.step > 1 else value.item()

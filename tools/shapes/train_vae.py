@@ -1,7 +1,7 @@
 """Train the autoencoder of the miniature model: L1 and squared error on rendered scenes.
 
     python tools/shapes/train_vae.py --steps 2500
-    python tools/shapes/train_vae.py --size 128 --channels 8 16 32 64 --crowds 0.65 --batch 16
+    python tools/shapes/train_vae.py --size 96 --crowds 0.65 --stds 1.6 0.4 0.5 0.4
 
 Resumable: started again, it goes on from `--run`. Writes a diffusers folder to `--output`.
 
@@ -48,8 +48,12 @@ POSTERIOR_STD = 0.03
 NOISE_STD = 0.2
 """While training, noise of 0 to this is added to the latents, in the same units."""
 WHITENESS_WEIGHT = 0.1
-UNITS = torch.tensor(LATENT_STDS) / SCALING_FACTOR
-"""One standard deviation of each channel, before scaling."""
+CROWD_STDS = (1.6, 0.4, 0.5, 0.4)
+"""The same for crowded scenes (`--stds`), whose small objects the noise hides sooner.
+
+Through the noise of the lowest timesteps their colours must still be seen, or no word can be taught
+where they are.
+"""
 
 
 def pictures(count: int, seed: str, *, size: int, crowds: float) -> Tensor:
@@ -112,8 +116,8 @@ def correlations(latents: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def whiten(vae: AutoencoderKL, held_out: Tensor) -> None:
-    """Exchange the basis of the latents for an uncorrelated one of the given variances.
+def whiten(vae: AutoencoderKL, held_out: Tensor, units: Tensor) -> None:
+    """Exchange the basis of the latents for an uncorrelated one of the given deviations.
 
     The change is linear, so the 1x1 convolutions before and after the latents take it up, and what
     is decoded stays the same.
@@ -121,7 +125,7 @@ def whiten(vae: AutoencoderKL, held_out: Tensor) -> None:
     latents = [vae.encode(part).latent_dist.mode() for part in held_out.split(64)]
     mean, covariance = correlations(torch.cat(latents))
     values, vectors = torch.linalg.eigh(covariance)
-    whitening = UNITS[:, None] * (vectors @ torch.diag(values.rsqrt()) @ vectors.T)
+    whitening = units[:, None] * (vectors @ torch.diag(values.rsqrt()) @ vectors.T)
     before, after = vae.quant_conv, vae.post_quant_conv
     read, written = before.weight[:4].flatten(1), after.weight.flatten(1)
     after.bias.copy_(after.bias + written @ mean)
@@ -129,7 +133,7 @@ def whiten(vae: AutoencoderKL, held_out: Tensor) -> None:
     before.bias[:4] = whitening @ (before.bias[:4] - mean)
     before.weight[:4] = (whitening @ read)[..., None, None]
     before.weight[4:] = 0.0
-    before.bias[4:] = 2 * (POSTERIOR_STD * UNITS).log()
+    before.bias[4:] = 2 * (POSTERIOR_STD * units).log()
 
 
 def main() -> None:
@@ -143,16 +147,18 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
     parser.add_argument("--channels", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--crowds", type=float, default=0.0, help="share of crowded scenes")
+    parser.add_argument("--stds", type=float, nargs=4, default=LATENT_STDS)
     parser.add_argument("--warm-start", type=Path, help="a diffusers folder to go on from")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     draw = partial(pictures, size=options.size, crowds=options.crowds)
+    units = torch.tensor(options.stds) / SCALING_FACTOR
     vae = build(options.channels, options.size)
     if options.warm_start is not None:
         vae = AutoencoderKL.from_pretrained(options.warm_start)
         vae.register_to_config(scaling_factor=SCALING_FACTOR)
-        whiten(vae, draw(1024, "vae/whiten"))
+        whiten(vae, draw(1024, "vae/whiten"), units)
     vae = vae.to(memory_format=torch.channels_last)
     vae.requires_grad_(True)
     run = Run(options.run, {"vae": vae}, steps=options.steps, lr=options.lr, ema_decay=0.99)
@@ -161,9 +167,9 @@ def main() -> None:
         batch = draw(options.batch, f"vae/{run.step}")
         torch.manual_seed(run.step)
         latents = vae.encode(batch).latent_dist.mode()
-        mean, covariance = correlations(latents / UNITS.view(1, 4, 1, 1))
+        mean, covariance = correlations(latents / units.view(1, 4, 1, 1))
         whiteness = mean.square().mean() + (covariance - torch.eye(4)).square().mean()
-        spread = NOISE_STD * UNITS.view(1, 4, 1, 1) * torch.rand(len(batch), 1, 1, 1)
+        spread = NOISE_STD * units.view(1, 4, 1, 1) * torch.rand(len(batch), 1, 1, 1)
         decoded = vae.decode(latents + spread * torch.randn_like(latents)).sample
         error = F.l1_loss(decoded, batch) + F.mse_loss(decoded, batch)
         run.update(error + WHITENESS_WEIGHT * whiteness)
@@ -178,7 +184,7 @@ def main() -> None:
             run.swap_average()
             run.save()
     run.swap_average()
-    whiten(vae, draw(1024, "vae/whiten"))
+    whiten(vae, draw(1024, "vae/whiten"), units)
     vae.save_pretrained(options.output)
     print(json.dumps({"psnr": psnr(vae, held_out), "read_back": read_back(vae, options.size)}))
 

@@ -1,7 +1,7 @@
-"""`diffenc demo`: features, scores and word maps of a bundled picture, as numbers and a figure."""
+"""`diffenc demo`: one picture under three questions, as numbers and a figure."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,21 +23,19 @@ from diffenc.cli.tables import print_table, readable_bytes
 
 if TYPE_CHECKING:
     from PIL import Image
-    from torch import Tensor
 
+    from diffenc.cli.demo_answers import Query
     from diffenc.encoder import DiffusionEncoder
     from diffenc.features import Features
+    from diffenc.passes.word_tokens import WordTokens
 
-PROMPTS = (
-    "a red circle left of a blue square",
-    "a yellow star below a red circle",
-    "a red circle, a blue square and a yellow star",
+TEXTS = (
+    "a purple star above an orange circle",
+    "a red triangle and a yellow square",
+    "a red star above a purple circle",
 )
-WRONG_PROMPT = "a green triangle above a purple star"
-WORDS = ("circle", "square")
-"""Words of the first prompt that attention maps are drawn for."""
+"""What is said of the picture; the last one is wrong."""
 
-GUIDANCE_SCALE = 3.0
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -48,22 +46,26 @@ def demo(
             "--output", "-o", metavar="FILE", help="File of the figure, such as a .png file."
         ),
     ] = Path("diffenc-demo.png"),
-    model: Model = "shapes",
+    model: Model = "shapes-many",
     device: Device = "auto",
     dtype: Dtype = "float32",
     force: Force = False,
     _debug: Debug = False,
 ) -> None:
-    """Draw features, scores and word maps of a bundled picture.
+    """Ask three questions of one picture, and draw what each lights up.
 
-    Prints the model's parts, the shapes of its features, how well each prompt fits the picture, and
-    timings; writes a figure. The bundled model needs no network and no GPU.
+    Prints the model's parts, the shapes of its features, what the words of the questions say, how
+    well each text fits the picture, and timings; writes a figure. The bundled models need no
+    network and no GPU.
     """
     check_output(output, suffixes=_SUFFIXES, force=force)
     quiet_libraries()
+    from diffenc.cli.demo_answers import SCENES, named
     from diffenc.cli.demo_figure import draw_demo
     from diffenc.encoder import DiffusionEncoder
-    from diffenc.shapes.example import example_picture
+    from diffenc.models.shapes import BUNDLED_MODELS
+    from diffenc.scorer import SCORE_TIMESTEPS
+    from diffenc.shapes.example import crowded_picture
 
     clock = Clock()
     with clock("load the model"):
@@ -71,31 +73,37 @@ def demo(
             model, device=to_device(device), dtype=to_dtype(dtype)
         )
     _print_parts(encoder)
-    picture = example_picture(encoder.backbone.default_size)
-    with clock(f"features under {len(PROMPTS)} prompts, both halves"):
-        features = encoder.extract(
-            [picture] * len(PROMPTS), PROMPTS, conditioning="cfg", guidance_scale=GUIDANCE_SCALE
-        )
-    _print_features(features)
-    scores, maps = _scores_and_maps(encoder, picture, clock)
+    picture, queries = crowded_picture(encoder.backbone.default_size), demo_queries()
+    texts = [each.text for each in queries]
+    with clock(f"features and tokens under {len(texts)} questions, both halves"):
+        asked = encoder.word_tokens([picture] * len(texts), texts, conditioning="uncond")
+    _print_features(asked.features.select("uncond"))
+    answers = None
+    if model in BUNDLED_MODELS:  # others know nothing of the world that the answers are learnt in
+        with clock(f"learn to name what a token says, {SCENES} scenes a trait"):
+            answers = named(encoder, asked, queries)
+    _print_answers(asked, queries, answers)
+    with clock(f"scores of {len(TEXTS)} texts at {len(SCORE_TIMESTEPS)} timesteps"):
+        scores = _scores(encoder, picture)
     _print_scores(scores)
     with clock("draw the figure"):
-        drawn = draw_demo(
-            picture,
-            features,
-            dict(zip(WORDS, maps, strict=True)),
-            scores,
-            prompts=PROMPTS,
-            timesteps=encoder.config.timesteps,
-            model=encoder.backbone.name,
-        )
+        drawn = draw_demo(picture, asked, queries, answers, model=encoder.backbone.name)
         write_whole(output, drawn.save)
     print_table("timings", ("step", "seconds"), clock.rows(), right=("seconds",))
-    if model == "shapes":
+    if model in BUNDLED_MODELS:
         typer.echo(
             "The bundled model knows coloured shapes only. For photographs: --model sd2.1-base"
         )
     typer.echo(f"wrote {output}")
+
+
+def demo_queries() -> "tuple[Query, ...]":
+    """The questions: by the star, by the colour red, by the circle."""
+    from diffenc.cli.demo_answers import query
+    from diffenc.shapes.example import CROWD
+
+    star, triangle, circle = (CROWD.objects[index] for index in (1, 6, 3))
+    return query(star, "color"), query(triangle, "shape"), query(circle, "color")
 
 
 class Clock:
@@ -121,30 +129,22 @@ class Clock:
         return [(step, f"{seconds:.2f}") for step, seconds in steps.items()]
 
 
-def _scores_and_maps(
-    encoder: "DiffusionEncoder", picture: "Image.Image", clock: Clock
-) -> "tuple[dict[str, float], Tensor]":
-    """Score of each prompt and the wrong one, and a map (words h w) of the first prompt."""
+def _scores(encoder: "DiffusionEncoder", picture: "Image.Image") -> dict[str, float]:
+    """Score of each text."""
     import torch
 
     from diffenc.inputs.images import to_pixel_values
     from diffenc.inputs.latents import encode_latents
-    from diffenc.scorer import SCORE_TIMESTEPS, denoising_scores
-    from diffenc.scoring.word_maps import WORD_LAYERS, WORD_TIMESTEPS, word_maps
+    from diffenc.scorer import denoising_scores
 
-    backbone, texts = encoder.backbone, [*PROMPTS, WRONG_PROMPT]
+    backbone = encoder.backbone
     with torch.no_grad():
         pixel_values = to_pixel_values(
             picture, size=backbone.default_size, multiple=backbone.multiple
         )
         latents = encode_latents(backbone.vae, pixel_values)
-    with clock(f"scores of {len(texts)} texts at {len(SCORE_TIMESTEPS)} timesteps"):
-        (row,) = denoising_scores(backbone, latents, texts).tolist()
-    with clock(f"attention maps of {len(WORDS)} words at {len(WORD_TIMESTEPS)} timesteps"):
-        (maps,) = word_maps(
-            backbone, latents, PROMPTS[0], WORDS, timesteps=WORD_TIMESTEPS, layers=WORD_LAYERS
-        )
-    return dict(zip(texts, row, strict=True)), maps
+    (row,) = denoising_scores(backbone, latents, TEXTS).tolist()
+    return dict(zip(TEXTS, row, strict=True))
 
 
 def _print_parts(encoder: "DiffusionEncoder") -> None:
@@ -164,6 +164,20 @@ def _print_features(features: "Features") -> None:
     tokens = " x ".join(map(str, features.tokens().shape[1:]))
     rows.append(("all taps as tokens", tokens))
     print_table("features of an image", ("tap", "channels x height x width"), rows)
+
+
+def _print_answers(
+    asked: "WordTokens", queries: "Sequence[Query]", answers: "Sequence[str] | None"
+) -> None:
+    from diffenc.cli.demo_answers import token_of
+
+    rows = []
+    for row, each in enumerate(queries):
+        down, across = asked.places[row, token_of(asked, row, each.word), :2].tolist()
+        says = "not asked" if answers is None else answers[row]
+        rows.append((each.text, each.word, f"{across:.2f}, {down:.2f}", says, each.answer))
+    columns = ("question", "word", "seen at x, y", "its token says", "true")
+    print_table("a token of the question", columns, rows)
 
 
 def _print_scores(scores: dict[str, float]) -> None:

@@ -1,75 +1,59 @@
 """The figure of `diffenc demo`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from jaxtyping import Float
 from PIL import Image
-from torch import Tensor
 
-from diffenc.features import Features
-from diffenc.viz import HeatMap, Panel, dot_chart, figure
-from diffenc.viz.questions import COLORS, TapMaps, question_rows, word_panels
+from diffenc.cli.demo_answers import Query, token_of
+from diffenc.models.shapes import BUNDLED_MODELS
+from diffenc.passes.word_tokens import WordTokens
+from diffenc.viz import HeatMap, Panel, figure
 
 _SIDE = 256
+_ALPHA = 0.75
+_LIMITS = dict.fromkeys(BUNDLED_MODELS, ", a miniature that knows coloured shapes only")
+
+_SEEN = """\
+The question is text that the diffusion model reads. Where its word is seen: the word's \
+cross-attention in one pass over the picture."""
+_CHANGED = """\
+What the question changed: how far the features move, |f_c - f_u|. A CLIP encoder would give the \
+same features three times."""
 
 
 def draw_demo(
     picture: Image.Image,
-    features: Features,
-    word_maps: Mapping[str, Float[Tensor, "h w"]],
-    scores: Mapping[str, float],
+    asked: WordTokens,
+    queries: Sequence[Query],
+    answers: Sequence[str] | None,
     *,
-    prompts: Sequence[str],
-    timesteps: Sequence[int],
     model: str,
 ) -> Image.Image:
-    """Draw what the demo computed.
+    """Draw what the demo computed: a column a question.
 
     Args:
         picture: Picture that the model was given.
-        features: Features of the picture under each prompt, guided, in one batch.
-        word_maps: Attention map of each word of the first prompt.
-        scores: Score of each text, higher is better.
-        prompts: Prompts of `features`, one per row of the batch.
-        timesteps: Scheduler step of `features`, one.
+        asked: Tokens and maps of the words of each question, with features of both halves.
+        queries: The questions, one per row of the batch.
+        answers: What the token of each question's word says; None leaves it out.
         model: Name of the model, as it appears in the figure.
     """
-    tap = max(features, key=lambda name: features[name].shape[2] * features[name].shape[3])
-    uncond, cond = (features.select(half)[tap] for half in ("uncond", "cond"))
-    maps = TapMaps(tap, uncond[:1], cond[:, None], timesteps)
+    seen, changed = [], []
+    changes = asked.question_maps("change")
+    for row, each in enumerate(queries):
+        word_map = asked.maps[row, token_of(asked, row, each.word)]
+        says = "" if answers is None else f" Its token says: {answers[row]}."
+        seen.append(
+            Panel(_over(word_map, picture), each.text, f'Where "{each.word}" is seen.{says}')
+        )
+        changed.append(Panel(_over(changes[row], picture), caption="What the question changed"))
     return figure(
-        [
-            _top(picture, word_maps, scores, prompts[0]),
-            *question_rows(
-                picture, maps, prompts, guidance_scale=features.guidance_scale, side=_SIDE
-            ),
-        ],
-        title="One picture under three prompts",
-        note=f"Model: {model}{_LIMITS.get(model, '')}. {COLORS} Made by: diffenc demo",
+        [[Panel(picture, "one picture", _SEEN), *seen], [Panel(caption=_CHANGED), *changed]],
+        title="One picture, three questions",
+        note=f"Model: {model}{_LIMITS.get(model, '')}. Made by: diffenc demo",
         side=_SIDE,
     )
 
 
-_LIMITS = {"shapes": ", a miniature that knows coloured shapes only"}
-
-
-def _top(
-    picture: Image.Image,
-    word_maps: Mapping[str, Tensor],
-    scores: Mapping[str, float],
-    prompt: str,
-) -> list[Panel]:
-    explanation = (
-        f"{picture.height} x {picture.width} pixels. Where a word is seen: the share of a cell's "
-        "cross-attention that it gets in up_blocks.1, mean over layers and heads."
-    )
-    heats = {word: HeatMap(values) for word, values in word_maps.items()}
-    return [
-        Panel(picture, "picture", explanation),
-        *word_panels(heats, picture, prompt, side=_SIDE),
-        Panel(
-            dot_chart(list(scores), list(scores.values()), side=_SIDE),
-            "how well a text fits",
-            "Minus the error of the noise that the model predicts under it; higher is better.",
-        ),
-    ]
+def _over(values: object, picture: Image.Image) -> Image.Image:
+    return HeatMap(values).to_pil(_SIDE, overlay=picture, alpha=_ALPHA)

@@ -1,10 +1,10 @@
-"""The bundled miniature model: where it lies, and what to read from it."""
+"""The bundled miniature models: where they lie, and what to read from them."""
 
 from importlib.resources import files
 from pathlib import Path
 
-BUNDLED_MODEL = "shapes"
-"""Its name."""
+BUNDLED_MODELS = ("shapes", "shapes-many")
+"""Their names: of the world of one to three objects, and of that of up to nine."""
 
 SHAPES_TAPS = (
     "up_blocks.0.attentions.1",
@@ -15,9 +15,13 @@ SHAPES_TAPS = (
 _ASSETS = Path(str(files("diffenc.models"))) / "assets"
 
 SHAPES_TAPS_FILE = _ASSETS / "shapes-taps.json"
-"""Readable places of its U-Net in module order, each with its channels and its reduction."""
+"""Readable places of their U-Nets in module order, each with its channels and its reduction."""
 
 
-def shapes_folder() -> Path:
-    """The diffusers folder of the bundled model; `StableDiffusionPipeline` loads it too."""
-    return _ASSETS / "shapes"
+def shapes_folder(name: str = "shapes") -> Path:
+    """The diffusers folder of a bundled model; `StableDiffusionPipeline` loads it too.
+
+    Args:
+        name: One of `BUNDLED_MODELS`.
+    """
+    return _ASSETS / name

@@ -14,7 +14,7 @@ import torch
 
 from diffenc.errors import BackboneError, DiffencError, near_matches
 from diffenc.models.folder import part_variants, weighty_parts
-from diffenc.models.shapes import shapes_folder
+from diffenc.models.shapes import BUNDLED_MODELS, shapes_folder
 from diffenc.models.stored import part_dtype, stem_of
 from diffenc.storage.hub import hub_folder
 from diffenc.storage.names import expanded, is_file, is_folder
@@ -38,7 +38,7 @@ class BackboneSource:
     Attributes:
         alias: Short name of the model.
         hub_ids: Ids of Hub repositories, of which the first that answers is taken; empty for the
-            bundled model.
+            bundled models.
         summary: Description of the model, in a few words.
     """
 
@@ -51,6 +51,9 @@ SOURCES = {
     source.alias: source
     for source in (
         BackboneSource("shapes", (), "bundled miniature, 64 px; knows coloured shapes only"),
+        BackboneSource(
+            "shapes-many", (), "bundled miniature, 96 px; the same world with up to nine shapes"
+        ),
         BackboneSource(
             "sd1.5",
             ("stable-diffusion-v1-5/stable-diffusion-v1-5",),
@@ -147,8 +150,8 @@ def resolve_folder(
         BackboneError: Nothing by that name, or it lacks the weights.
     """
     label = os.fspath(name)
-    if label == "shapes":
-        return shapes_folder()
+    if label in BUNDLED_MODELS:
+        return shapes_folder(label)
     if label in SOURCES:
         hub_ids = SOURCES[label].hub_ids
         return _fetch(label, hub_ids, weights, dtype, variant, without)

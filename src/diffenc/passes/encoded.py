@@ -15,7 +15,7 @@ from diffenc.inputs.pictures.world import warn_of_other_world
 from diffenc.inputs.prompts import PromptEmbeds
 from diffenc.memory.cache import Entry, TensorCache, content_key, recall, state_key
 from diffenc.models.base import Backbone, States
-from diffenc.models.shapes import BUNDLED_MODEL
+from diffenc.models.shapes import BUNDLED_MODELS
 
 
 def image_keys(pixel_values: Float[Tensor, "b 3 height width"]) -> list[bytes] | None:
@@ -43,8 +43,8 @@ def posterior_of(
         states: Keys of the model's state for this call; None reads the state now.
         batch_size: Largest number of pictures per call of the VAE; None is all at once.
     """
-    if backbone.name == BUNDLED_MODEL:
-        warn_of_other_world(pixel_values)
+    if backbone.name in BUNDLED_MODELS:
+        warn_of_other_world(pixel_values, model=backbone.name)
     state = None if keys is None else (states or backbone.states()).latents
     if keys is None or state is None:
         return _encode(backbone, pixel_values, batch_size)

@@ -18,3 +18,27 @@ def example_picture(size: int) -> Image.Image:
         SceneObject("star", "yellow", "small", 0.45, 0.79, 0.14),
     )
     return render(Scene(objects), size)
+
+
+CROWD = Scene(
+    (
+        SceneObject("square", "green", "large", 0.2, 0.2, 0.1),
+        SceneObject("star", "purple", "large", 0.55, 0.17, 0.115),
+        SceneObject("triangle", "green", "small", 0.84, 0.27, 0.07),
+        SceneObject("circle", "orange", "large", 0.42, 0.5, 0.11),
+        SceneObject("triangle", "yellow", "large", 0.75, 0.55, 0.1),
+        SceneObject("square", "yellow", "small", 0.16, 0.55, 0.07),
+        SceneObject("triangle", "red", "large", 0.24, 0.82, 0.11),
+        SceneObject("square", "green", "small", 0.58, 0.83, 0.07),
+    )
+)
+"""Eight objects, of which "star", "circle" and "red" name one each."""
+
+
+def crowded_picture(size: int) -> Image.Image:
+    """`CROWD` as a picture: squares and triangles around a star and a circle.
+
+    Args:
+        size: Side of the picture in pixels.
+    """
+    return render(CROWD, size)

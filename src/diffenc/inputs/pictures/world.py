@@ -1,4 +1,4 @@
-"""Whether a picture can be of the miniature world, the only one that the bundled model knows."""
+"""Whether a picture can be of the miniature world, the only one that the bundled models know."""
 
 import warnings
 
@@ -32,8 +32,8 @@ def is_flat(picture: Float[Tensor, "3 h w"]) -> bool:
     return int(counts.topk(_COLORS).values.sum()) >= _LEAST * len(red)
 
 
-def warn_of_other_world(pixel_values: Float[Tensor, "b 3 h w"]) -> None:
-    """Warn, once in a process, of a picture that the bundled model can say nothing of.
+def warn_of_other_world(pixel_values: Float[Tensor, "b 3 h w"], *, model: str) -> None:
+    """Warn, once in a process, of a picture that a bundled model can say nothing of.
 
     The first picture of a batch is looked at, which takes less than a millisecond.
     """
@@ -42,7 +42,7 @@ def warn_of_other_world(pixel_values: Float[Tensor, "b 3 h w"]) -> None:
         return
     _warned = True
     warnings.warn(
-        "the bundled model 'shapes' knows coloured shapes on a plain background alone, and this "
+        f"the bundled model {model!r} knows coloured shapes on a plain background alone, and this "
         "picture looks like something else: its features and scores say nothing of it. For "
         "photographs load another model, such as 'sd2.1-base'",
         stacklevel=outside(),
