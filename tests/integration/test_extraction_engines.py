@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from diffenc import Extractor
-from patient_ray import patient_start
+from patient_ray import patient_ray, start
 
 TAP = "mid_block"
 COUNT = 24
@@ -89,9 +89,9 @@ class KilledOnce(Extractor):
 @pytest.fixture(scope="module")
 def ray():
     library = pytest.importorskip("ray", reason="the extra ray is not installed")
-    with patient_start(), warnings.catch_warnings():
+    with patient_ray(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        library.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+        start(library)
         yield library
         library.shutdown()
 
