@@ -23,7 +23,7 @@ REQUIREMENTS := pyproject.toml constraints.txt src/diffenc/_version.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo notebooks results test test-long test-shapes test-oldest app lmms hosts forks lint format types layers docs wheel check gpu clean
+.PHONY: help demo notebooks results test test-long test-shapes test-oldest app ray lmms hosts forks lint format types layers docs wheel check gpu clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +61,13 @@ app: | $(BIN)/python  ## Open the page of `diffenc app` in a headless Chromium, 
 	.venv-app/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-app.txt \
 		--editable ".[app]" playwright pytest pytest-timeout
 	.venv-app/bin/python -m pytest -rs tests/integration/test_app_page.py $(ARGS)
+
+ray: | $(BIN)/python  ## Run an extractor under Ray Data, a worker killed, and its page, in an environment of its own
+	test -d .venv-ray || $(PYTHON) -m venv .venv-ray
+	.venv-ray/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		--editable ".[ray,datasets]" pytest pytest-timeout
+	.venv-ray/bin/python -m pytest -rs -m "$(LOCAL)" -k engines \
+		tests/integration/test_extraction_engines.py tests/test_docs_snippets.py $(ARGS)
 
 # PyPI's torchvision does not fit a CPU build of torch, and no task of these tests needs it.
 lmms: | $(BIN)/python  ## Run models through lmms-eval, which gets an environment of its own

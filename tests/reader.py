@@ -38,6 +38,7 @@ from diffenc.cli.app import app
 from diffenc.evals.llava_bench import FunctionJudge
 from diffenc.hosts.tower import DiffusionVisionTower
 from diffenc.shapes import render, sample_scenes
+from patient_ray import patient_ray
 
 ROOT = Path(__file__).parents[1]
 SNIPPET = re.compile(r'^--8<-- "(?P<path>[^":]+)(?::\S+)?"\n?', flags=re.MULTILINE)
@@ -113,6 +114,7 @@ def lay_out(folder: Path) -> None:
 def desk(hub: Hub) -> Iterator[None]:
     """Small models for the Hub's ids, a judge that needs no service, and a fork of LLaVA."""
     with ExitStack() as stack:
+        stack.enter_context(patient_ray())
         stack.enter_context(patch.dict(sys.modules))
         stack.enter_context(patch.dict(vars(transformers_trainer)))
         for kind in (toy_llava.ToyLlava, toy_llava.ToyTrainer):

@@ -32,6 +32,8 @@ def browser():
 
 def opened(browser, address, width):
     """The page with its first answer, what went wrong in it, and what it loads from elsewhere."""
+    for earlier in browser.contexts:
+        earlier.close()  # its animations would go on
     page = browser.new_page(viewport={"width": width, "height": 900})
     page.set_default_timeout(240_000)
     faults, foreign = [], []
@@ -59,6 +61,85 @@ def test_a_question_is_answered_with_pictures_words_and_scores(browser, address)
     assert page.locator("img:visible").count() >= 6
     assert faults == []
     assert foreign == []
+
+
+def panels(page):
+    """Addresses of the pictures of the features, which are named by their contents."""
+    shown = page.locator("img:visible")
+    return {shown.nth(place).get_attribute("src") for place in range(shown.count())}
+
+
+def options(page):
+    """The page with its options open, and what it shows with those it begins with."""
+    page.get_by_text("Model, tap and timestep").click()
+    page.get_by_label("Tap").wait_for()
+    return panels(page)
+
+
+def answered(page, before):
+    """What the page shows after another reading; it must differ."""
+    page.get_by_role("button", name="Read the picture").click()
+    page.wait_for_function(
+        "before => [...document.querySelectorAll('img')].filter(e => e.checkVisibility() && "
+        "!before.includes(e.getAttribute('src'))).length >= 3",
+        arg=sorted(before),
+    )
+    cell(page, QUESTION).wait_for()
+    return panels(page)
+
+
+def choose(page, label, name):
+    """Click a drop-down, then one of its entries."""
+    page.get_by_label(label, exact=True).click()
+    page.get_by_role("option", name=name, exact=True).click()
+
+
+def test_each_tap_and_timestep_that_is_chosen_changes_the_pictures(browser, address):
+    page, faults, _ = opened(browser, address, 1280)
+    begun = options(page)
+    choose(page, "Tap", "mid_block")
+    assert page.get_by_label("Tap", exact=True).input_value() == "mid_block"
+    other_tap = answered(page, begun)
+    box = page.get_by_label("number input for Timestep (noise)")
+    box.fill("600")
+    box.press("Tab")
+    other_step = answered(page, other_tap)
+    choose(page, "Tap", "up_blocks.1")
+    box.fill("50")
+    box.press("Tab")
+    page.get_by_role("button", name="Read the picture").click()
+    page.wait_for_function(
+        "begun => begun.every(src => [...document.images].some(e => e.getAttribute('src') == src))",
+        arg=sorted(begun),
+    )
+    assert other_step != other_tap != begun
+    assert faults == []
+
+
+def test_another_model_has_its_own_taps_and_answers(browser, address, tiny_sd_folder):
+    page, faults, _ = opened(browser, address, 1280)
+    begun = options(page)
+    model = page.get_by_label("Model", exact=True)
+    model.fill(str(tiny_sd_folder))
+    model.press("Enter")
+    page.wait_for_function(
+        "name => document.querySelector('input[aria-label=Tap]').value == name", arg="up_blocks.1"
+    )
+    page.get_by_label("Tap", exact=True).click()
+    taps = page.get_by_role("option").all_inner_texts()
+    assert any("up_blocks.0" in each for each in taps)
+    page.keyboard.press("Escape")
+    answered(page, begun)
+    assert faults == []
+
+
+def test_a_model_that_is_not_there_gets_a_message(browser, address):
+    page, _, _ = opened(browser, address, 1280)
+    options(page)
+    model = page.get_by_label("Model", exact=True)
+    model.fill("no-such-model")
+    model.press("Enter")
+    page.get_by_text("unknown model").first.wait_for()
 
 
 def test_a_question_without_a_word_gets_a_message(browser, address):

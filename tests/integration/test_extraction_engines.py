@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from diffenc import Extractor
+from patient_ray import patient_ray, start
 
 TAP = "mid_block"
 COUNT = 24
@@ -87,17 +88,16 @@ class KilledOnce(Extractor):
 
 @pytest.fixture(scope="module")
 def ray():
-    # Its own processes have half a minute to start, which is not enough beside other work.
-    os.environ.setdefault("RAY_agent_register_timeout_ms", "300000")
-    library = pytest.importorskip("ray")
-    with warnings.catch_warnings():
+    library = pytest.importorskip("ray", reason="the extra ray is not installed")
+    with patient_ray(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        library.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+        start(library)
         yield library
         library.shutdown()
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.long
+@pytest.mark.timeout(1200)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kill", [False, True], ids=["two workers", "one of them killed"])
 def test_ray_loses_nothing_and_doubles_nothing(ray, extractor, rows, plain, tmp_path, kill):
@@ -120,7 +120,8 @@ def test_ray_loses_nothing_and_doubles_nothing(ray, extractor, rows, plain, tmp_
         np.testing.assert_allclose(row[TAP], plain[TAP][row["id"]], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.long
+@pytest.mark.timeout(1200)
 @pytest.mark.filterwarnings("ignore")
 def test_ray_takes_the_object_itself_in_tasks(ray, extractor, rows, plain):
     table = ray.data.from_items(rows, override_num_blocks=2)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from threading import Lock
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from diffenc.config import EncoderConfig
 from diffenc.denoiser.attention import cross_attention_layers
@@ -113,10 +113,11 @@ class Desk:
         listed = dict.fromkeys(text.strip() for text in (question, *texts) if text.strip())
         scores = score_texts(backbone, picture, list(listed))
         panels = _panels(result, self.side)
+        chart = dot_chart([text for text, _ in scores], [s for _, s in scores], side=self.side)
         return Answer(
             features=tuple(panels[:4]),
             words=_words(result, panels[4:]),
-            chart=dot_chart([text for text, _ in scores], [s for _, s in scores], side=self.side),
+            chart=ImageOps.expand(chart, self.side // 16, "white"),  # a frame cuts into the text
             scores=scores,
         )
 

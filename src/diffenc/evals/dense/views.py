@@ -92,7 +92,7 @@ def matches_of(
     there = [each.points[2] > 0 for each in sightings]
     if min(int(each.sum()) for each in there) < 2:
         return None
-    rows = match_cells(*(_cells(m, t) for m, t in zip(maps, there, strict=True)), most=most)
+    rows = match_cells(_cells(maps[0], there[0]), _cells(maps[1], there[1]), most)
     source, target = (
         each.points[:, mask].T[row.cpu()].double()
         for each, mask, row in zip(sightings, there, rows, strict=True)
