@@ -157,7 +157,7 @@ def main() -> None:
     vae = build(options.channels, options.size)
     if options.warm_start is not None:
         vae = AutoencoderKL.from_pretrained(options.warm_start)
-        vae.register_to_config(scaling_factor=SCALING_FACTOR)
+        vae.register_to_config(scaling_factor=SCALING_FACTOR, sample_size=options.size)
         whiten(vae, draw(1024, "vae/whiten"), units)
     vae = vae.to(memory_format=torch.channels_last)
     vae.requires_grad_(True)
