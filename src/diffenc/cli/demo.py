@@ -98,12 +98,12 @@ def demo(
 
 
 def demo_queries() -> "tuple[Query, ...]":
-    """The questions: by the star, by the colour red, by the circle."""
+    """The questions, each about the one object of a colour."""
     from diffenc.cli.demo_answers import query
     from diffenc.shapes.example import CROWD
 
-    star, triangle, circle = (CROWD.objects[index] for index in (1, 6, 3))
-    return query(star, "color"), query(triangle, "shape"), query(circle, "color")
+    triangle, star, circle = (CROWD.objects[index] for index in (6, 1, 3))
+    return query(triangle, "shape"), query(star, "shape"), query(circle, "shape")
 
 
 class Clock:

@@ -32,7 +32,7 @@ CROWD = Scene(
         SceneObject("square", "green", "small", 0.58, 0.83, 0.07),
     )
 )
-"""Eight objects, of which "star", "circle" and "red" name one each."""
+"""Eight objects, of which "red", "purple", "orange", "star" and "circle" name one each."""
 
 
 def crowded_picture(size: int) -> Image.Image:
