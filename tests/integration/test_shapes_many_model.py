@@ -7,9 +7,10 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from diffenc import DiffusionEncoder, describe, list_taps
+from diffenc import DiffusionEncoder, list_taps
 from diffenc.cli.demo import demo_queries
 from diffenc.cli.demo_answers import named
+from diffenc.models import describe
 from diffenc.models.shapes import shapes_folder
 from diffenc.shapes import masks, render
 from diffenc.shapes.crowds import sample_crowd
@@ -50,6 +51,12 @@ def test_the_stock_pipeline_loads_it():
     pipe.set_progress_bar_config(disable=True)
     image = pipe("a red circle", num_inference_steps=2, output_type="np").images[0]
     assert image.shape == (96, 96, 3)
+
+
+def test_its_parts_agree_on_the_size_of_pictures():
+    """Scripts render at the side that the VAE names, the U-Net says what pictures become."""
+    configs = describe("shapes-many").configs
+    assert configs["vae"]["sample_size"] == 96 == 4 * configs["unet"]["sample_size"]
 
 
 def test_its_pictures_have_96_pixels_and_its_taps_are_those_of_the_smaller_one():

@@ -25,7 +25,7 @@ def test_numbers_are_printed_and_a_figure_is_written(tiny_sd_folder, tmp_path):
     assert set(scores) == set(TEXTS)
     assert list(scores.values()) == sorted(scores.values(), reverse=True)
     with Image.open(output) as figure:
-        assert min(figure.size) > 1000
+        assert min(figure.size) > 800
         assert np.asarray(figure).std() > 20
     assert list(tmp_path.iterdir()) == [output]
 

@@ -12,6 +12,7 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
+from torch.nn import functional
 
 import builders
 from diffenc import CrossAttnScorer, DiffusionEncoder
@@ -344,3 +345,16 @@ def test_a_changed_model_answers_as_a_fresh_one(backbone, mutate):
             for one, other in zip(old, after, strict=True)
         )
     assert differs  # otherwise the test would show nothing
+
+
+@pytest.mark.parametrize("ask", [ask_guided, ask_reused, ask_exact])
+def test_another_attention_in_the_place_of_torchs_is_seen(backbone, monkeypatch, ask):
+    """As programs do that bring kernels of their own."""
+    known = ask(backbone, True)
+    before = known()
+    attend = functional.scaled_dot_product_attention
+    larger = lambda *args, **options: attend(*args, **options) * 1.1  # noqa: E731
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", larger)
+    for value, stale, true in zip(known(), before, ask(backbone, False)(), strict=True):
+        torch.testing.assert_close(value, true, atol=1e-6, rtol=1e-6)
+        assert not torch.allclose(stale, true, atol=1e-5, rtol=1e-5)

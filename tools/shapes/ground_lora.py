@@ -11,6 +11,7 @@ import argparse
 import json
 import random
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from training import HELD_OUT_SEED, VALIDATION_SEED
 from diffenc import DiffusionEncoder, EncoderConfig
 from diffenc.denoiser.attention import CrossAttnTaps
 from diffenc.models import load_backbone
-from diffenc.shapes.scenes import COLORS, SHAPES, Scene, sample_scene
+from diffenc.shapes.scenes import COLORS, SHAPES, Scene, SceneObject, sample_scene
 
 
 def scene_of_three(rng: random.Random) -> Scene:
@@ -39,6 +40,12 @@ def asked_of(count: int, seed: int) -> list[Asked]:
     return [Asked(scene_of_three(rng), *rng.sample(range(3), 2)) for _ in range(count)]
 
 
+def _word(word: str, thing: SceneObject) -> str:
+    """The object's own colour or shape, or the word itself."""
+    own: str = getattr(thing, word, word)
+    return own
+
+
 def measured(encoder: DiffusionEncoder, items: int) -> dict[str, object]:
     table: dict[str, object] = {}
     for naming, word in (("color", "color"), ("color", "object"), ("shape", "shape")):
@@ -47,7 +54,7 @@ def measured(encoder: DiffusionEncoder, items: int) -> dict[str, object]:
                 encoder.backbone,
                 asked_of(count, seed),
                 naming,
-                lambda thing, word=word: getattr(thing, word, word),  # type: ignore[misc]
+                partial(_word, word),
             )
             for count, seed in ((items // 2, VALIDATION_SEED), (items, HELD_OUT_SEED))
         )

@@ -103,7 +103,8 @@ def latents_of(backbone: Backbone, scenes: list[Scene]) -> Tensor:
 
 
 def noised(backbone: Backbone, latents: Tensor, timestep: int) -> Tensor:
-    noise = shared_noise(tuple(latents.shape[1:]), seed=0, timestep=timestep)
+    channels, height, width = latents.shape[1:]
+    noise = shared_noise((channels, height, width), seed=0, timestep=timestep)
     return add_noise(backbone.scheduler, latents, noise, timestep)
 
 
@@ -207,7 +208,7 @@ def one_token(
         own = torch.tensor([words.index(word_of(thing)) for thing in things])
         shares = gathered.maps[torch.arange(len(part)), own]
         for tap, maps in gathered.features.items():
-            grid = maps.shape[-2:]
+            grid = (maps.shape[-2], maps.shape[-1])
             word_map = F.interpolate(shares[:, None], grid, mode="area")[:, 0]
             truth = F.adaptive_avg_pool2d(
                 torch.stack(

@@ -11,6 +11,8 @@ from diffenc.shapes.render import render
 from diffenc.shapes.scenes import COLORS, SHAPES, Scene, SceneObject
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from diffenc.encoder import DiffusionEncoder
     from diffenc.passes.word_tokens import WordTokens
     from diffenc.studies.readouts import Readout
@@ -87,7 +89,9 @@ def fit_answers(encoder: "DiffusionEncoder", trait: str) -> "Readout":
 
     from diffenc.studies.readouts import fit_readout
 
-    size, queries, pictures = encoder.backbone.default_size, [], []
+    size = encoder.backbone.default_size
+    queries: list[Query] = []
+    pictures: list[Image.Image] = []
     rng = random.Random(f"{_SEED}/{trait}")
     while len(queries) < SCENES:
         scene = sample_crowd(rng)

@@ -98,8 +98,8 @@ def _here(source: "BackboneSource") -> Path | None:
     from diffenc.storage.weights import DIFFUSERS, weight_bytes
 
     if not source.hub_ids:
-        folder = shapes_folder(source.alias)
-        return folder if is_folder(folder) else None
+        bundled = shapes_folder(source.alias)
+        return bundled if is_folder(bundled) else None
     for hub_id in source.hub_ids:
         index = try_to_load_from_cache(hub_id, "model_index.json")
         folder = Path(index).parent if isinstance(index, str) else None

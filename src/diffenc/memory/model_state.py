@@ -27,11 +27,9 @@ def state_key(module: Any) -> Hashable | None:
 
     It changes with every write that autograd counts, with storage, device and dtype of parameters
     and buffers, with parameters, submodules, settings, configs, attention processors and adapters
-    that are exchanged or changed, with functions and hooks that are put in, with what the code of
-    classes and functions reads by name, and with autocast and torch's settings of precision. Of
-    writes that autograd does not count, such as those through `.data`, only those on a CPU are seen
-    that change the first value of a tensor; what a hook itself reads is not seen: clear the cache
-    after them.
+    that are exchanged or changed, with functions and hooks that are put in, and with autocast and
+    torch's settings of precision. Writes through `.data` are not seen, nor is what a hook itself
+    reads: clear the cache after them.
 
     Args:
         module: Module, or another object, whose attributes decide its results.

@@ -6,7 +6,6 @@ alive: objects are watched through weak references, whose death says that an ide
 as that of something else.
 """
 
-import ctypes
 import logging
 import threading
 import types
@@ -24,8 +23,6 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
-
-from diffenc.memory.code_watch import ReadNames, class_content, hidden_content, is_same
 
 _numbers = count(1)
 
@@ -80,8 +77,7 @@ _WATCHES: dict[int, tuple[weakref.ref[Any], "Watch"]] = {}
 _NUMBERED: dict[int, tuple[weakref.ref[Any], int]] = {}
 _OBJECT = object()
 _CORE = itemgetter("_modules", "_parameters", "_buffers", "_forward_pre_hooks", "_forward_hooks")
-_MAPS = (dict, types.MappingProxyType)
-_CONTAINERS = (*_MAPS, list, tuple, set, frozenset, deque)
+_CONTAINERS = (dict, list, tuple, set, frozenset, deque)
 _SMALL = 2**20
 _NOTES = frozenset(
     {
@@ -239,9 +235,7 @@ class Watch:
         self._tensors: list[weakref.ref[Tensor]] = []
         self._storages: list[StorageWeakRef | None] = []
         self._values: list[object] = []
-        self._classes: dict[type, tuple[object, ...]] = {}
-        self._hidden: list[tuple[Callable[[], Any], object]] = []
-        self._names = ReadNames()
+        self._classes: dict[type, object] = {}
         self._opaque = False
         self._structure = self._state = next(_numbers)
         self._visit(self._root())
@@ -259,7 +253,7 @@ class Watch:
             self._structure = self._state = next(_numbers)
 
     def _compare_nodes(self) -> bool:
-        changed = self._compare_classes() | self._compare_hidden()
+        changed = self._compare_classes()
         root = self._root()
         opaque = isinstance(root, nn.Module) and root.training
         for node in self._nodes:  # which grow while objects are found
@@ -272,52 +266,19 @@ class Watch:
             if node.is_restless and owner.__dict__["training"]:
                 opaque = True
         self._opaque = opaque or len(self._nodes) > _MOST
-        if self._names.have_changed():
-            self._state = next(_numbers)  # compiled code sees to that itself
         return changed
 
     def _read(self, node: _Node, owner: object) -> None:
         links = node.links
         node.read(owner, self._visit)
-        for kind in type(owner).__mro__[:-1]:
-            self._visit_class(kind)
+        self._classes.setdefault(type(owner), _code(type(owner)))
         if links not in ((None, None), node.links):
             self._dead.append(node)  # what it referred to before may live on, and counts no more
 
-    def _visit_class(self, kind: type) -> None:
-        if kind not in self._classes:
-            self._classes[kind] = class_content(kind)
-            self._names.add_class(kind)
-
     def _compare_classes(self) -> bool:
-        """Whether a method or a setting of a class was exchanged."""
-        changed = False
-        for kind, before in self._classes.items():
-            now = class_content(kind)
-            if not is_same(before, now):
-                self._classes[kind], changed = now, True
-                self._names.add_class(kind)
-        return changed
-
-    def _compare_hidden(self) -> bool:
-        """Whether closures, defaults or slots hold something else."""
-        for reference, before in self._hidden:
-            owner = reference()
-            if owner is None or _frozen(hidden_content(owner)) != before:
-                self._dead.append(owner)  # what they led to is looked for anew
-                return True
-        return False
-
-    def _visit_hidden(self, value: object, reference: Callable[[], Any]) -> None:
-        """Watch what an object holds outside of its `__dict__`, and later what that leads to."""
-        content = hidden_content(value)
-        if content is not None:
-            self._hidden.append((reference, _frozen(content, self._visit)))
-        if isinstance(value, types.FunctionType):
-            self._names.add(value)
-        elif content is not None and not isinstance(value, partial):
-            for kind in type(value).__mro__[:-1]:
-                self._visit_class(kind)
+        """Whether the code of a class was exchanged."""
+        before, self._classes = self._classes, {kind: _code(kind) for kind in self._classes}
+        return before != self._classes
 
     def _visit(self, value: object) -> None:
         """Watch an object, and later what it leads to."""
@@ -328,7 +289,6 @@ class Watch:
             reference = weakref.ref(value, self._dead.append)
         except TypeError:  # kept, so that its identity stays its own
             self._kept.append(value)
-            self._visit_hidden(value, lambda: value)
             return
         if isinstance(value, Tensor):
             self._tensors.append(reference)  # type: ignore[arg-type]
@@ -336,9 +296,11 @@ class Watch:
             self._values.append(None)
             return
         self._kept.append(reference)
-        self._visit_hidden(value, reference)
         if isinstance(value, types.MethodType):
             self._visit(value.__self__)
+        elif isinstance(value, partial):
+            _frozen((value.args, value.keywords), self._visit)
+            self._visit(value.func)
         elif hasattr(value, "__dict__") and not isinstance(value, (*_FUNCTIONS, logging.Logger)):
             self._nodes.append(_Node(reference))
 
@@ -353,8 +315,7 @@ class Watch:
             if tensor.requires_grad:
                 return False
             try:
-                start = tensor.data_ptr()
-                value = tensor._version, start, tensor.stride(), tensor.dtype, _first(tensor, start)
+                value = tensor._version, tensor.data_ptr(), tensor.stride(), tensor.dtype
             except RuntimeError:  # no strides, no storage, or made in inference mode
                 return False
             # A new storage may begin where the old one did.
@@ -412,13 +373,6 @@ def _count_writes(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 register_optimizer_step_post_hook(_count_writes)
 
 
-def _first(tensor: Tensor, start: int) -> bytes:
-    """The first value of a tensor on the CPU: it tells of most writes that autograd counts not."""
-    if not start or not tensor.is_cpu:
-        return b""
-    return ctypes.string_at(start, tensor.dtype.itemsize)
-
-
 def _storage(tensor: Tensor) -> StorageWeakRef | None:
     try:
         return StorageWeakRef(tensor.untyped_storage())
@@ -467,13 +421,12 @@ def _frozen(value: Any, visit: Callable[[object], None] | None = None) -> object
         return _OBJECT, id(value)
     if visit is not None and getattr(value, "__dict__", None):
         visit(value)  # configs of diffusers hold each setting twice, as an entry and an attribute
-    is_map = isinstance(value, _MAPS)
-    entries = tuple(value.items()) if isinstance(value, _MAPS) else tuple(value)
-    if is_map and "_class_name" in value:
+    entries = tuple(value.items()) if isinstance(value, dict) else tuple(value)
+    if isinstance(value, dict) and "_class_name" in value:
         entries = tuple(entry for entry in entries if entry[0] not in _NOTES)
     if isinstance(value, (set, frozenset)):
         return type(value), frozenset(_frozen(entry, visit) for entry in entries)
-    if is_map:
+    if isinstance(value, dict):
         names = tuple(name for name, _ in entries)
         return type(value), names, tuple(_frozen(entry, visit) for _, entry in entries)
     return type(value), tuple(_frozen(entry, visit) for entry in entries)
@@ -492,6 +445,10 @@ def _only_reads(hook: Any) -> bool:
     hook = hook.__func__ if isinstance(hook, types.MethodType) else hook
     home = str(getattr(hook, "__globals__", {}).get("__name__"))
     return home.partition(".")[0] == "diffenc" or home == "transformers.utils.output_capturing"
+
+
+def _code(kind: type) -> object:
+    return getattr(kind, "forward", None), getattr(kind, "__call__", None)  # noqa: B004
 
 
 def _is_calm(module: nn.Module) -> bool:
