@@ -70,12 +70,12 @@ def test_words_of_a_reference_are_seen_on_the_object_that_they_name(encoder):
     trials = crowds_with_a_single_color(40)
     images = [render(scene, 96) for scene, _, _ in trials]
     texts = [f"the {scene.objects[target].color} object" for scene, target, _ in trials]
-    asked = encoder.word_tokens(images, texts)
+    gathered = encoder.word_tokens(images, texts)
     hits = {"color": 0, "object": 0}
     for row, (scene, target, _) in enumerate(trials):
         allowed = grown(masks(scene, 96)[target])
         for label, word in (("color", scene.objects[target].color), ("object", "object")):
-            values = asked.maps[row, asked.words[row].index(word)]
+            values = gathered.maps[row, gathered.words[row].index(word)]
             side = values.shape[-1]
             down, across = divmod(int(values.argmax()), side)
             middle = [int((place + 0.5) * 96 / side) for place in (down, across)]
@@ -94,9 +94,9 @@ def test_a_reference_changes_features_on_its_object_more_than_on_another(encoder
     changes = []
     for turn in (1, 2):
         texts = [f"the {trial[0].objects[trial[turn]].color} object" for trial in trials]
-        asked = encoder.word_tokens(images, texts, conditioning="uncond")
+        gathered = encoder.word_tokens(images, texts, conditioning="uncond")
         maps = torch.nn.functional.interpolate(
-            asked.question_maps("change")[:, None], (96, 96), mode="nearest"
+            gathered.question_maps("change")[:, None], (96, 96), mode="nearest"
         )[:, 0]
         within = (maps * inside).sum(dim=(1, 2)) / inside.sum(dim=(1, 2))
         changes.append(within / maps.mean(dim=(1, 2)))
@@ -108,8 +108,8 @@ def test_the_tokens_of_the_demo_say_what_is_true(encoder):
     queries = demo_queries()
     texts = [each.text for each in queries]
     picture = crowded_picture(96)
-    asked = encoder.word_tokens([picture] * 3, texts, conditioning="uncond")
-    assert named(encoder, asked, queries) == [each.answer for each in queries]
+    gathered = encoder.word_tokens([picture] * 3, texts, conditioning="uncond")
+    assert named(encoder, gathered, queries) == [each.answer for each in queries]
     assert [each.answer for each in queries] == ["triangle", "star", "circle"]
     for each in queries:
         fitting = [

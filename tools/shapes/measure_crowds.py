@@ -110,15 +110,15 @@ def noised(backbone: Backbone, latents: Tensor, timestep: int) -> Tensor:
 
 @torch.no_grad()
 def maxima(
-    backbone: Backbone, asked: list[Asked], naming: str, word_of: Callable[[SceneObject], str]
+    backbone: Backbone, trials: list[Asked], naming: str, word_of: Callable[[SceneObject], str]
 ) -> dict[tuple[str, int], float]:
     """Per layer and timestep the percentage of maxima of a word's map that lie on its object."""
     size = backbone.vae.config.sample_size
-    latents = latents_of(backbone, [item.scene for item in asked])
+    latents = latents_of(backbone, [item.scene for item in trials])
     layers = cross_attention_layers(backbone.unet)
     hits: Counter[tuple[str, int]] = Counter()
-    for start in range(0, len(asked), BATCH):
-        part = asked[start : start + BATCH]
+    for start in range(0, len(trials), BATCH):
+        part = trials[start : start + BATCH]
         things = [item.things()[0] for item in part]
         texts = [NAMINGS[naming](thing) for thing in things]
         spans = [
@@ -142,7 +142,7 @@ def maxima(
                     )
                     hits[layer, timestep] += bool(allowed[row][y, x])
     return {
-        (layer, timestep): round(100 * hits[layer, timestep] / len(asked), 1)
+        (layer, timestep): round(100 * hits[layer, timestep] / len(trials), 1)
         for layer in layers
         for timestep in TIMESTEPS
     }
@@ -150,17 +150,17 @@ def maxima(
 
 @torch.no_grad()
 def changes(
-    encoder: DiffusionEncoder, asked: list[Asked], naming: str
+    encoder: DiffusionEncoder, trials: list[Asked], naming: str
 ) -> dict[str, dict[str, float]]:
     """Per tap: change under the text, inside the object over outside; under a control text too."""
     size = encoder.backbone.vae.config.sample_size
-    images = [render(item.scene, size) for item in asked]
-    insides = [torch.from_numpy(masks(item.scene, size)[item.target]).float() for item in asked]
+    images = [render(item.scene, size) for item in trials]
+    insides = [torch.from_numpy(masks(item.scene, size)[item.target]).float() for item in trials]
     ratios: dict[str, list[list[Tensor]]] = {tap: [[], []] for tap in TAPS}
-    for start in range(0, len(asked), BATCH):
+    for start in range(0, len(trials), BATCH):
         rows = slice(start, start + BATCH)
         for turn in (0, 1):
-            texts = [NAMINGS[naming](item.things()[turn]) for item in asked[rows]]
+            texts = [NAMINGS[naming](item.things()[turn]) for item in trials[rows]]
             cond = encoder.extract(images[rows], texts, conditioning="cond")
             plain = encoder.extract(images[rows], texts, conditioning="uncond")
             for tap in TAPS:
@@ -180,7 +180,7 @@ def changes(
 @torch.no_grad()
 def one_token(
     encoder: DiffusionEncoder,
-    asked: list[Asked],
+    trials: list[Asked],
     naming: str,
     word_of: Callable[[SceneObject], str],
 ) -> dict[str, dict[str, float]]:
@@ -194,12 +194,12 @@ def one_token(
     labels = torch.tensor(
         [
             trait.index(thing.shape if naming == "color" else thing.color)
-            for thing in (item.things()[0] for item in asked)
+            for thing in (item.things()[0] for item in trials)
         ]
     )
     tokens: dict[tuple[str, str], list[Tensor]] = {}
-    for start in range(0, len(asked), BATCH):
-        part = asked[start : start + BATCH]
+    for start in range(0, len(trials), BATCH):
+        part = trials[start : start + BATCH]
         images = [render(item.scene, size) for item in part]
         things = [item.things()[0] for item in part]
         texts = [NAMINGS[naming](thing) for thing in things]

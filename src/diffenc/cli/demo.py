@@ -76,18 +76,18 @@ def demo(
     picture, queries = crowded_picture(encoder.backbone.default_size), demo_queries()
     texts = [each.text for each in queries]
     with clock(f"features and tokens under {len(texts)} questions, both halves"):
-        asked = encoder.word_tokens([picture] * len(texts), texts, conditioning="uncond")
-    _print_features(asked.features.select("uncond"))
+        gathered = encoder.word_tokens([picture] * len(texts), texts, conditioning="uncond")
+    _print_features(gathered.features.select("uncond"))
     answers = None
     if model in BUNDLED_MODELS:  # others know nothing of the world that the answers are learnt in
         with clock(f"learn to name what a token says, {SCENES} scenes a trait"):
-            answers = named(encoder, asked, queries)
-    _print_answers(asked, queries, answers)
+            answers = named(encoder, gathered, queries)
+    _print_answers(gathered, queries, answers)
     with clock(f"scores of {len(TEXTS)} texts at {len(SCORE_TIMESTEPS)} timesteps"):
         scores = _scores(encoder, picture)
     _print_scores(scores)
     with clock("draw the figure"):
-        drawn = draw_demo(picture, asked, queries, answers, model=encoder.backbone.name)
+        drawn = draw_demo(picture, gathered, queries, answers, model=encoder.backbone.name)
         write_whole(output, drawn.save)
     print_table("timings", ("step", "seconds"), clock.rows(), right=("seconds",))
     if model in BUNDLED_MODELS:
@@ -167,13 +167,13 @@ def _print_features(features: "Features") -> None:
 
 
 def _print_answers(
-    asked: "WordTokens", queries: "Sequence[Query]", answers: "Sequence[str] | None"
+    gathered: "WordTokens", queries: "Sequence[Query]", answers: "Sequence[str] | None"
 ) -> None:
     from diffenc.cli.demo_answers import token_of
 
     rows = []
     for row, each in enumerate(queries):
-        down, across = asked.places[row, token_of(asked, row, each.word), :2].tolist()
+        down, across = gathered.places[row, token_of(gathered, row, each.word), :2].tolist()
         says = "not asked" if answers is None else answers[row]
         rows.append((each.text, each.word, f"{across:.2f}, {down:.2f}", says, each.answer))
     columns = ("question", "word", "seen at x, y", "its token says", "true")

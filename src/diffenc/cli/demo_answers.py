@@ -55,19 +55,19 @@ def query(thing: SceneObject, trait: str) -> Query:
 
 
 def named(
-    encoder: "DiffusionEncoder", asked: "WordTokens", queries: "Sequence[Query]"
+    encoder: "DiffusionEncoder", gathered: "WordTokens", queries: "Sequence[Query]"
 ) -> list[str]:
     """What the token of each question's word says.
 
     Args:
         encoder: Encoder of the tokens, of one of the bundled models.
-        asked: Tokens of the words of each question, of unconditional features.
+        gathered: Tokens of the words of each question, of unconditional features.
         queries: The questions, in the order of the batch.
     """
     layers = {trait: fit_answers(encoder, trait) for trait in {each.trait for each in queries}}
     answers = []
     for row, each in enumerate(queries):
-        token = asked.tokens[row, token_of(asked, row, each.word)]
+        token = gathered.tokens[row, token_of(gathered, row, each.word)]
         (answer,) = layers[each.trait].predict(token[None].float().cpu()).tolist()
         answers.append(each.answers[answer])
     return answers

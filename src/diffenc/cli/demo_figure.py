@@ -23,7 +23,7 @@ same features three times."""
 
 def draw_demo(
     picture: Image.Image,
-    asked: WordTokens,
+    gathered: WordTokens,
     queries: Sequence[Query],
     answers: Sequence[str] | None,
     *,
@@ -33,22 +33,22 @@ def draw_demo(
 
     Args:
         picture: Picture that the model was given.
-        asked: Tokens and maps of the words of each question, with features of both halves.
+        gathered: Tokens and maps of the words of each question, with features of both halves.
         queries: The questions, one per row of the batch.
         answers: What the token of each question's word says; None leaves it out.
         model: Name of the model, as it appears in the figure.
     """
-    seen, changed = [], []
-    changes = asked.question_maps("change")
+    places, changed = [], []
+    changes = gathered.question_maps("change")
     for row, each in enumerate(queries):
-        word_map = asked.maps[row, token_of(asked, row, each.word)]
+        word_map = gathered.maps[row, token_of(gathered, row, each.word)]
         says = "" if answers is None else f" Its token says: {answers[row]}."
-        seen.append(
+        places.append(
             Panel(_over(word_map, picture), each.text, f'Where "{each.word}" is seen.{says}')
         )
         changed.append(Panel(_over(changes[row], picture), caption="What the question changed"))
     return figure(
-        [[Panel(picture, "one picture", _SEEN), *seen], [Panel(caption=_CHANGED), *changed]],
+        [[Panel(picture, "one picture", _SEEN), *places], [Panel(caption=_CHANGED), *changed]],
         title="One picture, three questions",
         note=f"Model: {model}{_LIMITS.get(model, '')}. Made by: diffenc demo",
         side=_SIDE,
