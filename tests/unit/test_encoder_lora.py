@@ -455,7 +455,7 @@ def test_diffusers_pipelines_really_apply_the_file_keyed_for_them(
     plain.clear_cache()
     after = plain(image, text)
     assert not torch.allclose(after, before, atol=1e-3)
-    torch.testing.assert_close(after, encoder(image, text), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(after, encoder(image, text), atol=5e-5, rtol=1e-4)
 
 
 @pytest.mark.long

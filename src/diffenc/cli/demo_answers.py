@@ -108,7 +108,9 @@ def fit_answers(encoder: "DiffusionEncoder", trait: str) -> "Readout":
         tokens += [gathered.tokens[row, column] for row, column in enumerate(columns)]
     labels = [each.answers.index(each.answer) for each in queries]
     return fit_readout(
-        torch.stack(tokens).float().cpu(), torch.tensor(labels, device="cpu"), len(part[0].answers)
+        torch.stack(tokens).float().cpu(),
+        torch.tensor(labels, dtype=torch.long, device="cpu"),
+        len(part[0].answers),
     )
 
 
