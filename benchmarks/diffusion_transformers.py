@@ -337,7 +337,7 @@ class Measured:
         model: Alias.
         question: "first" on a picture, or "next".
         contender: Name.
-        seconds: Of each call.
+        seconds: Time of each call, in seconds.
         speedup: Times as fast as plain diffusers, which answers every question anew.
         overhead: Time over the floor's, as a share of it; of diffenc alone.
         difference: Largest difference from the features of diffenc, of their largest magnitude.
