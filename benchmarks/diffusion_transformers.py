@@ -25,6 +25,7 @@ from real_size import seeded_part
 from speed.bench import DisagreementError
 from speed.cases import OVERHEAD_GOAL
 from speed.measuring import (
+    CLOCKS,
     clock,
     fast_dtype,
     forget_peak,
@@ -62,7 +63,6 @@ MEMORY_GOAL = 24e9
 WORDS = 20
 """Own tokens of a text."""
 
-_CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 _NARROW: dict[str, dict[str, Any]] = {
     "pixart": {
@@ -464,7 +464,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--repeats", type=positive, default=3, help="timed calls of each; 3 by default")
     add("--threads", type=positive, help="of torch")
     add("--conditioning", choices=["cfg", "cond"], default="cfg", help="both halves by default")
-    add("--clock", choices=list(_CLOCKS), default="wall",
+    add("--clock", choices=list(CLOCKS), default="wall",
         help="cpu leaves out what other programs take, and holds with one thread")  # fmt: skip
     add("--quick", action="store_true", help="narrow models and small pictures, in a minute")
     add("--json", type=Path, metavar="FILE", help="write the rows")
@@ -488,7 +488,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         size = QUICK_SIZE if options.quick else SIZE
         try:
             job = Job(backbone, size, options.conditioning)
-            timer = _CLOCKS[options.clock]
+            timer = CLOCKS[options.clock]
             rows += measure(alias, job, repeats=options.repeats, timer=timer)
         except DisagreementError as error:
             print(f"error: {error}", file=sys.stderr)

@@ -196,9 +196,9 @@ def seconds_table(times: Mapping[str, Times]) -> Table:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
+    times = _times_before(options.json)
     savings = [each for alias, sizes in SIZES.items() for size in sizes
                for each in count(alias, size)]  # fmt: skip
-    times = _times_before(options.json)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     for alias in options.time:
         # On a CPU half of the disk is enough: weights in bfloat16 are read into float32.
@@ -242,7 +242,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _times_before(file: Path | None) -> dict[str, Times]:
     if file is None or not file.exists():
         return {}
-    return {alias: Times(**each) for alias, each in json.loads(file.read_text())["times"].items()}
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))["times"]
+        return {alias: Times(**each) for alias, each in kept.items()}
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise SystemExit(
+            f"savings.py: {file} holds no times of this program; name another file, or remove it"
+        ) from None
 
 
 def _write(

@@ -1,5 +1,6 @@
 """Where and how contenders are measured: the model at hand, device, dtype, how often."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ class Bench:
         repeats: Timed calls per contender.
         quick: Narrow models, small pictures.
         limit: Seconds of calls per case and batch, after which there are no more repeats.
+        timer: Clock of the calls.
         notes: What was left out, and why.
         loaded: The model at hand and its name.
     """
@@ -36,6 +38,7 @@ class Bench:
     repeats: int
     quick: bool
     limit: float = float("inf")
+    timer: Callable[[], float] = time.perf_counter
     notes: list[str] = field(default_factory=list)
     loaded: tuple[str, Backbone] | None = None
 

@@ -21,7 +21,7 @@ from diffenc.cli.options import quiet_libraries
 from diffenc.errors import DiffencError
 from diffenc.models.device import check_placement
 from speed.bench import DisagreementError
-from speed.measuring import fast_dtype, matrix_rate
+from speed.measuring import CLOCKS, fast_dtype, matrix_rate
 from speed.tables import MeasuredRow
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -42,6 +42,8 @@ def common_options(
     add("--repeats", type=positive,
         help=f"timed calls of each; 3 to {most_repeats} by the time they take")  # fmt: skip
     add("--threads", type=positive, help="of torch on a CPU")
+    add("--clock", choices=list(CLOCKS), default="wall",
+        help="cpu leaves out what other programs take, and holds with one thread")  # fmt: skip
     add("--models", type=Path, help=f"where models are built ({MODELS})")
     add("--quick", action="store_true", help="narrow models and small pictures, in a minute")
     add("--budget", type=float, metavar="SECONDS", help="begin no case after this long")
@@ -109,6 +111,7 @@ def bench_options(
         "repeats": options.repeats or most_repeats,
         "quick": options.quick,
         "limit": float("inf") if options.repeats else limit,
+        "timer": CLOCKS[options.clock],
     }
 
 

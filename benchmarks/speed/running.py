@@ -70,7 +70,9 @@ def measure(
     if not contenders:
         return []
     calls = {contender.name: partial(_prepare, contender, questions) for contender in contenders}
-    seconds = in_turn(calls, bench.device, repeats=bench.repeats, first=2, limit=bench.limit)
+    seconds = in_turn(
+        calls, bench.device, repeats=bench.repeats, first=2, limit=bench.limit, timer=bench.timer
+    )
     peaks = {}
     if bench.memory:
         peaks = _peaks(bench, case, contenders, questions, 2 + bench.repeats, batch)

@@ -67,7 +67,9 @@ def measure_scores(bench: ScoreBench, case: ScoreCase) -> list[ScoreRow]:
     # What is read of its passes differs by kind, the passes do not: one of them is timed.
     kind: Kind = "discffusion" if "discffusion" in case.goals else first
     timed = _Timed(bench, case, released.as_kind(kind, _config(bench, kind)))
-    seconds = in_turn(timed.calls(), bench.device, repeats=bench.repeats, limit=bench.limit)
+    seconds = in_turn(
+        timed.calls(), bench.device, repeats=bench.repeats, limit=bench.limit, timer=bench.timer
+    )
     return _rows(bench, case, timed, seconds, apart)
 
 

@@ -2,7 +2,9 @@
 
 import json
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,6 +52,20 @@ def test_no_round_begins_after_the_limit_but_the_first_three():
 
     seconds = in_turn({"A": lambda index: lambda: None}, CPU, repeats=9, limit=0.0)
     assert len(seconds["A"]) == 3
+
+
+@pytest.mark.parametrize(("clock", "most"), [("wall", 9.0), ("cpu", 0.05)])
+def test_the_clock_that_was_asked_for_times_every_call(monkeypatch, clock, most):
+    """A call that waits takes time on the wall and none of the processor's."""
+    from speed import program
+    from speed.measuring import in_turn
+
+    options = program.common_options(None, ["case"], most_repeats=3).parse_args(["--clock", clock])
+    setting = SimpleNamespace(folder=Path, device=CPU, dtype=torch.float32, rate=1.0, on_gpu=False)
+    bench = program.bench_options(options, setting, most_repeats=3, seconds=(1, 1))
+    waiting = {"A": lambda index: lambda: time.sleep(0.06)}
+    times = in_turn(waiting, CPU, repeats=1, timer=bench["timer"])["A"]
+    assert (0.06 if clock == "wall" else 0.0) <= times[0] < most
 
 
 @pytest.mark.parametrize(

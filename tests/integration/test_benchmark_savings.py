@@ -61,3 +61,14 @@ def test_ratios_are_those_of_the_times_and_times_of_before_stay(run, monkeypatch
     assert backends == ["eager"]
     again, same = run()
     assert (again, same) == (report, page)
+
+
+@pytest.mark.parametrize(
+    "content", ['{"rows": []}', '{"times": {"sdxl": {"speed": 1}}}', "[", "[]"]
+)
+def test_a_file_of_another_program_is_neither_read_nor_overwritten(program, tmp_path, content):
+    other = tmp_path / "other.json"
+    other.write_text(content)
+    with pytest.raises(SystemExit, match="holds no times of this program; name another file"):
+        program.main(["--json", str(other)])
+    assert other.read_text() == content
