@@ -12,8 +12,8 @@ As in HardNeg-DiffusionITM (Krojer et al., NeurIPS 2023) the true caption must e
 better; by denoising alone a small U-Net hardly learns to count.
 
 With `--teacher` the target is what the trained U-Net of another folder predicts, under true and
-false captions, in place of the noise: the same mean without its scatter, so fewer steps do. Then
-the negatives need no loss of their own.
+false captions, in place of the noise: the same mean without its scatter, so fewer steps do. What
+a false caption changes of the prediction is held against what it changes of the teacher's.
 """
 
 import argparse
@@ -213,6 +213,20 @@ def row_errors(predicted: Tensor, target: Tensor) -> Tensor:
     return errors
 
 
+def unlike_changes(predicted: Tensor, target: Tensor, true: Tensor) -> Tensor:
+    """How far a false caption changes predictions otherwise than targets, as a share of the latter.
+
+    Args:
+        predicted: Predictions (b c h w), of which the last rows are under false captions.
+        target: What they should be.
+        true: For each of the last rows that of the true caption.
+    """
+    start = len(predicted) - len(true)
+    ours, theirs = (rows[start:] - rows[true] for rows in (predicted, target))
+    size = theirs.square().mean(dim=(1, 2, 3))
+    return (row_errors(ours, theirs) / (size + 0.1 * size.mean())).mean()
+
+
 def draw_timesteps(batch: int, generator: torch.Generator, *, low: float = 0.0) -> Tensor:
     """A third from the whole schedule, a share from below `LOW`, the rest from `FOCUS`.
 
@@ -288,7 +302,7 @@ def main() -> None:
     empty = text.ids([""]).short()
     negatives = round(NEGATIVES * options.batch)
     count = options.batch - negatives
-    means = [0.0, 0.0, 0.0]
+    means = [0.0] * 4
     while run.step < options.steps:
         generator = torch.Generator().manual_seed(run.step)
         rows = torch.randint(len(data["latents"]), (count,), generator=generator)
@@ -321,14 +335,16 @@ def main() -> None:
         weights = (snr[timesteps] / options.clear).clamp(max=1)
         astray = outside(taps.maps(), shares, bits, weights)
         gap = errors[count:] - errors[again]
-        fooled = MARGIN * F.softplus(-gap / MARGIN).sum() / count
-        total = loss + options.grounding * astray
-        run.update(total + fooled if teacher is None else total)
+        if teacher is None:
+            pairs = MARGIN * F.softplus(-gap / MARGIN).sum() / count
+        else:
+            pairs = unlike_changes(predicted, target, again)
+        run.update(loss + options.grounding * astray + pairs)
         plain = row_errors(predicted.detach(), noise)
         told_apart = 100 * (plain[count:] > plain[again]).float().mean()
         means = [
             0.98 * mean + 0.02 * value.item() if run.step > 1 else value.item()
-            for mean, value in zip(means, (loss, astray, told_apart), strict=True)
+            for mean, value in zip(means, (loss, astray, told_apart, pairs), strict=True)
         ]
         if run.step % 50 == 0:
             run.log(
@@ -336,6 +352,7 @@ def main() -> None:
                 mse=round(usual.nanmean().item(), 5),
                 astray=round(means[1], 4),
                 told_apart=round(means[2], 1),
+                pairs=round(means[3], 4),
             )
         if run.step % 500 == 0 or run.step == options.steps:
             run.swap_average()
