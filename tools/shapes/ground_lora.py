@@ -20,7 +20,7 @@ from grounding import GROUNDED_LAYERS, outside, spoken_of
 from measure_crowds import BATCH, TAPS, Asked, changes, maxima, of_best, one_token
 from torch.nn import functional as F
 from train_clip import pixels
-from train_unet import covered, draw_timesteps, encode
+from train_denoiser import covered, draw_timesteps, encode
 from training import HELD_OUT_SEED, VALIDATION_SEED
 
 from diffenc import DiffusionEncoder, EncoderConfig

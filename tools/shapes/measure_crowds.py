@@ -18,23 +18,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from grounding import GROUNDED_LAYERS
+from denoisers import KINDS
 from measure import DRAWS, ERROR_TIMESTEPS, dilated
 from torch import Tensor
 from torch.nn import functional as F
 from training import HELD_OUT_SEED, VALIDATION_SEED
 
 from diffenc import DiffusionEncoder, EncoderConfig
-from diffenc.denoiser.attention import (
-    CrossAttnTaps,
-    cross_attention_layers,
-    word_token_positions,
-)
+from diffenc.denoiser.attention import cross_attention_layers, word_token_positions
 from diffenc.inputs.images import to_pixel_values
 from diffenc.inputs.latents import encode_latents
 from diffenc.inputs.noise import add_noise, shared_noise
 from diffenc.models import load_backbone
 from diffenc.models.base import Backbone
+from diffenc.passes.forward import read_attention
 from diffenc.scorer import denoising_scores
 from diffenc.shapes.captions import RELATION_PHRASES, noun_phrase
 from diffenc.shapes.crowds import sample_crowd
@@ -53,6 +50,7 @@ TAPS = tuple(
     for index in range(count)
 )
 BATCH = 25
+TAUGHT = tuple(layer for kind in KINDS.values() for layer in kind.grounded)
 
 Naming = Callable[[SceneObject], str]
 NAMINGS: dict[str, Naming] = {
@@ -115,7 +113,7 @@ def maxima(
     """Per layer and timestep the percentage of maxima of a word's map that lie on its object."""
     size = backbone.vae.config.sample_size
     latents = latents_of(backbone, [item.scene for item in trials])
-    layers = cross_attention_layers(backbone.unet)
+    layers = cross_attention_layers(backbone.denoiser)
     hits: Counter[tuple[str, int]] = Counter()
     for start in range(0, len(trials), BATCH):
         part = trials[start : start + BATCH]
@@ -130,9 +128,8 @@ def maxima(
         allowed = [dilated(masks(item.scene, size)[item.target]) for item in part]
         for timestep in TIMESTEPS:
             noisy = noised(backbone, latents[start : start + BATCH], timestep)
-            with CrossAttnTaps(backbone.unet, layers, tokens=positions) as taps:
-                backbone.unet(noisy, timestep, embeds.prompt_embeds)
-            for layer, maps in taps.maps().items():
+            read = read_attention(backbone, noisy, timestep, embeds, positions, layers)
+            for layer, maps in read.items():
                 side = maps.shape[-1]
                 for row, span in enumerate(spans):
                     own = maps[row, [positions.index(position) for position in span]].mean(dim=0)
@@ -156,16 +153,17 @@ def changes(
     size = encoder.backbone.vae.config.sample_size
     images = [render(item.scene, size) for item in trials]
     insides = [torch.from_numpy(masks(item.scene, size)[item.target]).float() for item in trials]
-    ratios: dict[str, list[list[Tensor]]] = {tap: [[], []] for tap in TAPS}
+    ratios: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
     for start in range(0, len(trials), BATCH):
         rows = slice(start, start + BATCH)
         for turn in (0, 1):
             texts = [NAMINGS[naming](item.things()[turn]) for item in trials[rows]]
             cond = encoder.extract(images[rows], texts, conditioning="cond")
             plain = encoder.extract(images[rows], texts, conditioning="uncond")
-            for tap in TAPS:
-                change = (cond[tap] - plain[tap]).abs().mean(dim=1)
-                ratios[tap][turn].append(contrast(change, torch.stack(insides[rows]), "change"))
+            for tap, maps in cond.items():
+                change = (maps - plain[tap]).abs().mean(dim=1)
+                logs = contrast(change, torch.stack(insides[rows]), "change")
+                ratios.setdefault(tap, ([], []))[turn].append(logs)
     table = {}
     for tap, (asked_logs, control_logs) in ratios.items():
         own, other = torch.cat(asked_logs), torch.cat(control_logs)
@@ -330,7 +328,7 @@ def of_best(
     """The layer that is best on validation scenes, its figure on held-out ones; both groups."""
     table: dict[str, object] = {}
     for name, taught in (("taught", True), ("untouched", False)):
-        places = [p for p in validation if p[0].startswith(GROUNDED_LAYERS) == taught]
+        places = [p for p in validation if p[0].startswith(TAUGHT) == taught]
         best = max(places, key=lambda place: validation[place])
         table[name] = {"layer": best[0], "timestep": best[1], "percent": held_out[best]}
     return table

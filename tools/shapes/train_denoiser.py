@@ -1,7 +1,8 @@
-"""Train the U-Net of the miniature diffusion model on frozen latents and a frozen text encoder.
+"""Train the denoiser of a miniature diffusion model on frozen latents and a frozen text encoder.
 
-    python tools/shapes/train_unet.py --steps 6000
-    python tools/shapes/train_unet.py --size 96 --crowds 0.65 --colors --model runs/shapes-many
+    python tools/shapes/train_denoiser.py --steps 6000
+    python tools/shapes/train_denoiser.py --size 96 --crowds 0.65 --colors --model runs/shapes-many
+    python tools/shapes/train_denoiser.py --kind transformer --teacher runs/shapes --model runs/dit
 
 Needs the VAE, the text encoder and the tokenizer in `--model`. Latents, token ids and masks of the
 training scenes are computed once and kept beside the run. Writes averaged weights to `--model`.
@@ -9,18 +10,25 @@ training scenes are computed once and kept beside the run. Writes averaged weigh
 A quarter of each batch are negatives: rows again, with the same noise, under a near twin's caption.
 As in HardNeg-DiffusionITM (Krojer et al., NeurIPS 2023) the true caption must explain the noise
 better; by denoising alone a small U-Net hardly learns to count.
+
+With `--teacher` the target is what the trained U-Net of another folder predicts, under true and
+false captions, in place of the noise: the same mean without its scatter, so fewer steps do. What
+a false caption changes of the prediction is held against what it changes of the teacher's.
 """
 
 import argparse
 import json
 import math
 import random
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from crowd_texts import crowd_text, false_caption
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from grounding import GROUNDED_LAYERS, outside, spoken_of
+from denoisers import KINDS, own_tokens, taught_by
+from diffusers import AutoencoderKL, DDIMScheduler
+from grounding import outside, spoken_of
 from texts import training_scene, training_text, wrong_captions
 from torch import Tensor
 from torch.nn import functional as F
@@ -33,6 +41,9 @@ from diffenc.shapes.crowds import COUNTS, sample_crowd
 from diffenc.shapes.pairs import WINOGROUND_KINDS, WinogroundKind, winoground_items
 from diffenc.shapes.render import masks
 from diffenc.shapes.scenes import Scene
+
+Denoise = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Predicts noise of noisy latents, timesteps, text states and which tokens are a text's own."""
 
 TEXTS_PER_SCENE = 4
 CHUNK = 250
@@ -48,23 +59,6 @@ NEGATIVES = 0.25
 """Share of the rows that are negatives."""
 MARGIN = 0.02
 """By how much a wrong caption's error should be larger, as a share of the level's usual error."""
-
-
-def build_unet(side: int) -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        sample_size=side,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(32, 64, 128),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D",) * 3,
-        mid_block_type="UNetMidBlock2DCrossAttn",
-        up_block_types=("CrossAttnUpBlock2D",) * 3,
-        cross_attention_dim=128,
-        attention_head_dim=(2, 4, 8),
-        norm_num_groups=8,
-        use_linear_projection=True,
-    )
 
 
 def build_scheduler() -> DDIMScheduler:
@@ -181,14 +175,15 @@ def covered(scene: Scene, size: int, side: int, most: int) -> Tensor:
 
 @torch.no_grad()
 def winoground_text(
-    unet: UNet2DConditionModel, vae: AutoencoderKL, text: Text, kind: WinogroundKind, items: int
+    denoise: Denoise, vae: AutoencoderKL, text: Text, kind: WinogroundKind, items: int
 ) -> dict[str, float]:
     """Text, image and group score in percent, by negative squared error with shared noise."""
     pairs = winoground_items(items, seed=VALIDATION_SEED, kinds=[kind])
     schedule = build_scheduler().alphas_cumprod
     size = vae.config.sample_size
     latents = encode(vae, pixels([scene for pair in pairs for scene in pair.scenes], size))
-    states = text.states(text.ids([caption for pair in pairs for caption in pair.captions]))
+    ids = text.ids([caption for pair in pairs for caption in pair.captions])
+    states, own = text.states(ids), own_tokens(ids)
     rows = torch.arange(2 * items)
     scores = torch.zeros(2, 2, items)  # image, text
     for timestep in TIMESTEPS:
@@ -200,8 +195,9 @@ def winoground_text(
             order = rows.view(-1, 2).flip(1).flatten() if other else rows
             found = []
             for part in rows.split(64):
-                predicted = unet(noisy[part], timestep, states[order[part]]).sample
-                found.append(-(predicted - noise[part]).square().mean(dim=(1, 2, 3)))
+                level = torch.full((len(part),), timestep)
+                predicted = denoise(noisy[part], level, states[order[part]], own[order[part]])
+                found.append(-row_errors(predicted, noise[part]))
             error = torch.cat(found).view(-1, 2)
             for image in (0, 1):
                 scores[image, image ^ int(other)] += error[:, image]
@@ -209,6 +205,26 @@ def winoground_text(
     by_image = (scores[0, 0] > scores[1, 0]) & (scores[1, 1] > scores[0, 1])
     parts = {"text": by_text, "image": by_image, "group": by_text & by_image}
     return {name: round(100 * hits.float().mean().item(), 1) for name, hits in parts.items()}
+
+
+def row_errors(predicted: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of each row."""
+    errors: Tensor = F.mse_loss(predicted, target, reduction="none").mean(dim=(1, 2, 3))
+    return errors
+
+
+def unlike_changes(predicted: Tensor, target: Tensor, true: Tensor) -> Tensor:
+    """How far a false caption changes predictions otherwise than targets, as a share of the latter.
+
+    Args:
+        predicted: Predictions (b c h w), of which the last rows are under false captions.
+        target: What they should be.
+        true: For each of the last rows that of the true caption.
+    """
+    start = len(predicted) - len(true)
+    ours, theirs = (rows[start:] - rows[true] for rows in (predicted, target))
+    size = theirs.square().mean(dim=(1, 2, 3))
+    return (row_errors(ours, theirs) / (size + 0.1 * size.mean())).mean()
 
 
 def draw_timesteps(batch: int, generator: torch.Generator, *, low: float = 0.0) -> Tensor:
@@ -251,7 +267,9 @@ def main() -> None:
         "--clear", type=float, default=1.0, help="signal to noise at which words count fully"
     )
     parser.add_argument("--low", type=float, default=0.0, help="share of low timesteps")
-    parser.add_argument("--warm-start", type=Path, help="a U-Net folder to go on from")
+    parser.add_argument("--kind", choices=KINDS, default="unet")
+    parser.add_argument("--teacher", type=Path, help="a model whose U-Net says what is predicted")
+    parser.add_argument("--warm-start", type=Path, help="a denoiser's folder to go on from")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -268,19 +286,23 @@ def main() -> None:
         colors=options.colors,
     )
     side = data["latents"].shape[-1]
-    unet = build_unet(side)
+    kind = KINDS[options.kind]
+    model = kind.build(side)
     if options.warm_start is not None:
-        unet = UNet2DConditionModel.from_pretrained(options.warm_start)
-        unet.register_to_config(sample_size=side)
-        unet.train()
-    run = Run(options.run, {"unet": unet}, steps=options.steps, lr=options.lr, ema_decay=0.9985)
+        model = kind.load(options.warm_start)
+        model.register_to_config(sample_size=side)
+        model.train()
+    denoise: Denoise = partial(kind.call, model)
+    teacher = None if options.teacher is None else taught_by(options.teacher)
+    modules = {kind.part: model}
+    run = Run(options.run, modules, steps=options.steps, lr=options.lr, ema_decay=0.9985)
     alphas = build_scheduler().alphas_cumprod
     snr = alphas / (1 - alphas)
     usual = torch.full((LEVELS,), math.nan)
     empty = text.ids([""]).short()
     negatives = round(NEGATIVES * options.batch)
     count = options.batch - negatives
-    means = [0.0, 0.0, 0.0]
+    means = [0.0] * 4
     while run.step < options.steps:
         generator = torch.Generator().manual_seed(run.step)
         rows = torch.randint(len(data["latents"]), (count,), generator=generator)
@@ -300,23 +322,29 @@ def main() -> None:
         latents = data["latents"][rows].float()
         signal = alphas[timesteps].view(-1, 1, 1, 1)
         noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
-        with CrossAttnTaps(unet, GROUNDED_LAYERS, tokens=range(ids.shape[1])) as taps:
-            predicted = unet(noisy, timesteps, text.states(ids)).sample
-        errors = F.mse_loss(predicted, noise, reduction="none").mean(dim=(1, 2, 3))
+        states, own = text.states(ids), own_tokens(ids)
+        with CrossAttnTaps(model, kind.grounded, tokens=range(ids.shape[1])) as taps:
+            predicted = denoise(noisy, timesteps, states, own)
+        target = noise if teacher is None else teacher(noisy, timesteps, states, own)
+        errors = row_errors(predicted, target)
         levels = timesteps * LEVELS // 1000
         usual = recent(usual, errors[:count].detach(), levels[:count])
         errors = errors / usual[levels]
-        loss = errors[:count].mean()
+        loss = errors[:count].mean() if teacher is None else errors.mean()
         shares = data["shares"][rows].float() / 255
         weights = (snr[timesteps] / options.clear).clamp(max=1)
         astray = outside(taps.maps(), shares, bits, weights)
         gap = errors[count:] - errors[again]
-        fooled = MARGIN * F.softplus(-gap / MARGIN).sum() / count
-        run.update(loss + options.grounding * astray + fooled)
-        told_apart = 100 * (gap > 0).float().mean()
+        if teacher is None:
+            pairs = MARGIN * F.softplus(-gap / MARGIN).sum() / count
+        else:
+            pairs = unlike_changes(predicted, target, again)
+        run.update(loss + options.grounding * astray + pairs)
+        plain = row_errors(predicted.detach(), noise)
+        told_apart = 100 * (plain[count:] > plain[again]).float().mean()
         means = [
             0.98 * mean + 0.02 * value.item() if run.step > 1 else value.item()
-            for mean, value in zip(means, (loss, astray, told_apart), strict=True)
+            for mean, value in zip(means, (loss, astray, told_apart, pairs), strict=True)
         ]
         if run.step % 50 == 0:
             run.log(
@@ -324,18 +352,19 @@ def main() -> None:
                 mse=round(usual.nanmean().item(), 5),
                 astray=round(means[1], 4),
                 told_apart=round(means[2], 1),
+                pairs=round(means[3], 4),
             )
         if run.step % 500 == 0 or run.step == options.steps:
             run.swap_average()
-            unet.eval()
-            found = {k: winoground_text(unet, vae, text, k, 40) for k in WINOGROUND_KINDS}
+            model.eval()
+            found = {k: winoground_text(denoise, vae, text, k, 40) for k in WINOGROUND_KINDS}
             run.log(**found)
-            unet.save_pretrained(options.model / "unet")
-            unet.train()
+            model.save_pretrained(options.model / kind.part)
+            model.train()
             run.swap_average()
             run.save()
     build_scheduler().save_pretrained(options.model / "scheduler")
-    print(json.dumps({"parameters": sum(p.numel() for p in unet.parameters())}))
+    print(json.dumps({"parameters": sum(p.numel() for p in model.parameters())}))
 
 
 if __name__ == "__main__":
