@@ -127,9 +127,13 @@ def test_the_token_of_a_noun_says_the_color_and_its_place_is_the_object():
         assert abs(seen_row - row) + abs(seen_column - column) < 0.15
 
 
-def test_the_probe_is_helped_by_the_name_of_the_shape():
-    named, other = numbers(last_printed("linear-probe"))
-    assert named > max(0, other)
+def test_the_probe_finds_stars_and_no_text_helps_it_as_the_page_says():
+    rows = re.findall(
+        r"^  (?:no text|a star|a circle.*?) +(\d\.\d+)$", all_printed("linear-probe"), re.M
+    )
+    assert len(rows) == 3
+    assert min(map(float, rows)) > 0.7
+    assert max(map(abs, numbers(last_printed("linear-probe")))) < 0.03
 
 
 @pytest.mark.parametrize("name", ["segmentation-head", "depth", "correspondence"])

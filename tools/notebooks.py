@@ -2,7 +2,8 @@
 
 Each is run from top to bottom in an empty folder. The example stays the source; what is written is
 `docs/tutorials/<name>.ipynb`, and the same as a page with pictures. `make notebooks ARGS=depth`
-makes one alone. A notebook keeps the digest of its example, which a test compares.
+makes one alone, and `ARGS="--text depth"` runs nothing: only prose may have changed, and outputs
+stay. A notebook keeps the digest of its example, which a test compares.
 """
 
 import base64
@@ -36,24 +37,26 @@ _LINKS = (
 
 
 def main() -> None:
-    sources = sys.argv[1:] or NAMES
+    only_text = "--text" in sys.argv[1:]
+    sources = [name for name in sys.argv[1:] if name != "--text"] or NAMES
     if unknown := set(sources) - set(NAMES):
         sys.exit(f"no notebook is made of {sorted(unknown)}; choose from {', '.join(NAMES)}")
     for source in sources:
         print(source, flush=True)
-        build(source)
+        build(source, only_text=only_text)
 
 
-def build(source: str) -> None:
-    """Run an example and write its notebook and its page."""
+def build(source: str, *, only_text: bool = False) -> None:
+    """Run an example, or keep what it gave before, and write its notebook and its page."""
     import jupytext
-    from nbclient import NotebookClient
 
     name = source.replace("_", "-")
     example = ROOT / "examples" / f"{source}.py"
     notebook = jupytext.read(example)
-    with tempfile.TemporaryDirectory() as folder:
-        NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": folder}}).execute()
+    if only_text:
+        _keep_outputs(notebook, jupytext.read(TARGET / f"{name}.ipynb"))
+    else:
+        _run(notebook)
     _tidy(notebook, example)
     text = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
     (TARGET / f"{name}.ipynb").write_text(text, encoding="utf-8")
@@ -62,6 +65,24 @@ def build(source: str) -> None:
     whole = [heading, _LINKS.format(name=name, source=source), rest.strip(), *parts]
     text = "\n\n".join(part for part in whole if part) + "\n"
     (TARGET / f"{name}.md").write_text(text, encoding="utf-8")
+
+
+def _run(notebook: Any) -> None:
+    from nbclient import NotebookClient
+
+    with tempfile.TemporaryDirectory() as folder:
+        NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": folder}}).execute()
+
+
+def _keep_outputs(notebook: Any, before: Any) -> None:
+    """Take the outputs of the notebook that is there; it must have the same code."""
+    new, old = (
+        [cell for cell in each.cells if cell.cell_type == "code"] for each in (notebook, before)
+    )
+    if [cell.source for cell in new] != [cell.source for cell in old]:
+        sys.exit("the code has changed too: run it, without --text")
+    for cell, same in zip(new, old, strict=True):
+        cell.outputs, cell.execution_count = same.outputs, same.execution_count
 
 
 def page_parts(notebook: Any, name: str) -> list[str]:
@@ -126,6 +147,8 @@ def _smaller(encoded: str) -> str:
     """A picture as PNG in 256 colours where that is smaller: it lies in the repository twice."""
     content = base64.b64decode(encoded)
     with Image.open(io.BytesIO(content)) as picture:
+        if picture.mode == "P":
+            return encoded
         buffer = io.BytesIO()
         few = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
         few.save(buffer, format="png", optimize=True)
