@@ -27,19 +27,16 @@ REQUIREMENTS := pyproject.toml constraints.txt src/diffenc/_version.py
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "PYTHON=python3.12 picks the interpreter for $(VENV); ARGS='-k name' is passed on to demo and test."
+	@echo "PYTHON=python3.12 picks the interpreter for $(VENV); ARGS='-k name' is passed on to demo, notebooks and test."
 
 demo: $(PACKAGE_STAMP)  ## Ask three questions of a bundled picture, and draw what each lights up in diffenc-demo.png
 	$(BIN)/diffenc demo -o diffenc-demo.png --force $(ARGS)
 
 notebooks: $(NOTEBOOKS_STAMP)  ## Run the notebooks of docs/tutorials anew, from examples
-	$(BIN)/python tools/notebooks.py
+	$(BIN)/python tools/notebooks.py $(ARGS)
 
-results: $(PACKAGE_STAMP)  ## Make docs/results anew: the study of features and the examples on dense features
+results: $(PACKAGE_STAMP)  ## Make the page and the picture of the study of features in docs/results anew
 	$(BIN)/diffenc study features -o docs/results --force
-	for name in segmentation_head depth correspondence; do \
-		$(BIN)/python examples/$$name.py -o docs/results/$$name.png > docs/results/$$name.txt.partial && \
-		mv docs/results/$$name.txt.partial docs/results/$$name.txt || exit 1; done
 
 test: $(DEV_STAMP)  ## Run the tests that need no GPU, no network and little time
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)

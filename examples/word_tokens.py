@@ -1,8 +1,9 @@
 # %% [markdown]
 # # One token a word
-# A question gathers its own tokens: each word's token is the mean of the features where the word is
-# seen. One of them says what color the circle is, where the mean of all cells does not, and its
-# place says where the circle is. Nothing is trained but the linear layer that names the color.
+#
+# A grid gives a token for every cell. A question can do with fewer: each word's token is the mean
+# of the features where the word is seen. Does the one token of "circle" say what color the circle
+# is? A linear layer, trained on some scenes and tried on new ones, tells. Nothing else is trained.
 
 # %%
 import random
@@ -14,6 +15,7 @@ from diffenc import DiffusionEncoder
 from diffenc.denoiser.gathering import gather
 from diffenc.shapes import Scene, SceneObject, masks, render, sample_scenes
 from diffenc.shapes.scenes import COLORS
+from diffenc.viz import HeatMap, Panel, figure
 
 COUNT, SEED = 90, 0
 
@@ -39,8 +41,9 @@ def asked_scenes(count: int, seed: int) -> list[tuple[Scene, SceneObject]]:
 
 
 # %% [markdown]
-# For each scene four vectors from one pass under the question: the mean of all cells, the token of
-# the noun, the token of the word that tells most, whichever it is, and the mean over the true mask.
+# For each scene four vectors are read under the question: the mean of all cells, the token of the
+# noun, the token of the word that tells most, whichever it is, and the mean over the object's true
+# mask. The mask is what nobody has on a picture of their own: it shows how much there is to gain.
 
 
 # %%
@@ -92,17 +95,31 @@ print(f"centre of the noun's map to centre of the object: {distance.mean():.3f} 
 
 
 # %% [markdown]
-# The words of a question, and where each of them looks: row and column of the centre, and spread.
+# ## Where the words of a question look
+#
+# Each token has a map. Nouns lie on their objects. "left" and "of" look at the noun before them,
+# which they know of, since the text encoder reads from left to right. "is" has nothing to look at.
 
 # %%
 scene = pairs[0][0]
-print(
-    ", ".join(
-        f"{thing.color} {thing.shape} at {thing.y:.2f} {thing.x:.2f}" for thing in scene.objects
-    )
-)
-text = f"is the {scene.objects[0].shape} left of the {scene.objects[1].shape}?"
-question = encoder.word_tokens(render(scene), text, rest=True)
-for word, place in zip(question.words[0], question.places[0].tolist(), strict=True):
-    print(f"  {word:10} at {place[0]:.2f} {place[1]:.2f}, spread {place[2]:.2f} {place[3]:.2f}")
-print(f"three words of it: {encoder.word_tokens(render(scene), text, count=3).words[0]}")
+first, second = scene.objects[:2]
+text = f"is the {first.shape} left of the {second.shape}?"
+question = encoder.word_tokens(render(scene), text)
+picture = render(scene, 160)
+panels = [
+    Panel(HeatMap(values).to_pil(160, overlay=picture), word)
+    for word, values in zip(question.words[0], question.maps[0], strict=True)
+]
+drawn = figure([[Panel(picture, "picture"), *panels]], title=text, side=160)
+drawn
+
+# %% [markdown]
+# `count=3` keeps the three words whose maps are sharp and lie apart; here "of" stands for the
+# circle. `places` has row and column of each map's centre: those of the object, if all is well.
+
+# %%
+few = encoder.word_tokens(render(scene), text, count=3)
+print(few.words[0], tuple(few.tokens.shape))
+for thing in (first, second):
+    row, column = question.places[0, question.words[0].index(thing.shape), :2].tolist()
+    print(f"{thing.shape}: seen at {row:.2f} {column:.2f}, is at {thing.y:.2f} {thing.x:.2f}")

@@ -43,7 +43,6 @@ COLUMNS = (
     "denoiser, M",
     "all in float16",
     "GFLOP a pass",
-    "presets",
     "score",
 )
 
@@ -59,18 +58,24 @@ def main() -> None:
 
 def table() -> str:
     rows = [_row(source.alias) for source in list_backbones()]
-    lines = [COLUMNS, ("---",) * 3 + ("---:",) * 4 + ("---", "---:"), *rows]
-    taps = [("alias", "default taps"), ("---", "---"), *map(_taps, list_backbones())]
-    return f"{_markdown(lines)}\n{_markdown(taps)}"
+    lines = [COLUMNS, ("---",) * 3 + ("---:",) * 5, *rows]
+    places = [("alias", "default taps", "presets"), ("---",) * 3, *map(_places, list_backbones())]
+    return f"{_markdown(lines)}\n{_markdown(places)}"
 
 
 def _markdown(lines: Iterable[tuple[str, ...]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _taps(source: BackboneSource) -> tuple[str, str]:
-    taps = describe(source.alias).default_taps
-    return f"`{source.alias}`", "<br>".join(f"`{tap}`" for tap in taps)
+def _places(source: BackboneSource) -> tuple[str, ...]:
+    """Where a model is read."""
+    architecture = describe(source.alias)
+    presets = (name for name in PRESETS if _fits(architecture, name))
+    return (
+        f"`{source.alias}`",
+        "<br>".join(f"`{tap}`" for tap in architecture.default_taps),
+        ", ".join(f"`{name}`" for name in presets) or "–",
+    )
 
 
 def _row(alias: str) -> tuple[str, ...]:
@@ -86,7 +91,6 @@ def _row(alias: str) -> tuple[str, ...]:
         f"{parts[architecture.denoiser]['parameters'] / 1e6:,.1f}",
         size,
         _gigaflops(architecture, facts["default_size"]),
-        ", ".join(f"`{name}`" for name in PRESETS if _fits(architecture, name)),
         SCORES.get(alias, "–"),
     )
 

@@ -1,11 +1,15 @@
 """The page of `diffenc app` in a headless browser; needs Gradio, Playwright and Chromium."""
 
+import io
 import shutil
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from diffenc.app.answers import Desk
-from diffenc.app.page import QUESTION, TEXTS, build, launch
+from diffenc.app.page import NAMES, QUESTION, TEXTS, build, launch
+from diffenc.shapes.example import example_picture
 
 pytest.importorskip("gradio", reason="the extra app is not installed")
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
@@ -58,9 +62,64 @@ def test_a_question_is_answered_with_pictures_words_and_scores(browser, address)
     page.get_by_label("Question").fill("what color is the star?")
     page.get_by_role("button", name="Read the picture").click()
     cell(page, "what color is the star?").wait_for()
-    assert page.locator("img:visible").count() >= 6
+    page.locator(".words .caption-label", has_text="star").wait_for()
+    assert named_tiles(page) == ["what", "color", "is", "the", "star"]
+    assert page.locator("img:visible").count() >= 6 + 5
     assert faults == []
     assert foreign == []
+
+
+def named_tiles(page):
+    return [text.strip() for text in page.locator(".words .caption-label").all_inner_texts()]
+
+
+def picture_at(page, place):
+    """What a picture of the page shows, as an array."""
+    address = place.get_attribute("src")
+    content = page.context.request.get(address).body()
+    return np.asarray(Image.open(io.BytesIO(content)).convert("RGB").resize((64, 64))) / 255
+
+
+def test_each_picture_stands_under_its_name(browser, address):
+    page, _, _ = opened(browser, address, 1280)
+    answer = Desk(side=128).answer(example_picture(256), QUESTION)
+    drawn = [
+        np.asarray(panel.image.convert("RGB").resize((64, 64))) / 255 for panel in answer.features
+    ]
+    for number, name in enumerate(NAMES):
+        block = page.locator(".block", has=page.get_by_text(name, exact=True)).last
+        shown = picture_at(page, block.locator("img"))
+        assert np.argmin([np.abs(shown - other).mean() for other in drawn]) == number
+
+
+def test_scores_fall_from_the_first_row_on_and_the_true_text_beats_the_wrong_ones(browser, address):
+    page, _, _ = opened(browser, address, 1280)
+    rows = [row.split("\t") for row in page.locator("tbody tr:visible").all_inner_texts()]
+    scores = [float(row[1]) for row in rows]
+    assert scores == sorted(scores, reverse=True)
+    places = {row[0]: place for place, row in enumerate(rows)}
+    assert set(places) == {QUESTION, *TEXTS}
+    assert places[TEXTS[0]] < min(places[TEXTS[1]], places[TEXTS[2]])
+
+
+def test_enter_in_the_question_reads_the_picture(browser, address):
+    page, _, _ = opened(browser, address, 1280)
+    box = page.get_by_label("Question")
+    box.fill("is there a circle?")
+    box.press("Enter")
+    cell(page, "is there a circle?").wait_for()
+
+
+def test_a_picture_that_is_dropped_is_read_and_a_foreign_one_warned_of(browser, address, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (80, 120, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "photo.png")
+    page, _, _ = opened(browser, address, 1280)
+    begun = panels(page)
+    page.get_by_label("Remove Image").first.click()
+    page.locator("input[type=file]").first.set_input_files(tmp_path / "photo.png")
+    page.wait_for_function("document.querySelectorAll('img').length >= 1")
+    answered(page, begun)
+    page.get_by_text("knows coloured shapes").first.wait_for()
 
 
 def panels(page):
@@ -147,6 +206,15 @@ def test_a_question_without_a_word_gets_a_message(browser, address):
     page.get_by_label("Question").fill("   ")
     page.get_by_role("button", name="Read the picture").click()
     page.get_by_text("the question has no word yet").first.wait_for()
+
+
+@pytest.mark.parametrize(("width", "smallest", "columns"), [(500, 180, 2), (1280, 150, 4)])
+def test_words_are_large_enough_to_read(browser, address, width, smallest, columns):
+    page, _, _ = opened(browser, address, width)
+    page.locator(".words .gallery-item").last.wait_for()
+    boxes = [tile.bounding_box() for tile in page.locator(".words .gallery-item").all()]
+    assert min(box["width"] for box in boxes) >= smallest
+    assert len({round(box["x"]) for box in boxes}) >= columns
 
 
 def test_the_page_fits_a_phone(browser, address):

@@ -11,8 +11,8 @@ from diffenc.studies.vlm import STUDIES
 
 ROOT = Path(__file__).parents[2]
 SENTENCE = re.compile(
-    r"(\w+) \[studies\].*?repeat (\d+) findings.*?(\d+) hold, (\d+) are\s+opposite,"
-    r" (\d+) do not show, and (\d+) could not be measured",
+    r"(\w+) \[studies\].*?repeat (\d+) findings.*?(\d+) hold, (\d+) come out the other\s+way round,"
+    r" in (\d+) three seeds show no clear difference, and (\d+) could not be\s+measured",
     re.DOTALL,
 )
 

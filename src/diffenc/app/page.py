@@ -24,6 +24,15 @@ Colours are principal components: in the first two pictures equal colours are eq
 Nothing is generated, and the picture stays on this machine."""
 
 
+# Gradio has one number of columns for every screen: four tiles in a row are too small on a phone.
+_STYLE = """\
+.words .grid-container {
+  grid-template-columns: repeat(auto-fill, minmax(min(190px, 40%), 1fr)) !important;
+}
+.words .caption-label { max-width: 100% }
+"""
+
+
 def build(desk: Desk, model: str = "shapes") -> Any:
     """The page, to be launched.
 
@@ -61,7 +70,9 @@ def build(desk: Desk, model: str = "shapes") -> Any:
                         for label in NAMES
                     ]
                 gr.Markdown("**Where each word of the question is seen**")
-                words = gr.Gallery(show_label=False, columns=4, height="auto", buttons=[])
+                words = gr.Gallery(
+                    show_label=False, columns=4, height="auto", buttons=[], elem_classes="words"
+                )
                 with gr.Row():
                     chart = gr.Image(show_label=False, interactive=False, min_width=240, buttons=[])
                     with gr.Column(min_width=240):
@@ -143,6 +154,7 @@ def launch(page: Any, *, host: str, port: int, browser: bool, block: bool = True
         inbrowser=browser,
         share=False,
         quiet=True,
+        css=_STYLE,
         prevent_thread_lock=True,
     )
     if block:
