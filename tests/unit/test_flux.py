@@ -3,9 +3,12 @@
 import pytest
 import torch
 from diffusers import FluxPipeline
+from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 import dit_builders
 from diffenc import CrossAttnScorer, DiffusionEncoder, list_taps
+from diffenc.cli.main import app
 from diffenc.denoiser.hooks import ForwardTaps
 from diffenc.errors import BackboneError, ConfigError, ShapeError
 from diffenc.inputs.noise import shared_noise
@@ -27,6 +30,10 @@ TAPS = (
 )
 TEXT = "a red circle left of a blue square"
 OPTIONS = {"taps": TAPS, "timestep": 515, "size": (48, 80)}
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [*map(str, arguments)])
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["dev", "schnell"])
@@ -292,6 +299,41 @@ def test_a_compiled_transformer_gives_the_same_features_at_every_size(deep):
     ditf = DiffusionEncoder.from_pretrained(plain.backbone, taps=taps[1:], discard=())
     with pytest.raises(ConfigError, match="runs behind the pass, which is not compiled"):
         ditf.compile()
+
+
+@pytest.mark.long
+def test_the_commands_take_channels_to_discard(deep, folder, dev, tmp_path):
+    deep.save_pretrained(tmp_path / "deep")
+    picture(48, 80).save(tmp_path / "picture.png")
+    call = ("encode", tmp_path / "picture.png", "-p", TEXT, "-m", tmp_path / "deep")
+    for channels, discard in (("5,30", (5, 30)), ("none", ())):
+        encoder = DiffusionEncoder.from_pretrained(
+            tmp_path / "deep", preset="ditf", draws=2, size=(48, 80), discard=discard
+        )
+        _, plain = plain_ditf(encoder, discard, 2)
+        out = tmp_path / f"{channels}.safetensors"
+        options = ("--preset", "ditf", "--draws", 2, "--size", "48x80", "--discard", channels)
+        result = run(*call, *options, "-o", out)
+        assert result.exit_code == 0, result.output
+        assert agree(load_file(out)["single_transformer_blocks.9.norm"], plain)
+    for channels, message in (
+        ("x", "--discard takes channels with commas, such as 154,1446, or none, got 'x'"),
+        ("99", "no channel 99 at 'single_transformer_blocks.9.norm', which has 32"),
+    ):
+        result = run(*call, "--preset", "ditf", "--discard", channels, "-o", tmp_path / "none")
+        assert result.exit_code == 2
+        assert message in result.output
+    result = run(*call, "--taps", "transformer_blocks.0", "--discard", "none")
+    assert (result.exit_code, "'transformer_blocks.0' is none" in result.output) == (2, True)
+    if not dev:  # which has no half without a text
+        look = ("look", tmp_path / "picture.png", "-q", TEXT, "-m", folder, "--side", 64)
+        options = ("--taps", "single_transformer_blocks.1.norm", "-o", tmp_path / "look.png")
+        rows = [
+            run(*look, *options, "--force", "--discard", channels).output
+            for channels in ("none", "5,30")
+        ]
+        assert all("single_transformer_blocks.1.norm" in row for row in rows)
+        assert rows[0] != rows[1]
 
 
 def test_massive_channels_are_found(deep):
