@@ -142,8 +142,8 @@ def check_denoiser(config: Mapping[str, Any], where: str, *, pooled: bool | None
         )
     elif config.get("guidance_embeds") and "Sana" in str(config["_class_name"]):
         raise BackboneError(
-            f"the transformer of {where} has guidance_embeds: it is a Sana-Sprint, distilled of guided "
-            "predictions, which reads a guidance scale; pass a Sana or a Sana 1.5"
+            f"the transformer of {where} has guidance_embeds: it is a Sana-Sprint, distilled of "
+            "guided predictions, which reads a guidance scale; pass a Sana or a Sana 1.5"
         )
 
 
