@@ -1,11 +1,16 @@
 """FLUX.1 behind the same calls: dual and single streams, packed latents, guidance embedding."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import FluxPipeline
+from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 import dit_builders
 from diffenc import CrossAttnScorer, DiffusionEncoder, list_taps
+from diffenc.cli.main import app
 from diffenc.denoiser.hooks import ForwardTaps
 from diffenc.errors import BackboneError, ConfigError, ShapeError
 from diffenc.inputs.noise import shared_noise
@@ -27,6 +32,10 @@ TAPS = (
 )
 TEXT = "a red circle left of a blue square"
 OPTIONS = {"taps": TAPS, "timestep": 515, "size": (48, 80)}
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [*map(str, arguments)])
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["dev", "schnell"])
@@ -52,14 +61,14 @@ def dev(folder):
 
 
 @torch.no_grad()
-def plain_pass(pipe, text, timestep, names=TAPS):
+def plain_pass(pipe, text, timestep, names=TAPS, length=None):
     """Outputs of modules as they come, the flow, and the flow that would be right."""
     latents = latents_of(pipe, picture(48, 80))
     noise = shared_noise(tuple(latents.shape[1:]), seed=0, timestep=timestep)[None]
     sigma = timestep / 1000
     guidance = pipe.transformer.config.guidance_embeds
     states, pooled, txt_ids = pipe.encode_prompt(
-        text, None, max_sequence_length=512 if guidance else 256
+        text, None, max_sequence_length=length or (512 if guidance else 256)
     )
     packed = pipe._pack_latents(sigma * noise + (1 - sigma) * latents, 1, 16, 6, 10)
     flows = []
@@ -91,7 +100,7 @@ def image_tokens(tap, output):
     return output[:, -15:]
 
 
-@pytest.mark.parametrize("text", [TEXT, ""])
+@pytest.mark.parametrize("text", [TEXT, "", "Red, star " * 99], ids=["text", "empty", "cut"])
 def test_features_are_the_pictures_stream_of_the_plain_pipeline(encoder, pipe, text):
     ours = encoder.extract(picture(48, 80), text)
     theirs, _, _ = plain_pass(pipe, text, 515)
@@ -182,6 +191,30 @@ def test_a_text_is_encoded_once_and_states_of_the_pipeline_are_taken(encoder, pi
     assert agree(ours[TAPS[5]], encoder.extract(picture(48, 80), TEXT)[TAPS[5]])
     with pytest.raises(ShapeError, match="needs pooled_prompt_embeds beside the states"):
         encoder.extract(picture(48, 80), PromptEmbeds(states, truncated=(0,)))
+
+
+def test_states_of_other_lengths_are_not_padded(encoder, pipe, dev):
+    """The pipeline's `max_sequence_length`: no padding may stand for what was left out."""
+    images = [picture(48, 80), picture(48, 80, seed=1)]
+    short, pooled, _ = pipe.encode_prompt([TEXT] * 2, None, max_sequence_length=20)
+    embeds = PromptEmbeds(short, pooled, truncated=(0, 0))
+    theirs, _, _ = plain_pass(pipe, TEXT, 515, length=20)
+    expected = as_map(image_tokens(TAPS[5], theirs[TAPS[5]]), 3, 5)
+    assert agree(encoder.extract(images, embeds)[TAPS[5]][:1], expected)
+    own = replace(embeds, lengths=(20, 12))
+    both = encoder.extract(images, own)[TAPS[5]]
+    assert agree(both[:1], expected)
+    fewer = PromptEmbeds(short[1:, :12], pooled[1:], truncated=(0,))
+    assert agree(both[1:], encoder.extract(images[1], fewer)[TAPS[5]])
+    assert not agree(both[1:], encoder.extract(images[1], embeds.select(1, 2))[TAPS[5]], 1e-4)
+    if not dev:
+        halves = encoder.extract(images, embeds, conditioning="cfg")
+        assert agree(halves.select("cond")[TAPS[5]][:1], expected)
+        empty, _, _ = plain_pass(pipe, "", 515)
+        uncond = as_map(image_tokens(TAPS[5], empty[TAPS[5]]), 3, 5)
+        assert agree(halves.select("uncond")[TAPS[5]][:1], uncond)
+    with pytest.raises(ShapeError, match="masks no padding"):
+        encoder.backbone.denoise(torch.zeros(2, 16, 6, 10), 515, own)
 
 
 def test_self_bench_is_the_norm_of_the_error_of_the_flow(folder, pipe):
@@ -292,6 +325,41 @@ def test_a_compiled_transformer_gives_the_same_features_at_every_size(deep):
     ditf = DiffusionEncoder.from_pretrained(plain.backbone, taps=taps[1:], discard=())
     with pytest.raises(ConfigError, match="runs behind the pass, which is not compiled"):
         ditf.compile()
+
+
+@pytest.mark.long
+def test_the_commands_take_channels_to_discard(deep, folder, dev, tmp_path):
+    deep.save_pretrained(tmp_path / "deep")
+    picture(48, 80).save(tmp_path / "picture.png")
+    call = ("encode", tmp_path / "picture.png", "-p", TEXT, "-m", tmp_path / "deep")
+    for channels, discard in (("5,30", (5, 30)), ("none", ())):
+        encoder = DiffusionEncoder.from_pretrained(
+            tmp_path / "deep", preset="ditf", draws=2, size=(48, 80), discard=discard
+        )
+        _, plain = plain_ditf(encoder, discard, 2)
+        out = tmp_path / f"{channels}.safetensors"
+        options = ("--preset", "ditf", "--draws", 2, "--size", "48x80", "--discard", channels)
+        result = run(*call, *options, "-o", out)
+        assert result.exit_code == 0, result.output
+        assert agree(load_file(out)["single_transformer_blocks.9.norm"], plain)
+    for channels, message in (
+        ("x", "--discard takes channels with commas, such as 154,1446, or none, got 'x'"),
+        ("99", "no channel 99 at 'single_transformer_blocks.9.norm', which has 32"),
+    ):
+        result = run(*call, "--preset", "ditf", "--discard", channels, "-o", tmp_path / "none")
+        assert result.exit_code == 2
+        assert message in result.output
+    result = run(*call, "--taps", "transformer_blocks.0", "--discard", "none")
+    assert (result.exit_code, "'transformer_blocks.0' is none" in result.output) == (2, True)
+    if not dev:  # which has no half without a text
+        look = ("look", tmp_path / "picture.png", "-q", TEXT, "-m", folder, "--side", 64)
+        options = ("--taps", "single_transformer_blocks.1.norm", "-o", tmp_path / "look.png")
+        rows = [
+            run(*look, *options, "--force", "--discard", channels).output
+            for channels in ("none", "5,30")
+        ]
+        assert all("single_transformer_blocks.1.norm" in row for row in rows)
+        assert rows[0] != rows[1]
 
 
 def test_massive_channels_are_found(deep):

@@ -75,7 +75,8 @@ def plain_pass(pipe, image, text, timestep, names=TAPS):
 
 @torch.no_grad()
 def test_features_equal_hooks_on_the_plain_pipeline(encoder, pipe):
-    images, texts = [picture(48, 80), picture(48, 80, seed=1)], ["A Red circle", TEXT]
+    images = [picture(48, 80), picture(48, 80, seed=1), picture(48, 80)]
+    texts = ["A Red circle", TEXT, "Red, star " * 99]  # the last is cut
     ours = encoder.extract(images, texts)
     for row, (image, text) in enumerate(zip(images, texts, strict=True)):
         theirs, _, _ = plain_pass(pipe, image, text, 261)
@@ -172,6 +173,27 @@ def test_states_of_the_pipeline_are_taken_as_they_are(encoder, pipe):
         assert agree(ours[tap], theirs[tap])
     with pytest.raises(ShapeError, match=r"have width 8, .* reads 16"):
         encoder.extract(image, PromptEmbeds(torch.zeros(1, 4, 8)))
+
+
+@pytest.mark.parametrize("texts", [[TEXT], ["a red", "a blue"]], ids=["one", "two as long"])
+@pytest.mark.parametrize("conditioning", ["cond", "cfg"])
+def test_padding_of_states_is_left_out_however_long_the_texts_are(
+    encoder, pipe, texts, conditioning
+):
+    states, mask, _, _ = pipe.encode_prompt(texts, do_classifier_free_guidance=False)
+    lengths = tuple(mask.sum(dim=1).tolist())
+    embeds = PromptEmbeds(states, truncated=(0,) * len(texts), lengths=lengths)
+    images = [picture(48, 80), picture(48, 80, seed=1)]
+    for shown in ([images[0]] * len(texts), images):
+        ours, theirs = (
+            encoder.extract(shown, prompts, conditioning=conditioning)
+            for prompts in (embeds, texts if len(texts) > 1 else texts[0])
+        )
+        for tap in TAPS:
+            assert agree(ours[tap], theirs[tap]), tap
+    for wrong in ((4,) * (len(texts) + 1), (0,) * len(texts), (301,) * len(texts)):
+        with pytest.raises(ShapeError, match=r"lengths must say of each of \d rows how many"):
+            encoder.extract(images[0], PromptEmbeds(states, lengths=wrong))
 
 
 def test_sides_are_multiples_of_the_patch(encoder, folder):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, SanaPipeline
 
 import dit_builders
 from diffenc import CrossAttnScorer, DiffusionEncoder, list_taps
@@ -10,6 +10,7 @@ from diffenc.errors import BackboneError, ConfigError
 from diffenc.inputs.noise import add_noise, shared_noise, signal_levels, to_noise
 from diffenc.inputs.tokenizing import marks_of
 from diffenc.models import load_backbone
+from diffenc.models.sana import Sana
 from diffenc.models.schedules import make_scheduler
 from diffenc.passes.forward import predict_noise
 from plain_dit import agree, as_map, hooked, picture
@@ -74,7 +75,7 @@ def picture_values(height, width):
     return pixels.transpose(2, 0, 1)[None].copy()
 
 
-@pytest.mark.parametrize("text", [TEXT, ""])
+@pytest.mark.parametrize("text", [TEXT, "", "Red, star " * 99], ids=["text", "empty", "cut"])
 def test_features_equal_hooks_on_the_plain_pipeline(encoder, plain, text):
     ours = encoder.extract(picture(24, 40), text)
     theirs, _, _, _ = plain(text, 300)
@@ -203,6 +204,24 @@ def test_a_schedule_of_steps_is_refused_for_a_flow_and_a_flow_for_steps(folder):
         make_scheduler({"_class_name": "FlowMatchEulerDiscreteScheduler"})
     with pytest.raises(ConfigError, match="matches flows"):
         load_backbone(folder, prediction_type="epsilon")
+
+
+def test_steps_of_another_kind_are_refused_in_parts_too(folder):
+    parts = load_backbone(folder)
+    own = {**dict(parts.named_children()), "tokenizer": parts.tokenizer}
+    steps = DDPMScheduler()
+    with pytest.raises(BackboneError, match="a DDPMScheduler, and this model matches flows"):
+        Sana(name="mixed", **own, scheduler=steps)
+    with pytest.raises(BackboneError, match="a DDPMScheduler, and this model matches flows"):
+        parts.scheduler = steps
+    with pytest.raises(BackboneError, match="num_train_timesteps=500, and models that"):
+        make_scheduler({"_class_name": "FlowMatchX", "num_train_timesteps": 500}, flow=True)
+    few = FlowMatchEulerDiscreteScheduler(num_train_timesteps=500)
+    with pytest.raises(BackboneError, match="told their noise level in 1000 steps"):
+        Sana(name="mixed", **own, scheduler=few)
+    sprint = dit_builders.sana_pipeline(guidance_embeds=True).transformer
+    with pytest.raises(BackboneError, match="Sana-Sprint, distilled of guided"):
+        Sana(name="sprint", **{**own, "transformer": sprint}, scheduler=parts.scheduler)
 
 
 def test_flow_mixes_noise_in_without_the_shift_of_sampling():

@@ -45,12 +45,14 @@ def encoder(folder):
 
 
 @torch.no_grad()
-def plain_pass(pipe, text, timestep, names=TAPS):
+def plain_pass(pipe, text, timestep, names=TAPS, **options):
     """Outputs of modules as they come, the flow, and the flow that would be right."""
     latents = latents_of(pipe, picture(48, 80))
     noise = shared_noise(tuple(latents.shape[1:]), seed=0, timestep=timestep)[None]
     sigma = timestep / 1000
-    states, _, pooled, _ = pipe.encode_prompt(text, text, text, do_classifier_free_guidance=False)
+    states, _, pooled, _ = pipe.encode_prompt(
+        text, text, text, do_classifier_free_guidance=False, **options
+    )
     flows = []
     outputs = hooked(
         pipe.transformer,
@@ -77,7 +79,7 @@ PICTURE = {  # which of a module's outputs is the picture's, and where it lies t
 }
 
 
-@pytest.mark.parametrize("text", [TEXT, ""])
+@pytest.mark.parametrize("text", [TEXT, "", "Red, star " * 99], ids=["text", "empty", "cut"])
 def test_features_are_the_pictures_stream_of_the_plain_pipeline(encoder, pipe, text):
     ours = encoder.extract(picture(48, 80), text)
     theirs, _, _ = plain_pass(pipe, text, 515)
@@ -140,6 +142,25 @@ def test_states_of_the_pipeline_are_taken_as_they_are(encoder, pipe):
     assert agree(ours[TAPS[0]], encoder.extract(picture(48, 80), TEXT)[TAPS[0]])
     with pytest.raises(ShapeError, match="needs pooled_prompt_embeds beside the states"):
         encoder.extract(picture(48, 80), PromptEmbeds(states, truncated=(0,)))
+
+
+def test_states_of_other_lengths_are_not_padded(encoder, pipe):
+    """The pipeline's `max_sequence_length`: no padding may stand for what was left out."""
+    states, _, pooled, _ = pipe.encode_prompt(
+        TEXT, TEXT, TEXT, do_classifier_free_guidance=False, max_sequence_length=20
+    )
+    embeds = PromptEmbeds(states, pooled, truncated=(0,))
+    theirs, _, _ = plain_pass(pipe, TEXT, 515, max_sequence_length=20)
+    whole, _, _ = plain_pass(pipe, TEXT, 515)
+    empty, _, _ = plain_pass(pipe, "", 515)
+    halves = encoder.extract(picture(48, 80), embeds, conditioning="concat")
+    for tap in TAPS:
+        cond, uncond, longer = (
+            as_map(PICTURE[tap](each[tap]), 3, 5) for each in (theirs, empty, whole)
+        )
+        assert agree(halves.select("cond")[tap], cond), tap
+        assert agree(halves.select("uncond")[tap], uncond), tap
+        assert not agree(cond, longer, 1e-4)
 
 
 def test_self_bench_is_the_norm_of_the_error_of_the_flow(folder, pipe):

@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 import dit_builders
-from diffenc import DiffusionEncoder, FusedEncoder
+from diffenc import CrossAttnScorer, DiffusionEncoder, FusedEncoder
 from diffenc.cli.main import app
 from diffenc.errors import BackboneError, ConfigError, ShapeError, TapError
 from diffenc.hosts.prompts import PromptTokenizer
@@ -62,6 +62,14 @@ def encoder(models, family):
     return DiffusionEncoder.from_pretrained(models / family, size=SIZE)
 
 
+INNER = {  # a block, and a place within a later one
+    "pixart": ("transformer_blocks.1", "transformer_blocks.2.attn2.to_q"),
+    "sana": ("transformer_blocks.0", "transformer_blocks.1.ff"),
+    "sd3": ("transformer_blocks.0", "transformer_blocks.1.attn"),
+    "flux": ("transformer_blocks.1", "single_transformer_blocks.1.norm"),
+}
+
+
 def run(*arguments):
     return CliRunner().invoke(app, [*map(str, arguments)])
 
@@ -113,7 +121,7 @@ def test_what_a_text_costs_is_counted_for_all_tokens_that_are_read(models, famil
     parts = Parts(models / "clip", models / "lm", data, models / family)
     plan = make_plan(config(parts, tmp_path, kind="diffusion"), processes=1, tflops=1.0)
     encoder = DiffusionEncoder.from_pretrained(models / family)
-    lengths = {"pixart": [300], "sana": [300], "sd3": [77, 77, 256], "flux": [77, 512]}[family]
+    lengths = {"pixart": [300], "sana": [300], "sd3": [77, 77, 256], "flux": [77, 256]}[family]
     texts = [part for part in encoder.backbone.parts() if part.startswith("text")]
     for name, length in zip(texts, lengths, strict=True):
         part = getattr(encoder.backbone, name)
@@ -200,6 +208,39 @@ def test_another_transformer_takes_the_place_of_the_models_own(models, family):
         DiffusionEncoder.from_pretrained(models / family, unet=other)
     with pytest.raises(BackboneError, match="transformer= replaces a transformer, and this model"):
         DiffusionEncoder.from_pretrained("shapes", transformer=other)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("truncate", [False, True], ids=["whole", "truncated"])
+def test_a_compiled_transformer_gives_the_same_features_at_every_size(models, family, truncate):
+    torch._dynamo.reset()
+    taps = INNER[family]
+    plain, own = (
+        DiffusionEncoder.from_pretrained(models / family, taps=taps, truncate=truncate)
+        for _ in range(2)
+    )
+    own.compile(backend="eager", fullgraph=True)  # which a break in the graph would fail
+    for size in (SIZE, (64, 32)):
+        compiled, expected = (
+            DiffusionEncoder.from_pretrained(each.backbone, taps=taps, size=size)
+            for each in (own, plain)
+        )
+        for conditioning in ("cond", "cfg"):
+            ours, theirs = (
+                each.extract(picture(*size), TEXT, conditioning=conditioning)
+                for each in (compiled, expected)
+            )
+            for tap in taps:
+                assert agree(ours[tap], theirs[tap]), tap
+    if family in JOINT and not truncate:
+        concepts = {"preset": "concept-attention", "layers": "all", "timesteps": (515,)}
+        ours, theirs = (
+            CrossAttnScorer.from_pretrained(each.backbone, preset="self-bench", size=SIZE)
+            for each in (own, plain)
+        )
+        maps = ours.word_maps(picture(*SIZE), TEXT, ["red", "sky"], **concepts)
+        same = theirs.word_maps(picture(*SIZE), TEXT, ["red", "sky"], **concepts)
+        assert all((maps[word].array == same[word].array).all() for word in maps)
 
 
 def test_messages_name_a_transformer(models, family):

@@ -11,6 +11,7 @@ from diffenc.cli.encode_outputs import encode_to_file, encode_to_folder
 from diffenc.cli.fields import Changes, with_fields
 from diffenc.cli.files import check_output
 from diffenc.cli.options import (
+    DISCARD_HELP,
     Debug,
     Device,
     Dtype,
@@ -20,6 +21,7 @@ from diffenc.cli.options import (
     Variant,
     quiet_libraries,
 )
+from diffenc.cli.parsing import parse_channels
 from diffenc.config import EncoderConfig
 from diffenc.errors import ConfigError
 from diffenc.storage.names import is_folder
@@ -63,7 +65,7 @@ def _encode(
         typer.Option(
             metavar="NAME",
             help="Published method whose taps and options are taken: gdf, mustafar, dift, "
-            "cleandift or hyperfeatures; options given beside it win.",
+            "cleandift, hyperfeatures or ditf; options given beside it win.",
         ),
     ] = None,
     unet: Annotated[
@@ -286,6 +288,7 @@ _CHANGES = Changes(
         "long_prompts",
         "seed",
         "reuse",
+        "discard",
     ),
     {
         "taps": "NAME,NAME",
@@ -293,6 +296,9 @@ _CHANGES = Changes(
         "draws": "N",
         "guidance_scale": "S",
         "size": "PIXELS|HxW",
+        "discard": "N,N|none",
     },
+    readers={"discard": parse_channels},
+    helps={"discard": DISCARD_HELP},
 )
 encode = with_fields(_encode, {"changes": _CHANGES})

@@ -37,11 +37,16 @@ class Changes:
         kind: Class of the config.
         names: Fields that are options, in their order.
         metavars: Word that stands for a value in the help, by name of the field.
+        readers: Functions that read what the command line gives for a field, by its name; all
+            others are read by their types.
+        helps: Help texts, by name of the field, in place of the docstring's.
     """
 
     kind: type
     names: tuple[str, ...]
     metavars: Mapping[str, str] = field(default_factory=dict)
+    readers: Mapping[str, Reader] = field(default_factory=dict)
+    helps: Mapping[str, str] = field(default_factory=dict)
 
 
 def with_fields(
@@ -103,9 +108,9 @@ def _options(
             metadata = {"metavar": kind.metavars.get(name) or _words(hints[name])}
             changed: Any = field(default=None, metadata=metadata)
             changed.name = name
-            options.append(
-                _option(changed, type_ | None, _for_terminal(texts[name]) + _default(by_name[name]))
-            )
+            readers[name] = kind.readers.get(name, readers[name])
+            text = kind.helps.get(name) or _for_terminal(texts[name]) + _default(by_name[name])
+            options.append(_option(changed, type_ | None, text))
         else:
             options.append(_option(by_name[name], type_, texts.get(name, "")))
     return options, readers

@@ -28,19 +28,15 @@ class Component:
         kind: Name of the part's class.
         parameters: Number of parameters.
         bytes_on_disk: Size of the part's weight files in bytes; 0 if they are not on this machine.
-        overflows: Whether the part stays in float32 when float16 is asked for.
+        memory: Bytes of the weights by the dtype that is asked for; what overflows in it stays in
+            another.
     """
 
     name: str
     kind: str
     parameters: int
     bytes_on_disk: int
-    overflows: bool = False
-
-    def memory(self, dtype: str) -> int:
-        """Bytes of the weights in a dtype."""
-        half = dtype == "bfloat16" or (dtype == "float16" and not self.overflows)
-        return self.parameters * (2 if half else 4)
+    memory: dict[str, int]
 
 
 def info(
@@ -87,7 +83,7 @@ def _list_models(as_json: bool) -> None:
         for s in sources
     ]
     print_table("models", ("alias", "what it is", "from", "here"), rows)
-    typer.echo("Any other diffusers folder or Hub id of the SD 1.x, SD 2.x or SDXL kind works too.")
+    typer.echo("Any other diffusers folder or Hub id of these families works too.")
 
 
 def _here(source: "BackboneSource") -> Path | None:
@@ -152,6 +148,7 @@ def _component(name: str, config: dict[str, Any], folder: Path | None, family: s
 
     from diffenc.models.building import build_part
     from diffenc.models.stored import stem_of
+    from diffenc.runtime.precision import stored_bytes
     from diffenc.storage.weights import weight_bytes
 
     try:
@@ -164,17 +161,19 @@ def _component(name: str, config: dict[str, Any], folder: Path | None, family: s
         kind=type(module).__name__,
         parameters=sum(parameter.numel() for parameter in module.parameters()),
         bytes_on_disk=0 if folder is None else weight_bytes(folder / name, stem_of(name)),
-        overflows=name == "vae" and bool(config.get("force_upcast", False)),
+        memory={
+            str(dtype).removeprefix("torch."): stored_bytes(module, config, dtype)
+            for dtype in (torch.float32, torch.float16, torch.bfloat16)
+        },
     )
 
 
 def _component_values(part: Component) -> dict[str, Any]:
-    memory = {dtype: part.memory(dtype) for dtype in ("float32", "float16", "bfloat16")}
     return {
         "name": part.name,
         "class": part.kind,
         "parameters": part.parameters,
-        "memory_bytes": memory,
+        "memory_bytes": part.memory,
         "bytes_on_disk": part.bytes_on_disk,
     }
 

@@ -9,6 +9,7 @@ from diffenc.cli.fields import Changes, split_names, with_fields
 from diffenc.cli.files import check_output, write_whole
 from diffenc.cli.noted import command_line
 from diffenc.cli.options import (
+    DISCARD_HELP,
     Debug,
     Device,
     Dtype,
@@ -19,6 +20,7 @@ from diffenc.cli.options import (
     to_device,
     to_dtype,
 )
+from diffenc.cli.parsing import parse_channels
 from diffenc.cli.tables import print_table
 from diffenc.config import EncoderConfig
 from diffenc.errors import PromptError
@@ -31,9 +33,9 @@ if TYPE_CHECKING:
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _OPTIONS = (
     *("taps", "timestep", "draws", "size", "resize"),
-    *("guidance_scale", "seed", "uncond", "reuse"),
+    *("guidance_scale", "seed", "uncond", "reuse", "discard"),
 )
-_METAVARS = {"taps": "NAMES", "timestep": "T,T", "size": "PIXELS|HxW"}
+_METAVARS = {"taps": "NAMES", "timestep": "T,T", "size": "PIXELS|HxW", "discard": "N,N|none"}
 
 
 def _look(
@@ -135,7 +137,14 @@ def _look(
     typer.echo(f"wrote {output}")
 
 
-look = with_fields(_look, {"changes": Changes(EncoderConfig, _OPTIONS, _METAVARS)})
+_CHANGES = Changes(
+    EncoderConfig,
+    _OPTIONS,
+    _METAVARS,
+    readers={"discard": parse_channels},
+    helps={"discard": DISCARD_HELP},
+)
+look = with_fields(_look, {"changes": _CHANGES})
 
 
 def _rows(results: "Look") -> "Iterator[tuple[str, ...]]":

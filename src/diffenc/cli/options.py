@@ -88,6 +88,14 @@ def begin_anew(what: str) -> Any:
     return typer.Option("--force", "-f", help=f"Forget the {what} and begin anew.")
 
 
+DISCARD_HELP = (
+    "Channels of a block's input that are zeroed before the adaptive norm that is tapped, such as "
+    "single_transformer_blocks.9.norm of FLUX; draws are then averaged before the norm, as DiTF "
+    "has it. The word none zeroes no channel, for a preset that names some. Default: what the "
+    "preset says, or norms as they are."
+)
+"""Help of `--discard`."""
+
 MINIATURE_NOTE = "The items are coloured shapes of 64 pixels; they say nothing of photographs."
 
 

@@ -51,6 +51,23 @@ def parse_heads(text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
+def parse_channels(text: str) -> tuple[int, ...]:
+    """Read ``"154,1446"`` as (154, 1446), and ``"none"`` as ().
+
+    Raises:
+        ConfigError: Anything else.
+    """
+    if text == "none":
+        return ()
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise ConfigError(
+            f"--discard takes channels with commas, such as 154,1446, or none, got {text!r}; "
+            "Features.massive_channels finds those of a model"
+        )
+    return tuple(map(int, parts))
+
+
 def parse_scales(text: str) -> tuple[float, ...]:
     """Read ``"1,1.5,4"`` as (1.0, 1.5, 4.0).
 

@@ -268,4 +268,7 @@ def _updated(
     stream = stream + gate[:, None] * attended
     flat = block.norm2_context(stream) * (1 + scale[:, None]) + shift[:, None]
     updated: Tensor = stream + last_gate[:, None] * block.ff_context(flat)
+    if updated.dtype == torch.float16:  # as FLUX keeps its own text finite
+        largest = torch.finfo(torch.float16).max
+        updated = updated.clip(-largest, largest)
     return updated

@@ -9,6 +9,7 @@ from torch import Tensor
 from diffenc._typing import Posterior
 from diffenc.checks.fields import require_finite
 from diffenc.inputs.noise import shared_noise
+from diffenc.runtime.precision import keep_from_overflow
 from diffenc.runtime.threads import lock_of
 
 
@@ -17,8 +18,8 @@ def encode_posterior(
 ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
     """Encode pictures: mode and standard deviation of the latents, scaled as the U-Net expects.
 
-    A VAE whose config says `force_upcast` overflows in half precision (SDXL's does): it is brought
-    to float32 first, once and for good.
+    A VAE that overflows in half precision (SDXL's does, and says `force_upcast`) is brought to
+    float32 first, once and for good.
 
     Args:
         vae: An `AutoencoderKL`, or another autoencoder with the same `encode` and `config`; a
@@ -31,10 +32,8 @@ def encode_posterior(
     Raises:
         NonFiniteError: NaN or infinity came out of the VAE.
     """
-    if vae.config.get("force_upcast", False):
-        with lock_of(vae):  # no thread may see it half way
-            if vae.dtype == torch.float16:
-                vae.to(torch.float32)
+    with lock_of(vae):  # no thread may see it half way
+        keep_from_overflow(vae)
     encoded = vae.encode(pixel_values.to(vae.device, vae.dtype))
     plain = getattr(encoded, "latents", getattr(encoded, "latent", None))
     if plain is not None:

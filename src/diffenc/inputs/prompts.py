@@ -81,7 +81,9 @@ class PromptEmbeds:
         if len(self) != 1:
             raise ShapeError(f"{batch} images need 1 prompt or {batch}, got {len(self)}")
         return self._map(
-            lambda rows: rows.expand(batch, *rows.shape[1:]), self.truncated * batch, None
+            lambda rows: rows.expand(batch, *rows.shape[1:]),
+            self.truncated * batch,
+            None if self.lengths is None else self.lengths * batch,
         )
 
     def select(self, start: int, stop: int) -> "PromptEmbeds":
@@ -139,7 +141,10 @@ class PromptEmbeds:
 
     @staticmethod
     def concat(parts: Sequence["PromptEmbeds"]) -> "PromptEmbeds":
-        """Rows of several, in order; shorter ones are padded, and `lengths` says so."""
+        """Rows of several, in order, as long as the longest text.
+
+        Shorter ones are padded, and `lengths` says so.
+        """
 
         def joined(name: str) -> Tensor | None:
             rows = [getattr(part, name) for part in parts]
@@ -147,7 +152,7 @@ class PromptEmbeds:
 
         lengths = tuple(length for part in parts for length in part.row_lengths())
         longest = max(lengths)
-        states = torch.cat([_padded(part.prompt_embeds, longest) for part in parts])
+        states = torch.cat([_fitted(part.prompt_embeds, longest) for part in parts])
         truncated = tuple(cut for part in parts for cut in part.truncated)
         return PromptEmbeds(
             states,
@@ -196,9 +201,10 @@ class PromptEmbeds:
         return places < torch.tensor(self.lengths, dtype=torch.long, device=device)[:, None]
 
 
-def _padded(states: Float[Tensor, "b l d"], length: int) -> Float[Tensor, "b length d"]:
+def _fitted(states: Float[Tensor, "b l d"], length: int) -> Float[Tensor, "b length d"]:
+    """States of which padding was added, or that of no row's own text was left out."""
     missing = length - states.shape[1]
-    return torch.nn.functional.pad(states, (0, 0, 0, missing)) if missing > 0 else states
+    return torch.nn.functional.pad(states, (0, 0, 0, missing)) if missing else states
 
 
 def match_batch(prompts: str | Sequence[str], batch: int) -> list[str]:

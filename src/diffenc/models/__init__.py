@@ -17,7 +17,7 @@ from diffenc.models.family_files import FAMILY_FILES
 from diffenc.models.folder import assemble, load_folder
 from diffenc.models.locating import describe_located, locate, model_name
 from diffenc.models.memory_format import arrange
-from diffenc.models.parts import GivenParts, cast_part, fitting_tokenizer, load_tokenizer
+from diffenc.models.parts import GivenParts, fitting_tokenizer, load_tokenizer
 from diffenc.models.pipelines import PIPELINE, pipeline_name, pipeline_parts
 from diffenc.models.schedules import make_scheduler
 from diffenc.models.sd import StableDiffusion
@@ -27,6 +27,7 @@ from diffenc.models.sources import SOURCES, BackboneSource, cached_folder, resol
 from diffenc.models.taps import TapInfo, match_taps
 from diffenc.runtime.defaults import torch_defaults
 from diffenc.runtime.inference import lasting
+from diffenc.runtime.precision import cast, fitting_dtype
 from diffenc.storage.reading import reading_once
 from diffenc.storage.weights import check_variant
 
@@ -225,7 +226,7 @@ def _of_pipeline(
     parts["scheduler"] = _scheduler(described)
     modules = {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
     for name, module in modules.items():
-        parts[name] = module if dtype is None else cast_part(module, dtype)
+        parts[name] = module if dtype is None else cast(module, dtype)
     denoiser = described.denoiser
     if keep_taps is not None:
         parts[denoiser] = shortened(parts[denoiser], keep_taps)
@@ -248,8 +249,7 @@ def _load_single_file(
     for part in (part for part in described.configs if part != "scheduler"):
         loaded = replaced.load(part, described, dtype=dtype, keep_taps=keep_taps)
         if loaded is None:
-            overflows = part == "vae" and described.configs[part].get("force_upcast", False)
-            kept = torch.float32 if overflows and dtype == torch.float16 else dtype
+            kept = fitting_dtype(described.configs[part], dtype)
             loaded = opened.part(part, described, dtype=kept, keep_taps=keep_taps)
         parts[part] = loaded
     family_parts = FAMILY_FILES[described.family].parts

@@ -33,6 +33,7 @@ from diffenc.models.part_checks import check_adapters, check_components, check_w
 from diffenc.models.taps import LATENTS, TapInfo, denoiser_taps, match_taps
 from diffenc.models.variants import check_denoiser
 from diffenc.runtime.inference import lasting, make_plain
+from diffenc.runtime.precision import keep_from_overflow
 from diffenc.runtime.threads import lock_of
 
 
@@ -227,7 +228,7 @@ class Backbone(nn.Module):
         super().__init__()
         part = FAMILY_FILES[self.family].denoiser
         module = denoiser.pop(part)
-        check_components(module, vae, scheduler)
+        check_components(module, vae, scheduler, flow=FAMILY_FILES[self.family].flow)
         check_denoiser(config_of(module), name, pooled=self.reads_pooled)
         self.name = name
         setattr(self, part, module)
@@ -250,7 +251,7 @@ class Backbone(nn.Module):
         if exchanged and name in (FAMILY_FILES[self.family].denoiser, "vae", "scheduler"):
             parts = {"denoiser": self.denoiser, "vae": self.vae, "scheduler": self.scheduler}
             part = name if name in parts else "denoiser"
-            check_components(**{**parts, part: value})
+            check_components(**{**parts, part: value}, flow=FAMILY_FILES[self.family].flow)
         super().__setattr__(name, value)
 
     def __repr__(self) -> str:
@@ -333,6 +334,13 @@ class Backbone(nn.Module):
         latents = noisy_latents.to(device, dtype)
         steps = torch.as_tensor(timesteps, dtype=torch.long, device=device)
         texts = prompt_embeds.rows(len(noisy_latents)).to(device, dtype)
+        if self.joins_text:
+            texts = texts.select(0, len(texts))
+            if texts.lengths is not None:
+                raise ShapeError(
+                    f"{self.name!r} masks no padding, so that texts of different lengths are no "
+                    f"rows of one call, got {texts.lengths} states; call it for each"
+                )
         if (layout := layout_of(self.denoiser)) is None:
             called = partial(called, latents, steps, **texts.unet_kwargs())
         else:
@@ -433,11 +441,11 @@ class Backbone(nn.Module):
             windows = [count_windows(each, texts) for each in self.tokenizers]
             counts = tuple(map(max, zip(*windows, strict=True)))
             ids = [tokenize_windows(each, texts, counts) for each in self.tokenizers]
-            self._check_ids(ids)
+            self._prepare_encoders(ids)
             return self._embeds(ids, counts, (0,) * len(texts), size)
         encoded = [tokenize(each, texts) for each in self.tokenizers]
         cuts = tuple(map(max, zip(*(cut for _, cut in encoded), strict=True)))
-        self._check_ids([ids for ids, _ in encoded])
+        self._prepare_encoders([ids for ids, _ in encoded])
         return self._embeds([ids for ids, _ in encoded], (1,) * len(texts), cuts, size)
 
     def embed_ids(
@@ -463,17 +471,23 @@ class Backbone(nn.Module):
         padding = attention_mask.to(input_ids.device) == 0
         others = [input_ids.masked_fill(padding, each.pad_token_id) for each in self.tokenizers[1:]]
         ones = (1,) * len(input_ids)
-        self._check_ids([input_ids, *others])
+        self._prepare_encoders([input_ids, *others])
         return self._embeds([input_ids, *others], ones, (0,) * len(input_ids), size)
 
     def _check_text_width(self, encoders: Sequence[Any]) -> None:
         """Raise a `BackboneError` unless text encoders give what the denoiser reads."""
         check_width(self.denoiser, encoders)
 
-    def _check_ids(self, ids: Sequence[Tensor]) -> None:
-        """Raise a `PromptError` where a text encoder does not know a token of its tokenizer."""
+    def _prepare_encoders(self, ids: Sequence[Tensor]) -> None:
+        """Raise a `PromptError` where a text encoder does not know a token of its tokenizer.
+
+        Encoders that were cast to a type in which they overflow are brought to another first.
+        """
         encoders: Any = [part for name, part in self.parts().items() if name.startswith("text")]
         self._check_text_width(encoders)  # which may have been exchanged
+        for encoder in encoders:
+            with lock_of(encoder):  # no thread may see it half way
+                keep_from_overflow(encoder)
         for rows, encoder in zip(ids, encoders, strict=True):
             size = encoder.config.vocab_size
             if rows.numel() and (largest := int(rows.max())) >= size:
@@ -576,6 +590,13 @@ class Backbone(nn.Module):
             values = getattr(embeds, name)
             if values is not None:
                 require_finite(values, f"{name} that were passed", "encode the texts again")
+        rows, states = embeds.prompt_embeds.shape[:2]
+        lengths = embeds.row_lengths()
+        if len(lengths) != rows or not all(1 <= length <= states for length in lengths):
+            raise ShapeError(
+                f"lengths must say of each of {rows} rows how many of its {states} states are the "
+                f"text's own, got {lengths}; leave lengths out where all of them are"
+            )
         width = embeds.prompt_embeds.shape[-1]
         expected = text_width(config_of(self.denoiser))
         if width != expected:

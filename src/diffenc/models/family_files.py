@@ -20,6 +20,8 @@ class FamilyFiles:
         optional: Components that a model may be without, as its index says by null.
         tokens: Number of tokens of a text that each text encoder reads, where its config does not
             tell.
+        fewer: Other numbers of these where a field of the denoiser's config is false: the field,
+            and the number.
         in_sequence: Text encoders whose states stand one behind the other; those of all others
             stand beside them.
         denoiser: Component that is read.
@@ -33,6 +35,7 @@ class FamilyFiles:
     absent: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     tokens: Mapping[str, int] = field(default_factory=dict)
+    fewer: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     in_sequence: tuple[str, ...] = ("text_encoder",)
     denoiser: str = "transformer"
     flow: bool = False
@@ -46,6 +49,16 @@ class FamilyFiles:
     def weighty(self) -> tuple[str, ...]:
         """Components that have weights: not the tokenizers and the scheduler."""
         return tuple(part for part in self.parts if not part.startswith(("tokenizer", "scheduler")))
+
+    def tokens_of(self, part: str, denoiser: Mapping[str, Any]) -> int | None:
+        """Number of tokens that a text encoder reads; None where its own config tells.
+
+        Args:
+            part: Name of the text encoder.
+            denoiser: Config of the denoiser.
+        """
+        condition, number = self.fewer.get(part, (None, None))
+        return number if condition and not denoiser.get(condition) else self.tokens.get(part)
 
     def parts_in(self, index: Mapping[str, Any]) -> tuple[str, ...]:
         """The components that a pipeline has, by its `model_index.json`."""
@@ -158,6 +171,7 @@ FAMILY_FILES = {
             },
             absent=("feature_extractor", "image_encoder"),
             tokens={"text_encoder_2": 512},
+            fewer={"text_encoder_2": ("guidance_embeds", 256)},  # schnell
             in_sequence=("text_encoder_2",),
             flow=True,
         ),

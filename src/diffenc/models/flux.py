@@ -14,12 +14,10 @@ from diffenc.inputs.prompts import PromptEmbeds
 from diffenc.inputs.tokenizing import own_places
 from diffenc.inputs.words import word_token_positions
 from diffenc.models.base import Backbone, TransformerParts, grad_where_trained
+from diffenc.models.family_files import FAMILY_FILES
 from diffenc.models.part_checks import check_encoder
 from diffenc.models.sd3 import within
 from diffenc.runtime.threads import lock_of
-
-TOKENS = {True: 512, False: 256}
-"""Tokens of a text that T5 reads for FLUX.1-dev and, without a guidance embedding, schnell."""
 
 
 class Flux(Backbone):
@@ -59,7 +57,9 @@ class Flux(Backbone):
         super().__init__(**parts)
         self.text_encoder, self.tokenizer = text_encoder, tokenizer
         self.text_encoder_2 = text_encoder_2
-        self.tokenizer_2 = within(tokenizer_2, TOKENS[self.is_guidance_distilled])
+        limit = FAMILY_FILES["flux"].tokens_of("text_encoder_2", self.transformer.config)
+        assert limit is not None  # T5's config tells none
+        self.tokenizer_2 = within(tokenizer_2, limit)
         encoders = (text_encoder, text_encoder_2)
         for words, encoder in zip(self.tokenizers, encoders, strict=True):
             check_encoder(words, encoder)

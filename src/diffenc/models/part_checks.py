@@ -28,8 +28,15 @@ def is_deep(vae: Any) -> bool:
     return hasattr(getattr(vae, "config", None), "encoder_qkv_multiscales")
 
 
-def check_components(denoiser: Any, vae: Any, scheduler: Any) -> None:
-    """Raise a `BackboneError` that says which two of these do not fit each other, and why."""
+def check_components(denoiser: Any, vae: Any, scheduler: Any, *, flow: bool = False) -> None:
+    """Raise a `BackboneError` that says which two of these do not fit each other, and why.
+
+    Args:
+        denoiser: U-Net or transformer.
+        vae: Autoencoder.
+        scheduler: Holder of the noise schedule.
+        flow: Whether models of the family match flows.
+    """
     layout = layout_of(denoiser)
     own = "unet" if layout is None else "transformer"
     fields = ("in_channels", "cross_attention_dim") if layout is None else layout.needed
@@ -44,13 +51,17 @@ def check_components(denoiser: Any, vae: Any, scheduler: Any) -> None:
                 f"{name} is a {type(part).__name__} whose config lacks {lacking}; pass a model of "
                 "diffusers"
             )
-    may_flow = layout is not None and is_flow(scheduler)
-    if not hasattr(scheduler, "alphas_cumprod") and not may_flow:
+    if flow != is_flow(scheduler) or not (flow or hasattr(scheduler, "alphas_cumprod")):
         raise BackboneError(
-            f"scheduler is a {type(scheduler).__name__} without alphas_cumprod; pass one of "
-            "diffusers' that counts steps of noise, such as DDPMScheduler"
+            f"scheduler is a {type(scheduler).__name__}, "
+            + (
+                "and this model matches flows; pass a FlowMatchEulerDiscreteScheduler"
+                if flow
+                else "without alphas_cumprod; pass one of diffusers' that counts steps of noise, "
+                "such as DDPMScheduler"
+            )
         )
-    check_schedule(scheduler, flow=may_flow)
+    check_schedule(scheduler, flow=flow)
     try:
         signal_levels(scheduler)
     except ConfigError as error:

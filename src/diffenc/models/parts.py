@@ -23,11 +23,11 @@ from diffenc.models.statements import Statements
 from diffenc.models.stored import (
     load_stored,
     load_vae,
-    part_dtype,
     read_plain,
     read_vae_config,
 )
 from diffenc.models.weights import State, load_denoiser, read_state, unet_state
+from diffenc.runtime.precision import cast, fitting_dtype
 from diffenc.storage.names import checked_path, is_file, is_folder, printable
 from diffenc.storage.pretrained import absolute
 from diffenc.storage.reading import read_json, read_text, text_lines
@@ -153,7 +153,7 @@ class GivenParts:
             return replacement
         if isinstance(replacement, nn.Module):
             check_weights(replacement, f"the given {name}")  # a cast would hide what they were
-            return cast_part(
+            return cast(
                 replacement
                 if keep_taps is None or name not in ("unet", "transformer")
                 else shortened(replacement, keep_taps),
@@ -188,12 +188,6 @@ def _is_path(value: object) -> bool:
     return isinstance(value, (str, os.PathLike))
 
 
-def cast_part(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The module in a dtype; a VAE that overflows in float16 in float32."""
-    config = getattr(module, "config", {})
-    return module.to(part_dtype("vae", config if isinstance(config, Mapping) else {}, dtype))
-
-
 def _subfolder(folder: Path, part: str) -> Path:
     """The part's folder within a model's, or the folder itself where it is the part's."""
     if not is_folder(folder):
@@ -210,7 +204,7 @@ def _load_vae(path: Path, config: dict[str, Any], dtype: torch.dtype) -> Any:
         if any(".mid.block_1." in name for name in state):
             state = _converted(convert_ldm_vae_checkpoint, state, config, path)
         config = {**config, "_class_name": "AutoencoderKL"}
-        return load_vae(config, state, what=str(path), dtype=part_dtype("vae", config, dtype))
+        return load_vae(config, state, what=str(path), dtype=fitting_dtype(config, dtype))
     return load_stored(_subfolder(path, "vae"), "vae", dtype)[0]
 
 

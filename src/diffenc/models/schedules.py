@@ -10,6 +10,9 @@ from diffenc.inputs.noise import is_flow
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 """What a U-Net may predict: the noise, v, or the latents without noise."""
 
+FLOW_STEPS = 1000
+"""Steps that a flow is counted in, from the latents to the noise."""
+
 _BETAS = ("beta_start", "beta_end", "beta_schedule")
 _COMMON = (0.0001, 0.02, "linear")
 _NARROW = (0.00085, 0.012, "linear")
@@ -76,9 +79,9 @@ def make_scheduler(
     if flow:
         from diffusers import FlowMatchEulerDiscreteScheduler
 
-        steps = _step_count(config, 1000, where)
+        _check_flow(config, where)
         shift = config.get("shift", config.get("flow_shift", 1.0))
-        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=steps, shift=shift)
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=FLOW_STEPS, shift=shift)
     from diffusers import DDPMScheduler
 
     values = _complete(config, where)
@@ -112,6 +115,7 @@ def check_schedule(scheduler: Any, *, flow: bool = False) -> None:
     config = getattr(scheduler, "config", {})
     where = f"the {type(scheduler).__name__}"
     if flow and is_flow(scheduler):
+        _check_flow(scheduler.config, where)
         return
     if not hasattr(scheduler, "alphas_cumprod"):
         raise BackboneError(f"{where} has no alphas_cumprod; {_REMEDY}")
@@ -165,6 +169,16 @@ def _step_count(config: Mapping[str, Any], default: int, where: str) -> int:
             f"{where}: num_train_timesteps must be an int from 1 to 1,000,000, got {count!r}"
         )
     return count
+
+
+def _check_flow(config: Mapping[str, Any], where: str) -> None:
+    """Raise where a flow is counted in other steps than those that its transformers are told."""
+    count = _step_count(config, FLOW_STEPS, where)
+    if count != FLOW_STEPS:
+        raise BackboneError(
+            f"{where} has num_train_timesteps={count}, and models that match flows are told their "
+            f"noise level in {FLOW_STEPS} steps; set it to {FLOW_STEPS}"
+        )
 
 
 def _own(config: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:

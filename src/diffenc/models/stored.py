@@ -16,15 +16,21 @@ from diffenc.models.weights import (
     load_denoiser,
     load_into,
 )
+from diffenc.runtime.precision import fitting_dtype
 from diffenc.storage.reading import read_json
 from diffenc.storage.remote_code import refuse_remote_code
 from diffenc.storage.weights import DIFFUSERS, TRANSFORMERS, open_weights
 
 
 def part_dtype(part: str, config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
-    """Type of a part's weights: of a VAE that overflows in float16, float32 in its place."""
-    overflows = part == "vae" and bool(config.get("force_upcast", False))
-    return torch.float32 if overflows and dtype == torch.float16 else dtype
+    """Type of a part's weights; another than is asked for where a VAE or a text encoder overflows.
+
+    Args:
+        part: Name of the part.
+        config: Its config, as JSON holds it.
+        dtype: Type that is asked for.
+    """
+    return dtype if part in ("unet", "transformer") else fitting_dtype(config, dtype)
 
 
 def stem_of(part: str) -> str:
@@ -75,8 +81,8 @@ def load_stored(
     Args:
         folder: Folder of the part.
         part: Name of the part, such as "unet", "vae" or "text_encoder_2".
-        dtype: Floating point type of the weights; a VAE that overflows in float16 is put in
-            float32.
+        dtype: Floating point type of the weights; what overflows in float16 is put in another,
+            see `diffenc.runtime.precision`.
         variant: Word in the names of the weight files, see
             `diffenc.storage.weights.choose_weights`.
         keep_taps: Module paths of the denoiser; what lies behind the last of them is left out. None

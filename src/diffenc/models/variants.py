@@ -140,6 +140,11 @@ def check_denoiser(config: Mapping[str, Any], where: str, *, pooled: bool | None
             "each (GLIGEN), which features of a picture and a text do not have; pass a model "
             "without it"
         )
+    elif config.get("guidance_embeds") and "Sana" in str(config["_class_name"]):
+        raise BackboneError(
+            f"the transformer of {where} has guidance_embeds: it is a Sana-Sprint, distilled of "
+            "guided predictions, which reads a guidance scale; pass a Sana or a Sana 1.5"
+        )
 
 
 def check_unet(config: Mapping[str, Any], where: str, *, pooled: bool | None = None) -> None:

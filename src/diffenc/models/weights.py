@@ -16,6 +16,7 @@ from diffenc.errors import BackboneError
 from diffenc.models.denoisers import build_denoiser
 from diffenc.models.part_checks import STORED, check_kinds
 from diffenc.models.statements import MARKERS
+from diffenc.runtime.precision import precise_layers
 from diffenc.storage.names import is_file
 from diffenc.storage.weights import StoredWeights, check_finite
 
@@ -147,9 +148,10 @@ def load_into(
         state = fit(state, model.state_dict().keys())
     check_state(model, state, what=what)
     cast = {}
-    precise = _in_float32(model) if dtype == torch.float16 else frozenset()
+    layers = set(precise_layers(model)) if dtype == torch.float16 else ()
+    precise = {path for path, layer in model.named_modules() if layer in layers}
     for name in state:
-        value, kind = state[name], dtype if precise.isdisjoint(name.split(".")) else torch.float32
+        value, kind = state[name], torch.float32 if name.rpartition(".")[0] in precise else dtype
         cast[name] = value.to(kind) if value.is_floating_point() else value
         check_finite(cast[name], name, what)
     model.load_state_dict(cast, assign=True, strict=False)
@@ -173,11 +175,6 @@ def _on_meta(build: Callable[[], nn.Module], what: str) -> nn.Module:
     except Exception as error:  # a config of nonsense fails in any way
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise BackboneError(f"{what} cannot be built from its config: {lines[0]}") from error
-
-
-def _in_float32(model: nn.Module) -> frozenset[str]:
-    """Names of the layers that overflow in float16, as transformers says of T5's."""
-    return frozenset(getattr(model, "_keep_in_fp32_modules", None) or ())
 
 
 def _fill_positions(model: nn.Module) -> None:

@@ -55,9 +55,10 @@ def read_taps(
 ) -> dict[str, Float[Tensor, "rows _c _h _w"]]:
     """Read features of rows, each with latents, a noise level and a text of its own.
 
-    One call of the U-Net for all rows, or several of at most `batch_size`; each ends after the last
-    tap. On CUDA a call that runs out of memory is repeated in halves, with one warning. A graph is
-    built only where something inside, or the latents, or the text, requires a gradient.
+    One call of the U-Net for all rows, or several of at most `batch_size`, and of texts of one
+    length where picture and text are joined; each ends after the last tap. On CUDA a call that runs
+    out of memory is repeated in halves, with one warning. A graph is built only where something
+    inside, or the latents, or the text, requires a gradient.
 
     Args:
         backbone: Model whose U-Net is called, in its dtype and on its device.
@@ -100,10 +101,13 @@ def read_taps(
     elif compiled is None:
         compiled = compiled_taps(backbone, taps)
     readings: list[dict[str, Tensor]] = []
+    lengths = prompt_embeds.row_lengths()
     start = 0
     with torch.set_grad_enabled(grad), backbone.lock:
         while start < rows:
             stop = min(start + size, rows)
+            if backbone.joins_text:  # which masks no padding
+                stop = start + _alike(lengths[start:stop])
             try:
                 part = slice(start, stop)
                 readings.append(
@@ -147,6 +151,11 @@ def read_taps(
                 "already"
             )
     return maps
+
+
+def _alike(lengths: Sequence[int]) -> int:
+    """How many texts there are, from the first on, that are as long as the first."""
+    return next((row for row, each in enumerate(lengths) if each != lengths[0]), len(lengths))
 
 
 def compile_taps(backbone: Backbone, taps: Sequence[str], **options: Any) -> None:

@@ -220,10 +220,9 @@ def _add_diffusion(encoder: MetaEncoder, model: ModelConfig, unet_rank: int) -> 
     short: Any = shortened(unet, [tap.name for tap in taps])
     side = max(height, width) // architecture.reduction
     files = FAMILY_FILES[architecture.family]
-    lengths = {
-        part: text_length(text.config, files.tokens.get(part)) for part, text in texts.items()
-    }
-    length = sum(lengths.get(part, files.tokens.get(part, 0)) for part in files.in_sequence)
+    known = {part: files.tokens_of(part, architecture.denoiser_config) for part in files.parts}
+    lengths = {part: text_length(text.config, known[part]) for part, text in texts.items()}
+    length = sum(lengths.get(part, known[part] or 0) for part in files.in_sequence)
     inputs = meta_inputs(config_of(unet), side, length=length)
     states = inputs["encoder_hidden_states"]
     steps = options.timestep if isinstance(options.timestep, tuple) else (options.timestep,)
