@@ -38,7 +38,6 @@ from diffenc.cli.app import app
 from diffenc.evals.llava_bench import FunctionJudge
 from diffenc.hosts.tower import DiffusionVisionTower
 from diffenc.shapes import render, sample_scenes
-from patient_ray import patient_ray
 
 ROOT = Path(__file__).parents[1]
 SNIPPET = re.compile(r'^--8<-- "(?P<path>[^":]+)(?::\S+)?"\n?', flags=re.MULTILINE)
@@ -114,7 +113,7 @@ def lay_out(folder: Path) -> None:
 def desk(hub: Hub) -> Iterator[None]:
     """Small models for the Hub's ids, a judge that needs no service, and a fork of LLaVA."""
     with ExitStack() as stack:
-        stack.enter_context(patient_ray())
+        stack.callback(_end_ray)
         stack.enter_context(patch.dict(sys.modules))
         stack.enter_context(patch.dict(vars(transformers_trainer)))
         for kind in (toy_llava.ToyLlava, toy_llava.ToyTrainer):
@@ -126,6 +125,12 @@ def desk(hub: Hub) -> Iterator[None]:
         fork = stack.enter_context(toy_llava.toy_package("llava"))
         _give_script(fork.script)
         yield
+
+
+def _end_ray() -> None:
+    """End Ray where a page began it, as it ends with a reader's program."""
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
 
 
 def _give_script(script: Any) -> None:

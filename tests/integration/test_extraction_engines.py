@@ -2,14 +2,12 @@
 
 import os
 import signal
-import warnings
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from diffenc import Extractor
-from patient_ray import patient_ray, start
 
 TAP = "mid_block"
 COUNT = 24
@@ -66,38 +64,43 @@ def test_datasets_map_gives_the_same_and_is_cached(extractor, rows, plain, tmp_p
     assert again._fingerprint == mapped._fingerprint
 
 
-class KilledOnce(Extractor):
-    """An extractor whose process is killed once, in the middle of the work."""
+def killed_once():
+    """A class of extractors whose process is killed once, in the middle of the work.
 
-    def __init__(self, marker, kill, **options):
-        super().__init__(**options)
-        self._marker, self._kill, self._calls = marker, kill, 0
+    It is made here because Ray sends a class of a function whole. One of a module it sends by name,
+    and its workers would have to import this file, which needs more of the tests' own modules.
+    """
 
-    def __call__(self, batch):
-        self._calls += 1
-        if self._kill and self._calls == 2:
-            try:
-                os.close(os.open(self._marker, os.O_CREAT | os.O_EXCL))
-            except FileExistsError:
-                pass
-            else:
-                os.kill(os.getpid(), signal.SIGKILL)
-        result = super().__call__(batch)
-        return {**result, "worker": np.full(len(result["id"]), os.getpid())}
+    class KilledOnce(Extractor):
+        def __init__(self, marker, kill, **options):
+            super().__init__(**options)
+            self._marker, self._kill, self._calls = marker, kill, 0
+
+        def __call__(self, batch):
+            self._calls += 1
+            if self._kill and self._calls == 2:
+                try:
+                    os.close(os.open(self._marker, os.O_CREAT | os.O_EXCL))
+                except FileExistsError:
+                    pass
+                else:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            result = super().__call__(batch)
+            return {**result, "worker": np.full(len(result["id"]), os.getpid())}
+
+    return KilledOnce
 
 
 @pytest.fixture(scope="module")
 def ray():
     library = pytest.importorskip("ray", reason="the extra ray is not installed")
-    with patient_ray(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        start(library)
-        yield library
-        library.shutdown()
+    library.init(num_cpus=2)
+    yield library
+    library.shutdown()
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(300)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kill", [False, True], ids=["two workers", "one of them killed"])
 def test_ray_loses_nothing_and_doubles_nothing(ray, extractor, rows, plain, tmp_path, kill):
@@ -106,10 +109,11 @@ def test_ray_loses_nothing_and_doubles_nothing(ray, extractor, rows, plain, tmp_
     result = (
         ray.data.from_items(rows, override_num_blocks=8)
         .map_batches(
-            KilledOnce,
+            killed_once(),
             fn_constructor_kwargs=options,
             batch_size=3,
             compute=ray.data.ActorPoolStrategy(size=2),
+            num_cpus=0.5,
         )
         .take_all()
     )
@@ -121,7 +125,7 @@ def test_ray_loses_nothing_and_doubles_nothing(ray, extractor, rows, plain, tmp_
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(300)
 @pytest.mark.filterwarnings("ignore")
 def test_ray_takes_the_object_itself_in_tasks(ray, extractor, rows, plain):
     table = ray.data.from_items(rows, override_num_blocks=2)
@@ -129,3 +133,28 @@ def test_ray_takes_the_object_itself_in_tasks(ray, extractor, rows, plain):
     assert sorted(row["id"] for row in result) == list(range(COUNT))
     for row in result:
         np.testing.assert_allclose(row[TAP], plain[TAP][row["id"]], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+@pytest.mark.filterwarnings("ignore")
+def test_ray_reads_pictures_and_writes_features(ray, extractor, rows, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    recipe = {**extractor.to_dict(), "prompt_column": None, "prompt": "what is it?"}
+    paths = [row["image"] for row in rows]
+    (
+        ray.data.read_images(paths, include_paths=True)
+        .map_batches(
+            Extractor,
+            fn_constructor_kwargs=recipe,
+            batch_size=5,
+            compute=ray.data.ActorPoolStrategy(size=2),
+            num_cpus=0.5,
+        )
+        .write_parquet(str(tmp_path / "features"), mode="overwrite")
+    )
+    written = parquet.read_table(tmp_path / "features").to_pydict()
+    assert sorted(written["path"]) == paths
+    plain = dict(zip(paths, Extractor(**recipe)({"image": paths})[TAP], strict=True))
+    for path, features in zip(written["path"], written[TAP], strict=True):
+        np.testing.assert_allclose(features, plain[path], rtol=1e-4, atol=1e-5)
