@@ -18,7 +18,7 @@ import random
 from pathlib import Path
 
 import torch
-from crowd_texts import crowd_text, false_caption
+from crowd_texts import false_caption
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from grounding import GROUNDED_LAYERS, outside, spoken_of
 from texts import training_scene, training_text, wrong_captions
@@ -31,6 +31,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from diffenc.denoiser.attention import CrossAttnTaps
 from diffenc.shapes.crowds import COUNTS, sample_crowd
 from diffenc.shapes.pairs import WINOGROUND_KINDS, WinogroundKind, winoground_items
+from diffenc.shapes.phrases import scene_text
 from diffenc.shapes.render import masks
 from diffenc.shapes.scenes import Scene
 
@@ -141,7 +142,7 @@ def cached_data(
         found["shares"].append(torch.stack([covered(scene, size, side, most) for scene in scenes]))
         texts = [
             [
-                crowd_text(scene, rng)
+                scene_text(scene, rng)
                 if len(scene.objects) >= COUNTS[0]
                 else training_text(scene, rng, saying=saying)
                 for _ in range(TEXTS_PER_SCENE)

@@ -1,4 +1,4 @@
-"""`diffenc train`: one stage from a TOML file; `diffenc shapes-data`: data for it in miniature."""
+"""`diffenc train`: one run from a TOML file; `diffenc shapes-data`: data for it in miniature."""
 
 from pathlib import Path
 from typing import Annotated
@@ -50,6 +50,8 @@ def train(
 ) -> None:
     """Train a multimodal model: the projector (align), then the language model (instruct).
 
+    Or teach an encoder alone where words are, from boxes or masks (ground).
+
     On several processes: torchrun --nproc-per-node 2 -m diffenc.cli.main train CONFIG.toml
     """
     if not plan and any(option is not None for option in (processes, tflops, samples)):
@@ -57,6 +59,11 @@ def train(
     from diffenc.mllm.training.config import TrainConfig
 
     training = TrainConfig.read(config)
+    if plan and training.stage == "ground":
+        raise ConfigError(
+            '--plan counts what a language model takes, and stage = "ground" has none; '
+            "diffenc info tells the memory of the diffusion model"
+        )
     quiet_libraries()
     if plan:
         from diffenc.mllm.training.plan import make_plan
@@ -109,7 +116,10 @@ def shapes_data(
     ] = 2,
     _debug: Debug = False,
 ) -> None:
-    """Write coloured shapes in LLaVA's format: align.json, instruct.json and images/."""
+    """Write coloured shapes in LLaVA's format: align.json, instruct.json and images/.
+
+    Texts whose words name boxes, to ground an encoder, are in phrases.jsonl.
+    """
     from diffenc.mllm.training.miniature import write_miniature
 
     paths = write_miniature(folder, scenes=scenes, seed=seed, turns=turns, lettered=lettered)
