@@ -100,7 +100,7 @@ def test_letters_of_a_caption_name_boxes_as_in_mdetrs_files(tmp_path):
     ("change", "message"),
     [
         (lambda t: t["annotations"][0].update(bbox=[1, 2, 3]), "four numbers"),
-        (lambda t: t["annotations"][0].update(bbox="x"), "four numbers"),
+        (lambda t: t["annotations"][0].update(bbox="x"), "four numbers.*got 'x'"),
         (lambda t: t["annotations"][0].update(category_id=99), "no category 99"),
         (lambda t: t["annotations"][0].update(category_id=None), "category_id must be"),
         (lambda t: t["annotations"][1].update(segmentation=[[1]]), "three corners"),

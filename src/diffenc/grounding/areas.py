@@ -21,7 +21,7 @@ Box: TypeAlias = tuple[float, float, float, float]
 
 _MOST_PIXELS = 2**28
 _FINER = 4
-"""Outlines are drawn so many times finer than pixels: Pillow draws their edges a pixel wide."""
+"""Outlines are drawn so many times finer than pixels, for their edges to count by half."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,20 +131,20 @@ def _covered_by_outline(
                 for x, y in zip(polygon[::2], polygon[1::2], strict=True)
             ]
             draw.polygon(points, fill=1)
-        pixels, cell = np.asarray(canvas, dtype=bool), cell * _FINER
+        pixels = np.asarray(canvas, dtype=bool)
     elif area.runs is not None:
         pixels = area.runs.mask()
         for axis in (0, 1):
-            count, side, start = result[axis], inner[axis], corner[axis]
-            middles = (np.arange(count) + 0.5 - start) * pixels.shape[axis] / side
-            nearest = np.floor(middles).astype(np.int64)
+            middles = (np.arange(result[axis] * _FINER) + 0.5) / _FINER - corner[axis]
+            nearest = np.floor(middles * pixels.shape[axis] / inner[axis]).astype(np.int64)
             there = (nearest >= 0) & (nearest < pixels.shape[axis])
             pixels = np.take(pixels, nearest.clip(0, pixels.shape[axis] - 1), axis=axis)
             pixels = pixels & (there[:, None] if axis == 0 else there)
     else:
         return None
-    rows, columns = (side // cell for side in pixels.shape)
-    cells = pixels[: rows * cell, : columns * cell].reshape(rows, cell, columns, cell)
+    side = cell * _FINER
+    rows, columns = (length // side for length in pixels.shape)
+    cells = pixels[: rows * side, : columns * side].reshape(rows, side, columns, side)
     share: np.ndarray = cells.mean(axis=(1, 3), dtype=np.float32)
     return share
 
