@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Teaching an encoder where words are
 # The bundled model was taught where shapes are and left to itself with colours: ask it for "the red
-# object", and its attention to "red" strays. A LoRA on the cross-attentions learns it from boxes, in
-# a loop of one's own; `diffenc train` with `stage = "ground"` does the same at any size.
+# object", and its attention to "red" strays. A LoRA on the cross-attentions learns it from boxes,
+# in a loop of one's own; `diffenc train` with `stage = "ground"` does the same at any size.
 
 # %%
 import json

@@ -6,26 +6,12 @@ import pickle
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from diffenc.errors import ConfigError
 from diffenc.grounding import Area, GroundedText, Phrase, RunLengths, read_phrases
 from diffenc.grounding.naming import head_spans, naming_spans
 from diffenc.grounding.reading import find_phrases
-
-
-def pictures(folder, *names, size=(40, 30)):
-    for name in names:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", size, "gray").save(path)
-    return folder
-
-
-def write(path, value):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
-    return path
+from phrases_data import LINE, REFS, REGIONS, TABLES, pictures, write
 
 
 def words(text):
@@ -34,35 +20,6 @@ def words(text):
 
 
 # COCO
-
-TABLES = {
-    "images": [
-        {"id": 7, "file_name": "a.jpg", "width": 40, "height": 30},
-        {"id": 8, "file_name": "b.jpg", "width": 40, "height": 30},
-        {"id": 9, "file_name": "b.jpg", "width": 40, "height": 30},
-    ],
-    "categories": [{"id": 1, "name": "dog"}, {"id": 10, "name": "traffic light"}],
-    "annotations": [
-        {"id": 1, "image_id": 7, "category_id": 1, "bbox": [1, 2, 3, 4], "iscrowd": 0},
-        {
-            "id": 2,
-            "image_id": 7,
-            "category_id": 10,
-            "bbox": [5, 6, 7, 8],
-            "segmentation": [[5, 6, 12, 6, 12, 14]],
-        },
-        {
-            "id": 3,
-            "image_id": 7,
-            "category_id": 1,
-            "bbox": [0, 0, 2, 2],
-            "segmentation": {"size": [30, 40], "counts": [1, 2, 1197]},
-            "iscrowd": 1,
-        },
-        {"id": 4, "image_id": 8, "category_id": 1, "bbox": [0, 0, 0, 5]},
-        {"id": 5, "image_id": 8, "category_id": 10, "bbox": [0, 0, 4, 5]},
-    ],
-}
 
 
 def test_names_of_cocos_categories_name_all_their_instances(tmp_path):
@@ -138,27 +95,10 @@ def test_records_that_cannot_be_used_may_be_left_out(tmp_path):
 
 # RefCOCO
 
-REFS = [
-    {
-        "ref_id": 4,
-        "ann_id": 1,
-        "image_id": 7,
-        "split": "train",
-        "file_name": "COCO_x_7_1.jpg",
-        "sentences": [{"sent": "left dog", "tokens": ["left", "dog"]}, {"sent": "dog on the mat"}],
-    },
-    {"ref_id": 5, "ann_id": 2, "split": "val", "sentences": [{"sent": "the light"}]},
-]
-
 
 def refcoco(folder, name, content):
     write(folder / "instances.json", TABLES)
-    path = folder / name
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
-        write(path, content)
-    return path
+    return write(folder / name, content)
 
 
 def is_the_dog(samples, images):
@@ -289,20 +229,6 @@ def test_what_is_wrong_in_an_expression_is_told(tmp_path, change, message):
 
 # Visual Genome
 
-REGIONS = [
-    {
-        "id": 1,
-        "regions": [
-            {"phrase": "a man wearing a hat", "x": 1, "y": 2, "width": 3, "height": 4},
-            {"phrase": "trees along the road ", "x": -1, "y": 0, "width": 9, "height": 9},
-            {"phrase": "nothing", "x": 1, "y": 1, "width": 0, "height": 4},
-            {"phrase": "...", "x": 1, "y": 1, "width": 2, "height": 4},
-        ],
-    },
-    {"id": 2, "regions": []},
-    {"image_id": 3, "regions": [{"phrase": "sky", "x": 0, "y": 0, "width": 4, "height": 4}]},
-]
-
 
 def test_regions_of_visual_genome_are_read_and_found_in_either_folder(tmp_path):
     images = pictures(tmp_path / "images", "VG_100K/1.jpg", "VG_100K_2/3.jpg")
@@ -332,16 +258,6 @@ def test_what_is_wrong_in_a_region_is_told(tmp_path, record, message):
 
 
 # Our own
-
-LINE = {
-    "image": "a.jpg",
-    "text": "is the red car left of a tree or a car?",
-    "phrases": [
-        {"words": "car", "boxes": [[1, 2, 3, 4]]},
-        {"span": [25, 29], "segmentations": [[[5, 5, 9, 5, 9, 12]]]},
-        {"words": "the red car", "boxes": [[1, 2, 3, 4], [0, 0, 9, 9]]},
-    ],
-}
 
 
 def test_lines_of_our_own_are_read(tmp_path):

@@ -166,6 +166,14 @@ def test_what_is_read_decides_the_gradient(parts, tmp_path):
     assert first["loss"] == pytest.approx(3 * first["outside"] + first["denoising"], rel=1e-3)
 
 
+def test_half_precision_trains_weights_of_full_precision(parts, tmp_path):
+    run = config(parts, tmp_path / "run", optim={"epochs": 1, "batch_size": 10}, save_steps=0)
+    train(replace(run, optim=replace(run.optim, precision="bf16")))
+    (line,) = read_log(tmp_path / "run")
+    assert 0 < line["outside"] < 1
+    assert all(value.dtype == torch.float32 for value in lora(tmp_path / "run").values())
+
+
 def test_a_lora_goes_on_training_in_the_second_stage(parts, tmp_path):
     train(config(parts, tmp_path / "run", optim={"epochs": 1}, save_steps=0))
     second = stage_config(

@@ -17,6 +17,7 @@ from measure_crowds import BATCH, TAPS, Asked, changes, maxima, of_best, one_tok
 from training import HELD_OUT_SEED, VALIDATION_SEED
 
 from diffenc import DiffusionEncoder, EncoderConfig
+from diffenc.grounding.loss import TIMESTEPS
 from diffenc.mllm.training import (
     AdaptConfig,
     DataConfig,
@@ -95,7 +96,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--weight", type=float, default=1.0, help="of the loss on the maps")
-    parser.add_argument("--timesteps", type=int, nargs=2, default=GroundConfig.timesteps)
+    parser.add_argument("--timesteps", type=int, nargs=2, default=TIMESTEPS)
     parser.add_argument("--layers", nargs="+", help="default: where word tokens are gathered")
     parser.add_argument("--items", type=int, default=80)
     parser.add_argument("--threads", type=int, default=2)

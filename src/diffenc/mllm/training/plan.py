@@ -235,6 +235,18 @@ def _settings(config: TrainConfig, steps: int, processes: int, word: str) -> dic
         "precision": f"{optim.precision}, trained weights in fp32{again}",
         "prompts": config.data.prompts,
         "split": split,
+        **_grounded(config),
+    }
+
+
+def _grounded(config: TrainConfig) -> dict[str, str]:
+    """What is said of phrases that are learnt beside, for which nothing is counted."""
+    ground = config.ground
+    if ground is None:
+        return {}
+    return {
+        "phrases": f"{ground.annotations}, {ground.weight:g} x their loss; one more pass of the "
+        "U-Net a sample, which memory and time below do not count"
     }
 
 
