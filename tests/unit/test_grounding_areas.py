@@ -21,7 +21,7 @@ def drawn(size, draw):
     return picture
 
 
-def seen(picture, size, resize):
+def whiteness(picture, size, resize):
     """Mean whiteness of each cell of the encoder's own pixel values; padding is black."""
     values = to_pixel_values(picture, size=size, resize=resize)[0, 0]
     everything = to_pixel_values(Image.new("RGB", picture.size, "white"), size=size, resize=resize)[
@@ -53,7 +53,7 @@ def test_an_area_covers_the_cells_in_which_the_encoder_sees_it(kind, picture, re
     image = drawn(
         picture, lambda draw: draw.rectangle((left, top, right - 1, bottom - 1), fill="white")
     )
-    expected, result = seen(image, (64, 48), resize)
+    expected, result = whiteness(image, (64, 48), resize)
     area = {
         "box": Area(box),
         "polygon": Area((0, 0, 1, 1), ((left, top, right, top, right, bottom, left, bottom),)),

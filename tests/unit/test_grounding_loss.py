@@ -112,7 +112,7 @@ def plain_terms(pipe, kind, row, text, positions, seed):
         target = noise
         if kind == "sd2.1":
             target = pipe.scheduler.get_velocity(latents, noise, torch.tensor([step]))
-    states, told = states_of(pipe, kind, text)
+    states, extra = states_of(pipe, kind, text)
     said = []
     scale = denoiser.config.get("timestep_scale", 1.0)
     outputs = hooked(
@@ -124,7 +124,7 @@ def plain_terms(pipe, kind, row, text, positions, seed):
                 timestep=torch.tensor([step]) * scale,
                 encoder_hidden_states=states,
                 return_dict=False,
-                **told,
+                **extra,
             )[0]
         ),
     )
@@ -137,8 +137,8 @@ def plain_terms(pipe, kind, row, text, positions, seed):
         each.reshape(1, each.shape[1], attn.heads, -1).transpose(1, 2) for each in (query, key)
     )
     logits = query @ key.transpose(2, 3) * attn.scale
-    if "encoder_attention_mask" in told:
-        logits = logits.masked_fill(told["encoder_attention_mask"][:, None, None] == 0, -torch.inf)
+    if "encoder_attention_mask" in extra:
+        logits = logits.masked_fill(extra["encoder_attention_mask"][:, None, None] == 0, -torch.inf)
     maps = logits.softmax(-1).mean(1)[0]  # cells, tokens
     side = noisy.shape[-1] // coarser
     shares = []
@@ -158,6 +158,7 @@ POSITIONS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", list(PLACES))
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 def test_both_losses_are_those_of_hooks_on_plain_diffusers(folders, samples, kind):
@@ -194,6 +195,7 @@ def test_both_losses_are_those_of_hooks_on_plain_diffusers(folders, samples, kin
     assert ours.denoising.item() == pytest.approx(denoising.item(), rel=2e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["sd1.5", "sdxl", "pixart"])
 def test_a_gradient_reaches_the_lora_and_nothing_else(folders, samples, kind):
     encoder = DiffusionEncoder.from_pretrained(folders(kind), size=64)
@@ -212,6 +214,7 @@ def test_a_gradient_reaches_the_lora_and_nothing_else(folders, samples, kind):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("denoise", [True, False])
 @pytest.mark.parametrize("kind", ["sd1.5", "pixart"])
 def test_checkpointing_changes_no_gradient(folders, samples, kind, denoise):
@@ -245,6 +248,7 @@ def test_word_tokens_train_under_checkpointing(folders):
     assert any(p.grad is not None for p in encoder.trainable_parameters())
 
 
+@pytest.mark.long
 def test_a_step_down_the_gradient_brings_attention_inside(folders, samples):
     encoder = DiffusionEncoder.from_pretrained(folders("sd1.5"), size=64)
     with torch.random.fork_rng():
@@ -270,6 +274,7 @@ def test_joint_attention_is_refused_in_a_sentence(tmp_path):
         Grounding(encoder)
 
 
+@pytest.mark.long
 def test_a_truncated_model_predicts_no_noise_and_can_be_grounded_without(folders, samples):
     encoder = DiffusionEncoder.from_pretrained(
         folders("sd1.5"), size=64, truncate=True, taps=["up_blocks.1"]
@@ -362,6 +367,7 @@ def test_what_is_cropped_away_names_nothing(tmp_path):
     assert Grounding(encoder)(**blind).outside.item() == 0
 
 
+@pytest.mark.long
 def test_sizes_of_pictures_reach_sdxl(folders, samples):
     folder = folders("sdxl")
     losses = []

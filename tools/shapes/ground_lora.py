@@ -62,14 +62,14 @@ def measured(encoder: DiffusionEncoder, items: int, measures: list[str]) -> dict
     for naming, word in (("color", "color"), ("color", "object"), ("shape", "shape")):
         if "maximum" in measures:
             chosen, shown = (
-                maxima(encoder.backbone, asked, naming, partial(_word, word))
-                for asked in (asked_of(items // 2, VALIDATION_SEED), held_out)
+                maxima(encoder.backbone, trials, naming, partial(_word, word))
+                for trials in (asked_of(items // 2, VALIDATION_SEED), held_out)
             )
             table[f"maximum on its object, {naming}, by {word}"] = of_best(chosen, shown)
         if "token" in measures and naming == "color":
-            asked = asked_of(3 * items, HELD_OUT_SEED)
+            trials = asked_of(3 * items, HELD_OUT_SEED)
             table[f"one token, color, by {word}"] = one_token(
-                encoder, asked, naming, partial(_word, word)
+                encoder, trials, naming, partial(_word, word)
             )
     return table
 
