@@ -233,6 +233,20 @@ def test_phrases_are_learnt_beside_the_second_stage(parts, tmp_path):
 
 
 @pytest.mark.long
+def test_phrases_beside_that_are_left_out_are_told(parts, tmp_path):
+    lines = parts.data["phrases"].read_text().splitlines()
+    gone = json.dumps({**json.loads(lines[0]), "image": "gone.png"})
+    broken = tmp_path / "p.jsonl"
+    broken.write_text("\n".join([gone, *lines[1:3]]) + "\n")
+    ground = phrases(parts, annotations=str(broken))
+    path = tmp_path / "run.toml"
+    beside(parts, tmp_path / "out", ground=ground, skip_broken=True, limit=4).write(path)
+    done = CliRunner().invoke(app, ["train", str(path), "--device", "cpu"])
+    assert done.exit_code == 0, done.output
+    assert "left out: 1 with missing images (gone.png)" in done.stdout
+
+
+@pytest.mark.long
 def test_phrases_beside_go_on_where_a_run_was_stopped(parts, tmp_path):
     train(beside(parts, tmp_path / "a", epochs=2))
     cut = beside(parts, tmp_path / "b", epochs=2)
@@ -311,6 +325,7 @@ def test_a_picture_that_breaks_later_is_told_or_left_aside(parts, tmp_path):
         ({"ground": {"limit": 0}}, "limit must be 1 or more"),
         ({"ground": {"wieght": 1}}, "Did you mean 'weight'"),
         ({"ground": {}, "data": {"annotations": "a", "images": "b"}}, r"named in \[ground\]"),
+        ({"ground": {}, "data": {"limit": 4}}, r"data\.limit is for conversations"),
         ({"ground": {}, "adapt": {"unet_rank": 0}}, "set adapt.unet_rank"),
         ({"ground": {}, "adapt": {"language_model": "lora"}}, "one diffusion model alone"),
         ({"ground": {}, "model": {"captioner": "x"}}, "model.captioner"),

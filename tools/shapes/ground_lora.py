@@ -117,7 +117,7 @@ def main() -> None:
             images=str(data / "images"),
             weight=options.weight,
             layers=options.layers and tuple(options.layers),
-            timesteps=tuple(options.timesteps),
+            timesteps=(options.timesteps[0], options.timesteps[1]),
         ),
         adapt=AdaptConfig(unet_rank=options.rank),
         optim=OptimConfig(
@@ -134,9 +134,9 @@ def main() -> None:
         log_steps=25,
     )
     read = EncoderConfig(taps=TAPS, timestep=50, batch_size=BATCH)
-    results = {}
+    results: dict[str, dict[str, object]] = {}
     for name in ("before", "after"):
-        source = "shapes" if name == "before" else train(config, device="cpu").model
+        source: str | Path = "shapes" if name == "before" else train(config, device="cpu").model
         encoder = DiffusionEncoder.from_pretrained(source, **read.to_dict())
         results[name] = measured(encoder, options.items, options.measures)
         print(name, json.dumps(results[name]), flush=True)

@@ -59,11 +59,6 @@ def train(
     from diffenc.mllm.training.config import TrainConfig
 
     training = TrainConfig.read(config)
-    if plan and training.stage == "ground":
-        raise ConfigError(
-            '--plan counts what a language model takes, and stage = "ground" has none; '
-            "diffenc info tells the memory of the diffusion model"
-        )
     quiet_libraries()
     if plan:
         from diffenc.mllm.training.plan import make_plan
@@ -89,8 +84,9 @@ def train(
         result = run_stage(training, resume=resume, device=chosen, progress=report, looking=show)
     if not is_first_process():
         return
-    if result.data.broken:
-        typer.echo(f"left out: {result.data.describe()}")
+    for report in (result.data, result.phrases):
+        if report is not None and report.broken:
+            typer.echo(f"left out: {report.describe()}")
     if result.skipped:
         some = "; ".join(result.skipped[:_EXAMPLES])
         more = "; ..." if len(result.skipped) > _EXAMPLES else ""

@@ -135,11 +135,8 @@ class Grounding:
                 use_cache=encoder.use_cache,
             )
         if config.original_size is not None:
-            own = (
-                list(sizes)
-                if config.original_size == "image"
-                else [config.original_size] * len(texts)
-            )
+            same: list[Any] = [config.original_size] * len(texts)
+            own = list(sizes) if config.original_size == "image" else same
             embeds = embeds.with_original_sizes(own)
         latents = draw_latents(mode, deviation, config.posterior, seed=config.seed)
         noise, timesteps = self._drawn(noise_seeds, latents)

@@ -12,7 +12,7 @@ Source:
 
 import io
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,8 @@ def table_samples(path: Path, images: Path, split: str) -> Iterator[GroundedImag
         raise ConfigError(f"cannot read {printable(path)}: {reason(error)}") from error
     if lacking:
         raise ConfigError(f"{printable(path)} has no column {lacking}; its columns are {names}")
-    for place, row in _in_split(rows, split, path) if "split" in names else enumerate(rows):
+    chosen: Iterable[tuple[int, Any]] = enumerate(rows)
+    for place, row in _in_split(rows, split, path) if "split" in names else chosen:
         try:
             annotation = parse_json(checked(row["raw_anns"], str, "raw_anns"), where="raw_anns")
             info = checked(row["raw_image_info"], str, "raw_image_info")
@@ -143,9 +144,8 @@ def read_refs(path: Path) -> list[Any]:
             "texts and numbers alone; take that one, or the same list as .json"
         ) from error
     except Exception as error:  # a broken pickle raises whatever it likes
-        raise ConfigError(
-            f"{printable(path)} is no pickle that can be read: {reason(error)}"
-        ) from (error)
+        fault = f"{printable(path)} is no pickle that can be read: {reason(error)}"
+        raise ConfigError(fault) from error
     if not isinstance(value, list):
         raise ConfigError(f"{printable(path)} must hold a list of expressions")
     return value

@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from textwrap import wrap
 from typing import Any, Literal, get_args
 
@@ -265,7 +265,8 @@ LLAVA: dict[Stage, OptimConfig] = {
 arXiv:2310.03744."""
 
 DEFAULTS: Mapping[Run, OptimConfig] = {
-    **LLAVA,
+    "align": LLAVA["align"],
+    "instruct": LLAVA["instruct"],
     "ground": OptimConfig(learning_rate=1e-4, batch_size=32, device_batch_size=8),
 }
 """Options of each kind of run; the rate for grounding is that of diffusers' training of LoRA."""
@@ -383,12 +384,14 @@ class TrainConfig:
         """Raise unless there are conversations where they are learnt from, and nowhere else."""
         names = ("annotations", "images")
         if self.stage == "ground":
-            if self.data.annotations or self.data.images:
-                raise ConfigError(
-                    'stage = "ground" learns from phrases, which are named in [ground]: move '
-                    "annotations and images there; in [data] are workers, skip_broken and "
-                    "check_images"
-                )
+            shared = ("workers", "skip_broken", "check_images")
+            for each in fields(DataConfig):
+                if each.name not in shared and getattr(self.data, each.name) != each.default:
+                    raise ConfigError(
+                        f'data.{each.name} is for conversations, and stage = "ground" learns from '
+                        "phrases, which are named in [ground] with annotations, images and limit; "
+                        f"in [data] it reads {', '.join(shared)}"
+                    )
         elif missing := [f"data.{name}" for name in names if not getattr(self.data, name)]:
             raise ConfigError(f"a key is missing: {', '.join(missing)}")
 

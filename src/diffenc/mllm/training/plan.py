@@ -150,9 +150,15 @@ def make_plan(
             number of all.
 
     Raises:
-        ConfigError: The data cannot be used, or the batch cannot be shared.
+        ConfigError: The data cannot be used, the batch cannot be shared, or the run has no language
+            model.
         BackboneError: A model's config cannot be had.
     """
+    if config.stage == "ground":
+        raise ConfigError(
+            'a plan counts what a language model takes, and stage = "ground" has none; diffenc info '
+            "tells the memory of the diffusion model"
+        )
     if samples is not None and samples < 1:
         raise ConfigError(f"samples must be 1 or more, got {samples}")
     processes = process_count() if processes is None else processes

@@ -1,7 +1,7 @@
 """A run: one of the two stages of LLaVA's recipe, or an encoder that is grounded alone."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,8 @@ class TrainResult:
         skipped: Samples whose pictures broke while this call trained, and why.
         held: Bytes that this process held at the end, by use: its part of the weights, trained and
             frozen, and of AdamW's moments.
+        phrases: Report of the phrases that were learnt beside conversations; None where there were
+            none.
     """
 
     model: Path
@@ -80,6 +82,7 @@ class TrainResult:
     cache_misses: int = 0
     skipped: tuple[str, ...] = ()
     held: Mapping[str, int] = field(default_factory=dict)
+    phrases: DataReport | None = None
 
 
 def train(
@@ -123,7 +126,8 @@ def train(
     begun_without = read_left_out(folder) if skip else None
     samples: Samples
     report: DataReport
-    phrases: Sequence[GroundedImage] = ()
+    phrases: list[GroundedImage] = []
+    about_phrases: DataReport | None = None
     if config.stage == "ground":
         assert config.ground is not None
         samples, report = check_phrases(
@@ -132,9 +136,9 @@ def train(
     else:
         samples, report = check_data(config.data, policy, left_out=begun_without, progress=looking)
         if config.ground is not None:
-            phrases, _ = check_phrases(config.ground, config.data, progress=looking)
+            phrases, about_phrases = check_phrases(config.ground, config.data, progress=looking)
     with alone(folder):
-        return _train(
+        result = _train(
             config,
             samples,
             phrases,
@@ -144,6 +148,7 @@ def train(
             progress,
             stop_after,
         )
+    return replace(result, phrases=about_phrases)
 
 
 def _train(
@@ -161,14 +166,17 @@ def _train(
     folder = Path(config.output)
     lasting = config.lasting()
     images = config.data.images if config.ground is None else config.ground.images
-    images = config.data.images or images
-    identity = run_identity(lasting, samples, expanded(images), phrases)
+    identity = run_identity(lasting, samples, expanded(config.data.images or images), phrases)
     if checkpoint is not None:
         check_same_run(checkpoint, identity)
     # What is split goes to its device layer by layer: the whole may not fit there.
     split = config.optimizing.shard != "none" and process_count() > 1
-    build = build_grounded if config.stage == "ground" else build_vlm
-    vlm = build(config, device="cpu" if split else device)
+    place = torch.device("cpu") if split else device
+    vlm: DiffusionVLM | GroundedEncoder
+    if config.stage == "ground":
+        vlm = build_grounded(config, device=place)
+    else:
+        vlm = build_vlm(config, device=place)
     identity["weights"] = marks_of(vlm)
     if checkpoint is not None:
         check_same_weights(checkpoint, vlm)
