@@ -156,8 +156,8 @@ def make_plan(
     """
     if config.stage == "ground":
         raise ConfigError(
-            'a plan counts what a language model takes, and stage = "ground" has none; diffenc info '
-            "tells the memory of the diffusion model"
+            'a plan counts what a language model takes, and stage = "ground" has none; diffenc '
+            "info tells the memory of the diffusion model"
         )
     if samples is not None and samples < 1:
         raise ConfigError(f"samples must be 1 or more, got {samples}")
