@@ -44,6 +44,9 @@ def config(parts: Parts, output: Path, stage: Any = "align", **options: Any) -> 
         "adapt": (AdaptConfig, {}),
     }
     top: dict[str, Any] = {"save_steps": 2, "log_steps": 1}
+    for key in tables.keys() & options.keys():
+        top[key] = options.pop(key)
+        del tables[key]
     for key, value in options.items():
         for kind, values in tables.values():
             if key in kind.__dataclass_fields__ and not (
@@ -54,6 +57,6 @@ def config(parts: Parts, output: Path, stage: Any = "align", **options: Any) -> 
         else:
             top[key] = value
     made = {name: kind(**values) for name, (kind, values) in tables.items()}
-    if not tables["adapt"][1]:
+    if "adapt" in tables and not tables["adapt"][1]:
         del made["adapt"]
     return TrainConfig(stage=stage, output=str(output), **top, **made)

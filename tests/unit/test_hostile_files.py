@@ -23,6 +23,7 @@ from diffenc.evals.matching.mmvp_vlm import load_mmvp_vlm
 from diffenc.evals.matching.winoground import load_winoground
 from diffenc.evals.records import ANSWERS, RecordsFile
 from diffenc.evals.rows import Column, read_parquet
+from diffenc.grounding.reading import find_phrases
 from diffenc.hosts.fused_encoders import find_companion
 from diffenc.mllm.model_folder import read_saved
 from diffenc.mllm.training import read_log
@@ -37,6 +38,7 @@ from diffenc.studies.vlm.plan_file import bundled_text, read_plan
 from diffenc.studies.vlm.study import read_measured
 from evals_data import RandomMatcher, mmvp_vlm, winoground_jsonl, write_csv
 from hostile import Reader, changed
+from phrases_data import every_layout
 
 RECORDS = [
     {
@@ -157,6 +159,9 @@ def datasets(folder):
             archive.writestr(name, f"{name} text" * 5)
     yield "zip", folder / "a.zip", read_whole_archive
     yield from parquet(folder)
+    images, paths = every_layout(folder / "phrases")
+    for name, path in paths.items():
+        yield name, path, lambda p, images=images: find_phrases(p, images)
 
 
 def read_whole_archive(path):

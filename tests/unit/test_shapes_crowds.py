@@ -9,7 +9,7 @@ from shapes_tools import FOLDER
 
 sys.path.insert(0, str(FOLDER))
 
-from crowd_texts import crowd_text, false_caption, holds
+from crowd_texts import false_caption, holds
 from grounding import spoken_of
 from transformers import CLIPTokenizer
 
@@ -25,6 +25,7 @@ from diffenc.shapes import (
     sample_crowds,
 )
 from diffenc.shapes.crowds import CROWD_RADII
+from diffenc.shapes.phrases import scene_text
 from shapes_oracle import answer, is_true
 
 CROWDS = list(sample_crowds(120, seed=5))
@@ -122,7 +123,7 @@ def test_every_naming_word_speaks_of_what_it_describes():
 
 def test_texts_for_training_fit_the_tokenizer():
     tokenizer = CLIPTokenizer.from_pretrained(shapes_folder() / "tokenizer")
-    texts = [crowd_text(scene, random.Random(index)) for index, scene in enumerate(CROWDS)]
+    texts = [scene_text(scene, random.Random(index)) for index, scene in enumerate(CROWDS)]
     assert max(len(ids) for ids in tokenizer(texts).input_ids) <= tokenizer.model_max_length
     assert len(set(texts)) > 100
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ground_lora import measured
+from ground_lora import MEASURES, measured
 from measure import localisation, winoground
 from measure_crowds import BATCH
 
@@ -49,7 +49,7 @@ def figures(name: str, items: int) -> dict[str, Any]:
         "milliseconds": one_pass(backbone),
         "pairs": winoground(backbone, items),
         "shape words": localisation(backbone, items),
-        **measured(encoder, items),
+        **measured(encoder, items, list(MEASURES)),
     }
 
 
@@ -91,8 +91,8 @@ def rows_of(found: Mapping[str, Any]) -> dict[str, str]:
     shown = "{asked:.1f} / {control:.1f}, {won_percent:.0f}".format(**changes[tap])
     rows["change inside the object over the rest: asked / control, won %"] = f"{shown} (`{tap}`)"
     for key, what in (
-        ("one token, color", "“object”"),
-        ("one token, color, by its word", "the colour word"),
+        ("one token, color, by object", "“object”"),
+        ("one token, color, by color", "the colour word"),
     ):
         tokens = found[key]
         tap = max(tokens, key=lambda name: tokens[name]["word"])

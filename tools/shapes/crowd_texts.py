@@ -1,4 +1,4 @@
-"""Texts about crowded scenes for training: captions, questions, references; and false ones."""
+"""Captions of scenes in training: which are true, and false ones made of them."""
 
 import random
 from collections.abc import Sequence
@@ -6,43 +6,11 @@ from itertools import pairwise
 
 from texts import said
 
-from diffenc.shapes.captions import RELATION_PHRASES, caption, with_article
-from diffenc.shapes.questions import sample_question
+from diffenc.shapes.captions import RELATION_PHRASES, with_article
 from diffenc.shapes.scenes import COLORS, INVERSE, SHAPES, Scene, SceneObject
 
-CAPTIONS, QUESTIONS = 0.5, 0.25
-"""Shares of the texts; the rest refers to one object, as in "the red object"."""
 _SIZES = {"small": "small", "large": "large", "big": "large"}
 _TRIES = 24
-
-
-def crowd_text(scene: Scene, rng: random.Random) -> str:
-    """A caption, a question (a third of them with the answer), or a reference."""
-    draw = rng.random()
-    if draw < CAPTIONS:
-        return caption(scene, rng)
-    if draw < CAPTIONS + QUESTIONS:
-        question = sample_question(scene, rng)
-        return f"{question.text} {question.answer}" if rng.random() < 1 / 3 else question.text
-    return reference(scene, rng)
-
-
-def reference(scene: Scene, rng: random.Random) -> str:
-    """Words for one object, unique where colour, shape or both make it so: "the red object"."""
-    thing = rng.choice(scene.objects)
-    names = [
-        words
-        for words, count in (
-            (f"{thing.color} object", scene.count(color=thing.color)),
-            (thing.shape, scene.count(shape=thing.shape)),
-            (f"{thing.color} {thing.shape}", scene.count(color=thing.color, shape=thing.shape)),
-        )
-        if count == 1
-    ]
-    if not names:
-        return with_article(f"{thing.size} {thing.color} {thing.shape}")
-    name = rng.choice(names)
-    return rng.choice((f"the {name}", f"the {name}", with_article(name), name))
 
 
 def holds(scene: Scene, text: str) -> bool:

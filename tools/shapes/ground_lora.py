@@ -1,32 +1,37 @@
 """Whether LoRA alone grounds the colour words of `shapes`, which its training left to themselves.
 
-    python tools/shapes/ground_lora.py --steps 400
+    python tools/shapes/ground_lora.py --scenes 2400 --epochs 2
 
-LoRA on the cross-attentions learns from a loss on the maps of named words, after TokenCompose, and
-from denoising; the U-Net's own weights stay. Measured before and after, on held-out scenes of three
-objects of three colours and three shapes, by the functions of `measure_crowds.py`.
+`diffenc train` with stage = "ground" on scenes of three objects of three colours and three shapes,
+from boxes. Measured before and after, on held-out scenes, by the functions of `measure_crowds.py`.
 """
 
 import argparse
 import json
 import random
-import time
 from functools import partial
 from pathlib import Path
 
 import torch
-from crowd_texts import crowd_text
-from grounding import GROUNDED_LAYERS, outside, spoken_of
 from measure_crowds import BATCH, TAPS, Asked, changes, maxima, of_best, one_token
-from torch.nn import functional as F
-from train_clip import pixels
-from train_denoiser import covered, draw_timesteps, encode
 from training import HELD_OUT_SEED, VALIDATION_SEED
 
 from diffenc import DiffusionEncoder, EncoderConfig
-from diffenc.denoiser.attention import CrossAttnTaps
-from diffenc.models import load_backbone
+from diffenc.grounding.loss import TIMESTEPS
+from diffenc.mllm.training import (
+    AdaptConfig,
+    DataConfig,
+    GroundConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    train,
+)
+from diffenc.shapes import render
+from diffenc.shapes.phrases import named_boxes, scene_text
 from diffenc.shapes.scenes import COLORS, SHAPES, Scene, SceneObject, sample_scene
+
+SIZE = 64
 
 
 def scene_of_three(rng: random.Random) -> Scene:
@@ -46,95 +51,96 @@ def _word(word: str, thing: SceneObject) -> str:
     return own
 
 
-def measured(encoder: DiffusionEncoder, items: int) -> dict[str, object]:
+MEASURES = ("change", "maximum", "token")
+
+
+def measured(encoder: DiffusionEncoder, items: int, measures: list[str]) -> dict[str, object]:
     table: dict[str, object] = {}
+    held_out = asked_of(items, HELD_OUT_SEED)
+    if "change" in measures:
+        table["change, color"] = changes(encoder, held_out, "color")
     for naming, word in (("color", "color"), ("color", "object"), ("shape", "shape")):
-        chosen, shown = (
-            maxima(
-                encoder.backbone,
-                asked_of(count, seed),
-                naming,
-                partial(_word, word),
+        if "maximum" in measures:
+            chosen, shown = (
+                maxima(encoder.backbone, trials, naming, partial(_word, word))
+                for trials in (asked_of(items // 2, VALIDATION_SEED), held_out)
             )
-            for count, seed in ((items // 2, VALIDATION_SEED), (items, HELD_OUT_SEED))
-        )
-        table[f"maximum on its object, {naming}, by {word}"] = of_best(chosen, shown)
-    table["change, color"] = changes(encoder, asked_of(items, HELD_OUT_SEED), "color")
-    table["one token, color"] = one_token(
-        encoder, asked_of(3 * items, HELD_OUT_SEED), "color", lambda _: "object"
-    )
-    table["one token, color, by its word"] = one_token(
-        encoder, asked_of(3 * items, HELD_OUT_SEED), "color", lambda thing: thing.color
-    )
+            table[f"maximum on its object, {naming}, by {word}"] = of_best(chosen, shown)
+        if "token" in measures and naming == "color":
+            trials = asked_of(3 * items, HELD_OUT_SEED)
+            table[f"one token, color, by {word}"] = one_token(
+                encoder, trials, naming, partial(_word, word)
+            )
     return table
+
+
+def write_phrases(folder: Path, count: int) -> None:
+    """Scenes as pictures, and a text of each with the boxes of what its words name."""
+    rng = random.Random("ground-lora/train")
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    lines = []
+    for index in range(count):
+        scene = scene_of_three(rng)
+        render(scene, SIZE).save(folder / "images" / f"{index:05}.png")
+        text = scene_text(scene, rng)
+        phrases = named_boxes(scene, text, SIZE)
+        lines.append({"image": f"{index:05}.png", "text": text, "phrases": phrases})
+    text = "".join(f"{json.dumps(line)}\n" for line in lines)
+    (folder / "phrases.jsonl").write_text(text, encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--scenes", type=int, default=2400)
+    parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--weight", type=float, default=1.0, help="of the loss on the maps")
-    parser.add_argument("--low", type=float, default=0.6, help="share of low timesteps")
-    parser.add_argument("--clear", type=float, default=6.0)
-    parser.add_argument("--items", type=int, default=100)
+    parser.add_argument("--timesteps", type=int, nargs=2, default=TIMESTEPS)
+    parser.add_argument("--layers", nargs="+", help="default: where word tokens are gathered")
+    parser.add_argument("--items", type=int, default=80)
+    parser.add_argument("--measures", nargs="+", choices=MEASURES, default=list(MEASURES))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("runs/ground-lora"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    backbone = load_backbone("shapes")
-    encoder = DiffusionEncoder(backbone, EncoderConfig(taps=TAPS, timestep=50, batch_size=BATCH))
-    options.output.mkdir(parents=True, exist_ok=True)
-    results = {"before": measured(encoder, options.items)}
-    print(json.dumps(results["before"]), flush=True)
-    encoder.add_lora(rank=options.rank)
-    optimizer = torch.optim.AdamW(encoder.trainable_parameters(), lr=options.lr, weight_decay=0)
-    alphas = backbone.scheduler.alphas_cumprod
-    snr = alphas / (1 - alphas)
-    rng = random.Random("ground-lora/train")
-    started = time.monotonic()
-    encoder.train()
-    for step in range(options.steps):
-        scenes = [scene_of_three(rng) for _ in range(options.batch)]
-        texts = [crowd_text(scene, rng) for scene in scenes]
-        latents = encode(backbone.vae, pixels(scenes))
-        side = latents.shape[-1]
-        shares = torch.stack([covered(scene, 64, side, 3) for scene in scenes]).float() / 255
-        bits = torch.tensor(
-            [
-                spoken_of(backbone.tokenizer, text, scene, colors=True)
-                for text, scene in zip(texts, scenes, strict=True)
-            ]
-        )
-        generator = torch.Generator().manual_seed(step)
-        timesteps = draw_timesteps(options.batch, generator, low=options.low)
-        noise = torch.randn(latents.shape, generator=generator)
-        signal = alphas[timesteps].view(-1, 1, 1, 1)
-        noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
-        with torch.no_grad():
-            states = backbone.embed(texts, size=(64, 64)).prompt_embeds
-        with CrossAttnTaps(backbone.unet, GROUNDED_LAYERS, tokens=range(bits.shape[1])) as taps:
-            predicted = backbone.unet(noisy, timesteps, states).sample
-        weights = (snr[timesteps] / options.clear).clamp(max=1)
-        astray = outside(taps.maps(), shares, bits, weights)
-        loss = F.mse_loss(predicted, noise) + options.weight * astray
-        optimizer.param_groups[0]["lr"] = options.lr * (1 - step / options.steps)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if step % 25 == 24:
-            seconds = round(time.monotonic() - started)
-            print(
-                json.dumps({"step": step + 1, "seconds": seconds, "astray": astray.item()}),
-                flush=True,
-            )
-    encoder.eval()
-    encoder.save_lora(options.output / "lora")
-    results["after"] = measured(encoder, options.items)
-    (options.output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    print(json.dumps(results["after"]), flush=True)
+    data = options.output / "data"
+    write_phrases(data, options.scenes)
+    config = TrainConfig(
+        stage="ground",
+        output=str(options.output / "run"),
+        model=ModelConfig(encoder="shapes", options={"taps": list(TAPS)}),
+        data=DataConfig(check_images=False),
+        ground=GroundConfig(
+            annotations=str(data / "phrases.jsonl"),
+            images=str(data / "images"),
+            weight=options.weight,
+            layers=options.layers and tuple(options.layers),
+            timesteps=(options.timesteps[0], options.timesteps[1]),
+        ),
+        adapt=AdaptConfig(unet_rank=options.rank),
+        optim=OptimConfig(
+            learning_rate=options.lr,
+            batch_size=options.batch,
+            device_batch_size=options.batch,
+            epochs=options.epochs,
+            warmup=0.0,
+            schedule="linear",
+            precision="fp32",
+            gradient_checkpointing=False,
+        ),
+        save_steps=0,
+        log_steps=25,
+    )
+    read = EncoderConfig(taps=TAPS, timestep=50, batch_size=BATCH)
+    results: dict[str, dict[str, object]] = {}
+    for name in ("before", "after"):
+        source: str | Path = "shapes" if name == "before" else train(config, device="cpu").model
+        encoder = DiffusionEncoder.from_pretrained(source, **read.to_dict())
+        results[name] = measured(encoder, options.items, options.measures)
+        print(name, json.dumps(results[name]), flush=True)
+        (options.output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from crowd_texts import crowd_text, false_caption
+from crowd_texts import false_caption
 from denoisers import KINDS, own_tokens, taught_by
 from diffusers import AutoencoderKL, DDIMScheduler
 from grounding import outside, spoken_of
@@ -39,6 +39,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from diffenc.denoiser.attention import CrossAttnTaps
 from diffenc.shapes.crowds import COUNTS, sample_crowd
 from diffenc.shapes.pairs import WINOGROUND_KINDS, WinogroundKind, winoground_items
+from diffenc.shapes.phrases import scene_text
 from diffenc.shapes.render import masks
 from diffenc.shapes.scenes import Scene
 
@@ -135,7 +136,7 @@ def cached_data(
         found["shares"].append(torch.stack([covered(scene, size, side, most) for scene in scenes]))
         texts = [
             [
-                crowd_text(scene, rng)
+                scene_text(scene, rng)
                 if len(scene.objects) >= COUNTS[0]
                 else training_text(scene, rng, saying=saying)
                 for _ in range(TEXTS_PER_SCENE)

@@ -1,4 +1,4 @@
-"""`diffenc train`: one stage from a TOML file; `diffenc shapes-data`: data for it in miniature."""
+"""`diffenc train`: one run from a TOML file; `diffenc shapes-data`: data for it in miniature."""
 
 from pathlib import Path
 from typing import Annotated
@@ -50,6 +50,8 @@ def train(
 ) -> None:
     """Train a multimodal model: the projector (align), then the language model (instruct).
 
+    Or teach an encoder alone where words are, from boxes or masks (ground).
+
     On several processes: torchrun --nproc-per-node 2 -m diffenc.cli.main train CONFIG.toml
     """
     if not plan and any(option is not None for option in (processes, tflops, samples)):
@@ -82,8 +84,9 @@ def train(
         result = run_stage(training, resume=resume, device=chosen, progress=report, looking=show)
     if not is_first_process():
         return
-    if result.data.broken:
-        typer.echo(f"left out: {result.data.describe()}")
+    for report in (result.data, result.phrases):
+        if report is not None and report.broken:
+            typer.echo(f"left out: {report.describe()}")
     if result.skipped:
         some = "; ".join(result.skipped[:_EXAMPLES])
         more = "; ..." if len(result.skipped) > _EXAMPLES else ""
@@ -109,7 +112,10 @@ def shapes_data(
     ] = 2,
     _debug: Debug = False,
 ) -> None:
-    """Write coloured shapes in LLaVA's format: align.json, instruct.json and images/."""
+    """Write coloured shapes in LLaVA's format: align.json, instruct.json and images/.
+
+    Texts whose words name boxes, to ground an encoder, are in phrases.jsonl.
+    """
     from diffenc.mllm.training.miniature import write_miniature
 
     paths = write_miniature(folder, scenes=scenes, seed=seed, turns=turns, lettered=lettered)

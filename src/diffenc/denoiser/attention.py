@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import ExitStack
+from functools import cache
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ class CrossAttnTaps:
         self._grids: dict[nn.Module, tuple[int, int]] = {}
         self._projected = PairedOutputs()
         self._present: dict[str, Tensor | None] = {}
-        self._maps: dict[str, Tensor] = {}
+        self._maps: dict[str, Callable[[], Tensor]] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> "CrossAttnTaps":
@@ -110,7 +111,7 @@ class CrossAttnTaps:
             TapError: A layer did not run.
         """
         check_read({name: attn for name, (_, attn) in self._layers.items()}, self._maps)
-        return {name: self._maps[name] for name in self._layers}
+        return {name: self._maps[name]() for name in self._layers}
 
     def _note_grid(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._grids[module] = carried_grid(module, args, kwargs)
@@ -119,17 +120,23 @@ class CrossAttnTaps:
         self, name: str, transformer: nn.Module, attn: Any
     ) -> Callable[[Tensor, Tensor], None]:
         def read(query: Tensor, key: Tensor) -> None:
-            maps = head_maps(
-                query,
-                key,
-                self._tokens,
-                heads=attn.heads,
-                scale=attn.scale,
-                present=self._present[name],
-            )
             h, w = self._grids[transformer]
-            maps = rearrange(maps, "b heads (h w) tokens -> b tokens heads h w", h=h, w=w)
-            self._maps[name] = maps.mean(dim=2) if self._merge_heads else maps
+            present = self._present[name]
+
+            def computed() -> Tensor:
+                maps = head_maps(
+                    query, key, self._tokens, heads=attn.heads, scale=attn.scale, present=present
+                )
+                maps = rearrange(maps, "b heads (h w) tokens -> b tokens heads h w", h=h, w=w)
+                return maps.mean(dim=2) if self._merge_heads else maps
+
+            if query.requires_grad or key.requires_grad:
+                # Within a pass whose activations are computed again on the way back, nothing may
+                # be computed that the second time leaves out.
+                self._maps[name] = cache(computed)
+                return
+            maps = computed()
+            self._maps[name] = lambda: maps
 
         return read
 

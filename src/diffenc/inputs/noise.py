@@ -142,3 +142,34 @@ def to_noise(
     if prediction_type == "v_prediction":
         return of_image * output + of_noise * noisy
     return output if prediction_type == "epsilon" else (noisy - of_image * output) / of_noise
+
+
+def denoising_target(
+    scheduler: Any,
+    prediction_type: str,
+    latents: Float[Tensor, "rows c h w"],
+    noise: Float[Tensor, "rows c h w"],
+    timesteps: Int[Tensor, " rows"],
+) -> Float[Tensor, "rows c h w"]:
+    """What a denoiser is trained to predict of noisy latents.
+
+    Args:
+        scheduler: Scheduler of diffusers, or any other object with its `alphas_cumprod`.
+        prediction_type: Quantity that the denoiser predicts, see `to_noise`.
+        latents: Latents without noise.
+        noise: Noise that was added to them.
+        timesteps: Scheduler step of each row.
+
+    Raises:
+        ConfigError: Another type of prediction.
+    """
+    if prediction_type == "flow":
+        return noise - latents
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "sample":
+        return latents
+    if prediction_type != "v_prediction":
+        raise ConfigError(f"cannot train a model that predicts {prediction_type!r}")
+    signal = rearrange(signal_levels(scheduler)[timesteps.cpu()], "rows -> rows 1 1 1")
+    return signal.sqrt().to(noise) * noise - (1 - signal).sqrt().to(noise) * latents

@@ -133,18 +133,13 @@ def word_token_positions(
                 f"{occurrence}"
             )
         spans = [spans[occurrence]]
-    limit = limit_of(tokenizer)
-    if windows:
-        room = limit - 2
-        places = (position - 1 for start, stop in spans for position in range(start, stop))
-        return tuple(place // room * limit + place % room + 1 for place in places)
-    kept = [span for span in spans if span[1] <= limit - marks_of(tokenizer)[1]]
-    if not kept:
+    positions = _positions_of(tokenizer, spans, windows=windows)
+    if not positions:
         raise PromptError(
             f"{word!r} was cut off: it is token {spans[0][0]} of {text!r}, and the text encoder "
-            f"reads {limit}; move it to the front or shorten the text"
+            f"reads {limit_of(tokenizer)}; move it to the front or shorten the text"
         )
-    return tuple(position for start, stop in kept for position in range(start, stop))
+    return positions
 
 
 def shared_positions(
@@ -166,10 +161,54 @@ def shared_positions(
     return first
 
 
+def span_positions(
+    tokenizers: Sequence[Any], text: str, start: int, stop: int, *, windows: bool = False
+) -> tuple[int, ...]:
+    """Positions of the tokens of a part of a text, for text encoders whose states stand together.
+
+    Args:
+        tokenizers: Tokenizers of the model.
+        text: The whole text.
+        start: Index of the part's first letter.
+        stop: Index behind its last letter.
+        windows: Whether a long text is read in windows; otherwise it is cut.
+
+    Returns:
+        Positions; none where the part is not made of whole tokens, was cut off, or stands at other
+        places for each text encoder.
+    """
+    edges = tuple(len(unicodedata.normalize("NFC", text[:edge])) for edge in (start, stop))
+    normal = unicodedata.normalize("NFC", text)
+    each = [
+        _positions_of(tokenizer, _tokens_between(tokenizer, normal, [edges]), windows=windows)
+        for tokenizer in tokenizers
+    ]
+    return each[0] if all(positions == each[0] for positions in each) else ()
+
+
+def _positions_of(
+    tokenizer: Any, spans: Sequence[tuple[int, int]], *, windows: bool
+) -> tuple[int, ...]:
+    """Positions of the tokens of some spans that the text encoder reads as a whole."""
+    limit = limit_of(tokenizer)
+    if windows:
+        room = limit - 2
+        places = (position - 1 for start, stop in spans for position in range(start, stop))
+        return tuple(place // room * limit + place % room + 1 for place in places)
+    kept = [span for span in spans if span[1] <= limit - marks_of(tokenizer)[1]]
+    return tuple(position for start, stop in kept for position in range(start, stop))
+
+
 def _token_spans(tokenizer: Any, text: str, word: str) -> list[tuple[int, int]]:
     """First token of each occurrence, and the one after its last."""
     text, word = (unicodedata.normalize("NFC", each) for each in (text, word))
-    places = list(_places(text, word))
+    return _tokens_between(tokenizer, text, list(word_places(text, word)))
+
+
+def _tokens_between(
+    tokenizer: Any, text: str, places: Sequence[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """First token and the one after the last of each part of a text that is whole tokens."""
     edges = [text[:edge].rstrip() for place in places for edge in place]
     # What stands before an edge has tokens of its own where a piece ends there.
     whole, *parts = token_ids(tokenizer, [text, *edges])
@@ -186,7 +225,7 @@ def _token_spans(tokenizer: Any, text: str, word: str) -> list[tuple[int, int]]:
     ]
 
 
-def _places(text: str, word: str) -> Iterator[tuple[int, int]]:
+def word_places(text: str, word: str) -> Iterator[tuple[int, int]]:
     """Start and end of each occurrence of a word among the letters of a text, in order."""
     pattern = _pattern(word)
     behind = 0

@@ -44,6 +44,37 @@ def crop_offset(side: int, length: int, center: Center = "torchvision") -> int:
     return margin // 2 if center == "transformers" else round(margin / 2)
 
 
+def placement(
+    picture: tuple[int, int],
+    size: tuple[int, int],
+    resize: Resize,
+    center: Center = "torchvision",
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Where a resized picture lies: its (height, width), and the row and column of its corner.
+
+    The corner is that of the whole scaled picture in the result; it is negative where the picture
+    is cut off there.
+
+    Args:
+        picture: Size of the picture before scaling, as (height, width) in pixels.
+        size: Size of the result, as (height, width) in pixels.
+        resize: How the picture is brought to the size, see `fit`; "none" leaves it as it is.
+        center: Rounding of odd margins for "crop", see `crop_offset`.
+    """
+    if resize == "none":
+        return picture, (0, 0)
+    if resize == "squash":
+        return size, (0, 0)
+    if resize == "crop":
+        inner = scaled_size(picture, size, cover=True)
+        top, left = (
+            crop_offset(side, length, center) for side, length in zip(inner, size, strict=True)
+        )
+        return inner, (-top, -left)
+    inner = scaled_size(picture, size, cover=False)
+    return inner, ((size[0] - inner[0]) // 2, (size[1] - inner[1]) // 2)
+
+
 def fit(
     image: Float[Tensor, "3 h w"],
     size: tuple[int, int],
@@ -61,20 +92,15 @@ def fit(
         center: Rounding of odd margins for "crop", see `crop_offset`.
     """
     check_choice("center", center, get_args(Center))
+    picture = (image.shape[1], image.shape[2])
+    inner, (top, left) = placement(picture, size, resize, center)
     if resize == "squash":
         return _scale(image, size)
-    picture = (image.shape[1], image.shape[2])
     height, width = size
     if resize == "crop":
-        inner = scaled_size(picture, size, cover=True)
-        top, left = (
-            crop_offset(side, length, center) for side, length in zip(inner, size, strict=True)
-        )
         if inner[0] * inner[1] > _LARGE * max(picture[0] * picture[1], height * width):
-            return _scale_part(image, inner, (top, left), size)
-        return _scale(image, inner)[:, top : top + height, left : left + width]
-    inner = scaled_size(picture, size, cover=False)
-    top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
+            return _scale_part(image, inner, (-top, -left), size)
+        return _scale(image, inner)[:, -top : height - top, -left : width - left]
     padding = (left, width - inner[1] - left, top, height - inner[0] - top)
     return F.pad(_scale(image, inner), padding, value=0.0)
 

@@ -1,4 +1,4 @@
-"""Training of a multimodal model in LLaVA's two stages, on transformers' `Trainer`."""
+"""Training on transformers' `Trainer`: a multimodal model in LLaVA's two stages, or an encoder."""
 
 from diffenc.mllm.training.config import (
     LLAVA,
@@ -9,6 +9,7 @@ from diffenc.mllm.training.config import (
     TrainConfig,
 )
 from diffenc.mllm.training.data import read_samples
+from diffenc.mllm.training.ground_config import GroundConfig
 from diffenc.mllm.training.log import read_log
 from diffenc.mllm.training.miniature import write_miniature
 from diffenc.mllm.training.stages import TrainResult, train
@@ -17,6 +18,7 @@ __all__ = [
     "LLAVA",
     "AdaptConfig",
     "DataConfig",
+    "GroundConfig",
     "ModelConfig",
     "OptimConfig",
     "TrainConfig",

@@ -14,6 +14,7 @@ from diffenc.mllm.language import load_language_model, width_of
 from diffenc.mllm.model import DiffusionVLM
 from diffenc.mllm.model_folder import is_saved
 from diffenc.mllm.training.config import AdaptConfig, ModelConfig, TrainConfig
+from diffenc.mllm.training.grounded import GroundedEncoder
 from diffenc.mllm.vision import VisionTokens
 from diffenc.projector.choosing import projector_for
 from diffenc.storage.pretrained import lasting_name
@@ -55,6 +56,33 @@ def build_vlm(config: TrainConfig, *, device: str | torch.device = "cpu") -> Dif
         )
         _unfreeze(vlm, model, adapt)
     return vlm
+
+
+def build_grounded(config: TrainConfig, *, device: str | torch.device = "cpu") -> GroundedEncoder:
+    """The encoder at the beginning of a run that grounds it.
+
+    Args:
+        config: Config of the run, whose stage is "ground".
+        device: Device of the model.
+
+    Raises:
+        BackboneError: The model is missing.
+        ConfigError: It joins picture and text in one attention, or its schedule is shorter.
+    """
+    ground = config.ground
+    assert ground is not None
+    dtype = DTYPES[config.optimizing.precision]
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        # Whole where it predicts noise, and otherwise without what lies behind the last tap.
+        whole = ground.denoising is not False
+        encoder = load_encoder(config.model, device=device, dtype=dtype, truncate=not whole)
+        encoder.requires_grad_(False)
+        _train_lora(encoder, config.adapting)
+        model = GroundedEncoder(encoder, ground)
+    for _, parameter in model.named_trainable_parameters():
+        parameter.data = parameter.data.float()
+    return model
 
 
 def _begun(
@@ -153,9 +181,21 @@ def _check_how(encoder: FusedEncoder, model: ModelConfig) -> None:
 
 
 def load_encoder(
-    model: ModelConfig, *, device: str | torch.device, dtype: torch.dtype, seed: int = 0
+    model: ModelConfig,
+    *,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    seed: int = 0,
+    truncate: bool = True,
 ) -> Any:
     """The encoder that a config names, frozen but for a mixer, which `seed` begins.
+
+    Args:
+        model: Parts of the model.
+        device: Device of the encoder.
+        dtype: Floating point type of the frozen weights.
+        seed: Seed of the mixer's weights.
+        truncate: Whether a diffusion model ends after the last tap.
 
     Raises:
         BackboneError: There is no such model.
@@ -169,7 +209,7 @@ def load_encoder(
         for key, value in model.options.items()
     }
     encoder = DiffusionEncoder.from_pretrained(
-        model.encoder, device=device, dtype=dtype, truncate=True, **options
+        model.encoder, device=device, dtype=dtype, truncate=truncate, **options
     )
     if model.kind == "diffusion":
         return encoder
@@ -194,12 +234,7 @@ def _unfreeze(vlm: DiffusionVLM, model: ModelConfig, adapt: AdaptConfig) -> None
     if getattr(diffusion, "captioner", None) is not None:
         diffusion.captioner.requires_grad_(bool(model.captioner))
     if adapt.unet_rank:
-        if diffusion.active_lora is None:
-            diffusion.add_lora(
-                rank=adapt.unet_rank, alpha=adapt.unet_alpha, dropout=adapt.unet_dropout
-            )
-        else:
-            diffusion.set_lora(diffusion.active_lora, trainable=True)
+        _train_lora(diffusion, adapt)
     if adapt.language_model == "full":
         vlm.language_model.requires_grad_(True)
     elif adapt.language_model == "lora":
@@ -209,6 +244,14 @@ def _unfreeze(vlm: DiffusionVLM, model: ModelConfig, adapt: AdaptConfig) -> None
             parameter.requires_grad_(".lora_" in path)
     for _, parameter in vlm.named_trainable_parameters():
         parameter.data = parameter.data.float()
+
+
+def _train_lora(encoder: DiffusionEncoder, adapt: AdaptConfig) -> None:
+    """Train the LoRA that an encoder has, or a new one."""
+    if encoder.active_lora is None:
+        encoder.add_lora(rank=adapt.unet_rank, alpha=adapt.unet_alpha, dropout=adapt.unet_dropout)
+    else:
+        encoder.set_lora(encoder.active_lora, trainable=True)
 
 
 def _kind_of(encoder: nn.Module) -> str:

@@ -5,7 +5,9 @@ from pathlib import Path
 from diffenc.errors import BackboneError, ConfigError
 from diffenc.mllm.model import DiffusionVLM
 from diffenc.mllm.model_folder import is_saved
+from diffenc.mllm.training.grounded import GroundedEncoder
 from diffenc.mllm.training.sharding import set_trained
+from diffenc.models.encoder_folder import CONFIG_FILE as ENCODER_FILE
 from diffenc.storage.names import is_file, is_folder
 from diffenc.storage.reading import read_json
 from diffenc.storage.tensors import misfits, read_tensors
@@ -23,14 +25,15 @@ def starting_point(folder: Path, *, resume: bool) -> Path | None:
     Raises:
         ConfigError: The folder holds a run that shall not be resumed, or a complete one.
     """
+    complete = is_saved(folder / MODEL_FOLDER) or is_file(folder / MODEL_FOLDER / ENCODER_FILE)
     if resume:
-        if is_saved(folder / MODEL_FOLDER):
+        if complete:
             raise ConfigError(
                 f"{folder / MODEL_FOLDER} is complete: there is nothing to resume. To train again, "
                 "choose another output or remove the folder"
             )
         return find_checkpoint(folder)
-    if is_folder(folder) and (is_saved(folder / MODEL_FOLDER) or any(folder.glob("checkpoint-*"))):
+    if is_folder(folder) and (complete or any(folder.glob("checkpoint-*"))):
         raise ConfigError(
             f"{folder} holds a run already; go on with it (--resume), choose another output, or "
             "remove the folder"
@@ -60,7 +63,7 @@ def read_left_out(folder: Path) -> frozenset[int] | None:
     return frozenset(read_json(folder / LEFT_OUT_FILE, list))
 
 
-def load_trained(vlm: DiffusionVLM, checkpoint: Path) -> None:
+def load_trained(vlm: "DiffusionVLM | GroundedEncoder", checkpoint: Path) -> None:
     """Set what trains to what a checkpoint holds.
 
     Raises:

@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from textwrap import wrap
 from typing import Any, Literal, get_args
 
@@ -15,6 +15,7 @@ from diffenc.config import EncoderConfig, check_choice
 from diffenc.errors import ConfigError
 from diffenc.inputs.policies import parse_policy
 from diffenc.mixing.config import MIXED, MixingConfig
+from diffenc.mllm.training.ground_config import GroundConfig
 from diffenc.models.sources import lasting_source
 from diffenc.storage.pretrained import absolute, lasting_name
 from diffenc.storage.reading import read_toml
@@ -22,6 +23,9 @@ from diffenc.storage.schema import make
 from diffenc.storage.writing import write_text
 
 Stage = Literal["align", "instruct"]
+"""A stage of LLaVA's recipe."""
+Run = Literal["align", "instruct", "ground"]
+"""What a run trains: a stage, or an encoder alone."""
 EncoderKind = Literal["diffusion", "fused", "vision"]
 LanguageTraining = Literal["none", "lora", "full"]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -128,7 +132,8 @@ class DataConfig:
     """Data that the model learns from.
 
     Attributes:
-        annotations: JSON or JSON-lines file with conversations in LLaVA's format.
+        annotations: JSON or JSON-lines file with conversations in LLaVA's format; "" where an
+            encoder is grounded alone.
         images: Folder to which the picture names in `annotations` are relative.
         prompts: Policy of the encoder's prompt, see `diffenc.inputs.policies.parse_policy`.
         skip_broken: Whether to train without the samples that cannot be used, instead of refusing
@@ -146,8 +151,8 @@ class DataConfig:
         cache_dir: Folder of the cache; "" is `cache` in the run's folder. Runs may share one.
     """
 
-    annotations: str
-    images: str
+    annotations: str = ""
+    images: str = ""
     prompts: str = "question"
     skip_broken: bool = False
     check_images: bool = True
@@ -259,6 +264,19 @@ LLAVA: dict[Stage, OptimConfig] = {
 """Options of LLaVA-1.5 for each stage, from its published scripts: Liu et al. 2023,
 arXiv:2310.03744."""
 
+DEFAULTS: Mapping[Run, OptimConfig] = {
+    "align": LLAVA["align"],
+    "instruct": LLAVA["instruct"],
+    "ground": OptimConfig(learning_rate=1e-4, batch_size=32, device_batch_size=8),
+}
+"""Options of each kind of run; the rate for grounding is that of diffusers' training of LoRA."""
+
+_ADAPTED: Mapping[Run, dict[str, Any]] = {
+    "align": {},
+    "instruct": {"language_model": "full"},
+    "ground": {"unet_rank": 16},
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdaptConfig:
@@ -306,14 +324,18 @@ class TrainConfig:
 
     Attributes:
         stage: Stage of the training: "align" trains the projector, and the implicit captioner where
-            there is one; "instruct" also trains what `adapt` says.
+            there is one; "instruct" also trains what `adapt` says; "ground" trains a LoRA of the
+            encoder alone, see `ground`, without projector and language model.
         output: Folder of the run.
         seed: Seed of the order of samples, of the prompts, and of the weights that are initialised.
         model: Parts of the model.
         data: Data that the model learns from.
-        optim: Options of the optimization; None is `LLAVA`'s for the stage.
+        optim: Options of the optimization; None is `LLAVA`'s for the stage, and to ground those in
+            `DEFAULTS`.
         adapt: Parts that train beside the projector; None is nothing to align, the whole language
-            model to instruct.
+            model to instruct, and a LoRA of rank 16 on the U-Net to ground.
+        ground: Phrases with boxes or masks, and the loss on attention to their words: all that is
+            learnt to ground, beside the answers to instruct. None has none.
         save_steps: Number of steps between checkpoints; 0 writes none.
         keep: Number of the newest checkpoints that are kept.
         log_steps: Number of steps between lines of the log.
@@ -325,12 +347,13 @@ class TrainConfig:
         (0.001, 256)
     """
 
-    stage: Stage
+    stage: Run
     output: str
-    data: DataConfig
+    data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig | None = None
     adapt: AdaptConfig | None = None
+    ground: GroundConfig | None = None
     seed: int = 0
     save_steps: int = 500
     keep: int = 2
@@ -338,23 +361,73 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         conform(self)
-        check_choice("stage", self.stage, get_args(Stage))
+        check_choice("stage", self.stage, get_args(Run))
         if self.optim is None:
-            object.__setattr__(self, "optim", LLAVA[self.stage])
+            object.__setattr__(self, "optim", DEFAULTS[self.stage])
         if self.adapt is None:
-            training: LanguageTraining = "full" if self.stage == "instruct" else "none"
-            object.__setattr__(self, "adapt", AdaptConfig(language_model=training))
+            object.__setattr__(self, "adapt", AdaptConfig(**_ADAPTED[self.stage]))
         if self.model.template is None:
-            template = "plain" if self.stage == "align" else "auto"
+            template = "auto" if self.stage == "instruct" else "plain"
             object.__setattr__(self, "model", replace(self.model, template=template))
         adapt = self.adapting
         if self.stage == "align" and (adapt.language_model != "none" or adapt.unet_rank):
             raise ConfigError('stage = "align" trains no language model and no LoRA; see [adapt]')
         if adapt.unet_rank and self.model.kind == "vision":
             raise ConfigError("adapt.unet_rank is for a diffusion model, and model.kind is vision")
+        self._check_data()
+        self._check_ground()
         _check_range("seed", self.seed, 2**32)
         if self.save_steps < 0 or self.keep < 1 or self.log_steps < 1:
             raise ConfigError("save_steps must be 0 or more, keep and log_steps 1 or more")
+
+    def _check_data(self) -> None:
+        """Raise unless there are conversations where they are learnt from, and nowhere else."""
+        names = ("annotations", "images")
+        if self.stage == "ground":
+            shared = ("workers", "skip_broken", "check_images")
+            for each in fields(DataConfig):
+                if each.name not in shared and getattr(self.data, each.name) != each.default:
+                    raise ConfigError(
+                        f'data.{each.name} is for conversations, and stage = "ground" learns from '
+                        "phrases, which are named in [ground] with annotations, images and limit; "
+                        f"in [data] it reads {', '.join(shared)}"
+                    )
+        elif missing := [f"data.{name}" for name in names if not getattr(self.data, name)]:
+            raise ConfigError(f"a key is missing: {', '.join(missing)}")
+
+    def _check_ground(self) -> None:
+        """Raise unless what is grounded trains, and can be grounded."""
+        adapt, model = self.adapting, self.model
+        if self.ground is None:
+            if self.stage == "ground":
+                raise ConfigError('stage = "ground" needs [ground] with annotations and images')
+            return
+        if not adapt.unet_rank:
+            raise ConfigError(
+                "[ground] teaches a LoRA on the U-Net: set adapt.unet_rank, such as 16, in the "
+                'stage "instruct" or "ground"'
+            )
+        if self.stage == "instruct":
+            if self.ground.denoising:
+                raise ConfigError(
+                    'ground.denoising is for stage = "ground": beside a language model the U-Net '
+                    "ends after the last tap and predicts no noise; leave it out"
+                )
+            if self.optimizing.shard != "none":
+                raise ConfigError(
+                    "[ground] beside a language model that is split (optim.shard) is not "
+                    'implemented: ground the encoder first, with stage = "ground", and name its '
+                    "folder as model.encoder"
+                )
+            return
+        alone = model.kind == "diffusion" and not model.start and not model.captioner
+        if not alone or adapt.language_model != "none":
+            raise ConfigError(
+                'stage = "ground" trains the LoRA of one diffusion model alone: leave out '
+                "model.kind, model.start, model.captioner and adapt.language_model"
+            )
+        if self.optimizing.shard != "none":
+            raise ConfigError('optim.shard is for language models; stage = "ground" has none')
 
     @property
     def optimizing(self) -> OptimConfig:
@@ -389,18 +462,20 @@ class TrainConfig:
         """
         remaining = dict(values)
         stage = remaining.get("stage")
-        check_choice("stage", stage, get_args(Stage))
-        assert stage in LLAVA
+        check_choice("stage", stage, get_args(Run))
+        assert stage in DEFAULTS
+        kinds: dict[str, tuple[type, Mapping[str, Any]]] = {
+            "model": (ModelConfig, {}),
+            "data": (DataConfig, {}),
+            "adapt": (AdaptConfig, _ADAPTED[stage]),
+            "ground": (GroundConfig, {}),
+            "optim": (OptimConfig, asdict(DEFAULTS[stage])),
+        }
         tables: dict[str, Any] = {}
-        for name, kind in (("model", ModelConfig), ("data", DataConfig), ("adapt", AdaptConfig)):
+        for name, (kind, defaults) in kinds.items():
             if name in remaining:
                 table = _table(remaining.pop(name), name)
-                if name == "adapt" and stage == "instruct":
-                    table = {"language_model": "full", **table}
-                tables[name] = make(kind, table, name)
-        if "optim" in remaining:
-            table = _table(remaining.pop("optim"), "optim")
-            tables["optim"] = make(OptimConfig, {**asdict(LLAVA[stage]), **table}, "optim")
+                tables[name] = make(kind, {**defaults, **table}, name)
         config: TrainConfig = make(cls, remaining, own=tables)
         return config
 
@@ -432,8 +507,13 @@ class TrainConfig:
             if (value := getattr(data, key))
         }
         start = absolute(model.start) if model.start else ""
+        ground = self.ground
+        if ground is not None:
+            paths = {key: absolute(getattr(ground, key)) for key in ("annotations", "images")}
+            ground = replace(ground, **paths)
         return replace(
             self,
+            ground=ground,
             output=absolute(self.output),
             model=replace(model, start=start, encoder=source(model.encoder), **names),
             data=replace(data, **files),

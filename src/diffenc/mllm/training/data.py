@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from diffenc.errors import ConfigError, PromptError
 from diffenc.inputs.images import broken_images
@@ -38,6 +38,10 @@ class TrainSample:
     conversation: tuple[Mapping[str, str], ...]
     captions: tuple[str, ...] = ()
     place: int = 0
+
+    def content(self) -> list[Any]:
+        """What is learnt from it, beside the pictures, as JSON holds it; its name comes first."""
+        return [self.key, [dict(turn) for turn in self.conversation], self.captions]
 
     def prompt_sample(self) -> PromptSample:
         """What a prompt policy sees."""
@@ -163,13 +167,28 @@ def read_samples(
     return samples, report
 
 
+class Pictured(Protocol):
+    """A sample with pictures."""
+
+    @property
+    def images(self) -> tuple[Path, ...]:
+        """Paths of the pictures."""
+
+    @property
+    def place(self) -> int:
+        """Index of its record in the annotations."""
+
+
+_Sample = TypeVar("_Sample", bound=Pictured)
+
+
 def check_pictures(
-    samples: Sequence[TrainSample],
+    samples: Sequence[_Sample],
     report: DataReport,
     *,
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
-) -> list[TrainSample]:
+) -> list[_Sample]:
     """Samples all of whose pictures can be decoded as a whole; the others go into the report.
 
     Args:

@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from diffenc.errors import ConfigError
+from diffenc.grounding.samples import GroundedImage
 from diffenc.memory.digests import is_marked, weights_mark
 from diffenc.mllm.model import DiffusionVLM
 from diffenc.mllm.training.checkpoints import RUN_FILE
 from diffenc.mllm.training.config import TrainConfig
 from diffenc.mllm.training.data import TrainSample
+from diffenc.mllm.training.grounded import GroundedEncoder
 from diffenc.storage.reading import parse_json, read_json
+
+Samples = Sequence[TrainSample] | Sequence[GroundedImage]
+"""What a run learns from."""
 
 # What may change between a run and its continuation.
 _FREE = ("output", "save_steps", "keep", "log_steps")
@@ -25,7 +30,10 @@ _FREE_OPTIM = ("device_batch_size", "shard")
 
 
 def run_identity(
-    lasting: TrainConfig, samples: Sequence[TrainSample], images: Path
+    lasting: TrainConfig,
+    samples: Samples,
+    images: Path,
+    phrases: Sequence[GroundedImage] = (),
 ) -> dict[str, Any]:
     """What a run and its continuation must share, flat; `weights` comes with the model.
 
@@ -33,9 +41,12 @@ def run_identity(
         lasting: Config of the run, with absolute paths.
         samples: Usable samples.
         images: Folder to which the samples' pictures are relative.
+        phrases: Phrases that are learnt beside conversations.
     """
     settings = {key: value for key, value in lasting.to_dict().items() if key not in _FREE}
     settings["data"] = {k: v for k, v in settings["data"].items() if k not in _FREE_DATA}
+    if "ground" in settings:
+        settings["ground"] = {k: v for k, v in settings["ground"].items() if k not in _FREE_DATA}
     settings["optim"] = {k: v for k, v in settings["optim"].items() if k not in _FREE_OPTIM}
     flat = {}
     for key, value in settings.items():
@@ -45,12 +56,14 @@ def run_identity(
             flat[key] = value
     content = _content_of(samples, images)
     identity = {**flat, "samples": len(samples), "content of the samples": content}
+    if phrases:
+        identity["content of the phrases"] = _content_of(phrases, phrases[0].image.parent)
     if not lasting.data.skip_broken:  # a picture that is gone since then is left out
         identity["sizes of the pictures"] = _sizes_of(samples)
     return identity
 
 
-def marks_of(vlm: DiffusionVLM) -> dict[str, Any]:
+def marks_of(vlm: "DiffusionVLM | GroundedEncoder") -> dict[str, Any]:
     """Marks of the weights that a run begins with, by part."""
     return {part: weights_mark(module) for part, module in _parts(vlm).items()}
 
@@ -81,7 +94,7 @@ def check_same_run(checkpoint: Path, identity: dict[str, Any]) -> None:
         )
 
 
-def check_same_weights(checkpoint: Path, vlm: DiffusionVLM) -> None:
+def check_same_weights(checkpoint: Path, vlm: "DiffusionVLM | GroundedEncoder") -> None:
     """Raise unless the models of a run are those that its checkpoint was begun with.
 
     Raises:
@@ -97,21 +110,22 @@ def check_same_weights(checkpoint: Path, vlm: DiffusionVLM) -> None:
             )
 
 
-def _parts(vlm: DiffusionVLM) -> dict[str, Any]:
-    return {"encoder": vlm.encoder, "language model": vlm.language_model}
+def _parts(vlm: "DiffusionVLM | GroundedEncoder") -> dict[str, Any]:
+    language = {"language model": vlm.language_model} if isinstance(vlm, DiffusionVLM) else {}
+    return {"encoder": vlm.encoder, **language}
 
 
-def _content_of(samples: Sequence[TrainSample], images: Path) -> str:
+def _content_of(samples: Samples, images: Path) -> str:
     """Digest of texts, and of the names of pictures in their folder."""
     digest = hashlib.blake2b(digest_size=12)
     for sample in samples:
         names = [os.path.relpath(path, images) for path in sample.images]
-        parts = [sample.key, names, [dict(t) for t in sample.conversation], sample.captions]
-        digest.update(json.dumps(parts).encode())
+        first, *others = sample.content()
+        digest.update(json.dumps([first, names, *others]).encode())
     return digest.hexdigest()
 
 
-def _sizes_of(samples: Sequence[TrainSample]) -> str:
+def _sizes_of(samples: Samples) -> str:
     """Digest of how large the pictures' files are."""
     sizes = [path.stat().st_size for sample in samples for path in sample.images]
     return hashlib.blake2b(json.dumps(sizes).encode(), digest_size=12).hexdigest()

@@ -1,16 +1,19 @@
-"""Data of the miniature world in LLaVA's format: JSON files and a folder of pictures.
+"""Data of the miniature world: LLaVA's JSON files, phrases with boxes, and a folder of pictures.
 
 python -m diffenc.mllm.training.miniature shapes-llava --scenes 2000
 """
 
 import argparse
+import json
 import os
+import random
 from pathlib import Path
 from typing import Any
 
 from diffenc.errors import ConfigError
 from diffenc.shapes import captions, conversation, render, sample_scenes
-from diffenc.storage.writing import make_folder, reporting, write_json
+from diffenc.shapes.phrases import named_boxes, scene_text
+from diffenc.storage.writing import make_folder, reporting, write_json, write_text
 
 REQUEST = "describe the picture."
 EDITIONS = {"align": 1, "instruct": 2}
@@ -27,12 +30,16 @@ def write_miniature(
     lettered: int = 2,
     size: int = 64,
 ) -> dict[str, Path]:
-    """Write pictures, captions for the first stage and conversations for the second.
+    """Write pictures, captions for the first stage, conversations for the second, and phrases.
 
     Every sample has five captions beside its conversation, from which prompt policies draw.
 
+    Phrases say which words of a caption, a question or a reference ("the red object") name which
+    boxes, two texts a scene.
+
     Args:
-        folder: Folder to write ``align.json``, ``instruct.json`` and ``images/`` to.
+        folder: Folder to write ``align.json``, ``instruct.json``, ``phrases.jsonl`` and ``images/``
+            to.
         scenes: Number of scenes.
         seed: Seed of the scenes; other seeds give other scenes.
         turns: Largest number of questions of a conversation that are answered in words.
@@ -41,7 +48,7 @@ def write_miniature(
         size: Side of the pictures, in pixels.
 
     Returns:
-        Paths under "align", "instruct" and "images".
+        Paths under "align", "instruct", "phrases" and "images".
 
     Raises:
         ConfigError: There would be no scene.
@@ -51,7 +58,8 @@ def write_miniature(
         raise ConfigError(f"scenes must be 1 or more, got {scenes}")
     target = Path(folder)
     paths = {"align": target / "align.json", "instruct": target / "instruct.json"}
-    paths["images"] = target / "images"
+    paths["phrases"], paths["images"] = target / "phrases.jsonl", target / "images"
+    phrases: list[dict[str, Any]] = []
     records: dict[str, list[dict[str, Any]]] = {"align": [], "instruct": []}
     make_folder(paths["images"])
     with reporting(target):
@@ -67,8 +75,14 @@ def write_miniature(
             talk = conversation(scene, turns=turns, lettered=lettered, even=True, seed=index)
             records["align"].append({**shared, "conversations": instructions})
             records["instruct"].append({**shared, "conversations": talk})
+            rng = random.Random(f"phrases/{seed}/{index}")
+            phrases += [
+                {"image": name, "text": text, "phrases": named_boxes(scene, text, size)}
+                for text in (scene_text(scene, rng), scene_text(scene, rng))
+            ]
     for name, content in records.items():
         write_json(paths[name], content, indent=1)
+    write_text(paths["phrases"], "".join(f"{json.dumps(each)}\n" for each in phrases))
     return paths
 
 

@@ -150,9 +150,15 @@ def make_plan(
             number of all.
 
     Raises:
-        ConfigError: The data cannot be used, or the batch cannot be shared.
+        ConfigError: The data cannot be used, the batch cannot be shared, or the run has no language
+            model.
         BackboneError: A model's config cannot be had.
     """
+    if config.stage == "ground":
+        raise ConfigError(
+            'a plan counts what a language model takes, and stage = "ground" has none; diffenc '
+            "info tells the memory of the diffusion model"
+        )
     if samples is not None and samples < 1:
         raise ConfigError(f"samples must be 1 or more, got {samples}")
     processes = process_count() if processes is None else processes
@@ -235,6 +241,18 @@ def _settings(config: TrainConfig, steps: int, processes: int, word: str) -> dic
         "precision": f"{optim.precision}, trained weights in fp32{again}",
         "prompts": config.data.prompts,
         "split": split,
+        **_grounded(config),
+    }
+
+
+def _grounded(config: TrainConfig) -> dict[str, str]:
+    """What is said of phrases that are learnt beside, for which nothing is counted."""
+    ground = config.ground
+    if ground is None:
+        return {}
+    return {
+        "phrases": f"{ground.annotations}, {ground.weight:g} x their loss; one more pass of the "
+        "U-Net a sample, which memory and time below do not count"
     }
 
 

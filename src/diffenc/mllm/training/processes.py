@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from diffenc.errors import ConfigError
+from diffenc.grounding.samples import GroundedImage
 from diffenc.mllm.training.data import TrainSample
 from diffenc.storage.writing import locked, make_folder
 
@@ -40,7 +41,7 @@ def of_all(rows: list[Any]) -> tuple[Any, ...]:
     return tuple(gather_object(rows))
 
 
-def require_same(samples: Sequence[TrainSample]) -> None:
+def require_same(samples: Sequence[TrainSample] | Sequence[GroundedImage]) -> None:
     """Raise a `ConfigError` unless all processes train on the same samples."""
     keys = "\0".join(sample.key for sample in samples)
     counts = of_all([(len(samples), hashlib.sha256(keys.encode(errors="replace")).hexdigest())])

@@ -1,7 +1,7 @@
-"""The two stages of LLaVA's recipe: align the projector, then instruct the language model."""
+"""A run: one of the two stages of LLaVA's recipe, or an encoder that is grounded alone."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,10 @@ import torch
 
 from diffenc._optional import require
 from diffenc.errors import ImageError
+from diffenc.grounding.samples import GroundedImage
 from diffenc.inputs.policies import parse_policy
-from diffenc.mllm.training.build import build_vlm
+from diffenc.mllm.model import DiffusionVLM
+from diffenc.mllm.training.build import build_grounded, build_vlm
 from diffenc.mllm.training.checkpoints import (
     CONFIG_FILE,
     LEFT_OUT_FILE,
@@ -20,9 +22,17 @@ from diffenc.mllm.training.checkpoints import (
     step_of,
 )
 from diffenc.mllm.training.config import TrainConfig
-from diffenc.mllm.training.data import DataReport, TrainSample, check_data
+from diffenc.mllm.training.data import DataReport, check_data
 from diffenc.mllm.training.dataset import make_dataset
+from diffenc.mllm.training.grounded import (
+    GroundedConversations,
+    GroundedEncoder,
+    GroundingLoss,
+    check_phrases,
+    phrase_dataset,
+)
 from diffenc.mllm.training.identity import (
+    Samples,
     check_same_run,
     check_same_weights,
     marks_of,
@@ -48,7 +58,8 @@ class TrainResult:
     """What a run did.
 
     Attributes:
-        model: Folder that `DiffusionVLM.from_pretrained` reads.
+        model: Folder that `DiffusionVLM.from_pretrained` reads; of the stage "ground",
+            `DiffusionEncoder.from_pretrained`.
         steps: Number of optimizer steps in all.
         resumed_at: Step from which the run went on; 0 is the beginning.
         loss: Mean loss over the steps of this call.
@@ -58,6 +69,8 @@ class TrainResult:
         skipped: Samples whose pictures broke while this call trained, and why.
         held: Bytes that this process held at the end, by use: its part of the weights, trained and
             frozen, and of AdamW's moments.
+        phrases: Report of the phrases that were learnt beside conversations; None where there were
+            none.
     """
 
     model: Path
@@ -69,6 +82,7 @@ class TrainResult:
     cache_misses: int = 0
     skipped: tuple[str, ...] = ()
     held: Mapping[str, int] = field(default_factory=dict)
+    phrases: DataReport | None = None
 
 
 def train(
@@ -80,7 +94,7 @@ def train(
     stop_after: int | None = None,
     looking: Callable[[int, int], None] | None = None,
 ) -> TrainResult:
-    """Run one stage.
+    """Run one stage, or ground an encoder.
 
     Under `torchrun` or `accelerate launch` every process calls this; the first one writes.
 
@@ -110,14 +124,37 @@ def train(
     checkpoint = starting_point(folder, resume=resume)
     skip = checkpoint is not None and config.data.skip_broken
     begun_without = read_left_out(folder) if skip else None
-    samples, report = check_data(config.data, policy, left_out=begun_without, progress=looking)
+    samples: Samples
+    report: DataReport
+    phrases: list[GroundedImage] = []
+    about_phrases: DataReport | None = None
+    if config.stage == "ground":
+        assert config.ground is not None
+        samples, report = check_phrases(
+            config.ground, config.data, left_out=begun_without, progress=looking
+        )
+    else:
+        samples, report = check_data(config.data, policy, left_out=begun_without, progress=looking)
+        if config.ground is not None:
+            phrases, about_phrases = check_phrases(config.ground, config.data, progress=looking)
     with alone(folder):
-        return _train(config, samples, report, checkpoint, own_device(device), progress, stop_after)
+        result = _train(
+            config,
+            samples,
+            phrases,
+            report,
+            checkpoint,
+            own_device(device),
+            progress,
+            stop_after,
+        )
+    return replace(result, phrases=about_phrases)
 
 
 def _train(
     config: TrainConfig,
-    samples: Sequence[TrainSample],
+    samples: Samples,
+    phrases: Sequence[GroundedImage],
     report: DataReport,
     checkpoint: Path | None,
     device: torch.device,
@@ -128,19 +165,25 @@ def _train(
 
     folder = Path(config.output)
     lasting = config.lasting()
-    identity = run_identity(lasting, samples, expanded(config.data.images))
+    images = config.data.images if config.ground is None else config.ground.images
+    identity = run_identity(lasting, samples, expanded(config.data.images or images), phrases)
     if checkpoint is not None:
         check_same_run(checkpoint, identity)
     # What is split goes to its device layer by layer: the whole may not fit there.
     split = config.optimizing.shard != "none" and process_count() > 1
-    vlm = build_vlm(config, device="cpu" if split else device)
+    place = torch.device("cpu") if split else device
+    vlm: DiffusionVLM | GroundedEncoder
+    if config.stage == "ground":
+        vlm = build_grounded(config, device=place)
+    else:
+        vlm = build_vlm(config, device=place)
     identity["weights"] = marks_of(vlm)
     if checkpoint is not None:
         check_same_weights(checkpoint, vlm)
     if config.optimizing.gradient_checkpointing:
         vlm.gradient_checkpointing_enable()
     cache = make_cache(config.data, vlm.encoder, folder) if config.keeps_tokens else None
-    dataset = make_dataset(config.data, vlm, samples, seed=config.seed, as_files=cache is not None)
+    dataset, beside = _rows(config, vlm, samples, phrases, as_files=cache is not None)
     if is_first_process():
         lasting.write(make_folder(folder) / CONFIG_FILE)
         if checkpoint is None:
@@ -151,6 +194,7 @@ def _train(
         dataset,
         identity=identity,
         cache=cache,
+        beside=beside,
         device=device,
         progress=progress,
         stop_after=stop_after,
@@ -181,6 +225,28 @@ def _train(
         skipped=of_all(list(trainer.broken)),
         held=held_bytes(vlm, trainer.optimizer),
     )
+
+
+def _rows(
+    config: TrainConfig,
+    vlm: DiffusionVLM | GroundedEncoder,
+    samples: Any,
+    phrases: Sequence[GroundedImage],
+    *,
+    as_files: bool,
+) -> "tuple[Any, GroundingLoss | None]":
+    """Rows of the run, and the loss on phrases that are learnt beside conversations."""
+    seed, data, ground = config.seed, config.data, config.ground
+    if isinstance(vlm, GroundedEncoder):
+        assert ground is not None
+        return phrase_dataset(samples, vlm.encoder, ground, data, seed=seed), None
+    conversations = make_dataset(data, vlm, samples, seed=seed, as_files=as_files)
+    if ground is None:
+        return conversations, None
+    encoder: Any = getattr(vlm.encoder, "diffusion", vlm.encoder)
+    rows = phrase_dataset(phrases, encoder, ground, data, seed=seed)
+    beside = GroundingLoss(encoder, ground, denoise=False)
+    return GroundedConversations(conversations, rows), beside
 
 
 def _save(config: TrainConfig, trainer: Any, folder: Path) -> None:

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback
 
 from diffenc.errors import BackboneError
+from diffenc.grounding import PhraseDataset, collate_phrases
 from diffenc.memory.cache import recall
 from diffenc.mllm.model import DiffusionVLM
 from diffenc.mllm.training.callbacks import RunCallback
@@ -28,6 +30,13 @@ from diffenc.mllm.training.dataset import (
     ImageFile,
     collate,
 )
+from diffenc.mllm.training.grounded import (
+    GROUNDED,
+    GroundedConversations,
+    GroundedEncoder,
+    GroundingLoss,
+    collate_grounded,
+)
 from diffenc.mllm.training.log import LOG_FILE, Progress
 from diffenc.mllm.training.processes import process_count
 from diffenc.mllm.training.sharding import gathered, is_sharded, load_optimizer, shard
@@ -38,30 +47,40 @@ from diffenc.storage.writing import make_folder, write_json
 
 logger = logging.getLogger(__name__)
 
+Samples = ConversationDataset | PhraseDataset | GroundedConversations
+"""Rows of a run."""
+_COLLATORS: dict[type, Any] = {
+    ConversationDataset: collate,
+    PhraseDataset: collate_phrases,
+    GroundedConversations: collate_grounded,
+}
+
 
 class VLMTrainer(Trainer):  # type: ignore[misc]  # transformers is seen as Any
     """A `Trainer` whose checkpoints hold trained parameters alone.
 
     Args:
-        vlm: Model that is trained.
+        vlm: Model that is trained, or an encoder in its place.
         dataset: Samples that the model is trained on.
         args: transformers' `TrainingArguments`.
         collator: Function that makes a batch of samples.
         identity: Description of the run, as JSON holds it; training goes on only from checkpoints
             that agree with it.
         cache: Cache of the frozen encoder's tokens; None keeps nothing.
+        beside: Loss on the phrases in a batch, beside that of the answers; None has none.
         callbacks: Further callbacks of the trainer.
     """
 
     def __init__(
         self,
-        vlm: DiffusionVLM,
-        dataset: ConversationDataset,
+        vlm: DiffusionVLM | GroundedEncoder,
+        dataset: Dataset[dict[str, Any]],
         args: Any,
         *,
         collator: Any,
         identity: dict[str, Any],
         cache: TokenCache | None = None,
+        beside: GroundingLoss | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         super().__init__(
@@ -72,7 +91,7 @@ class VLMTrainer(Trainer):  # type: ignore[misc]  # transformers is seen as Any
             callbacks=callbacks,
         )
         self.model_accepts_loss_kwargs = True
-        self.vlm, self.identity, self.cache = vlm, identity, cache
+        self.vlm, self.identity, self.cache, self.beside = vlm, identity, cache, beside
         self.broken: dict[str, None] = {}  # in the order in which they were noticed
         precision = str(self.accelerator.mixed_precision)
         self._digest = "" if cache is None else encoder_digest(vlm.encoder, precision)
@@ -89,18 +108,31 @@ class VLMTrainer(Trainer):  # type: ignore[misc]  # transformers is seen as Any
     ) -> Any:
         """The loss of a batch, whose pictures the cache may know."""
         inputs = dict(inputs)
-        for each in inputs.pop(BROKEN, ()):
+        grounded = inputs.pop(GROUNDED, None)
+        for each in (*inputs.pop(BROKEN, ()), *(grounded or {}).pop(BROKEN, ())):
             if each not in self.broken:
                 self.broken[each] = None
                 logger.warning("trained without the sample %s", each)
         if self.cache is not None:
             tokens = self._image_tokens(inputs["images"], inputs["prompts"])
             inputs = {**inputs, "images": None, "prompts": None, "image_tokens": tokens}
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.beside is None or return_outputs:
+            return loss
+        # The loss of the answers is divided by all answers of a step; this one is a batch's mean.
+        return loss + self.beside(grounded) / self.current_gradient_accumulation_steps
+
+    def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
+        """Log what transformers does, and the losses on phrases one by one."""
+        loss = self.vlm.loss if isinstance(self.vlm, GroundedEncoder) else self.beside
+        own = loss.means() if loss is not None and "loss" in logs else {}
+        super().log({**logs, **own}, *args, **options)
 
     @torch.no_grad()
     def _image_tokens(self, images: list[list[ImageFile]], prompts: list[str]) -> list[Tensor]:
         assert self.cache is not None
+        assert isinstance(self.vlm, DiffusionVLM)
+        vlm = self.vlm
         flat = [
             (file, prompt) for files, prompt in zip(images, prompts, strict=True) for file in files
         ]
@@ -109,7 +141,7 @@ class VLMTrainer(Trainer):  # type: ignore[misc]  # transformers is seen as Any
         def encode(rows: list[int]) -> list[Tensor]:
             pictures, texts = [flat[row][0].open() for row in rows], [flat[row][1] for row in rows]
             with self.accelerator.autocast():
-                return list(self.vlm.encode_images(pictures, texts))
+                return list(vlm.encode_images(pictures, texts))
 
         return [tokens.to(self.args.device) for tokens in recall(self.cache, names, encode)]
 
@@ -169,11 +201,12 @@ class VLMTrainer(Trainer):  # type: ignore[misc]  # transformers is seen as Any
 
 def make_trainer(
     config: TrainConfig,
-    vlm: DiffusionVLM,
-    dataset: ConversationDataset,
+    vlm: DiffusionVLM | GroundedEncoder,
+    dataset: Samples,
     *,
     identity: dict[str, Any],
     cache: TokenCache | None,
+    beside: GroundingLoss | None,
     device: torch.device,
     progress: Progress | None,
     stop_after: int | None,
@@ -186,6 +219,7 @@ def make_trainer(
         dataset: Samples that the model is trained on.
         identity: Description of the run, see `VLMTrainer`.
         cache: Cache of the frozen encoder's tokens; None keeps nothing.
+        beside: Loss on phrases, see `VLMTrainer`.
         device: Device of the model.
         progress: Function that is called after each step.
         stop_after: Number of steps after which training stops; None runs to the end.
@@ -228,14 +262,16 @@ def make_trainer(
     # The arguments have begun the process group. What is split comes before the optimizer is made.
     split = optim.shard != "none" and processes > 1
     if split:
+        assert isinstance(vlm, DiffusionVLM)
         shard(vlm, optim, arguments.device)
     trainer = VLMTrainer(
         vlm,
         dataset,
         arguments,
-        collator=collate,
+        collator=_COLLATORS[type(dataset)],
         identity=identity,
         cache=cache,
+        beside=beside,
         callbacks=[RunCallback(folder / LOG_FILE, progress, stop_after)],
     )
     trainer.remove_callback(PrinterCallback)
@@ -266,7 +302,7 @@ def _reading(checkpoint: str | None) -> Iterator[None]:
         ) from error
 
 
-def clear_caches(vlm: DiffusionVLM) -> None:
+def clear_caches(vlm: DiffusionVLM | GroundedEncoder) -> None:
     """Forget what the encoder remembers."""
     parts: tuple[Any, ...] = (vlm.encoder, getattr(vlm.encoder, "model", None))
     for part in parts:
