@@ -47,8 +47,8 @@ the question, and whether the last of several words' tokens is of the rest of th
 chosen for each kind of tokens and each reader on validation scenes."""
 
 _ABOUT_CLIP = """\
-`shapes-clip` was trained on scenes of one to three objects at 64 pixels and never saw a crowd: its \
-line says what a grid of another encoder gives, not what CLIP could."""
+`shapes-clip` was trained on scenes of one to three objects at 64 pixels and never saw a crowd: \
+its line says what a grid of another encoder gives, not what CLIP could."""
 
 _ABOUT_MISTAKES = """\
 Of the wrong answers, the share that is right of another object of the scene: the wrong object was \
