@@ -25,7 +25,12 @@ from diffenc.studies.budget_page import (
     verdict_table,
     word_table,
 )
-from diffenc.studies.crowd_readers import CrowdQuestions, CrowdReader, read_answers
+from diffenc.studies.crowd_readers import (
+    CrowdQuestions,
+    CrowdReader,
+    read_answers,
+    standardised,
+)
 from diffenc.studies.crowd_trials import (
     ANSWERS,
     CROWD_PROPERTIES,
@@ -136,7 +141,7 @@ def test_a_told_reader_knows_the_names_and_a_blind_one_the_property(trials) -> N
 
 def test_the_reader_is_two_attentions_and_a_linear_layer(trials) -> None:
     questions = CrowdQuestions.of(trials[:2])
-    reader = CrowdReader(torch.ones(3), 2 * torch.ones(3), tokens=4, answers=21, seed=0)
+    reader = CrowdReader(3, tokens=4, answers=21, seed=0)
     reader.requires_grad_(False)
     tokens = torch.randn(8, 4, 3, generator=torch.Generator().manual_seed(0))
     words = questions.words["told"]
@@ -144,15 +149,27 @@ def test_the_reader_is_two_attentions_and_a_linear_layer(trials) -> None:
     for parameter in reader.parameters():
         torch.nn.init.normal_(parameter)
     for row in range(8):
-        standard = (tokens[row] - 1) / 2 * 4 / 3**0.5
         logits = reader.prior.clone()
         for head in (0, 1):
             query = sum(words[row, head, w] * reader.query[w, head] for w in range(14))
-            scores = [float(standard[n] @ query + reader.slot[row % 4, head, n]) for n in range(4)]
+            scores = [
+                float(tokens[row, n] @ query + reader.slot[row % 4, head, n]) for n in range(4)
+            ]
             weights = np.exp(scores) / np.exp(scores).sum()
-            gathered = sum(float(weights[n]) * standard[n] for n in range(4))
+            gathered = sum(float(weights[n]) * tokens[row, n] for n in range(4))
             logits = logits + reader.value[:, head] @ gathered
         torch.testing.assert_close(reader(tokens, words)[row], logits, atol=1e-4, rtol=1e-4)
+
+
+def test_groups_of_channels_have_equal_lengths() -> None:
+    source = torch.Generator().manual_seed(0)
+    tokens = torch.randn(10, 7, 6, generator=source) * torch.tensor([1.0, 9, 2, 3, 1, 50]) + 5
+    made = standardised(TokenRows((tokens,), 20), (2, 4), split=12).take(torch.arange(20))
+    fitted = made[:12:2]
+    torch.testing.assert_close(fitted.mean(dim=(0, 1)), torch.zeros(6), atol=1e-5, rtol=0)
+    squares = fitted.square().sum(dim=(0, 1)) / (6 * 7 - 1)
+    torch.testing.assert_close(squares[:2], torch.full((2,), 4.0))  # 8 of the length's square
+    torch.testing.assert_close(squares[2:], torch.full((4,), 2.0))
 
 
 @pytest.mark.long
@@ -171,7 +188,9 @@ def test_who_is_told_finds_the_object_and_who_is_not_guesses() -> None:
     tokens = TokenRows((torch.from_numpy(rows),), 960)
     right = {}
     for reader in ("told", "blind"):
-        answers = read_answers(tokens, questions, reader, split=640, epochs=40, seed=0)
+        answers = read_answers(
+            tokens, questions, reader, groups=(21,), split=640, epochs=40, seed=0
+        )
         assert bool(questions.allowed[torch.arange(640, 960) % 4, answers].all())
         right[reader] = (answers == questions.labels[640:]).double().view(-1, 4).mean(dim=0)
     assert right["told"].mean() > 0.9
@@ -188,7 +207,13 @@ def test_heads_of_a_blind_reader_part(trials) -> None:
             rows[row, place] = torch.tensor([scene.objects[thing].x, 1.0, float(place)])
     questions = CrowdQuestions.of(trials)
     answers = read_answers(
-        TokenRows((rows,), 360), questions, "blind", split=240, epochs=60, seed=0
+        TokenRows((rows,), 360),
+        questions,
+        "blind",
+        groups=(3,),
+        split=240,
+        epochs=60,
+        seed=0,
     )
     relations = (answers == questions.labels[240:]).view(-1, 4)[:, 3]
     assert relations.double().mean() > 0.85

@@ -28,6 +28,7 @@ from diffenc.studies.budget_arms import (
     CrowdTokens,
     Family,
     Half,
+    groups_of,
 )
 from diffenc.studies.budget_costs import Cost, cost_of
 from diffenc.studies.crowd_readers import CrowdQuestions, read_answers
@@ -269,10 +270,12 @@ def study_budget(
         )
         answers: dict[_Place, Tensor] = {}
         for (arm, reader), steps in zip(arms, _portions(rows * scenes, len(arms)), strict=True):
+            rows_of_arm = tokens.rows(arm, choices.get((arm.family, reader), _NO_CHOICE))
             answers[arm, reader] = read_answers(
-                tokens.rows(arm, choices.get((arm.family, reader), _NO_CHOICE)),
+                rows_of_arm,
                 questions,
                 reader,
+                groups=groups_of(rows_of_arm),
                 split=split,
                 epochs=reader_epochs,
                 seed=seed,
@@ -358,7 +361,9 @@ def _choose(
 
     def accuracy(family: Family, reader: Reader, choice: Choice) -> float:
         rows = tokens.rows(_PROBED[family], choice)
-        labels = read_answers(rows, questions, reader, split=split, epochs=epochs, seed=0)
+        labels = read_answers(
+            rows, questions, reader, groups=groups_of(rows), split=split, epochs=epochs, seed=0
+        )
         done.add(next(portions))
         shares = _accuracy(labels, questions, split)
         return sum(shares.values()) / len(shares)

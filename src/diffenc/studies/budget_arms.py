@@ -213,6 +213,11 @@ class CrowdTokens:
         self._parts.setdefault(key, {}).setdefault(index, []).append(small)
 
 
+def groups_of(tokens: TokenRows) -> tuple[int, int]:
+    """Number of channels of features, and of places."""
+    return tokens.sources[0].shape[2] - PLACE_CHANNELS, PLACE_CHANNELS
+
+
 def _joined(parts: dict[int, list[Tensor]]) -> Tensor:
     """All batches in order: scene by scene, or row by row where every question has its own."""
     each = [torch.cat(batches) for batches in parts.values()]

@@ -78,28 +78,21 @@ class CrowdQuestions:
 class CrowdReader(nn.Module):
     """Linear reader of answers that attends to the tokens once for each object of a question.
 
+    Tokens are expected standardised, see `standardised`.
+
     The query of an attention is the sum of those of the words that are known of the question, so
     that names which were never seen together can be looked for. Beside what a token holds, its
     index counts, as in a language model with positions. Every attention begins nearly even.
 
     Args:
-        mean: Mean of each channel of the tokens.
-        deviation: Standard deviation of each channel of the tokens.
+        channels: Number of channels of a token.
         tokens: Number of tokens of a picture.
         answers: Number of different answers.
         seed: Seed of the initial queries.
     """
 
-    mean: Tensor
-    scale: Tensor
-
-    def __init__(
-        self, mean: Tensor, deviation: Tensor, *, tokens: int, answers: int, seed: int
-    ) -> None:
+    def __init__(self, channels: int, *, tokens: int, answers: int, seed: int) -> None:
         super().__init__()
-        channels = len(mean)
-        self.register_buffer("mean", mean)
-        self.register_buffer("scale", _LENGTH / channels**0.5 / deviation.clamp_min(1e-6))
         place: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
         source = torch.Generator("cpu").manual_seed(seed)
         queries = torch.randn(len(_WORDS), HEADS, channels, generator=source, **place)
@@ -112,12 +105,31 @@ class CrowdReader(nn.Module):
         self, tokens: Float[Tensor, "b n c"], words: Float[Tensor, "b heads words"]
     ) -> Float[Tensor, "b answers"]:
         """Logits of the answers."""
-        standard = (tokens.float() - self.mean) * self.scale
         queries = einsum(words, self.query, "b h w, w h c -> b h c")
         asks = words[:, 0, : len(CROWD_PROPERTIES)].argmax(dim=1)
-        scores = einsum(standard, queries, "b n c, b h c -> b h n") + self.slot[asks]
-        gathered = einsum(scores.softmax(dim=2), standard, "b h n, b n c -> b h c")
+        scores = einsum(tokens, queries, "b n c, b h c -> b h n") + self.slot[asks]
+        gathered = einsum(scores.softmax(dim=2), tokens, "b h n, b n c -> b h c")
         return einsum(gathered, self.value, "b h c, answers h c -> b answers") + self.prior
+
+
+def standardised(tokens: TokenRows, groups: Sequence[int], *, split: int) -> TokenRows:
+    """Tokens whose channels have mean 0 and whose groups of channels have equal lengths.
+
+    Without groups a place of few channels would be drowned by features of many.
+
+    Args:
+        tokens: Tokens of all rows.
+        groups: Widths of neighbouring groups of channels.
+        split: Number of rows that mean and deviation are taken over, counted from the first.
+    """
+    mean, deviation = tokens.statistics(split)
+    place: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    lengths = [
+        torch.full((width,), _LENGTH / (width * len(groups)) ** 0.5, **place) for width in groups
+    ]
+    scale = torch.cat(lengths) / deviation.clamp_min(1e-6)
+    (source,) = tokens.sources
+    return TokenRows(((source.float() - mean) * scale,), tokens.rows)
 
 
 def read_answers(
@@ -125,6 +137,7 @@ def read_answers(
     questions: CrowdQuestions,
     reader: Reader,
     *,
+    groups: Sequence[int],
     split: int,
     epochs: int,
     seed: int,
@@ -135,6 +148,7 @@ def read_answers(
         tokens: Tokens of all rows.
         questions: Questions of all rows.
         reader: Kind of reader, which says what it knows of a question: "told" or "blind".
+        groups: Widths of groups of channels that count alike: features, and places.
         split: Number of rows to fit, counted from the first.
         epochs: Number of passes over these rows.
         seed: Seed of the initial queries and of the order of rows.
@@ -142,11 +156,11 @@ def read_answers(
     Returns:
         Index of the answer to each row from `split` on, counted as `CrowdQuestions.labels`.
     """
-    mean, deviation = tokens.statistics(split)
+    tokens = standardised(tokens, groups, split=split)
+    (source,), each = tokens.sources, tokens.rows // len(tokens.sources[0])
     model = CrowdReader(
-        mean,
-        deviation,
-        tokens=tokens.sources[0].shape[1],
+        sum(groups),
+        tokens=source.shape[1],
         answers=questions.allowed.shape[1],
         seed=seed,
     )
@@ -156,7 +170,7 @@ def read_answers(
     words = questions.words[reader]
 
     def logits(rows: Tensor) -> Tensor:
-        return questions.masked(model(tokens.take(rows), words[rows]), rows)
+        return questions.masked(model(source[rows // each], words[rows]), rows)
 
     descend(
         optimizer,
