@@ -1,5 +1,6 @@
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from diffenc.cli.main import app
 from diffenc.errors import BackboneError, ConfigError
 from diffenc.shapes import Scene, SceneObject, masks, render
 from diffenc.studies import budget as budget_module
+from diffenc.studies import budget_costs
 from diffenc.studies.budget import BASES, BudgetStudy, decide, study_budget
 from diffenc.studies.budget_arms import MASKS, MOONSHOT, Arm, Choice, CrowdTokens
 from diffenc.studies.budget_page import (
@@ -56,9 +58,23 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_clip(tmp_path_factory.mktemp("clip"), hidden_size=12)
 
 
+def half_right(tokens, questions, _reader, *, groups, split, **_options) -> torch.Tensor:
+    """Answers in place of a reader's: half of them true, the others drawn."""
+    assert sum(groups) == tokens.sources[0].shape[2]
+    source = torch.Generator().manual_seed(sum(groups))
+    allowed = questions.allowed[torch.arange(split, tokens.rows) % 4]
+    drawn = torch.multinomial(allowed.float(), 1, generator=source)[:, 0]
+    return torch.where(
+        torch.rand(len(drawn), generator=source) < 0.5, questions.labels[split:], drawn
+    )
+
+
 @pytest.fixture(scope="module")
-def study(tiny_sd_folder: Path, clip_folder: Path) -> BudgetStudy:
-    return study_budget(str(tiny_sd_folder), clip=str(clip_folder), **{**QUICK, "seeds": 2})
+def study(tiny_sd_folder: Path, clip_folder: Path) -> Iterator[BudgetStudy]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(budget_module, "read_answers", half_right)
+        patch.setattr(budget_costs, "_CALLS", 1)
+        yield study_budget(str(tiny_sd_folder), clip=str(clip_folder), **{**QUICK, "seeds": 2})
 
 
 def of_words(scene: Scene, *words: str) -> list[SceneObject]:
@@ -370,6 +386,7 @@ def test_settings_are_chosen_on_validation_scenes_alone(tiny_sd_folder, monkeypa
         return right if good else (right + 1) % 21
 
     monkeypatch.setattr(budget_module, "read_answers", reader_of_one_tap)
+    monkeypatch.setattr(budget_costs, "_CALLS", 1)
     study = study_budget(encoder.backbone, clip=None, **QUICK)
     assert {row.choice.taps for row in study.rows} == {(best,)}
     assert all(row.mean.mean == 0 for row in study.rows)
@@ -435,7 +452,8 @@ def test_the_page_holds_every_number_of_the_tables(study, tmp_path) -> None:
 
 
 @pytest.mark.long
-def test_runs_repeat_and_leave_everything_as_it_was(tiny_sd_folder) -> None:
+def test_runs_repeat_and_leave_everything_as_it_was(tiny_sd_folder, monkeypatch) -> None:
+    monkeypatch.setattr(budget_costs, "_CALLS", 1)
     encoder = DiffusionEncoder.from_pretrained(tiny_sd_folder)
     before = {name: value.clone() for name, value in encoder.backbone.state_dict().items()}
     state = torch.random.get_rng_state()
@@ -488,8 +506,10 @@ def test_a_clip_that_is_not_there_is_an_error_unless_it_is_the_bundled_one(
 
 @pytest.mark.long
 def test_the_command_prints_tables_and_writes_page_numbers_and_picture(
-    tiny_sd_folder, tmp_path
+    tiny_sd_folder, tmp_path, monkeypatch
 ) -> None:
+    monkeypatch.setattr(budget_module, "read_answers", half_right)
+    monkeypatch.setattr(budget_costs, "_CALLS", 1)
     arguments = ["study", "budget", "-b", str(tiny_sd_folder), "--clip", "none", "--quick"]
     result = CliRunner().invoke(app, [*arguments, "-o", str(tmp_path)])
     assert result.exit_code == 0, result.output

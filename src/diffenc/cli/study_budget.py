@@ -29,10 +29,10 @@ def budget(
         str,
         typer.Option(metavar="NAME", help="CLIP beside: a folder, a Hub id, shapes-clip, or none."),
     ] = "shapes-clip",
-    scenes: Annotated[int, typer.Option(help="Number of scenes per seed, 30 or more.")] = 600,
+    scenes: Annotated[int, typer.Option(help="Number of scenes per seed, 30 or more.")] = 240,
     validation: Annotated[
         int, typer.Option(help="Number of scenes that settings are chosen on, 30 or more.")
-    ] = 300,
+    ] = 120,
     seeds: Annotated[
         int, typer.Option(help="Number of repetitions with other scenes and noise.")
     ] = 3,
@@ -46,7 +46,7 @@ def budget(
     """How many tokens a picture needs: cells of a grid, words of the question, or both.
 
     Small readers answer questions about crowded held-out scenes, told the question or asked through
-    the encoder only. Takes some twenty minutes with the bundled model on one core.
+    the encoder only. Takes some ten minutes with the bundled model on one core.
     """
     from diffenc.studies.budget import study_budget
     from diffenc.studies.budget_page import draw_budget, to_markdown

@@ -16,7 +16,7 @@ from diffenc.passes.word_tokens import word_layers
 from diffenc.projector.plain import Projector
 from diffenc.studies.budget_arms import Arm, Choice
 
-_CALLS = 9
+_CALLS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Cost:
 
     Attributes:
         rows: Number of rows that the U-Net runs.
-        milliseconds: Time of one call, median of nine: processor time of all threads on a CPU, on
+        milliseconds: Time of one call, median of five: processor time of all threads on a CPU, on
             another device wall-clock time.
     """
 

@@ -236,7 +236,7 @@ def _about_costs(study: BudgetStudy) -> str:
     load = "" if first is None else f", load average {first} before the study and {last} after it"
     return (
         "U-Net rows and time of one call for one picture and one question with nothing remembered, "
-        "VAE included: processor time on a CPU, wall-clock time elsewhere, median of nine calls "
+        "VAE included: processor time on a CPU, wall-clock time elsewhere, median of five calls "
         f"({settings['threads']} threads{load}). A second question about a picture costs the row "
         "under the question alone. Every token is one token of the language model."
     )
