@@ -9,6 +9,7 @@ from diffenc.cli.fields import split_names
 from diffenc.cli.noted import NotedCommand
 from diffenc.cli.options import Debug, Device, Dtype, Force, to_device, to_dtype
 from diffenc.cli.parsing import parse_scales, parse_timestep, parse_timesteps
+from diffenc.cli.study_budget import budget
 from diffenc.cli.study_report import Output, Quick, run_and_report
 from diffenc.cli.study_table import table
 from diffenc.cli.study_vlm import add_studies
@@ -506,6 +507,7 @@ def leakage_readout(
     )
 
 
+study.command(cls=NotedCommand)(budget)
 study.command(cls=NotedCommand)(table)
 add_studies(study)
 

@@ -28,6 +28,7 @@ _HELP = {
     "lora": "LoRA on the U-Net's cross-attention in the second stage.",
     "captioner": "The implicit captioner, against no text and against questions.",
     "refinement": "Captions fed back as prompts, pass after pass.",
+    "tokens": "Few tokens of the question's words against a grid of 64, in crowded scenes.",
 }
 _MORE = """
 

@@ -110,6 +110,10 @@ def shapes_data(
     lettered: Annotated[
         int, typer.Option(help="Number of further questions, with options and a letter as answer.")
     ] = 2,
+    size: Annotated[int, typer.Option(metavar="PIXELS", help="Side of the pictures.")] = 64,
+    crowds: Annotated[
+        bool, typer.Option("--crowds", help="Scenes of five to nine objects, for --size 96.")
+    ] = False,
     _debug: Debug = False,
 ) -> None:
     """Write coloured shapes in LLaVA's format: align.json, instruct.json and images/.
@@ -118,5 +122,13 @@ def shapes_data(
     """
     from diffenc.mllm.training.miniature import write_miniature
 
-    paths = write_miniature(folder, scenes=scenes, seed=seed, turns=turns, lettered=lettered)
+    paths = write_miniature(
+        folder,
+        scenes=scenes,
+        seed=seed,
+        turns=turns,
+        lettered=lettered,
+        size=size,
+        crowds=crowds,
+    )
     typer.echo(f"wrote {', '.join(map(str, paths.values()))}")

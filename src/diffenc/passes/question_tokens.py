@@ -149,18 +149,29 @@ def question_tokens(
     """
     least = max(config.word_count, 2)  # a word, be it absent, and the rest
     gathered = gather_words(features, attention, words, count=least - 1, rest=True)
-    of_words = _with_places(gathered)[..., least - config.word_count :, :]
+    of_words = placed_words(gathered)[..., least - config.word_count :, :]
     if config.tokens == "words":
         return of_words
     cells = features.tokens(grid)
     sides = features.grid if grid is None else (grid, grid) if isinstance(grid, int) else grid
-    of_cells = embed_places(cell_places(sides, cells.device)).to(cells.dtype)
-    placed = torch.cat([cells, of_cells.expand(*cells.shape[:-1], -1)], dim=-1)
-    return torch.cat([placed, of_words], dim=-2)
+    return torch.cat([placed_cells(cells, sides), of_words], dim=-2)
 
 
-def _with_places(gathered: WordTokens) -> Float[Tensor, "b *t words c"]:
-    """Tokens and their places; absent words are zeros throughout."""
+def placed_cells(
+    cells: Float[Tensor, "*b n c"], grid: tuple[int, int]
+) -> Float[Tensor, "*b n c_32"]:
+    """Tokens of a grid's cells, row by row, with the waves of their places.
+
+    Args:
+        cells: Tokens of the cells.
+        grid: (height, width) of the grid.
+    """
+    waves = embed_places(cell_places(grid, cells.device)).to(cells.dtype)
+    return torch.cat([cells, waves.expand(*cells.shape[:-1], -1)], dim=-1)
+
+
+def placed_words(gathered: WordTokens) -> Float[Tensor, "b *t words c_32"]:
+    """Tokens of words with the waves of their places; absent words are zeros throughout."""
     height, width = gathered.maps.shape[-2:]
     waves = embed_places(_of_areas(gathered.places, (height, width)))
     mask = gathered.mask[:, None] if waves.ndim == 4 else gathered.mask

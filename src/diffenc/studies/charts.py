@@ -72,6 +72,8 @@ class Panel:
         axis: Label of the horizontal axis.
         joined: Whether points over names have a line, as those over rising numbers.
         guessing: What guessing reaches, drawn as a broken line; None draws none.
+        logarithmic: Whether the horizontal axis of numbers is logarithmic, with a tick at every
+            place of a point.
     """
 
     title: str
@@ -81,6 +83,7 @@ class Panel:
     axis: str = ""
     joined: bool = False
     guessing: float | None = None
+    logarithmic: bool = False
 
 
 def need_charts() -> None:
@@ -222,5 +225,10 @@ def _plot(place: Any, panel: Panel) -> None:
             place.legend(fontsize=8, loc="best")
     else:
         last = max((max(series.places) for series in panel.series), default=1)
-        place.set_xticks(range(1, int(last) + 1))
+        ticks: Sequence[float] = range(1, int(last) + 1)
+        if panel.logarithmic:
+            ticks = sorted({each for series in panel.series for each in series.places})
+            place.set_xscale("log")
+            place.minorticks_off()
+        place.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         place.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14))

@@ -12,6 +12,7 @@ from typing import Any
 
 from diffenc.errors import ConfigError
 from diffenc.shapes import captions, conversation, render, sample_scenes
+from diffenc.shapes.crowds import sample_crowds
 from diffenc.shapes.phrases import named_boxes, scene_text
 from diffenc.storage.writing import make_folder, reporting, write_json, write_text
 
@@ -29,6 +30,7 @@ def write_miniature(
     turns: int = 3,
     lettered: int = 2,
     size: int = 64,
+    crowds: bool = False,
 ) -> dict[str, Path]:
     """Write pictures, captions for the first stage, conversations for the second, and phrases.
 
@@ -46,6 +48,8 @@ def write_miniature(
         lettered: Number of further questions of a conversation that list options, in the words of
             the miniature's MMVP and BLINK, and are answered by a letter.
         size: Side of the pictures, in pixels.
+        crowds: Whether scenes have five to nine objects, see `diffenc.shapes.sample_crowd`;
+            otherwise they have one to three.
 
     Returns:
         Paths under "align", "instruct", "phrases" and "images".
@@ -62,8 +66,9 @@ def write_miniature(
     phrases: list[dict[str, Any]] = []
     records: dict[str, list[dict[str, Any]]] = {"align": [], "instruct": []}
     make_folder(paths["images"])
+    sample = sample_crowds if crowds else sample_scenes
     with reporting(target):
-        for index, scene in enumerate(sample_scenes(scenes, seed=seed)):
+        for index, scene in enumerate(sample(scenes, seed=seed)):
             name = f"{index:06}.png"
             render(scene, size).save(paths["images"] / name)
             texts = captions(scene, _CAPTIONS, seed=index)
@@ -95,6 +100,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--lettered", type=int, default=2)
     parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--crowds", action="store_true")
     write_miniature(**vars(parser.parse_args()))
 
 

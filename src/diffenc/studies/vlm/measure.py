@@ -18,6 +18,7 @@ from diffenc.evals.choices.miniature import shapes_mmvp
 from diffenc.evals.leakage.evaluate import evaluate_leakage
 from diffenc.mllm.training.miniature import REQUEST
 from diffenc.shapes.captions import captions
+from diffenc.shapes.crowds import sample_crowd
 from diffenc.shapes.questions import QUESTION_KINDS, Question, questions
 from diffenc.shapes.render import render
 from diffenc.shapes.scenes import Scene, sample_scene, sample_scenes
@@ -36,6 +37,8 @@ EDITIONS: Mapping[str, int] = {"answers": 2}
 """Number of the making of what is asked, where it was made otherwise before."""
 
 CAPTION_TOKENS, ANSWER_TOKENS = 32, 12
+SIDE, CROWD_SIDE = 64, 96
+"""Side of a picture of one to three objects, and of a crowded one, in pixels."""
 _OBJECTS = (1, 2, 3, 2, 3)
 _BATCH = 32
 _EXAMPLES = 4
@@ -150,6 +153,7 @@ def ask_questions(
     *,
     seed: int,
     prompts: Callable[[Sequence[Scene], Sequence[str]], Sequence[str]] | None = None,
+    crowds: bool = False,
 ) -> tuple[tuple[Question, ...], list[str]]:
     """Questions on scenes, all kinds in turn, and what a model answers.
 
@@ -159,11 +163,12 @@ def ask_questions(
         seed: Seed of the scenes and of the choice of questions.
         prompts: Function that returns the encoder's prompts, from scenes and questions; None takes
             the questions.
+        crowds: Whether scenes have five to nine objects; otherwise they have one to three.
     """
-    scenes, chosen = zip(*(_asked(index, seed) for index in range(count)), strict=True)
+    scenes, chosen = zip(*(_asked(index, seed, crowds) for index in range(count)), strict=True)
     texts = [question.text for question in chosen]
     words = texts if prompts is None else prompts(scenes, texts)
-    pictures = [render(scene) for scene in scenes]
+    pictures = [render(scene, CROWD_SIDE if crowds else SIDE) for scene in scenes]
     return chosen, _in_batches(generate, pictures, texts, words, ANSWER_TOKENS)
 
 
@@ -176,19 +181,22 @@ def _answers(
     measurement: Measurement, generate: Generate, seed: int, writer: Writer | None
 ) -> Measured:
     prompts: list[str] = []
+    crowds = measurement.crowds
 
     def make_prompts(scenes: Sequence[Scene], texts: Sequence[str]) -> list[str]:
         truth = [captions(scene, 1, seed=seed + index)[0] for index, scene in enumerate(scenes)]
         prompts[:] = _prompts(
             measurement,
             writer,
-            lambda: [render(scene) for scene in scenes],
+            lambda: [render(scene, CROWD_SIDE if crowds else SIDE) for scene in scenes],
             captions=truth,
             questions=texts,
         )
         return prompts
 
-    chosen, answers = ask_questions(generate, measurement.items, seed=seed, prompts=make_prompts)
+    chosen, answers = ask_questions(
+        generate, measurement.items, seed=seed, prompts=make_prompts, crowds=crowds
+    )
     right = [is_right(text, question) for text, question in zip(answers, chosen, strict=True)]
     unread = [_plain(text) not in q.choices for text, q in zip(answers, chosen, strict=True)]
     figures: Figures = {
@@ -302,7 +310,7 @@ def _cider(references: Mapping[str, Sequence[str]], said: Mapping[str, str]) -> 
     return scores.values["cider"]
 
 
-def _asked(index: int, seed: int) -> tuple[Scene, Question]:
+def _asked(index: int, seed: int, crowds: bool) -> tuple[Scene, Question]:
     """A scene and a question about it.
 
     Kinds of questions take turns, and so do numbers of objects within each kind: a scene of one
@@ -313,7 +321,7 @@ def _asked(index: int, seed: int) -> tuple[Scene, Question]:
     kind = QUESTION_KINDS[number]
     counts = [count for count in _OBJECTS if count > 1 or kind != "relation"]
     while True:
-        scene = sample_scene(rng, count=counts[turn % len(counts)])
+        scene = sample_crowd(rng) if crowds else sample_scene(rng, count=counts[turn % len(counts)])
         every = questions(scene, seed=rng.randrange(1 << 30))
         if own := [question for question in every if question.kind == kind]:
             return scene, rng.choice(own)

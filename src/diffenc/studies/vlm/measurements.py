@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffenc.checks.arguments import whole
+from diffenc.checks.arguments import flag, whole
 from diffenc.config import check_choice
 from diffenc.errors import ConfigError, near_matches
 
@@ -89,6 +89,7 @@ class Measurement:
         items: Number of held-out scenes per seed, 3 or more; for "mmvp", of pairs per pattern.
         passes: Number of passes over the pictures, for "captions" alone; from the second on, the
             caption of the pass before is the prompt.
+        crowds: Whether the scenes have five to nine objects, for "answers" alone.
         options: Options of the encoder that differ from those of training.
     """
 
@@ -99,6 +100,7 @@ class Measurement:
     prompts: str = "none"
     items: int = 100
     passes: int = 1
+    crowds: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -109,6 +111,9 @@ class Measurement:
         whole(f"{where}.passes", self.passes, least=1)
         if self.passes > 1 and self.kind != "captions":
             raise ConfigError(f'{where}.passes is for kind = "captions"')
+        flag(f"{where}.crowds", self.crowds)
+        if self.crowds and self.kind != "answers":
+            raise ConfigError(f'{where}.crowds is for kind = "answers"')
         if self.kind == "leakage" and self.prompts != "none":
             raise ConfigError(f"{where}.prompts: leakage has prompts of its own; leave them out")
         prompting = parse_prompting(self.prompts, where)

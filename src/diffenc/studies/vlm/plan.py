@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from diffenc.checks.arguments import whole
+from diffenc.checks.arguments import flag, whole
 from diffenc.config import check_choice
 from diffenc.errors import ConfigError
 from diffenc.evals.paper import published_tables
@@ -27,15 +27,21 @@ class StudyData:
         scenes: Number of scenes of coloured shapes to train on.
         seed: Seed of these scenes, 0 to 899,999; held-out scenes have seeds of their own.
         turns: Largest number of questions in a conversation.
+        lettered: Number of further questions that list options and are answered by a letter.
+        crowds: Whether scenes have five to nine objects, at 96 pixels.
     """
 
     scenes: int = 1000
     seed: int = 0
     turns: int = 3
+    lettered: int = 2
+    crowds: bool = False
 
     def __post_init__(self) -> None:
         whole("data.scenes", self.scenes, least=1)
         whole("data.turns", self.turns, least=1)
+        whole("data.lettered", self.lettered, least=0)
+        flag("data.crowds", self.crowds)
         if not 0 <= self.seed < 900_000:
             raise ConfigError(
                 f"data.seed must be 0 to 899999, got {self.seed}; from 900000 on scenes are held "

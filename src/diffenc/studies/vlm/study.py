@@ -221,6 +221,8 @@ class _Run:
     def _path(self, training: str, measurement: Measurement, seed: int) -> Path:
         names = ("name", "label", "of")
         content = {k: v for k, v in asdict(measurement).items() if k not in names}
+        if not measurement.crowds:  # results from before there were crowds stay valid
+            del content["crowds"]
         writer = measurement.writer
         content["prompts"] = measurement.prompts.replace(f"by {writer}", "by another")
         identity = digest_of(

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_args
@@ -29,7 +29,8 @@ from diffenc.storage.names import is_folder
 from diffenc.storage.pretrained import model_config
 from diffenc.storage.reading import DATA_BYTES, read_bytes, read_json
 from diffenc.storage.writing import locked, make_folder, remove_folder, reporting, write_json
-from diffenc.studies.vlm.plan import StudyPlan
+from diffenc.studies.vlm.measure import CROWD_SIDE, SIDE
+from diffenc.studies.vlm.plan import StudyData, StudyPlan
 
 _WHAT_FILE = "what.json"
 _TOKENS = "tokens"
@@ -77,31 +78,44 @@ class Workshop:
         Raises:
             OutputError: The folder cannot be written.
         """
-        scenes, seed, turns = self._scenes()
+        data = self.plan.data
         edition = ".".join(map(str, EDITIONS.values()))
-        target = self.folder / f"shapes-{scenes}-{seed}-{turns}-{edition}"
+        other = "".join(f"-{name}-{value}" for name, value in self._other_data().items())
+        name = f"shapes-{data.scenes}-{data.seed}-{data.turns}-{edition}{other}"
+        target = self.folder / name
         with locked(self.folder, purpose="writing the data", wait=True, name=target.name):
             if not is_folder(target):
                 partial = self.folder / f".{target.name}.partial"  # of one that was killed
                 remove_folder(partial)
-                write_miniature(partial, scenes=scenes, seed=seed, turns=turns)
+                write_miniature(
+                    partial,
+                    scenes=data.scenes,
+                    seed=data.seed,
+                    turns=data.turns,
+                    lettered=data.lettered,
+                    size=CROWD_SIDE if data.crowds else SIDE,
+                    crowds=data.crowds,
+                )
                 with reporting(target):
                     partial.rename(target)
         stages = {stage: target / f"{stage}.json" for stage in get_args(Stage)}
         return {**stages, "images": target / "images"}
 
-    def _scenes(self) -> tuple[int, int, int]:
-        return self.plan.data.scenes, self.plan.data.seed, self.plan.data.turns
+    def _other_data(self) -> dict[str, Any]:
+        """Options of the data that are not as usual."""
+        data, usual = asdict(self.plan.data), asdict(StudyData())
+        return {name: data[name] for name in ("lettered", "crowds") if data[name] != usual[name]}
 
     def identity(self, name: str, seed: int) -> str:
         """Digest of a training with a seed: equal for equal results, wherever files lie."""
-        training = self.plan.trainings[name]
+        training, data = self.plan.trainings[name], self.plan.data
         config = self.plan.config(name, seed=seed)
         return digest_of(
             {
                 "version": __version__,
                 "config": _deciding(config),
-                "scenes": list(self._scenes()),
+                "scenes": [data.scenes, data.seed, data.turns],
+                **self._other_data(),
                 "learns from": f"{training.learns_from} {EDITIONS[training.learns_from]}",
                 "start": self.identity(training.start, seed) if training.start else "",
                 "parts": {part: self._fingerprint(part) for part in self._parts(name)},

@@ -1,0 +1,135 @@
+"""Crowded scenes in what studies of language models learn from and are asked."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffenc.errors import ConfigError
+from diffenc.mllm.training import write_miniature
+from diffenc.studies.charts import Panel, Series, draw_panels
+from diffenc.studies.spreads import Spread
+from diffenc.studies.vlm.measure import ask_questions, measure
+from diffenc.studies.vlm.measurements import Measurement
+from diffenc.studies.vlm.plan_file import bundled_plan, parse_plan
+from diffenc.studies.vlm.workshop import Workshop
+
+PLAN = """
+title = "T"
+about = "A"
+[data]
+scenes = 6
+turns = 1
+[model]
+encoder = "E"
+language_model = "L"
+template = "chat"
+[train.first]
+stage = "align"
+[measure.answers]
+kind = "answers"
+"""
+
+
+def blobs(picture: Image.Image) -> int:
+    """Number of hues that saturated pixels have, at least 20 of each."""
+    hue, saturation, _ = np.asarray(picture.convert("HSV"), int).transpose(2, 0, 1)
+    counts = Counter((hue[saturation > 150] // 20).tolist())
+    return sum(count >= 20 for count in counts.values())
+
+
+def test_crowded_data_has_crowded_pictures_and_few_has_few(tmp_path) -> None:
+    paths = write_miniature(tmp_path, scenes=12, size=96, crowds=True, turns=1, lettered=0)
+    plain = write_miniature(tmp_path / "plain", scenes=12, turns=1)
+    pictures = [Image.open(path) for path in sorted(paths["images"].iterdir())]
+    few = [Image.open(path) for path in sorted(plain["images"].iterdir())]
+    assert {picture.size for picture in pictures} == {(96, 96)}
+    assert {picture.size for picture in few} == {(64, 64)}
+    assert sum(map(blobs, pictures)) > 1.5 * sum(map(blobs, few))
+    talks = json.loads(paths["instruct"].read_text("utf-8"))
+    assert {len(talk["conversations"]) for talk in talks} == {2}
+
+
+def test_crowded_questions_are_asked_about_crowded_pictures() -> None:
+    shown: list[Image.Image] = []
+
+    def generate(images, _questions, **_options):
+        shown.extend(picture for (picture,) in images)
+        return ["red"] * len(images)
+
+    chosen, answers = ask_questions(generate, 42, seed=973_000, crowds=True)
+    assert {picture.size for picture in shown} == {(96, 96)}
+    assert answers == ["red"] * 42
+    assert max(index for question in chosen for index in question.subjects) > 2
+    crowded = sum(map(blobs, shown))
+    shown.clear()
+    chosen, _ = ask_questions(generate, 42, seed=973_000)
+    assert {picture.size for picture in shown} == {(64, 64)}
+    assert max(index for question in chosen for index in question.subjects) <= 2
+    assert crowded > 1.5 * sum(map(blobs, shown))
+
+
+def test_a_measurement_on_crowds_asks_about_crowds() -> None:
+    sizes: set[tuple[int, int]] = set()
+
+    def generate(images, questions, prompts, **_options):
+        sizes.update(picture.size for (picture,) in images)
+        assert prompts == questions
+        return ["red"] * len(images)
+
+    crowded = Measurement(name="m", kind="answers", prompts="question", items=14, crowds=True)
+    figures = measure(crowded, generate, seed=0).figures
+    assert sizes == {(96, 96)}
+    assert figures["color"] in (0.0, 50.0, 100.0)  # two of fourteen questions
+    with pytest.raises(ConfigError, match=r'measure\.m\.crowds is for kind = "answers"'):
+        Measurement(name="m", kind="captions", crowds=True)
+    with pytest.raises(ConfigError, match=r"measure\.m\.crowds must be True or False"):
+        Measurement(name="m", kind="answers", crowds=1)  # type: ignore[arg-type]
+
+
+def test_crowded_data_is_written_and_other_data_stays_what_it_was(tmp_path) -> None:
+    def shop(more: str = "") -> Workshop:
+        return Workshop(parse_plan("p", PLAN.replace("turns = 1", f"turns = 1\n{more}")), tmp_path)
+
+    usual, crowded, plain = shop(), shop("crowds = true\nlettered = 0"), shop("lettered = 2")
+    assert usual.folder_of("first", 0) == plain.folder_of("first", 0)
+    assert usual.folder_of("first", 0) != crowded.folder_of("first", 0)
+    first, second = usual.data(), crowded.data()
+    assert first["images"].parent.name == "shapes-6-0-1-1.2"
+    assert second["images"].parent.name == "shapes-6-0-1-1.2-lettered-0-crowds-True"
+    assert Image.open(next(second["images"].iterdir())).size == (96, 96)
+    assert Image.open(next(first["images"].iterdir())).size == (64, 64)
+    for more, said in (("crowds = 1", "crowds"), ("lettered = -1", "lettered must be")):
+        with pytest.raises(ConfigError, match=said):
+            shop(more)
+
+
+def test_the_plan_of_tokens_compares_64_cells_with_twelve_tokens() -> None:
+    plan = bundled_plan("tokens")
+    few, grid, cells = (plan.model(name)["options"] for name in ("few", "grid", "cells"))
+    assert (few["tokens"], few["word_count"], few["grid"]) == ("grid+words", 8, 2)
+    assert (grid["grid"], cells["grid"]) == (8, 2)
+    assert "tokens" not in grid
+    assert plan.data.crowds
+    assert all(measurement.crowds for measurement in plan.measurements.values())
+
+
+def test_an_axis_is_logarithmic_where_a_panel_says_so(tmp_path, monkeypatch) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    drawn = []
+    plain = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *a, **k: (drawn.append(self), plain(self, *a, **k))[1]
+    )
+    series = Series("own", [1, 4, 64], [Spread((0.1, 0.2))] * 3)
+    for flag in (True, False):
+        panel = Panel("t", "u", [series], axis="tokens", logarithmic=flag)
+        draw_panels([panel], tmp_path / f"{flag}.png", title="t")
+    logarithmic, linear = (figure.axes[0] for figure in drawn)
+    assert (logarithmic.get_xscale(), linear.get_xscale()) == ("log", "linear")
+    assert [tick.get_text() for tick in logarithmic.get_xticklabels()] == ["1", "4", "64"]
+    assert len(linear.get_xticks()) == 64
