@@ -21,7 +21,6 @@ BEGIN, END = "<!-- models -->\n", "<!-- end -->\n"
 LICENCES = {
     "shapes": "Apache-2.0",
     "shapes-many": "Apache-2.0",
-    "shapes-dit": "Apache-2.0",
     "sd1.5": "CreativeML Open RAIL-M",
     "sd2.1-base": "CreativeML Open RAIL++-M",
     "sd2.1": "CreativeML Open RAIL++-M",

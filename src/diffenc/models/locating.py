@@ -12,7 +12,7 @@ from diffenc.models.folder import read_architecture
 from diffenc.models.parts import GivenParts
 from diffenc.models.pipelines import is_pipeline, pipeline_architecture, pipeline_name
 from diffenc.models.schedules import PREDICTIONS, make_scheduler
-from diffenc.models.shapes import BUNDLED_MODELS
+from diffenc.models.shapes import BUNDLED_MODELS, SHAPES_TAPS
 from diffenc.models.single_file import SingleFile
 from diffenc.models.sources import SOURCES, lasting_source, resolve_folder, single_file
 from diffenc.models.variants import check_configs
@@ -117,8 +117,8 @@ def _own_configs(located: Located) -> Architecture:
             "Pass 'sd1.5', 'sd2.1-base', 'sd2.1', 'sdxl', or a diffusers folder."
         )
     if described is None:
-        folder = resolve_folder(name, weights=False)
-        described = read_architecture(folder, own_taps=BUNDLED_MODELS.get(name))
+        own_taps = SHAPES_TAPS if name in BUNDLED_MODELS else None
+        described = read_architecture(resolve_folder(name, weights=False), own_taps=own_taps)
     if file is None:
         return described
     return file.described(described, prediction_type=located.prediction_type, chosen=located.chosen)

@@ -20,15 +20,14 @@ TOKENS = {"PixArtSigmaPipeline": 300, "PixArtAlphaPipeline": 120}
 
 
 class PixArt(Backbone):
-    """One text encoder, whose states condition every block by cross-attention.
+    """One T5, whose states condition every block by cross-attention.
 
     Only a text's own states are kept, without the padding that the pipeline masks. Texts are read
     in lower case, as the pipeline reads them. What the denoiser predicts beside the noise, its
     variance, is left out.
 
     Args:
-        text_encoder: Text encoder, a `T5EncoderModel`; that of the bundled miniature is a
-            `CLIPTextModel`.
+        text_encoder: Text encoder, a `T5EncoderModel`.
         tokenizer: Tokenizer of the text encoder.
         pipeline: Class of diffusers' pipeline, which tells how many tokens of a text are read.
         parts: Name, transformer, VAE and scheduler, and defaults; see `TransformerParts`.
@@ -69,7 +68,7 @@ class PixArt(Backbone):
         truncated: tuple[int, ...],
         size: tuple[int, int],
     ) -> PromptEmbeds:
-        lengths = own_lengths(ids[0], self.tokenizer)
+        lengths = own_lengths(ids[0], self.tokenizer.pad_token_id)
         longest = max(lengths)
         device = next(self.text_encoder.parameters()).device
         rows = ids[0][:, :longest].to(device)
@@ -94,15 +93,10 @@ class PixArt(Backbone):
         return output[:, : self.transformer.config.in_channels]
 
 
-def own_lengths(ids: Tensor, tokenizer: Any) -> tuple[int, ...]:
-    """Number of tokens of each row (b l) before the padding at its end.
-
-    A text's end token is its own, also where the tokenizer pads with it, as CLIP's does.
-    """
-    pad, longest = tokenizer.pad_token_id, ids.shape[1]
-    places = torch.arange(1, longest + 1, dtype=torch.long, device=ids.device)
-    before = (places * (ids != pad)).amax(dim=1) + (pad == tokenizer.eos_token_id)
-    lengths: list[int] = before.clamp(min=1, max=longest).tolist()
+def own_lengths(ids: Tensor, pad_token_id: int) -> tuple[int, ...]:
+    """Number of tokens of each row (b l) before the padding at its end."""
+    places = torch.arange(1, ids.shape[1] + 1, dtype=torch.long, device=ids.device)
+    lengths: list[int] = (places * (ids != pad_token_id)).amax(dim=1).clamp_min(1).tolist()
     return tuple(lengths)
 
 

@@ -3,19 +3,14 @@
 from importlib.resources import files
 from pathlib import Path
 
+BUNDLED_MODELS = ("shapes", "shapes-many")
+"""Their names: of the world of one to three objects, and of that of up to nine."""
+
 SHAPES_TAPS = (
     "up_blocks.0.attentions.1",
     "up_blocks.1.attentions.1",
     "up_blocks.2.attentions.0",
 )
-
-BUNDLED_MODELS = {
-    "shapes": SHAPES_TAPS,
-    "shapes-many": SHAPES_TAPS,
-    "shapes-dit": ("transformer_blocks.4",),
-}
-"""Default taps of each, by its name: of the world of one to three objects, of that of up to nine,
-and the first world's diffusion transformer."""
 
 _ASSETS = Path(str(files("diffenc.models"))) / "assets"
 

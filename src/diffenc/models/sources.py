@@ -55,9 +55,6 @@ SOURCES = {
             "shapes-many", (), "bundled miniature, 96 px; the same world with up to nine shapes"
         ),
         BackboneSource(
-            "shapes-dit", (), "bundled miniature, 64 px; a diffusion transformer of that world"
-        ),
-        BackboneSource(
             "sd1.5",
             ("stable-diffusion-v1-5/stable-diffusion-v1-5",),
             "Stable Diffusion 1.5, 512 px, epsilon",
