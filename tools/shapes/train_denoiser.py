@@ -26,8 +26,8 @@ from pathlib import Path
 
 import torch
 from crowd_texts import false_caption
-from denoisers import KINDS, own_tokens, taught_by
-from diffusers import AutoencoderKL, DDIMScheduler
+from denoisers import KINDS, build_scheduler, own_tokens, taught_by
+from diffusers import AutoencoderKL
 from grounding import outside, spoken_of
 from texts import training_scene, training_text, wrong_captions
 from torch import Tensor
@@ -60,19 +60,6 @@ NEGATIVES = 0.25
 """Share of the rows that are negatives."""
 MARGIN = 0.02
 """By how much a wrong caption's error should be larger, as a share of the level's usual error."""
-
-
-def build_scheduler() -> DDIMScheduler:
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        num_train_timesteps=1000,
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type="epsilon",
-    )
 
 
 class Text:
@@ -293,7 +280,7 @@ def main() -> None:
         model = kind.load(options.warm_start)
         model.register_to_config(sample_size=side)
         model.train()
-    denoise: Denoise = partial(kind.call, model)
+    denoise: Denoise = partial(kind.noise, model)
     teacher = None if options.teacher is None else taught_by(options.teacher)
     modules = {kind.part: model}
     run = Run(options.run, modules, steps=options.steps, lr=options.lr, ema_decay=0.9985)
@@ -364,7 +351,7 @@ def main() -> None:
             model.train()
             run.swap_average()
             run.save()
-    build_scheduler().save_pretrained(options.model / "scheduler")
+    build_scheduler(kind.predicts).save_pretrained(options.model / "scheduler")
     print(json.dumps({"parameters": sum(p.numel() for p in model.parameters())}))
 
 
