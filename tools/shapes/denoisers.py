@@ -3,9 +3,10 @@
 Both read the same latents and texts. A kind says how its model is made from nothing, how it is
 called, what it predicts, and which of its cross-attentions the grounding loss teaches.
 
-The transformer predicts the latents without noise. It sees four cells as one token behind norms
-that take each token's length away: after 500 steps of predicting the noise its error was ten times
-a U-Net's. Latents of plain shapes are simpler than noise (Li and He 2025, arXiv:2511.13720).
+The transformer predicts the latents without noise, which are simpler than noise (Li and He 2025,
+arXiv:2511.13720). It sees four cells as one token and learns slowly: after 500 steps of 48 rows,
+taught by the U-Net of `shapes`, its error is 1.4 to 9 times that U-Net's, the less noise the more,
+and its predictions hardly depend on the text; predicting the noise it was no better.
 """
 
 from collections.abc import Callable
