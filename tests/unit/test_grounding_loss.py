@@ -426,3 +426,15 @@ def test_parts_of_a_text_are_found_by_their_letters(tiny_tokenizer):
     accent = "a\u0301 red"  # two letters that the tokenizer sees as one
     spelled = len(tiny_tokenizer("\u00e1").input_ids) - 2
     assert span_positions([tiny_tokenizer], accent, 3, 6) == (1 + spelled,)
+
+
+def test_maps_that_are_too_coarse_to_tell_things_apart_do_not_count_by_default(samples):
+    encoder = DiffusionEncoder.from_pretrained("shapes", taps=["up_blocks.2"])
+    batch = batch_of(encoder, samples)
+    fine, coarse = ("up_blocks.1", "up_blocks.2"), ("up_blocks.0",)  # 8 and 16 cells; 4
+    default, finer, every = (
+        Grounding(encoder, layers=layers)(**batch).outside.item()
+        for layers in (None, fine, (*coarse, *fine))
+    )
+    assert default == pytest.approx(finer, rel=1e-6)
+    assert default != pytest.approx(every, rel=1e-3)

@@ -84,9 +84,9 @@ def train(
         result = run_stage(training, resume=resume, device=chosen, progress=report, looking=show)
     if not is_first_process():
         return
-    for report in (result.data, result.phrases):
-        if report is not None and report.broken:
-            typer.echo(f"left out: {report.describe()}")
+    for checked in (result.data, result.phrases):
+        if checked is not None and checked.broken:
+            typer.echo(f"left out: {checked.describe()}")
     if result.skipped:
         some = "; ".join(result.skipped[:_EXAMPLES])
         more = "; ..." if len(result.skipped) > _EXAMPLES else ""

@@ -40,7 +40,8 @@ class RunLengths:
         """The pixels that are inside."""
         inside = np.arange(len(self.counts)) % 2 == 1
         height, width = self.size
-        return np.repeat(inside, self.counts).reshape(width, height).T
+        pixels: np.ndarray = np.repeat(inside, self.counts).reshape(width, height).T
+        return pixels
 
 
 @dataclass(frozen=True, slots=True)

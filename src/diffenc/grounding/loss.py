@@ -25,6 +25,9 @@ TIMESTEPS = (0, 400)
 """Steps from which the noise of a picture is drawn: features are read at little noise, and where
 there is much, a picture does not show where anything is."""
 
+LEAST_SIDE = 8
+"""Cells along the sides of maps that count by default: coarser ones do not tell things apart."""
+
 
 class GroundingTerms(NamedTuple):
     """Losses of a batch.
@@ -48,8 +51,8 @@ class Grounding:
     Args:
         encoder: Encoder whose denoiser attends to texts by cross-attention.
         layers: Cross-attentions whose maps count, see `diffenc.denoiser.attention.match_layers`.
-            None takes those that word tokens are gathered by: of the decoder, as far as the taps
-            depend on it.
+            None takes those that word tokens are gathered by, of the decoder, as far as the taps
+            depend on it, and of these the ones whose maps have 8 x 8 cells or more.
         timesteps: First scheduler step that noise is drawn from, and the one behind the last.
         denoise: Whether the denoiser's prediction is compared with the noise that was added, which
             keeps a LoRA from unlearning pictures. Otherwise the pass ends after the last layer.
@@ -87,6 +90,7 @@ class Grounding:
             check_whole(backbone)
         taps = [tap.name for tap in encoder.feature_info]
         self.layers = word_layers(backbone, taps, layers)
+        self._least = 0 if layers is not None else LEAST_SIDE
         first, behind = wholes("timesteps", timesteps)
         if not 0 <= first < behind <= len(backbone.noise_levels):
             raise ConfigError(
@@ -155,6 +159,8 @@ class Grounding:
                 stack.enter_context(reader)
                 reader.run(lambda: backbone.denoise(noisy, timesteps, embeds))
             maps = taps.maps()
+        fine = {name: each for name, each in maps.items() if min(each.shape[-2:]) >= self._least}
+        maps = fine or maps
         outside = share_outside(maps, masks.to(device), weights.to(device))
         if not self.denoise:
             return GroundingTerms(outside, torch.zeros_like(outside))

@@ -177,10 +177,12 @@ def span_positions(
         Positions; none where the part is not made of whole tokens, was cut off, or stands at other
         places for each text encoder.
     """
-    edges = tuple(len(unicodedata.normalize("NFC", text[:edge])) for edge in (start, stop))
+    first, behind = (len(unicodedata.normalize("NFC", text[:edge])) for edge in (start, stop))
     normal = unicodedata.normalize("NFC", text)
     each = [
-        _positions_of(tokenizer, _tokens_between(tokenizer, normal, [edges]), windows=windows)
+        _positions_of(
+            tokenizer, _tokens_between(tokenizer, normal, [(first, behind)]), windows=windows
+        )
         for tokenizer in tokenizers
     ]
     return each[0] if all(positions == each[0] for positions in each) else ()

@@ -461,9 +461,8 @@ class TrainConfig:
             ConfigError: A key is unknown or missing, or a value is not allowed.
         """
         remaining = dict(values)
-        stage = remaining.get("stage")
+        stage: Any = remaining.get("stage")
         check_choice("stage", stage, get_args(Run))
-        assert stage in DEFAULTS
         kinds: dict[str, tuple[type, Mapping[str, Any]]] = {
             "model": (ModelConfig, {}),
             "data": (DataConfig, {}),
@@ -509,8 +508,8 @@ class TrainConfig:
         start = absolute(model.start) if model.start else ""
         ground = self.ground
         if ground is not None:
-            paths = {key: absolute(getattr(ground, key)) for key in ("annotations", "images")}
-            ground = replace(ground, **paths)
+            named, folder = absolute(ground.annotations), absolute(ground.images)
+            ground = replace(ground, annotations=named, images=folder)
         return replace(
             self,
             ground=ground,

@@ -23,8 +23,8 @@ class GroundConfig:
         denoising: Whether the denoiser also learns to predict the noise, which keeps the LoRA from
             unlearning pictures. None does so in the stage "ground".
         layers: Cross-attentions whose maps count, or modules around them, such as "up_blocks.1".
-            None takes those that word tokens are gathered by: of the decoder, as far as the taps
-            depend on it.
+            None takes those that word tokens are gathered by, of the decoder, as far as the taps
+            depend on it, and of these the ones whose maps have 8 x 8 cells or more.
         timesteps: First scheduler step that noise is drawn from, and the one behind the last.
         masks: Whether outlines are taken where the data have some; false takes boxes throughout.
     """

@@ -1,8 +1,8 @@
 """Grounding in a run: an encoder that learns it alone, and phrases beside conversations."""
 
 import os
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from statistics import mean
 from typing import Any
 
 from torch import Tensor, nn
@@ -72,22 +72,22 @@ class GroundingLoss:
             encoder, layers=ground.layers, timesteps=ground.timesteps, denoise=denoise
         )
         self.weight = ground.weight
-        self._sums: Counter[str] = Counter()
+        self._noted: list[dict[str, float]] = []
 
     def __call__(self, batch: Mapping[str, Any]) -> Tensor:
         """The loss of a batch of `collate_phrases`."""
         terms: GroundingTerms = self.grounding(**batch)
-        self._sums.update(batches=1, outside=terms.outside.item())
+        noted = {"outside": terms.outside.item()}
         if self.grounding.denoise:
-            self._sums.update(denoising=terms.denoising.item())
+            noted["denoising"] = terms.denoising.item()
+        self._noted.append(noted)
         return terms.denoising + self.weight * terms.outside
 
     def means(self) -> dict[str, float]:
         """Means of both losses over the batches since this was called before."""
-        count = self._sums.pop("batches", 0)
-        means = {name: total / count for name, total in self._sums.items()} if count else {}
-        self._sums.clear()
-        return means
+        noted, self._noted = self._noted, []
+        names = noted[0] if noted else {}
+        return {name: mean(each[name] for each in noted) for name in names}
 
 
 class GroundedEncoder(nn.Module):
