@@ -180,9 +180,12 @@ def speed(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             },
             options.repeats,
         )
-        own = ends(idle, partial(write_features, pictures, folder / "out", idle, overwrite=True))
-        print(f"  alone before the first and after the last picture: {1000 * own:.0f} ms")
-        report[f"no model: {name}"] = {**told(f"no model: {name}", bare, count), "alone": own}
+        figures = told(f"no model: {name}", bare, count)
+        figures["alone"] = ends(
+            idle, partial(write_features, pictures, folder / "out", idle, overwrite=True)
+        )
+        print(f"  before the first picture and after the last: {1000 * figures['alone']:.0f} ms")
+        report[f"no model: {name}"] = figures
     model = Extractor("shapes", pool="mean", threads=options.threads, batch_size=16)
     count = options.pictures // 5
     some = list_pictures(sorted((folder / "png").rglob("*.png"))[:count])
