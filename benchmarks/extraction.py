@@ -4,7 +4,9 @@
     python benchmarks/extraction.py memory --pictures 50000 --json memory.json
 
 "speed" runs pairs in turns. First the pipeline with a model that does nothing, beside threads that
-decode and resize the same pictures and throw them away: what is lost is the pipeline's own. Then
+decode and resize the same pictures and throw them away: what is lost is the pipeline's own. Of
+that, what the calling thread does before the first picture and after the last, when no other thread
+decodes, is told in its processor time: so many seconds a run, however many pictures. Then
 the pipeline with the bundled model, beside the bare encoder on batches that are decoded already.
 
 "memory" writes features of 1,000, of 10,000 and of --pictures small pictures, each in a process of
@@ -22,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -54,7 +57,28 @@ DRAWN = 300
 
 
 class Idle(Extractor):
-    """An extractor whose model does nothing: rows of the right shape, without values."""
+    """An extractor whose model does nothing: rows of the right shape, without values.
+
+    Attributes:
+        moments: Processor time of the thread that called `prepare`, as each picture was begun and
+            was done, in seconds.
+    """
+
+    moments: list[float]
+
+    def prepare(self) -> Callable[[Any], Any]:
+        """The transform, with notes of the calling thread's processor time."""
+        transform = super().prepare()
+        caller = time.pthread_getcpuclockid(threading.get_ident())
+        self.moments = []
+
+        def noted(source: Any) -> Any:
+            self.moments.append(time.clock_gettime(caller))
+            values = transform(source)
+            self.moments.append(time.clock_gettime(caller))
+            return values
+
+        return noted
 
     def read(self, pictures: Sequence[Any], prompts: Sequence[str] | None = None) -> Rows:
         """Rows of zeros."""
@@ -156,7 +180,12 @@ def speed(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             },
             options.repeats,
         )
-        report[f"no model: {name}"] = told(f"no model: {name}", bare, count)
+        figures = told(f"no model: {name}", bare, count)
+        figures["alone"] = ends(
+            idle, partial(write_features, pictures, folder / "out", idle, overwrite=True)
+        )
+        print(f"  before the first picture and after the last: {1000 * figures['alone']:.0f} ms")
+        report[f"no model: {name}"] = figures
     model = Extractor("shapes", pool="mean", threads=options.threads, batch_size=16)
     count = options.pictures // 5
     some = list_pictures(sorted((folder / "png").rglob("*.png"))[:count])
@@ -182,6 +211,16 @@ def in_turns(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, 
             if round_:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def ends(idle: Idle, call: Callable[[], object], repeats: int = 3) -> float:
+    """Processor time of the calling thread while no picture is decoded, in seconds: the median."""
+    seconds = []
+    for _ in range(repeats):
+        start = time.thread_time()
+        call()
+        seconds.append(min(idle.moments) - start + time.thread_time() - max(idle.moments))
+    return statistics.median(seconds)
 
 
 def told(title: str, seconds: dict[str, list[float]], count: int) -> dict[str, Any]:
