@@ -1,6 +1,5 @@
 # %% [markdown]
 # # A LLaVA of transformers that reads the question
-#
 # The vision tower of `LlavaForConditionalGeneration` is the bundled diffusion model, and the
 # question is its prompt. A language model of two layers, the projector and low-rank updates in the
 # tower learn to name the color of a shape; then the model is saved, loaded and asked.
@@ -156,6 +155,3 @@ found = answer(test)
 right = sum(word == question.answer for word, (_, question) in zip(found, test, strict=True))
 print(f"right: {right / len(test):.2f} of {len(test)} new questions")
 print(f"{test[0][1].text} {found[0]} (it is {test[0][1].answer})")
-
-# %%
-render(test[0][0], 192)

@@ -49,7 +49,7 @@ HARDWARE = (
     ('device="cuda"', 'device="cpu"'),
     ("torch.float16", "torch.float32"),
     (".cuda()", ""),
-    ("num_workers=4", "num_workers=0"),
+    ("num_workers=2", "num_workers=0"),
     ('.to("cuda")', ""),
     ('architecture="sd2.1"', 'architecture="models/sd21"'),
     ('"sd2.1",\n    preset="cleandift"', '"models/sd21",\n    preset="cleandift"'),

@@ -28,7 +28,6 @@ NAMES = (
     "segmentation_head",
     "depth",
     "correspondence",
-    "use_with_transformers",
 )
 _LINKS = (
     "[Download this page as a notebook]({name}.ipynb){{ download }}, or run "

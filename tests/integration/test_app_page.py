@@ -64,6 +64,7 @@ def test_a_question_is_answered_with_pictures_words_and_scores(browser, address)
     cell(page, "what color is the star?").wait_for()
     page.locator(".words .caption-label", has_text="star").wait_for()
     assert named_tiles(page) == ["what", "color", "is", "the", "star"]
+    assert page.locator(".chart img").is_visible()
     assert page.locator("img:visible").count() >= 6 + 5
     assert faults == []
     assert foreign == []
@@ -178,6 +179,7 @@ def test_each_tap_and_timestep_that_is_chosen_changes_the_pictures(browser, addr
 def test_another_model_has_its_own_taps_and_answers(browser, address, tiny_sd_folder):
     page, faults, _ = opened(browser, address, 1280)
     begun = options(page)
+    choose(page, "Tap", "up_blocks.2")  # the tiny model has two blocks, the bundled one three
     model = page.get_by_label("Model", exact=True)
     model.fill(str(tiny_sd_folder))
     model.press("Enter")
@@ -187,6 +189,7 @@ def test_another_model_has_its_own_taps_and_answers(browser, address, tiny_sd_fo
     page.get_by_label("Tap", exact=True).click()
     taps = page.get_by_role("option").all_inner_texts()
     assert any("up_blocks.0" in each for each in taps)
+    assert not any("up_blocks.2" in each for each in taps)
     page.keyboard.press("Escape")
     answered(page, begun)
     assert faults == []

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from diffenc import CrossAttnScorer, ScorerConfig
 from diffenc.cli.main import app
+from diffenc.inputs.pictures import world
 
 
 def run(*arguments):
@@ -77,6 +78,14 @@ def test_one_text_and_one_image_need_no_marks(tiny_sd_folder, pictures):
     assert result.exit_code == 0, result.output
     assert "best" not in result.output
     assert "warning: 1 texts are longer" in result.output
+    assert "of 1 texts are longer" not in result.output  # once is enough
+
+
+def test_a_foreign_picture_under_the_bundled_model_is_warned_of(pictures, monkeypatch):
+    monkeypatch.setattr(world, "_warned", False)  # whatever other tests have shown
+    with pytest.warns(UserWarning, match="knows coloured shapes on a plain background alone"):
+        result = run("score", pictures[0], "-t", "a red circle", "--timesteps", "200")
+    assert result.exit_code == 0, result.output
 
 
 @pytest.mark.long

@@ -74,7 +74,13 @@ def build(desk: Desk, model: str = "shapes") -> Any:
                     show_label=False, columns=4, height="auto", buttons=[], elem_classes="words"
                 )
                 with gr.Row():
-                    chart = gr.Image(show_label=False, interactive=False, min_width=240, buttons=[])
+                    chart = gr.Image(
+                        show_label=False,
+                        interactive=False,
+                        min_width=240,
+                        buttons=[],
+                        elem_classes="chart",
+                    )
                     with gr.Column(min_width=240):
                         table = gr.Markdown()
 

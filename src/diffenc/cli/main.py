@@ -5,6 +5,7 @@ It loads the commands only when it runs, and after it has made sure that it can 
 
 import os
 import sys
+import warnings
 from typing import TYPE_CHECKING
 
 from diffenc.cli import signals
@@ -18,6 +19,7 @@ __all__ = ["CommandGroup", "app", "main"]
 def main() -> None:
     """Run the program and exit."""
     signals.take_over()
+    warnings.formatwarning = _in_one_line
     try:
         signals.open_streams()
         # Read when torch loads. Threads that spin while they wait make the program many times
@@ -30,6 +32,11 @@ def main() -> None:
         code = signals.exit_code()
     signals.ignore()
     sys.exit(signals.flush() or (code if isinstance(code, int) else 0))
+
+
+def _in_one_line(message: object, *_where: object, **_line: object) -> str:
+    """A warning as a person at a terminal reads it: the line of code says nothing to them."""
+    return f"warning: {message}\n"
 
 
 if not TYPE_CHECKING:  # hidden from type checkers, which would otherwise accept any name

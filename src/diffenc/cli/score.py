@@ -1,7 +1,6 @@
 """`diffenc score`: how well images and texts fit."""
 
 import json
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,6 +53,8 @@ def _score(
     PictureFiles(references or ()).check()
     files = PictureFiles(images, skip_broken)
     files.check()  # what cannot be read is told before the model is loaded
+    from diffenc.scoring.encoded_call import cuts_known
+
     scorer = load_scorer(
         model,
         changes,
@@ -63,8 +64,7 @@ def _score(
         variant=variant,
         references=references,
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # cut texts are told below
+    with cuts_known():  # cut texts are told below
         scores = _scores(
             files, lambda paths: scorer.score(paths, texts, trials=trials, screen=screen)
         )

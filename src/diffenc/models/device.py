@@ -93,7 +93,8 @@ def _as_device(device: "str | int | torch.device") -> torch.device:
         torch.empty(1, dtype=torch.float32, device=place)
     except Exception as error:  # of many kinds: each backend has its own
         raise ConfigError(
-            f"cannot use device {shown}: {printable(reason_of(error).partition('. ')[0])}"
+            f"cannot use device {shown}: {printable(reason_of(error).partition('. ')[0])}. This "
+            f"build of torch has on this machine: {', '.join(_devices())}; pass one of them"
         ) from error
     if place.type == "meta":
         raise ConfigError(
@@ -101,6 +102,12 @@ def _as_device(device: "str | int | torch.device") -> torch.device:
             "weights"
         )
     return place
+
+
+def _devices() -> list[str]:
+    """Names of the devices that there are, of the kinds that diffenc is used with."""
+    graphics = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    return ["cpu", *graphics, *(["mps"] if torch.backends.mps.is_available() else [])]
 
 
 @cache
