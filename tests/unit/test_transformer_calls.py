@@ -152,7 +152,8 @@ def test_the_commands_describe_encode_score_and_draw(models, family, tmp_path):
         ("look", image, "-q", TEXT, "-o", tmp_path / "look.png"),
         ("score", image, "--text", TEXT, "--text", "blue", *SCORE),
     ]
-    for command in commands:
+    evaluated = ("evaluate", "winoground", "--data", "shapes", "--limit", 1, "-o", tmp_path / "run")
+    for command in (*commands, (*evaluated, *SCORE)):
         result = run(*command, "--model", folder)
         assert result.exit_code == 0, result.output
     assert out.exists()
@@ -166,9 +167,26 @@ def test_words_are_drawn(models, family, tmp_path):
     assert result.exit_code == 0, result.output
     assert "circle" in result.output
     if family in JOINT:
-        scored = run("score", models / "picture.png", "--text", TEXT, "--model", models / family)
-        assert scored.exit_code == 2
-        assert "joins picture and text in one attention" in scored.output
+        call = (models / "picture.png", "--model", models / family)
+        for command in (
+            ("score", "--text", TEXT),
+            ("look", "-q", TEXT, "--words", "-o", tmp_path / "look.png"),
+            ("encode", "-p", TEXT, "--word-tokens", 2, "-o", tmp_path / "words.safetensors"),
+        ):
+            refused = run(*command, *call)
+            assert refused.exit_code == 2
+            assert "joins picture and text in one attention" in refused.output
+
+
+def test_tokens_of_words_need_cross_attention(encoder, family):
+    words = DiffusionEncoder(
+        encoder.backbone, encoder.config.from_dict({"size": SIZE, "tokens": "words"})
+    )
+    if family in JOINT:
+        with pytest.raises(TapError, match="joins picture and text in one attention"):
+            words(picture(*SIZE), TEXT)
+    else:
+        assert words(picture(*SIZE), TEXT).shape == (1, 8, 64)
 
 
 def test_a_tower_gives_the_encoders_tokens(models, family):
