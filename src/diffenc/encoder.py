@@ -442,6 +442,7 @@ class DiffusionEncoder(TrainableParts):
             features = self.extract(images, prompts)
             return features.tokens(grid), features
         images = decoded(images)
+        word_layers(self.backbone, [tap.name for tap in self._taps], None)  # raises without any
         windows = self.config.long_prompts == "chunk"
         tokenizers = self.backbone.tokenizers
         words = prompt_words(tokenizers, prompts, len(images), windows=windows)

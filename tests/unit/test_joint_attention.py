@@ -122,6 +122,19 @@ def test_word_maps_are_shares_of_all_keys(kind, scorer, shares):
             assert agree(torch.as_tensor(maps[word].array), expected), word
 
 
+def test_daam_maps_are_shares_of_joint_attention_on_the_latents_grid(kind, scorer, shares):
+    maps = scorer.word_maps(picture(*SIZE), TEXT, "red", preset="daam", timesteps=(66, 515))
+    grown = [
+        torch.nn.functional.interpolate(
+            each[..., positions(kind, "red")].permute(0, 2, 1).reshape(len(each), -1, 3, 5),
+            size=(6, 10),
+            mode="bicubic",
+        ).clamp(min=0)
+        for each in (first + last for first, last in zip(shares(66), shares(515), strict=True))
+    ]
+    assert agree(torch.as_tensor(maps["red"].array), torch.cat(grown).mean((0, 1)))
+
+
 def test_the_texts_share_leaves_its_padding_out(kind, scorer, shares):
     ours = torch.as_tensor(scorer.text_share(picture(*SIZE), TEXT, timesteps=(66, 515)).array)
     words = len(TEXT.split())

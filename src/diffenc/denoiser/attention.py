@@ -330,13 +330,16 @@ def _attentions(unet: nn.Module) -> dict[str, tuple[nn.Module, Any]]:
     return attentions
 
 
-def match_paths(layers: Sequence[str] | None, known: Sequence[str], word: str) -> list[str]:
+def match_paths(
+    layers: Sequence[str] | None, known: Sequence[str], word: str, kind: str = "cross-attention"
+) -> list[str]:
     """Those of some attentions that are named, or lie in a module that is named.
 
     Args:
         layers: Module paths of attentions, or of modules around them; None names all.
         known: Module paths of the attentions.
         word: What the denoiser is called in messages.
+        kind: What the attentions are called there.
 
     Raises:
         TapError: Nothing by that name.
@@ -349,7 +352,7 @@ def match_paths(layers: Sequence[str] | None, known: Sequence[str], word: str) -
         if not inside:
             blocks = list(dict.fromkeys(name.partition(".attentions")[0] for name in known))
             raise TapError(
-                f"there is no cross-attention in {shown(layer)}.{near_matches(layer, known)} "
+                f"there is no {kind} in {shown(layer)}.{near_matches(layer, known)} "
                 f"The {word} has it in {blocks}."
             )
         matches.update(dict.fromkeys(inside))

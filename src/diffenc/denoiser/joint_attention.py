@@ -67,7 +67,7 @@ def match_joint_layers(
     """
     known = tuple(joint_attentions(denoiser))
     named = None if isinstance(layers, str) and layers == "all" else layers
-    chosen = set(match_paths(named, known, word_for(denoiser)))
+    chosen = set(match_paths(named, known, word_for(denoiser), "joint attention"))
     return tuple(name for name in known if name in chosen)
 
 

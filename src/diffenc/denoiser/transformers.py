@@ -313,7 +313,8 @@ def shortened_transformer(
         whole = list(getattr(denoiser, blocks))
         kept = whole if place < last_list else whole[: last + 1] if place == last_list else []
         setattr(copied, blocks, nn.ModuleList(kept))
-    copied.proj_out = _Shape(copied.proj_out.out_features)
+    if not isinstance(copied.proj_out, _Shape):  # it was cut before
+        copied.proj_out = _Shape(copied.proj_out.out_features)
     share_lock(copied, denoiser)
     short: nn.Module = copied
     return short

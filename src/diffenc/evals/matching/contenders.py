@@ -12,6 +12,7 @@ from diffenc.evals.matching.miniature import REFERENCE_SEED, shapes_benchmark
 from diffenc.evals.matching.options import MatchOptions
 from diffenc.models.device import named_device, named_dtype
 from diffenc.scorer import CrossAttnScorer
+from diffenc.scoring.config import ScorerConfig, scorer_preset
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -44,8 +45,14 @@ def load_matchers(
     matchers: list[Matcher] = []
     if presets:
         changed = _changed_fields(options)
+        first = presets[0].partition("+")[0]
+        reads = ScorerConfig.from_dict(scorer_preset(first)).attention
         scorer = CrossAttnScorer.from_pretrained(
-            options.model, device=device, dtype=dtype, preset="paper", **changed
+            options.model,
+            device=device,
+            dtype=dtype,
+            preset="paper" if reads else first,  # a model may have no cross-attention
+            **changed,
         )
         changed = {name: getattr(scorer.config, name) for name in changed}
         rows = scorer_matchers(scorer, presets, changed, by_timestep=by_timestep)
