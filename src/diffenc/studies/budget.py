@@ -199,7 +199,7 @@ def study_budget(
     *,
     clip: str | None = "shapes-clip",
     scenes: int = 240,
-    validation: int = 120,
+    validation: int = 240,
     seeds: int = 3,
     reader_epochs: int = 30,
     batch_size: int = 16,

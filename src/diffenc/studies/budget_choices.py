@@ -1,6 +1,6 @@
 """Settings of the study of the budget, chosen on validation scenes, and the arms that follow."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -62,8 +62,18 @@ def choose_settings(
     )
     names = tuple(tap.name for tap in encoder.feature_info)
     sets = [names, *((name,) for name in names if len(names) > 1)]
+    grids = _grids(encoder)
     tries = [
-        (family, reader, [Choice(taps, half) for taps in sets for half in _halves(family)])
+        (
+            family,
+            reader,
+            [
+                Choice(taps, half)
+                for taps in sets
+                if taps == names or _PROBED[family].side <= _side(grids, taps)
+                for half in _halves(family)
+            ],
+        )
         for family in _PROBED
         for reader in READERS
     ]
@@ -108,7 +118,7 @@ def arms_of(
             match family:
                 case "uncond" | "cond":
                     taps = choices[family, reader].taps
-                    finest = min(middle_grid([grids[tap] for tap in taps])[0], MOST_SIDE)
+                    finest = min(_side(grids, taps), MOST_SIDE)
                     for side in sorted({*SIDES, max(finest, SIDES[-1])}):
                         yield Arm(family, side=side), reader
                 case "words":
@@ -122,6 +132,11 @@ def arms_of(
                     for side in SIDES if clip is not None else ():
                         if side <= clip.side:
                             yield Arm(family, side=side), reader
+
+
+def _side(grids: Mapping[str, tuple[int, int]], taps: Sequence[str]) -> int:
+    """Side of the grid that an encoder with these taps hands on, where nothing else is said."""
+    return middle_grid([grids[tap] for tap in taps])[0]
 
 
 def _grids(encoder: DiffusionEncoder) -> dict[str, tuple[int, int]]:

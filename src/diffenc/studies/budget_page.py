@@ -43,7 +43,7 @@ _WHAT_THE_LINES_ARE = """\
 The grid is pooled from the finest that the tap gives, up to 256 tokens. Words are the sharpest of \
 the question, in the order of the text; tokens of words that are not there are zeros. The true \
 masks' tokens, one for each object that is named, are what words could gather at best. Which tap \
-is read (one, or all side by side), whether words and masks gather features without text or under \
+is read (all side by side, or one, whose maps are as fine as the grid), whether words and masks gather features without text or under \
 the question, and whether the last of several words' tokens is of the rest of the picture, is \
 chosen for each kind of tokens and each reader on validation scenes."""
 
