@@ -43,9 +43,10 @@ _WHAT_THE_LINES_ARE = """\
 The grid is pooled from the finest that the tap gives, up to 256 tokens. Words are the sharpest of \
 the question, in the order of the text; tokens of words that are not there are zeros. The true \
 masks' tokens, one for each object that is named, are what words could gather at best. Which tap \
-is read (all side by side, or one, whose maps are as fine as the grid), whether words and masks gather features without text or under \
-the question, and whether the last of several words' tokens is of the rest of the picture, is \
-chosen for each kind of tokens and each reader on validation scenes."""
+is read (all side by side, or one, whose maps are as fine as the grid), whether words and masks \
+gather features without text or under the question, and whether the last of several words' tokens \
+is of the rest of the picture, is chosen for each kind of tokens and each reader on validation \
+scenes."""
 
 _ABOUT_CLIP = """\
 `shapes-clip` was trained on scenes of one to three objects at 64 pixels and never saw a crowd: \
