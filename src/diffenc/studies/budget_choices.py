@@ -128,8 +128,8 @@ def arms_of(
                     yield MOONSHOT, reader
                 case "mask":
                     yield MASKS, reader
-                case "clip":
-                    for side in SIDES if clip is not None else ():
+                case "clip" if clip is not None:
+                    for side in SIDES:
                         if side <= clip.side:
                             yield Arm(family, side=side), reader
 
