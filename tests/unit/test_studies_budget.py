@@ -14,19 +14,21 @@ from diffenc.cli.main import app
 from diffenc.errors import BackboneError, ConfigError
 from diffenc.shapes import Scene, SceneObject, masks, render
 from diffenc.studies import budget as budget_module
-from diffenc.studies import budget_costs
-from diffenc.studies.budget import BASES, BudgetStudy, decide, study_budget
+from diffenc.studies import budget_choices, budget_costs, budget_run
+from diffenc.studies.budget import BudgetStudy, decide, study_budget
 from diffenc.studies.budget_arms import MASKS, MOONSHOT, Arm, Choice, CrowdTokens
 from diffenc.studies.budget_page import (
     accuracy_table,
     arm_name,
     choice_table,
     example_table,
+    growth_table,
     mistake_table,
     to_markdown,
     verdict_table,
     word_table,
 )
+from diffenc.studies.budget_run import BASES
 from diffenc.studies.crowd_readers import (
     CrowdQuestions,
     CrowdReader,
@@ -58,21 +60,25 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_clip(tmp_path_factory.mktemp("clip"), hidden_size=12)
 
 
-def half_right(tokens, questions, _reader, *, groups, split, **_options) -> torch.Tensor:
+def half_right(
+    tokens, questions, _reader, *, groups, split, start=None, **_options
+) -> torch.Tensor:
     """Answers in place of a reader's: half of them true, the others drawn."""
     assert sum(groups) == tokens.sources[0].shape[2]
     source = torch.Generator().manual_seed(sum(groups))
-    allowed = questions.allowed[torch.arange(split, tokens.rows) % 4]
+    start = split if start is None else start
+    allowed = questions.allowed[torch.arange(start, tokens.rows) % 4]
     drawn = torch.multinomial(allowed.float(), 1, generator=source)[:, 0]
     return torch.where(
-        torch.rand(len(drawn), generator=source) < 0.5, questions.labels[split:], drawn
+        torch.rand(len(drawn), generator=source) < 0.5, questions.labels[start:], drawn
     )
 
 
 @pytest.fixture(scope="module")
 def study(tiny_sd_folder: Path, clip_folder: Path) -> Iterator[BudgetStudy]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(budget_module, "read_answers", half_right)
+        patch.setattr(budget_run, "read_answers", half_right)
+        patch.setattr(budget_choices, "read_answers", half_right)
         patch.setattr(budget_costs, "_CALLS", 1)
         yield study_budget(str(tiny_sd_folder), clip=str(clip_folder), **{**QUICK, "seeds": 2})
 
@@ -212,6 +218,17 @@ def test_who_is_told_finds_the_object_and_who_is_not_guesses() -> None:
     assert right["told"].mean() > 0.9
     assert right["told"][3] > 0.8  # two attentions, one for each object
     assert right["blind"].mean() < 0.5
+
+
+def test_rows_between_what_is_fitted_and_what_is_answered_are_left_out(
+    trials,
+) -> None:
+    questions = CrowdQuestions.of(trials)
+    source = torch.randn(360, 3, 2, generator=torch.Generator().manual_seed(0))
+    options = {"groups": (2,), "split": 40, "epochs": 2, "seed": 0}
+    every = read_answers(TokenRows((source,), 360), questions, "told", **options)
+    some = read_answers(TokenRows((source,), 360), questions, "told", start=200, **options)
+    assert torch.equal(some, every[160:])
 
 
 def test_heads_of_a_blind_reader_part(trials) -> None:
@@ -377,15 +394,17 @@ def test_settings_are_chosen_on_validation_scenes_alone(tiny_sd_folder, monkeypa
     fitted: list[tuple[bool, int]] = []
     validation = {t.questions for t in sample_crowd_trials(30, seed=0, validation=True)}
 
-    def reader_of_one_tap(tokens, questions, reader, *, split, **_options):
+    def reader_of_one_tap(tokens, questions, reader, *, split, start=None, **_options):
+        start = split if start is None else start
         chosen_on = questions.questions[:4] in validation
         channels = tokens.sources[0].shape[2] - 32
         fitted.append((chosen_on, channels))
-        right = questions.labels[split:]
+        right = questions.labels[start:]
         good = chosen_on == (channels == widths[best])  # elsewhere the other way round
         return right if good else (right + 1) % 21
 
-    monkeypatch.setattr(budget_module, "read_answers", reader_of_one_tap)
+    monkeypatch.setattr(budget_run, "read_answers", reader_of_one_tap)
+    monkeypatch.setattr(budget_choices, "read_answers", reader_of_one_tap)
     monkeypatch.setattr(budget_costs, "_CALLS", 1)
     study = study_budget(encoder.backbone, clip=None, **QUICK)
     assert {row.choice.taps for row in study.rows} == {(best,)}
@@ -413,6 +432,12 @@ def test_every_number_of_tokens_is_read_by_both_readers(study) -> None:
         assert set(row.accuracy) == set(CROWD_PROPERTIES)
         assert all(0 <= value <= 1 for s in row.accuracy.values() for value in s.values)
         assert len(row.mean.values) == 2
+    counts = {(each.arm, each.reader): [] for each in study.growth}
+    for each in study.growth:
+        counts[each.arm, each.reader].append(each.scenes)
+        if each.scenes == 20:  # all that are fitted to
+            assert each.accuracy == study.find(each.arm, each.reader).mean
+    assert list(counts.values()) == [[5, 10, 20]] * 6
     assert study.words_kept[16].values == (1.0, 1.0)
     assert list(study.words_kept) == [1, 2, 4, 8, 16]
     assert len(study.examples) == 20
@@ -436,6 +461,7 @@ def test_the_page_holds_every_number_of_the_tables(study, tmp_path) -> None:
         verdict_table(study),
         *(accuracy_table(study, reader) for reader in ("told", "blind")),
         choice_table(study),
+        growth_table(study),
         word_table(study),
         mistake_table(study),
         example_table(study),
@@ -508,7 +534,8 @@ def test_a_clip_that_is_not_there_is_an_error_unless_it_is_the_bundled_one(
 def test_the_command_prints_tables_and_writes_page_numbers_and_picture(
     tiny_sd_folder, tmp_path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(budget_module, "read_answers", half_right)
+    monkeypatch.setattr(budget_run, "read_answers", half_right)
+    monkeypatch.setattr(budget_choices, "read_answers", half_right)
     monkeypatch.setattr(budget_costs, "_CALLS", 1)
     arguments = ["study", "budget", "-b", str(tiny_sd_folder), "--clip", "none", "--quick"]
     result = CliRunner().invoke(app, [*arguments, "-o", str(tmp_path)])

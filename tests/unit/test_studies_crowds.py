@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,6 +39,11 @@ def blobs(picture: Image.Image) -> int:
     hue, saturation, _ = np.asarray(picture.convert("HSV"), int).transpose(2, 0, 1)
     counts = Counter((hue[saturation > 150] // 20).tolist())
     return sum(count >= 20 for count in counts.values())
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    with Image.open(path) as picture:
+        return picture.size
 
 
 def test_crowded_data_has_crowded_pictures_and_few_has_few(tmp_path) -> None:
@@ -99,8 +105,8 @@ def test_crowded_data_is_written_and_other_data_stays_what_it_was(tmp_path) -> N
     first, second = usual.data(), crowded.data()
     assert first["images"].parent.name == "shapes-6-0-1-1.2"
     assert second["images"].parent.name == "shapes-6-0-1-1.2-lettered-0-crowds-True"
-    assert Image.open(next(second["images"].iterdir())).size == (96, 96)
-    assert Image.open(next(first["images"].iterdir())).size == (64, 64)
+    assert size_of(next(second["images"].iterdir())) == (96, 96)
+    assert size_of(next(first["images"].iterdir())) == (64, 64)
     for more, said in (("crowds = 1", "crowds"), ("lettered = -1", "lettered must be")):
         with pytest.raises(ConfigError, match=said):
             shop(more)

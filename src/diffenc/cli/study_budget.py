@@ -32,7 +32,7 @@ def budget(
     scenes: Annotated[int, typer.Option(help="Number of scenes per seed, 30 or more.")] = 240,
     validation: Annotated[
         int, typer.Option(help="Number of scenes that settings are chosen on, 30 or more.")
-    ] = 120,
+    ] = 240,
     seeds: Annotated[
         int, typer.Option(help="Number of repetitions with other scenes and noise.")
     ] = 3,

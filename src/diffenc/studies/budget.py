@@ -1,8 +1,8 @@
 """Accuracy of answers against the number of tokens that a picture is given."""
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -10,28 +10,25 @@ from torch import Tensor
 
 from diffenc.checks.arguments import whole
 from diffenc.clip.tokens import ClipTokens
-from diffenc.denoiser.grids import middle_grid
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import BackboneError
 from diffenc.models.base import Backbone
 from diffenc.shapes.render import render
 from diffenc.studies.budget_arms import (
-    FAMILIES,
-    HALVES,
-    MASKS,
     MOONSHOT,
-    MOST_SIDE,
-    SIDES,
-    WORD_COUNTS,
     Arm,
     Choice,
-    CrowdTokens,
     Family,
-    Half,
-    groups_of,
+)
+from diffenc.studies.budget_choices import (
+    Choices,
+    Place,
+    arms_of,
+    choose_settings,
+    portions,
 )
 from diffenc.studies.budget_costs import Cost, cost_of
-from diffenc.studies.crowd_readers import CrowdQuestions, read_answers
+from diffenc.studies.budget_run import BASES, BudgetRun
 from diffenc.studies.crowd_trials import (
     ANSWERS,
     CROWD_PROPERTIES,
@@ -40,32 +37,19 @@ from diffenc.studies.crowd_trials import (
     sample_crowd_trials,
 )
 from diffenc.studies.mistakes import Mistakes, count_mistakes
-from diffenc.studies.probes import Done, Progress, held_in, numerics, side_of, with_seed
+from diffenc.studies.probes import Done, Progress, numerics, side_of
 from diffenc.studies.spreads import Spread, mean_of, over_seeds
 from diffenc.studies.token_readers import READERS, Reader
 from diffenc.studies.trials import chance_of
 from diffenc.studies.vlm.findings import limit_of
-
-BASES = (Arm("cond", side=8), Arm("uncond", side=8))
-"""What the few tokens of words are compared with: 64 cells, under the question and without text."""
 
 MARGINS: dict[Reader, float] = {"told": -0.02, "blind": 0.10}
 """Least difference to the 64 cells that counts as "at least as good" for a reader that is told the
 question, and as "far better" for one that is not."""
 
 EXAMPLES = 20
-_PROBED: dict[Family, Arm] = {
-    "uncond": Arm("uncond", side=8),
-    "cond": Arm("cond", side=8),
-    "words": Arm("words", words=8),
-    "grid+words": MOONSHOT,
-    "mask": MASKS,
-}
-"""Arm of each family that its settings are chosen by."""
-_FIXED: dict[Family, Half] = {"uncond": "uncond", "cond": "cond"}
 
 Verdict = Literal["holds", "does not hold", "undecided"]
-_Place = tuple[Arm, Reader]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +94,23 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True)
+class Growth:
+    """Accuracy of a reader that is fitted to some of the scenes.
+
+    Attributes:
+        arm: Kind and number of tokens.
+        reader: Kind of reader.
+        scenes: Number of scenes that are fitted to.
+        accuracy: Mean accuracy over properties, on the scenes that all readers are measured on.
+    """
+
+    arm: Arm
+    reader: Reader
+    scenes: int
+    accuracy: Spread
+
+
+@dataclass(frozen=True, slots=True)
 class BudgetStudy:
     """Results of the study.
 
@@ -118,6 +119,7 @@ class BudgetStudy:
         clip: Name of the CLIP model; None if none was used.
         taps: Places in the U-Net that could be chosen.
         rows: Accuracy of each arm and reader.
+        growth: Accuracy of the arms that are compared, from few scenes to fit to all of them.
         words_kept: Share of questions whose nouns are among the sharpest words, by their number.
         mistakes: What wrong answers name, by arm and reader.
         examples: First questions of the first seed that were measured with.
@@ -130,6 +132,7 @@ class BudgetStudy:
     clip: str | None
     taps: tuple[str, ...]
     rows: tuple[BudgetRow, ...]
+    growth: tuple[Growth, ...]
     words_kept: dict[int, Spread]
     mistakes: tuple[Mistakes, ...]
     examples: tuple[Example, ...]
@@ -196,7 +199,7 @@ def study_budget(
     *,
     clip: str | None = "shapes-clip",
     scenes: int = 240,
-    validation: int = 120,
+    validation: int = 240,
     seeds: int = 3,
     reader_epochs: int = 30,
     batch_size: int = 16,
@@ -249,53 +252,43 @@ def study_budget(
     rows = len(CROWD_PROPERTIES) + 1  # the half without text is read once
     done = Done(progress, 2 * rows * (validation + seeds * scenes))
     load = [_load()]
-    choices = _choose(encoder, validation, epochs=reader_epochs, batch_size=batch_size, done=done)
-    arms = list(_arms(encoder, choices, of_clip))
-    accuracies: list[dict[_Place, dict[CrowdProperty, float]]] = []
+    choices = choose_settings(
+        encoder, validation, epochs=reader_epochs, batch_size=batch_size, done=done
+    )
+    arms = list(arms_of(encoder, choices, of_clip))
+    accuracies: list[dict[Place, dict[CrowdProperty, float]]] = []
+    grown: list[dict[tuple[Arm, Reader, int], float]] = []
     kept: list[dict[int, float]] = []
     chances: list[dict[CrowdProperty, float]] = []
     mistakes: list[tuple[Mistakes, ...]] = []
     examples: tuple[Example, ...] = ()
     for seed in range(seeds):
-        trials = sample_crowd_trials(scenes, seed=seed)
-        questions = CrowdQuestions.of(trials)
-        split = len(CROWD_PROPERTIES) * held_in(scenes)
-        tokens = CrowdTokens(
-            with_seed(encoder, seed),
-            trials,
+        run = BudgetRun(
+            encoder,
+            sample_crowd_trials(scenes, seed=seed),
+            choices,
             sides=sorted({arm.side for arm, _ in arms} - {0}),
+            seed=seed,
+            epochs=reader_epochs,
             batch_size=batch_size,
             clip=of_clip,
             done=done.add,
         )
-        answers: dict[_Place, Tensor] = {}
-        for (arm, reader), steps in zip(arms, _portions(rows * scenes, len(arms)), strict=True):
-            rows_of_arm = tokens.rows(arm, choices.get((arm.family, reader), _NO_CHOICE))
-            answers[arm, reader] = read_answers(
-                rows_of_arm,
-                questions,
-                reader,
-                groups=groups_of(rows_of_arm),
-                split=split,
-                epochs=reader_epochs,
-                seed=seed,
-            )
+        for (arm, reader), steps in zip(arms, portions(rows * scenes, len(arms)), strict=True):
+            run.read(arm, reader)
             done.add(steps)
-        accuracies.append(
-            {place: _accuracy(each, questions, split) for place, each in answers.items()}
-        )
-        kept.append(tokens.words_kept)
-        chances.append(_chances(trials[held_in(scenes) :]))
+        accuracies.append(run.accuracies())
+        grown.append(run.growth())
+        kept.append(run.tokens.words_kept)
+        chances.append(_chances(run.tested))
         mistakes.append(
             tuple(
-                count_mistakes(
-                    arm, reader, trials[held_in(scenes) :], _labels(answers[arm, reader])
-                )
+                count_mistakes(arm, reader, run.tested, _labels(run.answers[arm, reader]))
                 for reader in READERS
                 for arm in (MOONSHOT, *BASES)
             )
         )
-        examples = examples or _examples(answers, questions, split)
+        examples = examples or _examples(run)
         encoder.clear_cache()
     costs = _costs(encoder, arms, choices, of_clip)
     load.append(_load())
@@ -313,6 +306,7 @@ def study_budget(
             )
             for arm, reader in arms
         ),
+        growth=tuple(Growth(*place, each) for place, each in over_seeds(grown).items()),
         words_kept=over_seeds(kept),
         mistakes=tuple(sum(each[1:], each[0]) for each in zip(*mistakes, strict=True)),
         examples=examples,
@@ -331,101 +325,6 @@ def study_budget(
     )
 
 
-_NO_CHOICE = Choice(())
-
-
-def _choose(
-    encoder: DiffusionEncoder, scenes: int, *, epochs: int, batch_size: int, done: Done
-) -> dict[tuple[Family, Reader], Choice]:
-    """Settings of each family for each reader, by the accuracy on validation scenes."""
-    trials = sample_crowd_trials(scenes, seed=0, validation=True)
-    questions = CrowdQuestions.of(trials)
-    split = len(CROWD_PROPERTIES) * held_in(scenes)
-    tokens = CrowdTokens(
-        encoder,
-        trials,
-        sides=sorted({arm.side for arm in _PROBED.values()} - {0}),
-        batch_size=batch_size,
-        clip=None,
-        done=done.add,
-    )
-    names = tuple(tap.name for tap in encoder.feature_info)
-    sets = [names, *((name,) for name in names if len(names) > 1)]
-    tries = [
-        (family, reader, [Choice(taps, half) for taps in sets for half in _halves(family)])
-        for family in _PROBED
-        for reader in READERS
-    ]
-    fits = sum(len(choices) for _, _, choices in tries) + 2 * len(READERS)
-    portions = iter(_portions((len(CROWD_PROPERTIES) + 1) * scenes, fits))
-
-    def accuracy(family: Family, reader: Reader, choice: Choice) -> float:
-        rows = tokens.rows(_PROBED[family], choice)
-        labels = read_answers(
-            rows, questions, reader, groups=groups_of(rows), split=split, epochs=epochs, seed=0
-        )
-        done.add(next(portions))
-        shares = _accuracy(labels, questions, split)
-        return sum(shares.values()) / len(shares)
-
-    chosen: dict[tuple[Family, Reader], Choice] = {}
-    for family, reader, choices in tries:
-        shares = [accuracy(family, reader, choice) for choice in choices]
-        best = max(shares)
-        choice = choices[shares.index(best)]
-        if _PROBED[family].words and family != "mask":
-            with_rest = replace(choice, rest=True)
-            choice = with_rest if accuracy(family, reader, with_rest) > best else choice
-        chosen[family, reader] = choice
-    encoder.clear_cache()
-    return chosen
-
-
-def _halves(family: Family) -> Sequence[Half]:
-    return (_FIXED[family],) if family in _FIXED else HALVES
-
-
-def _arms(
-    encoder: DiffusionEncoder,
-    choices: dict[tuple[Family, Reader], Choice],
-    clip: ClipTokens | None,
-) -> Iterator[_Place]:
-    """Arms and readers, in the order of the tables."""
-    grids = _grids(encoder)
-    for reader in READERS:
-        for family in FAMILIES:
-            match family:
-                case "uncond" | "cond":
-                    taps = choices[family, reader].taps
-                    finest = min(middle_grid([grids[tap] for tap in taps])[0], MOST_SIDE)
-                    for side in sorted({*SIDES, max(finest, SIDES[-1])}):
-                        yield Arm(family, side=side), reader
-                case "words":
-                    for count in WORD_COUNTS:
-                        yield Arm(family, words=count), reader
-                case "grid+words":
-                    yield MOONSHOT, reader
-                case "mask":
-                    yield MASKS, reader
-                case "clip":
-                    for side in SIDES if clip is not None else ():
-                        if side <= clip.side:
-                            yield Arm(family, side=side), reader
-
-
-def _grids(encoder: DiffusionEncoder) -> dict[str, tuple[int, int]]:
-    """(height, width) of each tap's map."""
-    scene = sample_crowd_trials(1, seed=0, validation=True)[0].scene
-    with torch.no_grad():
-        features = encoder.extract(render(scene, side_of(encoder)), conditioning="uncond")
-    return {tap: (maps.shape[-2], maps.shape[-1]) for tap, maps in features.items()}
-
-
-def _accuracy(answers: Tensor, questions: CrowdQuestions, split: int) -> dict[CrowdProperty, float]:
-    right = (answers == questions.labels[split:]).double().view(-1, len(CROWD_PROPERTIES))
-    return dict(zip(CROWD_PROPERTIES, right.mean(dim=0).tolist(), strict=True))
-
-
 def _labels(answers: Tensor) -> list[int]:
     """Answers counted within their property, row by row."""
     first = [0]
@@ -439,15 +338,13 @@ def _chances(trials: Sequence[CrowdTrial]) -> dict[CrowdProperty, float]:
     return {name: chance_of(each) for name, each in zip(CROWD_PROPERTIES, labels, strict=True)}
 
 
-def _examples(
-    answers: dict[_Place, Tensor], questions: CrowdQuestions, split: int
-) -> tuple[Example, ...]:
+def _examples(run: BudgetRun) -> tuple[Example, ...]:
     labels = {
-        reader: [_labels(answers[arm, reader]) for arm in (MOONSHOT, BASES[0])]
+        reader: [_labels(run.answers[arm, reader]) for arm in (MOONSHOT, BASES[0])]
         for reader in READERS
     }
     examples = []
-    for row, question in enumerate(questions.questions[split : split + EXAMPLES]):
+    for row, question in enumerate(run.questions.questions[run.split : run.split + EXAMPLES]):
         names = ANSWERS[question.asks]
         said = {
             reader: (names[few[row]], names[many[row]]) for reader, (few, many) in labels.items()
@@ -458,14 +355,14 @@ def _examples(
 
 def _costs(
     encoder: DiffusionEncoder,
-    arms: Sequence[_Place],
-    choices: dict[tuple[Family, Reader], Choice],
+    arms: Sequence[Place],
+    choices: Choices,
     clip: ClipTokens | None,
-) -> dict[_Place, Cost | None]:
+) -> dict[Place, Cost | None]:
     trial = sample_crowd_trials(1, seed=0, validation=True)[0]
     image, text = render(trial.scene, side_of(encoder)), trial.questions[-1].text
     measured: dict[tuple[Arm, Choice | None], Cost] = {}
-    costs: dict[_Place, Cost | None] = {}
+    costs: dict[Place, Cost | None] = {}
     for arm, reader in arms:
         choice = choices.get((arm.family, reader))
         if arm.family != "mask" and (arm, choice) not in measured:
@@ -485,11 +382,6 @@ def _clip(name: str | None, device: str | torch.device) -> tuple[ClipTokens | No
         if name != "shapes-clip":
             raise
         return None, str(error)
-
-
-def _portions(total: int, count: int) -> list[int]:
-    """Whole numbers that add up to a total, as even as they can be."""
-    return [total * (k + 1) // count - total * k // count for k in range(count)]
 
 
 def _load() -> float | None:

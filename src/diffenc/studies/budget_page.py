@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffenc.evals.tables import Table
-from diffenc.studies.budget import BASES, MARGINS, BudgetRow, BudgetStudy
+from diffenc.studies.budget import MARGINS, BudgetRow, BudgetStudy
 from diffenc.studies.budget_arms import FAMILIES, MASKS, MOONSHOT, Arm, Choice, Family
+from diffenc.studies.budget_run import BASES
 from diffenc.studies.charts import Panel, Series, draw_panels
 from diffenc.studies.crowd_trials import CROWD_PROPERTIES
 from diffenc.studies.pages import page, paragraph, section
@@ -42,13 +43,19 @@ _WHAT_THE_LINES_ARE = """\
 The grid is pooled from the finest that the tap gives, up to 256 tokens. Words are the sharpest of \
 the question, in the order of the text; tokens of words that are not there are zeros. The true \
 masks' tokens, one for each object that is named, are what words could gather at best. Which tap \
-is read (one, or all side by side), whether words and masks gather features without text or under \
-the question, and whether the last of several words' tokens is of the rest of the picture, is \
-chosen for each kind of tokens and each reader on validation scenes."""
+is read (all side by side, or one, whose maps are as fine as the grid), whether words and masks \
+gather features without text or under the question, and whether the last of several words' tokens \
+is of the rest of the picture, is chosen for each kind of tokens and each reader on validation \
+scenes."""
 
 _ABOUT_CLIP = """\
 `shapes-clip` was trained on scenes of one to three objects at 64 pixels and never saw a crowd: \
 its line says what a grid of another encoder gives, not what CLIP could."""
+
+_ABOUT_GROWTH = """\
+Readers of many tokens have to learn where to look, and need more scenes for it. Where the lines \
+come together as scenes grow in number, what few tokens gain is an easier task for their reader, \
+and more scenes may take it away."""
 
 _ABOUT_MISTAKES = """\
 Of the wrong answers, the share that is right of another object of the scene: the wrong object was \
@@ -91,6 +98,20 @@ def accuracy_table(study: BudgetStudy, reader: Reader) -> Table:
     rows.append(("most frequent answer", "", *cells, "", ""))
     columns = ("tokens", "number", *CROWD_PROPERTIES, "mean", "U-Net rows", "ms")
     return Table(f"accuracy of answers, {READER_NAMES[reader]}", columns, tuple(rows))
+
+
+def growth_table(study: BudgetStudy) -> Table:
+    """Accuracy of the arms that are compared, by the number of scenes that readers learn from."""
+    counts = sorted({each.scenes for each in study.growth})
+    rows = []
+    for reader in READERS:
+        for arm in (MOONSHOT, *BASES):
+            own = [each for each in study.growth if (each.arm, each.reader) == (arm, reader)]
+            own.sort(key=lambda each: each.scenes)
+            cells = [f"{each.accuracy:.2f}" for each in own]
+            rows.append((arm_name(arm), READER_NAMES[reader], *cells))
+    columns = ("tokens", "reader", *(f"{count} scenes" for count in counts))
+    return Table("accuracy by the number of scenes that are fitted to", columns, tuple(rows))
 
 
 def choice_table(study: BudgetStudy) -> Table:
@@ -208,6 +229,9 @@ def to_markdown(study: BudgetStudy, *, command: str, made_with: str, picture: st
         paragraph(_about_costs(study)),
         "" if study.clip is None else paragraph(_ABOUT_CLIP),
         choice_table(study).to_markdown(),
+        "## By the number of scenes to learn from",
+        paragraph(_ABOUT_GROWTH),
+        growth_table(study).to_markdown(),
         "## What goes wrong",
         word_table(study).to_markdown(),
         paragraph(_ABOUT_MISTAKES),

@@ -139,6 +139,7 @@ def read_answers(
     *,
     groups: Sequence[int],
     split: int,
+    start: int | None = None,
     epochs: int,
     seed: int,
 ) -> Int[Tensor, " rest"]:
@@ -150,11 +151,12 @@ def read_answers(
         reader: Kind of reader, which says what it knows of a question: "told" or "blind".
         groups: Widths of groups of channels that count alike: features, and places.
         split: Number of rows to fit, counted from the first.
-        epochs: Number of passes over these rows.
+        start: First of the rows that are answered, `split` or more; None takes `split`.
+        epochs: Number of passes over the rows to fit.
         seed: Seed of the initial queries and of the order of rows.
 
     Returns:
-        Index of the answer to each row from `split` on, counted as `CrowdQuestions.labels`.
+        Index of the answer to each row from `start` on, counted as `CrowdQuestions.labels`.
     """
     tokens = standardised(tokens, groups, split=split)
     (source,), each = tokens.sources, tokens.rows // len(tokens.sources[0])
@@ -178,6 +180,7 @@ def read_answers(
         batches,
         lambda rows: F.cross_entropy(logits(rows), questions.labels[rows]),
     )
-    rest = torch.arange(split, tokens.rows, dtype=torch.long, device="cpu")
+    start = split if start is None else start
+    rest = torch.arange(start, tokens.rows, dtype=torch.long, device="cpu")
     with torch.no_grad():
         return torch.cat([logits(part).argmax(dim=1) for part in rest.split(4 * _BATCH)])

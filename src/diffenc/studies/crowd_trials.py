@@ -24,7 +24,7 @@ ANSWERS: dict[CrowdProperty, tuple[str, ...]] = {
 }
 """Answers of each property. Positions are the ninths of the picture, row by row."""
 
-_HELD_OUT, _VALIDATION = 960_000, 860_000
+_HELD_OUT, _VALIDATION = 960_000, 860_001
 
 
 @dataclass(frozen=True, slots=True)
