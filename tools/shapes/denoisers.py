@@ -5,8 +5,9 @@ called, what it predicts, and which of its cross-attentions the grounding loss t
 
 The transformer predicts the latents without noise, which are simpler than noise (Li and He 2025,
 arXiv:2511.13720). It sees four cells as one token and learns slowly: after 500 steps of 48 rows,
-taught by the U-Net of `shapes`, its error is 1.4 to 9 times that U-Net's, the less noise the more,
-and its predictions hardly depend on the text; predicting the noise it was no better.
+taught by the U-Net of `shapes`, it was 1.4 to 9 times as far from that U-Net as the U-Net from the
+noise, the less noise the farther, and its predictions hardly depended on the text. Predicting the
+noise it was no better.
 """
 
 from collections.abc import Callable
