@@ -14,20 +14,21 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from diffenc.models.taps import derived_taps
 
-SHARED = {
+SHARED: dict[str, Any] = {
     "_diffusers_version": "0.32.0",
     "scheduler": ["diffusers", "DDIMScheduler"],
     "text_encoder": ["transformers", "CLIPTextModel"],
     "tokenizer": ["transformers", "CLIPTokenizer"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
-INDEX = {
+INDEX: dict[str, dict[str, Any]] = {
     "unet": {
         "_class_name": "StableDiffusionPipeline",
         "feature_extractor": [None, None],

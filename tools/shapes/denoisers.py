@@ -53,7 +53,8 @@ class Kind:
         if self.predicts == "epsilon":
             return predicted
         signal = SIGNAL[timesteps].view(-1, 1, 1, 1)
-        return (noisy - signal.sqrt() * predicted) / (1 - signal).sqrt()
+        noise: Tensor = (noisy - signal.sqrt() * predicted) / (1 - signal).sqrt()
+        return noise
 
 
 def build_scheduler(predicts: str = "epsilon") -> DDIMScheduler:
