@@ -24,7 +24,7 @@ class Cost:
     """Cost of the tokens of one picture under one question that nothing is remembered of.
 
     Attributes:
-        rows: Number of rows that the U-Net runs.
+        rows: Number of rows that reach the last tap; what comes before a text is run once for all.
         milliseconds: Time of one call, median of five: processor time of all threads on a CPU, on
             another device wall-clock time.
     """
@@ -77,7 +77,8 @@ def cost_of(
         )
         return words.features.tokens(arm.side) if arm.side else words
 
-    return _measured(call, encoder.backbone.denoiser, encoder.backbone.denoiser)
+    denoiser = encoder.backbone.denoiser
+    return _measured(call, denoiser, denoiser.get_submodule(own.feature_info[-1].name))
 
 
 @torch.no_grad()

@@ -53,8 +53,9 @@ def count_mistakes(
         if question.asks not in names or answer == question.label:
             continue
         wrong[question.asks] += 1
-        rest = [each for k, each in enumerate(trial.scene.objects) if k not in question.things]
-        others[question.asks] += any(_label(each, question.asks) == answer for each in rest)
+        others[question.asks] += any(
+            _label(thing, question.asks) == answer for thing in trial.scene.objects
+        )
     return Mistakes(arm, reader, wrong, others)
 
 
