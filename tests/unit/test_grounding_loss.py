@@ -421,6 +421,8 @@ def test_parts_of_a_text_are_found_by_their_letters(tiny_tokenizer):
         positions = span_positions([tiny_tokenizer], text, start, start + len(part))
         assert positions == expected
         assert span_positions([tiny_tokenizer] * 2, text, start, start + len(part)) == expected
+    differing = [tiny_tokenizer, dit_builders.tiny_t5_tokenizer()]
+    assert span_positions(differing, text, 2, 12) == ()  # one of them begins without a mark
     assert span_positions([tiny_tokenizer], text, 2, 4) == ()  # "re" is no token
     assert span_positions([tiny_tokenizer], "circle " * 90, 7 * 85, 7 * 85 + 6) == ()
     accent = "a\u0301 red"  # two letters that the tokenizer sees as one

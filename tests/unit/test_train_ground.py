@@ -323,7 +323,7 @@ def test_a_picture_that_breaks_later_is_told_or_left_aside(parts, tmp_path):
         ({"ground": {"timesteps": [5]}}, "timesteps must be a list of 2"),
         ({"ground": {"layers": []}}, "one cross-attention or more"),
         ({"ground": {"limit": 0}}, "limit must be 1 or more"),
-        ({"ground": {"wieght": 1}}, "Did you mean 'weight'"),
+        ({"ground": {"weights": 1}}, "Did you mean 'weight'"),
         ({"ground": {}, "data": {"annotations": "a", "images": "b"}}, r"named in \[ground\]"),
         ({"ground": {}, "data": {"limit": 4}}, r"data\.limit is for conversations"),
         ({"ground": {}, "adapt": {"unet_rank": 0}}, "set adapt.unet_rank"),
