@@ -29,6 +29,7 @@ _STYLE = """\
 .words .grid-container {
   grid-template-columns: repeat(auto-fill, minmax(min(190px, 40%), 1fr)) !important;
 }
+.words .grid-wrap { max-height: none !important }
 .words .caption-label { max-width: 100% }
 """
 
