@@ -392,7 +392,7 @@ def test_settings_are_chosen_on_validation_scenes_alone(tiny_sd_folder, monkeypa
     widths = {tap.name: tap.channels for tap in encoder.feature_info}
     features = encoder.extract(render(sample_crowd_trials(1, seed=0)[0].scene, 64))
     fine = [tap for tap in widths if features[tap].shape[-1] >= 8]  # those that give 64 cells
-    best = min(fine, key=widths.__getitem__)  # the first of equal ones
+    best = min(fine, key=widths.__getitem__)
     fitted: list[tuple[bool, int]] = []
     validation = {t.questions for t in sample_crowd_trials(30, seed=0, validation=True)}
 
@@ -411,7 +411,9 @@ def test_settings_are_chosen_on_validation_scenes_alone(tiny_sd_folder, monkeypa
     monkeypatch.setattr(budget_choices, "read_answers", reader_of_one_tap)
     monkeypatch.setattr(budget_costs, "_CALLS", 1)
     study = study_budget(encoder.backbone, clip=None, **QUICK)
-    assert {row.choice.taps for row in study.rows} == {(best,)}
+    chosen = {row.arm.family: row.choice.taps for row in study.rows}
+    assert {tuple(widths[tap] for tap in taps) for taps in chosen.values()} == {(widths[best],)}
+    assert {*chosen["uncond"], *chosen["cond"]} == {best}
     assert all(row.mean.mean == 0 for row in study.rows)
     kinds = [chosen_on for chosen_on, _ in fitted]
     assert kinds == sorted(kinds, reverse=True)  # nothing is chosen once held-out scenes are read
