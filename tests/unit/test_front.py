@@ -9,6 +9,7 @@ import pytest
 
 from diffenc.studies.vlm import STUDIES
 
+OF_THE_PAPER = tuple(study for study in STUDIES if study != "tokens")
 ROOT = Path(__file__).parents[2]
 SENTENCE = re.compile(
     r"(\w+) \[studies\].*?repeat (\d+) findings.*?(\d+) hold, (\d+) come out the other\s+way round,"
@@ -21,11 +22,11 @@ SENTENCE = re.compile(
 def test_findings_are_those_of_the_studies(page):
     verdicts = Counter(
         finding["verdict"]
-        for study in STUDIES
+        for study in OF_THE_PAPER
         for finding in json.loads((ROOT / f"docs/results/{study}.json").read_text())["findings"]
     )
     studies, *numbers = SENTENCE.search((ROOT / page).read_text(encoding="utf-8")).groups()
-    assert studies == {8: "Eight"}[len(STUDIES)]
+    assert studies == {8: "Eight"}[len(OF_THE_PAPER)]
     kinds = ("holds", "opposite", "does not show", "not measured")
     assert [int(n) for n in numbers] == [verdicts.total(), *(verdicts[kind] for kind in kinds)]
 
