@@ -33,7 +33,7 @@ import evals_data
 import ldm_layout
 import tiny_llava
 import toy_llava
-from diffenc import DiffusionVLM, load_backbone
+from diffenc import DiffusionEncoder, DiffusionVLM, load_backbone
 from diffenc.cli.app import app
 from diffenc.evals.llava_bench import FunctionJudge
 from diffenc.hosts.tower import DiffusionVisionTower
@@ -201,6 +201,12 @@ def _trained_models() -> None:
         DiffusionVLM("shapes", "shapes-lm").save_pretrained(f"runs/{name}/model")
 
 
+def _grounded_model() -> None:
+    grounded = DiffusionEncoder.from_pretrained("shapes")
+    grounded.add_lora(rank=4)
+    grounded.save_pretrained("runs/shapes-ground/model")
+
+
 def _features() -> None:
     done = CliRunner().invoke(app, ["encode", "photo.jpg", "-o", "features.safetensors"])
     assert done.exit_code == 0, done.output
@@ -307,6 +313,7 @@ AROUND: dict[str, Callable[[Hub], Any]] = {
     "install": _models,
     "coming-from": _models,
     "train": lambda _: _trained_models(),
+    "ground-words": lambda _: _grounded_model(),
     "recipes": lambda _: _recipes(),
     "command-line": lambda _: _features(),
     "evaluate-language-models": lambda _: _answers(),

@@ -48,12 +48,13 @@ class CrowdQuestions:
         counts = [len(ANSWERS[name]) for name in CROWD_PROPERTIES]
         first = [sum(counts[:k]) for k in range(len(counts) + 1)]
         starts = dict(zip(CROWD_PROPERTIES, first, strict=False))
-        place: dict[str, Any] = {"device": "cpu"}
-        answers = torch.arange(first[-1], dtype=torch.long, **place)
+        counted: dict[str, Any] = {"dtype": torch.long, "device": "cpu"}
+        answers = torch.arange(first[-1], **counted)
         labels = [starts[question.asks] + question.label for question in questions]
         shape = (len(questions), HEADS, len(_WORDS))
         words: dict[Reader, Tensor] = {
-            reader: torch.zeros(shape, dtype=torch.float32, **place) for reader in ("told", "blind")
+            reader: torch.zeros(shape, dtype=torch.float32, device="cpu")
+            for reader in ("told", "blind")
         }
         for row, question in enumerate(questions):
             for known in words.values():
@@ -63,7 +64,7 @@ class CrowdQuestions:
                     words["told"][row, head, _WORDS.index(name)] = 1
         return cls(
             questions,
-            torch.tensor(labels, dtype=torch.long, **place),
+            torch.tensor(labels, **counted),
             words,
             torch.stack([(answers >= a) & (answers < b) for a, b in pairwise(first)]),
         )
