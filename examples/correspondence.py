@@ -149,6 +149,9 @@ print(f"wrote {options.output}")
 drawn
 
 # %% [markdown]
+# The third row fails: most points of all three shapes are found on the edges of the triangle and
+# of the circle. Over all pairs in other colours four points of five are found.
+#
 # Both pictures are seen through the same noise, which makes equal places look alike: one reason why
 # large timesteps do worse here. DIFT averages over eight draws of noise (`draws=8`).
 

@@ -1,10 +1,8 @@
 """Put the trained parts together as the bundled diffusers folder, in half precision.
 
     python tools/shapes/assemble.py
-    python tools/shapes/assemble.py --source runs/dit --target src/diffenc/models/assets/shapes-dit
 
-The result is what `StableDiffusionPipeline.from_pretrained` reads, or `PixArtSigmaPipeline` where
-the source has a transformer. Weights are stored as float16;
+The result is what `StableDiffusionPipeline.from_pretrained` reads. Weights are stored as float16;
 the text encoder's config says float32, because transformers 5 would otherwise keep it in half while
 diffusers brings the other parts to float32. Its keys carry the prefix `text_model.`, as published
 Stable Diffusion folders have it: transformers 4 needs it, 5 accepts it.
@@ -14,38 +12,27 @@ import argparse
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from diffenc.models.taps import derived_taps
 
-SHARED: dict[str, Any] = {
+INDEX = {
+    "_class_name": "StableDiffusionPipeline",
     "_diffusers_version": "0.32.0",
+    "feature_extractor": [None, None],
+    "image_encoder": [None, None],
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
     "scheduler": ["diffusers", "DDIMScheduler"],
     "text_encoder": ["transformers", "CLIPTextModel"],
     "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
-INDEX: dict[str, dict[str, Any]] = {
-    "unet": {
-        "_class_name": "StableDiffusionPipeline",
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-    },
-    "transformer": {
-        "_class_name": "PixArtSigmaPipeline",
-        "transformer": ["diffusers", "PixArtTransformer2DModel"],
-    },
-}
-"""`model_index.json` by the kind of the denoiser, beside what is shared."""
 WEIGHTS = {
     "unet": "diffusion_pytorch_model.safetensors",
-    "transformer": "diffusion_pytorch_model.safetensors",
     "vae": "diffusion_pytorch_model.safetensors",
     "text_encoder": "model.safetensors",
 }
@@ -72,7 +59,7 @@ def copy_weights(source: Path, target: Path, part: str) -> None:
 
 
 def write_taps(folder: Path) -> None:
-    """Beside the default model, channels and reduction of every readable place of its U-Net."""
+    """Beside the model, channels and reduction of every readable place of its U-Net."""
     config = (folder / "unet" / "config.json").read_text(encoding="utf-8")
     vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
     taps = derived_taps(config, 2 ** (len(vae["block_out_channels"]) - 1))
@@ -90,14 +77,12 @@ def main() -> None:
     parser.add_argument("--source", type=Path, default=Path("runs/shapes"))
     parser.add_argument("--target", type=Path, default=Path("src/diffenc/models/assets/shapes"))
     options = parser.parse_args()
-    denoiser = "transformer" if (options.source / "transformer").is_dir() else "unet"
-    for part in (denoiser, "vae", "text_encoder"):
+    for part in WEIGHTS:
         copy_weights(options.source, options.target, part)
     for part in ("tokenizer", "scheduler"):
         shutil.copytree(options.source / part, options.target / part, dirs_exist_ok=True)
-    write_json(options.target / "model_index.json", {**SHARED, **INDEX[denoiser]})
-    if options.target.name == "shapes":
-        write_taps(options.target)
+    write_json(options.target / "model_index.json", INDEX)
+    write_taps(options.target)
     total = sum(file.stat().st_size for file in options.target.rglob("*.safetensors"))
     print(f"{total / 1e6:.1f} MB of weights in {options.target}")
 

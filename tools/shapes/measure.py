@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from detector import detect
-from diffusers import DiffusionPipeline, PixArtSigmaPipeline
+from diffusers import StableDiffusionPipeline
 from einops import reduce
 from PIL import Image
 from torch import Tensor
@@ -98,10 +98,8 @@ def two_object_scenes(count: int, seed: str) -> list[Scene]:
 
 def generation(folder: Path, per_kind: int) -> dict[str, float]:
     """Percentage of generated pictures with exactly the colours and shapes of the caption."""
-    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
-    reads = {"max_sequence_length": 32, "use_resolution_binning": False, "clean_caption": False}
-    more = reads if isinstance(pipe, PixArtSigmaPipeline) else {}
     rng = random.Random(f"generation/{HELD_OUT_SEED}")
     scenes = {
         "one_object": [sample_scene(rng, count=1) for _ in range(per_kind)],
@@ -118,7 +116,6 @@ def generation(folder: Path, per_kind: int) -> dict[str, float]:
                 guidance_scale=4.0,
                 num_inference_steps=30,
                 generator=generator,
-                **more,
             ).images
             for image, scene in zip(images, part, strict=True):
                 seen = Counter((thing.color, thing.shape) for thing in detect(image))
@@ -168,7 +165,7 @@ def localised(backbone: Backbone, count: int, seed: int) -> Counter[tuple[str, i
     """Hits per layer and timestep, of two words in each of `count` scenes."""
     scenes = two_object_scenes(count, f"attention/{seed}")
     latents = encode_latents(backbone.vae, pixel_values(scenes))
-    layers = cross_attention_layers(backbone.denoiser)
+    layers = cross_attention_layers(backbone.unet)
     hits: Counter[tuple[str, int]] = Counter()
     for timestep in ATTENTION_TIMESTEPS:
         noise = shared_noise((4, 16, 16), seed=0, timestep=timestep)

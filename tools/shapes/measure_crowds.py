@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from denoisers import KINDS
+from grounding import GROUNDED_LAYERS
 from measure import DRAWS, ERROR_TIMESTEPS, dilated
 from torch import Tensor
 from torch.nn import functional as F
@@ -50,7 +50,6 @@ TAPS = tuple(
     for index in range(count)
 )
 BATCH = 25
-TAUGHT = tuple(layer for kind in KINDS.values() for layer in kind.grounded)
 
 Naming = Callable[[SceneObject], str]
 NAMINGS: dict[str, Naming] = {
@@ -113,7 +112,7 @@ def maxima(
     """Per layer and timestep the percentage of maxima of a word's map that lie on its object."""
     size = backbone.vae.config.sample_size
     latents = latents_of(backbone, [item.scene for item in trials])
-    layers = cross_attention_layers(backbone.denoiser)
+    layers = cross_attention_layers(backbone.unet)
     hits: Counter[tuple[str, int]] = Counter()
     for start in range(0, len(trials), BATCH):
         part = trials[start : start + BATCH]
@@ -328,7 +327,7 @@ def of_best(
     """The layer that is best on validation scenes, its figure on held-out ones; both groups."""
     table: dict[str, object] = {}
     for name, taught in (("taught", True), ("untouched", False)):
-        places = [p for p in validation if p[0].startswith(TAUGHT) == taught]
+        places = [p for p in validation if p[0].startswith(GROUNDED_LAYERS) == taught]
         best = max(places, key=lambda place: validation[place])
         table[name] = {"layer": best[0], "timestep": best[1], "percent": held_out[best]}
     return table

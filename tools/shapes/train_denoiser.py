@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 from crowd_texts import false_caption
-from denoisers import KINDS, build_scheduler, own_tokens, taught_by
+from denoisers import KINDS, SIGNAL, build_scheduler, own_tokens, taught_by
 from diffusers import AutoencoderKL
 from grounding import outside, spoken_of
 from texts import training_scene, training_text, wrong_captions
@@ -167,7 +167,6 @@ def winoground_text(
 ) -> dict[str, float]:
     """Text, image and group score in percent, by negative squared error with shared noise."""
     pairs = winoground_items(items, seed=VALIDATION_SEED, kinds=[kind])
-    schedule = build_scheduler().alphas_cumprod
     size = vae.config.sample_size
     latents = encode(vae, pixels([scene for pair in pairs for scene in pair.scenes], size))
     ids = text.ids([caption for pair in pairs for caption in pair.captions])
@@ -177,7 +176,7 @@ def winoground_text(
     for timestep in TIMESTEPS:
         generator = torch.Generator().manual_seed(timestep)
         noise = torch.randn(latents.shape[1:], generator=generator).expand_as(latents)
-        signal = schedule[timestep]
+        signal = SIGNAL[timestep]
         noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
         for other in (False, True):
             order = rows.view(-1, 2).flip(1).flatten() if other else rows
@@ -284,13 +283,12 @@ def main() -> None:
     teacher = None if options.teacher is None else taught_by(options.teacher)
     modules = {kind.part: model}
     run = Run(options.run, modules, steps=options.steps, lr=options.lr, ema_decay=0.9985)
-    alphas = build_scheduler().alphas_cumprod
-    snr = alphas / (1 - alphas)
+    snr = SIGNAL / (1 - SIGNAL)
     usual = torch.full((LEVELS,), math.nan)
     empty = text.ids([""]).short()
     negatives = round(NEGATIVES * options.batch)
     count = options.batch - negatives
-    means = [0.0] * 4
+    means: list[float] = []
     while run.step < options.steps:
         generator = torch.Generator().manual_seed(run.step)
         rows = torch.randint(len(data["latents"]), (count,), generator=generator)
@@ -308,7 +306,7 @@ def main() -> None:
         both = torch.cat([torch.arange(count), again])
         rows, noise, timesteps = rows[both], noise[both], timesteps[both]
         latents = data["latents"][rows].float()
-        signal = alphas[timesteps].view(-1, 1, 1, 1)
+        signal = SIGNAL[timesteps].view(-1, 1, 1, 1)
         noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
         states, own = text.states(ids), own_tokens(ids)
         with CrossAttnTaps(model, kind.grounded, tokens=range(ids.shape[1])) as taps:
@@ -330,9 +328,9 @@ def main() -> None:
         run.update(loss + options.grounding * astray + pairs)
         plain = row_errors(predicted.detach(), noise)
         told_apart = 100 * (plain[count:] > plain[again]).float().mean()
+        latest = [value.item() for value in (loss, astray, told_apart, pairs)]
         means = [
-            0.98 * mean + 0.02 * value.item() if run.step > 1 else value.item()
-            for mean, value in zip(means, (loss, astray, told_apart, pairs), strict=True)
+            0.98 * mean + 0.02 * value for mean, value in zip(means or latest, latest, strict=True)
         ]
         if run.step % 50 == 0:
             run.log(

@@ -10,7 +10,7 @@ from diffenc.cli.noted import NotedCommand
 from diffenc.cli.options import Debug, Device, Dtype, Force, to_device, to_dtype
 from diffenc.cli.parsing import parse_scales, parse_timestep, parse_timesteps
 from diffenc.cli.study_budget import budget
-from diffenc.cli.study_report import Output, Quick, run_and_report
+from diffenc.cli.study_report import Backbone, Clip, Output, Quick, Seeds, run_and_report
 from diffenc.cli.study_table import table
 from diffenc.cli.study_vlm import add_studies
 
@@ -21,16 +21,6 @@ if TYPE_CHECKING:
     from diffenc.studies.parts import PartStudy
     from diffenc.studies.registers import RegisterStudy
     from diffenc.studies.similarity import SimilarityStudy
-
-Backbone = Annotated[
-    str,
-    typer.Option(
-        *("--backbone", "--model", "-b", "-m"),
-        metavar="NAME",
-        help="Alias, Hub id or diffusers folder; see diffenc info.",
-    ),
-]
-Seeds = Annotated[int, typer.Option(help="Number of repetitions with other scenes and noise.")]
 
 Taps = Annotated[
     list[str] | None,
@@ -183,10 +173,7 @@ def similarity(
         str,
         typer.Option(metavar="PATH", help="shapes, or a folder or .zip file of MMVP-VLM."),
     ] = "shapes",
-    clip: Annotated[
-        str,
-        typer.Option(metavar="NAME", help="CLIP beside: a folder, a Hub id, shapes-clip, or none."),
-    ] = "shapes-clip",
+    clip: Clip = "shapes-clip",
     taps: Taps = None,
     timesteps: Annotated[
         str, typer.Option(metavar="T,T", help="Noise levels of the cosines, 0 to 999.")

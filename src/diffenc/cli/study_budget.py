@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from diffenc.cli.options import Debug, Device, Dtype, Force, to_device, to_dtype
-from diffenc.cli.study_report import Output, Quick, run_and_report
+from diffenc.cli.study_report import Backbone, Clip, Output, Quick, Seeds, run_and_report
 
 if TYPE_CHECKING:
     from diffenc.evals.tables import Table
@@ -17,25 +17,13 @@ _QUICK = {"scenes": 30, "validation": 30, "seeds": 1, "reader_epochs": 2}
 
 def budget(
     output: Output = Path("budget-study"),
-    backbone: Annotated[
-        str,
-        typer.Option(
-            *("--backbone", "--model", "-b", "-m"),
-            metavar="NAME",
-            help="Alias, Hub id or diffusers folder; see diffenc info.",
-        ),
-    ] = "shapes-many",
-    clip: Annotated[
-        str,
-        typer.Option(metavar="NAME", help="CLIP beside: a folder, a Hub id, shapes-clip, or none."),
-    ] = "shapes-clip",
+    backbone: Backbone = "shapes-many",
+    clip: Clip = "shapes-clip",
     scenes: Annotated[int, typer.Option(help="Number of scenes per seed, 30 or more.")] = 240,
     validation: Annotated[
         int, typer.Option(help="Number of scenes that settings are chosen on, 30 or more.")
     ] = 240,
-    seeds: Annotated[
-        int, typer.Option(help="Number of repetitions with other scenes and noise.")
-    ] = 3,
+    seeds: Seeds = 3,
     batch_size: Annotated[int, typer.Option(help="Number of scenes per pass of the U-Net.")] = 16,
     quick: Quick = False,
     device: Device = "auto",

@@ -28,6 +28,19 @@ Output = Annotated[
         help="Folder of the .md, .json and picture; created if missing.",
     ),
 ]
+Backbone = Annotated[
+    str,
+    typer.Option(
+        *("--backbone", "--model", "-b", "-m"),
+        metavar="NAME",
+        help="Alias, Hub id or diffusers folder; see diffenc info.",
+    ),
+]
+Clip = Annotated[
+    str,
+    typer.Option(metavar="NAME", help="CLIP beside: a folder, a Hub id, shapes-clip, or none."),
+]
+Seeds = Annotated[int, typer.Option(help="Number of repetitions with other scenes and noise.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Tiny run, which shows that all works.")]
 
 

@@ -10,7 +10,7 @@ from diffenc.cli.files import check_output
 from diffenc.cli.options import Debug, Device, Dtype, quiet_libraries, to_device, to_dtype
 from diffenc.cli.parsing import parse_timesteps
 from diffenc.cli.progress import progress_bar
-from diffenc.cli.study_report import hardware
+from diffenc.cli.study_report import Backbone, hardware
 from diffenc.cli.tables import print_tables
 from diffenc.storage.writing import make_folder, write_text
 
@@ -24,14 +24,7 @@ def table(
             help="Folder of the .csv files, one a model; rows that are there stay.",
         ),
     ] = Path("results"),
-    backbone: Annotated[
-        str,
-        typer.Option(
-            *("--backbone", "--model", "-b", "-m"),
-            metavar="NAME",
-            help="Alias, Hub id or diffusers folder; see diffenc info.",
-        ),
-    ] = "shapes",
+    backbone: Backbone = "shapes",
     data: Annotated[
         list[str] | None,
         typer.Option(
