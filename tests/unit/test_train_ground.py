@@ -148,6 +148,12 @@ def test_other_phrases_and_other_weights_are_not_gone_on_with(parts, tmp_path):
     other = replace(begun, ground=phrases(parts, annotations=str(changed)))
     with pytest.raises(ConfigError, match="content of the samples was"):
         train(other, resume=True)
+    record = json.loads(lines[0])
+    left, *edges = record["phrases"][0]["boxes"][0]
+    record["phrases"][0]["boxes"][0] = [left + 1, *edges]
+    changed.write_text("\n".join([json.dumps(record), *lines[1:]]) + "\n")
+    with pytest.raises(ConfigError, match="content of the samples was"):
+        train(other, resume=True)
 
 
 @pytest.mark.long
