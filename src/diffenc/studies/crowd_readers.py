@@ -48,8 +48,8 @@ class CrowdQuestions:
         counts = [len(ANSWERS[name]) for name in CROWD_PROPERTIES]
         first = [sum(counts[:k]) for k in range(len(counts) + 1)]
         starts = dict(zip(CROWD_PROPERTIES, first, strict=False))
-        counted: dict[str, Any] = {"dtype": torch.long, "device": "cpu"}
-        answers = torch.arange(first[-1], **counted)
+        place: dict[str, Any] = {"dtype": torch.long, "device": "cpu"}
+        answers = torch.arange(first[-1], **place)
         labels = [starts[question.asks] + question.label for question in questions]
         shape = (len(questions), HEADS, len(_WORDS))
         words: dict[Reader, Tensor] = {
@@ -64,7 +64,7 @@ class CrowdQuestions:
                     words["told"][row, head, _WORDS.index(name)] = 1
         return cls(
             questions,
-            torch.tensor(labels, **counted),
+            torch.tensor(labels, **place),
             words,
             torch.stack([(answers >= a) & (answers < b) for a, b in pairwise(first)]),
         )
