@@ -9,12 +9,14 @@ import pytest
 from PIL import Image
 
 from diffenc.errors import ConfigError
+from diffenc.inputs.policies import PromptSample, captions_of, parse_policy
 from diffenc.mllm.training import write_miniature
 from diffenc.studies.charts import Panel, Series, draw_panels
 from diffenc.studies.spreads import Spread
 from diffenc.studies.vlm.measure import ask_questions, measure
 from diffenc.studies.vlm.measurements import Measurement
 from diffenc.studies.vlm.plan_file import bundled_plan, parse_plan
+from diffenc.studies.vlm.tables import training_table
 from diffenc.studies.vlm.workshop import Workshop
 
 PLAN = """
@@ -95,6 +97,58 @@ def test_a_measurement_on_crowds_asks_about_crowds() -> None:
         Measurement(name="m", kind="answers", crowds=1)  # type: ignore[arg-type]
 
 
+def test_a_model_that_is_untold_reads_the_same_words_whatever_is_asked() -> None:
+    read: list[str] = []
+    looked: list[str] = []
+
+    def generate(images, questions, prompts, **_options):
+        read.extend(questions)
+        looked.extend(prompts)
+        return ["red"] * len(images)
+
+    known, untold = (
+        Measurement(name="m", kind="answers", prompts="question", items=14, untold=flag)
+        for flag in (False, True)
+    )
+    figures = measure(known, generate, seed=0).figures
+    assert len(set(read)) > 7
+    questions = [*read]
+    assert looked == questions
+    read.clear()
+    looked.clear()
+    assert measure(untold, generate, seed=0).figures == figures
+    assert read == ["answer."] * 14
+    assert looked == questions
+    with pytest.raises(ConfigError, match=r'measure\.m\.untold is for kind = "answers"'):
+        Measurement(name="m", kind="mmvp", untold=True)
+
+
+def test_what_is_asked_through_the_encoder_stands_in_its_prompt_alone(tmp_path) -> None:
+    paths = write_miniature(tmp_path, scenes=8, turns=1, lettered=0)
+    talks, untold = (json.loads(paths[name].read_text("utf-8")) for name in ("instruct", "asked"))
+    for talk, record in zip(talks, untold, strict=True):
+        question, answer = (turn["value"] for turn in talk["conversations"])
+        (caption,) = record["captions"]
+        sample = PromptSample(record["id"], record["conversations"], captions_of(record))
+        assert parse_policy("caption")(sample, epoch=1) == caption
+        assert caption.endswith("?") or caption == "describe the picture."
+        assert question == f"<image>\n{caption}"
+        assert [turn["value"] for turn in record["conversations"]] == ["<image>\nanswer.", answer]
+        assert (record["id"], record["image"]) == (talk["id"], talk["image"])
+
+
+def test_a_training_that_asks_through_the_encoder_learns_from_data_of_its_own(tmp_path) -> None:
+    second = '[train.second]\nstage = "instruct"\nstart = "first"\ndata = "asked"\n'
+    shop = Workshop(parse_plan("p", PLAN + second), tmp_path)
+    usual = Workshop(parse_plan("p", PLAN + second.replace("asked", "instruct")), tmp_path)
+    assert shop.config("second", 0).data.annotations == str(shop.data()["asked"])
+    assert shop.data()["asked"].is_file()
+    assert shop.identity("second", 0) != usual.identity("second", 0)
+    assert training_table(shop.plan).rows[1][1] == "answers to what the encoder alone is asked"
+    with pytest.raises(ConfigError, match=r"train\.second\.data.*'asked'"):
+        parse_plan("p", PLAN + second.replace("asked", "ground"))
+
+
 def test_crowded_data_is_written_and_other_data_stays_what_it_was(tmp_path) -> None:
     def shop(more: str = "") -> Workshop:
         return Workshop(parse_plan("p", PLAN.replace("turns = 1", f"turns = 1\n{more}")), tmp_path)
@@ -103,8 +157,8 @@ def test_crowded_data_is_written_and_other_data_stays_what_it_was(tmp_path) -> N
     assert usual.folder_of("first", 0) == plain.folder_of("first", 0)
     assert usual.folder_of("first", 0) != crowded.folder_of("first", 0)
     first, second = usual.data(), crowded.data()
-    assert first["images"].parent.name == "shapes-6-0-1-1.2"
-    assert second["images"].parent.name == "shapes-6-0-1-1.2-lettered-0-crowds-True"
+    assert first["images"].parent.name == "shapes-6-0-1-1.2.1"
+    assert second["images"].parent.name == "shapes-6-0-1-1.2.1-lettered-0-crowds-True"
     assert size_of(next(second["images"].iterdir())) == (96, 96)
     assert size_of(next(first["images"].iterdir())) == (64, 64)
     for more, said in (("crowds = 1", "crowds"), ("lettered = -1", "lettered must be")):
@@ -120,6 +174,11 @@ def test_the_plan_of_tokens_compares_64_cells_with_twelve_tokens() -> None:
     assert "tokens" not in grid
     assert plan.data.crowds
     assert all(measurement.crowds for measurement in plan.measurements.values())
+    for name in ("few", "grid", "cells"):
+        both = plan.trainings[name], plan.trainings[f"asked-{name}"]
+        assert [each.learns_from for each in both] == ["instruct", "asked"]
+        assert len({each.start for each in both}) == 1
+        assert plan.model(name)["options"] == plan.model(f"asked-{name}")["options"]
 
 
 def test_an_axis_is_logarithmic_where_a_panel_says_so(tmp_path, monkeypatch) -> None:

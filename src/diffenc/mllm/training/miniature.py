@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from diffenc.shapes.phrases import named_boxes, scene_text
 from diffenc.storage.writing import make_folder, reporting, write_json, write_text
 
 REQUEST = "describe the picture."
-EDITIONS = {"align": 1, "instruct": 2}
+ANSWER_REQUEST = "answer."
+EDITIONS = {"align": 1, "instruct": 2, "asked": 1}
 """Number of each file's making: equal arguments gave other texts before it was raised."""
 _CAPTIONS = 5
 
@@ -36,12 +38,15 @@ def write_miniature(
 
     Every sample has five captions beside its conversation, from which prompt policies draw.
 
+    In ``asked.json`` the human's turn is "answer." alone: the first question of the conversation is
+    the sample's only caption, for the encoder and not for the language model.
+
     Phrases say which words of a caption, a question or a reference ("the red object") name which
     boxes, two texts a scene.
 
     Args:
-        folder: Folder to write ``align.json``, ``instruct.json``, ``phrases.jsonl`` and ``images/``
-            to.
+        folder: Folder to write ``align.json``, ``instruct.json``, ``asked.json``,
+            ``phrases.jsonl`` and ``images/`` to.
         scenes: Number of scenes.
         seed: Seed of the scenes; other seeds give other scenes.
         turns: Largest number of questions of a conversation that are answered in words.
@@ -52,7 +57,7 @@ def write_miniature(
             otherwise they have one to three.
 
     Returns:
-        Paths under "align", "instruct", "phrases" and "images".
+        Paths under "align", "instruct", "asked", "phrases" and "images".
 
     Raises:
         ConfigError: There would be no scene.
@@ -61,10 +66,10 @@ def write_miniature(
     if scenes < 1:
         raise ConfigError(f"scenes must be 1 or more, got {scenes}")
     target = Path(folder)
-    paths = {"align": target / "align.json", "instruct": target / "instruct.json"}
+    paths = {name: target / f"{name}.json" for name in EDITIONS}
     paths["phrases"], paths["images"] = target / "phrases.jsonl", target / "images"
     phrases: list[dict[str, Any]] = []
-    records: dict[str, list[dict[str, Any]]] = {"align": [], "instruct": []}
+    records: dict[str, list[dict[str, Any]]] = {name: [] for name in EDITIONS}
     make_folder(paths["images"])
     sample = sample_crowds if crowds else sample_scenes
     with reporting(target):
@@ -80,6 +85,7 @@ def write_miniature(
             talk = conversation(scene, turns=turns, lettered=lettered, even=True, seed=index)
             records["align"].append({**shared, "conversations": instructions})
             records["instruct"].append({**shared, "conversations": talk})
+            records["asked"].append({**shared, **asked_through_the_encoder(talk)})
             rng = random.Random(f"phrases/{seed}/{index}")
             phrases += [
                 {"image": name, "text": text, "phrases": named_boxes(scene, text, size)}
@@ -89,6 +95,13 @@ def write_miniature(
         write_json(paths[name], content, indent=1)
     write_text(paths["phrases"], "".join(f"{json.dumps(each)}\n" for each in phrases))
     return paths
+
+
+def asked_through_the_encoder(talk: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+    """The first question of a conversation as a caption, and a request that names nothing."""
+    question, answer = talk[0]["value"].removeprefix("<image>\n"), talk[1]
+    request = {"from": "human", "value": f"<image>\n{ANSWER_REQUEST}"}
+    return {"captions": [question], "conversations": [request, dict(answer)]}
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from diffenc.evals.captioning.miniature import shapes_captions
 from diffenc.evals.choices.evaluate import evaluate_choices
 from diffenc.evals.choices.miniature import shapes_mmvp
 from diffenc.evals.leakage.evaluate import evaluate_leakage
-from diffenc.mllm.training.miniature import REQUEST
+from diffenc.mllm.training.miniature import ANSWER_REQUEST, REQUEST
 from diffenc.shapes.captions import captions
 from diffenc.shapes.crowds import sample_crowd
 from diffenc.shapes.questions import QUESTION_KINDS, Question, questions
@@ -154,6 +154,7 @@ def ask_questions(
     seed: int,
     prompts: Callable[[Sequence[Scene], Sequence[str]], Sequence[str]] | None = None,
     crowds: bool = False,
+    untold: bool = False,
 ) -> tuple[tuple[Question, ...], list[str]]:
     """Questions on scenes, all kinds in turn, and what a model answers.
 
@@ -164,12 +165,14 @@ def ask_questions(
         prompts: Function that returns the encoder's prompts, from scenes and questions; None takes
             the questions.
         crowds: Whether scenes have five to nine objects; otherwise they have one to three.
+        untold: Whether the language model reads "answer." in place of the question.
     """
     scenes, chosen = zip(*(_asked(index, seed, crowds) for index in range(count)), strict=True)
     texts = [question.text for question in chosen]
     words = texts if prompts is None else prompts(scenes, texts)
     pictures = [render(scene, CROWD_SIDE if crowds else SIDE) for scene in scenes]
-    return chosen, _in_batches(generate, pictures, texts, words, ANSWER_TOKENS)
+    read = [ANSWER_REQUEST] * count if untold else texts
+    return chosen, _in_batches(generate, pictures, read, words, ANSWER_TOKENS)
 
 
 def is_right(answer: str, question: Question) -> bool:
@@ -195,7 +198,12 @@ def _answers(
         return prompts
 
     chosen, answers = ask_questions(
-        generate, measurement.items, seed=seed, prompts=make_prompts, crowds=crowds
+        generate,
+        measurement.items,
+        seed=seed,
+        prompts=make_prompts,
+        crowds=crowds,
+        untold=measurement.untold,
     )
     right = [is_right(text, question) for text, question in zip(answers, chosen, strict=True)]
     unread = [_plain(text) not in q.choices for text, q in zip(answers, chosen, strict=True)]

@@ -90,6 +90,8 @@ class Measurement:
         passes: Number of passes over the pictures, for "captions" alone; from the second on, the
             caption of the pass before is the prompt.
         crowds: Whether the scenes have five to nine objects, for "answers" alone.
+        untold: Whether the language model reads "answer." in place of the question, which only the
+            encoder gets, for "answers" alone.
         options: Options of the encoder that differ from those of training.
     """
 
@@ -101,6 +103,7 @@ class Measurement:
     items: int = 100
     passes: int = 1
     crowds: bool = False
+    untold: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -111,9 +114,10 @@ class Measurement:
         whole(f"{where}.passes", self.passes, least=1)
         if self.passes > 1 and self.kind != "captions":
             raise ConfigError(f'{where}.passes is for kind = "captions"')
-        flag(f"{where}.crowds", self.crowds)
-        if self.crowds and self.kind != "answers":
-            raise ConfigError(f'{where}.crowds is for kind = "answers"')
+        for name in ("crowds", "untold"):
+            flag(f"{where}.{name}", getattr(self, name))
+            if getattr(self, name) and self.kind != "answers":
+                raise ConfigError(f'{where}.{name} is for kind = "answers"')
         if self.kind == "leakage" and self.prompts != "none":
             raise ConfigError(f"{where}.prompts: leakage has prompts of its own; leave them out")
         prompting = parse_prompting(self.prompts, where)

@@ -3,18 +3,18 @@
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from diffenc.checks.arguments import flag, whole
 from diffenc.config import check_choice
 from diffenc.errors import ConfigError
 from diffenc.evals.paper import published_tables
 from diffenc.mixing.config import MIXED
-from diffenc.mllm.training.config import Stage, TrainConfig
+from diffenc.mllm.training.config import TrainConfig
 from diffenc.storage.schema import checked
 from diffenc.studies.vlm.findings import Finding, Key
 from diffenc.studies.vlm.measurements import FIGURES, Measurement
-from diffenc.studies.vlm.trainings import Shared, Training
+from diffenc.studies.vlm.trainings import LEARNS, Shared, Training
 
 _ANY, _BUNDLED_CLIP = "any", "shapes-clip"
 
@@ -129,8 +129,9 @@ class StudyPlan:
 
         Args:
             name: Name of the training to configure.
-            files: File with captions, under "align", file with conversations, under "instruct", and
-                folder of the pictures, under "images"; None shows whether a config can be made.
+            files: File with captions, under "align", files with conversations, under "instruct" and
+                "asked", and folder of the pictures, under "images"; None shows whether a config can
+                be made.
             output: Folder of the run.
             seed: Seed of the run.
             start: Folder of the model that the training starts from, if it starts from one.
@@ -140,7 +141,7 @@ class StudyPlan:
         Raises:
             ConfigError: A key or a value is not allowed.
         """
-        files = files or dict.fromkeys((*get_args(Stage), "images"), _ANY)
+        files = files or dict.fromkeys((*LEARNS, "images"), _ANY)
         training, model = self.trainings[name], self.model(name)
         model["options"] = {**model["options"], **(options or {})}
         if training.start:

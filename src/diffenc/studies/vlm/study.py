@@ -221,8 +221,9 @@ class _Run:
     def _path(self, training: str, measurement: Measurement, seed: int) -> Path:
         names = ("name", "label", "of")
         content = {k: v for k, v in asdict(measurement).items() if k not in names}
-        if not measurement.crowds:  # results from before there were crowds stay valid
-            del content["crowds"]
+        for name in ("crowds", "untold"):  # results from before there were such stay valid
+            if not content[name]:
+                del content[name]
         writer = measurement.writer
         content["prompts"] = measurement.prompts.replace(f"by {writer}", "by another")
         identity = digest_of(

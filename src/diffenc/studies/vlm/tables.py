@@ -8,6 +8,7 @@ from diffenc.studies.spreads import written
 from diffenc.studies.vlm.measurements import FIGURES, Measurement, parse_prompting
 from diffenc.studies.vlm.plan import StudyPlan
 from diffenc.studies.vlm.study import VlmStudy
+from diffenc.studies.vlm.trainings import LEARNS
 
 KINDS: Mapping[str, str] = {
     "captions": "Captions of held-out pictures",
@@ -72,7 +73,7 @@ def training_table(plan: StudyPlan) -> Table:
         steps = -(-plan.data.scenes // optim.batch_size) * optim.epochs
         start = plan.trainings[training.start].label if training.start else "–"
         schedule = f"{steps} of {optim.batch_size}, rate {optim.learning_rate:g}"
-        what = {"align": "captions", "instruct": "conversations"}[training.learns_from]
+        what = LEARNS[training.learns_from]
         parts = _learning(config)
         rows.append((training.label, what, parts, start, training.prompts, schedule))
     columns = ("training", "learns", "what is trained", "starts from", "prompts", "steps")

@@ -7,6 +7,13 @@ from typing import Any, get_args
 from diffenc.config import check_choice
 from diffenc.mllm.training.config import Stage
 
+LEARNS: Mapping[str, str] = {
+    "align": "captions",
+    "instruct": "conversations",
+    "asked": "answers to what the encoder alone is asked",
+}
+"""What each file of the data teaches."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shared:
@@ -32,8 +39,9 @@ class Training:
     Attributes:
         name: Name of the training in the plan.
         stage: Stage that decides what may be trained: "align" or "instruct".
-        data: Data to learn from: "align" are captions, "instruct" conversations; "" takes those of
-            the stage.
+        data: Data to learn from: "align" are captions, "instruct" conversations, and "asked" one
+            question a picture, which is the sample's caption, for the encoder, and kept from the
+            language model; "" takes those of the stage.
         label: Name of the training in tables; "" takes `name`.
         start: Name of the training it starts from; "" begins with the parts of ``[model]``.
         prompts: Policy of the encoder's prompts, see `diffenc.inputs.policies.parse_policy`.
@@ -58,9 +66,9 @@ class Training:
     def __post_init__(self) -> None:
         object.__setattr__(self, "label", self.label or self.name)
         check_choice(f"train.{self.name}.stage", self.stage, get_args(Stage))
-        check_choice(f"train.{self.name}.data", self.data, ("", *get_args(Stage)))
+        check_choice(f"train.{self.name}.data", self.data, ("", *LEARNS))
 
     @property
     def learns_from(self) -> str:
-        """Name of the file that it learns from: "align" or "instruct"."""
+        """Name of the file that it learns from: "align", "instruct" or "asked"."""
         return self.data or self.stage

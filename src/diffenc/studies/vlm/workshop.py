@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
@@ -21,7 +21,7 @@ from diffenc.errors import BackboneError, ConfigError
 from diffenc.mllm.language import load_language_model
 from diffenc.mllm.model_folder import is_saved
 from diffenc.mllm.training.checkpoints import MODEL_FOLDER
-from diffenc.mllm.training.config import Stage, TrainConfig
+from diffenc.mllm.training.config import TrainConfig
 from diffenc.mllm.training.miniature import EDITIONS, write_miniature
 from diffenc.mllm.training.stages import train
 from diffenc.mllm.vision import VisionTokens
@@ -98,8 +98,7 @@ class Workshop:
                 )
                 with reporting(target):
                     partial.rename(target)
-        stages = {stage: target / f"{stage}.json" for stage in get_args(Stage)}
-        return {**stages, "images": target / "images"}
+        return {**{name: target / f"{name}.json" for name in EDITIONS}, "images": target / "images"}
 
     def _other_data(self) -> dict[str, Any]:
         """Options of the data that are not as usual."""
