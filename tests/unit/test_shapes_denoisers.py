@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from shapes_tools import FOLDER
 
@@ -14,6 +15,7 @@ sys.path.insert(0, str(FOLDER))
 import train_denoiser
 from denoisers import KINDS, SIGNAL, own_tokens
 from train_denoiser import Text, unlike_changes
+from training import mixed_precision
 
 from diffenc.models.shapes import shapes_folder
 
@@ -101,3 +103,38 @@ def test_a_run_writes_averaged_weights_and_goes_on(tmp_path, monkeypatch, kind, 
     assert scheduler["prediction_type"] == KINDS[kind].predicts
     steps = [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
     assert steps == [2, 3]
+
+
+class Kernels(TorchDispatchMode):
+    """Notes the dtype that products of matrices and attention are computed in."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for name in ("addmm", "scaled_dot_product"):
+            if name in str(func):
+                self.dtypes.setdefault(name, set()).add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", list(KINDS))
+def test_products_are_halved_and_attention_is_not(name):
+    torch.manual_seed(0)
+    kind = KINDS[name]
+    model = kind.build(16)
+    with torch.no_grad():
+        for weights in model.parameters():  # a fresh transformer's gates are closed
+            weights.add_(0.05 * torch.randn_like(weights))
+    inputs = drawn(0, *SHAPE), torch.tensor([50, 700]), drawn(1, 2, 32, 128)
+    own = torch.ones(2, 32, dtype=torch.bool)
+    with Kernels() as kernels, mixed_precision():
+        half = kind.noise(model, *inputs, own).float()
+    assert kernels.dtypes == {"addmm": {torch.bfloat16}, "scaled_dot_product": {torch.float32}}
+    whole = kind.noise(model, *inputs, own)
+    assert 0 < (half - whole).abs().mean() < 0.02 * whole.abs().mean()
+    half.square().mean().backward()
+    grads = [weights.grad for weights in model.parameters() if weights.grad is not None]
+    assert grads
+    assert all(grad.isfinite().all() for grad in grads)

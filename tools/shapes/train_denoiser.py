@@ -21,6 +21,7 @@ import json
 import math
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from texts import training_scene, training_text, wrong_captions
 from torch import Tensor
 from torch.nn import functional as F
 from train_clip import pixels
-from training import VALIDATION_SEED, Run
+from training import VALIDATION_SEED, Run, mixed_precision
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffenc.denoiser.attention import CrossAttnTaps
@@ -256,6 +257,7 @@ def main() -> None:
     parser.add_argument("--low", type=float, default=0.0, help="share of low timesteps")
     parser.add_argument("--kind", choices=KINDS, default="unet")
     parser.add_argument("--teacher", type=Path, help="a model whose U-Net says what is predicted")
+    parser.add_argument("--half", action="store_true", help="matrix products in bfloat16")
     parser.add_argument("--warm-start", type=Path, help="a denoiser's folder to go on from")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -309,9 +311,11 @@ def main() -> None:
         signal = SIGNAL[timesteps].view(-1, 1, 1, 1)
         noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
         states, own = text.states(ids), own_tokens(ids)
-        with CrossAttnTaps(model, kind.grounded, tokens=range(ids.shape[1])) as taps:
-            predicted = denoise(noisy, timesteps, states, own)
-        target = noise if teacher is None else teacher(noisy, timesteps, states, own)
+        precision = mixed_precision if options.half else nullcontext
+        with precision(), CrossAttnTaps(model, kind.grounded, tokens=range(ids.shape[1])) as taps:
+            predicted = denoise(noisy, timesteps, states, own).float()
+        with precision():
+            target = noise if teacher is None else teacher(noisy, timesteps, states, own).float()
         errors = row_errors(predicted, target)
         levels = timesteps * LEVELS // 1000
         usual = recent(usual, errors[:count].detach(), levels[:count])
