@@ -116,6 +116,7 @@ def test_a_photograph_under_a_bundled_model_is_warned_of_in_one_line(tmp_path):
     [
         (["encode"], "Missing argument 'IMAGE'. See: diffenc encode --help"),
         (["bogus"], "No such command 'bogus'. See: diffenc --help"),
+        (["scor"], "No such command 'scor'. Did you mean 'score'? See: diffenc --help"),
         (["info", "--bogus"], "No such option: --bogus. See: diffenc info --help"),
     ],
 )
