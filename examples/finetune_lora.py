@@ -156,13 +156,17 @@ print(f"  {'LoRA and head':34} {tuned:.3f}")
 
 # %% [markdown]
 # Without the adapter the same head sees features that it was not trained on, which tells how much
-# LoRA has changed them. Both parts are saved in one folder.
+# LoRA has changed them. Read the table by its control: only what LoRA has beyond a head that was
+# trained as long counts for it, and two standard errors from one seed are weak evidence. The page
+# "What each part adds" has three seeds. With `--output` both parts are saved in one folder.
 
 # %%
 encoder.set_lora(None)
 plain = accuracy(head, features(test_images, test_texts))
 print(f"  {'the same head without LoRA':34} {plain:.3f}")
 encoder.set_lora("default")
+deviation = (tuned * (1 - tuned) / len(test_labels)) ** 0.5
+print(f"a standard error of each number is {deviation:.3f}")
 if options.output:
     encoder.save_pretrained(options.output)
     again = DiffusionEncoder.from_pretrained(options.output)

@@ -197,6 +197,9 @@ def _models(hub: Hub) -> None:
 
 
 def _trained_models() -> None:
+    for number, scene in enumerate(sample_scenes(2, seed=0)):
+        Path("shapes-llava/images").mkdir(parents=True, exist_ok=True)
+        render(scene).save(f"shapes-llava/images/{number:06}.png")
     for name in ("shapes-instruct", "dropout"):
         DiffusionVLM("shapes", "shapes-lm").save_pretrained(f"runs/{name}/model")
 

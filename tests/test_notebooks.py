@@ -13,9 +13,12 @@ PICTURES = {
     "ask-a-picture": 2,
     "correspondence": 1,
     "depth": 1,
+    "finetune-lora": 0,
+    "fuse-with-clip": 0,
     "linear-probe": 1,
     "score-image-text": 4,
     "segmentation-head": 1,
+    "use-with-transformers": 1,
     "word-tokens": 1,
 }
 """The notebooks that there are, and how many pictures each shows."""
@@ -101,7 +104,9 @@ def test_the_page_of_a_notebook_has_its_code_and_its_pictures(path):
     pictures = re.findall(r"!\[Output \d+\]\((.*?)\)", page)
     assert len(pictures) == PICTURES[path.stem]
     folder = path.with_name(f"{path.stem}_files")
-    assert {path.parent / name for name in pictures} == set(folder.iterdir())
+    files = set(folder.iterdir()) if pictures else set()
+    assert {path.parent / name for name in pictures} == files
+    assert folder.exists() == bool(pictures)
     assert f"]({path.name})" in page
 
 
@@ -133,6 +138,28 @@ def test_the_probe_finds_stars_and_no_text_helps_it_as_the_page_says():
     assert len(rows) == 3
     assert min(map(float, rows)) > 0.7
     assert max(map(abs, numbers(last_printed("linear-probe")))) < 0.03
+
+
+def test_both_encoders_together_are_as_good_as_the_better_one_everywhere():
+    clip, diffusion, both, *of_three = numbers(last_printed("fuse-with-clip"))
+    assert min(clip, both) > 0.95 > diffusion
+    clip, diffusion, both = of_three
+    assert both > diffusion > clip + 0.2
+
+
+def test_lora_is_beside_its_control_and_both_are_far_above_the_guess():
+    rows = dict(re.findall(r"^  (\S.*?\S) +(\d\.\d{3})$", all_printed("finetune-lora"), re.M))
+    control, tuned = float(rows["frozen encoder, head trained on"]), float(rows["LoRA and head"])
+    assert control > 3 * float(rows["most common answer"])
+    assert 0 < tuned - control < 0.1
+
+
+def test_four_tokens_of_words_name_the_color_also_among_three_objects():
+    text = all_printed("use-with-transformers")
+    rows = dict(re.findall(r"^  scenes of (\d): (\d\.\d+)", text, re.M))
+    assert min(map(float, rows.values())) > 0.8
+    guess = float(re.search(r"^the most common answer alone: (.*)$", text, re.M)[1])
+    assert guess < 0.25
 
 
 @pytest.mark.parametrize("name", ["segmentation-head", "depth", "correspondence"])

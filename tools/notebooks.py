@@ -28,6 +28,9 @@ NAMES = (
     "segmentation_head",
     "depth",
     "correspondence",
+    "finetune_lora",
+    "fuse_with_clip",
+    "use_with_transformers",
 )
 _LINKS = (
     "[Download this page as a notebook]({name}.ipynb){{ download }}, or run "

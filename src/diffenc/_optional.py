@@ -20,5 +20,6 @@ def require(module: str, *, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise MissingExtraError(
-            f"this needs {module}, which is not installed; run: pip install 'diffenc[{extra}]'"
+            f"this needs {module.partition('.')[0]}, which is not installed; "
+            f"run: pip install 'diffenc[{extra}]'"
         ) from error

@@ -216,6 +216,7 @@ def test_bad_input_is_one_line(model, tmp_path, monkeypatch, arguments, message)
     assert result.output.startswith("error: ")
     assert result.output.count("\n") == 1
     assert message in result.output
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_output_that_cannot_be_written_is_told_before_the_model_is_loaded(tmp_path):

@@ -1,4 +1,5 @@
 import io
+import random
 import re
 import subprocess
 import sys
@@ -6,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from PIL import Image
 from typer.testing import CliRunner
 
 import diffenc
@@ -21,6 +23,26 @@ package.__path__ = {list(diffenc.__path__)!r}
 sys.modules["diffenc"] = package
 import diffenc.cli.app
 print(*sys.modules)
+"""
+WARNS = f"""
+import sys, types, warnings
+package = types.ModuleType("diffenc")  # stands in for the root, which imports torch
+package.__path__ = {list(diffenc.__path__)!r}
+sys.modules["diffenc"] = package
+from diffenc.cli import app
+
+def info() -> None:
+    print("at work")
+    for each in ("the picture\\n  is odd", "the text is cut", "the text is cut"):
+        warnings.warn(each)
+        with warnings.catch_warnings():  # makes the interpreter forget what it has shown
+            warnings.simplefilter("ignore")
+            warnings.warn("of no use to anybody")
+
+app.app.registered_commands[2].callback = info
+sys.argv = ["diffenc", "info"]
+from diffenc.cli.main import main
+main()
 """
 
 
@@ -66,11 +88,35 @@ def test_an_error_is_one_line_on_standard_error(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_warning_is_one_line_on_standard_error_and_said_once(tmp_path):
+    script = tmp_path / "program.py"
+    script.write_text(WARNS, "utf-8")
+    done = run_python(script)
+    assert (done.returncode, done.stdout) == (0, "at work\n")
+    assert done.stderr == "warning: the picture is odd\nwarning: the text is cut\n"
+
+
+@pytest.mark.long
+def test_a_photograph_under_a_bundled_model_is_warned_of_in_one_line(tmp_path):
+    rng = random.Random(0)
+    for name in ("one.png", "two.png"):  # no two pixels alike, as in no drawing
+        Image.frombytes("RGB", (48, 48), rng.randbytes(48 * 48 * 3)).save(tmp_path / name)
+    command = ["-m", "diffenc.cli.main", "score", tmp_path / "one.png", tmp_path / "two.png"]
+    done = run_python(*command, "--text", "a red circle", "--timesteps", "50")
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert ".py" not in done.stderr
+    (line,) = [each for each in done.stderr.splitlines() if each.startswith("warning")]
+    assert line.startswith("warning: the bundled model 'shapes' knows coloured shapes")
+    assert line.endswith("load another model, such as 'sd2.1-base'")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["encode"], "Missing argument 'IMAGE'. See: diffenc encode --help"),
         (["bogus"], "No such command 'bogus'. See: diffenc --help"),
+        (["scor"], "No such command 'scor'. Did you mean 'score'? See: diffenc --help"),
         (["info", "--bogus"], "No such option: --bogus. See: diffenc info --help"),
     ],
 )

@@ -49,7 +49,8 @@ def test_a_config_is_planned_trained_and_resumed(parts, tmp_path):
 def test_errors_are_one_line(parts, tmp_path):
     missing = run("train", tmp_path / "none.toml")
     assert missing.exit_code == 2
-    assert missing.output.startswith("error: cannot read")
+    assert missing.output.startswith(f"error: there is no file {tmp_path / 'none.toml'}")
+    assert "diffenc recipes --shapes" in missing.output
     records = json.loads(parts.data["align"].read_text())
     records[0]["image"] = "gone.png"
     (tmp_path / "broken.json").write_text(json.dumps(records))

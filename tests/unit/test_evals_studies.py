@@ -152,5 +152,5 @@ def test_pictures_are_drawn(by_timestep, many_trials, tmp_path):
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    with pytest.raises(MissingExtraError, match=r"diffenc\[viz\]"):
+    with pytest.raises(MissingExtraError, match=r"needs matplotlib, .*diffenc\[viz\]"):
         need_plots()

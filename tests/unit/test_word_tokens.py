@@ -72,6 +72,28 @@ def test_the_power_of_a_map_lets_peaks_count_without_underflow():
     close(as_shares(maps, power=20)[0, 0], torch.tensor([0.0, 1.0]))
 
 
+def test_gradients_are_those_of_small_steps_and_finite_where_there_is_no_word():
+    rng = np.random.default_rng(0)
+    maps = torch.from_numpy(rng.random((1, 3, 4, 4)))
+    maps[0, 1] = 0  # an absent word
+    maps[0, 0, 2, 1] = 0  # a cell that does not look at the word
+    features = torch.from_numpy(rng.standard_normal((1, 5, 4, 4)))
+
+    def tokens(maps):
+        shares = as_shares(join_layers([maps, maps.square()]), 2.0)
+        return gather(features.to(maps.dtype), shares)
+
+    for dtype in (torch.float32, torch.float64):
+        leaf = maps.to(dtype, copy=True).requires_grad_()
+        (tokens(leaf).sum(-1) * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+        assert leaf.grad.isfinite().all()
+    for word, row, column in ((0, 0, 0), (0, 3, 2), (2, 1, 1)):
+        step = torch.zeros_like(maps)
+        step[0, word, row, column] = 1e-6
+        slope = (tokens(maps + step) - tokens(maps - step)).sum(-1)[0, word] / 2e-6
+        close(leaf.grad[0, word, row, column], (word + 1) * slope)
+
+
 def test_a_place_is_the_centre_and_the_spread_in_fractions_of_the_sides():
     maps = torch.zeros(2, 4, 2)
     maps[0, 3, 0] = 1

@@ -86,7 +86,9 @@ def _report(error: Exception) -> int:
     elif hasattr(error, "format_message"):  # a usage error: click's own, or typer's copy of it
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "diffenc"
-        message, code = f"{error.format_message().rstrip('.')}. See: {command} --help", 2
+        usage = error.format_message().rstrip(".")
+        mark = "" if usage.endswith("?") else "."
+        message, code = f"{usage}{mark} See: {command} --help", 2
     else:
         message = f"{type(error).__name__}: {error} (unforeseen; --debug shows the traceback)"
         code = 1

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -27,6 +28,7 @@ from diffenc.errors import ConfigError
 from diffenc.evals.matching.options import MatchOptions
 from diffenc.evals.tasks import MATCH_TASKS
 from diffenc.evals.tasks.matching import MatchTask
+from diffenc.storage.names import exists
 from diffenc.storage.writing import locked, make_folder, remove_file, write_text
 
 if TYPE_CHECKING:
@@ -201,16 +203,23 @@ def _score(
         DiffencError: Something of that cannot be read, loaded or written.
     """
     benchmark = task.load()
+    is_new = not exists(folder)
     scores = _prepare_folder(folder, names, anew=force)
     quiet_libraries()
     from diffenc.evals.matching.contenders import load_matchers
     from diffenc.evals.matching.evaluate import evaluate
     from diffenc.evals.matching.inspection import inspect
 
-    matchers = load_matchers(benchmark, options, by_timestep=by_timestep)
-    with progress_bar("looking at pictures", unit="items") as progress:
-        inspection = inspect(benchmark, matchers, progress=progress)
-    inspection.check(benchmark.source, skip_broken=options.skip_broken)
+    try:
+        matchers = load_matchers(benchmark, options, by_timestep=by_timestep)
+        with progress_bar("looking at pictures", unit="items") as progress:
+            inspection = inspect(benchmark, matchers, progress=progress)
+        inspection.check(benchmark.source, skip_broken=options.skip_broken)
+    except BaseException:
+        if is_new:
+            with suppress(OSError):
+                folder.rmdir()  # nothing was written into it yet
+        raise
     try:
         with progress_bar("scoring", unit="items x trials") as progress:
             return evaluate(

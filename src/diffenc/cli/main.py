@@ -34,9 +34,19 @@ def main() -> None:
     sys.exit(signals.flush() or (code if isinstance(code, int) else 0))
 
 
+_shown: set[str] = set()
+
+
 def _in_one_line(message: object, *_where: object, **_line: object) -> str:
-    """A warning as a person at a terminal reads it: the line of code says nothing to them."""
-    return f"warning: {message}\n"
+    """A warning as a person at a terminal reads it: the line of code says nothing to them.
+
+    Said once. Python forgets what it has shown each time a library sets its filters aside.
+    """
+    text = " ".join(str(message).split())
+    if text in _shown:
+        return ""
+    _shown.add(text)
+    return f"warning: {text}\n"
 
 
 if not TYPE_CHECKING:  # hidden from type checkers, which would otherwise accept any name

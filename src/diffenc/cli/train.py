@@ -9,6 +9,7 @@ from diffenc.cli.options import Debug, Device, quiet_libraries, to_device
 from diffenc.cli.progress import progress_bar
 from diffenc.cli.train_plan import print_plan
 from diffenc.errors import ConfigError
+from diffenc.storage.names import exists, printable
 
 _EXAMPLES = 5
 
@@ -58,6 +59,11 @@ def train(
         raise ConfigError("--processes, --tflops and --samples are for --plan")
     from diffenc.mllm.training.config import TrainConfig
 
+    if not exists(config):
+        raise ConfigError(
+            f"there is no file {printable(config)}. `diffenc recipes --shapes` lists trainings "
+            "that it writes; examples/train stands in the repository of diffenc, not in the package"
+        )
     training = TrainConfig.read(config)
     quiet_libraries()
     if plan:

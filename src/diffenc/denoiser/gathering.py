@@ -25,7 +25,9 @@ def as_shares(maps: Float[Tensor, "*b h w"], power: float = 1.0) -> Float[Tensor
     if power != 1:
         highest = maps.amax(dim=(-2, -1), keepdim=True)
         maps = (maps / highest.clamp_min(_LEAST)).pow(power)  # small values would vanish
-    return maps / maps.sum(dim=(-2, -1), keepdim=True).clamp_min(_LEAST)
+    sums = maps.sum(dim=(-2, -1), keepdim=True)
+    # Gradients of a map of zeros would grow by 1 / _LEAST each time, until they are infinite.
+    return maps / sums.masked_fill(sums == 0, 1).clamp_min(_LEAST)
 
 
 def sharpness(shares: Float[Tensor, "*b h w"]) -> Float[Tensor, "*b"]:
@@ -34,7 +36,8 @@ def sharpness(shares: Float[Tensor, "*b h w"]) -> Float[Tensor, "*b"]:
     It is 0 where all cells are equal and log(cells) where one cell has everything.
     """
     cells = shares.shape[-2] * shares.shape[-1]
-    information: Tensor = torch.xlogy(shares, shares * cells).sum(dim=(-2, -1))
+    ratios = (shares * cells).clamp_min(_LEAST)  # xlogy(0, 0) is 0, but its gradient is NaN
+    information: Tensor = torch.xlogy(shares, ratios).sum(dim=(-2, -1))
     return information.clamp_min(0)
 
 

@@ -30,7 +30,7 @@ from diffenc.projector.fused import FusedProjector
 from diffenc.projector.plain import Projector
 from diffenc.runtime.defaults import torch_defaults
 from diffenc.runtime.threads import without_warnings
-from diffenc.storage.names import checked_path, is_file, is_folder, reason
+from diffenc.storage.names import checked_path, is_file, is_folder, printable, reason
 from diffenc.storage.pretrained import (
     lasting_name,
     read_name,
@@ -100,6 +100,11 @@ def read_saved(folder: Path) -> VLMContents:
     Raises:
         BackboneError: The folder holds none, or a broken one.
     """
+    if not is_saved(folder):
+        raise BackboneError(
+            f"{printable(folder)} does not hold a model: there is no {CONFIG_FILE} in it. "
+            "`diffenc train` and DiffusionVLM.save_pretrained write such folders"
+        )
     try:
         saved: VLMContents = make(VLMContents, read_json(folder / CONFIG_FILE))
     except (ConfigError, PromptError) as error:
