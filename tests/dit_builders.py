@@ -185,7 +185,7 @@ def sana_pipeline(**options: Any) -> SanaPipeline:
     )
 
 
-def sd3_pipeline(*, dual: bool = True) -> StableDiffusion3Pipeline:
+def sd3_pipeline(*, dual: bool = True, num_layers: int = 3) -> StableDiffusion3Pipeline:
     """An SD 3.5 of three blocks, or an SD 3 without its norms and second attentions."""
 
     def clip(act: str, pad: str) -> tuple[CLIPTextModelWithProjection, CLIPTokenizer]:
@@ -209,7 +209,7 @@ def sd3_pipeline(*, dual: bool = True) -> StableDiffusion3Pipeline:
             patch_size=2,
             in_channels=16,
             out_channels=16,
-            num_layers=3,
+            num_layers=num_layers,
             attention_head_dim=16,
             num_attention_heads=2,
             joint_attention_dim=24,

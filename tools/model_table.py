@@ -18,19 +18,6 @@ from diffenc.models.sources import BackboneSource
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 BEGIN, END = "<!-- models -->\n", "<!-- end -->\n"
 
-LICENCES = {
-    "shapes": "Apache-2.0",
-    "shapes-many": "Apache-2.0",
-    "sd1.5": "CreativeML Open RAIL-M",
-    "sd2.1-base": "CreativeML Open RAIL++-M",
-    "sd2.1": "CreativeML Open RAIL++-M",
-    "sdxl": "CreativeML Open RAIL++-M",
-    "pixart-sigma": "CreativeML Open RAIL++-M",
-    "sana": "NSCL v2-custom, not commercial",
-    "sd3.5-medium": "Stability AI Community",
-    "flux-schnell": "Apache-2.0",
-    "flux-dev": "FLUX.1-dev, not commercial",
-}
 SCORES = {"shapes": "62.7"}
 """Group score of `denoising-gap` on the miniature Winoground; real models were not measured."""
 
@@ -56,7 +43,7 @@ def main() -> None:
 
 
 def table() -> str:
-    rows = [_row(source.alias) for source in list_backbones()]
+    rows = [_row(source) for source in list_backbones()]
     lines = [COLUMNS, ("---",) * 3 + ("---:",) * 5, *rows]
     places = [("alias", "default taps", "presets"), ("---",) * 3, *map(_places, list_backbones())]
     return f"{_markdown(lines)}\n{_markdown(places)}"
@@ -77,7 +64,8 @@ def _places(source: BackboneSource) -> tuple[str, ...]:
     )
 
 
-def _row(alias: str) -> tuple[str, ...]:
+def _row(source: BackboneSource) -> tuple[str, ...]:
+    alias = source.alias
     facts, architecture = describe_parts(alias), describe(alias)
     parts = {part["name"]: part for part in facts["components"]}
     memory = sum(part["memory_bytes"]["float16"] for part in parts.values())
@@ -85,7 +73,7 @@ def _row(alias: str) -> tuple[str, ...]:
     return (
         f"`{alias}`",
         facts["family"],
-        LICENCES[alias],
+        source.licence,
         str(facts["default_size"]),
         f"{parts[architecture.denoiser]['parameters'] / 1e6:,.1f}",
         size,

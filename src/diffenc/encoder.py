@@ -576,6 +576,7 @@ class DiffusionEncoder(TrainableParts):
             raise PromptError(f"words are looked up in texts: pass texts, got {shown(prompts)}")
         rest = flag("rest", rest)
         chosen = None if words is None else texts("words", words, error=PromptError)
+        word_layers(self.backbone, [tap.name for tap in self._taps], layers)  # raises without any
         images = decoded(images)
         each = match_batch(prompts, len(images))
         each = each * len(images) if len(each) == 1 else each

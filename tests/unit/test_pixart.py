@@ -143,6 +143,46 @@ def test_a_compiled_transformer_gives_the_same_features(folder):
         assert agree(compiled[tap], plain[tap])
 
 
+@pytest.mark.long
+def test_further_sizes_compile_up_to_torchs_limit_as_in_plain_diffusers(folder, pipe):
+    sizes = ((48, 80), (64, 32), (64, 64))  # the last is the model's own, and square
+    limit_hit = torch._dynamo.exc.FailOnRecompileLimitHit
+    plain = DiffusionEncoder.from_pretrained(folder, taps=TAPS[:1])
+    own = DiffusionEncoder.from_pretrained(folder, taps=TAPS[:1])
+
+    def ours(size):
+        compiled, expected = (
+            DiffusionEncoder.from_pretrained(each.backbone, taps=TAPS[:1], size=size)
+            for each in (own, plain)
+        )
+        maps = compiled.extract(picture(*size), TEXT)[0]
+        assert agree(maps, expected.extract(picture(*size), TEXT)[0])
+
+    @torch.no_grad()
+    def theirs(size):
+        h, w = (side // 8 for side in size)
+        transformer(
+            torch.zeros(1, 4, h, w),
+            encoder_hidden_states=torch.zeros(1, 4, 16),
+            timestep=torch.tensor([5]),
+            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+        )
+
+    for limit in (2, 8):
+        for call in (ours, theirs):
+            torch._dynamo.reset()
+            own.compile(backend="eager", fullgraph=True)
+            transformer = torch.compile(pipe.transformer, backend="eager", fullgraph=True)
+            with torch._dynamo.config.patch(recompile_limit=limit):
+                call(sizes[0])
+                call(sizes[1])
+                if limit == 2:
+                    with pytest.raises(limit_hit):
+                        call(sizes[2])
+                else:
+                    call(sizes[2])
+
+
 def test_texts_are_encoded_once_and_pictures_without_text_too(encoder):
     calls = []
     handles = [

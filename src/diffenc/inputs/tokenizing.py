@@ -163,6 +163,11 @@ def limit_of(tokenizer: Any) -> int:
     return limit
 
 
+def limits_of(tokenizers: Sequence[Any]) -> str:
+    """How many tokens of a text each of a model's tokenizers keeps, as messages say it."""
+    return " or ".join(str(limit) for limit in sorted({limit_of(each) for each in tokenizers}))
+
+
 def marks_of(tokenizer: Any) -> tuple[int, int]:
     """Number of special tokens before and behind every text: 1 and 1 for CLIP, 0 and 1 for T5."""
     (ids,) = token_ids(tokenizer, [""])

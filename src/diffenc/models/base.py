@@ -20,14 +20,14 @@ from diffenc.denoiser.transformers import layout_of, word_for
 from diffenc.errors import BackboneError, ConfigError, PromptError, ShapeError, TapError
 from diffenc.inputs.noise import is_flow, signal_levels
 from diffenc.inputs.prompts import PromptEmbeds, count_windows, tokenize, tokenize_windows
-from diffenc.inputs.tokenizing import limit_of, own_places
+from diffenc.inputs.tokenizing import limits_of, own_places
 from diffenc.inputs.words import shared_positions
 from diffenc.memory.cache import TensorCache
 from diffenc.memory.digests import scaling_mark, schedule_mark, weights_mark, words_mark
 from diffenc.memory.model_state import module_key, scheduler_key, tokenizer_key, torch_settings
 from diffenc.memory.object_watch import free_to_swap, watch_of
 from diffenc.models.configs import Architecture, vae_reduction
-from diffenc.models.denoisers import config_of, patch_of, text_width
+from diffenc.models.denoisers import config_of, patch_of, pooled_width, text_width
 from diffenc.models.family_files import FAMILY_FILES
 from diffenc.models.part_checks import check_adapters, check_components, check_width
 from diffenc.models.taps import LATENTS, TapInfo, denoiser_taps, match_taps
@@ -435,7 +435,7 @@ class Backbone(nn.Module):
         if long_prompts == "chunk":
             if not self.reads_windows:
                 raise ConfigError(
-                    f"{self.name!r} reads {limit_of(self.tokenizers[0])} tokens of a text at once "
+                    f"{self.name!r} reads {limits_of(self.tokenizers)} tokens of a text at once "
                     "and was trained without windows; leave long_prompts='truncate'"
                 )
             windows = [count_windows(each, texts) for each in self.tokenizers]
@@ -590,6 +590,12 @@ class Backbone(nn.Module):
             values = getattr(embeds, name)
             if values is not None:
                 require_finite(values, f"{name} that were passed", "encode the texts again")
+        if embeds.prompt_embeds.ndim != 3:
+            raise ShapeError(
+                "prompt_embeds must be of shape (texts, states, channels), got "
+                f"{tuple(embeds.prompt_embeds.shape)}; encode the texts with this backbone's "
+                "`embed`"
+            )
         rows, states = embeds.prompt_embeds.shape[:2]
         lengths = embeds.row_lengths()
         if len(lengths) != rows or not all(1 <= length <= states for length in lengths):
@@ -615,6 +621,16 @@ class Backbone(nn.Module):
                 f"{self.name!r} needs pooled_prompt_embeds and time_ids beside the states; encode "
                 "the texts with this backbone's `embed`"
             )
+        for name, channels in (
+            ("pooled_prompt_embeds", pooled_width(config_of(self.denoiser))),
+            ("time_ids", 6 if sized else None),
+        ):
+            values = getattr(embeds, name)
+            if channels and tuple(values.shape) != (rows, channels):
+                raise ShapeError(
+                    f"{name} must be of shape ({rows}, {channels}), one row for each text, got "
+                    f"{tuple(values.shape)}; encode the texts with this backbone's `embed`"
+                )
 
     def mark(self) -> dict[str, list[float]]:
         """Numbers of each part by which the model is known again, of its weights and settings."""

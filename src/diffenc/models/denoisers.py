@@ -43,6 +43,21 @@ def text_width(config: Mapping[str, Any]) -> int:
     return int(width if isinstance(width, int) else width[0])
 
 
+def pooled_width(config: Mapping[str, Any]) -> int | None:
+    """Channels of the pooled text that a denoiser reads; None where it reads none.
+
+    Args:
+        config: Config of the denoiser, with its class.
+    """
+    layout = layout_of(config)
+    if layout is not None:
+        return None if layout.pooled_width is None else int(config[layout.pooled_width])
+    if config.get("addition_embed_type") != "text_time":
+        return None
+    time_ids = 6 * config["addition_time_embed_dim"]
+    return int(config["projection_class_embeddings_input_dim"]) - time_ids
+
+
 def latent_channels(config: Mapping[str, Any]) -> int:
     """Channels of the latents that a denoiser reads.
 
@@ -84,20 +99,18 @@ def meta_inputs(config: Mapping[str, Any], side: int, *, length: int = 4) -> dic
     latents = torch.empty(1, latent_channels(config), side, side, **place)
     timesteps = torch.empty((), dtype=torch.long, device="meta")
     states = torch.empty(1, length, text_width(config), **place)
+    width = pooled_width(config)
+    pooled = None if width is None else torch.empty(1, width, **place)
     if (layout := layout_of(config)) is not None:
-        field = layout.pooled_width
-        pooled = None if field is None else torch.empty(1, config[field], **place)
         return layout.arguments(config, latents, timesteps, PromptEmbeds(states, pooled))
     inputs: dict[str, Any] = {
         "sample": latents,
         "timestep": timesteps,
         "encoder_hidden_states": states,
     }
-    if config.get("addition_embed_type") == "text_time":
-        time = 6 * config["addition_time_embed_dim"]
-        pooled = config["projection_class_embeddings_input_dim"] - time
+    if pooled is not None:
         inputs["added_cond_kwargs"] = {
-            "text_embeds": torch.empty(1, pooled, **place),
+            "text_embeds": pooled,
             "time_ids": torch.empty(1, 6, **place),
         }
     return inputs

