@@ -2,6 +2,7 @@ import copy
 import pickle
 import shutil
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -645,3 +646,16 @@ def test_token_channels_tell_tap_and_half_of_each_channel(encoder):
     ]
     for group, channels in zip(groups, expected, strict=True):
         torch.testing.assert_close(group, channels)
+
+
+def test_texts_made_elsewhere_have_the_shapes_that_sdxl_reads(sdxl_encoder):
+    embeds = sdxl_encoder.backbone.embed(["red", "blue"], size=(64, 64))
+    images = [picture(), picture()]
+    for name, values in (
+        ("pooled_prompt_embeds", embeds.pooled_prompt_embeds[:, :3]),
+        ("pooled_prompt_embeds", embeds.pooled_prompt_embeds[:1]),
+        ("time_ids", embeds.time_ids[:, :4]),
+        ("prompt_embeds", embeds.prompt_embeds[0]),
+    ):
+        with pytest.raises(ShapeError, match=rf"^{name} must be of shape \("):
+            sdxl_encoder.extract(images, replace(embeds, **{name: values}))

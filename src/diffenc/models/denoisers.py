@@ -54,7 +54,7 @@ def pooled_width(config: Mapping[str, Any]) -> int | None:
         return None if layout.pooled_width is None else int(config[layout.pooled_width])
     if config.get("addition_embed_type") != "text_time":
         return None
-    time_ids = 6 * config["addition_time_embed_dim"]
+    time_ids = 6 * int(config["addition_time_embed_dim"])
     return int(config["projection_class_embeddings_input_dim"]) - time_ids
 
 
