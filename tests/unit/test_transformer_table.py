@@ -493,6 +493,7 @@ def single_file(case: Case) -> None:
 
 
 NO_CROSS = "joins picture and text in one attention"
+UNCOMPARED = "has no half without a text, beside which a question's change would be seen"
 NO_HALF = "was distilled of guided predictions and has no unconditional half"
 ROWS: dict[str, tuple[Check, str]] = {
     "features under a text": (features, ""),
@@ -527,8 +528,8 @@ ROWS: dict[str, tuple[Check, str]] = {
     "`diffenc maps`": (command_maps, ""),
     "`diffenc score` by cross-attention, the default": (command_score, NO_CROSS),
     "`diffenc score` by the predicted noise": (command_noise_score, ""),
-    "`diffenc look`": (look, NO_HALF),
-    "`diffenc look --words`": (look_words, f"{NO_CROSS}|{NO_HALF}"),
+    "`diffenc look`": (look, UNCOMPARED),
+    "`diffenc look --words`": (look_words, f"{NO_CROSS}|{UNCOMPARED}"),
     "the tower that transformers builds itself (`DiffEncConfig`)": (
         transformers_tower,
         "names a diffusion transformer",

@@ -13,7 +13,7 @@ from diffenc.checks.arguments import texts as listed
 from diffenc.clip.vision_models import to_image, to_pictures
 from diffenc.denoiser.attention import cross_attention_layers, match_layers, nearest_layers
 from diffenc.encoder import DiffusionEncoder
-from diffenc.errors import PromptError, ShapeError
+from diffenc.errors import ConfigError, PromptError, ShapeError
 from diffenc.inputs.images import ImageSource, decoded, to_pixel_values
 from diffenc.inputs.words import word_token_positions, words_of
 from diffenc.scorer import CrossAttnScorer, ScorerConfig
@@ -143,6 +143,7 @@ def look(
     Raises:
         ImageError: The picture cannot be read.
         ShapeError: More than one picture.
+        ConfigError: The model has no half without a text.
         PromptError: No question, one without a word, or a word that no question has.
         TapError: No cross-attention of such a name.
         NonFiniteError: NaN or infinity in the features.
@@ -162,6 +163,12 @@ def look(
     if len(images) != 1:
         raise ShapeError(f"a look is at one picture, got {len(images)}")
     config, backbone = encoder.config, encoder.backbone
+    if backbone.is_guidance_distilled:
+        raise ConfigError(
+            f"{backbone.name!r} was distilled of guided predictions and has no half without a "
+            "text, beside which a question's change would be seen; compare `encoder.extract` under "
+            "the question and under '', or take a model that is not distilled"
+        )
     pixel_values = to_pixel_values(
         images,
         size=config.size or backbone.default_size,
