@@ -32,6 +32,7 @@ from diffenc.inputs.latents import encode_latents
 from diffenc.inputs.noise import add_noise, shared_noise
 from diffenc.models import load_backbone
 from diffenc.models.base import Backbone
+from diffenc.models.shapes import SHAPES_TAPS
 from diffenc.passes.forward import read_attention
 from diffenc.scorer import denoising_scores
 from diffenc.shapes.captions import RELATION_PHRASES, noun_phrase
@@ -387,16 +388,13 @@ def main() -> None:
         )
         trials = asked_scenes(options.items, seed, naming)
         shown = maxima(backbone, trials, naming, word_of)
-        table[f"maximum on its object: {label}"] = {
+        encoder = DiffusionEncoder(backbone, EncoderConfig(taps=SHAPES_TAPS))
+        figures = {
             **of_best(chosen, shown),
-            "word_tokens": gathered_maxima(
-                DiffusionEncoder(backbone),
-                asked_scenes(options.items, seed, naming),
-                naming,
-                word_of,
-            ),
+            "word_tokens": gathered_maxima(encoder, trials, naming, word_of),
         }
-        print(label, json.dumps(table[f"maximum on its object: {label}"]), flush=True)
+        table[f"maximum on its object: {label}"] = figures
+        print(label, json.dumps(figures), flush=True)
     for timestep in TIMESTEPS:
         encoder = DiffusionEncoder(
             backbone, EncoderConfig(taps=TAPS, timestep=timestep, batch_size=BATCH)
