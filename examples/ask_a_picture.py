@@ -52,7 +52,7 @@ gathered.words[0]
 # %%
 columns = [words.index("object") for words in gathered.words]
 seen = [gathered.maps[row, column] for row, column in enumerate(columns)]
-changed = gathered.question_maps("change")
+changed = gathered.question_maps("change", taps="up_blocks.2.attentions.0")  # the finest
 
 
 def panel(values: object, title: str = "", caption: str = "") -> Panel:

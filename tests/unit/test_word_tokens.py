@@ -321,6 +321,19 @@ def test_a_change_map_is_the_length_of_what_the_text_adds(encoder):
         encoder.word_tokens(picture(), TEXT).question_maps("change")
 
 
+def test_a_change_map_is_of_the_taps_that_are_named(load):
+    names = ["up_blocks.1", "up_blocks.2"]
+    both = load(taps=names).word_tokens(picture(), TEXT, conditioning="concat")
+    for name in names:
+        alone = load(taps=name).word_tokens(picture(), TEXT, conditioning="concat")
+        close(both.question_maps("change", taps=name), alone.question_maps("change"))
+    close(both.question_maps("change", taps=names), both.question_maps("change"))
+    with pytest.raises(TapError, match=r"no tap 'up_blocks.3' was read. Did you mean 'up_blocks"):
+        both.question_maps("change", taps="up_blocks.3")
+    with pytest.raises(ConfigError, match='taps are for the question map "change"'):
+        both.question_maps(taps=names)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

@@ -39,7 +39,8 @@ def draw_demo(
         model: Name of the model, as it appears in the figure.
     """
     places, changed = [], []
-    changes = gathered.question_maps("change")
+    finest = max(gathered.features, key=lambda tap: gathered.features[tap].shape[-2:].numel())
+    changes = gathered.question_maps("change", taps=finest)
     for row, each in enumerate(queries):
         word_map = gathered.maps[row, token_of(gathered, row, each.word)]
         says = "" if answers is None else f" Its token says: {answers[row]}."

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffenc.checks.arguments import texts as checked_texts
 from diffenc.config import check_choice
 from diffenc.denoiser.attention import cross_attention_layers, match_layers
 from diffenc.denoiser.gathering import (
@@ -22,7 +23,7 @@ from diffenc.denoiser.gathering import (
     most_telling,
     places,
 )
-from diffenc.errors import PromptError
+from diffenc.errors import ConfigError, PromptError, TapError
 from diffenc.features import Features
 from diffenc.inputs.words import shared_positions, words_of
 from diffenc.models.base import Backbone
@@ -68,7 +69,10 @@ class WordTokens:
         return torch.cat([self.tokens, self.places.to(self.tokens.dtype)], dim=-1)
 
     def question_maps(
-        self, kind: Literal["words", "change"] = "words"
+        self,
+        kind: Literal["words", "change"] = "words",
+        *,
+        taps: str | Sequence[str] | None = None,
     ) -> Float[Tensor, "b *t h w"]:
         """One map for a whole text: what of the picture it is about.
 
@@ -77,15 +81,21 @@ class WordTokens:
                 sharpness, so that "the" hardly counts; it sums to 1. "change" is how far the text
                 moves the features, |f_c - f_u| as a share of the mean length of f_u, and needs a
                 pass with both halves: conditioning "uncond", "cfg" or "concat".
+            taps: Taps whose change is drawn, one or several, joined on the finest grid; coarse ones
+                often change most. None is all of the pass. For "change" alone.
 
         Raises:
-            ConfigError: Another kind, or a pass without both halves.
+            ConfigError: Another kind, taps for "words", or a pass without both halves.
+            TapError: A tap that the pass has not read.
         """
         check_choice("kind of question map", kind, ("words", "change"))
+        if taps is not None and kind != "change":
+            raise ConfigError('taps are for the question map "change": maps of words have layers')
         if kind == "change":
             halves = (self.features.select("uncond"), self.features.select("cond"))
             leading = self.maps.shape[:-3]
-            flat = [{tap: maps.flatten(0, -4) for tap, maps in half.items()} for half in halves]
+            chosen = halves[0] if taps is None else checked_texts("taps", taps, error=TapError)
+            flat = [{tap: half[tap].flatten(0, -4) for tap in chosen} for half in halves]
             changes: Tensor = change_map(*flat).unflatten(0, leading)
             return changes
         words = [[word not in ("", REST) for word in own] for own in self.words]
