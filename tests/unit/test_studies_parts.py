@@ -268,7 +268,8 @@ def test_the_model_is_left_as_it_was_and_runs_repeat(tiny_sd_folder, clip_folder
     assert told[-1][0] == told[-1][1]
     assert [done for done, _ in told] == sorted({done for done, _ in told})
     second = study_parts(encoder.backbone, clip=str(clip_folder), **{**QUICK, "batch_size": 16})
-    assert second == replace(first, model=second.model)
+    assert second.rms == pytest.approx(first.rms, rel=1e-5)  # batches of 16 round otherwise
+    assert second == replace(first, model=second.model, rms=second.rms)
 
 
 @pytest.mark.long
