@@ -442,11 +442,11 @@ class DiffusionEncoder(TrainableParts):
             features = self.extract(images, prompts)
             return features.tokens(grid), features
         images = decoded(images)
-        word_layers(self.backbone, [tap.name for tap in self._taps], None)  # raises without any
+        layers = word_layers(self.backbone, [tap.name for tap in self._taps], None)
         windows = self.config.long_prompts == "chunk"
         tokenizers = self.backbone.tokenizers
         words = prompt_words(tokenizers, prompts, len(images), windows=windows)
-        features, attention = self._read_words(images, prompts, words)
+        features, attention = self._read_words(images, prompts, words, layers)
         return question_tokens(features, attention, words, self.config, grid), features
 
     @overload
@@ -576,14 +576,14 @@ class DiffusionEncoder(TrainableParts):
             raise PromptError(f"words are looked up in texts: pass texts, got {shown(prompts)}")
         rest = flag("rest", rest)
         chosen = None if words is None else texts("words", words, error=PromptError)
-        word_layers(self.backbone, [tap.name for tap in self._taps], layers)  # raises without any
+        reads = word_layers(self.backbone, [tap.name for tap in self._taps], layers)
         images = decoded(images)
         each = match_batch(prompts, len(images))
         each = each * len(images) if len(each) == 1 else each
         windows = self.config.long_prompts == "chunk"
         spans = word_spans(self.backbone.tokenizers, each, chosen, windows=windows)
         features, attention = self._read_words(
-            images, each, spans, layers, conditioning, guidance_scale
+            images, each, spans, reads, conditioning, guidance_scale
         )
         return gather_words(features, attention, spans, count=count, power=power, rest=rest)
 
@@ -592,7 +592,7 @@ class DiffusionEncoder(TrainableParts):
         images: Images,
         prompts: str | Sequence[str] | PromptEmbeds | None,
         words: Sequence[Spans],
-        layers: str | Sequence[str] | None = None,
+        layers: tuple[str, ...],
         conditioning: Conditioning | None = None,
         guidance_scale: float | None = None,
     ) -> tuple[Features, list[Float[Tensor, "b *t tokens _h _w"]]]:
@@ -600,10 +600,9 @@ class DiffusionEncoder(TrainableParts):
         needed = self._conditioning(conditioning, prompts)
         check_guidance(guidance_scale, needed)
         positions = positions_of(words)
-        chosen = word_layers(self.backbone, [tap.name for tap in self._taps], layers)
         if not positions:
             return self._read(images, prompts, needed, guidance_scale)
-        reading = AttentionRead(chosen, positions)
+        reading = AttentionRead(layers, positions)
         both = "concat" if needed == "uncond" else needed  # attention needs the text
         features, attention = self._read(images, prompts, both, guidance_scale, reading)
         return features if both == needed else features.select(needed), attention

@@ -8,6 +8,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from diffenc import DiffusionEncoder, list_taps
+from diffenc.cli import demo_figure
 from diffenc.cli.demo import demo_queries
 from diffenc.cli.demo_answers import named
 from diffenc.models import describe
@@ -15,6 +16,7 @@ from diffenc.models.shapes import shapes_folder
 from diffenc.shapes import masks, render
 from diffenc.shapes.crowds import sample_crowd
 from diffenc.shapes.example import CROWD, crowded_picture
+from diffenc.viz import HeatMap
 
 HELD_OUT = 920_000
 
@@ -101,6 +103,27 @@ def test_a_reference_changes_features_on_its_object_more_than_on_another(encoder
         within = (maps * inside).sum(dim=(1, 2)) / inside.sum(dim=(1, 2))
         changes.append(within / maps.mean(dim=(1, 2)))
     assert (changes[0] > changes[1]).float().mean() >= 0.85
+
+
+def test_the_demo_draws_what_changed_at_the_finest_tap(encoder, monkeypatch):
+    drawn = []
+
+    def heat_map(values):
+        drawn.append(values)
+        return HeatMap(values)
+
+    monkeypatch.setattr(demo_figure, "HeatMap", heat_map)
+    queries = demo_queries()[:1]
+    picture = crowded_picture(96)
+    gathered = encoder.word_tokens([picture], [queries[0].text], conditioning="uncond")
+    demo_figure.draw_demo(picture, gathered, queries, None, model="shapes-many")
+    without, under = (
+        gathered.features.select(half)["up_blocks.2.attentions.0"] for half in ("uncond", "cond")
+    )
+    moved = (under - without).norm(dim=1)[0]
+    _, changed = drawn
+    assert changed.shape == (24, 24)
+    torch.testing.assert_close(changed / changed.sum(), moved / moved.sum())
 
 
 @pytest.mark.long

@@ -11,12 +11,14 @@ from PIL import Image
 from diffenc.errors import ConfigError
 from diffenc.inputs.policies import PromptSample, captions_of, parse_policy
 from diffenc.mllm.training import write_miniature
+from diffenc.mllm.training.miniature import EDITIONS
 from diffenc.studies.charts import Panel, Series, draw_panels
 from diffenc.studies.spreads import Spread
 from diffenc.studies.vlm.measure import ask_questions, measure
 from diffenc.studies.vlm.measurements import Measurement
 from diffenc.studies.vlm.plan_file import bundled_plan, parse_plan
 from diffenc.studies.vlm.tables import training_table
+from diffenc.studies.vlm.trainings import LEARNS
 from diffenc.studies.vlm.workshop import Workshop
 
 PLAN = """
@@ -141,6 +143,7 @@ def test_a_training_that_asks_through_the_encoder_learns_from_data_of_its_own(tm
     second = '[train.second]\nstage = "instruct"\nstart = "first"\ndata = "asked"\n'
     shop = Workshop(parse_plan("p", PLAN + second), tmp_path)
     usual = Workshop(parse_plan("p", PLAN + second.replace("asked", "instruct")), tmp_path)
+    assert list(LEARNS) == list(EDITIONS)
     assert shop.config("second", 0).data.annotations == str(shop.data()["asked"])
     assert shop.data()["asked"].is_file()
     assert shop.identity("second", 0) != usual.identity("second", 0)

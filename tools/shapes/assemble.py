@@ -59,7 +59,7 @@ def copy_weights(source: Path, target: Path, part: str) -> None:
 
 
 def write_taps(folder: Path) -> None:
-    """Beside the model, channels and reduction of every readable place of its U-Net."""
+    """Beside the default model, channels and reduction of every readable place of its U-Net."""
     config = (folder / "unet" / "config.json").read_text(encoding="utf-8")
     vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
     taps = derived_taps(config, 2 ** (len(vae["block_out_channels"]) - 1))
@@ -82,7 +82,8 @@ def main() -> None:
     for part in ("tokenizer", "scheduler"):
         shutil.copytree(options.source / part, options.target / part, dirs_exist_ok=True)
     write_json(options.target / "model_index.json", INDEX)
-    write_taps(options.target)
+    if options.target.name == "shapes":
+        write_taps(options.target)
     total = sum(file.stat().st_size for file in options.target.rglob("*.safetensors"))
     print(f"{total / 1e6:.1f} MB of weights in {options.target}")
 

@@ -17,8 +17,8 @@ _SEEN = """\
 The question is text that the diffusion model reads. Where its word is seen: the word's \
 cross-attention in one pass over the picture."""
 _CHANGED = """\
-What the question changed: how far the features move, |f_c - f_u|. A CLIP encoder would give the \
-same features three times."""
+How far the question moves the features: |f_c - f_u| at the finest tap. A CLIP encoder \
+would give the same features three times."""
 
 
 def draw_demo(

@@ -98,7 +98,8 @@ class Workshop:
                 )
                 with reporting(target):
                     partial.rename(target)
-        return {**{name: target / f"{name}.json" for name in EDITIONS}, "images": target / "images"}
+        annotations = {name: target / f"{name}.json" for name in EDITIONS}
+        return {**annotations, "images": target / "images"}
 
     def _other_data(self) -> dict[str, Any]:
         """Options of the data that are not as usual."""
