@@ -2,15 +2,21 @@
 
 import random
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from shapes_tools import FOLDER
 
 sys.path.insert(0, str(FOLDER))
 
+import measure_crowds
 from crowd_texts import false_caption, holds
+from denoisers import build_scheduler
 from grounding import spoken_of
+from measure_crowds import asked_scenes, crowd_pair, differing, gathered_maxima, told_apart
+from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
 from diffenc.errors import ConfigError
@@ -130,3 +136,54 @@ def test_texts_for_training_fit_the_tokenizer():
 
 def test_a_crowd_is_rendered_at_its_size():
     assert render_array(CROWDS[0], 128).shape == (128, 128, 3)
+
+
+@pytest.mark.parametrize(("thing", "percent"), [("target", 100.0), ("control", 0.0)])
+def test_a_maximum_of_gathered_maps_counts_where_it_lies_on_what_is_asked(thing, percent):
+    # Twins in kind would be taken for each other; words that name one object alone leave none.
+    trials = asked_scenes(30, 7, "both")
+    places = {item.scene: item.scene.objects[getattr(item, thing)] for item in trials}
+    shown = iter(trials)
+
+    def word_tokens(images, texts, words):
+        """Maps whose only peak is the middle of an object, for the word that is asked for."""
+        maps = torch.zeros(len(images), len(words), 24, 24)
+        for row, text in enumerate(texts):
+            place = places[next(shown).scene]
+            word = words.index(text.split()[-1])
+            maps[row, word, int(place.y * 24), int(place.x * 24)] = 1
+        return SimpleNamespace(maps=maps)
+
+    vae = SimpleNamespace(config=SimpleNamespace(sample_size=96))
+    encoder = SimpleNamespace(backbone=SimpleNamespace(vae=vae), word_tokens=word_tokens)
+    assert gathered_maxima(encoder, trials, "both", lambda thing: thing.shape) == percent
+
+
+def test_single_predictions_are_told_apart_over_all_cells_and_where_pictures_differ(monkeypatch):
+    rng = random.Random("crowd-pairs/noun/5")
+    pairs = [crowd_pair(rng, "noun") for _ in range(4)]
+    lines = [both for _, both in pairs]
+    cells = torch.stack([differing(*scenes, 96) for scenes, _ in pairs])
+    assert 0 < cells.mean() < 0.1
+    changed = F.adaptive_max_pool2d(cells, (24, 24)).repeat_interleave(2, dim=0)[:, None]
+    scheduler = build_scheduler()
+    signal = scheduler.alphas_cumprod
+
+    def unet(noisy, timestep, texts):
+        """Errs where pictures differ under a false caption, and elsewhere under a true one."""
+        false = torch.tensor([text != lines[row // 2][row % 2] for row, text in enumerate(texts)])
+        astray = torch.where(false[:, None, None, None], changed, 1 - changed)
+        return SimpleNamespace(sample=noisy / (1 - signal[timestep]).sqrt() + astray)
+
+    backbone = SimpleNamespace(
+        vae=SimpleNamespace(config=SimpleNamespace(sample_size=96)),
+        scheduler=scheduler,
+        embed=lambda texts, size: SimpleNamespace(prompt_embeds=texts),
+        unet=unet,
+    )
+    monkeypatch.setattr(
+        measure_crowds, "latents_of", lambda _, scenes: torch.zeros(len(scenes), 4, 24, 24)
+    )
+    for name, row in told_apart(backbone, 4, 5).items():
+        if name.startswith("noun"):
+            assert row == {"all cells": 0.0, "where pictures differ": 100.0}
