@@ -222,7 +222,7 @@ def _plot(place: Any, panel: Panel) -> None:
             place.tick_params(axis="x", rotation=0)
             place.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
         else:
-            place.legend(fontsize=8, loc="best")
+            place.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))  # hides no bar
     else:
         last = max((max(series.places) for series in panel.series), default=1)
         ticks: Sequence[float] = range(1, int(last) + 1)
