@@ -118,15 +118,19 @@ def _over_passes(
     study: VlmStudy, measurements: Sequence[Measurement], name: str, *, title: str, unit: str
 ) -> Panel:
     """Passes across, a series per training and measurement."""
-    series = []
+    lines = []
     for training in study.plan.trainings.values():
         for measurement in measurements:
             keys = [f"{name}.{k}" for k in range(1, measurement.passes + 1)]
             spreads = [study.figure((training.name, measurement.name, key)) for key in keys]
             known = [spread for spread in spreads if spread is not None]
             if len(known) > 1:
-                label = f"{training.label}, {measurement.label}"
-                series.append(Series(label, range(1, len(known) + 1), known))
+                lines.append((f"{training.label}, {measurement.label}", known))
+    series = []
+    for index, (label, known) in enumerate(lines):
+        shift = 0.05 * (index - (len(lines) - 1) / 2)  # bars do not hide each other
+        places = [number + shift for number in range(1, len(known) + 1)]
+        series.append(Series(label, places, known))
     return Panel(title, unit, series, axis="pass")
 
 
