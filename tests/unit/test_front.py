@@ -12,8 +12,8 @@ from diffenc.studies.vlm import STUDIES
 OF_THE_PAPER = tuple(study for study in STUDIES if study != "tokens")
 ROOT = Path(__file__).parents[2]
 SENTENCE = re.compile(
-    r"(\w+) \[studies\].*?repeat (\d+) findings.*?(\d+) hold, (\d+) come out the other\s+way round,"
-    r" in (\d+) three seeds show no clear difference, and (\d+) could not be\s+measured",
+    r"(\w+) \[studies\].*?repeat (\d+) findings.*?(\d+) hold, (\d+) come\s+out\s+the\s+other\s+"
+    r"way\s+round, in (\d+)\s+seeds show no clear difference, and (\d+) could not\s+be\s+measured",
     re.DOTALL,
 )
 
