@@ -369,7 +369,8 @@ def told_apart(backbone: Backbone, items: int, seed: int) -> dict[str, dict[str,
         others = [line for _, lines in pairs for line in lines[::-1]]
         own, other = (backbone.embed(each, size=(size, size)) for each in (texts, others))
         for timestep in ERROR_TIMESTEPS:
-            noise = shared_noise(tuple(latents.shape[1:]), seed=0, timestep=timestep)
+            channels, height, width = latents.shape[1:]
+            noise = shared_noise((channels, height, width), seed=0, timestep=timestep)
             noisy = add_noise(backbone.scheduler, latents, noise, timestep)
             right, wrong = (
                 (backbone.unet(noisy, timestep, each.prompt_embeds).sample - noise).square()
