@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffenc.errors import BackboneError, ConfigError, OutputError
+from diffenc.studies import charts
 from diffenc.studies.charts import Panel, Series, draw_panels
 from diffenc.studies.spreads import Spread
 from diffenc.studies.vlm import page as vlm_page
@@ -329,6 +330,9 @@ def test_answers_are_drawn_with_what_guessing_reaches_and_captions_without(run, 
     study, _, _ = run
     plan = replace(study.plan, plots=("answers/all", *study.plan.plots))
     draw_study(replace(study, plan=plan), "unused.png")
+    for panel in drawn:  # bars of different series do not hide each other
+        first = [series.places[0] for series in panel.series]
+        assert len(set(first)) == len(first)
     guessing = {panel.title: panel.guessing for panel in drawn}
     answered = study.figure(("second", "answers", "guess"))
     assert guessing["answers: all"] == pytest.approx(answered.mean)
@@ -349,6 +353,18 @@ def test_what_guessing_reaches_is_a_line_across_the_panel(tmp_path):
     ]
     grey = [(abs(each - (0x8A, 0x8A, 0x94)).max(-1) < 6).sum(1).max() for each in pixels]
     assert grey[0] > pixels[0].shape[1] / 3 > 10 * grey[1]
+
+
+@pytest.mark.parametrize("names", [["a", "b"], []], ids=["trainings", "passes"])
+def test_a_legend_lies_beside_the_bars(tmp_path, monkeypatch, names):
+    figure = pytest.importorskip("matplotlib.figure").Figure((6, 5), layout="constrained")
+    monkeypatch.setattr(charts, "_figure", lambda *_: figure)
+    series = [
+        Series(f"series {k}", [0, 1], [Spread((k, 90.0)), Spread((30.0, k))]) for k in range(6)
+    ]
+    draw_panels([Panel("named", "percent", series, names=names)], tmp_path / "t.png", title="t")
+    (place,) = figure.axes
+    assert not place.get_legend().get_window_extent().overlaps(place.get_window_extent())
 
 
 def test_costs_are_measured_with_the_first_training_that_can_be_done(parts, tmp_path):
