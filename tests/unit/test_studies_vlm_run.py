@@ -330,9 +330,6 @@ def test_answers_are_drawn_with_what_guessing_reaches_and_captions_without(run, 
     study, _, _ = run
     plan = replace(study.plan, plots=("answers/all", *study.plan.plots))
     draw_study(replace(study, plan=plan), "unused.png")
-    for panel in drawn:  # bars of different series do not hide each other
-        first = [series.places[0] for series in panel.series]
-        assert len(set(first)) == len(first)
     guessing = {panel.title: panel.guessing for panel in drawn}
     answered = study.figure(("second", "answers", "guess"))
     assert guessing["answers: all"] == pytest.approx(answered.mean)
@@ -365,6 +362,19 @@ def test_a_legend_lies_beside_the_bars(tmp_path, monkeypatch, names):
     draw_panels([Panel("named", "percent", series, names=names)], tmp_path / "t.png", title="t")
     (place,) = figure.axes
     assert not place.get_legend().get_window_extent().overlaps(place.get_window_extent())
+
+
+def test_bars_of_passes_stand_side_by_side():
+    study = SimpleNamespace(
+        plan=SimpleNamespace(trainings={k: SimpleNamespace(name=k, label=k) for k in "ab"}),
+        figure=lambda _: Spread((1.0, 2.0)),
+    )
+    asked = [SimpleNamespace(name="own", label="own", passes=3)]
+    panel = vlm_page._over_passes(study, asked, "named", title="t", unit="percent")
+    places = [tuple(series.places) for series in panel.series]
+    assert len(places) == 2
+    assert not set(places[0]) & set(places[1])
+    assert [round(place) for place in places[0]] == [1, 2, 3]
 
 
 def test_costs_are_measured_with_the_first_training_that_can_be_done(parts, tmp_path):
