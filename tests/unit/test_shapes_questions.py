@@ -13,6 +13,7 @@ from diffenc.shapes.questions import (
     multiple_choice,
     questions,
     sample_question,
+    without_names,
 )
 from diffenc.shapes.scenes import Scene, SceneObject, sample_scenes
 from shapes_oracle import UngrammaticalError, answer, is_true
@@ -209,3 +210,22 @@ def test_kinds_of_questions_are_even_where_that_is_asked_for(even):
 def test_a_negative_number_of_lettered_turns_is_refused():
     with pytest.raises(ConfigError, match="0 or more, got -1"):
         conversation(SCENES[0], lettered=-1)
+
+
+def test_without_names_a_question_says_what_is_asked_for_alone():
+    requests = {
+        "color": {"what color?"},
+        "shape": {"what shape?"},
+        "size": {"what size?"},
+        "count": {"how many?"},
+        "position": {"where?"},
+        "presence": {"is there?"},
+        "relation": {"left of?", "right of?", "above?", "below?"},
+    }
+    told = defaultdict(set)
+    for _scene, question in ASKED:
+        told[question.kind].add(without_names(question.text))
+        if question.kind == "relation":
+            assert without_names(question.text).rstrip("?") in question.text
+    assert told == requests
+    assert without_names("describe the picture.") == "describe the picture."

@@ -11,13 +11,15 @@ so small a world repeat. `perplexity` is per token, on documents of held-out sce
 percentages of right answers, written word by word: `reading` to questions of colour and shape whose
 answer stands in one of one or two captions before them, `pictures` to questions of all kinds about
 symbolic pictures, and `other_pictures` the same where each is shown another one's, which is what
-can be guessed.
+can be guessed. With `--crowds` questions about crowded scenes are asked too, on grids and as tokens
+of the question's words.
 """
 
 import argparse
 import json
 import random
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,16 @@ import torch
 from documents import document, readable
 from grammar import is_grammatical
 from symbolic import SymbolicPictures
+from symbolic_crowds import CrowdedPictures
+from torch import Tensor
 from train_lm import HELD_OUT_ROWS, packed, perplexity
 from training import HELD_OUT_SEED
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from diffenc.shapes.questions import sample_question
-from diffenc.shapes.scenes import sample_scenes
+from diffenc.mllm.chat import Turns
+from diffenc.shapes.crowds import sample_crowds
+from diffenc.shapes.questions import Question, sample_question
+from diffenc.shapes.scenes import Scene, sample_scenes
 
 BATCH = 100
 NUCLEUS = 0.95
@@ -94,17 +100,53 @@ def reading(model: Any, tokenizer: Any, count: int, seed: int) -> float:
 @torch.no_grad()
 def pictures(model: Any, tokenizer: Any, count: int, seed: int) -> tuple[float, float]:
     """Percentage of questions answered right about symbolic pictures, and about exchanged ones."""
-    rng = random.Random(f"pictures/{seed}")
-    noise = torch.Generator().manual_seed(seed)
+    symbolic, noise = SymbolicPictures(tokenizer), torch.Generator().manual_seed(seed)
+
+    def spelled(scene: Scene, question: Question) -> Tensor:
+        return symbolic.embed(model.get_input_embeddings(), [scene], [asking(question)], noise)[0]
+
     scenes = list(sample_scenes(count, seed=seed))
-    asked = [sample_question(scene, rng) for scene in scenes]
-    symbolic = SymbolicPictures(tokenizer)
-    embedding = model.get_input_embeddings()
+    return answered(model, tokenizer, scenes, spelled, f"pictures/{seed}")
+
+
+@torch.no_grad()
+def crowds(model: Any, tokenizer: Any, count: int, seed: int) -> dict[str, float]:
+    """The same of crowded scenes, on grids and as words of the question."""
+    symbolic, noise = CrowdedPictures(tokenizer), torch.Generator().manual_seed(seed)
+    found = {}
+    for name, as_words in (("grids", False), ("words", True)):
+
+        def spelled(scene: Scene, question: Question, as_words: bool = as_words) -> Tensor:
+            text = question.text if as_words else None
+            return symbolic.embed_under(
+                model.get_input_embeddings(), [scene], [asking(question)], [text], noise
+            )[0]
+
+        scenes = list(sample_crowds(count, seed=seed))
+        seen, guessed = answered(model, tokenizer, scenes, spelled, f"crowds/{seed}")
+        found |= {f"crowded_{name}": round(seen, 1), f"other_{name}": round(guessed, 1)}
+    return found
+
+
+def asking(question: Question) -> Turns:
+    """A turn that asks about a picture."""
+    return [{"from": "human", "value": f"<image>\n{question.text}"}]
+
+
+def answered(
+    model: Any,
+    tokenizer: Any,
+    scenes: Sequence[Scene],
+    spelled: Callable[[Scene, Question], Tensor],
+    seed: str,
+) -> tuple[float, float]:
+    """Percentage of one question a scene that is answered right of it, and of the one before it."""
+    rng = random.Random(seed)
     right = [0, 0]
-    for index, question in enumerate(asked):
-        told = [{"from": "human", "value": f"<image>\n{question.text}"}]
-        for which, scene in enumerate((scenes[index], scenes[index - 1])):
-            states, _ = symbolic.embed(embedding, [scene], [told], noise)
+    for index, scene in enumerate(scenes):
+        question = sample_question(scene, rng)
+        for which, shown in enumerate((scene, scenes[index - 1])):
+            states = spelled(shown, question)
             ids = model.generate(
                 inputs_embeds=states,
                 attention_mask=torch.ones(states.shape[:2], dtype=torch.long),
@@ -114,10 +156,10 @@ def pictures(model: Any, tokenizer: Any, count: int, seed: int) -> tuple[float, 
             )
             said = tokenizer.decode(ids[0].tolist()).partition("<eos>")[0]
             right[which] += said == question.answer
-    return 100 * right[0] / count, 100 * right[1] / count
+    return 100 * right[0] / len(scenes), 100 * right[1] / len(scenes)
 
 
-def measure(folder: Path, count: int, seed: int) -> dict[str, Any]:
+def measure(folder: Path, count: int, seed: int, *, crowded: bool = False) -> dict[str, Any]:
     """All figures, and a few of the sampled texts that are not grammatical."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -144,6 +186,8 @@ def measure(folder: Path, count: int, seed: int) -> dict[str, Any]:
     found["reading"] = round(reading(model, tokenizer, count, HELD_OUT_SEED), 1)
     seen, guessed = pictures(model, tokenizer, count, HELD_OUT_SEED)
     found |= {"pictures": round(seen, 1), "other_pictures": round(guessed, 1)}
+    if crowded:
+        found |= crowds(model, tokenizer, count, HELD_OUT_SEED)
     return {**found, "ungrammatical": wrong[:5], "samples": texts[:5]}
 
 
@@ -152,10 +196,11 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("runs/shapes-lm/model"))
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--crowds", action="store_true", help="questions about crowds too")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    found = measure(options.model, options.count, options.seed)
+    found = measure(options.model, options.count, options.seed, crowded=options.crowds)
     print(json.dumps({"count": options.count, "seed": options.seed, **found}, indent=2))
 
 

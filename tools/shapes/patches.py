@@ -6,18 +6,18 @@ from torch import Tensor
 from diffenc.shapes.scenes import COLORS, SHAPES, SIZES, Scene
 
 GRID = 8
-"""Patches along a side."""
+"""Patches along a side of a picture of 64 pixels."""
 
 
-def truths(scenes: list[Scene]) -> Tensor:
+def truths(scenes: list[Scene], grid: int = GRID) -> Tensor:
     """`on_patches` of several scenes (b patches 3)."""
-    return torch.stack([on_patches(scene) for scene in scenes])
+    return torch.stack([on_patches(scene, grid) for scene in scenes])
 
 
-def on_patches(scene: Scene) -> Tensor:
+def on_patches(scene: Scene, grid: int = GRID) -> Tensor:
     """Indices of shape, colour and size on each patch, 0 where its centre is on no object."""
-    found = torch.zeros(GRID, GRID, 3, dtype=torch.long)
-    centers = (torch.arange(GRID) + 0.5) / GRID
+    found = torch.zeros(grid, grid, 3, dtype=torch.long)
+    centers = (torch.arange(grid) + 0.5) / grid
     for thing in scene.objects:
         distance = (centers[:, None] - thing.y).square() + (centers[None] - thing.x).square()
         words = (

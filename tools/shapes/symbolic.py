@@ -28,14 +28,14 @@ NOISE = 0.3
 
 def cell_words(tokenizer: Any, scene: Scene) -> Tensor:
     """Token ids of the words in each cell (patches 3); the background repeats its one word."""
-    ids = {word: _id(tokenizer, word) for word in (*SHAPES, *COLORS, *SIZES, scene.background)}
+    ids = {word: word_id(tokenizer, word) for word in (*SHAPES, *COLORS, *SIZES, scene.background)}
     truth = on_patches(scene)
     tables = [torch.tensor([0, *(ids[word] for word in kind)]) for kind in (SHAPES, COLORS, SIZES)]
     found = torch.stack([table[truth[:, k]] for k, table in enumerate(tables)], dim=1)
     return torch.where(truth[:, :1] > 0, found, ids[scene.background])
 
 
-def _id(tokenizer: Any, word: str) -> int:
+def word_id(tokenizer: Any, word: str) -> int:
     """Of a word within a sentence, which the tokenizer keeps whole."""
     (found,) = tokenizer(f" {word}", add_special_tokens=False).input_ids
     return int(found)
@@ -70,8 +70,13 @@ class SymbolicPictures:
         noise: torch.Generator,
     ) -> tuple[Tensor, Tensor]:
         """The same of given scenes and what is said about them, the picture first."""
+        return self.joined(embedding, self._pictures(embedding, scenes, noise), told)
+
+    def joined(
+        self, embedding: nn.Embedding, pictures: Sequence[Tensor], told: Sequence[Turns]
+    ) -> tuple[Tensor, Tensor]:
+        """Input and labels of pictures' tokens (n width) and what is said about them."""
         chats = [self._chat.encode(turns) for turns in told]
-        pictures = self._pictures(embedding, scenes, noise)
         states, labels = [], []
         for chat, picture in zip(chats, pictures, strict=True):
             place = chat.input_ids.index(IMAGE_ID)
@@ -87,7 +92,7 @@ class SymbolicPictures:
 
     def _pictures(
         self, embedding: nn.Embedding, scenes: Sequence[Scene], noise: torch.Generator
-    ) -> Tensor:
+    ) -> Sequence[Tensor]:
         cells = torch.stack([cell_words(self.tokenizer, scene) for scene in scenes])
         words = embedding(cells)
         kept = torch.rand(words.shape[:3], generator=noise) >= MISSING
@@ -95,5 +100,4 @@ class SymbolicPictures:
         kept = torch.where(background, torch.tensor([True, False, False]), kept)
         summed = (words * kept[..., None]).sum(2)
         scale = NOISE * words.detach().square().mean().sqrt()
-        noisy: Tensor = summed + scale * torch.randn(summed.shape, generator=noise)
-        return noisy
+        return list(summed + scale * torch.randn(summed.shape, generator=noise))

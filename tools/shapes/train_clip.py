@@ -2,6 +2,8 @@
 
     python tools/shapes/train_clip.py --hard-negatives --output runs/shapes-teacher
     python tools/shapes/train_clip.py --output runs/shapes-clip
+    python tools/shapes/train_clip.py --size 96 --crowds 0.65 --start runs/shapes-clip \
+        --output runs/shapes-clip-many
 
 With hard negatives half of a batch are near twins of the other half (colours swapped, relation
 turned, sizes exchanged ...): its text encoder must read word order, and becomes the diffusion
@@ -10,11 +12,16 @@ model's. Without them it is the `shapes-clip` baseline, with CLIP's known weakne
 Captions alone teach a small vision transformer colours within minutes and shapes hardly at all, so
 that each patch must also tell what lies on it: alone at first, in small batches, then beside the
 captions. The heads for that are thrown away.
+
+`--start` begins from a trained one, of any size of picture: positions are drawn between those that
+it knows.
 """
 
 import argparse
 import json
+import math
 import random
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +30,17 @@ from patches import truths
 from texts import near_twin, said, training_text
 from torch import Tensor, nn
 from torch.nn import functional as F
-from training import VALIDATION_SEED, Run
+from training import VALIDATION_SEED, Run, mixed_precision
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from diffenc.shapes.captions import caption
+from diffenc.shapes.crowds import sample_crowd
 from diffenc.shapes.pairs import WINOGROUND_KINDS, winoground_items
 from diffenc.shapes.render import render_array
 from diffenc.shapes.scenes import COLORS, SHAPES, SIZES, Scene, sample_scene
+
+PATCH = 8
+"""Side of a patch in pixels."""
 
 
 class PatchReaders(nn.Module):
@@ -57,7 +68,7 @@ class PatchReaders(nn.Module):
         return (torch.stack(losses).mean(dim=0) * weights).sum() / weights.sum()
 
 
-def build(tokenizer: CLIPTokenizer) -> CLIPModel:
+def build(tokenizer: CLIPTokenizer, size: int = 64) -> CLIPModel:
     width = dict(hidden_size=128, intermediate_size=512, num_attention_heads=4)
     special = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     return CLIPModel(
@@ -72,11 +83,31 @@ def build(tokenizer: CLIPTokenizer) -> CLIPModel:
                 projection_dim=128,
             ),
             vision_config=dict(
-                **width, num_hidden_layers=4, image_size=64, patch_size=8, projection_dim=128
+                **width, num_hidden_layers=4, image_size=size, patch_size=PATCH, projection_dim=128
             ),
             projection_dim=128,
         )
     )
+
+
+def begin_from(model: CLIPModel, folder: Path) -> None:
+    """Take over a trained model's weights, its positions drawn out to the new grid."""
+    state = CLIPModel.from_pretrained(folder, dtype=torch.float32).state_dict()
+    name = "vision_model.embeddings.position_embedding.weight"
+    whole, places = state[name][:1], state[name][1:]
+    before = math.isqrt(len(places))
+    side = model.config.vision_config.image_size // model.config.vision_config.patch_size
+    grid = places.T.reshape(1, -1, before, before)
+    drawn = F.interpolate(grid, (side, side), mode="bicubic", align_corners=False)
+    state[name] = torch.cat([whole, drawn.flatten(2)[0].T])
+    model.load_state_dict(state)
+
+
+def sample(rng: random.Random, crowds: float, overlap: float = 0.0) -> Scene:
+    """A scene; with probability `crowds` a crowded one."""
+    if crowds and rng.random() < crowds:
+        return sample_crowd(rng)
+    return sample_scene(rng, overlap=overlap)
 
 
 def pixels(scenes: list[Scene], size: int = 64) -> Tensor:
@@ -93,7 +124,9 @@ def tokens(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
     return ids
 
 
-def batch(count: int, seed: str, *, hard: bool) -> tuple[list[Scene], list[str]]:
+def batch(
+    count: int, seed: str, *, hard: bool, crowds: float = 0.0
+) -> tuple[list[Scene], list[str]]:
     """Scenes with texts; with `hard`, the second half are twins of the first with other texts."""
     rng = random.Random(seed)
     scenes: list[Scene] = []
@@ -101,7 +134,7 @@ def batch(count: int, seed: str, *, hard: bool) -> tuple[list[Scene], list[str]]
     twins: list[Scene] = []
     twin_texts: list[str] = []
     while len(scenes) < (count // 2 if hard else count):
-        scene = sample_scene(rng, overlap=rng.choice((0.0, 0.4)))
+        scene = sample(rng, crowds, overlap=rng.choice((0.0, 0.4)))
         state = rng.getstate()
         text = training_text(scene, rng)
         if text in texts:
@@ -123,7 +156,7 @@ def batch(count: int, seed: str, *, hard: bool) -> tuple[list[Scene], list[str]]
 
 
 def different_captions(
-    count: int, seed: str, *, in_meaning: bool = False
+    count: int, seed: str, *, in_meaning: bool = False, crowds: float = 0.0
 ) -> tuple[list[Scene], list[str]]:
     """Scenes with captions that all differ; in what they say, however it is put, if asked for."""
     rng = random.Random(seed)
@@ -131,7 +164,7 @@ def different_captions(
     texts: list[str] = []
     seen = set()
     while len(scenes) < count:
-        scene = sample_scene(rng)
+        scene = sample(rng, crowds)
         text = caption(scene, rng)
         key = said(text) if in_meaning else text
         if key not in seen:
@@ -144,8 +177,9 @@ def different_captions(
 def similarities(
     model: CLIPModel, tokenizer: CLIPTokenizer, scenes: list[Scene], texts: list[str]
 ) -> Tensor:
+    size = model.config.vision_config.image_size
     logits: Tensor = model(
-        input_ids=tokens(tokenizer, texts), pixel_values=pixels(scenes)
+        input_ids=tokens(tokenizer, texts), pixel_values=pixels(scenes, size)
     ).logits_per_image
     return logits
 
@@ -178,15 +212,25 @@ def measure(
     return {name: round(value, 1) for name, value in found.items()}
 
 
-def learn_to_read(model: CLIPModel, readers: PatchReaders, steps: int, folder: Path) -> None:
+def learn_to_read(
+    model: CLIPModel,
+    readers: PatchReaders,
+    steps: int,
+    folder: Path,
+    *,
+    crowds: float = 0.0,
+    half: bool = False,
+) -> None:
     """Train the vision tower alone, in batches of 32."""
     modules = {"vision": model.vision_model, "readers": readers}
     run = Run(folder, modules, steps=steps, lr=1e-3, ema_decay=0.995, weight_decay=0.05)
+    size = model.config.vision_config.image_size
     while run.step < steps:
         rng = random.Random(f"reading/{run.step}")
-        scenes = [sample_scene(rng) for _ in range(32)]
-        states = model.vision_model(pixel_values=pixels(scenes)).last_hidden_state
-        reading = readers(states, truths(scenes))
+        scenes = [sample(rng, crowds) for _ in range(32)]
+        with mixed_precision() if half else nullcontext():
+            states = model.vision_model(pixel_values=pixels(scenes, size)).last_hidden_state
+        reading = readers(states.float(), truths(scenes, size // PATCH))
         run.update(reading)
         if run.step % 100 == 0:
             run.log(reading=round(reading.item(), 4))
@@ -199,6 +243,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--reading-steps", type=int, default=2000, help="before these, no texts")
     parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
+    parser.add_argument("--crowds", type=float, default=0.0, help="share of crowded scenes")
+    parser.add_argument("--start", type=Path, help="folder of a trained one to begin from")
+    parser.add_argument("--half", action="store_true", help="products in bfloat16")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--hard-negatives", action="store_true")
     parser.add_argument("--tokenizer", type=Path, default=Path("runs/shapes/tokenizer"))
@@ -207,9 +255,19 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(options.tokenizer)
-    model = build(tokenizer)
+    model = build(tokenizer, options.size)
+    if options.start is not None:
+        begin_from(model, options.start)
     readers = PatchReaders(model.config.vision_config.hidden_size)
-    learn_to_read(model, readers, options.reading_steps, options.output / "run" / "reading")
+    reading = options.output / "run" / "reading"
+    learn_to_read(
+        model,
+        readers,
+        options.reading_steps,
+        reading,
+        crowds=options.crowds,
+        half=options.half,
+    )
     run = Run(
         options.output / "run",
         {"clip": model, "readers": readers},
@@ -220,14 +278,23 @@ def main() -> None:
     )
     target = torch.arange(options.batch)
     while run.step < options.steps:
-        scenes, texts = batch(options.batch, f"clip/{run.step}", hard=options.hard_negatives)
-        found = model(input_ids=tokens(tokenizer, texts), pixel_values=pixels(scenes))
-        logits = found.logits_per_image
+        scenes, texts = batch(
+            options.batch,
+            f"clip/{run.step}",
+            hard=options.hard_negatives,
+            crowds=options.crowds,
+        )
+        with mixed_precision() if options.half else nullcontext():
+            found = model(
+                input_ids=tokens(tokenizer, texts), pixel_values=pixels(scenes, options.size)
+            )
+        logits = found.logits_per_image.float()
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-        reading = readers(found.vision_model_output.last_hidden_state, truths(scenes))
-        run.update(loss + reading)
+        states = found.vision_model_output.last_hidden_state.float()
+        patches = readers(states, truths(scenes, options.size // PATCH))
+        run.update(loss + patches)
         if run.step % 50 == 0:
-            run.log(loss=round(loss.item(), 4), reading=round(reading.item(), 4))
+            run.log(loss=round(loss.item(), 4), reading=round(patches.item(), 4))
         if run.step % 300 == 0 or run.step == options.steps:
             run.swap_average()
             run.log(**measure(model, tokenizer))

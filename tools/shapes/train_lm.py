@@ -28,12 +28,14 @@ import torch
 from documents import document, lettered, readable
 from safetensors.torch import load_file, save_file
 from symbolic import SymbolicPictures
+from symbolic_crowds import CROWDS, CrowdedPictures
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from training import VALIDATION_SEED, Run
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from diffenc.shapes.crowds import sample_crowd
 from diffenc.shapes.scenes import sample_scene
 
 HIDDEN, LAYERS, HEADS, INNER = 128, 4, 4, 448
@@ -66,7 +68,7 @@ def configuration(tokenizer: Any, context: int) -> dict[str, Any]:
     }
 
 
-def packed(tokenizer: Any, seed: str, rows: int, context: int) -> Tensor:
+def packed(tokenizer: Any, seed: str, rows: int, context: int, *, crowds: float = 0.0) -> Tensor:
     """Token ids (rows context): each row full of documents, the last one cut off.
 
     Documents follow each other as ``<bos> ... <eos> <bos> ... <eos>``. Positions count through a
@@ -77,7 +79,9 @@ def packed(tokenizer: Any, seed: str, rows: int, context: int) -> Tensor:
     for _ in range(rows):
         row: list[int] = []
         while len(row) < context:
-            row += tokenizer(document(sample_scene(rng), rng)).input_ids
+            crowded = crowds > 0 and rng.random() < crowds
+            scene = sample_crowd(rng) if crowded else sample_scene(rng)
+            row += tokenizer(document(scene, rng)).input_ids
             row.append(tokenizer.eos_token_id)
         found.append(row[:context])
     return torch.tensor(found)
@@ -189,6 +193,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="rows")
     parser.add_argument("--row", type=int, default=256, help="tokens a row")
     parser.add_argument("--pictures", type=int, default=16, help="symbolic ones in a step")
+    parser.add_argument(
+        "--crowds", action="store_true", help="scenes of up to nine objects, on grids and as words"
+    )
     parser.add_argument("--options", type=int, default=0, help="lettered questions in a step")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--start", type=Path, help="folder with weights; none is read otherwise")
@@ -222,10 +229,11 @@ def main() -> None:
         ema_decay=0.995,
         warmup=100,
     )
-    pictures = SymbolicPictures(tokenizer)
+    pictures = CrowdedPictures(tokenizer) if options.crowds else SymbolicPictures(tokenizer)
+    crowds = CROWDS if options.crowds else 0.0
     held_out = packed(tokenizer, f"lm/{VALIDATION_SEED}", HELD_OUT_ROWS, options.context)
     while run.step < options.steps:
-        rows = packed(tokenizer, f"lm/{run.step}", options.batch, options.row)
+        rows = packed(tokenizer, f"lm/{run.step}", options.batch, options.row, crowds=crowds)
         with torch.autocast("cpu", torch.bfloat16, enabled=options.bfloat16):
             loss = next_token_loss(model, rows)
             seen = picture_loss(model, pictures, options.pictures, f"pictures/{run.step}")

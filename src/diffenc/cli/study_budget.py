@@ -18,7 +18,7 @@ _QUICK = {"scenes": 30, "validation": 30, "seeds": 1, "reader_epochs": 2}
 def budget(
     output: Output = Path("budget-study"),
     backbone: Backbone = "shapes-many",
-    clip: Clip = "shapes-clip",
+    clip: Clip = "shapes-many-clip",
     scenes: Annotated[int, typer.Option(help="Number of scenes per seed, 30 or more.")] = 240,
     validation: Annotated[
         int, typer.Option(help="Number of scenes that settings are chosen on, 30 or more.")

@@ -57,7 +57,7 @@ LanguageModel = Annotated[
     str | None, typer.Option(metavar="NAME", help="Folder or Hub id in place of the plan's.")
 ]
 Clip = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Folder or Hub id in place of shapes-clip.")
+    str | None, typer.Option(metavar="NAME", help="Folder or Hub id in place of the bundled CLIP.")
 ]
 PlanOnly = Annotated[
     bool, typer.Option("--plan", help="List of trainings and measurements with times; no run.")

@@ -21,6 +21,17 @@ QuestionKind = Literal["color", "shape", "size", "count", "position", "presence"
 QUESTION_KINDS: tuple[QuestionKind, ...] = get_args(QuestionKind)
 
 _LETTERS = ("a", "b", "c", "d")
+_REQUESTS = {
+    "what color ": "what color?",
+    "which color ": "what color?",
+    "what shape ": "what shape?",
+    "which shape ": "what shape?",
+    "what size ": "what size?",
+    "how many ": "how many?",
+    "where ": "where?",
+    "is there ": "is there?",
+    "do we see ": "is there?",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +106,26 @@ def multiple_choice(question: Question, rng: random.Random, *, options: int = 4)
         choices=tuple(letters),
         subjects=question.subjects,
     )
+
+
+def without_names(text: str) -> str:
+    """What a question of this world asks for, and not of which objects: "what color?".
+
+    A relation is kept, as in "left of?"; a text that is no question stays as it is.
+
+    Examples:
+        >>> without_names("is the red star left of the blue circle?")
+        'left of?'
+    """
+    if not text.endswith("?"):
+        return text
+    for begins, request in _REQUESTS.items():
+        if text.startswith(begins):
+            return request
+    for relation in INVERSE:
+        if f" {relation} the " in text:
+            return f"{relation}?"
+    return "what size?"  # "is the red star small or large?"
 
 
 def with_options(text: str, options: Sequence[str]) -> str:

@@ -25,8 +25,9 @@ from diffenc.storage.remote_code import refuse_remote_code
 from diffenc.storage.weights import TRANSFORMERS, choose_weights, list_folder, shard_names
 from diffenc.storage.whole_models import load_from
 
-BUNDLED = ("shapes-clip", "shapes-lm")
-"""Miniatures that come with the library, beside the diffusion model `shapes`."""
+BUNDLED_CLIPS = ("shapes-clip", "shapes-many-clip")
+BUNDLED = (*BUNDLED_CLIPS, "shapes-lm", "shapes-many-lm")
+"""Miniatures that come with the library, beside the diffusion models."""
 
 
 def pretrained_source(name: "str | os.PathLike[str]") -> str:

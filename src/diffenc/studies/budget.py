@@ -14,6 +14,7 @@ from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import BackboneError
 from diffenc.models.base import Backbone
 from diffenc.shapes.render import render
+from diffenc.storage.pretrained import BUNDLED_CLIPS
 from diffenc.studies.budget_arms import (
     MOONSHOT,
     Arm,
@@ -197,7 +198,7 @@ def decide(gain: Spread, margin: float) -> Verdict:
 def study_budget(
     model: "str | Backbone" = "shapes-many",
     *,
-    clip: str | None = "shapes-clip",
+    clip: str | None = "shapes-many-clip",
     scenes: int = 240,
     validation: int = 240,
     seeds: int = 3,
@@ -218,7 +219,7 @@ def study_budget(
 
     Args:
         model: Alias, Hub id or folder of a diffusion model, or a loaded `Backbone`.
-        clip: Name or folder of a CLIP model; None leaves it out, as does "shapes-clip" in a version
+        clip: Name or folder of a CLIP model; None leaves it out, as does a bundled one in a version
             that does not bundle it.
         scenes: Number of scenes per seed, 30 or more; two thirds to fit, the rest to test.
         validation: Number of scenes that settings are chosen on, 30 or more, split alike.
@@ -379,7 +380,7 @@ def _clip(name: str | None, device: str | torch.device) -> tuple[ClipTokens | No
     try:
         return ClipTokens.from_pretrained(name, device=device), ""
     except BackboneError as error:
-        if name != "shapes-clip":
+        if name not in BUNDLED_CLIPS:
             raise
         return None, str(error)
 

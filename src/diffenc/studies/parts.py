@@ -12,6 +12,7 @@ from diffenc.clip.tokens import ClipTokens
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import BackboneError
 from diffenc.models.base import Backbone
+from diffenc.storage.pretrained import BUNDLED_CLIPS
 from diffenc.studies.parts_run import PARTS, Part, PartRun
 from diffenc.studies.probes import (
     Done,
@@ -172,7 +173,7 @@ def study_parts(
     Args:
         model: Alias, Hub id or folder of a diffusion model, or a loaded `Backbone`.
         clip: Name or folder of a CLIP model; None leaves out the parts that need one, as does
-            "shapes-clip" in a version that does not bundle it.
+            a bundled one in a version that does not bundle it.
         scenes: Number of scenes per seed, 30 or more; two thirds to fit, the rest to test.
         seeds: Number of repetitions, each with other scenes, noise and order.
         rank: Rank of LoRA, 1 or more.
@@ -270,7 +271,7 @@ def _missing(clip: str | None) -> dict[Part, str]:
     try:
         ClipTokens.from_pretrained(clip)
     except BackboneError as error:
-        if clip != "shapes-clip":
+        if clip not in BUNDLED_CLIPS:
             raise
         return dict.fromkeys(_CLIP_PARTS, str(error))
     return {}

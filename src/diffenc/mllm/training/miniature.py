@@ -15,11 +15,11 @@ from diffenc.errors import ConfigError
 from diffenc.shapes import captions, conversation, render, sample_scenes
 from diffenc.shapes.crowds import sample_crowds
 from diffenc.shapes.phrases import named_boxes, scene_text
+from diffenc.shapes.questions import without_names
 from diffenc.storage.writing import make_folder, reporting, write_json, write_text
 
 REQUEST = "describe the picture."
-ANSWER_REQUEST = "answer."
-EDITIONS = {"align": 1, "instruct": 2, "asked": 1}
+EDITIONS = {"align": 1, "instruct": 2, "asked": 2}
 """Number of each file's making: equal arguments gave other texts before it was raised."""
 _CAPTIONS = 5
 
@@ -38,8 +38,9 @@ def write_miniature(
 
     Every sample has five captions beside its conversation, from which prompt policies draw.
 
-    In ``asked.json`` the human's turn is "answer." alone: the first question of the conversation is
-    the sample's only caption, for the encoder and not for the language model.
+    In ``asked.json`` the human's turn says what is asked for and not of which objects ("what
+    color?"): the first question of the conversation is the sample's only caption, for the encoder
+    and not for the language model.
 
     Phrases say which words of a caption, a question or a reference ("the red object") name which
     boxes, two texts a scene.
@@ -98,9 +99,9 @@ def write_miniature(
 
 
 def asked_through_the_encoder(talk: Sequence[Mapping[str, str]]) -> dict[str, Any]:
-    """The first question of a conversation as a caption, and a request that names nothing."""
+    """The first question of a conversation as a caption, and a request that names no object."""
     question, answer = talk[0]["value"].removeprefix("<image>\n"), talk[1]
-    request = {"from": "human", "value": f"<image>\n{ANSWER_REQUEST}"}
+    request = {"from": "human", "value": f"<image>\n{without_names(question)}"}
     return {"captions": [question], "conversations": [request, dict(answer)]}
 
 

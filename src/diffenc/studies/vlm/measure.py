@@ -16,10 +16,10 @@ from diffenc.evals.captioning.miniature import shapes_captions
 from diffenc.evals.choices.evaluate import evaluate_choices
 from diffenc.evals.choices.miniature import shapes_mmvp
 from diffenc.evals.leakage.evaluate import evaluate_leakage
-from diffenc.mllm.training.miniature import ANSWER_REQUEST, REQUEST
+from diffenc.mllm.training.miniature import REQUEST
 from diffenc.shapes.captions import captions
 from diffenc.shapes.crowds import sample_crowd
-from diffenc.shapes.questions import QUESTION_KINDS, Question, questions
+from diffenc.shapes.questions import QUESTION_KINDS, Question, questions, without_names
 from diffenc.shapes.render import render
 from diffenc.shapes.scenes import Scene, sample_scene, sample_scenes
 from diffenc.studies.vlm.measurements import Measurement, parse_prompting
@@ -165,13 +165,14 @@ def ask_questions(
         prompts: Function that returns the encoder's prompts, from scenes and questions; None takes
             the questions.
         crowds: Whether scenes have five to nine objects; otherwise they have one to three.
-        untold: Whether the language model reads "answer." in place of the question.
+        untold: Whether the language model reads what is asked for and not of which objects, as in
+            "what color?".
     """
     scenes, chosen = zip(*(_asked(index, seed, crowds) for index in range(count)), strict=True)
     texts = [question.text for question in chosen]
     words = texts if prompts is None else prompts(scenes, texts)
     pictures = [render(scene, CROWD_SIDE if crowds else SIDE) for scene in scenes]
-    read = [ANSWER_REQUEST] * count if untold else texts
+    read = [without_names(text) for text in texts] if untold else texts
     return chosen, _in_batches(generate, pictures, read, words, ANSWER_TOKENS)
 
 

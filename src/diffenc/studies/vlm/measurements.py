@@ -90,8 +90,8 @@ class Measurement:
         passes: Number of passes over the pictures, for "captions" alone; from the second on, the
             caption of the pass before is the prompt.
         crowds: Whether the scenes have five to nine objects, for "answers" alone.
-        untold: Whether the language model reads "answer." in place of the question, which only the
-            encoder gets, for "answers" alone.
+        untold: Whether the language model reads what is asked for and not of which objects ("what
+            color?"), so that only the encoder gets the question, for "answers" alone.
         options: Options of the encoder that differ from those of training.
     """
 

@@ -11,12 +11,13 @@ from diffenc.errors import ConfigError
 from diffenc.evals.paper import published_tables
 from diffenc.mixing.config import MIXED
 from diffenc.mllm.training.config import TrainConfig
+from diffenc.storage.pretrained import BUNDLED_CLIPS
 from diffenc.storage.schema import checked
 from diffenc.studies.vlm.findings import Finding, Key
 from diffenc.studies.vlm.measurements import FIGURES, Measurement
 from diffenc.studies.vlm.trainings import LEARNS, Shared, Training
 
-_ANY, _BUNDLED_CLIP = "any", "shapes-clip"
+_ANY = "any"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,8 +188,8 @@ class StudyPlan:
         Args:
             seeds: Number of repetitions; None keeps the plan's.
             language_model: Name or folder of the language model; None keeps the plan's.
-            clip: Name or folder of a CLIP model that replaces "shapes-clip" in all trainings; None
-                keeps it.
+            clip: Name or folder of a CLIP model that replaces the bundled one in all trainings;
+                None keeps it.
         """
         shared, trainings = self.shared, dict(self.trainings)
         if language_model is not None:
@@ -219,7 +220,7 @@ class StudyPlan:
 
 
 def _with_clip(model: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return {key: name if value == _BUNDLED_CLIP else value for key, value in model.items()}
+    return {key: name if value in BUNDLED_CLIPS else value for key, value in model.items()}
 
 
 def _options(model: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -224,6 +224,8 @@ class _Run:
         for name in ("crowds", "untold"):  # results from before there were such stay valid
             if not content[name]:
                 del content[name]
+        if measurement.untold:
+            content["untold"] = "without names"  # "answer." was read before
         writer = measurement.writer
         content["prompts"] = measurement.prompts.replace(f"by {writer}", "by another")
         identity = digest_of(

@@ -1,0 +1,170 @@
+"""Symbolic pictures of crowded scenes, on grids and as tokens of words."""
+
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from diffenc.mllm.language import load_language_model
+from diffenc.shapes.scenes import Scene, SceneObject
+from shapes_tools import shapes_tools
+
+NAMES = ("patches", "symbolic", "symbolic_crowds", "training", "train_clip")
+SCENE = Scene(
+    (
+        SceneObject("star", "red", "large", x=0.25, y=0.25, radius=0.2),
+        SceneObject("circle", "blue", "small", x=0.75, y=0.8, radius=0.1),
+        SceneObject("circle", "red", "small", x=0.75, y=0.2, radius=0.06),
+    ),
+    "gray",
+)
+
+
+@pytest.fixture(scope="module")
+def tools():
+    with shapes_tools(*NAMES) as modules:
+        yield modules
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_language_model("shapes-lm")[1]
+
+
+@pytest.fixture
+def embedding(tokenizer):
+    torch.manual_seed(0)
+    return nn.Embedding(len(tokenizer), 16)
+
+
+@pytest.fixture
+def spell(tools, tokenizer, embedding, monkeypatch):
+    """Tokens of the picture under a text, or of its grid, without noise."""
+    crowds = tools["symbolic_crowds"]
+    monkeypatch.setattr(crowds, "NOISE", 0.0)
+
+    def spelled(text):
+        told = [
+            {"from": "human", "value": "<image>\nwhat color is the star?"},
+            {"from": "gpt", "value": "red"},
+        ]
+        states, labels = crowds.CrowdedPictures(tokenizer).embed_under(
+            embedding, [SCENE], [told], [text], torch.Generator().manual_seed(0)
+        )
+        assert states.shape[1] == labels.shape[1]
+        count = 64 if text is None else 12
+        start = len(tokenizer("<|user|>\n").input_ids)
+        assert (labels[0] != -100).sum() == 2  # "red" and the end
+        return states[0, start : start + count]
+
+    return spelled
+
+
+def said(tokenizer, embedding, text):
+    ids = tokenizer(f" {text}", add_special_tokens=False).input_ids
+    return embedding(torch.tensor(ids)).sum(0)
+
+
+def at(tokenizer, embedding, x, y):
+    edges = {"left": 1 - x, "right": x, "top": 1 - y, "bottom": y}
+    return sum(share * said(tokenizer, embedding, word) for word, share in edges.items())
+
+
+def test_a_cell_is_the_mean_of_what_lies_on_it(spell, tokenizer, embedding):
+    grid = spell(None).view(8, 8, 16)
+    star, gray = (said(tokenizer, embedding, text) for text in ("red star large", "gray"))
+    torch.testing.assert_close(grid[1, 1], star)  # all of it on the star
+    torch.testing.assert_close(grid[7, 0], gray)
+    small = said(tokenizer, embedding, "red circle small")
+    both = torch.stack([small, gray], dim=1)
+    shares = torch.linalg.lstsq(both, grid[1, 6][:, None]).solution.detach()
+    assert 0.2 < shares[0] < 0.9
+    assert shares.sum().item() == pytest.approx(1, abs=1e-4)
+
+
+def test_tokens_of_words_say_what_the_words_name_and_where(spell, tokenizer, embedding):
+    tokens = spell("is the blue circle left of the star?")
+    cells, words = tokens[:4], tokens[4:]
+    assert words.shape == (8, 16)
+    star = said(tokenizer, embedding, "red star large") + at(tokenizer, embedding, 0.25, 0.25)
+    circle = said(tokenizer, embedding, "blue circle small") + at(tokenizer, embedding, 0.75, 0.8)
+    torch.testing.assert_close(words[7], star)
+    torch.testing.assert_close(words[2], circle)  # "blue": all that is blue
+    torch.testing.assert_close(words[3], circle)
+    whole = cells.mean(0) + at(tokenizer, embedding, 0.5, 0.5)
+    torch.testing.assert_close(words[[0, 1, 4, 5, 6]], whole.expand(5, 16))
+
+
+def test_a_word_for_several_gathers_their_mean(spell, tokenizer, embedding):
+    words = spell("circles")[4:]
+    pair = [
+        said(tokenizer, embedding, "blue circle small") + at(tokenizer, embedding, 0.75, 0.8),
+        said(tokenizer, embedding, "red circle small") + at(tokenizer, embedding, 0.75, 0.2),
+    ]
+    torch.testing.assert_close(words[0], torch.stack(pair).mean(0))
+    assert not words[1:].any()  # words that are not there
+
+
+def test_a_word_for_nothing_gathers_what_is_like_it(spell, tokenizer, embedding):
+    star = said(tokenizer, embedding, "red star large") + at(tokenizer, embedding, 0.25, 0.25)
+    torch.testing.assert_close(spell("green star")[5], star)
+
+
+def test_no_text_has_no_words_and_long_ones_keep_those_that_name_something(
+    spell, tokenizer, embedding
+):
+    assert not spell("")[4:].any()
+    words = spell("we see that there is in the picture a blue circle and then also a star")[4:]
+    star = said(tokenizer, embedding, "red star large") + at(tokenizer, embedding, 0.25, 0.25)
+    circle = said(tokenizer, embedding, "blue circle small") + at(tokenizer, embedding, 0.75, 0.8)
+    for named in (star, circle):
+        assert (words - named).abs().amax(1).lt(1e-5).any()
+
+
+def test_half_of_a_batch_are_grids_and_seeds_repeat(tools, tokenizer, embedding):
+    pictures = tools["symbolic_crowds"].CrowdedPictures(tokenizer)
+    one, two = (pictures.batch(embedding, 6, "seed") for _ in range(2))
+    torch.testing.assert_close(one, two, rtol=0, atol=0)
+    talks = (one[1] != -100).sum(1)
+    lengths = [int(row.ne(0).any(-1).nonzero().max()) + 1 for row in one[0]]
+    assert all(length > 64 for length in lengths[::2])
+    assert all(length < 64 for length in lengths[1::2])
+    assert (talks > 1).all()
+
+
+def test_a_trained_clip_goes_on_with_larger_pictures(tools, tmp_path):
+    from transformers import CLIPTokenizer
+
+    from diffenc.shapes.crowds import sample_crowds
+    from diffenc.storage.pretrained import pretrained_source
+
+    train_clip = tools["train_clip"]
+    source = pretrained_source("shapes-clip")
+    tokenizer = CLIPTokenizer.from_pretrained(source)
+    same, larger = (train_clip.build(tokenizer, size) for size in (64, 96))
+    for model in (same, larger):
+        train_clip.begin_from(model, source)
+    before, after = (
+        model.vision_model.embeddings.position_embedding.weight.detach() for model in (same, larger)
+    )
+    assert after.shape == (1 + 12 * 12, 128)
+    torch.testing.assert_close(after[0], before[0])
+    grids = before[1:].view(8, 8, -1), after[1:].view(12, 12, -1)
+    for corner in (0, -1):  # the same place, or nearly
+        near = torch.cosine_similarity(grids[1][corner, corner], grids[0][corner, corner], dim=0)
+        assert near > 0.9
+    scenes = list(sample_crowds(2, seed=5))
+    with torch.no_grad():
+        scores = train_clip.similarities(larger, tokenizer, scenes, ["a red star", "a circle"])
+    assert scores.shape == (2, 2)
+    truth = tools["patches"].truths(scenes, 12)
+    assert truth.shape == (2, 144, 3)
+    assert all(len(row[row[:, 0] > 0].unique(dim=0)) >= 2 for row in truth)
+
+
+def test_crowds_are_drawn_as_often_as_asked(tools):
+    rng = random.Random(0)
+    drawn = [len(tools["train_clip"].sample(rng, 0.65).objects) for _ in range(200)]
+    assert 0.5 < sum(count > 3 for count in drawn) / 200 < 0.8
+    assert all(len(tools["train_clip"].sample(rng, 0.0).objects) <= 3 for _ in range(50))
