@@ -176,7 +176,7 @@ def test_crowded_data_is_written_and_other_data_stays_what_it_was(tmp_path) -> N
     assert usual.folder_of("first", 0) != crowded.folder_of("first", 0)
     first, second = usual.data(), crowded.data()
     assert first["images"].parent.name == "shapes-6-0-1-1.2.2"
-    assert second["images"].parent.name == "shapes-6-0-1-1.2.1-lettered-0-crowds-True"
+    assert second["images"].parent.name == "shapes-6-0-1-1.2.2-lettered-0-crowds-True"
     assert size_of(next(second["images"].iterdir())) == (96, 96)
     assert size_of(next(first["images"].iterdir())) == (64, 64)
     for more, said in (("crowds = 1", "crowds"), ("lettered = -1", "lettered must be")):

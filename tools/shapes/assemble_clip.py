@@ -2,8 +2,8 @@
 
     python tools/shapes/assemble_clip.py
 
-Beside the weights stand the tokenizer and an image processor, which brings any picture to 64 pixels
-with mean and deviation 0.5: `CLIPModel` and `CLIPProcessor` of transformers load the folder.
+Beside the weights stand the tokenizer and an image processor, which brings any picture to the size
+that the model reads, with mean and deviation 0.5: `CLIPModel` and `CLIPProcessor` of transformers load the folder.
 """
 
 import argparse
@@ -16,10 +16,8 @@ from assemble_lm import WEIGHTS, save_half
 PROCESSOR = {
     "image_processor_type": "CLIPImageProcessor",
     "do_resize": True,
-    "size": {"height": 64, "width": 64},
     "resample": 3,
     "do_center_crop": False,
-    "crop_size": {"height": 64, "width": 64},
     "do_rescale": True,
     "do_normalize": True,
     "image_mean": [0.5, 0.5, 0.5],
@@ -53,7 +51,9 @@ def main() -> None:
     # transformers 4 and 5 read the type of the weights by different names
     config["dtype"] = config["torch_dtype"] = "float32"
     write_json(options.target / "config.json", config)
-    write_json(options.target / "preprocessor_config.json", PROCESSOR)
+    side = dict.fromkeys(("height", "width"), config["vision_config"]["image_size"])
+    processor = {**PROCESSOR, "size": side, "crop_size": side}
+    write_json(options.target / "preprocessor_config.json", processor)
     for name in TOKENIZER_FILES:
         shutil.copy(options.tokenizer / name, options.target)
     size = (options.target / WEIGHTS).stat().st_size
