@@ -113,7 +113,7 @@ def pictures(model: Any, tokenizer: Any, count: int, seed: int) -> tuple[float, 
 def crowds(model: Any, tokenizer: Any, count: int, seed: int) -> dict[str, float]:
     """The same of crowded scenes, on grids and as words of the question."""
     symbolic, noise = CrowdedPictures(tokenizer), torch.Generator().manual_seed(seed)
-    found = {}
+    found: dict[str, float] = {}
     for name, as_words in (("grids", False), ("words", True)):
 
         def spelled(scene: Scene, question: Question, as_words: bool = as_words) -> Tensor:

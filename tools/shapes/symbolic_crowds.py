@@ -111,8 +111,9 @@ class CrowdedPictures(SymbolicPictures):
         summed = sum(table[(truth[:, k] - 1).clamp(min=0)] for k, table in enumerate(tables))
         parts = torch.where(there, summed, background).unflatten(0, (GRID * FINE, GRID * FINE))
         part = GRID * FINE // side
-        cells = parts.unflatten(1, (side, part)).unflatten(0, (side, part)).mean(dim=(1, 3))
-        return cells.flatten(0, 1)
+        cells = parts.unflatten(1, (side, part)).unflatten(0, (side, part))
+        grid: Tensor = cells.mean(dim=(1, 3)).flatten(0, 1)
+        return grid
 
     def _words(
         self, embedding: nn.Embedding, scene: Scene, text: str, noise: torch.Generator
