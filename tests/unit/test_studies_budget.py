@@ -476,7 +476,11 @@ def test_the_page_holds_every_number_of_the_tables(study, tmp_path) -> None:
         assert table.rows
         for row in table.rows:
             assert f"| {' | '.join(row)} |" in page
-    assert "never saw a crowd" in page
+    # what is known of a bundled CLIP is said of no other
+    for clip, said in ((study.clip, False), ("shapes-clip", True), ("shapes-many-clip", True)):
+        named = replace(study, clip=clip)
+        text = to_markdown(named, command="budget", made_with="M.", picture="b.png")
+        assert ("was trained on" in text) is said
     assert "![Accuracy over the number of tokens, by reader](b.png)" in page
     for reader in ("told", "blind"):
         assert f"{study.gain(BASES[0], reader).mean:+.3f}" in page

@@ -3,7 +3,8 @@
     python tools/shapes/assemble_clip.py
 
 Beside the weights stand the tokenizer and an image processor, which brings any picture to the size
-that the model reads, with mean and deviation 0.5: `CLIPModel` and `CLIPProcessor` of transformers load the folder.
+that the model reads, with mean and deviation 0.5: `CLIPModel` and `CLIPProcessor` of transformers
+load the folder.
 """
 
 import argparse

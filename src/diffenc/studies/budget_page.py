@@ -48,9 +48,14 @@ gather features without text or under the question, and whether the last of seve
 is of the rest of the picture, is chosen for each kind of tokens and each reader on validation \
 scenes."""
 
-_ABOUT_CLIP = """\
+_ABOUT_CLIP = {
+    "shapes-clip": """\
 `shapes-clip` was trained on scenes of one to three objects at 64 pixels and never saw a crowd: \
-its line says what a grid of another encoder gives, not what CLIP could."""
+its line says what a grid of another encoder gives, not what CLIP could.""",
+    "shapes-many-clip": """\
+`shapes-many-clip` was trained on crowded scenes, and taught what lies on each of its 144 patches, \
+as no CLIP of photographs was: as a grid of tokens it is a strong baseline.""",
+}
 
 _ABOUT_GROWTH = """\
 Readers of many tokens have to learn where to look, and need more scenes for it. Where the lines \
@@ -227,7 +232,7 @@ def to_markdown(study: BudgetStudy, *, command: str, made_with: str, picture: st
         paragraph(_WHAT_THE_LINES_ARE),
         *(section(f"accuracy-{reader}", accuracy_table(study, reader)) for reader in READERS),
         paragraph(_about_costs(study)),
-        "" if study.clip is None else paragraph(_ABOUT_CLIP),
+        paragraph(_ABOUT_CLIP[study.clip]) if study.clip in _ABOUT_CLIP else "",
         choice_table(study).to_markdown(),
         "## By the number of scenes to learn from",
         paragraph(_ABOUT_GROWTH),
