@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from diffenc.errors import ConfigError
+from diffenc.evals.choices.miniature import shapes_mmvp
 from diffenc.inputs.policies import PromptSample, captions_of, parse_policy
 from diffenc.mllm.training import write_miniature
 from diffenc.mllm.training.miniature import EDITIONS
@@ -216,3 +217,36 @@ def test_an_axis_is_logarithmic_where_a_panel_says_so(tmp_path, monkeypatch) -> 
     assert (logarithmic.get_xscale(), linear.get_xscale()) == ("log", "linear")
     assert [tick.get_text() for tick in logarithmic.get_xticklabels()] == ["1", "4", "64"]
     assert len(linear.get_xticks()) == 64
+
+
+def test_pairs_are_asked_in_words_and_count_where_both_answers_are_right() -> None:
+    asked: list[str] = []
+    benchmark = shapes_mmvp(3, seed=974_000)
+    true = {item.question: [] for item in benchmark.items}
+    for item in benchmark.items:
+        true[item.question].append(item.options[item.answer])
+
+    def knowing(images, questions, prompts, **_options):
+        asked.extend(questions)
+        assert prompts == questions
+        turn = [true[question].pop(0) for question in questions]
+        return [f" {answer.upper()}." for answer in turn]
+
+    pairs = Measurement(name="m", kind="pairs", prompts="question", items=3)
+    figures = measure(pairs, knowing, seed=0).figures
+    assert figures == {"pairs": 100.0, "questions": 100.0, "chance": 25.0, "unread": 0.0}
+    assert len(asked) == 36
+    assert not any("(a)" in question for question in asked)
+
+    def stubborn(images, questions, **_options):
+        return ["red" if "color" in question else "a red star" for question in questions]
+
+    figures = measure(pairs, stubborn, seed=0).figures
+    color_pairs = [item for item in benchmark.items if item.labels["pattern"] == "color"]
+    red = sum(item.options[item.answer] == "red" for item in color_pairs)
+    assert figures["pairs"] == 0.0  # both pictures got the same answer
+    assert figures["questions"] == pytest.approx(100 * red / 36)
+    some_red = any("red" in item.options for item in color_pairs)
+    assert figures["unread"] == pytest.approx(100 * (30 + (0 if some_red else 6)) / 36)
+    with pytest.raises(ConfigError, match='pairs has no caption for "oracle"'):
+        Measurement(name="m", kind="pairs", prompts="oracle")

@@ -165,7 +165,7 @@ def _training(plan: StudyPlan, training: Training, costs: Costs) -> Piece:
 def _measurement(plan: StudyPlan, training: str, measurement: Measurement, costs: Costs) -> Piece:
     config = plan.config(training, options=measurement.options)
     answers = measurement.items * measurement.passes
-    answers *= {"leakage": 2, "mmvp": 12}.get(measurement.kind, 1)
+    answers *= {"leakage": 2, "mmvp": 12, "pairs": 12}.get(measurement.kind, 1)
     texts = answers * (1 + (measurement.writer is not None))
     seconds = texts * (_halves(config) * costs.encode + costs.answer)
     return Piece("measure", (training, measurement.name), answers, seconds)

@@ -1,7 +1,7 @@
 """Figures of a trained model on held-out scenes, of which the truth is known."""
 
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -13,6 +13,7 @@ from diffenc.evals.answerers import FunctionAnswerer
 from diffenc.evals.captioning.evaluate import evaluate_captions
 from diffenc.evals.captioning.metrics import score_captions
 from diffenc.evals.captioning.miniature import shapes_captions
+from diffenc.evals.choices.base import ChoiceBenchmark
 from diffenc.evals.choices.evaluate import evaluate_choices
 from diffenc.evals.choices.miniature import shapes_mmvp
 from diffenc.evals.leakage.evaluate import evaluate_leakage
@@ -30,6 +31,7 @@ HELD_OUT: Mapping[str, int] = {
     "leakage": 972_000,
     "answers": 973_000,
     "mmvp": 974_000,
+    "pairs": 974_000,
 }
 """First seed of the scenes of each kind; no bundled model was trained on seeds from 900,000 up."""
 
@@ -226,14 +228,7 @@ def _answers(
 def _mmvp(
     measurement: Measurement, generate: Generate, seed: int, writer: Writer | None
 ) -> Measured:
-    benchmark = shapes_mmvp(measurement.items, seed=seed)
-    prompts = _prompts(
-        measurement,
-        writer,
-        lambda: [item.pictures[0].open() for item in benchmark.items],
-        captions=[""] * len(benchmark.items),
-        questions=[item.question for item in benchmark.items],
-    )
+    benchmark, prompts = _near_same(measurement, seed, writer)
     by_id = dict(zip([item.id for item in benchmark.items], prompts, strict=True))
     evaluation = evaluate_choices(
         benchmark,
@@ -254,11 +249,59 @@ def _mmvp(
     return Measured(figures, examples[:_EXAMPLES])
 
 
+def _pairs(
+    measurement: Measurement, generate: Generate, seed: int, writer: Writer | None
+) -> Measured:
+    benchmark, prompts = _near_same(measurement, seed, writer)
+    items = benchmark.items
+    pictures = [item.pictures[0].open() for item in items]
+    texts = [item.question for item in items]
+    answers = [
+        _plain(text) for text in _in_batches(generate, pictures, texts, prompts, ANSWER_TOKENS)
+    ]
+    right: dict[str, list[bool]] = defaultdict(list)
+    sensible: dict[str, set[str]] = defaultdict(set)
+    for item, answer in zip(items, answers, strict=True):
+        right[item.group].append(answer == item.options[item.answer])
+        sensible[item.labels["pattern"]].update(item.options)
+    unread = [
+        answer not in sensible[item.labels["pattern"]]
+        for item, answer in zip(items, answers, strict=True)
+    ]
+    figures: Figures = {
+        "pairs": _percent([all(both) for both in right.values()]),
+        "questions": _percent([one for both in right.values() for one in both]),
+        "chance": 25.0,
+        "unread": _percent(unread),
+    }
+    examples = tuple(
+        {"question": item.question, "said": answer, "true": item.options[item.answer]}
+        for item, answer in zip(items, answers, strict=True)
+    )
+    return Measured(figures, examples[:_EXAMPLES])
+
+
+def _near_same(
+    measurement: Measurement, seed: int, writer: Writer | None
+) -> tuple[ChoiceBenchmark, list[str]]:
+    """Pairs of near-same pictures, and the encoder's prompt of each question."""
+    benchmark = shapes_mmvp(measurement.items, seed=seed)
+    prompts = _prompts(
+        measurement,
+        writer,
+        lambda: [item.pictures[0].open() for item in benchmark.items],
+        captions=[""] * len(benchmark.items),
+        questions=[item.question for item in benchmark.items],
+    )
+    return benchmark, prompts
+
+
 _KINDS: Mapping[str, Callable[[Measurement, Generate, int, Writer | None], Measured]] = {
     "captions": _captions,
     "leakage": _leakage,
     "answers": _answers,
     "mmvp": _mmvp,
+    "pairs": _pairs,
 }
 
 

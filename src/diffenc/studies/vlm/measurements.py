@@ -16,8 +16,12 @@ FIGURES: Mapping[str, tuple[str, ...]] = {
         *("guess", "unread"),
     ),
     "mmvp": ("pairs", "questions", "chance", "unread"),
+    "pairs": ("pairs", "questions", "chance", "unread"),
 }
 """Names of the figures that each kind of measurement gives; in percent, except "cider"."""
+
+NEAR_SAME = ("mmvp", "pairs")
+"""Kinds that ask about pairs of near-same pictures, some of each pattern."""
 
 _KNOWN = ("none", "oracle", "question")
 _BY = "by "
@@ -80,13 +84,14 @@ class Measurement:
 
     Attributes:
         name: Name of the measurement in the plan.
-        kind: Kind of measurement: "captions", "leakage", "answers" or "mmvp"; `FIGURES` says what
+        kind: Kind of measurement: one of `FIGURES`, which says what
             each gives.
         label: Name of the measurement in tables; "" takes `name`.
         of: Names of the trainings that are measured; () is all of them.
         prompts: Prompt of the encoder: "none", "oracle" (a true caption), "question", "by NAME"
             (what the training of that name says of the picture), or two with a "+".
-        items: Number of held-out scenes per seed, 3 or more; for "mmvp", of pairs per pattern.
+        items: Number of held-out scenes per seed, 3 or more; for `NEAR_SAME`, of pairs per
+            pattern.
         passes: Number of passes over the pictures, for "captions" alone; from the second on, the
             caption of the pass before is the prompt.
         crowds: Whether the scenes have five to nine objects, for "answers" alone.
@@ -123,8 +128,8 @@ class Measurement:
         prompting = parse_prompting(self.prompts, where)
         if prompting.question and self.kind == "captions":
             raise ConfigError(f'{where}.prompts: captions are asked for without a "question"')
-        if prompting.oracle and self.kind == "mmvp":
-            raise ConfigError(f'{where}.prompts: mmvp has no caption for "oracle"')
+        if prompting.oracle and self.kind in NEAR_SAME:
+            raise ConfigError(f'{where}.prompts: {self.kind} has no caption for "oracle"')
         if self.passes > 1 and prompting.question:
             raise ConfigError(f"{where}.passes needs prompts without a question")
 

@@ -14,7 +14,7 @@ from diffenc.mllm.training.config import TrainConfig
 from diffenc.storage.pretrained import BUNDLED_CLIPS
 from diffenc.storage.schema import checked
 from diffenc.studies.vlm.findings import Finding, Key
-from diffenc.studies.vlm.measurements import FIGURES, Measurement
+from diffenc.studies.vlm.measurements import FIGURES, NEAR_SAME, Measurement
 from diffenc.studies.vlm.trainings import LEARNS, Shared, Training
 
 _ANY = "any"
@@ -213,7 +213,7 @@ class StudyPlan:
         )
         shared = replace(self.shared, align=align, instruct=instruct)
         measurements = {
-            name: replace(each, items=3 if each.kind == "mmvp" else min(each.items, 8))
+            name: replace(each, items=3 if each.kind in NEAR_SAME else min(each.items, 8))
             for name, each in self.measurements.items()
         }
         return replace(self, seeds=1, data=data, shared=shared, measurements=measurements)

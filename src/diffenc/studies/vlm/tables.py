@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from diffenc.evals.tables import Table
 from diffenc.mllm.training.config import TrainConfig
 from diffenc.studies.spreads import written
-from diffenc.studies.vlm.measurements import FIGURES, Measurement, parse_prompting
+from diffenc.studies.vlm.measurements import FIGURES, NEAR_SAME, Measurement, parse_prompting
 from diffenc.studies.vlm.plan import StudyPlan
 from diffenc.studies.vlm.study import VlmStudy
 from diffenc.studies.vlm.trainings import LEARNS
@@ -15,6 +15,7 @@ KINDS: Mapping[str, str] = {
     "leakage": "Captions under the caption of another picture",
     "answers": "Answers to questions about held-out pictures",
     "mmvp": "Pairs of near-same pictures, as in MMVP",
+    "pairs": "Pairs of near-same pictures, asked in words",
 }
 MEANINGS: Mapping[str, str] = {
     "captions": (
@@ -41,6 +42,11 @@ MEANINGS: Mapping[str, str] = {
         "percent of single answers; chance: pairs by guessing, below which a model stays that "
         "answers both pictures alike; unread: percent of answers that mean no single option, and "
         "count as wrong."
+    ),
+    "pairs": (
+        "The same questions without options, answered in words. pairs: percent of pairs with both "
+        "answers right; questions: percent of single answers; chance: pairs by guessing between "
+        "the two right answers; unread: percent of answers that fit no question of their kind."
     ),
 }
 
@@ -86,7 +92,8 @@ def measurement_table(plan: StudyPlan) -> Table:
     for each in plan.measurements.values():
         prompts = _prompts(plan, each)
         options = ", ".join(f"{key} = {value}" for key, value in each.options.items())
-        many = f"{each.items} pairs a pattern" if each.kind == "mmvp" else f"{each.items} pictures"
+        what = "pairs a pattern" if each.kind in NEAR_SAME else "pictures"
+        many = f"{each.items} {what}"
         passes = f", {each.passes} passes" if each.passes > 1 else ""
         rows.append((each.label, each.kind, prompts, f"{many}{passes}", options or "–"))
     columns = ("measurement", "kind", "prompt of the encoder", "a seed", "options")
