@@ -193,7 +193,7 @@ def test_the_plan_of_tokens_compares_64_cells_with_twelve_tokens() -> None:
     assert "tokens" not in grid
     assert plan.data.crowds
     assert all(measurement.crowds for measurement in plan.measurements.values())
-    for name in ("few", "grid", "cells"):
+    for name in ("few", "grid"):
         both = plan.trainings[name], plan.trainings[f"asked-{name}"]
         assert [each.learns_from for each in both] == ["instruct", "asked"]
         assert len({each.start for each in both}) == 1
