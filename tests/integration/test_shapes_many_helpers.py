@@ -2,7 +2,6 @@
 
 import random
 
-import pytest
 import torch
 
 from diffenc.clip.tokens import ClipTokens
@@ -10,7 +9,6 @@ from diffenc.mllm.language import load_language_model
 from diffenc.mllm.vision import VisionTokens
 from diffenc.shapes.captions import caption
 from diffenc.shapes.crowds import sample_crowds
-from diffenc.shapes.questions import questions
 from diffenc.shapes.render import render
 from diffenc.shapes.scenes import COLORS, SHAPES
 from diffenc.storage.pretrained import pretrained_source
@@ -65,28 +63,12 @@ def test_a_patch_of_a_crowd_tells_more_than_that_of_the_clip_of_few_objects():
     assert right["shapes-many-clip", 1] > right["shapes-clip", 1], right
 
 
-@pytest.mark.parametrize(("text", "least"), [(False, 0.5), (True, 0.62)])
-def test_the_language_model_reads_crowds_spelled_out_on_grids_and_as_words(text, least):
-    """The card's figures are above; another picture's leaves what can be guessed."""
+def test_the_language_model_reads_crowds_spelled_out_on_grids_and_as_words():
+    """The card's figures are above these; another picture's leaves what can be guessed."""
     model, tokenizer = load_language_model("shapes-many-lm")
-    with shapes_tools("patches", "symbolic", "symbolic_crowds") as modules:
-        pictures = modules["symbolic_crowds"].CrowdedPictures(tokenizer)
-        embedding, noise = model.get_input_embeddings(), torch.Generator().manual_seed(0)
-        right = [0, 0]
-        for index, scene in enumerate(SCENES):
-            question = random.Random(index).choice(questions(scene, seed=index))
-            told = [{"from": "human", "value": f"<image>\n{question.text}"}]
-            for which, shown in enumerate((scene, SCENES[index - 1])):
-                prompt = question.text if text else None
-                states, _ = pictures.embed_under(embedding, [shown], [told], [prompt], noise)
-                ids = model.generate(
-                    inputs_embeds=states.detach(),
-                    attention_mask=torch.ones(states.shape[:2], dtype=torch.long),
-                    do_sample=False,
-                    max_new_tokens=8,
-                    pad_token_id=tokenizer.pad_token_id,
-                )
-                answer = tokenizer.decode(ids[0].tolist()).partition("<eos>")[0]
-                right[which] += answer == question.answer
-    assert right[0] >= least * len(SCENES), right
-    assert right[0] > right[1] + 6, right
+    with shapes_tools("documents", "grammar", "symbolic_crowds", "train_lm", "measure_lm") as tools:
+        found = tools["measure_lm"].crowds(model.eval(), tokenizer, 60, 930_000)
+    assert found["crowded_grids"] >= 55, found
+    assert found["crowded_words"] >= 65, found
+    assert found["crowded_grids"] > found["other_grids"] + 10, found
+    assert found["crowded_words"] > found["other_words"] + 20, found
