@@ -16,6 +16,8 @@ from diffenc.mllm.training.miniature import EDITIONS
 from diffenc.shapes.scenes import COLORS, SHAPES
 from diffenc.studies.charts import Panel, Series, draw_panels
 from diffenc.studies.spreads import Spread
+from diffenc.studies.vlm import study as study_module
+from diffenc.studies.vlm.estimate import work_of
 from diffenc.studies.vlm.measure import ask_questions, measure
 from diffenc.studies.vlm.measurements import Measurement
 from diffenc.studies.vlm.plan_file import bundled_plan, parse_plan
@@ -250,3 +252,16 @@ def test_pairs_are_asked_in_words_and_count_where_both_answers_are_right() -> No
     assert figures["unread"] == pytest.approx(100 * (30 + (0 if some_red else 6)) / 36)
     with pytest.raises(ConfigError, match='pairs has no caption for "oracle"'):
         Measurement(name="m", kind="pairs", prompts="oracle")
+
+
+def test_what_was_measured_by_another_way_of_asking_is_not_found(tmp_path, monkeypatch) -> None:
+    plan = parse_plan("p", PLAN)
+    run = study_module._Run(plan, Workshop(plan, tmp_path), work_of(plan), None)
+    told, untold = (
+        Measurement(name="m", kind="answers", prompts="question", untold=flag)
+        for flag in (False, True)
+    )
+    before = [run._path("first", each, 0) for each in (told, untold)]
+    monkeypatch.setattr(study_module, "UNTOLD", "another way")
+    assert run._path("first", told, 0) == before[0]
+    assert run._path("first", untold, 0) != before[1]

@@ -38,6 +38,9 @@ HELD_OUT: Mapping[str, int] = {
 EDITIONS: Mapping[str, int] = {"answers": 2}
 """Number of the making of what is asked, where it was made otherwise before."""
 
+UNTOLD = "without names"
+"""How models are asked that are not told the question; results with another way are not found."""
+
 CAPTION_TOKENS, ANSWER_TOKENS = 32, 12
 SIDE, CROWD_SIDE = 64, 96
 """Side of a picture of one to three objects, and of a crowded one, in pixels."""

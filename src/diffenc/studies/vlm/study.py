@@ -22,6 +22,7 @@ from diffenc.studies.vlm.estimate import Work, work_of
 from diffenc.studies.vlm.findings import DecidedFinding, Key, decide
 from diffenc.studies.vlm.measure import (
     EDITIONS,
+    UNTOLD,
     Measured,
     has_cider,
     measure,
@@ -225,7 +226,7 @@ class _Run:
             if not content[name]:
                 del content[name]
         if measurement.untold:
-            content["untold"] = "without names"  # "answer." was read before
+            content["untold"] = UNTOLD
         writer = measurement.writer
         content["prompts"] = measurement.prompts.replace(f"by {writer}", "by another")
         identity = digest_of(
