@@ -12,7 +12,7 @@ percentages of right answers, written word by word: `reading` to questions of co
 answer stands in one of one or two captions before them, `pictures` to questions of all kinds about
 symbolic pictures, and `other_pictures` the same where each is shown another one's, which is what
 can be guessed. With `--crowds` questions about crowded scenes are asked too, on grids and as tokens
-of the question's words.
+of the question's words, and those of places are counted apart.
 """
 
 import argparse
@@ -40,6 +40,8 @@ from diffenc.shapes.scenes import Scene, sample_scenes
 
 BATCH = 100
 NUCLEUS = 0.95
+PLACED = ("position", "relation")
+"""Kinds of questions whose answer is a place."""
 
 
 @torch.no_grad()
@@ -106,7 +108,8 @@ def pictures(model: Any, tokenizer: Any, count: int, seed: int) -> tuple[float, 
         return symbolic.embed(model.get_input_embeddings(), [scene], [asking(question)], noise)[0]
 
     scenes = list(sample_scenes(count, seed=seed))
-    return answered(model, tokenizer, scenes, spelled, f"pictures/{seed}")
+    own, other = answered(model, tokenizer, scenes, spelled, f"pictures/{seed}")
+    return percent(own), percent(other)
 
 
 @torch.no_grad()
@@ -123,9 +126,16 @@ def crowds(model: Any, tokenizer: Any, count: int, seed: int) -> dict[str, float
             )[0]
 
         scenes = list(sample_crowds(count, seed=seed))
-        seen, guessed = answered(model, tokenizer, scenes, spelled, f"crowds/{seed}")
-        found |= {f"crowded_{name}": round(seen, 1), f"other_{name}": round(guessed, 1)}
+        own, other = answered(model, tokenizer, scenes, spelled, f"crowds/{seed}")
+        found |= {f"crowded_{name}": percent(own), f"other_{name}": percent(other)}
+        for kind in PLACED:
+            found[f"{name}_{kind}"] = percent([each for each in own if each[0] == kind])
     return found
+
+
+def percent(answers: Sequence[tuple[str, bool]]) -> float:
+    """Percentage that is right, of kinds of questions and whether their answer was."""
+    return round(100 * sum(right for _, right in answers) / len(answers), 1)
 
 
 def asking(question: Question) -> Turns:
@@ -139,10 +149,10 @@ def answered(
     scenes: Sequence[Scene],
     spelled: Callable[[Scene, Question], Tensor],
     seed: str,
-) -> tuple[float, float]:
-    """Percentage of one question a scene that is answered right of it, and of the one before it."""
+) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
+    """Kind of one question a scene, and whether it is answered right of it; of the one before."""
     rng = random.Random(seed)
-    right = [0, 0]
+    found: tuple[list[tuple[str, bool]], list[tuple[str, bool]]] = ([], [])
     for index, scene in enumerate(scenes):
         question = sample_question(scene, rng)
         for which, shown in enumerate((scene, scenes[index - 1])):
@@ -155,8 +165,8 @@ def answered(
                 pad_token_id=tokenizer.pad_token_id,
             )
             said = tokenizer.decode(ids[0].tolist()).partition("<eos>")[0]
-            right[which] += said == question.answer
-    return 100 * right[0] / len(scenes), 100 * right[1] / len(scenes)
+            found[which].append((question.kind, said == question.answer))
+    return found
 
 
 def measure(folder: Path, count: int, seed: int, *, crowded: bool = False) -> dict[str, Any]:
@@ -185,7 +195,7 @@ def measure(folder: Path, count: int, seed: int, *, crowded: bool = False) -> di
     found["distinct_of_world"] = round(100 * len(set(world)) / count, 1)
     found["reading"] = round(reading(model, tokenizer, count, HELD_OUT_SEED), 1)
     seen, guessed = pictures(model, tokenizer, count, HELD_OUT_SEED)
-    found |= {"pictures": round(seen, 1), "other_pictures": round(guessed, 1)}
+    found |= {"pictures": seen, "other_pictures": guessed}
     if crowded:
         found |= crowds(model, tokenizer, count, HELD_OUT_SEED)
     return {**found, "ungrammatical": wrong[:5], "samples": texts[:5]}
