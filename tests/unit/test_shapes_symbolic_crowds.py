@@ -10,7 +10,7 @@ from diffenc.mllm.language import load_language_model
 from diffenc.shapes.scenes import Scene, SceneObject
 from shapes_tools import shapes_tools
 
-NAMES = ("patches", "symbolic", "symbolic_crowds", "training", "train_clip")
+NAMES = ("patches", "symbolic", "symbolic_crowds", "texts", "training", "train_clip")
 SCENE = Scene(
     (
         SceneObject("star", "red", "large", x=0.25, y=0.25, radius=0.2),
@@ -45,12 +45,12 @@ def spell(tools, tokenizer, embedding, monkeypatch):
     monkeypatch.setattr(crowds, "NOISE", 0.0)
 
     def spelled(text):
-        told = [
+        talk = [
             {"from": "human", "value": "<image>\nwhat color is the star?"},
             {"from": "gpt", "value": "red"},
         ]
         states, labels = crowds.CrowdedPictures(tokenizer).embed_under(
-            embedding, [SCENE], [told], [text], torch.Generator().manual_seed(0)
+            embedding, [SCENE], [talk], [text], torch.Generator().manual_seed(0)
         )
         assert states.shape[1] == labels.shape[1]
         count = 64 if text is None else 12
@@ -165,6 +165,6 @@ def test_a_trained_clip_goes_on_with_larger_pictures(tools, tmp_path):
 
 def test_crowds_are_drawn_as_often_as_asked(tools):
     rng = random.Random(0)
-    drawn = [len(tools["train_clip"].sample(rng, 0.65).objects) for _ in range(200)]
+    drawn = [len(tools["texts"].any_scene(rng, 0.65).objects) for _ in range(200)]
     assert 0.5 < sum(count > 3 for count in drawn) / 200 < 0.8
-    assert all(len(tools["train_clip"].sample(rng, 0.0).objects) <= 3 for _ in range(50))
+    assert all(len(tools["texts"].any_scene(rng, 0.0).objects) <= 3 for _ in range(50))

@@ -222,14 +222,14 @@ def test_an_axis_is_logarithmic_where_a_panel_says_so(tmp_path, monkeypatch) -> 
 
 
 def test_pairs_are_asked_in_words_and_count_where_both_answers_are_right() -> None:
-    asked: list[str] = []
+    texts: list[str] = []
     benchmark = shapes_mmvp(3, seed=974_000)
     true = {item.question: [] for item in benchmark.items}
     for item in benchmark.items:
         true[item.question].append(item.options[item.answer])
 
     def knowing(images, questions, prompts, **_options):
-        asked.extend(questions)
+        texts.extend(questions)
         assert prompts == questions
         turn = [true[question].pop(0) for question in questions]
         return [f" {answer.upper()}." for answer in turn]
@@ -237,8 +237,8 @@ def test_pairs_are_asked_in_words_and_count_where_both_answers_are_right() -> No
     pairs = Measurement(name="m", kind="pairs", prompts="question", items=3)
     figures = measure(pairs, knowing, seed=0).figures
     assert figures == {"pairs": 100.0, "questions": 100.0, "chance": 25.0, "unread": 0.0}
-    assert len(asked) == 36
-    assert not any("(a)" in question for question in asked)
+    assert len(texts) == 36
+    assert not any("(a)" in question for question in texts)
 
     def stubborn(images, questions, **_options):
         return ["red" if "color" in question else "a red star" for question in questions]
@@ -257,11 +257,11 @@ def test_pairs_are_asked_in_words_and_count_where_both_answers_are_right() -> No
 def test_what_was_measured_by_another_way_of_asking_is_not_found(tmp_path, monkeypatch) -> None:
     plan = parse_plan("p", PLAN)
     run = study_module._Run(plan, Workshop(plan, tmp_path), work_of(plan), None)
-    told, untold = (
+    known, untold = (
         Measurement(name="m", kind="answers", prompts="question", untold=flag)
         for flag in (False, True)
     )
-    before = [run._path("first", each, 0) for each in (told, untold)]
+    before = [run._path("first", each, 0) for each in (known, untold)]
     monkeypatch.setattr(study_module, "UNTOLD", "another way")
-    assert run._path("first", told, 0) == before[0]
+    assert run._path("first", known, 0) == before[0]
     assert run._path("first", untold, 0) != before[1]

@@ -54,15 +54,15 @@ def read_of_patches(model: CLIPModel, fit: int = 80, test: int = 40) -> dict[str
     truth = truths(scenes, side)
     states = torch.cat([states, torch.ones(*states.shape[:2], 1)], dim=2)
     there = truth[..., 0] > 0
-    found = {}
+    shares = {}
     for name, kind, words in (("patch_shape", 0, SHAPES), ("patch_color", 1, COLORS)):
-        known, asked = states[:fit][there[:fit]], states[fit:][there[fit:]]
+        known, unseen = states[:fit][there[:fit]], states[fit:][there[fit:]]
         right = F.one_hot(truth[:fit][there[:fit]][:, kind] - 1, len(words)).float()
         gram = known.T @ known + torch.eye(known.shape[1])
-        read = (asked @ torch.linalg.solve(gram, known.T @ right)).argmax(1) + 1
+        read = (unseen @ torch.linalg.solve(gram, known.T @ right)).argmax(1) + 1
         correct = (read == truth[fit:][there[fit:]][:, kind]).float().mean()
-        found[name] = round(100 * correct.item(), 1)
-    return found
+        shares[name] = round(100 * correct.item(), 1)
+    return shares
 
 
 def main() -> None:

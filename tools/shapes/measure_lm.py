@@ -116,7 +116,7 @@ def pictures(model: Any, tokenizer: Any, count: int, seed: int) -> tuple[float, 
 def crowds(model: Any, tokenizer: Any, count: int, seed: int) -> dict[str, float]:
     """The same of crowded scenes, on grids and as words of the question."""
     symbolic, noise = CrowdedPictures(tokenizer), torch.Generator().manual_seed(seed)
-    found: dict[str, float] = {}
+    shares: dict[str, float] = {}
     for name, as_words in (("grids", False), ("words", True)):
 
         def spelled(scene: Scene, question: Question, as_words: bool = as_words) -> Tensor:
@@ -127,10 +127,10 @@ def crowds(model: Any, tokenizer: Any, count: int, seed: int) -> dict[str, float
 
         scenes = list(sample_crowds(count, seed=seed))
         own, other = answered(model, tokenizer, scenes, spelled, f"crowds/{seed}")
-        found |= {f"crowded_{name}": percent(own), f"other_{name}": percent(other)}
+        shares |= {f"crowded_{name}": percent(own), f"other_{name}": percent(other)}
         for kind in PLACED:
-            found[f"{name}_{kind}"] = percent([each for each in own if each[0] == kind])
-    return found
+            shares[f"{name}_{kind}"] = percent([each for each in own if each[0] == kind])
+    return shares
 
 
 def percent(answers: Sequence[tuple[str, bool]]) -> float:
@@ -152,7 +152,7 @@ def answered(
 ) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
     """Kind of one question a scene, and whether it is answered right of it; of the one before."""
     rng = random.Random(seed)
-    found: tuple[list[tuple[str, bool]], list[tuple[str, bool]]] = ([], [])
+    answers: tuple[list[tuple[str, bool]], list[tuple[str, bool]]] = ([], [])
     for index, scene in enumerate(scenes):
         question = sample_question(scene, rng)
         for which, shown in enumerate((scene, scenes[index - 1])):
@@ -165,8 +165,8 @@ def answered(
                 pad_token_id=tokenizer.pad_token_id,
             )
             said = tokenizer.decode(ids[0].tolist()).partition("<eos>")[0]
-            found[which].append((question.kind, said == question.answer))
-    return found
+            answers[which].append((question.kind, said == question.answer))
+    return answers
 
 
 def measure(folder: Path, count: int, seed: int, *, crowded: bool = False) -> dict[str, Any]:

@@ -13,14 +13,14 @@ from collections.abc import Sequence
 import torch
 from patches import on_patches
 from symbolic import NOISE, SymbolicPictures, word_id
+from texts import any_scene
 from torch import Tensor, nn
 
 from diffenc.mllm.chat import Turns
 from diffenc.shapes.captions import captions
-from diffenc.shapes.crowds import sample_crowd
 from diffenc.shapes.phrases import named_objects
 from diffenc.shapes.questions import conversation
-from diffenc.shapes.scenes import COLORS, SHAPES, SIZES, Scene, sample_scene
+from diffenc.shapes.scenes import COLORS, SHAPES, SIZES, Scene
 
 CROWDS = 0.65
 """Share of crowded scenes."""
@@ -37,16 +37,16 @@ class CrowdedPictures(SymbolicPictures):
     """Conversations about spelled-out scenes of up to nine objects.
 
     Args:
-        tokenizer: Of the language model.
+        tokenizer: Tokenizer of the language model.
     """
 
     def batch(self, embedding: nn.Embedding, count: int, seed: str) -> tuple[Tensor, Tensor]:
         """Embeddings (b t width) and labels (b t): half on grids, half as words."""
         rng = random.Random(seed)
         noise = torch.Generator().manual_seed(rng.getrandbits(32))
-        scenes, told, texts = [], [], []
+        scenes, talks, texts = [], [], []
         for index in range(count):
-            scene = sample_crowd(rng) if rng.random() < CROWDS else sample_scene(rng)
+            scene = any_scene(rng, CROWDS)
             few = index % 2 == 1
             turns = 1 if few else rng.randint(1, 3)
             lettered = int(not few and rng.random() < 0.25)
@@ -54,9 +54,9 @@ class CrowdedPictures(SymbolicPictures):
                 scene, turns=turns, lettered=lettered, even=True, seed=rng.getrandbits(32)
             )
             scenes.append(scene)
-            told.append(talk)
+            talks.append(talk)
             texts.append(self._prompt(scene, talk, rng) if few else None)
-        return self.embed_under(embedding, scenes, told, texts, noise)
+        return self.embed_under(embedding, scenes, talks, texts, noise)
 
     def embed_under(
         self,
@@ -83,9 +83,9 @@ class CrowdedPictures(SymbolicPictures):
 
     def _prompt(self, scene: Scene, talk: Turns, rng: random.Random) -> str:
         """What the encoder would be told: the question, or a true caption before a description."""
-        asked = talk[0]["value"].removeprefix("<image>\n")
-        if asked != REQUEST:
-            return asked
+        question = talk[0]["value"].removeprefix("<image>\n")
+        if question != REQUEST:
+            return question
         if rng.random() < DROPPED:
             return ""
         return captions(scene, 1, seed=rng.getrandbits(32))[0]
@@ -96,8 +96,8 @@ class CrowdedPictures(SymbolicPictures):
             [word_id(self.tokenizer, word) for word in (thing.shape, thing.color, thing.size)]
             for thing in scene.objects
         ]
-        found: Tensor = embedding(torch.tensor(ids)).sum(1)
-        return found
+        summed: Tensor = embedding(torch.tensor(ids)).sum(1)
+        return summed
 
     def _grid(self, embedding: nn.Embedding, scene: Scene, side: int = GRID) -> Tensor:
         """Mean of what lies on each cell (side * side width)."""

@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 
 from diffenc.shapes.captions import RELATION_PHRASES, caption
+from diffenc.shapes.crowds import sample_crowd
 from diffenc.shapes.questions import multiple_choice, sample_question
 from diffenc.shapes.scenes import COLORS, SHAPES, Relation, Scene, perturb, sample_scene, turn
 
@@ -20,6 +21,13 @@ _RELATIONS = {
     for phrase in reversed(phrases)  # "to the left of" before "left of"
 }
 """Per phrase the relation that it comes to, and whether the objects change places for it."""
+
+
+def any_scene(rng: random.Random, crowds: float, overlap: float = 0.0) -> Scene:
+    """A scene; with probability `crowds` a crowded one."""
+    if crowds and rng.random() < crowds:
+        return sample_crowd(rng)
+    return sample_scene(rng, overlap=overlap)
 
 
 def training_scene(rng: random.Random) -> tuple[Scene, tuple[str, ...]]:

@@ -27,17 +27,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from patches import truths
-from texts import near_twin, said, training_text
+from texts import any_scene, near_twin, said, training_text
 from torch import Tensor, nn
 from torch.nn import functional as F
 from training import VALIDATION_SEED, Run, mixed_precision
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from diffenc.shapes.captions import caption
-from diffenc.shapes.crowds import sample_crowd
 from diffenc.shapes.pairs import WINOGROUND_KINDS, winoground_items
 from diffenc.shapes.render import render_array
-from diffenc.shapes.scenes import COLORS, SHAPES, SIZES, Scene, sample_scene
+from diffenc.shapes.scenes import COLORS, SHAPES, SIZES, Scene
 
 PATCH = 8
 """Side of a patch in pixels."""
@@ -103,13 +102,6 @@ def begin_from(model: CLIPModel, folder: Path) -> None:
     model.load_state_dict(state)
 
 
-def sample(rng: random.Random, crowds: float, overlap: float = 0.0) -> Scene:
-    """A scene; with probability `crowds` a crowded one."""
-    if crowds and rng.random() < crowds:
-        return sample_crowd(rng)
-    return sample_scene(rng, overlap=overlap)
-
-
 def pixels(scenes: list[Scene], size: int = 64) -> Tensor:
     """CLIP's input: (b 3 size size), mean 0.5 and deviation 0.5, so [-1, 1]."""
     stacked = np.stack([render_array(scene, size) for scene in scenes])
@@ -134,7 +126,7 @@ def batch(
     twins: list[Scene] = []
     twin_texts: list[str] = []
     while len(scenes) < (count // 2 if hard else count):
-        scene = sample(rng, crowds, overlap=rng.choice((0.0, 0.4)))
+        scene = any_scene(rng, crowds, overlap=rng.choice((0.0, 0.4)))
         state = rng.getstate()
         text = training_text(scene, rng)
         if text in texts:
@@ -164,7 +156,7 @@ def different_captions(
     texts: list[str] = []
     seen = set()
     while len(scenes) < count:
-        scene = sample(rng, crowds)
+        scene = any_scene(rng, crowds)
         text = caption(scene, rng)
         key = said(text) if in_meaning else text
         if key not in seen:
@@ -227,7 +219,7 @@ def learn_to_read(
     size = model.config.vision_config.image_size
     while run.step < steps:
         rng = random.Random(f"reading/{run.step}")
-        scenes = [sample(rng, crowds) for _ in range(32)]
+        scenes = [any_scene(rng, crowds) for _ in range(32)]
         with mixed_precision() if half else nullcontext():
             states = model.vision_model(pixel_values=pixels(scenes, size)).last_hidden_state
         reading = readers(states.float(), truths(scenes, size // PATCH))

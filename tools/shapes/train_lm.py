@@ -29,14 +29,12 @@ from documents import document, lettered, readable
 from safetensors.torch import load_file, save_file
 from symbolic import SymbolicPictures
 from symbolic_crowds import CROWDS, CrowdedPictures
+from texts import any_scene
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from training import VALIDATION_SEED, Run
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-from diffenc.shapes.crowds import sample_crowd
-from diffenc.shapes.scenes import sample_scene
 
 HIDDEN, LAYERS, HEADS, INNER = 128, 4, 4, 448
 HELD_OUT_ROWS = 64
@@ -79,9 +77,7 @@ def packed(tokenizer: Any, seed: str, rows: int, context: int, *, crowds: float 
     for _ in range(rows):
         row: list[int] = []
         while len(row) < context:
-            crowded = crowds > 0 and rng.random() < crowds
-            scene = sample_crowd(rng) if crowded else sample_scene(rng)
-            row += tokenizer(document(scene, rng)).input_ids
+            row += tokenizer(document(any_scene(rng, crowds), rng)).input_ids
             row.append(tokenizer.eos_token_id)
         found.append(row[:context])
     return torch.tensor(found)

@@ -263,9 +263,11 @@ def _pairs(
         _plain(text) for text in _in_batches(generate, pictures, texts, prompts, ANSWER_TOKENS)
     ]
     right: dict[str, list[bool]] = defaultdict(list)
+    guessed: dict[str, float] = defaultdict(lambda: 1.0)
     sensible: dict[str, set[str]] = defaultdict(set)
     for item, answer in zip(items, answers, strict=True):
         right[item.group].append(answer == item.options[item.answer])
+        guessed[item.group] /= len(item.options)
         sensible[item.labels["pattern"]].update(item.options)
     unread = [
         answer not in sensible[item.labels["pattern"]]
@@ -274,7 +276,7 @@ def _pairs(
     figures: Figures = {
         "pairs": _percent([all(both) for both in right.values()]),
         "questions": _percent([one for both in right.values() for one in both]),
-        "chance": 25.0,
+        "chance": 100 * sum(guessed.values()) / len(guessed),
         "unread": _percent(unread),
     }
     examples = tuple(
