@@ -3,11 +3,15 @@
 import json
 import re
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from diffenc.studies.vlm import STUDIES
+from diffenc.studies.vlm.measurements import Measurement
+from diffenc.studies.vlm.plan import StudyData
+from diffenc.studies.vlm.plan_file import bundled_plan
 
 OF_THE_PAPER = tuple(study for study in STUDIES if study != "tokens")
 ROOT = Path(__file__).parents[2]
@@ -29,6 +33,18 @@ def test_findings_are_those_of_the_studies(page):
     assert studies == {8: "Eight"}[len(OF_THE_PAPER)]
     kinds = ("holds", "opposite", "does not show", "not measured")
     assert [int(n) for n in numbers] == [verdicts.total(), *(verdicts[kind] for kind in kinds)]
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_the_page_of_a_study_is_of_the_plan_that_its_command_runs(study):
+    kept = json.loads((ROOT / f"docs/results/{study}.json").read_text())["plan"]
+    # options that came later are as usual in what was measured before them
+    kept["data"] = asdict(StudyData()) | kept["data"]
+    for name, each in kept["measurements"].items():
+        usual = asdict(Measurement(name=name, kind=each["kind"]))
+        kept["measurements"][name] = usual | each
+    plan = bundled_plan(study).with_options(seeds=kept["seeds"]).to_dict()
+    assert kept == json.loads(json.dumps(plan))
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
