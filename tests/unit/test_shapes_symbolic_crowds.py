@@ -1,5 +1,6 @@
 """Symbolic pictures of crowded scenes, on grids and as tokens of words."""
 
+import math
 import random
 
 import pytest
@@ -10,7 +11,16 @@ from diffenc.mllm.language import load_language_model
 from diffenc.shapes.scenes import Scene, SceneObject
 from shapes_tools import shapes_tools
 
-NAMES = ("patches", "symbolic", "symbolic_crowds", "texts", "training", "train_clip")
+NAMES = (
+    "documents",
+    "patches",
+    "symbolic",
+    "symbolic_crowds",
+    "texts",
+    "training",
+    "train_clip",
+    "train_lm",
+)
 SCENE = Scene(
     (
         SceneObject("star", "red", "large", x=0.25, y=0.25, radius=0.2),
@@ -44,13 +54,18 @@ def spell(tools, tokenizer, embedding, monkeypatch):
     crowds = tools["symbolic_crowds"]
     monkeypatch.setattr(crowds, "NOISE", 0.0)
 
-    def spelled(text):
+    def spelled(text, placed=0.0):
         talk = [
             {"from": "human", "value": "<image>\nwhat color is the star?"},
             {"from": "gpt", "value": "red"},
         ]
         states, labels = crowds.CrowdedPictures(tokenizer).embed_under(
-            embedding, [SCENE], [talk], [text], torch.Generator().manual_seed(0)
+            embedding,
+            [SCENE],
+            [talk],
+            [text],
+            torch.Generator().manual_seed(0),
+            placed=placed,
         )
         assert states.shape[1] == labels.shape[1]
         count = 64 if text is None else 12
@@ -67,8 +82,16 @@ def said(tokenizer, embedding, text):
 
 
 def at(tokenizer, embedding, x, y):
-    edges = {"left": 1 - x, "right": x, "top": 1 - y, "bottom": y}
-    return sum(share * said(tokenizer, embedding, word) for word, share in edges.items())
+    """An edge's word weighs three times the way from the middle, in sides of the picture."""
+    away = math.hypot(x - 0.5, y - 0.5)
+    shares = {
+        "left": 3 * max(0.5 - x, 0),
+        "right": 3 * max(x - 0.5, 0),
+        "top": 3 * max(0.5 - y, 0),
+        "bottom": 3 * max(y - 0.5, 0),
+        "middle": max(1 - away / 0.2, 0),
+    }
+    return sum(share * said(tokenizer, embedding, word) for word, share in shares.items())
 
 
 def test_a_cell_is_the_mean_of_what_lies_on_it(spell, tokenizer, embedding):
@@ -81,6 +104,62 @@ def test_a_cell_is_the_mean_of_what_lies_on_it(spell, tokenizer, embedding):
     shares = torch.linalg.lstsq(both, grid[1, 6][:, None]).solution.detach()
     assert 0.2 < shares[0] < 0.9
     assert shares.sum().item() == pytest.approx(1, abs=1e-4)
+
+
+def test_a_cell_may_say_its_place(spell, tokenizer, embedding):
+    grid, placed = spell(None).view(8, 8, 16), spell(None, placed=1.0).view(8, 8, 16)
+    for row, column in ((0, 0), (1, 6), (4, 3), (7, 2)):
+        there = at(tokenizer, embedding, (column + 0.5) / 8, (row + 0.5) / 8)
+        torch.testing.assert_close(placed[row, column] - grid[row, column], there)
+
+
+def test_places_are_pulled_apart_and_nothing_else_is_moved(tools, tokenizer, embedding):
+    def alike(first, second):
+        states = [said(tokenizer, embedding, word) for word in (first, second)]
+        return torch.cosine_similarity(*states, dim=0).item()
+
+    with torch.no_grad():
+        for word in ("left", "right"):  # as a language model has them that has read of both alike
+            ids = tokenizer(f" {word}", add_special_tokens=False).input_ids
+            embedding.weight[ids] = torch.ones(16)
+    before = embedding.weight.detach().clone()
+    assert alike("left", "right") == pytest.approx(1)
+    tools["symbolic_crowds"].pull_apart(embedding, tokenizer)
+    assert alike("left", "right") < 0.95
+    moved = (embedding.weight != before).any(1).nonzero().flatten().tolist()
+    words = "left right top bottom above below"
+    assert sorted(moved) == sorted(tokenizer(f" {words}", add_special_tokens=False).input_ids)
+
+
+@pytest.mark.parametrize("grids", [0.0, 1.0])
+def test_practice_asks_of_places_and_letters_alone(tools, tokenizer, embedding, grids):
+    pictures = tools["symbolic_crowds"].CrowdedPictures(tokenizer)
+    states, labels, kinds = pictures.practice(embedding, 40, "seed", grids=grids)
+    assert set(kinds) == {"position", "relation", "letters"}
+    words = {"position": {"on", "at", "in"}, "relation": {"yes", "no"}, "letters": {"("}}
+    for kind, row in zip(kinds, labels, strict=True):
+        first = tokenizer.decode(row[row != -100][:1]).strip()
+        assert any(first.startswith(word) for word in words[kind])
+    assert (states.shape[1] > 64) is bool(grids)
+
+
+@pytest.mark.parametrize("what", ["words", "grids"])
+def test_practice_trains_and_pulls_places_apart_once(tools, tmp_path, monkeypatch, what):
+    model, tokenizer = load_language_model("shapes-lm")
+    before = model.get_input_embeddings().weight.detach().clone()
+    pictures = tools["symbolic_crowds"].CrowdedPictures(tokenizer)
+    monkeypatch.setattr(tools["train_lm"], "READING_BATCH", 4)
+
+    def practise():
+        tools["train_lm"].practise(model, pictures, what, 2, tmp_path, lr=1e-4, bfloat16=False)
+        return model.get_input_embeddings().weight.detach().clone()
+
+    after = practise()
+    places = tokenizer(" left right top bottom above below", add_special_tokens=False).input_ids
+    moved = (after - before).norm(dim=1)
+    assert moved.max() > 0
+    assert (moved[places] > 1).tolist() == [what == "words"] * 6
+    torch.testing.assert_close(practise(), after)  # goes on from its folder: nothing is left to do
 
 
 def test_tokens_of_words_say_what_the_words_name_and_where(spell, tokenizer, embedding):
@@ -96,13 +175,13 @@ def test_tokens_of_words_say_what_the_words_name_and_where(spell, tokenizer, emb
     torch.testing.assert_close(words[[0, 1, 4, 5, 6]], whole.expand(5, 16))
 
 
-def test_a_word_for_several_gathers_their_mean(spell, tokenizer, embedding):
+def test_a_word_for_several_gathers_their_mean_and_the_place_between_them(
+    spell, tokenizer, embedding
+):
     words = spell("circles")[4:]
-    pair = [
-        said(tokenizer, embedding, "blue circle small") + at(tokenizer, embedding, 0.75, 0.8),
-        said(tokenizer, embedding, "red circle small") + at(tokenizer, embedding, 0.75, 0.2),
-    ]
-    torch.testing.assert_close(words[0], torch.stack(pair).mean(0))
+    pair = [said(tokenizer, embedding, f"{color} circle small") for color in ("blue", "red")]
+    between = at(tokenizer, embedding, 0.75, 0.5)
+    torch.testing.assert_close(words[0], torch.stack(pair).mean(0) + between)
     assert not words[1:].any()  # words that are not there
 
 

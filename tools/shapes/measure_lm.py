@@ -11,8 +11,9 @@ so small a world repeat. `perplexity` is per token, on documents of held-out sce
 percentages of right answers, written word by word: `reading` to questions of colour and shape whose
 answer stands in one of one or two captions before them, `pictures` to questions of all kinds about
 symbolic pictures, and `other_pictures` the same where each is shown another one's, which is what
-can be guessed. With `--crowds` questions about crowded scenes are asked too, on grids and as tokens
-of the question's words, and those of places are counted apart.
+can be guessed. With `--crowds` questions about crowded scenes are asked too: on grids whose cells
+say their places or do not, and as tokens of the question's words; those of places
+are counted apart, and `letters` are the same questions with lettered options.
 """
 
 import argparse
@@ -35,7 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from diffenc.mllm.chat import Turns
 from diffenc.shapes.crowds import sample_crowds
-from diffenc.shapes.questions import Question, sample_question
+from diffenc.shapes.questions import Question, multiple_choice, sample_question
 from diffenc.shapes.scenes import Scene, sample_scenes
 
 BATCH = 100
@@ -116,20 +117,33 @@ def pictures(model: Any, tokenizer: Any, count: int, seed: int) -> tuple[float, 
 def crowds(model: Any, tokenizer: Any, count: int, seed: int) -> dict[str, float]:
     """The same of crowded scenes, on grids and as words of the question."""
     symbolic, noise = CrowdedPictures(tokenizer), torch.Generator().manual_seed(seed)
+    scenes = list(sample_crowds(count, seed=seed))
     shares: dict[str, float] = {}
-    for name, as_words in (("grids", False), ("words", True)):
+    for name, as_words, placed in (
+        ("grids", False, 0.0),
+        ("placed", False, 1.0),
+        ("words", True, 0),
+    ):
 
-        def spelled(scene: Scene, question: Question, as_words: bool = as_words) -> Tensor:
+        def spelled(
+            scene: Scene, question: Question, as_words: bool = as_words, placed: float = placed
+        ) -> Tensor:
             text = question.text if as_words else None
             return symbolic.embed_under(
-                model.get_input_embeddings(), [scene], [asking(question)], [text], noise
+                model.get_input_embeddings(),
+                [scene],
+                [asking(question)],
+                [text],
+                noise,
+                placed=placed,
             )[0]
 
-        scenes = list(sample_crowds(count, seed=seed))
         own, other = answered(model, tokenizer, scenes, spelled, f"crowds/{seed}")
         shares |= {f"crowded_{name}": percent(own), f"other_{name}": percent(other)}
         for kind in PLACED:
             shares[f"{name}_{kind}"] = percent([each for each in own if each[0] == kind])
+        own, _ = answered(model, tokenizer, scenes, spelled, f"crowds/{seed}", lettered=True)
+        shares[f"{name}_letters"] = percent(own)
     return shares
 
 
@@ -149,12 +163,16 @@ def answered(
     scenes: Sequence[Scene],
     spelled: Callable[[Scene, Question], Tensor],
     seed: str,
+    *,
+    lettered: bool = False,
 ) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
     """Kind of one question a scene, and whether it is answered right of it; of the one before."""
-    rng = random.Random(seed)
+    rng, letters = random.Random(seed), random.Random(f"letters/{seed}")
     answers: tuple[list[tuple[str, bool]], list[tuple[str, bool]]] = ([], [])
     for index, scene in enumerate(scenes):
         question = sample_question(scene, rng)
+        if lettered:
+            question = multiple_choice(question, letters, options=letters.choice((2, 2, 3, 4)))
         for which, shown in enumerate((scene, scenes[index - 1])):
             states = spelled(shown, question)
             ids = model.generate(

@@ -7,6 +7,7 @@ colour and shape of the object there, or the background), some of them missing, 
 is seen.
 """
 
+import functools
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -35,6 +36,7 @@ def cell_words(tokenizer: Any, scene: Scene) -> Tensor:
     return torch.where(truth[:, :1] > 0, found, ids[scene.background])
 
 
+@functools.cache
 def word_id(tokenizer: Any, word: str) -> int:
     """Of a word within a sentence, which the tokenizer keeps whole."""
     (found,) = tokenizer(f" {word}", add_special_tokens=False).input_ids

@@ -3,12 +3,19 @@
 A cell of a grid is the mean of what lies on it, so that small objects are faint, as they are in
 features. The other half of the pictures are what `tokens="grid+words"` gives, spelled out: four
 cells and eight words, each the mean of the objects that the word names, or of the whole picture
-where it names none, with the place of what it gathers.
+where it names none, with the place of what it gathers. Half of the grids say the place of each cell
+too, as features may; of the others it is the cell's turn in the row.
+
+Places are said as the answers to them are, by the words "left", "right", "top", "bottom" and
+"middle". Texts give a language model no reason to tell "left" from "right": where one stands, the
+other would do. `pull_apart` makes them differ, and `practice` asks of nothing but what is hard to
+begin with.
 """
 
 import random
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from patches import on_patches
@@ -19,7 +26,13 @@ from torch import Tensor, nn
 from diffenc.mllm.chat import Turns
 from diffenc.shapes.captions import captions
 from diffenc.shapes.phrases import named_objects
-from diffenc.shapes.questions import conversation
+from diffenc.shapes.questions import (
+    Question,
+    QuestionKind,
+    conversation,
+    multiple_choice,
+    questions,
+)
 from diffenc.shapes.scenes import COLORS, SHAPES, SIZES, Scene
 
 CROWDS = 0.65
@@ -31,6 +44,24 @@ FEW, WORDS = 2, 8
 DROPPED = 0.3
 """Share of texts that are not there, as in a first stage with prompts dropped."""
 REQUEST = "describe the picture."
+EDGES = ("left", "right", "top", "bottom")
+LOUDNESS = 3.0
+"""What an edge's word weighs, a picture's side away from the middle."""
+MIDDLE = 0.2
+"""How far from the middle its word is heard, in sides of a picture."""
+PRACTISED: tuple[QuestionKind, ...] = ("position", "relation", "relation")
+"""Kinds of questions whose answers are places; relations take longer."""
+LETTERED = 0.4
+"""Share of practised questions that ask for another thing, with lettered options."""
+
+
+def pull_apart(embedding: nn.Embedding, tokenizer: Any) -> None:
+    """Move the words of places away from each other, each in a random direction of its own."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for word in (*EDGES, "above", "below"):
+            apart = torch.randn(embedding.embedding_dim, generator=generator)
+            embedding.weight[word_id(tokenizer, word)] += 1.5 * apart / apart.norm()
 
 
 class CrowdedPictures(SymbolicPictures):
@@ -47,16 +78,69 @@ class CrowdedPictures(SymbolicPictures):
         scenes, talks, texts = [], [], []
         for index in range(count):
             scene = any_scene(rng, CROWDS)
-            few = index % 2 == 1
-            turns = 1 if few else rng.randint(1, 3)
-            lettered = int(not few and rng.random() < 0.25)
-            talk = conversation(
-                scene, turns=turns, lettered=lettered, even=True, seed=rng.getrandbits(32)
-            )
+            if few := index % 2 == 1:
+                talk = self._one_turn(scene, rng)
+            else:
+                talk = conversation(
+                    scene,
+                    turns=rng.randint(1, 3),
+                    lettered=int(rng.random() < 0.25),
+                    even=True,
+                    seed=rng.getrandbits(32),
+                )
             scenes.append(scene)
             talks.append(talk)
             texts.append(self._prompt(scene, talk, rng) if few else None)
         return self.embed_under(embedding, scenes, talks, texts, noise)
+
+    def practice(
+        self,
+        embedding: nn.Embedding,
+        count: int,
+        seed: str,
+        *,
+        grids: float,
+        crowds: float = CROWDS,
+    ) -> tuple[Tensor, Tensor, list[str]]:
+        """The same with one question each, of places or with letters, and what is asked for.
+
+        All grids say places.
+
+        Args:
+            embedding: Of the language model.
+            count: Number of pictures.
+            seed: Of all choices.
+            grids: Share of the pictures that are grids.
+            crowds: Share of the scenes that are crowded.
+        """
+        rng = random.Random(seed)
+        noise = torch.Generator().manual_seed(rng.getrandbits(32))
+        scenes: list[Scene] = []
+        talks, texts = [], []
+        kinds: list[str] = []
+        while len(scenes) < count:
+            scene = any_scene(rng, crowds)
+            lettered = rng.random() < LETTERED
+            pool = ("color", "shape", "size") if lettered else PRACTISED
+            kind = rng.choice(pool)
+            every = questions(scene, seed=rng.getrandbits(32))
+            if not (fitting := [question for question in every if question.kind == kind]):
+                continue
+            question = rng.choice(fitting)
+            if lettered:
+                question = _with_letters(question, rng)
+            scenes.append(scene)
+            talks.append(_turn(question))
+            texts.append(None if rng.random() < grids else question.text)
+            kinds.append("letters" if lettered else kind)
+        states, labels = self.embed_under(embedding, scenes, talks, texts, noise, placed=1.0)
+        return states, labels, kinds
+
+    def _one_turn(self, scene: Scene, rng: random.Random) -> Turns:
+        talk = conversation(scene, turns=1, even=True, seed=rng.getrandbits(32))
+        if rng.random() >= 0.25:
+            return talk
+        return _turn(_with_letters(rng.choice(questions(scene, seed=rng.getrandbits(32))), rng))
 
     def embed_under(
         self,
@@ -65,15 +149,27 @@ class CrowdedPictures(SymbolicPictures):
         told: Sequence[Turns],
         texts: Sequence[str | None],
         noise: torch.Generator,
+        *,
+        placed: float = 0.5,
     ) -> tuple[Tensor, Tensor]:
-        """Input and labels of given scenes; a text asks for its words, None for a grid."""
+        """Input and labels of given scenes; a text asks for its words, None for a grid.
+
+        Args:
+            embedding: Of the language model.
+            scenes: What is spelled out.
+            told: What is said about each.
+            texts: What each is gathered by.
+            noise: Source of noise, and of which grids say places.
+            placed: Share of the grids that say the place of each cell.
+        """
+        say_places = (torch.rand(len(scenes), generator=noise) < placed).tolist()
         pictures = [
-            self._grid(embedding, scene)
+            self._grid(embedding, scene, placed=say)
             if text is None
             else torch.cat(
                 [self._grid(embedding, scene, FEW), self._words(embedding, scene, text, noise)]
             )
-            for scene, text in zip(scenes, texts, strict=True)
+            for scene, text, say in zip(scenes, texts, say_places, strict=True)
         ]
         scale = NOISE * embedding.weight.detach().square().mean().sqrt()
         noisy = [
@@ -99,8 +195,10 @@ class CrowdedPictures(SymbolicPictures):
         summed: Tensor = embedding(torch.tensor(ids)).sum(1)
         return summed
 
-    def _grid(self, embedding: nn.Embedding, scene: Scene, side: int = GRID) -> Tensor:
-        """Mean of what lies on each cell (side * side width)."""
+    def _grid(
+        self, embedding: nn.Embedding, scene: Scene, side: int = GRID, *, placed: bool = False
+    ) -> Tensor:
+        """Mean of what lies on each cell, with its place or without (side * side width)."""
         truth = on_patches(scene, GRID * FINE)
         background = embedding(torch.tensor(word_id(self.tokenizer, scene.background)))
         tables = [
@@ -113,7 +211,11 @@ class CrowdedPictures(SymbolicPictures):
         part = GRID * FINE // side
         cells = parts.unflatten(1, (side, part)).unflatten(0, (side, part))
         grid: Tensor = cells.mean(dim=(1, 3)).flatten(0, 1)
-        return grid
+        if not placed:
+            return grid
+        steps = (torch.arange(side) + 0.5) / side
+        rows, columns = torch.meshgrid(steps, steps, indexing="ij")
+        return grid + self._places(embedding, torch.stack([columns, rows], -1).flatten(0, 1))
 
     def _words(
         self, embedding: nn.Embedding, scene: Scene, text: str, noise: torch.Generator
@@ -125,14 +227,15 @@ class CrowdedPictures(SymbolicPictures):
         first = sorted(order, key=lambda place: not named[place])
         objects = self._objects(embedding, scene)
         whole = self._grid(embedding, scene).mean(0)
-        middle = self._place(embedding, 0.5, 0.5)
+        middle = self._places(embedding, torch.tensor([[0.5, 0.5]]))[0]
         tokens = []
         for place in sorted(first[:WORDS]):
             members = named[place] or self._alike(scene, words, place)
             if members:
                 things = [scene.objects[index] for index in members]
-                x, y = (sum(getattr(each, axis) for each in things) / len(things) for axis in "xy")
-                tokens.append(objects[list(members)].mean(0) + self._place(embedding, x, y))
+                centre = torch.tensor([[thing.x, thing.y] for thing in things]).mean(0, True)
+                there = self._places(embedding, centre)[0]
+                tokens.append(objects[list(members)].mean(0) + there)
             else:
                 tokens.append(whole + middle)
         missing = embedding.weight.new_zeros(WORDS - len(tokens), embedding.embedding_dim)
@@ -149,12 +252,26 @@ class CrowdedPictures(SymbolicPictures):
             if thing.shape == shape or thing.color == color
         )[:1]
 
-    def _place(self, embedding: nn.Embedding, x: float, y: float) -> Tensor:
-        """A place between the four edges, said by how much of each edge's word there is."""
-        left, right, top, bottom = embedding(
-            torch.tensor(
-                [word_id(self.tokenizer, word) for word in ("left", "right", "top", "bottom")]
-            )
+    def _places(self, embedding: nn.Embedding, centres: Tensor) -> Tensor:
+        """Places (n 2), x and y from 0 to 1, by how much of each edge's word there is (n width)."""
+        words = embedding(
+            torch.tensor([word_id(self.tokenizer, word) for word in (*EDGES, "middle")])
         )
-        place: Tensor = (1 - x) * left + x * right + (1 - y) * top + y * bottom
-        return place
+        away = centres - 0.5
+        x, y = away.unbind(-1)
+        edges = LOUDNESS * torch.stack([-x, x, -y, y], -1).clamp(min=0)
+        middle = (1 - away.norm(dim=-1, keepdim=True) / MIDDLE).clamp(min=0)
+        places: Tensor = torch.cat([edges, middle], -1) @ words
+        return places
+
+
+def _with_letters(question: Question, rng: random.Random) -> Question:
+    return multiple_choice(question, rng, options=rng.choice((2, 2, 3, 4)))
+
+
+def _turn(question: Question) -> Turns:
+    """A question about a picture, and its answer."""
+    return [
+        {"from": "human", "value": f"<image>\n{question.text}"},
+        {"from": "gpt", "value": question.answer},
+    ]

@@ -11,8 +11,10 @@ the answer alone. In whole texts such answers are one token of thirty, and a mod
 learns to word everything long before it learns to look anything up. Then come all kinds of
 documents, one scene each, made as training goes on and packed into rows; a step is seeded by its
 number. Beside them it reads symbolic pictures (`symbolic.py`), and with `--options` it practises to
-list each option of a question once. Perplexity is measured on scenes of held-out seeds. What is
-written is a folder that `AutoModelForCausalLM` and `AutoTokenizer` of transformers 4 and 5 load.
+list each option of a question once. With `--crowds` it is first asked for nothing but places and
+letters in spelled-out crowds, which hardly begin to be learnt among everything else. Perplexity is
+measured on scenes of held-out seeds. What is written is a folder that `AutoModelForCausalLM` and
+`AutoTokenizer` of transformers 4 and 5 load.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import json
 import math
 import random
 import shutil
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,7 @@ import torch
 from documents import document, lettered, readable
 from safetensors.torch import load_file, save_file
 from symbolic import SymbolicPictures
-from symbolic_crowds import CROWDS, CrowdedPictures
+from symbolic_crowds import CROWDS, CrowdedPictures, pull_apart
 from texts import any_scene
 from torch import Tensor
 from torch.nn import functional as F
@@ -140,6 +143,49 @@ def learn_to_look_back(model: LlamaForCausalLM, tokenizer: Any, steps: int, fold
     run.swap_average()
 
 
+def practise(
+    model: LlamaForCausalLM,
+    pictures: CrowdedPictures,
+    what: str,
+    steps: int,
+    folder: Path,
+    *,
+    lr: float,
+    bfloat16: bool,
+) -> None:
+    """Train on questions of places and letters alone.
+
+    "words": tokens of words for a third of the steps, then grids too. "grids": grids of few objects
+    for half of the steps, then of crowds too.
+    """
+    embedding = model.get_input_embeddings()
+    if what == "words":
+        pull_apart(embedding, pictures.tokenizer)
+    # twice the steps: the rate does not come down all the way, since training goes on after it
+    run = Run(folder, {"model": model}, steps=2 * steps, lr=lr, ema_decay=0.99, warmup=50)
+    right: dict[str, list[bool]] = defaultdict(list)
+    while run.step < steps:
+        if what == "words":
+            shares = {"grids": 0.0 if run.step < steps / 3 else 0.5}
+        else:
+            shares = {"grids": 1.0, "crowds": 0.0 if run.step < steps / 2 else CROWDS}
+        seed = f"practice/{what}/{run.step}"
+        states, labels, kinds = pictures.practice(embedding, READING_BATCH, seed, **shares)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            logits = model(inputs_embeds=states[:, :-1], use_cache=False).logits.float()
+        targets = labels[:, 1:]
+        run.update(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED))
+        whole = ((logits.argmax(-1) == targets) | (targets == IGNORED)).all(1)
+        for kind, answered in zip(kinds, whole.tolist(), strict=True):
+            right[kind].append(answered)
+        if run.step % 50 == 0:
+            run.log(**{kind: round(100 * sum(each) / len(each)) for kind, each in right.items()})
+            right.clear()
+        if run.step % 200 == 0 or run.step == steps:
+            run.save()
+    run.swap_average()
+
+
 @torch.no_grad()
 def perplexity(model: LlamaForCausalLM, rows: Tensor) -> float:
     """Per token, on average over equally long rows."""
@@ -192,6 +238,9 @@ def main() -> None:
     parser.add_argument(
         "--crowds", action="store_true", help="scenes of up to nine objects, on grids and as words"
     )
+    parser.add_argument("--practice", choices=("words", "grids"), default="words")
+    parser.add_argument("--practice-steps", type=int, default=1500, help="before, with --crowds")
+    parser.add_argument("--practice-lr", type=float, default=1e-3)
     parser.add_argument("--options", type=int, default=0, help="lettered questions in a step")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--start", type=Path, help="folder with weights; none is read otherwise")
@@ -217,6 +266,22 @@ def main() -> None:
     elif not (options.run / "state.pt").exists():
         folder = options.run.with_name(f"{options.run.name}-reading")
         learn_to_look_back(model, tokenizer, options.reading_steps, folder)
+    pictures = CrowdedPictures(tokenizer) if options.crowds else SymbolicPictures(tokenizer)
+    if (
+        isinstance(pictures, CrowdedPictures)
+        and options.practice_steps
+        and not (options.run / "state.pt").exists()
+    ):
+        folder = options.run.with_name(f"{options.run.name}-practice")
+        practise(
+            model,
+            pictures,
+            options.practice,
+            options.practice_steps,
+            folder,
+            lr=options.practice_lr,
+            bfloat16=options.bfloat16,
+        )
     run = Run(
         options.run,
         {"model": model},
@@ -225,7 +290,6 @@ def main() -> None:
         ema_decay=0.995,
         warmup=100,
     )
-    pictures = CrowdedPictures(tokenizer) if options.crowds else SymbolicPictures(tokenizer)
     crowds = CROWDS if options.crowds else 0.0
     held_out = packed(tokenizer, f"lm/{VALIDATION_SEED}", HELD_OUT_ROWS, options.context)
     while run.step < options.steps:
