@@ -11,9 +11,9 @@ so small a world repeat. `perplexity` is per token, on documents of held-out sce
 percentages of right answers, written word by word: `reading` to questions of colour and shape whose
 answer stands in one of one or two captions before them, `pictures` to questions of all kinds about
 symbolic pictures, and `other_pictures` the same where each is shown another one's, which is what
-can be guessed. With `--crowds` questions about crowded scenes are asked too: on grids whose cells
-say their places or do not, and as tokens of the question's words; those of places
-are counted apart, and `letters` are the same questions with lettered options.
+can be guessed. With `--crowds` questions about crowded scenes are asked too: on grids, on grids
+whose cells say their places (`placed`), and as tokens of the question's words; each time in words
+and with lettered options, and those of places are counted apart.
 """
 
 import argparse
@@ -43,6 +43,8 @@ BATCH = 100
 NUCLEUS = 0.95
 PLACED = ("position", "relation")
 """Kinds of questions whose answer is a place."""
+SPELLINGS = {"grids": (False, 0.0), "placed": (False, 1.0), "words": (True, 0.0)}
+"""Whether tokens are those of a question's words, and how often a grid says its cells' places."""
 
 
 @torch.no_grad()
@@ -114,37 +116,23 @@ def pictures(model: Any, tokenizer: Any, count: int, seed: int) -> tuple[float, 
 
 
 @torch.no_grad()
-def crowds(model: Any, tokenizer: Any, count: int, seed: int) -> dict[str, float]:
-    """The same of crowded scenes, on grids and as words of the question."""
+def crowds(
+    model: Any, tokenizer: Any, spelling: str, count: int, seed: int, *, lettered: bool = False
+) -> dict[str, float]:
+    """The same of crowded scenes in one of `SPELLINGS`, and of the kinds that ask for places."""
     symbolic, noise = CrowdedPictures(tokenizer), torch.Generator().manual_seed(seed)
+    as_words, placed = SPELLINGS[spelling]
+
+    def spelled(scene: Scene, question: Question) -> Tensor:
+        text = question.text if as_words else None
+        asked = [asking(question)]
+        embedding = model.get_input_embeddings()
+        return symbolic.embed_under(embedding, [scene], asked, [text], noise, placed=placed)[0]
+
     scenes = list(sample_crowds(count, seed=seed))
-    shares: dict[str, float] = {}
-    for name, as_words, placed in (
-        ("grids", False, 0.0),
-        ("placed", False, 1.0),
-        ("words", True, 0),
-    ):
-
-        def spelled(
-            scene: Scene, question: Question, as_words: bool = as_words, placed: float = placed
-        ) -> Tensor:
-            text = question.text if as_words else None
-            return symbolic.embed_under(
-                model.get_input_embeddings(),
-                [scene],
-                [asking(question)],
-                [text],
-                noise,
-                placed=placed,
-            )[0]
-
-        own, other = answered(model, tokenizer, scenes, spelled, f"crowds/{seed}")
-        shares |= {f"crowded_{name}": percent(own), f"other_{name}": percent(other)}
-        for kind in PLACED:
-            shares[f"{name}_{kind}"] = percent([each for each in own if each[0] == kind])
-        own, _ = answered(model, tokenizer, scenes, spelled, f"crowds/{seed}", lettered=True)
-        shares[f"{name}_letters"] = percent(own)
-    return shares
+    own, other = answered(model, tokenizer, scenes, spelled, f"crowds/{seed}", lettered=lettered)
+    shares = {"own": percent(own), "other": percent(other)}
+    return shares | {kind: percent([each for each in own if each[0] == kind]) for kind in PLACED}
 
 
 def percent(answers: Sequence[tuple[str, bool]]) -> float:
@@ -215,7 +203,12 @@ def measure(folder: Path, count: int, seed: int, *, crowded: bool = False) -> di
     seen, guessed = pictures(model, tokenizer, count, HELD_OUT_SEED)
     found |= {"pictures": seen, "other_pictures": guessed}
     if crowded:
-        found |= crowds(model, tokenizer, count, HELD_OUT_SEED)
+        for spelling in SPELLINGS:
+            for lettered in (False, True):
+                name = f"crowded_{spelling}{'_letters' * lettered}"
+                found[name] = crowds(
+                    model, tokenizer, spelling, count, HELD_OUT_SEED, lettered=lettered
+                )
     return {**found, "ungrammatical": wrong[:5], "samples": texts[:5]}
 
 

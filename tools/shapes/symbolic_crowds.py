@@ -94,24 +94,15 @@ class CrowdedPictures(SymbolicPictures):
         return self.embed_under(embedding, scenes, talks, texts, noise)
 
     def practice(
-        self,
-        embedding: nn.Embedding,
-        count: int,
-        seed: str,
-        *,
-        grids: float,
-        crowds: float = CROWDS,
+        self, embedding: nn.Embedding, count: int, seed: str, *, grids: float
     ) -> tuple[Tensor, Tensor, list[str]]:
         """The same with one question each, of places or with letters, and what is asked for.
-
-        All grids say places.
 
         Args:
             embedding: Of the language model.
             count: Number of pictures.
             seed: Of all choices.
             grids: Share of the pictures that are grids.
-            crowds: Share of the scenes that are crowded.
         """
         rng = random.Random(seed)
         noise = torch.Generator().manual_seed(rng.getrandbits(32))
@@ -119,7 +110,7 @@ class CrowdedPictures(SymbolicPictures):
         talks, texts = [], []
         kinds: list[str] = []
         while len(scenes) < count:
-            scene = any_scene(rng, crowds)
+            scene = any_scene(rng, CROWDS)
             lettered = rng.random() < LETTERED
             pool = ("color", "shape", "size") if lettered else PRACTISED
             kind = rng.choice(pool)
@@ -133,8 +124,7 @@ class CrowdedPictures(SymbolicPictures):
             talks.append(_turn(question))
             texts.append(None if rng.random() < grids else question.text)
             kinds.append("letters" if lettered else kind)
-        states, labels = self.embed_under(embedding, scenes, talks, texts, noise, placed=1.0)
-        return states, labels, kinds
+        return (*self.embed_under(embedding, scenes, talks, texts, noise), kinds)
 
     def _one_turn(self, scene: Scene, rng: random.Random) -> Turns:
         talk = conversation(scene, turns=1, even=True, seed=rng.getrandbits(32))

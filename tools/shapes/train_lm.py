@@ -144,33 +144,18 @@ def learn_to_look_back(model: LlamaForCausalLM, tokenizer: Any, steps: int, fold
 
 
 def practise(
-    model: LlamaForCausalLM,
-    pictures: CrowdedPictures,
-    what: str,
-    steps: int,
-    folder: Path,
-    *,
-    lr: float,
-    bfloat16: bool,
+    model: LlamaForCausalLM, pictures: CrowdedPictures, steps: int, folder: Path, *, bfloat16: bool
 ) -> None:
-    """Train on questions of places and letters alone.
-
-    "words": tokens of words for a third of the steps, then grids too. "grids": grids of few objects
-    for half of the steps, then of crowds too.
-    """
+    """Train on questions of places and letters alone; after a third of the steps, on grids too."""
     embedding = model.get_input_embeddings()
-    if what == "words":
-        pull_apart(embedding, pictures.tokenizer)
+    pull_apart(embedding, pictures.tokenizer)
     # twice the steps: the rate does not come down all the way, since training goes on after it
-    run = Run(folder, {"model": model}, steps=2 * steps, lr=lr, ema_decay=0.99, warmup=50)
+    run = Run(folder, {"model": model}, steps=2 * steps, lr=1e-3, ema_decay=0.99, warmup=50)
     right: dict[str, list[bool]] = defaultdict(list)
     while run.step < steps:
-        if what == "words":
-            shares = {"grids": 0.0 if run.step < steps / 3 else 0.5}
-        else:
-            shares = {"grids": 1.0, "crowds": 0.0 if run.step < steps / 2 else CROWDS}
-        seed = f"practice/{what}/{run.step}"
-        states, labels, kinds = pictures.practice(embedding, READING_BATCH, seed, **shares)
+        grids = 0.0 if run.step < steps / 3 else 0.5
+        seed = f"practice/{run.step}"
+        states, labels, kinds = pictures.practice(embedding, READING_BATCH, seed, grids=grids)
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             logits = model(inputs_embeds=states[:, :-1], use_cache=False).logits.float()
         targets = labels[:, 1:]
@@ -238,9 +223,7 @@ def main() -> None:
     parser.add_argument(
         "--crowds", action="store_true", help="scenes of up to nine objects, on grids and as words"
     )
-    parser.add_argument("--practice", choices=("words", "grids"), default="words")
     parser.add_argument("--practice-steps", type=int, default=1500, help="before, with --crowds")
-    parser.add_argument("--practice-lr", type=float, default=1e-3)
     parser.add_argument("--options", type=int, default=0, help="lettered questions in a step")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--start", type=Path, help="folder with weights; none is read otherwise")
@@ -273,15 +256,7 @@ def main() -> None:
         and not (options.run / "state.pt").exists()
     ):
         folder = options.run.with_name(f"{options.run.name}-practice")
-        practise(
-            model,
-            pictures,
-            options.practice,
-            options.practice_steps,
-            folder,
-            lr=options.practice_lr,
-            bfloat16=options.bfloat16,
-        )
+        practise(model, pictures, options.practice_steps, folder, bfloat16=options.bfloat16)
     run = Run(
         options.run,
         {"model": model},
