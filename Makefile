@@ -50,7 +50,7 @@ test-shapes: $(DEV_STAMP)  ## Run the tests with every shape annotation checked 
 test-oldest: | $(BIN)/python  ## Run the unit and integration tests with the oldest versions the package asks for
 	test -d .venv-oldest || $(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt \
-		--editable . accelerate pytest pytest-timeout
+		--editable ".[viz,parquet]" accelerate pytest pytest-timeout
 	.venv-oldest/bin/python -m pytest -m "$(LOCAL)" -W default tests/unit tests/integration $(ARGS)
 
 app: | $(BIN)/python  ## Open the page of `diffenc app` in a headless Chromium, in an environment of its own

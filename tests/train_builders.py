@@ -4,7 +4,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+import transformers
+from packaging.version import Version
+
 from diffenc.mllm.training import AdaptConfig, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from diffenc.mllm.training.stages import OLDEST_TRANSFORMERS
+
+trains = pytest.mark.skipif(
+    Version(transformers.__version__) < Version(OLDEST_TRANSFORMERS),
+    reason=f"training needs transformers {OLDEST_TRANSFORMERS}",
+)
 
 
 @dataclass(frozen=True)

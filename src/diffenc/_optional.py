@@ -1,9 +1,11 @@
-"""Optional dependencies: imported when needed, named with the extra that brings them."""
+"""What some parts need beyond what the package asks for: other packages, and newer versions."""
 
 import importlib
 from types import ModuleType
 
-from diffenc.errors import MissingExtraError
+from packaging.version import Version
+
+from diffenc.errors import ConfigError, MissingExtraError
 
 
 def require(module: str, *, extra: str) -> ModuleType:
@@ -23,3 +25,20 @@ def require(module: str, *, extra: str) -> ModuleType:
             f"this needs {module.partition('.')[0]}, which is not installed; "
             f"run: pip install 'diffenc[{extra}]'"
         ) from error
+
+
+def require_transformers(oldest: str, *, to: str, why: str) -> None:
+    """Raise a `ConfigError` where the installed transformers is too old.
+
+    Args:
+        oldest: Oldest version that will do.
+        to: What needs it, the beginning of the message.
+        why: The reason, and what to do; the end of the message.
+    """
+    import transformers
+
+    if Version(transformers.__version__) < Version(oldest):
+        raise ConfigError(
+            f"{to} needs transformers {oldest} or newer, and {transformers.__version__} is "
+            f"installed: {why}"
+        )

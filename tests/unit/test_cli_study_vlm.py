@@ -8,6 +8,7 @@ from diffenc.cli.main import app
 from diffenc.storage.reading import tomllib
 from diffenc.studies.vlm import STUDIES
 from diffenc.studies.vlm.plan_file import bundled_text
+from train_builders import trains
 from vlm_builders import save_tiny_lm
 
 PLAN = """
@@ -69,6 +70,7 @@ def run(*arguments):
     return CliRunner().invoke(app, ["study", *map(str, arguments)])
 
 
+@trains
 @pytest.mark.long
 def test_a_study_is_run_printed_and_written(config, language_model, tmp_path):
     options = ("--config", config, "--language-model", language_model, "--seeds", 2)
@@ -95,6 +97,7 @@ def test_a_study_is_run_printed_and_written(config, language_model, tmp_path):
     assert "2 trainings, 2 of them done before" in forced.stdout
 
 
+@trains
 @pytest.mark.long
 def test_a_study_without_plots_writes_no_picture(config, language_model, tmp_path):
     config.write_text(config.read_text("utf-8").replace('plots = ["captions/named"]', ""), "utf-8")

@@ -46,6 +46,16 @@ def test_a_config_is_planned_trained_and_resumed(parts, tmp_path):
     assert "nothing to resume" in run("train", path, "--resume").output
 
 
+def test_a_transformers_that_is_too_old_to_train_is_refused(tmp_path, monkeypatch):
+    data = dict.fromkeys(("align", "images"), tmp_path)
+    path = tmp_path / "run.toml"
+    config(Parts(vision=tmp_path, language_model=tmp_path, data=data), tmp_path / "out").write(path)
+    monkeypatch.setattr("transformers.__version__", "4.57.6")
+    result = run("train", path, "--device", "cpu")
+    assert result.exit_code == 2
+    assert "training needs transformers 5.0 or newer, and 4.57.6 is installed" in result.output
+
+
 def test_errors_are_one_line(parts, tmp_path):
     missing = run("train", tmp_path / "none.toml")
     assert missing.exit_code == 2

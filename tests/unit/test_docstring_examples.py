@@ -12,11 +12,14 @@ from pathlib import Path
 import pytest
 
 import diffenc
+from diffenc.errors import ConfigError
 from diffenc.shapes import Scene, SceneObject, render
 
 ROOT = Path(diffenc.__file__).parent
 LEFT_OUT = "diffenc.studies."
 """Start of the names of examples that are not run: studies take minutes."""
+REFUSED = set()
+"""Modules that refuse the installed transformers, where it is too old for them."""
 
 
 def _module_name(path):
@@ -27,7 +30,13 @@ def _examples():
     finder = doctest.DocTestFinder(exclude_empty=True)
     for path in sorted(ROOT.rglob("*.py")):
         if ">>> " in path.read_text("utf-8"):
-            module = importlib.import_module(_module_name(path))
+            try:
+                module = importlib.import_module(_module_name(path))
+            except ConfigError as error:
+                if "newer, and" not in str(error):  # "needs ... or newer, and ... is installed"
+                    raise
+                REFUSED.add(_module_name(path))
+                continue
             yield from (test for test in finder.find(module) if test.examples)
 
 
@@ -65,6 +74,7 @@ def test_every_prompt_of_an_example_is_found_and_run():
     lines = {
         _module_name(path): len(re.findall(r"^ *>>> ", path.read_text("utf-8"), re.MULTILINE))
         for path in ROOT.rglob("*.py")
+        if _module_name(path) not in REFUSED
     }
     counts = dict.fromkeys(lines, 0)
     for example in EXAMPLES.values():

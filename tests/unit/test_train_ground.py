@@ -24,7 +24,7 @@ from diffenc.mllm.training import (
 )
 from diffenc.mllm.training.grounded import GroundedConversations
 from diffenc.mllm.training.plan import make_plan
-from train_builders import Parts
+from train_builders import Parts, trains
 from train_builders import config as stage_config
 from vlm_builders import picture, save_tiny_lm
 
@@ -80,6 +80,7 @@ def close(left, right):
         torch.testing.assert_close(left[key], right[key], rtol=1e-3, atol=1e-5)
 
 
+@trains
 @pytest.mark.long
 def test_a_run_writes_a_lora_that_the_encoder_loads(parts, tmp_path):
     result = train(config(parts, tmp_path / "run"))
@@ -102,6 +103,7 @@ def test_a_run_writes_a_lora_that_the_encoder_loads(parts, tmp_path):
     assert all(moved)
 
 
+@trains
 @pytest.mark.long
 def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(parts, tmp_path):
     train(config(parts, tmp_path / "a"))
@@ -120,6 +122,7 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(parts, tmp_p
         train(cut)
 
 
+@trains
 @pytest.mark.long
 def test_accumulated_batches_equal_one_batch(parts, tmp_path):
     for name, size in (("a", 4), ("b", 1)):
@@ -136,6 +139,7 @@ def test_accumulated_batches_equal_one_batch(parts, tmp_path):
         torch.testing.assert_close(left[key], right[key], rtol=1e-3, atol=least)
 
 
+@trains
 @pytest.mark.long
 def test_other_phrases_and_other_weights_are_not_gone_on_with(parts, tmp_path):
     begun = config(parts, tmp_path / "run")
@@ -156,6 +160,7 @@ def test_other_phrases_and_other_weights_are_not_gone_on_with(parts, tmp_path):
         train(other, resume=True)
 
 
+@trains
 @pytest.mark.long
 def test_without_denoising_the_model_ends_after_what_is_read(parts, tmp_path):
     short = config(
@@ -173,6 +178,7 @@ def test_without_denoising_the_model_ends_after_what_is_read(parts, tmp_path):
     assert [tap.name for tap in encoder.feature_info] == ["up_blocks.1"]
 
 
+@trains
 @pytest.mark.long
 def test_what_is_read_decides_the_gradient(parts, tmp_path):
     """Under checkpointing, which is on by default, and with timesteps, weight and masks given."""
@@ -188,6 +194,7 @@ def test_what_is_read_decides_the_gradient(parts, tmp_path):
     assert first["loss"] == pytest.approx(3 * first["outside"] + first["denoising"], rel=1e-3)
 
 
+@trains
 @pytest.mark.long
 def test_half_precision_trains_weights_of_full_precision(parts, tmp_path):
     run = config(parts, tmp_path / "run", optim={"epochs": 1, "batch_size": 10}, save_steps=0)
@@ -197,6 +204,7 @@ def test_half_precision_trains_weights_of_full_precision(parts, tmp_path):
     assert all(value.dtype == torch.float32 for value in lora(tmp_path / "run").values())
 
 
+@trains
 @pytest.mark.long
 def test_a_lora_goes_on_training_in_the_second_stage(parts, tmp_path):
     train(config(parts, tmp_path / "run", optim={"epochs": 1}, save_steps=0))
@@ -230,6 +238,7 @@ def beside(parts, output, **options):
     return stage_config(parts, output, "instruct", **values)
 
 
+@trains
 @pytest.mark.long
 def test_phrases_are_learnt_beside_the_second_stage(parts, tmp_path):
     result = train(beside(parts, tmp_path / "a"))
@@ -246,6 +255,7 @@ def test_phrases_are_learnt_beside_the_second_stage(parts, tmp_path):
     assert any(not torch.equal(left[key], right[key]) for key in left)
 
 
+@trains
 @pytest.mark.long
 def test_phrases_beside_that_are_left_out_are_told(parts, tmp_path):
     lines = parts.data["phrases"].read_text().splitlines()
@@ -260,6 +270,7 @@ def test_phrases_beside_that_are_left_out_are_told(parts, tmp_path):
     assert "left out: 1 with missing images (gone.png)" in done.stdout
 
 
+@trains
 @pytest.mark.long
 def test_phrases_beside_go_on_where_a_run_was_stopped(parts, tmp_path):
     train(beside(parts, tmp_path / "a", epochs=2))
@@ -290,6 +301,7 @@ def test_each_conversation_brings_another_phrase():
     assert len(set(beside)) == 12
 
 
+@trains
 @pytest.mark.long
 def test_broken_pictures_are_told_and_left_out_on_request(parts, tmp_path):
     lines = parts.data["phrases"].read_text().splitlines()
@@ -311,6 +323,7 @@ def test_broken_pictures_are_told_and_left_out_on_request(parts, tmp_path):
     assert (result.data.samples, result.data.broken, result.steps) == (4, 1, 1)
 
 
+@trains
 @pytest.mark.long
 def test_a_picture_that_breaks_later_is_told_or_left_aside(parts, tmp_path):
     images = tmp_path / "images"
@@ -405,6 +418,7 @@ def test_joint_families_are_refused_before_anything_is_written(parts, tmp_path):
         train(gone)
 
 
+@trains
 def test_the_command_line_trains_resumes_and_refuses_a_plan(parts, tmp_path):
     path = tmp_path / "run.toml"
     config(parts, tmp_path / "out").write(path)

@@ -14,7 +14,7 @@ from diffenc.mllm.training.build import build_vlm
 from diffenc.mllm.training.meta import meta_encoder
 from diffenc.mllm.training.plan import make_plan
 from diffenc.projector import Projector
-from train_builders import Parts, config
+from train_builders import Parts, config, trains
 from vlm_builders import picture, save_tiny_clip, save_tiny_lm
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -77,6 +77,7 @@ def first_stage(parts, tmp_path_factory):
     return run
 
 
+@trains
 @pytest.mark.long
 @pytest.mark.parametrize("how", ["cross_attention", "token_gated"])
 def test_both_stages_train_the_mixer_and_nothing_below_it(first_stage, parts, tmp_path, how):
@@ -106,6 +107,7 @@ def test_both_stages_train_the_mixer_and_nothing_below_it(first_stage, parts, tm
     assert torch.equal(shown, tokens)
 
 
+@trains
 @pytest.mark.long
 def test_a_later_stage_guides_what_the_first_one_read_without_text(first_stage, parts, tmp_path):
     model = first_stage("cross_attention")[2]
@@ -116,6 +118,7 @@ def test_a_later_stage_guides_what_the_first_one_read_without_text(first_stage, 
     assert begun.encoder.config.guidance_scale == 4.0
 
 
+@trains
 @pytest.mark.long
 @pytest.mark.parametrize("how", ["cross_attention", "token_gated"])
 def test_a_mixer_that_was_stopped_goes_on_as_if_it_had_not_been(parts, tmp_path, how):
@@ -181,6 +184,7 @@ def test_the_seed_of_a_run_begins_the_mixer_unless_the_table_says_one(parts, tmp
     assert not torch.equal(weight(seed=3), weight(seed=4))
 
 
+@trains
 @pytest.mark.long
 def test_a_mixer_that_trains_is_never_cached(parts, tmp_path):
     run = mixed(parts, tmp_path, "question_gated", prompts="empty")
@@ -215,6 +219,7 @@ def test_bad_tables_are_named(parts, tmp_path, options, said):
         build_vlm(mixed(parts, tmp_path, **{"how": "cross_attention", **options}))
 
 
+@trains
 def test_a_later_stage_keeps_the_way_of_the_earlier_one(first_stage, parts, tmp_path):
     _, _, model = first_stage("cross_attention")
     start = str(model)

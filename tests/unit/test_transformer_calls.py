@@ -19,7 +19,7 @@ from diffenc.mllm.training.meta import count
 from diffenc.mllm.training.plan import make_plan
 from diffenc.passes.forward import check_whole
 from plain_dit import agree, picture
-from train_builders import Parts, config
+from train_builders import Parts, config, trains
 from vlm_builders import save_tiny_clip, save_tiny_lm
 
 TEXT = "a red circle"
@@ -106,6 +106,7 @@ def test_a_plan_counts_the_parts_that_are_there(models, family, data, tmp_path):
     assert "LoRA of rank 2 on the transformer" in plan.settings["trains"]
 
 
+@trains
 @pytest.mark.long
 def test_a_run_trains_an_adapter_beside_the_language_model(models, data, tmp_path):
     parts = Parts(models / "clip", models / "lm", data, models / "pixart")

@@ -4,16 +4,13 @@ Raises:
     ConfigError: The installed one is older.
 """
 
-import transformers
-from packaging.version import Version
-
-from diffenc.errors import ConfigError
+from diffenc._optional import require_transformers
 
 OLDEST = "4.48.3"
 
-if Version(transformers.__version__) < Version(OLDEST):
-    raise ConfigError(
-        f"diffenc.hosts.transformers needs transformers {OLDEST} or newer, and "
-        f"{transformers.__version__} is installed: since then stock classes count the tokens of "
-        "pictures. Forks of LLaVA (diffenc.hosts.llava, .tinyllava, .prismatic) do without it"
-    )
+require_transformers(
+    OLDEST,
+    to="diffenc.hosts.transformers",
+    why="since then stock classes count the tokens of pictures. Forks of LLaVA "
+    "(diffenc.hosts.llava, .tinyllava, .prismatic) do without it",
+)

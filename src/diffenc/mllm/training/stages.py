@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from diffenc._optional import require
+from diffenc._optional import require, require_transformers
 from diffenc.errors import ImageError
 from diffenc.grounding.samples import GroundedImage
 from diffenc.inputs.policies import parse_policy
@@ -51,6 +51,9 @@ from diffenc.mllm.training.sharding import check_launch, held_bytes, is_sharded,
 from diffenc.mllm.training.token_cache import make_cache
 from diffenc.storage.names import expanded
 from diffenc.storage.writing import make_folder, write_json
+
+OLDEST_TRANSFORMERS = "5.0"
+"""Of the extra `train`: with older ones, a resumed run is not the same as one that went through."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,12 +115,19 @@ def train(
 
     Raises:
         ConfigError: The data cannot be used, a checkpoint is of another configuration, a run is in
-            `config.output` already and shall not be resumed, or the launcher would split the model.
+            `config.output` already and shall not be resumed, the launcher would split the model, or
+            transformers is older than `OLDEST_TRANSFORMERS`.
         BackboneError: A model is missing.
         ImageError: A picture broke after it was checked, and `data.skip_broken` is not set.
         OutputError: The folder cannot be written, or another program trains in it.
     """
     require("accelerate", extra="train")
+    require_transformers(
+        OLDEST_TRANSFORMERS,
+        to="training",
+        why="the Trainer of older ones counts batches that are accumulated, or that a resumed run "
+        "passes over, otherwise. Run: pip install 'diffenc[train]'",
+    )
     check_launch(config.optimizing, process_count())
     folder = Path(config.output)
     policy = parse_policy(config.data.prompts)
