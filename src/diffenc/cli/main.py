@@ -20,6 +20,8 @@ def main() -> None:
     """Run the program and exit."""
     signals.take_over()
     warnings.formatwarning = _in_one_line
+    # A notice of transformers 4.44 to who writes programs, at every tokenizer.
+    warnings.filterwarnings("ignore", "`clean_up_tokenization_spaces` was not set", FutureWarning)
     try:
         signals.open_streams()
         # Read when torch loads. Threads that spin while they wait make the program many times

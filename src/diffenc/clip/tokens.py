@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from diffenc.checks.arguments import shown, whole
 from diffenc.checks.fields import require_finite
-from diffenc.clip.vision_models import VisionModel, to_pictures
+from diffenc.clip.vision_models import VisionModel, process, to_pictures
 from diffenc.errors import BackboneError, ConfigError, ShapeError
 from diffenc.inputs.images import Images
 from diffenc.memory.cache import TensorCache, content_key, recall, state_key
@@ -25,7 +25,7 @@ from diffenc.storage.pretrained import (
     load_image_processor,
     load_whole,
     loading,
-    model_config,
+    model_kind,
 )
 
 _VISION = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}
@@ -128,7 +128,7 @@ class ClipTokens(VisionModel):
 
         label = os.fspath(checked_path("a CLIP", name, error=BackboneError))
         with loading("a CLIP", label, instead=_INSTEAD):
-            model_type = model_config(name).model_type
+            model_type = model_kind(name)
             kind = model_type.removesuffix("_vision_model")
             if kind not in _VISION:
                 raise BackboneError(f"{label!r} is of the kind {model_type!r}; {_TAKEN}")
@@ -205,9 +205,7 @@ class ClipTokens(VisionModel):
         self.image_processor.save_pretrained(folder)
 
     def _process(self, pictures: list[Image.Image]) -> Float[Tensor, "b 3 height width"]:
-        pixel_values: Tensor = self.image_processor(images=pictures, return_tensors="pt")[
-            "pixel_values"
-        ]
+        pixel_values = process(self.image_processor, pictures)["pixel_values"]
         if tuple(pixel_values.shape[-2:]) != (self.image_size, self.image_size):
             raise ShapeError(
                 f"the image processor gives {tuple(pixel_values.shape[-2:])} pixels and the model "

@@ -1,5 +1,6 @@
 """What vision models of transformers have in common here, and the pictures that they take."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,13 @@ def to_pictures(images: Images) -> list[Image.Image]:
 
 def _picture(source: ImageSource) -> Image.Image:
     return to_image(to_pixel_values([source], size=None, resize="none", multiple=1)[0])
+
+
+def process(image_processor: Any, pictures: Sequence[Image.Image]) -> Mapping[str, Tensor]:
+    """What an image processor of transformers makes of pictures: tensors on the CPU."""
+    with torch.device("cpu"):  # before transformers 5 they are made on torch's default device
+        shown: Mapping[str, Tensor] = image_processor(images=list(pictures), return_tensors="pt")
+    return shown
 
 
 def to_image(pixel_values: Float[Tensor, "3 h w"]) -> Image.Image:

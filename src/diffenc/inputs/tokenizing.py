@@ -217,8 +217,15 @@ def _mark(tokenizer: Any, backend: Any) -> Hashable:
         (index, str(token), token.normalized, token.special, token.lstrip, token.rstrip)
         for index, token in backend.get_added_tokens_decoder().items()
     )
-    steps = (str(backend.normalizer), str(backend.pre_tokenizer), str(backend.post_processor))
+    steps = tuple(map(_shown, (backend.normalizer, backend.pre_tokenizer, backend.post_processor)))
     return tuple(added), steps, getattr(tokenizer, "split_special_tokens", False)
+
+
+def _shown(step: Any) -> Hashable:
+    """What a step of a backend does; before tokenizers 0.20 its text says where it lies alone."""
+    text = str(step)
+    state: Hashable = step.__getstate__() if " object at 0x" in text else text
+    return state
 
 
 def _vectors(added: Mapping[str, int]) -> dict[int, list[int]]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from diffenc.checks.arguments import flag
 from diffenc.checks.fields import require_finite
 from diffenc.clip.tokens import ClipTokens
-from diffenc.clip.vision_models import VisionModel, to_pictures
+from diffenc.clip.vision_models import VisionModel, process, to_pictures
 from diffenc.denoiser.grids import middle_grid
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import ConfigError, ShapeError
@@ -26,7 +26,7 @@ from diffenc.storage.pretrained import (
     load_image_processor,
     load_whole,
     loading,
-    model_config,
+    model_kind,
 )
 
 _INSTEAD = "Pass a folder or a Hub id such as openai/clip-vit-large-patch14-336"
@@ -115,7 +115,7 @@ class VisionTokens(VisionModel):
 
         label = os.fspath(name)
         with loading("a vision model", label, instead=_INSTEAD):
-            if model_config(name).model_type in _CLIP_LIKE:
+            if model_kind(name) in _CLIP_LIKE:
                 tokens = ClipTokens.from_pretrained(
                     name, image_processor=image_processor, layer=layer, device=device, dtype=dtype
                 )
@@ -175,8 +175,8 @@ class VisionTokens(VisionModel):
         if isinstance(self.model, ClipTokens):
             hidden: Tensor = self.model(sources)
             return hidden
-        pixel_values = self.image_processor(images=to_pictures(sources), return_tensors="pt")
-        inputs = pixel_values["pixel_values"].to(self.device, self.dtype)
+        pixel_values = process(self.image_processor, to_pictures(sources))["pixel_values"]
+        inputs = pixel_values.to(self.device, self.dtype)
         with lock_of(self.model), torch.no_grad():
             states = self.model(inputs, output_hidden_states=True).hidden_states[self.layer]
         expected = self.side**2

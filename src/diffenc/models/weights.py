@@ -198,7 +198,10 @@ def _fill_positions(model: nn.Module) -> None:
 def _make_frequencies(rotary: Any) -> None:
     """Make the buffers of a language model's rotary positions."""
     with torch.device("cpu"):
-        made = type(rotary)(config=rotary.config)
+        if hasattr(rotary, "config"):
+            made = type(rotary)(config=rotary.config)
+        else:  # transformers 4.44
+            made = type(rotary)(rotary.dim, rotary.max_position_embeddings, rotary.base)
     for name, value in made.named_buffers():
         rotary.register_buffer(name, value, persistent=False)
 

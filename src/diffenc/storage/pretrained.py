@@ -180,6 +180,20 @@ def _check_sizes(config: Any, folder: Path) -> None:
             raise BackboneError(f"{folder} cannot be read: its config says {key}={value}")
 
 
+def model_kind(name: "str | os.PathLike[str]") -> str:
+    """Kind of a model of transformers, as its config says it; some versions know other kinds.
+
+    Raises:
+        BackboneError: See `model_folder`.
+        Exception: The config says no kind; or the libraries' own, where there is no such model.
+    """
+    folder = model_folder(name, weights=False)
+    kind = read_json(folder / "config.json", finite=False).get("model_type")
+    if not isinstance(kind, str):  # `loading` adds what to pass instead
+        raise ValueError(f"the config in {folder} has no model_type")
+    return kind
+
+
 def model_config(name: "str | os.PathLike[str]") -> Any:
     """The config of a model of transformers, without its weights.
 

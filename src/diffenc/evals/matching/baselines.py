@@ -10,7 +10,7 @@ from diffenc.evals.matching.open_clip_models import CONFIG, OpenClipMatcher
 from diffenc.evals.matching.siglip import SIGLIP, SiglipMatcher
 from diffenc.storage.hub import hub_folder
 from diffenc.storage.names import expanded, is_file, is_folder
-from diffenc.storage.pretrained import model_config
+from diffenc.storage.pretrained import model_kind
 
 
 def load_baseline(
@@ -42,12 +42,11 @@ def load_baseline(
 
 
 def _kind(name: str) -> str | None:
-    """Kind of model that transformers finds; None where there is none, or it cannot be read."""
+    """Kind of a model of transformers; None where there is none, or it cannot be read."""
     try:
-        kind: str = model_config(name).model_type
+        return model_kind(name)
     except Exception:  # who loads it says why
         return None
-    return kind
 
 
 def _is_open_clip(name: str) -> bool:

@@ -8,12 +8,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffenc.clip.vision_models import process
 from diffenc.errors import BackboneError
 from diffenc.evals.matching.matchers import short_name, weights_digest
 from diffenc.evals.matching.sizes import tower_sizes
 from diffenc.inputs.prompts import tokenize
 from diffenc.inputs.tokenizing import fit_rows, token_ids
-from diffenc.storage.pretrained import load_whole, loading, model_config, model_folder
+from diffenc.storage.pretrained import (
+    load_whole,
+    loading,
+    model_config,
+    model_folder,
+    model_kind,
+)
 
 _INSTEAD = (
     "Pass a folder with config.json, model.safetensors, tokenizer and preprocessor_config.json, or "
@@ -66,12 +73,13 @@ class ClipMatcher:
 
         label = os.fspath(name)
         with loading("a CLIP", label, instead=_INSTEAD):
-            config = model_config(label)
-            if config.model_type != "clip":
+            kind = model_kind(label)
+            if kind != "clip":
                 raise BackboneError(
-                    f"{label!r} is of the kind {config.model_type!r}; the baseline is a CLIPModel "
-                    "of transformers, such as openai/clip-vit-large-patch14"
+                    f"{label!r} is of the kind {kind!r}; the baseline is a CLIPModel of "
+                    "transformers, such as openai/clip-vit-large-patch14"
                 )
+            config = model_config(label)
             model = load_whole(CLIPModel, label, dtype=dtype)
             folder, options = model_folder(label, weights=False), {"local_files_only": True}
             tokenizer = CLIPTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
@@ -91,9 +99,9 @@ class ClipMatcher:
         output = self.model(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
-            pixel_values=self.processor(images=list(images), return_tensors="pt")[
-                "pixel_values"
-            ].to(device, self.model.dtype),
+            pixel_values=process(self.processor, images)["pixel_values"].to(
+                device, self.model.dtype
+            ),
         )
         scores: Tensor = output.logits_per_image.float().cpu()
         return scores

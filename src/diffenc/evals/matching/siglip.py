@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffenc._optional import require
+from diffenc.clip.vision_models import process
 from diffenc.errors import BackboneError
 from diffenc.evals.matching.matchers import short_name, weights_digest
 from diffenc.evals.matching.sizes import tower_sizes
@@ -23,6 +24,7 @@ from diffenc.storage.pretrained import (
     loading,
     model_config,
     model_folder,
+    model_kind,
 )
 from diffenc.storage.reading import read_text
 
@@ -89,10 +91,11 @@ class SiglipMatcher:
 
         label = os.fspath(name)
         with loading("a SigLIP", label, instead=_INSTEAD):
+            kind = model_kind(label)
+            if kind not in SIGLIP:
+                raise BackboneError(f"{label!r} is of the kind {kind!r}. {_INSTEAD}")
             config = model_config(label)
-            if config.model_type not in SIGLIP:
-                raise BackboneError(f"{label!r} is of the kind {config.model_type!r}. {_INSTEAD}")
-            model = load_whole(getattr(transformers, SIGLIP[config.model_type]), label, dtype=dtype)
+            model = load_whole(getattr(transformers, SIGLIP[kind]), label, dtype=dtype)
             tokenizer, first = _tokenizer(model_folder(label, weights=False))
             tokenizer.model_max_length = config.text_config.max_position_embeddings
             processor = load_image_processor(label)
@@ -106,7 +109,7 @@ class SiglipMatcher:
         """Logits, (images, texts), in float32."""
         device = self.model.device
         ids, _ = fit_rows(self.tokenizer, token_ids(self.tokenizer, self._clean(texts)))
-        shown = self.processor(images=list(images), return_tensors="pt")
+        shown = process(self.processor, images)
         pictures = {key: value.to(device) for key, value in shown.items()}
         pictures["pixel_values"] = pictures["pixel_values"].to(self.model.dtype)
         # Both were trained on texts padded to their full length, without a mask.
