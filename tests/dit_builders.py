@@ -3,6 +3,7 @@
 Classes, tokens, schedules and factors are those of the published models; widths and depths are not.
 """
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
-from tokenizers.models import Unigram
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import BPE, Unigram
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -37,6 +38,8 @@ from transformers import (
 
 from builders import WORDS, seeded, tiny_tokenizer
 
+SANA_OPTIONS = inspect.signature(SanaTransformer2DModel.__init__).parameters
+"""Those that diffusers knows: 0.32 has neither a factor of times nor norms of queries and keys."""
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789,.'"
 
 
@@ -125,7 +128,14 @@ def tiny_gemma_tokenizer() -> GemmaTokenizerFast:
     """A tokenizer like Gemma's: a start and no end, spaces within the pieces, by letters."""
     names = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁")
     vocab = {piece: index for index, piece in enumerate((*names, *LETTERS))}
-    tokenizer = GemmaTokenizerFast(vocab=vocab, merges=[], model_max_length=512)
+    core = Tokenizer(BPE(vocab, [], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    core.normalizer = normalizers.Replace(" ", "▁")
+    core.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    blanks = decoders.Replace("▁", " ")
+    core.decoder = decoders.Sequence([blanks, decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = GemmaTokenizerFast(
+        tokenizer_object=core, vocab=vocab, merges=[], model_max_length=512
+    )
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", 2)]
     )
@@ -156,7 +166,7 @@ def sana_pipeline(**options: Any) -> SanaPipeline:
                 "cross_attention_dim": 32,
                 "caption_channels": 16,
                 "sample_size": 8,
-                "timestep_scale": 0.5,
+                **({"timestep_scale": 0.5} if "timestep_scale" in SANA_OPTIONS else {}),
                 **options,
             }
         )

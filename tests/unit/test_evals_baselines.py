@@ -17,7 +17,7 @@ from transformers import (
     SiglipModel,
 )
 
-from builders import seeded
+from builders import seeded, tiny_tokenizer
 from diffenc.errors import BackboneError, MissingExtraError
 from diffenc.evals import ScorerMatcher, evaluate, shapes_benchmark
 from diffenc.evals.matching.baselines import load_baseline
@@ -208,6 +208,7 @@ def test_pickled_weights_of_open_clip_are_refused(open_clip_folder):
 
 def test_transformers_reads_what_both_could(tmp_path):
     save_tiny_clip(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
     (tmp_path / "open_clip_config.json").write_text("{}")
     assert isinstance(load_baseline(tmp_path), ClipMatcher)
     with pytest.raises(BackboneError, match="cannot load a CLIP from"):

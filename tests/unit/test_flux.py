@@ -249,7 +249,9 @@ def plain_ditf(encoder, discard, seeds):
     inputs = []
 
     def keep(_module, args, kwargs):
-        joined = torch.cat([kwargs["encoder_hidden_states"], kwargs["hidden_states"]], dim=1)
+        joined = kwargs["hidden_states"]
+        if "encoder_hidden_states" in kwargs:  # diffusers before 0.35 joins them before the blocks
+            joined = torch.cat([kwargs["encoder_hidden_states"], joined], dim=1)
         inputs.append((joined[:, -15:], kwargs["temb"]))  # the text comes first
 
     block = encoder.backbone.transformer.single_transformer_blocks[9]

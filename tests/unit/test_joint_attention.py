@@ -11,7 +11,7 @@ import dit_builders
 from diffenc import CrossAttnScorer, DiffusionEncoder
 from diffenc.errors import ConfigError, PromptError, TapError
 from diffenc.inputs.noise import shared_noise
-from plain_dit import agree, hooked, latents_of, picture
+from plain_dit import agree, hooked, latents_of, picture, stock_map
 
 TEXT = "a red circle left of a blue square"
 SIZE = (48, 80)
@@ -234,5 +234,5 @@ def plain_tap(kind, pipe, tap):
         )
         inputs = {"hidden_states": noisy, "timestep": torch.tensor([50.0])}
     inputs |= {"encoder_hidden_states": states, "pooled_projections": pooled}
-    output = hooked(pipe.transformer, [tap], lambda: pipe.transformer(**inputs))[tap][1]
-    return output.transpose(1, 2).reshape(1, -1, 3, 5)
+    output = hooked(pipe.transformer, [tap], lambda: pipe.transformer(**inputs))[tap]
+    return stock_map(pipe, tap, output, 3, 5)

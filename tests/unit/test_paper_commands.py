@@ -89,7 +89,13 @@ def parsed(line):
     with command.make_context("diffenc", list(words), resilient_parsing=True) as context:
         while hasattr(command, "commands"):
             command = command.commands[words.pop(0)]
-        return command.make_context(command.name, words, parent=context).params
+        options = command.make_context(command.name, words, parent=context).params
+    # Older typer makes paths of them only for the function itself.
+    paths = {each.name for each in command.params if "Path" in type(each.type).__name__}
+    return {
+        name: Path(value) if name in paths and isinstance(value, str) else value
+        for name, value in options.items()
+    }
 
 
 def test_every_row_of_every_table_has_commands():

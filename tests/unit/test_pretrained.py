@@ -87,7 +87,7 @@ def test_a_tower_is_taken_out_of_its_clip_in_silence():
         tower = load_whole(CLIPVisionModel, pretrained_source("shapes-clip"))
         assert logging.get_verbosity() == verbosity
     finally:
-        logging.remove_handler(notices)
+        logging.get_logger("transformers").removeHandler(notices)
     assert [record.getMessage() for record in notices.buffer] == []
     clip = CLIPModel.from_pretrained(pretrained_source("shapes-clip"))
     pixel_values = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))

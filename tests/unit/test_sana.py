@@ -27,7 +27,10 @@ TEXT = "A red circle, left"
 @pytest.fixture(scope="module", params=[None, "rms_norm_across_heads"], ids=["sana", "sana1.5"])
 def folder(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny-sana")
-    dit_builders.sana_pipeline(qk_norm=request.param).save_pretrained(folder)
+    options = {"qk_norm": request.param} if request.param else {}
+    if not options.keys() <= dit_builders.SANA_OPTIONS.keys():
+        pytest.skip("this diffusers has no Sana 1.5")
+    dit_builders.sana_pipeline(**options).save_pretrained(folder)
     return folder
 
 
@@ -219,9 +222,10 @@ def test_steps_of_another_kind_are_refused_in_parts_too(folder):
     few = FlowMatchEulerDiscreteScheduler(num_train_timesteps=500)
     with pytest.raises(BackboneError, match="told their noise level in 1000 steps"):
         Sana(name="mixed", **own, scheduler=few)
-    sprint = dit_builders.sana_pipeline(guidance_embeds=True).transformer
-    with pytest.raises(BackboneError, match="Sana-Sprint, distilled of guided"):
-        Sana(name="sprint", **{**own, "transformer": sprint}, scheduler=parts.scheduler)
+    if "guidance_embeds" in dit_builders.SANA_OPTIONS:
+        sprint = dit_builders.sana_pipeline(guidance_embeds=True).transformer
+        with pytest.raises(BackboneError, match="Sana-Sprint, distilled of guided"):
+            Sana(name="sprint", **{**own, "transformer": sprint}, scheduler=parts.scheduler)
 
 
 def test_flow_mixes_noise_in_without_the_shift_of_sampling():

@@ -53,6 +53,8 @@ def plain_pass(pipe, text, timestep, names=TAPS, **options):
     states, _, pooled, _ = pipe.encode_prompt(
         text, text, text, do_classifier_free_guidance=False, **options
     )
+    if pipe.text_encoder_3 is None:  # diffusers 0.32 has 77 zeros there, later ones 256
+        states = torch.nn.functional.pad(states, (0, 0, 0, 77 + 256 - states.shape[1]))
     flows = []
     outputs = hooked(
         pipe.transformer,

@@ -435,6 +435,7 @@ def look_words(case: Case) -> None:
 
 
 def transformers_tower(case: Case) -> None:
+    import tiny_llava  # noqa: F401  # skips where transformers is too old for it
     from diffenc.hosts.transformers import DiffEncConfig
 
     DiffEncConfig(f"diffenc:{case.folder}")

@@ -145,7 +145,7 @@ def own_tokens(ids: Tensor) -> Tensor:
 
 def taught_by(folder: Path) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """What the trained U-Net of a model predicts."""
-    unet = UNet2DConditionModel.from_pretrained(folder / "unet", dtype=torch.float32).eval()
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet").float().eval()
     unet.requires_grad_(False)
     return torch.no_grad()(partial(call_unet, unet))
 

@@ -91,7 +91,7 @@ def build(tokenizer: CLIPTokenizer, size: int = 64) -> CLIPModel:
 
 def begin_from(model: CLIPModel, folder: Path) -> None:
     """Take over a trained model's weights, its positions drawn out to the new grid."""
-    state = CLIPModel.from_pretrained(folder, dtype=torch.float32).state_dict()
+    state = CLIPModel.from_pretrained(folder).float().state_dict()
     name = "vision_model.embeddings.position_embedding.weight"
     whole, places = state[name][:1], state[name][1:]
     before = math.isqrt(len(places))
