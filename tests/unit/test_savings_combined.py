@@ -266,7 +266,8 @@ def test_a_picture_that_is_edited_in_place_is_another_one(tiny_sd_folder, part):
     after = encoder.extract(shown, TEXTS)[TAPS[1]]
     expected = DiffusionEncoder(encoder.backbone, config, use_cache=False).extract(shown, TEXTS)
     # The edited picture is read alone, which rounds otherwise than beside another one.
-    torch.testing.assert_close(after, expected[TAPS[1]], atol=4e-6, rtol=1e-6)
+    off = (after - expected[TAPS[1]]).norm() / expected[TAPS[1]].norm()
+    assert off < 1e-6
     assert not torch.allclose(after[0], before[0], atol=1e-4)
     torch.testing.assert_close(after[1], before[1], atol=1e-6, rtol=1e-6)
 
