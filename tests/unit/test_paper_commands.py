@@ -91,7 +91,8 @@ def parsed(line):
             command = command.commands[words.pop(0)]
         options = command.make_context(command.name, words, parent=context).params
     # Older typer makes paths of them only for the function itself.
-    paths = {each.name for each in command.params if "Path" in type(each.type).__name__}
+    kinds = {each.name: type(getattr(each, "type", None)).__name__ for each in command.params}
+    paths = {name for name, kind in kinds.items() if "Path" in kind}
     return {
         name: Path(value) if name in paths and isinstance(value, str) else value
         for name, value in options.items()
