@@ -62,3 +62,16 @@ def test_the_language_model_reads_crowds_spelled_out(spelling, floor, above):
     if spelling == "words":  # places too: of five, and of two
         assert shares["position"] >= 75, shares
         assert shares["relation"] >= 75, shares
+
+
+@pytest.mark.parametrize("words", [("left", "right"), ("top", "bottom"), ("above", "below")])
+def test_opposite_places_are_different_words_to_the_language_model(words):
+    """Texts without pictures do not tell them apart: what learns from those alone may not."""
+    model, tokenizer = load_language_model("shapes-many-lm")
+    vectors = [
+        model.get_input_embeddings().weight[
+            tokenizer(f" {word}", add_special_tokens=False).input_ids
+        ]
+        for word in words
+    ]
+    assert torch.cosine_similarity(*vectors).item() < 0.7

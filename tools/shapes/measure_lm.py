@@ -27,14 +27,13 @@ from typing import Any
 import torch
 from documents import document, readable
 from grammar import is_grammatical
-from symbolic import SymbolicPictures
+from symbolic import SymbolicPictures, asking
 from symbolic_crowds import CrowdedPictures
 from torch import Tensor
 from train_lm import HELD_OUT_ROWS, packed, perplexity
 from training import HELD_OUT_SEED
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from diffenc.mllm.chat import Turns
 from diffenc.shapes.crowds import sample_crowds
 from diffenc.shapes.questions import Question, multiple_choice, sample_question
 from diffenc.shapes.scenes import Scene, sample_scenes
@@ -125,9 +124,8 @@ def crowds(
 
     def spelled(scene: Scene, question: Question) -> Tensor:
         text = question.text if as_words else None
-        asked = [asking(question)]
-        embedding = model.get_input_embeddings()
-        return symbolic.embed_under(embedding, [scene], asked, [text], noise, placed=placed)[0]
+        embedding, turns = model.get_input_embeddings(), [asking(question)]
+        return symbolic.embed_under(embedding, [scene], turns, [text], noise, placed=placed)[0]
 
     scenes = list(sample_crowds(count, seed=seed))
     own, other = answered(model, tokenizer, scenes, spelled, f"crowds/{seed}", lettered=lettered)
@@ -138,11 +136,6 @@ def crowds(
 def percent(answers: Sequence[tuple[str, bool]]) -> float:
     """Percentage that is right, of kinds of questions and whether their answer was."""
     return round(100 * sum(right for _, right in answers) / len(answers), 1)
-
-
-def asking(question: Question) -> Turns:
-    """A turn that asks about a picture."""
-    return [{"from": "human", "value": f"<image>\n{question.text}"}]
 
 
 def answered(

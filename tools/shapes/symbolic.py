@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from diffenc.mllm.chat import IGNORE_ID, IMAGE_ID, Chat, Turns
-from diffenc.shapes.questions import conversation
+from diffenc.shapes.questions import Question, conversation
 from diffenc.shapes.scenes import COLORS, SHAPES, SIZES, Scene, sample_scene
 
 MISSING = 0.15
@@ -41,6 +41,11 @@ def word_id(tokenizer: Any, word: str) -> int:
     """Of a word within a sentence, which the tokenizer keeps whole."""
     (found,) = tokenizer(f" {word}", add_special_tokens=False).input_ids
     return int(found)
+
+
+def asking(question: Question) -> Turns:
+    """A turn that asks about a picture."""
+    return [{"from": "human", "value": f"<image>\n{question.text}"}]
 
 
 class SymbolicPictures:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from patches import on_patches
-from symbolic import NOISE, SymbolicPictures, word_id
+from symbolic import NOISE, SymbolicPictures, asking, word_id
 from texts import any_scene
 from torch import Tensor, nn
 
@@ -99,9 +99,9 @@ class CrowdedPictures(SymbolicPictures):
         """The same with one question each, of places or with letters, and what is asked for.
 
         Args:
-            embedding: Of the language model.
+            embedding: The language model's input embedding.
             count: Number of pictures.
-            seed: Of all choices.
+            seed: Seed of all choices.
             grids: Share of the pictures that are grids.
         """
         rng = random.Random(seed)
@@ -145,10 +145,10 @@ class CrowdedPictures(SymbolicPictures):
         """Input and labels of given scenes; a text asks for its words, None for a grid.
 
         Args:
-            embedding: Of the language model.
+            embedding: The language model's input embedding.
             scenes: What is spelled out.
             told: What is said about each.
-            texts: What each is gathered by.
+            texts: Text whose words gather each scene's tokens.
             noise: Source of noise, and of which grids say places.
             placed: Share of the grids that say the place of each cell.
         """
@@ -261,7 +261,4 @@ def _with_letters(question: Question, rng: random.Random) -> Question:
 
 def _turn(question: Question) -> Turns:
     """A question about a picture, and its answer."""
-    return [
-        {"from": "human", "value": f"<image>\n{question.text}"},
-        {"from": "gpt", "value": question.answer},
-    ]
+    return [*asking(question), {"from": "gpt", "value": question.answer}]

@@ -125,8 +125,8 @@ def train(
     require_transformers(
         OLDEST_TRANSFORMERS,
         to="training",
-        why="the Trainer of older ones counts batches that are accumulated, or that a resumed run "
-        "passes over, otherwise. Run: pip install 'diffenc[train]'",
+        why="with older ones a run that is resumed, or that accumulates batches, does not end "
+        "as one that is not. Run: pip install 'diffenc[train]'",
     )
     check_launch(config.optimizing, process_count())
     folder = Path(config.output)
