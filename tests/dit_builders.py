@@ -40,6 +40,7 @@ from builders import WORDS, seeded, tiny_tokenizer
 
 SANA_OPTIONS = inspect.signature(SanaTransformer2DModel.__init__).parameters
 """Those that diffusers knows: 0.32 has neither a factor of times nor norms of queries and keys."""
+SANA_TIME_SCALE = 0.5 if "timestep_scale" in SANA_OPTIONS else 1.0
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789,.'"
 
 
@@ -166,7 +167,7 @@ def sana_pipeline(**options: Any) -> SanaPipeline:
                 "cross_attention_dim": 32,
                 "caption_channels": 16,
                 "sample_size": 8,
-                **({"timestep_scale": 0.5} if "timestep_scale" in SANA_OPTIONS else {}),
+                **({"timestep_scale": SANA_TIME_SCALE} if SANA_TIME_SCALE != 1.0 else {}),
                 **options,
             }
         )

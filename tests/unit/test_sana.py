@@ -61,7 +61,7 @@ def plain(folder):
                     noisy,
                     encoder_hidden_states=states,
                     encoder_attention_mask=mask,
-                    timestep=torch.tensor([float(timestep)]) * 0.5,
+                    timestep=torch.tensor([float(timestep)]) * dit_builders.SANA_TIME_SCALE,
                     return_dict=False,
                 )[0]
             ),
