@@ -5,6 +5,8 @@ ARGS ?=
 WORKERS ?= 2
 # Tests that need no other machine and no hour, `long` ones included.
 LOCAL := not gpu and not slow and not network
+# The lower bounds of the extra `train`, beside those of constraints-oldest.txt.
+OLDEST_TRAIN = $(shell sed -n 's/^train = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",' | sed 's/>=/==/g')
 # Checkout of LLaVA for `make hosts`; the default one is fetched.
 LLAVA ?= .hosts/LLaVA
 # Folder of checkouts of LLaVA's forks for `make forks`, by the names that tests/fork_recipes.py has.
@@ -23,10 +25,10 @@ REQUIREMENTS := pyproject.toml constraints.txt src/diffenc/_version.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo notebooks results test test-long test-shapes test-oldest app ray lmms hosts forks lint format types layers docs wheel check gpu clean
+.PHONY: help demo notebooks results test test-long test-shapes test-oldest test-oldest-train app ray lmms hosts forks lint format types layers docs wheel check gpu clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "PYTHON=python3.12 picks the interpreter for $(VENV); ARGS='-k name' is passed on to demo, notebooks and test."
 
 demo: $(PACKAGE_STAMP)  ## Ask three questions of a bundled picture, and draw what each lights up in diffenc-demo.png
@@ -52,6 +54,14 @@ test-oldest: | $(BIN)/python  ## Run the unit and integration tests with the old
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt \
 		--editable ".[viz,parquet]" accelerate pytest pytest-timeout
 	.venv-oldest/bin/python -m pytest -m "$(LOCAL)" -W default tests/unit tests/integration $(ARGS)
+
+test-oldest-train: | $(BIN)/python  ## Run the tests of training and of transformers' classes with the oldest versions for training
+	test -d .venv-oldest-train || $(PYTHON) -m venv .venv-oldest-train
+	.venv-oldest-train/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt \
+		--editable ".[viz,parquet]" pytest pytest-timeout
+	.venv-oldest-train/bin/python -m pip install --quiet --disable-pip-version-check $(OLDEST_TRAIN)
+	.venv-oldest-train/bin/python -m pytest -m "$(LOCAL)" -W default -k "train or vlm or transformers" \
+		tests/unit tests/integration $(ARGS)
 
 app: | $(BIN)/python  ## Open the page of `diffenc app` in a headless Chromium, in an environment of its own
 	test -d .venv-app || $(PYTHON) -m venv .venv-app

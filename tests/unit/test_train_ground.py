@@ -405,6 +405,7 @@ def test_a_config_is_written_and_read_again(tmp_path):
     assert lasting.annotations.startswith("/")
 
 
+@trains
 def test_joint_families_are_refused_before_anything_is_written(parts, tmp_path):
     import dit_builders
 
