@@ -476,9 +476,8 @@ COMPLETE = {
 
 
 def padded() -> dict[str, object]:
-    return (
-        {"processor_kwargs": {"padding": True}} if tiny_llava.VERSION >= (5,) else {"padding": True}
-    )
+    options: dict[str, object] = {"padding": True}
+    return {"processor_kwargs": options} if tiny_llava.VERSION >= (5, 4) else options
 
 
 needs_pictures_in_chats = pytest.mark.skipif(
@@ -510,7 +509,7 @@ def test_prompts_of_a_chat_win_over_its_question(asking):
         asking.apply_chat_template(messages, prompts="a red star")
 
 
-@pytest.mark.skipif(tiny_llava.VERSION < (5,), reason="older pipelines drop arguments of chats")
+@pytest.mark.skipif(tiny_llava.VERSION < (5, 5), reason="older pipelines drop arguments of chats")
 def test_the_pipeline_shows_the_question_of_a_chat_to_the_tower(model, asking):
     pipe = pipeline("image-text-to-text", model=model, processor=asking)
     rows = []

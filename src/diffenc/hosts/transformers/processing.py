@@ -140,7 +140,7 @@ class _MakesPrompts:
             if "processor_kwargs" in inspect.signature(parent.apply_chat_template).parameters:
                 options = {**(kwargs.pop("processor_kwargs", None) or {})}
                 kwargs["processor_kwargs"] = {"prompts": prompts, **options}
-            else:  # before transformers 5 all of it goes to the processor
+            else:  # before transformers 5.4 all of it goes to the processor
                 kwargs["prompts"] = prompts
         made = parent.apply_chat_template(conversation, chat_template, tokenize=tokenize, **kwargs)
         if prompts is not None and PROMPT_ARGUMENTS[0] not in made and _shows(conversation):
