@@ -131,37 +131,6 @@ def test_places_are_pulled_apart_and_nothing_else_is_moved(tools, tokenizer, emb
     assert sorted(moved) == sorted(tokenizer(f" {words}", add_special_tokens=False).input_ids)
 
 
-@pytest.mark.parametrize("grids", [0.0, 1.0])
-def test_practice_asks_of_places_and_letters_alone(tools, tokenizer, embedding, grids):
-    pictures = tools["symbolic_crowds"].CrowdedPictures(tokenizer)
-    states, labels, kinds = pictures.practice(embedding, 40, "seed", grids=grids)
-    assert set(kinds) == {"position", "relation", "letters"}
-    words = {"position": {"on", "at", "in"}, "relation": {"yes", "no"}, "letters": {"("}}
-    for kind, row in zip(kinds, labels, strict=True):
-        first = tokenizer.decode(row[row != -100][:1]).strip()
-        assert any(first.startswith(word) for word in words[kind])
-    assert (states.shape[1] > 64) is bool(grids)
-
-
-def test_practice_pulls_places_apart_trains_and_goes_on_where_it_was(tools, tmp_path, monkeypatch):
-    model, tokenizer = load_language_model("shapes-lm")
-    before = model.get_input_embeddings().weight.detach().clone()
-    pictures = tools["symbolic_crowds"].CrowdedPictures(tokenizer)
-    monkeypatch.setattr(tools["train_lm"], "READING_BATCH", 4)
-
-    def practise():
-        tools["train_lm"].practise(model, pictures, 2, tmp_path, bfloat16=False)
-        return model.get_input_embeddings().weight.detach().clone()
-
-    after = practise()
-    moved = (after - before).norm(dim=1)
-    words = " left right top bottom above below"
-    places = tokenizer(words, add_special_tokens=False).input_ids
-    assert moved[places].min() > 1
-    assert 0 < moved[tokenizer(" red", add_special_tokens=False).input_ids[0]] < 0.1
-    torch.testing.assert_close(practise(), after)  # nothing is left to do in this folder
-
-
 def test_tokens_of_words_say_what_the_words_name_and_where(spell, tokenizer, embedding):
     tokens = spell("is the blue circle left of the star?")
     cells, words = tokens[:4], tokens[4:]

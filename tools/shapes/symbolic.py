@@ -57,7 +57,7 @@ class SymbolicPictures:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self._chat = Chat(tokenizer, "chat")
+        self.chat = Chat(tokenizer, "chat")
 
     def batch(self, embedding: nn.Embedding, count: int, seed: str) -> tuple[Tensor, Tensor]:
         """Embeddings (b t width) and labels (b t), of the answers alone, of random scenes."""
@@ -83,7 +83,7 @@ class SymbolicPictures:
         self, embedding: nn.Embedding, pictures: Sequence[Tensor], told: Sequence[Turns]
     ) -> tuple[Tensor, Tensor]:
         """Input and labels of pictures' tokens (n width) and what is said about them."""
-        chats = [self._chat.encode(turns) for turns in told]
+        chats = [self.chat.encode(turns) for turns in told]
         states, labels = [], []
         for chat, picture in zip(chats, pictures, strict=True):
             place = chat.input_ids.index(IMAGE_ID)

@@ -8,8 +8,7 @@ too, as features may; of the others it is the cell's turn in the row.
 
 Places are said as the answers to them are, by the words "left", "right", "top", "bottom" and
 "middle". Texts give a language model no reason to tell "left" from "right": where one stands, the
-other would do. `pull_apart` makes them differ, and `practice` asks of nothing but what is hard to
-begin with.
+other would do. `pull_apart` makes them differ.
 """
 
 import random
@@ -28,7 +27,6 @@ from diffenc.shapes.captions import captions
 from diffenc.shapes.phrases import named_objects
 from diffenc.shapes.questions import (
     Question,
-    QuestionKind,
     conversation,
     multiple_choice,
     questions,
@@ -49,10 +47,6 @@ LOUDNESS = 3.0
 """What an edge's word weighs, a picture's side away from the middle."""
 MIDDLE = 0.2
 """How far from the middle its word is heard, in sides of a picture."""
-PRACTISED: tuple[QuestionKind, ...] = ("position", "relation", "relation")
-"""Kinds of questions whose answers are places; relations take longer."""
-LETTERED = 0.4
-"""Share of practised questions that ask for another thing, with lettered options."""
 
 
 def pull_apart(embedding: nn.Embedding, tokenizer: Any) -> None:
@@ -93,44 +87,11 @@ class CrowdedPictures(SymbolicPictures):
             texts.append(self._prompt(scene, talk, rng) if few else None)
         return self.embed_under(embedding, scenes, talks, texts, noise)
 
-    def practice(
-        self, embedding: nn.Embedding, count: int, seed: str, *, grids: float
-    ) -> tuple[Tensor, Tensor, list[str]]:
-        """The same with one question each, of places or with letters, and what is asked for.
-
-        Args:
-            embedding: The language model's input embedding.
-            count: Number of pictures.
-            seed: Seed of all choices.
-            grids: Share of the pictures that are grids.
-        """
-        rng = random.Random(seed)
-        noise = torch.Generator().manual_seed(rng.getrandbits(32))
-        scenes: list[Scene] = []
-        talks, texts = [], []
-        kinds: list[str] = []
-        while len(scenes) < count:
-            scene = any_scene(rng, CROWDS)
-            lettered = rng.random() < LETTERED
-            pool = ("color", "shape", "size") if lettered else PRACTISED
-            kind = rng.choice(pool)
-            every = questions(scene, seed=rng.getrandbits(32))
-            if not (fitting := [question for question in every if question.kind == kind]):
-                continue
-            question = rng.choice(fitting)
-            if lettered:
-                question = _with_letters(question, rng)
-            scenes.append(scene)
-            talks.append(_turn(question))
-            texts.append(None if rng.random() < grids else question.text)
-            kinds.append("letters" if lettered else kind)
-        return (*self.embed_under(embedding, scenes, talks, texts, noise), kinds)
-
     def _one_turn(self, scene: Scene, rng: random.Random) -> Turns:
         talk = conversation(scene, turns=1, even=True, seed=rng.getrandbits(32))
         if rng.random() >= 0.25:
             return talk
-        return _turn(_with_letters(rng.choice(questions(scene, seed=rng.getrandbits(32))), rng))
+        return _turn(with_letters(rng.choice(questions(scene, seed=rng.getrandbits(32))), rng))
 
     def embed_under(
         self,
@@ -156,9 +117,7 @@ class CrowdedPictures(SymbolicPictures):
         pictures = [
             self._grid(embedding, scene, placed=say)
             if text is None
-            else torch.cat(
-                [self._grid(embedding, scene, FEW), self._words(embedding, scene, text, noise)]
-            )
+            else self._cells_and_words(embedding, scene, text, noise)
             for scene, text, say in zip(scenes, texts, say_places, strict=True)
         ]
         scale = NOISE * embedding.weight.detach().square().mean().sqrt()
@@ -207,16 +166,17 @@ class CrowdedPictures(SymbolicPictures):
         rows, columns = torch.meshgrid(steps, steps, indexing="ij")
         return grid + self._places(embedding, torch.stack([columns, rows], -1).flatten(0, 1))
 
-    def _words(
+    def _cells_and_words(
         self, embedding: nn.Embedding, scene: Scene, text: str, noise: torch.Generator
     ) -> Tensor:
-        """Tokens of up to eight words in the order of the text, zeros after them (8 width)."""
+        """Four cells, then tokens of up to eight words in the order of the text, then zeros."""
+        cells = self._grid(embedding, scene, FEW)
         words = re.findall(r"\w+", text)
         named = named_objects(scene, words)
         order = torch.randperm(len(words), generator=noise).tolist()
         first = sorted(order, key=lambda place: not named[place])
         objects = self._objects(embedding, scene)
-        whole = self._grid(embedding, scene).mean(0)
+        whole = cells.mean(0)
         middle = self._places(embedding, torch.tensor([[0.5, 0.5]]))[0]
         tokens = []
         for place in sorted(first[:WORDS]):
@@ -229,7 +189,7 @@ class CrowdedPictures(SymbolicPictures):
             else:
                 tokens.append(whole + middle)
         missing = embedding.weight.new_zeros(WORDS - len(tokens), embedding.embedding_dim)
-        return torch.cat([torch.stack(tokens), missing]) if tokens else missing
+        return torch.cat([cells, *(token[None] for token in tokens), missing])
 
     def _alike(self, scene: Scene, words: Sequence[str], place: int) -> tuple[int, ...]:
         """For a shape word that names nothing here: what has the shape, or else the colour."""
@@ -255,7 +215,8 @@ class CrowdedPictures(SymbolicPictures):
         return places
 
 
-def _with_letters(question: Question, rng: random.Random) -> Question:
+def with_letters(question: Question, rng: random.Random) -> Question:
+    """The same question with two to four lettered options."""
     return multiple_choice(question, rng, options=rng.choice((2, 2, 3, 4)))
 
 

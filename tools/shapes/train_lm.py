@@ -24,6 +24,7 @@ import random
 import shutil
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,9 @@ from documents import document, lettered, readable
 from safetensors.torch import load_file, save_file
 from symbolic import SymbolicPictures
 from symbolic_crowds import CROWDS, CrowdedPictures, pull_apart
+from symbolic_practice import LESSONS, PracticePictures, lesson_at
 from texts import any_scene
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from training import VALIDATION_SEED, Run
@@ -42,6 +44,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 HIDDEN, LAYERS, HEADS, INNER = 128, 4, 4, 448
 HELD_OUT_ROWS = 64
 READING_BATCH = 64
+HINTED_LAYER = LAYERS // 2
+SPREAD_OF_PLACES = 0.05
+"""Mean squared distance of things from the middle, along one side."""
 IGNORED = -100
 
 
@@ -143,32 +148,91 @@ def learn_to_look_back(model: LlamaForCausalLM, tokenizer: Any, steps: int, fold
     run.swap_average()
 
 
+class Hints(nn.Module):
+    """Loss on states in the middle of the model, which teaches it the step between.
+
+    Args:
+        width: Width of the states.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.place = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2))
+
+    def forward(self, states: Tensor, places: Tensor) -> Tensor:
+        """How far states (b t width) are from telling the places (n 4), in shares of guessing."""
+        rows, tokens = places[:, :2].long().unbind(1)
+        away: Tensor = self.place(states[rows, tokens].float()) - places[:, 2:]
+        return away.square().mean() / SPREAD_OF_PLACES
+
+
 def practise(
-    model: LlamaForCausalLM, pictures: CrowdedPictures, steps: int, folder: Path, *, bfloat16: bool
+    model: LlamaForCausalLM,
+    pictures: PracticePictures,
+    steps: int,
+    folder: Path,
+    *,
+    lr: float,
+    bfloat16: bool,
 ) -> None:
-    """Train on questions of places and letters alone; after a third of the steps, on grids too."""
+    """Train on what `symbolic_practice.py` asks for, lesson by lesson."""
     embedding = model.get_input_embeddings()
     pull_apart(embedding, pictures.tokenizer)
-    # twice the steps: the rate does not come down all the way, since training goes on after it
-    run = Run(folder, {"model": model}, steps=2 * steps, lr=1e-3, ema_decay=0.99, warmup=50)
+    torch.manual_seed(0)
+    hints = Hints(model.config.hidden_size)
+    # more steps: the rate does not come down all the way, since training goes on after it
+    run = Run(
+        folder,
+        {"model": model, "hints": hints},
+        steps=steps * 5 // 4,
+        lr=lr,
+        ema_decay=0.99,
+        warmup=50,
+    )
     right: dict[str, list[bool]] = defaultdict(list)
     while run.step < steps:
-        grids = 0.0 if run.step < steps / 3 else 0.5
-        seed = f"practice/{run.step}"
-        states, labels, kinds = pictures.practice(embedding, READING_BATCH, seed, grids=grids)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-            logits = model(inputs_embeds=states[:, :-1], use_cache=False).logits.float()
-        targets = labels[:, 1:]
-        run.update(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED))
-        whole = ((logits.argmax(-1) == targets) | (targets == IGNORED)).all(1)
-        for kind, answered in zip(kinds, whole.tolist(), strict=True):
-            right[kind].append(answered)
+        lesson = lesson_at(run.step / steps)
+        losses, hinted = [], []
+        for practice in pictures.batches(embedding, f"practice/{run.step}", lesson):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                told = model(
+                    inputs_embeds=practice.states[:, :-1],
+                    use_cache=False,
+                    output_hidden_states=True,
+                )
+            logits, targets = told.logits.float(), practice.labels[:, 1:]
+            losses.append(
+                F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+            )
+            hinted.append(hints(told.hidden_states[HINTED_LAYER], practice.places))
+            for kinds, whole in zip(practice.kinds, whole_answers(logits, targets), strict=True):
+                for kind, answered in zip(kinds, whole, strict=True):
+                    right[kind].append(answered)
+        loss, hint = torch.stack(losses).sum(), torch.stack(hinted).mean()
+        run.update(loss + hint)
         if run.step % 50 == 0:
-            run.log(**{kind: round(100 * sum(each) / len(each)) for kind, each in right.items()})
+            shares = {kind: round(100 * sum(each) / len(each)) for kind, each in right.items()}
+            run.log(loss=round(loss.item(), 3), hint=round(hint.item(), 3), **shares)
             right.clear()
         if run.step % 200 == 0 or run.step == steps:
             run.save()
     run.swap_average()
+
+
+def whole_answers(logits: Tensor, targets: Tensor) -> list[list[bool]]:
+    """For each answer of each row, whether all its tokens are the likeliest."""
+    asked = targets != IGNORED
+    same = (logits.argmax(-1) == targets).tolist()
+    rows = []
+    for row, mask in zip(same, asked.tolist(), strict=True):
+        answers: list[bool] = []
+        for place, inside in enumerate(mask):
+            if inside and not (place and mask[place - 1]):
+                answers.append(True)
+            if inside:
+                answers[-1] = answers[-1] and row[place]
+        rows.append(answers)
+    return rows
 
 
 @torch.no_grad()
@@ -185,8 +249,19 @@ def picture_loss(
     model: LlamaForCausalLM, pictures: SymbolicPictures, count: int, seed: str
 ) -> Tensor:
     """Mean cross-entropy of what is said about symbolic pictures."""
-    embedding = model.get_input_embeddings()
-    states, labels = pictures.batch(embedding, count, seed)
+    return spelled_loss(model, *pictures.batch(model.get_input_embeddings(), count, seed))
+
+
+def practice_loss(model: LlamaForCausalLM, pictures: PracticePictures, seed: str) -> Tensor:
+    """The same of the last lesson of the practice, half as many."""
+    lesson = LESSONS[-1]
+    few = replace(lesson, words=lesson.words // 2, grids=lesson.grids // 2)
+    batches = pictures.batches(model.get_input_embeddings(), seed, few)
+    return torch.stack([spelled_loss(model, each.states, each.labels) for each in batches]).mean()
+
+
+def spelled_loss(model: LlamaForCausalLM, states: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of labels (b t) after states (b t width)."""
     logits = model(inputs_embeds=states[:, :-1], use_cache=False).logits
     return F.cross_entropy(
         logits.flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED
@@ -224,6 +299,7 @@ def main() -> None:
         "--crowds", action="store_true", help="scenes of up to nine objects, on grids and as words"
     )
     parser.add_argument("--practice-steps", type=int, default=1500, help="before, with --crowds")
+    parser.add_argument("--practice-lr", type=float, default=2e-3)
     parser.add_argument("--options", type=int, default=0, help="lettered questions in a step")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--start", type=Path, help="folder with weights; none is read otherwise")
@@ -249,14 +325,21 @@ def main() -> None:
     elif not (options.run / "state.pt").exists():
         folder = options.run.with_name(f"{options.run.name}-reading")
         learn_to_look_back(model, tokenizer, options.reading_steps, folder)
-    pictures = CrowdedPictures(tokenizer) if options.crowds else SymbolicPictures(tokenizer)
-    if (
-        isinstance(pictures, CrowdedPictures)
-        and options.practice_steps
-        and not (options.run / "state.pt").exists()
-    ):
+    pictures: SymbolicPictures = SymbolicPictures(tokenizer)
+    practice = None
+    if options.crowds:
+        pictures = crowds = CrowdedPictures(tokenizer)
+        practice = PracticePictures(crowds)
+    if practice and options.practice_steps and not (options.run / "state.pt").exists():
         folder = options.run.with_name(f"{options.run.name}-practice")
-        practise(model, pictures, options.practice_steps, folder, bfloat16=options.bfloat16)
+        practise(
+            model,
+            practice,
+            options.practice_steps,
+            folder,
+            lr=options.practice_lr,
+            bfloat16=options.bfloat16,
+        )
     run = Run(
         options.run,
         {"model": model},
@@ -265,14 +348,16 @@ def main() -> None:
         ema_decay=0.995,
         warmup=100,
     )
-    crowds = CROWDS if options.crowds else 0.0
+    share = CROWDS if options.crowds else 0.0
     held_out = packed(tokenizer, f"lm/{VALIDATION_SEED}", HELD_OUT_ROWS, options.context)
     while run.step < options.steps:
-        rows = packed(tokenizer, f"lm/{run.step}", options.batch, options.row, crowds=crowds)
+        rows = packed(tokenizer, f"lm/{run.step}", options.batch, options.row, crowds=share)
         with torch.autocast("cpu", torch.bfloat16, enabled=options.bfloat16):
             loss = next_token_loss(model, rows)
             seen = picture_loss(model, pictures, options.pictures, f"pictures/{run.step}")
             parts = {"loss": loss, "pictures": seen}
+            if practice:
+                parts["practice"] = practice_loss(model, practice, f"practised/{run.step}")
             if options.options:
                 seed = f"options/{run.step}"
                 parts["options"] = options_loss(model, tokenizer, options.options, seed)
