@@ -192,8 +192,6 @@ def _talk(scene: Scene, rng: random.Random, on_grids: tuple[str, ...] | None) ->
 
 def _pair(scene: Scene, rng: random.Random) -> str | None:
     """How two things lie, told from one to the other."""
-    if len(scene.objects) < 2:
-        return None
     first, second = rng.sample(range(len(scene.objects)), 2)
     relation = scene.relation(first, second)
     if relation is None:

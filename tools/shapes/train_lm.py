@@ -325,11 +325,9 @@ def main() -> None:
     elif not (options.run / "state.pt").exists():
         folder = options.run.with_name(f"{options.run.name}-reading")
         learn_to_look_back(model, tokenizer, options.reading_steps, folder)
-    pictures: SymbolicPictures = SymbolicPictures(tokenizer)
-    practice = None
-    if options.crowds:
-        pictures = crowds = CrowdedPictures(tokenizer)
-        practice = PracticePictures(crowds)
+    crowds = CrowdedPictures(tokenizer) if options.crowds else None
+    pictures = crowds or SymbolicPictures(tokenizer)
+    practice = PracticePictures(crowds) if crowds else None
     if practice and options.practice_steps and not (options.run / "state.pt").exists():
         folder = options.run.with_name(f"{options.run.name}-practice")
         practise(
