@@ -1,5 +1,7 @@
 """What the miniature language model practises on spelled-out pictures, and the hints it gets."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -132,6 +134,39 @@ def test_both_things_of_a_relation_are_hinted_in_the_order_of_the_question(
         assert (away[between] > 0) is (answers_of(tokenizer, batch.labels[row])[0] == "yes")
         compared += 1
     assert compared > 3
+
+
+@pytest.mark.parametrize("words", [False, True])
+def test_beside_everything_places_are_asked_with_letters_too(
+    tools, pictures, embedding, tokenizer, words
+):
+    lesson = replace(
+        tools["symbolic_practice"].AFTERWARDS, words=60 * words, grids=60 * (not words), placed=0.0
+    )
+    (batch,) = pictures.batches(embedding, "seed", lesson)
+    ids = (batch.states @ embedding.weight.T).argmax(-1)
+    checked = 0
+    for row, kinds in enumerate(batch.kinds):
+        if kinds[0] != "letters of places":
+            continue
+        asked = tokenizer.decode(ids[row]).partition("<|assistant|>")[0].partition("?")
+        (letter,) = answers_of(tokenizer, batch.labels[row])[:1]
+        option = asked[2].partition(letter)[2].partition("(")[0].split()
+        x, y = batch.places[batch.places[:, 0] == row][0, 2:].tolist()
+        if "where" in asked[0]:
+            for word, holds in (
+                ("left", x < 0),
+                ("right", x > 0),
+                ("top", y < 0),
+                ("bottom", y > 0),
+            ):
+                assert holds or word not in option
+        else:
+            assert option in (["yes"], ["no"])
+        checked += 1
+    assert checked > 3
+    kinds = {kind for kinds in batch.kinds for kind in kinds}
+    assert kinds >= {"letters", "letters of places", "position", "relation"}
 
 
 def test_grids_say_places_and_show_crowds_as_the_lesson_wants(tools, tokenizer, practice):

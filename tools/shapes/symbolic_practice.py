@@ -9,7 +9,7 @@ where the thing is. Each picture is talked about in several turns, since it is w
 import random
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,8 +26,9 @@ from diffenc.shapes.scenes import SHAPES, Scene
 TURNS = 5
 """Most turns about a grid; tokens of words are those of one question."""
 ATTRIBUTES = ("color", "shape", "size")
-"""Kinds of questions that are asked with lettered options too."""
 PLACES = ("position", "relation", "relation")
+LETTERED = {"letters": ATTRIBUTES, "letters of places": PLACES}
+"""Kinds of questions that are asked with lettered options, each as often as it stands there."""
 ON_GRIDS = (*PLACES, "pair", "pair", "color", "letters")
 IN_WORDS = (*PLACES, "letters", "letters")
 NOUNS = (*SHAPES, "object")
@@ -44,6 +45,7 @@ class Lesson:
         placed: Share of grids whose cells say their places.
         crowds: Share of grids with many objects.
         kinds: Kinds of questions about grids, each as often as it stands there.
+        in_words: Kinds of questions about tokens of words, likewise.
     """
 
     until: float
@@ -52,6 +54,7 @@ class Lesson:
     placed: float
     crowds: float
     kinds: tuple[str, ...] = ON_GRIDS
+    in_words: tuple[str, ...] = IN_WORDS
 
 
 LESSONS = (
@@ -60,6 +63,16 @@ LESSONS = (
     Lesson(until=0.72, words=16, grids=28, placed=0.5, crowds=0.0),
     Lesson(until=1.0, words=16, grids=28, placed=0.5, crowds=CROWDS),
 )
+AFTERWARDS = Lesson(
+    until=1.0,
+    words=8,
+    grids=14,
+    placed=0.5,
+    crowds=CROWDS,
+    kinds=(*ON_GRIDS, "letters of places"),
+    in_words=(*IN_WORDS, "letters of places"),
+)
+"""What is practised on beside everything else."""
 
 
 def lesson_at(progress: float) -> Lesson:
@@ -116,31 +129,45 @@ class PracticePictures:
     def batches(self, embedding: nn.Embedding, seed: str, lesson: Lesson) -> Iterator[Practice]:
         """Talks about random pictures: those of words, and those of grids, which are longer."""
         if lesson.words:
-            yield self._batch(embedding, f"words/{seed}", lesson.words, None)
+            yield self._about_words(embedding, f"words/{seed}", lesson)
         if lesson.grids:
-            yield self._batch(embedding, f"grids/{seed}", lesson.grids, lesson)
+            yield self._about_grids(embedding, f"grids/{seed}", lesson)
 
-    def _batch(
-        self, embedding: nn.Embedding, seed: str, count: int, grids: Lesson | None
-    ) -> Practice:
+    def _about_words(self, embedding: nn.Embedding, seed: str, lesson: Lesson) -> Practice:
+        """One turn about the tokens of its question's words."""
         rng = random.Random(seed)
         noise = torch.Generator().manual_seed(rng.getrandbits(32))
-        scenes: list[Scene] = []
-        talks: list[list[_Turn]] = []
-        while len(scenes) < count:
-            scene = any_scene(rng, CROWDS if grids is None else grids.crowds)
-            if len(scene.objects) < 2:
-                continue
-            if talk := list(_talk(scene, rng, None if grids is None else grids.kinds)):
-                scenes.append(scene)
-                talks.append(talk)
+        scenes, talks = _talks(rng, lesson.words, CROWDS, lambda: rng.choices(lesson.in_words))
+        texts = [talk[0].asked for talk in talks]
+        return self._practice(embedding, scenes, talks, texts, noise, FEW * FEW + WORDS)
+
+    def _about_grids(self, embedding: nn.Embedding, seed: str, lesson: Lesson) -> Practice:
+        """Several turns about each grid."""
+        rng = random.Random(seed)
+        noise = torch.Generator().manual_seed(rng.getrandbits(32))
+        scenes, talks = _talks(
+            rng, lesson.grids, lesson.crowds, lambda: rng.choices(lesson.kinds, k=TURNS)
+        )
+        texts = [None] * len(scenes)
+        return self._practice(
+            embedding, scenes, talks, texts, noise, GRID * GRID, placed=lesson.placed
+        )
+
+    def _practice(
+        self,
+        embedding: nn.Embedding,
+        scenes: Sequence[Scene],
+        talks: Sequence[Sequence[_Turn]],
+        texts: Sequence[str | None],
+        noise: torch.Generator,
+        tokens: int,
+        *,
+        placed: float = 0.0,
+    ) -> Practice:
         turns = [_as_turns(talk) for talk in talks]
-        texts = [talk[0].asked if grids is None else None for talk in talks]
-        placed = 0.0 if grids is None else grids.placed
         states, labels = self.pictures.embed_under(
             embedding, scenes, turns, texts, noise, placed=placed
         )
-        tokens = FEW * FEW + WORDS if grids is None else GRID * GRID
         places = []
         for row, (scene, talk, told) in enumerate(zip(scenes, talks, turns, strict=True)):
             things = [thing for turn in talk for thing in self._named(turn)]
@@ -170,22 +197,37 @@ def _nouns(text: str) -> list[str]:
     return [word for word in re.findall(r"\w+", text) if word in NOUNS]
 
 
-def _talk(scene: Scene, rng: random.Random, on_grids: tuple[str, ...] | None) -> Iterator[_Turn]:
-    """Turns about a scene, none asked twice: up to five about a grid, one about words."""
+def _talks(
+    rng: random.Random, count: int, crowds: float, kinds: Callable[[], Sequence[str]]
+) -> tuple[list[Scene], list[list[_Turn]]]:
+    """Scenes of two objects or more, and a talk about each of what is drawn for it."""
+    scenes: list[Scene] = []
+    talks: list[list[_Turn]] = []
+    while len(scenes) < count:
+        scene = any_scene(rng, crowds)
+        if len(scene.objects) < 2:
+            continue
+        if talk := list(_talk(scene, rng, kinds)):
+            scenes.append(scene)
+            talks.append(talk)
+    return scenes, talks
+
+
+def _talk(scene: Scene, rng: random.Random, kinds: Callable[[], Sequence[str]]) -> Iterator[_Turn]:
+    """Turns about a scene, a question once at most, of kinds that are drawn after it."""
     waiting: dict[str, list[Question]] = defaultdict(list)
     for question in questions(scene, seed=rng.getrandbits(32)):
         waiting[question.kind].append(question)
-    kinds = rng.choices(IN_WORDS) if on_grids is None else rng.choices(on_grids, k=TURNS)
-    for kind in kinds:
+    for kind in kinds():
         if kind == "pair":
             if (pair := _pair(scene, rng)) is not None:
                 yield _Turn(kind, REQUEST, pair)
             continue
-        pool = waiting[rng.choice(ATTRIBUTES) if kind == "letters" else kind]
+        pool = waiting[rng.choice(LETTERED[kind]) if kind in LETTERED else kind]
         if not pool:
             continue
         question = pool.pop(rng.randrange(len(pool)))
-        if kind == "letters":
+        if kind in LETTERED:
             question = with_letters(question, rng)
         yield _Turn(kind, question.text, question.answer, question.subjects)
 

@@ -24,7 +24,6 @@ import random
 import shutil
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from documents import document, lettered, readable
 from safetensors.torch import load_file, save_file
 from symbolic import SymbolicPictures
 from symbolic_crowds import CROWDS, CrowdedPictures, pull_apart
-from symbolic_practice import LESSONS, PracticePictures, lesson_at
+from symbolic_practice import AFTERWARDS, PracticePictures, lesson_at
 from texts import any_scene
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -253,10 +252,8 @@ def picture_loss(
 
 
 def practice_loss(model: LlamaForCausalLM, pictures: PracticePictures, seed: str) -> Tensor:
-    """The same of the last lesson of the practice, half as many."""
-    lesson = LESSONS[-1]
-    few = replace(lesson, words=lesson.words // 2, grids=lesson.grids // 2)
-    batches = pictures.batches(model.get_input_embeddings(), seed, few)
+    """The same of what is practised on."""
+    batches = pictures.batches(model.get_input_embeddings(), seed, AFTERWARDS)
     return torch.stack([spelled_loss(model, each.states, each.labels) for each in batches]).mean()
 
 
@@ -298,7 +295,8 @@ def main() -> None:
     parser.add_argument(
         "--crowds", action="store_true", help="scenes of up to nine objects, on grids and as words"
     )
-    parser.add_argument("--practice-steps", type=int, default=1500, help="before, with --crowds")
+    parser.add_argument("--few", type=int, default=0, help="of few objects beside them, whole cells")
+    parser.add_argument("--practice-steps", type=int, default=2500, help="before, with --crowds")
     parser.add_argument("--practice-lr", type=float, default=2e-3)
     parser.add_argument("--options", type=int, default=0, help="lettered questions in a step")
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -326,7 +324,8 @@ def main() -> None:
         folder = options.run.with_name(f"{options.run.name}-reading")
         learn_to_look_back(model, tokenizer, options.reading_steps, folder)
     crowds = CrowdedPictures(tokenizer) if options.crowds else None
-    pictures = crowds or SymbolicPictures(tokenizer)
+    few = SymbolicPictures(tokenizer)
+    pictures = crowds or few
     practice = PracticePictures(crowds) if crowds else None
     if practice and options.practice_steps and not (options.run / "state.pt").exists():
         folder = options.run.with_name(f"{options.run.name}-practice")
@@ -356,6 +355,9 @@ def main() -> None:
             parts = {"loss": loss, "pictures": seen}
             if practice:
                 parts["practice"] = practice_loss(model, practice, f"practised/{run.step}")
+            if options.few:
+                seed = f"few/{run.step}"
+                parts["few"] = picture_loss(model, few, options.few, seed)
             if options.options:
                 seed = f"options/{run.step}"
                 parts["options"] = options_loss(model, tokenizer, options.options, seed)

@@ -138,7 +138,8 @@ def _setting(study: VlmStudy, made_with: str) -> str:
     plan = study.plan
     seeds = f"{plan.seeds} seeds" if plan.seeds > 1 else "one seed, so without a deviation"
     there = study.trained - study.fresh
-    shared = f", {there} of which were there already" if there else ""
+    were = "was" if there == 1 else "were"
+    shared = f", {there} of which {were} there already" if there else ""
     model = plan.shared.model.get("encoder"), plan.shared.model.get("language_model")
     return (
         f"Encoder `{model[0]}`, language model `{model[1]}`; {plan.data.scenes} pictures of "
