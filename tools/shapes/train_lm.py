@@ -12,9 +12,10 @@ learns to word everything long before it learns to look anything up. Then come a
 documents, one scene each, made as training goes on and packed into rows; a step is seeded by its
 number. Beside them it reads symbolic pictures (`symbolic.py`), and with `--options` it practises to
 list each option of a question once. With `--crowds` it is first asked for nothing but places and
-letters in spelled-out crowds, which hardly begin to be learnt among everything else. Perplexity is
-measured on scenes of held-out seeds. What is written is a folder that `AutoModelForCausalLM` and
-`AutoTokenizer` of transformers 4 and 5 load.
+letters in spelled-out crowds, which hardly begin to be learnt among everything else, and `--few`
+adds grids of few objects whose cells show one thing each. Perplexity is measured on scenes of
+held-out seeds. What is written is a folder that `AutoModelForCausalLM` and `AutoTokenizer` of
+transformers 4 and 5 load.
 """
 
 import argparse
@@ -295,7 +296,9 @@ def main() -> None:
     parser.add_argument(
         "--crowds", action="store_true", help="scenes of up to nine objects, on grids and as words"
     )
-    parser.add_argument("--few", type=int, default=0, help="of few objects beside them, whole cells")
+    parser.add_argument(
+        "--few", type=int, default=0, help="of few objects beside them, whole cells"
+    )
     parser.add_argument("--practice-steps", type=int, default=2500, help="before, with --crowds")
     parser.add_argument("--practice-lr", type=float, default=2e-3)
     parser.add_argument("--options", type=int, default=0, help="lettered questions in a step")
