@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerBase
 
 import builders
 
@@ -60,6 +60,14 @@ def tiny_vae() -> AutoencoderKL:
 def tiny_tokenizer() -> CLIPTokenizer:
     """CLIP tokenizer that keeps a few words whole and spells all others."""
     return builders.tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def shapes_tokenizer() -> PreTrainedTokenizerBase:
+    """Tokenizer of the miniature language models."""
+    from diffenc.mllm.language import load_language_model
+
+    return load_language_model("shapes-lm")[1]
 
 
 @pytest.fixture(scope="session")

@@ -30,21 +30,16 @@ def tools():
         yield modules
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_language_model("shapes-lm")[1]
-
-
 @pytest.fixture
-def embedding(tokenizer):
+def embedding(shapes_tokenizer):
     torch.manual_seed(0)
-    return nn.Embedding(len(tokenizer), 64)
+    return nn.Embedding(len(shapes_tokenizer), 64)
 
 
 @pytest.fixture
-def pictures(tools, tokenizer):
+def pictures(tools, shapes_tokenizer):
     return tools["symbolic_practice"].PracticePictures(
-        tools["symbolic_crowds"].CrowdedPictures(tokenizer)
+        tools["symbolic_crowds"].CrowdedPictures(shapes_tokenizer)
     )
 
 
@@ -62,7 +57,7 @@ def practice(tools, pictures, embedding):
     return made
 
 
-def answers_of(tokenizer, labels):
+def answers_of(shapes_tokenizer, labels):
     """Texts of the answers of a row, in turn."""
     said, inside = [], False
     for token in labels.tolist():
@@ -71,10 +66,10 @@ def answers_of(tokenizer, labels):
         if token != -100:
             said[-1].append(token)
         inside = token != -100
-    return [tokenizer.decode(ids).replace("<eos>", "").strip() for ids in said]
+    return [shapes_tokenizer.decode(ids).replace("<eos>", "").strip() for ids in said]
 
 
-def test_grids_are_talked_about_in_turns_and_words_once(practice, tokenizer):
+def test_grids_are_talked_about_in_turns_and_words_once(practice, shapes_tokenizer):
     grids, _ = practice()
     assert grids.states.shape[1] > 64
     assert {kind for kinds in grids.kinds for kind in kinds} == KINDS
@@ -85,12 +80,12 @@ def test_grids_are_talked_about_in_turns_and_words_once(practice, tokenizer):
     assert {len(kinds) for kinds in words.kinds} == {1}
     for batch in (grids, words):
         for kinds, labels in zip(batch.kinds, batch.labels, strict=True):
-            assert len(answers_of(tokenizer, labels)) == len(kinds)
+            assert len(answers_of(shapes_tokenizer, labels)) == len(kinds)
 
 
 @pytest.mark.parametrize("words", [False, True])
 @pytest.mark.parametrize("crowds", [0.0, 1.0])
-def test_named_things_are_where_the_answer_says(practice, tokenizer, words, crowds):
+def test_named_things_are_where_the_answer_says(practice, shapes_tokenizer, words, crowds):
     batch, texts = practice(words=words, crowds=crowds)
     places = batch.places.tolist()
     assert places
@@ -98,15 +93,15 @@ def test_named_things_are_where_the_answer_says(practice, tokenizer, words, crow
     for row, token, x, y in places:
         assert texts[int(row)][int(token)] in {*SHAPES, "object"}
         assert max(abs(x), abs(y)) < 0.5
-        asked = texts[int(row)][: int(token)]
-        if "where" not in asked[-6:]:
+        before = texts[int(row)][: int(token)]
+        if "where" not in before[-6:]:
             continue
-        turn = asked.count("where") and [
+        turn = before.count("where") and [
             kind for kind in batch.kinds[int(row)] if kind == "position"
         ]
         if len(turn) != 1:
             continue
-        answer = answers_of(tokenizer, batch.labels[int(row)])[
+        answer = answers_of(shapes_tokenizer, batch.labels[int(row)])[
             batch.kinds[int(row)].index("position")
         ]
         for word, holds in (("left", x < 0), ("right", x > 0), ("top", y < 0), ("bottom", y > 0)):
@@ -118,7 +113,7 @@ def test_named_things_are_where_the_answer_says(practice, tokenizer, words, crow
 
 @pytest.mark.parametrize("words", [False, True])
 def test_both_things_of_a_relation_are_hinted_in_the_order_of_the_question(
-    practice, tokenizer, words
+    practice, shapes_tokenizer, words
 ):
     batch, texts = practice(words=words)
     compared = 0
@@ -131,14 +126,14 @@ def test_both_things_of_a_relation_are_hinted_in_the_order_of_the_question(
             "above": second[3] - first[3],
             "below": first[3] - second[3],
         }
-        assert (away[between] > 0) is (answers_of(tokenizer, batch.labels[row])[0] == "yes")
+        assert (away[between] > 0) is (answers_of(shapes_tokenizer, batch.labels[row])[0] == "yes")
         compared += 1
     assert compared > 3
 
 
 @pytest.mark.parametrize("words", [False, True])
 def test_beside_everything_places_are_asked_with_letters_too(
-    tools, pictures, embedding, tokenizer, words
+    tools, pictures, embedding, shapes_tokenizer, words
 ):
     lesson = replace(
         tools["symbolic_practice"].AFTERWARDS, words=60 * words, grids=60 * (not words), placed=0.0
@@ -149,11 +144,11 @@ def test_beside_everything_places_are_asked_with_letters_too(
     for row, kinds in enumerate(batch.kinds):
         if kinds[0] != "letters of places":
             continue
-        asked = tokenizer.decode(ids[row]).partition("<|assistant|>")[0].partition("?")
-        (letter,) = answers_of(tokenizer, batch.labels[row])[:1]
-        option = asked[2].partition(letter)[2].partition("(")[0].split()
+        question = shapes_tokenizer.decode(ids[row]).partition("<|assistant|>")[0].partition("?")
+        (letter,) = answers_of(shapes_tokenizer, batch.labels[row])[:1]
+        option = question[2].partition(letter)[2].partition("(")[0].split()
         x, y = batch.places[batch.places[:, 0] == row][0, 2:].tolist()
-        if "where" in asked[0]:
+        if "where" in question[0]:
             for word, holds in (
                 ("left", x < 0),
                 ("right", x > 0),
@@ -169,7 +164,7 @@ def test_beside_everything_places_are_asked_with_letters_too(
     assert kinds >= {"letters", "letters of places", "position", "relation"}
 
 
-def test_grids_say_places_and_show_crowds_as_the_lesson_wants(tools, tokenizer, practice):
+def test_grids_say_places_and_show_crowds_as_the_lesson_wants(tools, shapes_tokenizer, practice):
     plain, _ = practice(placed=0.0)
     placed, _ = practice(placed=1.0)
     assert plain.kinds == placed.kinds
@@ -184,7 +179,7 @@ def test_grids_say_places_and_show_crowds_as_the_lesson_wants(tools, tokenizer, 
 def test_practice_pulls_places_apart_trains_and_goes_on_where_it_was(
     tools, pictures, tmp_path, monkeypatch
 ):
-    model, tokenizer = load_language_model("shapes-lm")
+    model, shapes_tokenizer = load_language_model("shapes-lm")
     before = model.get_input_embeddings().weight.detach().clone()
     lesson = tools["symbolic_practice"].Lesson(1.0, words=2, grids=2, placed=0.5, crowds=0.5)
     monkeypatch.setattr(tools["train_lm"], "lesson_at", lambda _: lesson)
@@ -196,9 +191,9 @@ def test_practice_pulls_places_apart_trains_and_goes_on_where_it_was(
     after = practise()
     moved = (after - before).norm(dim=1)
     words = " left right top bottom above below"
-    places = tokenizer(words, add_special_tokens=False).input_ids
+    places = shapes_tokenizer(words, add_special_tokens=False).input_ids
     assert moved[places].min() > 1
-    assert 0 < moved[tokenizer(" red", add_special_tokens=False).input_ids[0]] < 0.1
+    assert 0 < moved[shapes_tokenizer(" red", add_special_tokens=False).input_ids[0]] < 0.1
     torch.testing.assert_close(practise(), after)  # nothing is left to do in this folder
 
 
@@ -207,9 +202,9 @@ def test_a_hint_costs_nothing_where_a_state_tells_its_place(tools, practice):
     hints = tools["train_lm"].Hints(4)
     rows, tokens = batch.places[:, :2].long().unbind(1)
     x, y = batch.places[:, 2:].unbind(1)
-    told = torch.stack([x, -x, y, -y], dim=-1)
+    telling = torch.stack([x, -x, y, -y], dim=-1)
     states = torch.zeros(*batch.states.shape[:2], 4)
-    states[rows, tokens] = told
+    states[rows, tokens] = telling
     with torch.no_grad():
         hints.place[0].eps = 1.0  # leaves states as small as these nearly as they are
         hints.place[1].weight.copy_(torch.tensor([[1.0, 0, 0, 0], [0, 0, 1.0, 0]]))

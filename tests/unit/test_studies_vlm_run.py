@@ -283,9 +283,9 @@ def test_a_work_folder_that_cannot_be_made_is_an_error(plan, tmp_path):
     ("there", "words"), [(0, ""), (1, ", 1 of which was there"), (2, ", 2 of which were there")]
 )
 def test_a_page_tells_how_many_trainings_were_there(run, there, words):
-    found = replace(run[0], fresh=run[0].trained - there)
-    page = " ".join(to_markdown(found, command="c", made_with="m", picture=None).split())
-    assert f"{found.trained} trainings{words}{' already' * bool(there)}. m" in page
+    study = replace(run[0], fresh=run[0].trained - there)
+    page = " ".join(to_markdown(study, command="c", made_with="m", picture=None).split())
+    assert f"{study.trained} trainings{words}{' already' * bool(there)}. m" in page
 
 
 def test_a_page_tells_what_was_found_and_what_the_paper_has(run, tmp_path):

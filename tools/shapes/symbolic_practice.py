@@ -103,14 +103,14 @@ class _Turn:
 
     Attributes:
         kind: What is asked for.
-        asked: Question.
+        question: Question.
         answer: Answer.
         things: Indices of the objects that the question's nouns name, in their order; none where
             nouns and objects do not pair off.
     """
 
     kind: str
-    asked: str
+    question: str
     answer: str
     things: tuple[int, ...] = ()
 
@@ -138,7 +138,7 @@ class PracticePictures:
         rng = random.Random(seed)
         noise = torch.Generator().manual_seed(rng.getrandbits(32))
         scenes, talks = _talks(rng, lesson.words, CROWDS, lambda: rng.choices(lesson.in_words))
-        texts = [talk[0].asked for talk in talks]
+        texts = [talk[0].question for talk in talks]
         return self._practice(embedding, scenes, talks, texts, noise, FEW * FEW + WORDS)
 
     def _about_grids(self, embedding: nn.Embedding, seed: str, lesson: Lesson) -> Practice:
@@ -169,9 +169,9 @@ class PracticePictures:
             embedding, scenes, turns, texts, noise, placed=placed
         )
         places = []
-        for row, (scene, talk, told) in enumerate(zip(scenes, talks, turns, strict=True)):
+        for row, (scene, talk, chat) in enumerate(zip(scenes, talks, turns, strict=True)):
             things = [thing for turn in talk for thing in self._named(turn)]
-            for token, thing in zip(self._nouns_in(told, tokens), things, strict=True):
+            for token, thing in zip(self._nouns_in(chat, tokens), things, strict=True):
                 if thing is not None:
                     there = scene.objects[thing]
                     places.append((row, token, there.x - 0.5, there.y - 0.5))
@@ -189,7 +189,7 @@ class PracticePictures:
     @staticmethod
     def _named(turn: _Turn) -> Iterator[int | None]:
         """For each noun of a question, which object it names; None where that is not known."""
-        count = len(_nouns(turn.asked))
+        count = len(_nouns(turn.question))
         yield from turn.things if len(turn.things) == count else [None] * count
 
 
@@ -250,6 +250,6 @@ def _as_turns(talk: Sequence[_Turn]) -> Turns:
     turns: list[dict[str, str]] = []
     for turn in talk:
         mark = "" if turns else "<image>\n"
-        turns.append({"from": "human", "value": f"{mark}{turn.asked}"})
+        turns.append({"from": "human", "value": f"{mark}{turn.question}"})
         turns.append({"from": "gpt", "value": turn.answer})
     return turns

@@ -195,16 +195,16 @@ def practise(
         losses, hinted = [], []
         for practice in pictures.batches(embedding, f"practice/{run.step}", lesson):
             with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-                told = model(
+                output = model(
                     inputs_embeds=practice.states[:, :-1],
                     use_cache=False,
                     output_hidden_states=True,
                 )
-            logits, targets = told.logits.float(), practice.labels[:, 1:]
+            logits, targets = output.logits.float(), practice.labels[:, 1:]
             losses.append(
                 F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
             )
-            hinted.append(hints(told.hidden_states[HINTED_LAYER], practice.places))
+            hinted.append(hints(output.hidden_states[HINTED_LAYER], practice.places))
             for kinds, whole in zip(practice.kinds, whole_answers(logits, targets), strict=True):
                 for kind, answered in zip(kinds, whole, strict=True):
                     right[kind].append(answered)
@@ -221,10 +221,10 @@ def practise(
 
 def whole_answers(logits: Tensor, targets: Tensor) -> list[list[bool]]:
     """For each answer of each row, whether all its tokens are the likeliest."""
-    asked = targets != IGNORED
+    answered = targets != IGNORED
     same = (logits.argmax(-1) == targets).tolist()
     rows = []
-    for row, mask in zip(same, asked.tolist(), strict=True):
+    for row, mask in zip(same, answered.tolist(), strict=True):
         answers: list[bool] = []
         for place, inside in enumerate(mask):
             if inside and not (place and mask[place - 1]):
