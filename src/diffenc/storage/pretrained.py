@@ -26,7 +26,7 @@ from diffenc.storage.weights import TRANSFORMERS, choose_weights, list_folder, s
 from diffenc.storage.whole_models import load_from
 
 BUNDLED_CLIPS = ("shapes-clip", "shapes-many-clip")
-BUNDLED = (*BUNDLED_CLIPS, "shapes-lm", "shapes-many-lm")
+BUNDLED = (*BUNDLED_CLIPS, "shapes-lm")
 """Miniatures that come with the library, beside the diffusion models."""
 
 
