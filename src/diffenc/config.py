@@ -11,6 +11,7 @@ from diffenc.errors import ConfigError, near_matches
 from diffenc.storage.schema import make
 
 _MOST_SHOWN = 4
+_WORD_COUNT = 8
 
 
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
@@ -129,7 +130,7 @@ class EncoderConfig:
     original_size: Literal["image"] | tuple[int, int] | None = None
     grid: int | tuple[int, int] | None = None
     tokens: Tokens = "grid"
-    word_count: int = 8
+    word_count: int = _WORD_COUNT
     batch_size: int | None = None
     reuse: Reused | None = None
     discard: tuple[int, ...] | None = None
@@ -149,6 +150,11 @@ class EncoderConfig:
         if self.noise is None and self.draws > 1:
             raise ConfigError(f"without noise there is one draw, got draws={self.draws}")
         whole("word_count", self.word_count, least=1)
+        if self.tokens == "grid" and self.word_count != _WORD_COUNT:
+            raise ConfigError(
+                f"word_count={self.word_count} is read with tokens='words' or 'grid+words' alone, "
+                "got tokens='grid'; set tokens too, or leave word_count out"
+            )
         if self.batch_size is not None:
             whole("batch_size", self.batch_size, least=1)
         check_pair("size", self.size)

@@ -1,7 +1,7 @@
 """A diffusion U-Net as a vision encoder that reads the question."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -234,7 +234,10 @@ class DiffusionEncoder(TrainableParts):
             published = (
                 {} if preset is None else preset_options(text("preset", preset), model.family)
             )
-            config = EncoderConfig.from_dict({**config.to_dict(), **published, **options})
+            kept = config.to_dict()
+            if options.get("tokens") == "grid":
+                del kept["word_count"]  # of tokens of words, which are not wanted any more
+            config = EncoderConfig.from_dict({**kept, **published, **options})
             taps = model.match_taps(config.taps or model.default_taps)
             return [tap.name for tap in taps] if truncate else None
 
@@ -442,6 +445,8 @@ class DiffusionEncoder(TrainableParts):
             features = self.extract(images, prompts)
             return features.tokens(grid), features
         images = decoded(images)
+        if isinstance(prompts, Iterator):
+            prompts = list(prompts)  # for the texts and for their words
         layers = word_layers(self.backbone, [tap.name for tap in self._taps], None)
         windows = self.config.long_prompts == "chunk"
         tokenizers = self.backbone.tokenizers
@@ -549,7 +554,8 @@ class DiffusionEncoder(TrainableParts):
                 taps depend on or lie in, so that the pass ends where it does without them.
             power: Exponent of the maps, above 0; above 1 peaks count for more.
             rest: Whether a last token is gathered by the attention that the words leave: that of
-                the start and end tokens, of marks and of other words.
+                the start and end tokens, of marks, and of words that `words` does not name. Words
+                that `count` leaves out are not in it.
             conditioning: Conditioning of the features that are gathered, see `extract`; attention
                 is read under the text in any case. None takes the config's.
             guidance_scale: Guidance scale s in f_u + s (f_c - f_u), for "cfg".

@@ -30,6 +30,7 @@ from diffenc.mixing.config import MIXED, MixingConfig
 from diffenc.models import TapInfo
 from diffenc.models.base import Backbone
 from diffenc.models.device import Device, Dtype
+from diffenc.passes.question_tokens import is_there
 from diffenc.passes.questions import mean_states
 from diffenc.runtime.inference import lasting
 from diffenc.storage.names import checked_path, is_folder, reason
@@ -458,7 +459,8 @@ class FusedEncoder(nn.Module):
         text = self._asked(prompts, len(clip)) if asks else None
         if diffusion.ndim > clip.ndim:  # those of all timesteps are attended to
             diffusion = rearrange(diffusion, "b t n c -> b (t n) c")
-        tokens: Tensor = mixer(clip, diffusion, text)
+        there = None if self.config.tokens == "grid" else is_there(diffusion)
+        tokens: Tensor = mixer(clip, diffusion, text, there)
         require_finite(tokens, "mixed tokens", "load both models in bfloat16 or float32")
         return tokens
 

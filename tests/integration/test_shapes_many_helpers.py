@@ -1,4 +1,4 @@
-"""CLIP of the crowded world, and the language model of both, by the stock classes of transformers."""
+"""CLIP of crowded scenes, and the language model of all, by stock classes of transformers."""
 
 import random
 

@@ -109,6 +109,7 @@ def test_copies_in_one_process_share_a_model_and_a_fork_does_not(make, monkeypat
         {"size": (72, 136), "tokens": True},
         {"tokens": True, "pool": "mean", "conditioning": "concat", "prompt": "a"},
         {"timestep": (5, 50), "tokens": True, "output_dtype": "float16"},
+        {"timestep": (50,), "tokens": True},
         {"word_tokens": 2, "prompt": "a red circle", "maps": False, "dtype": "bfloat16"},
         {"taps": "*_blocks.*", "size": 104, "grid": (3, 5), "tokens": True, "pool": "max"},
         {"taps": ("latents", "conv_in", "up_blocks.1.attentions.0"), "size": (88, 64)},
@@ -136,6 +137,24 @@ def test_tokens_are_of_the_kind_that_a_saved_encoder_has(encoder, pictures, tmp_
     assert extractor.row_shapes["tokens"][0] == result["tokens"].shape[1:]
     with pytest.raises(ConfigError, match="gathers tokens of words by itself"):
         Extractor(tmp_path, **options, registers=False)({"image": pictures[:1]})
+
+
+@pytest.mark.parametrize("kind", ["words", "grid+words"])
+@pytest.mark.parametrize("pool", ["mean", "max"])
+def test_pooled_tokens_are_those_of_the_words_that_there_are(
+    encoder, pictures, tmp_path, kind, pool
+):
+    """However many words there is room for."""
+    rows = []
+    for count in (3, 16):
+        config = replace(encoder.config, tokens=kind, word_count=count)
+        folder = tmp_path / f"{count}"
+        DiffusionEncoder(encoder.backbone, config, use_cache=False).save_pretrained(folder)
+        options = {"tokens": True, "maps": False, "pool": pool, "device": "cpu"}
+        extractor = Extractor(folder, prompt="red circle", **options)
+        rows.append(extractor({"image": pictures[:2]})["tokens"])
+    assert np.abs(rows[0] - rows[1]).max() <= 1e-5 * np.abs(rows[0]).max()
+    assert (rows[1] != 0).all()
 
 
 def test_no_pictures_give_no_rows_of_the_right_shape(make):

@@ -142,6 +142,26 @@ def test_cross_attention_equals_torchs_own(asks, heads, blocks, residual) -> Non
 
 
 @pytest.mark.parametrize("asks", ["clip", "diffusion"])
+@torch.no_grad()
+def test_tokens_that_are_absent_are_not_attended_to_and_stay_zeros(asks) -> None:
+    mixer = stirred(
+        make_mixer("cross_attention", (CLIP,), TAPS, config=MixingConfig(asks=asks, heads=1))
+    )
+    clip, diffusion, _ = streams(6, 15)
+    there = torch.ones(diffusion.shape[:2], dtype=torch.bool)
+    there[:, 9:] = False
+    short = mixer(clip, diffusion[:, :9])
+    masked = mixer(clip, diffusion * there[..., None], None, there)
+    close = {"rtol": 1e-5, "atol": 1e-6}
+    if asks == "clip":
+        torch.testing.assert_close(masked, short, **close)
+        assert not torch.allclose(mixer(clip, diffusion * there[..., None]), short, **close)
+    else:
+        torch.testing.assert_close(masked[:, :9], short, **close)
+        assert not masked[:, 9:].any()
+
+
+@pytest.mark.parametrize("asks", ["clip", "diffusion"])
 def test_cross_attention_begins_from_the_stream_that_asks(fuse, asks) -> None:
     heads = 2
     encoder = fuse("cross_attention", MixingConfig(asks=asks, heads=heads, blocks=2))

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from diffenc import DiffusionEncoder, EncoderConfig, FusedEncoder
+from diffenc import DiffusionEncoder, EncoderConfig, FusedEncoder, Projector
 from diffenc.errors import ConfigError, PromptError
 from diffenc.hosts.prompts import PromptTokens
 from diffenc.hosts.spec import TowerSpec
 from diffenc.hosts.tower import DiffusionVisionTower
 from diffenc.inputs.prompts import PromptEmbeds
 from diffenc.inputs.words import words_of, words_of_ids
+from diffenc.mixing import MixingConfig
 from diffenc.mllm import DiffusionVLM, tokens_per_image
 from diffenc.passes.question_tokens import PLACE_CHANNELS, embed_places
 from dit_builders import save_pixart
@@ -263,6 +264,27 @@ def test_clips_grid_and_tokens_of_words_stand_in_one_row(load, clip):
     close(tokens[:, fused.clip_tokens :, -diffusion.hidden_size :], own)
 
 
+@pytest.mark.parametrize("kind", ["words", "grid+words"])
+@pytest.mark.parametrize("grid", [None, 3, (2, 5)])
+@pytest.mark.parametrize("how", ["tokens", "cross_attention", "asked by words"])
+def test_their_number_is_known_however_they_are_fused(load, clip, how, grid, kind):
+    asks = MixingConfig(asks="diffusion", heads=1) if how == "asked by words" else None
+    how = "cross_attention" if asks else how
+    fused = FusedEncoder(str(clip), load(tokens=kind), how, grid=grid, mixing=asks)
+    assert tokens_per_image(fused) == fused(picture(0), QUESTION).shape[1]
+
+
+def test_absent_words_have_no_part_in_a_mixture(load, clip):
+    mixing = MixingConfig(heads=1, residual=False)
+    few, many = (
+        FusedEncoder(
+            str(clip), load(tokens="words", word_count=count), "cross_attention", mixing=mixing
+        )
+        for count in (3, 16)
+    )
+    close(few(picture(0), "red circle"), many(picture(0), "red circle"))
+
+
 def test_clip_attends_to_tokens_of_words(load, clip):
     fused = FusedEncoder(str(clip), load(tokens="words"), "cross_attention")
     assert fused(picture(0), QUESTION).shape == (1, fused.clip_tokens, fused.hidden_size)
@@ -348,6 +370,36 @@ def test_a_language_model_takes_them_and_comes_back(load, tmp_path, tiny_sd21_ba
 def test_their_number_is_known_before_a_picture_is_seen(load, options):
     encoder = load(**options)
     assert tokens_per_image(encoder) == encoder(picture(0), QUESTION).shape[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"tokens": "words", "word_count": 16}, "no grid of one size"),
+        ({"tokens": "grid+words", "grid": (2, 4), "word_count": 8}, "no grid of one size"),
+        ({"tokens": "grid", "word_count": 8, "grid": (2, 8)}, "a grid of 2 x 8"),
+        ({"tokens": "grid", "word_count": 8, "grid": None, "resize": "none"}, "no grid of one"),
+    ],
+)
+def test_a_projector_resamples_no_square_that_is_none(load, tmp_path, options, said):
+    """Though the number of tokens is a square in each case."""
+    encoder = load(**options)
+    projector = Projector(encoder.hidden_size, 16, grid=2)
+    with pytest.raises(ConfigError, match=said):
+        DiffusionVLM(encoder, str(save_tiny_lm(tmp_path)), projector=projector)
+
+
+def test_prompts_may_come_from_an_iterator(load):
+    encoder, texts = load(tokens="words"), [QUESTION, LONGER]
+    pictures = [picture(0), picture(1)]
+    assert torch.equal(encoder(pictures, iter(texts)), encoder(pictures, texts))
+
+
+def test_a_number_of_words_without_words_is_refused(load, tmp_path):
+    with pytest.raises(ConfigError, match="read with tokens='words' or 'grid\\+words' alone"):
+        EncoderConfig(word_count=3)
+    load().save_pretrained(tmp_path)
+    assert DiffusionEncoder.from_pretrained(tmp_path, tokens="grid").config.word_count == 8
 
 
 def test_places_far_apart_stay_apart_under_a_layer_norm():

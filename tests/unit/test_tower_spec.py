@@ -112,6 +112,21 @@ def test_values_that_parse_and_are_not_allowed_are_told_with_the_text(text) -> N
         TowerSpec.parse(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("diffenc:shapes?k=4", "add tokens=words or tokens=grid+words"),
+        ("diffenc:shapes?words=4", "add tokens=words or tokens=grid+words"),
+        ("diffenc:shapes?tokens=grid&k=4", "add tokens=words or tokens=grid+words"),
+        ("diffenc:shapes?scale=3", "read with cond=cfg alone"),
+        ("diffenc:shapes?scale=3&cond=concat", "read with cond=cfg alone"),
+    ],
+)
+def test_options_that_nothing_reads_are_refused_with_what_reads_them(text, said) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        TowerSpec.parse(text)
+
+
 def test_unknown_models_and_taps_are_told_when_their_sizes_are_asked_for() -> None:
     with pytest.raises(DiffencError, match="shpes"):
         _ = TowerSpec.parse("diffenc:shpes").hidden_size

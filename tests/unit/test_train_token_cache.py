@@ -70,3 +70,10 @@ def test_a_name_tells_encoders_pictures_and_prompts_apart(tmp_path):
     with torch.no_grad():
         next(vision.model.parameters()).mul_(1.01)
     assert encoder_digest(vision) != digests[0]
+
+
+def test_tokens_of_another_version_are_not_taken_over(tmp_path, monkeypatch):
+    vision = VisionTokens.from_pretrained(save_tiny_vision(tmp_path))
+    before = encoder_digest(vision)
+    monkeypatch.setattr("diffenc.mllm.training.token_cache.__version__", "0.0.1")
+    assert encoder_digest(vision) != before

@@ -88,6 +88,8 @@ def test_tokens_that_were_encoded_before_take_the_place_of_pictures():
         assert torch.equal(vlm(ids, image_tokens=list(tokens)).logits, direct)
     with pytest.raises(ShapeError, match="2 pictures for 1 places"):
         vlm(ids, image_tokens=[tokens[0], tokens[0]])
+    with pytest.raises(ShapeError, match="pictures have 2 tokens, and 3 were announced"):
+        vlm(ids, image_tokens=[tokens[0][:2]])
 
 
 def greedy(vlm, question, pictures, prompt, steps):

@@ -87,6 +87,10 @@ def test_gradients_are_those_of_small_steps_and_finite_where_there_is_no_word():
         leaf = maps.to(dtype, copy=True).requires_grad_()
         (tokens(leaf).sum(-1) * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
         assert leaf.grad.isfinite().all()
+        for power in (0.5, 1.0, 3.0):
+            other = maps.to(dtype, copy=True).requires_grad_()
+            as_shares(other, power).square().sum().backward()
+            assert other.grad.isfinite().all(), power
     for word, row, column in ((0, 0, 0), (0, 3, 2), (2, 1, 1)):
         step = torch.zeros_like(maps)
         step[0, word, row, column] = 1e-6

@@ -4,7 +4,7 @@ import pytest
 from tests import builders
 
 from diffenc.errors import PromptError
-from diffenc.inputs.words import shared_positions, word_token_positions, words_of
+from diffenc.inputs.words import shared_positions, word_token_positions, words_of, words_of_ids
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +132,26 @@ def test_words_of_a_text_hold_added_tokens_marks_and_numbers(tokenizer):
     for word in words:
         assert word_token_positions(tokenizer, text, word)
     assert "cat" in words_of(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("The circle is left of the triangle", ["The", "circle", "is", "left", "of", "triangle"]),
+        ("Circle, circle or CIRCLE?", ["Circle", "or"]),
+        ("e\u0301toile \u00e9toile", ["e\u0301toile"]),
+        ("a red_circle and_a", ["a", "red", "circle", "and"]),
+    ],
+)
+def test_a_word_in_two_spellings_is_one_by_the_text_and_by_its_ids(tokenizer, text, words):
+    assert words_of(text, tokenizer) == words
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    by_ids = {
+        tuple(each + 1 for each in places) for places in words_of_ids(tokenizer, ids).values()
+    }
+    by_text = [word_token_positions(tokenizer, text, word) for word in words]
+    assert set(by_text) == by_ids
+    assert len(set(by_text)) == len(words)
 
 
 def test_tokenizers_of_one_model_have_to_agree(tokenizer):

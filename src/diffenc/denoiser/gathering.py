@@ -24,7 +24,9 @@ def as_shares(maps: Float[Tensor, "*b h w"], power: float = 1.0) -> Float[Tensor
     """
     if power != 1:
         highest = maps.amax(dim=(-2, -1), keepdim=True)
-        maps = (maps / highest.clamp_min(_LEAST)).pow(power)  # small values would vanish
+        ratios = maps / highest.clamp_min(_LEAST)  # small values would vanish
+        there = ratios > 0  # the slope of a root is infinite at 0, and 0 times that is NaN
+        maps = ratios.masked_fill(~there, 1).pow(power) * there
     sums = maps.sum(dim=(-2, -1), keepdim=True)
     # Gradients of a map of zeros would grow by 1 / _LEAST each time, until they are infinite.
     return maps / sums.masked_fill(sums == 0, 1).clamp_min(_LEAST)

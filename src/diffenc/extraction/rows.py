@@ -16,7 +16,7 @@ from diffenc.errors import ConfigError
 from diffenc.features import Features
 from diffenc.inputs.images import Images
 from diffenc.models.device import as_dtype
-from diffenc.passes.question_tokens import token_count
+from diffenc.passes.question_tokens import is_there, token_count
 from diffenc.passes.word_tokens import WordTokens
 
 Pool = Literal["mean", "max"]
@@ -146,17 +146,25 @@ def _maps_and_tokens(features: Features, kept: Kept, tokens: Tensor | None) -> d
         tensors = {tap: _pooled(maps, (-2, -1), kept.pool) for tap, maps in features.items()}
     if kept.tokens:
         rows = features.tokens() if tokens is None else tokens
-        tensors["tokens"] = _pooled(rows, (-2,), kept.pool)
+        there = None if tokens is None else is_there(tokens)
+        tensors["tokens"] = _pooled(rows, (-2,), kept.pool, there)
     return tensors
 
 
-def _pooled(cells: Tensor, axes: tuple[int, ...], pool: Pool | None) -> Tensor:
-    """Cells along some axes as one vector; sums are taken in float32."""
+def _pooled(
+    cells: Tensor, axes: tuple[int, ...], pool: Pool | None, there: Tensor | None = None
+) -> Tensor:
+    """Cells along some axes as one vector, without absent ones; sums are taken in float32."""
     if pool is None:
         return cells
     if pool == "max":
+        if there is not None:
+            cells = cells.masked_fill(~there[..., None], -math.inf)
         return cells.amax(dim=axes)
-    return cells.mean(dim=axes, dtype=torch.float32).to(cells.dtype)
+    if there is None:
+        return cells.mean(dim=axes, dtype=torch.float32).to(cells.dtype)
+    counts = there.sum(dim=axes[-1] + 1, keepdim=True)
+    return (cells.sum(dim=axes, dtype=torch.float32) / counts).to(cells.dtype)
 
 
 def row_shapes(encoder: DiffusionEncoder, kept: Kept) -> Shapes | None:
@@ -179,7 +187,7 @@ def row_shapes(encoder: DiffusionEncoder, kept: Kept) -> Shapes | None:
         for tap in encoder.feature_info
     ]
     halves = 2 if config.conditioning == "concat" else 1
-    times = (len(config.timesteps),) if len(config.timesteps) > 1 else ()
+    times = () if isinstance(config.timestep, int) else (len(config.timesteps),)
     dtype = encoder.dtype if kept.output_dtype is None else as_dtype(kept.output_dtype)
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     if kept.maps:

@@ -150,6 +150,14 @@ class TowerSpec:
             raise ConfigError(f"seed must be 0 or more, got {self.seed}")
         if self.dtype is not None:
             check_choice("dtype", self.dtype, list(DTYPES))
+        if self.word_count != TowerSpec.word_count and self.tokens == "grid":
+            raise ConfigError(
+                f"k={self.word_count} counts tokens of words; add tokens=words or tokens=grid+words"
+            )
+        if self.guidance_scale != TowerSpec.guidance_scale and self.conditioning != "cfg":
+            raise ConfigError(
+                f"scale={self.guidance_scale:g} is read with cond=cfg alone; add that"
+            )
         check_choice("how", self.how, get_args(How))
         if self.how not in get_args(Placed):
             raise ConfigError(

@@ -25,6 +25,8 @@ _APOSTROPHES = "'\u2019"
 def words_of(text: str, tokenizer: Any = None) -> list[str]:
     """Distinct words of a text, in order, without punctuation.
 
+    A word in two spellings ("The" and "the") is one, in the first of them.
+
     Args:
         text: The text to split into words.
         tokenizer: Tokenizer whose added tokens ("<cat-toy>") count as words too; None knows no
@@ -33,18 +35,24 @@ def words_of(text: str, tokenizer: Any = None) -> list[str]:
     Raises:
         PromptError: There is none.
     """
-    words: dict[str, None] = {}
+    words: dict[str, str] = {}
     for index, part in enumerate(_split_added(text, tokenizer)):
         if index % 2:
-            words[part] = None
+            words.setdefault(folded(part), part)
             continue
         # Combining marks belong to words, and no regular expression of Python's says so.
         shadow = "".join("a" if _in_word(letter) else letter for letter in part)
-        for match in re.finditer(r"\w+(?:['\u2019]\w+)*", shadow):
-            words[part[match.start() : match.end()]] = None
+        for match in re.finditer(r"a+(?:['\u2019]a+)*", shadow):
+            word = part[match.start() : match.end()]
+            words.setdefault(folded(word), word)
     if not words:
         raise PromptError(f"the text {text!r} has no words to map")
-    return list(words)
+    return list(words.values())
+
+
+def folded(word: str) -> str:
+    """A word in the form in which its spellings are equal: composed, and in lower case."""
+    return unicodedata.normalize("NFC", word).lower()
 
 
 def words_of_ids(tokenizer: Any, ids: Sequence[int]) -> dict[str, tuple[int, ...]]:
@@ -72,9 +80,11 @@ def words_of_ids(tokenizer: Any, ids: Sequence[int]) -> dict[str, tuple[int, ...
         else:
             words.append((word, places))
     distinct: dict[str, tuple[int, ...]] = {}
+    first: dict[str, str] = {}
     for word, places in words:
         if any(map(_in_word, word)):
-            distinct[word] = (*distinct.get(word, ()), *places)
+            own = first.setdefault(folded(word), word)
+            distinct[own] = (*distinct.get(own, ()), *places)
     return distinct
 
 

@@ -53,13 +53,17 @@ class CrossAttention(Mixer):
             assert isinstance(block, _Block)
             yield block
 
-    def _mix(self, clip: Tensor, diffusion: Tensor, text: Tensor | None) -> Tensor:
+    def _mix(
+        self, clip: Tensor, diffusion: Tensor, text: Tensor | None, there: Tensor | None
+    ) -> Tensor:
         pair = (clip, diffusion)
-        tokens, others = pair if self.config.asks == "clip" else pair[::-1]
+        clip_asks = self.config.asks == "clip"
+        tokens, others = pair if clip_asks else pair[::-1]
         others = self.others_norm(others)
+        mask = there[:, None, None] if there is not None and clip_asks else None
         for block in self._in_order():
-            tokens = block(tokens, others)
-        return tokens
+            tokens = block(tokens, others, mask)
+        return tokens if there is None or clip_asks else tokens * there[..., None]
 
 
 class _Block(nn.Module):
@@ -86,13 +90,13 @@ class _Block(nn.Module):
         if self.residual:  # without one, nothing would be left
             self.out.weight.zero_()
 
-    def forward(self, tokens: Tensor, others: Tensor) -> Tensor:
-        """Tokens that have attended to the others."""
+    def forward(self, tokens: Tensor, others: Tensor, mask: Tensor | None) -> Tensor:
+        """Tokens that have attended to the others, those alone that the mask has."""
         parts = (self.query(self.norm(tokens)), self.key(others), self.value(others))
         query, key, value = (
             rearrange(part, "b n (heads c) -> b heads n c", heads=self.heads) for part in parts
         )
-        values = F.scaled_dot_product_attention(query, key, value)
+        values = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         attended = self.out(rearrange(values, "b heads n c -> b n (heads c)"))
         tokens = tokens + attended if self.residual else attended
         mixed: Tensor = tokens + self.mlp(self.mlp_norm(tokens))

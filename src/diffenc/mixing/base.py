@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from diffenc._typing import Mixed
@@ -95,6 +95,7 @@ class Mixer(nn.Module):
         clip: Float[Tensor, "b _n _c"],
         diffusion: Float[Tensor, "b _m _d"],
         text: Float[Tensor, "b _t"] | None = None,
+        there: Bool[Tensor, "b _m"] | None = None,
     ) -> Float[Tensor, "b _k _w"]:
         """Mix two streams.
 
@@ -102,6 +103,8 @@ class Mixer(nn.Module):
             clip: Tokens of CLIP.
             diffusion: Tokens of the diffusion encoder.
             text: State of each prompt, for "question_gated"; None otherwise.
+            there: Mask of the diffusion encoder's tokens that there are, for "cross_attention";
+                others are not attended to, and stay zeros where they ask. None is all.
 
         Returns:
             One stream of tokens, in the dtype of `clip`.
@@ -113,9 +116,11 @@ class Mixer(nn.Module):
         self._check(clip, diffusion, text)
         dtype = next(self.parameters()).dtype
         read = None if text is None else text.to(dtype)
-        return self._mix(clip.to(dtype), diffusion.to(dtype), read).to(clip.dtype)
+        return self._mix(clip.to(dtype), diffusion.to(dtype), read, there).to(clip.dtype)
 
-    def _mix(self, clip: Tensor, diffusion: Tensor, text: Tensor | None) -> Tensor:
+    def _mix(
+        self, clip: Tensor, diffusion: Tensor, text: Tensor | None, there: Tensor | None
+    ) -> Tensor:
         raise NotImplementedError
 
     def _begin(self) -> None:

@@ -48,7 +48,9 @@ class Add(_BothAligned):
 
     how = "add"
 
-    def _mix(self, clip: Tensor, diffusion: Tensor, text: Tensor | None) -> Tensor:
+    def _mix(
+        self, clip: Tensor, diffusion: Tensor, text: Tensor | None, there: Tensor | None
+    ) -> Tensor:
         left, right = self._aligned(clip, diffusion)
         return left + right
 
@@ -65,7 +67,9 @@ class Weighted(_BothAligned):
     def _begin(self) -> None:
         self.weight.zero_()
 
-    def _mix(self, clip: Tensor, diffusion: Tensor, text: Tensor | None) -> Tensor:
+    def _mix(
+        self, clip: Tensor, diffusion: Tensor, text: Tensor | None, there: Tensor | None
+    ) -> Tensor:
         left, right = self._aligned(clip, diffusion)
         share = self.weight.sigmoid()
         return share * left + (1 - share) * right
@@ -87,7 +91,9 @@ class Gated(_Sum):
     def _begin(self) -> None:
         self.gate.zero_()
 
-    def _mix(self, clip: Tensor, diffusion: Tensor, text: Tensor | None) -> Tensor:
+    def _mix(
+        self, clip: Tensor, diffusion: Tensor, text: Tensor | None, there: Tensor | None
+    ) -> Tensor:
         right: Tensor = self.diffusion_in(self.diffusion_norm(diffusion))
         return clip + self.gate.tanh() * right
 
@@ -102,7 +108,9 @@ class _GateOfBoth(_BothAligned):
     def _begin(self) -> None:
         self.gate.weight.zero_()
 
-    def _mix(self, clip: Tensor, diffusion: Tensor, text: Tensor | None) -> Tensor:
+    def _mix(
+        self, clip: Tensor, diffusion: Tensor, text: Tensor | None, there: Tensor | None
+    ) -> Tensor:
         left, right = self._aligned(clip, diffusion)
         share = self._logits(left, right, text).sigmoid()
         return share * left + (1 - share) * right

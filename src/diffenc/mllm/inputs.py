@@ -97,6 +97,11 @@ class PictureInputs(nn.Module):
                 texts = [text for text, e in zip(prompts, shown, strict=True) for _ in e]
             tokens = list(self.encode_images(flat, texts))
         pictures = self._project(tokens)
+        if each is not None and (others := {len(values) for values in pictures} - {each}):
+            raise ShapeError(
+                f"pictures have {min(others)} tokens, and {each} were announced, by which texts are "
+                "cut and lengths checked: encoder, projector and image_tokens must go together"
+            )
         for values in pictures:
             require_finite(values, "tokens of the projector", "check its weights, and its dtype")
         embedding = self.language_model.get_input_embeddings()

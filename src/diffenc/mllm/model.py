@@ -25,6 +25,7 @@ from diffenc.mllm.language import (
     width_of,
 )
 from diffenc.mllm.samples import Pictures, pad, prompts_of, samples_of, with_marks
+from diffenc.mllm.vision import check_square
 from diffenc.projector.choosing import projector_for
 from diffenc.runtime.inference import lasting, make_plain
 from diffenc.runtime.threads import lock_of
@@ -112,6 +113,8 @@ class DiffusionVLM(PictureInputs):
                 f"the projector gives {projector.out_features} channels and the language model "
                 f"takes {width}; make it with projector_for(encoder, {width})"
             )
+        if getattr(projector, "grid", None) is not None:
+            check_square(encoder)
 
     @classmethod
     @lasting

@@ -30,6 +30,8 @@ from diffenc.storage.pretrained import (
 )
 
 _INSTEAD = "Pass a folder or a Hub id such as openai/clip-vit-large-patch14-336"
+_TWO_STREAMS = ("tokens", "interleave")
+"""Ways of joining in which a token belongs to one of the two encoders."""
 _CLIP_LIKE = ("clip", "clip_vision_model", "siglip", "siglip_vision_model")
 
 
@@ -215,33 +217,92 @@ def tokens_per_image(encoder: nn.Module) -> int | None:
     Args:
         encoder: A `DiffusionEncoder`, `FusedEncoder` or `VisionTokens`.
     """
-    if isinstance(encoder, FusedEncoder):
-        own = None if encoder.grid is None else encoder.grid[0] * encoder.grid[1]
-        diffusion = encoder.diffusion
-        if encoder.how == "cross_attention":
-            assert encoder.mixer is not None
-            asks = encoder.mixer.config.asks
-            return encoder.clip_tokens if asks == "clip" else own or tokens_per_image(diffusion)
-        if encoder.how not in ("tokens", "interleave"):
-            return own
-        second = own if own is not None else tokens_per_image(diffusion)
-        return None if second is None else encoder.clip_tokens + second
-    if not isinstance(encoder, DiffusionEncoder):
+    if isinstance(encoder, DiffusionEncoder):
+        return _diffusion_tokens(encoder)
+    if not isinstance(encoder, FusedEncoder):
         count: int | None = getattr(encoder, "num_tokens", None)
         return count
+    if _clip_asks(encoder):
+        return encoder.clip_tokens
+    of_diffusion = _diffusion_tokens(encoder.diffusion, encoder.grid)
+    if encoder.how not in _TWO_STREAMS or of_diffusion is None:
+        return of_diffusion
+    return encoder.clip_tokens + of_diffusion
+
+
+def token_grid(encoder: nn.Module) -> tuple[int, int] | None:
+    """(height, width) of the grid that an encoder's tokens form, row by row.
+
+    Args:
+        encoder: A `DiffusionEncoder`, `FusedEncoder` or `VisionTokens`.
+
+    Returns:
+        None where they form none, as those of words or of two encoders in one row, or where it
+        varies with the pictures' sizes.
+    """
+    if isinstance(encoder, VisionTokens):
+        return encoder.side, encoder.side
+    if isinstance(encoder, FusedEncoder):
+        if encoder.how in _TWO_STREAMS:
+            return None
+        if _clip_asks(encoder):
+            return encoder.grid or encoder.clip.grid
+        diffusion, grid = encoder.diffusion, encoder.grid
+    elif isinstance(encoder, DiffusionEncoder):
+        diffusion, grid = encoder, None
+    else:
+        return None
+    return _cells(diffusion, grid) if diffusion.config.tokens == "grid" else None
+
+
+def check_square(encoder: nn.Module) -> None:
+    """Raise unless a projector may resample the tokens of an encoder as a square of cells.
+
+    Their number does not tell: 16 words, or 4 x 16 cells, would pass for 4 x 4 or 8 x 8 cells.
+
+    Raises:
+        ConfigError: The tokens form no square, or it is not known that they do.
+    """
+    grid = token_grid(encoder)
+    if grid is None and not isinstance(encoder, (DiffusionEncoder, FusedEncoder)):
+        return  # somebody else's: its number of tokens has to do
+    if grid is None or grid[0] != grid[1]:
+        form = "no grid of one size" if grid is None else f"a grid of {grid[0]} x {grid[1]}"
+        raise ConfigError(
+            f"a projector with a grid resamples squares of cells, and this encoder's tokens form "
+            f"{form}; set the encoder's own grid= and leave out the projector's"
+        )
+
+
+def _clip_asks(encoder: FusedEncoder) -> bool:
+    """Whether CLIP's tokens attend to the others, and so are as many as before."""
+    mixer = encoder.mixer if encoder.how == "cross_attention" else None
+    return mixer is not None and mixer.config.asks == "clip"
+
+
+def _diffusion_tokens(encoder: DiffusionEncoder, grid: tuple[int, int] | None = None) -> int | None:
+    cells = _cells(encoder, grid)
+    if cells is None:
+        return token_count(encoder.config, 0) if encoder.config.tokens == "words" else None
+    return token_count(encoder.config, cells[0] * cells[1])
+
+
+def _cells(encoder: DiffusionEncoder, grid: tuple[int, int] | None) -> tuple[int, int] | None:
+    """(height, width) of the grid of cells; None where pictures keep their sizes."""
     config, backbone = encoder.config, encoder.backbone
-    if config.grid is not None:
-        height, width = (config.grid,) * 2 if isinstance(config.grid, int) else config.grid
-        return token_count(config, height * width)
-    if config.resize == "none" and config.tokens != "words":
+    own = grid or config.grid
+    if own is not None:
+        return (own, own) if isinstance(own, int) else own
+    if config.resize == "none":
         return None
     size = config.size or backbone.default_size
-    taps = [tap.reduction for tap in encoder.feature_info]
-    return token_count(config, grid_tokens(size, backbone.reduction, taps))
+    return middle_cells(size, backbone.reduction, [tap.reduction for tap in encoder.feature_info])
 
 
-def grid_tokens(size: int | tuple[int, int], vae: int, reductions: Sequence[int]) -> int:
-    """Cells of the middle one of several taps' grids.
+def middle_cells(
+    size: int | tuple[int, int], vae: int, reductions: Sequence[int]
+) -> tuple[int, int]:
+    """(height, width) of the middle one of several taps' grids.
 
     Args:
         size: Side of the square pictures, or (height, width), in pixels.
@@ -256,8 +317,7 @@ def grid_tokens(size: int | tuple[int, int], vae: int, reductions: Sequence[int]
         for _ in range((reduction // vae).bit_length() - 1):
             height, width = (height + 1) // 2, (width + 1) // 2  # strided convolutions round up
         grids.append((height, width))
-    grid = middle_grid(grids)
-    return grid[0] * grid[1]
+    return middle_grid(grids)
 
 
 def processed_side(image_processor: Any) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from diffenc.checks.arguments import shown
@@ -39,6 +39,17 @@ def token_count(config: EncoderConfig, cells: int) -> int:
     """Number of tokens that stand for a picture whose grid has so many cells."""
     of_cells = 0 if config.tokens == "words" else cells
     return of_cells + (0 if config.tokens == "grid" else config.word_count)
+
+
+def is_there(tokens: Float[Tensor, "*b n c"]) -> Bool[Tensor, "*b n"]:
+    """Mask of the tokens that there are: those of absent words are zeros throughout.
+
+    No other token is: each has the waves of its place.
+
+    Args:
+        tokens: Tokens of words, or of the grid and of words.
+    """
+    return tokens.detach().abs().amax(dim=-1) > 0
 
 
 def embed_places(places: Float[Tensor, "*b 4"]) -> Float[Tensor, "*b 32"]:

@@ -25,7 +25,7 @@ from diffenc.denoiser.gathering import (
 )
 from diffenc.errors import ConfigError, PromptError, TapError
 from diffenc.features import Features
-from diffenc.inputs.words import shared_positions, words_of
+from diffenc.inputs.words import folded, shared_positions, words_of
 from diffenc.models.base import Backbone
 from diffenc.models.denoisers import config_of
 from diffenc.models.reached_layers import reached_projections
@@ -45,8 +45,9 @@ class WordTokens:
         tokens: Gathered features, all taps side by side as in `Features.tokens`, in the dtype of
             the features; zeros for absent words. (b words c), or (b t words c) for several
             timesteps.
-        places: Centre (row, column) and spread (row, column) of each word's map, as fractions of
-            the picture's sides, in float32; see `diffenc.denoiser.gathering.places`.
+        places: Centre (row, column) and spread (row, column) of each word's map, in float32; see
+            `diffenc.denoiser.gathering.places`. They are fractions of the sides of what the model
+            sees: the cut-out with resize="crop", and with "pad" the frame with its margins.
         maps: Map of each word that gathered, in float32: shares of the cells that sum to 1.
         mask: Mask of the words that there are.
         words: Word of each token, per picture; "" for an absent word and "<rest>" for the rest.
@@ -78,9 +79,10 @@ class WordTokens:
 
         Args:
             kind: What is drawn. "words" is the mean of the words' maps, weighted by their
-                sharpness, so that "the" hardly counts; it sums to 1. "change" is how far the text
-                moves the features, |f_c - f_u| as a share of the mean length of f_u, and needs a
-                pass with both halves: conditioning "uncond", "cfg" or "concat".
+                sharpness, so that "the" hardly counts; it sums to 1, and is zeros for a text
+                without words. "change" is how far the text moves the features, |f_c - f_u| as a
+                share of the mean length of f_u, and needs a pass with both halves: conditioning
+                "uncond", "cfg" or "concat".
             taps: Taps whose change is drawn, one or several, joined on the finest grid; coarse ones
                 often change most. None is all of the pass. For "change" alone.
 
@@ -152,7 +154,8 @@ def word_spans(
     Raises:
         PromptError: A text without words, or a word that no text has or that is named twice.
     """
-    if words is not None and (twice := [word for word in words if words.count(word) > 1]):
+    same = [folded(word) for word in words or ()]
+    if twice := [word for word in words or () if same.count(folded(word)) > 1]:
         raise PromptError(f"words names {twice[0]!r} twice, and it has one token; name it once")
     spans: dict[str, Spans] = {}
     faults: dict[str, PromptError] = {}
@@ -195,7 +198,8 @@ def gather_words(
         count: Number of words per picture: those of `most_telling` where there are more, absent
             ones where there are fewer; None keeps all.
         power: Exponent of the maps; above 1 peaks count for more.
-        rest: Whether a last token is gathered by the attention that the words do not get.
+        rest: Whether a last token is gathered by the attention that no word of `spans` gets, chosen
+            or not.
     """
     attention = attention or [_no_attention(next(iter(features.values())))]
     device = attention[0].device

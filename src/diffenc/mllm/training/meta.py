@@ -17,7 +17,7 @@ from diffenc.mixing.choosing import make_mixer
 from diffenc.mixing.config import MIXED
 from diffenc.mllm.training.config import ModelConfig
 from diffenc.mllm.training.sharding import layers_of
-from diffenc.mllm.vision import grid_tokens, processed_side
+from diffenc.mllm.vision import middle_cells, processed_side
 from diffenc.models import describe
 from diffenc.models.building import build_on_meta
 from diffenc.models.denoisers import config_of, meta_inputs
@@ -271,7 +271,7 @@ def _add_diffusion(encoder: MetaEncoder, model: ModelConfig, unet_rank: int) -> 
     if options.grid is not None:
         return token_count(options, _cells(options.grid))
     reductions = [tap.reduction for tap in taps]
-    return token_count(options, grid_tokens(size, architecture.reduction, reductions))
+    return token_count(options, _cells(middle_cells(size, architecture.reduction, reductions)))
 
 
 def text_length(config: Any, known: int | None) -> int:

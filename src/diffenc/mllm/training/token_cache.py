@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from diffenc._version import __version__
 from diffenc.errors import BackboneError, ConfigError, OutputError
 from diffenc.memory.digests import full_digest
 from diffenc.mllm.training.config import DataConfig
@@ -150,12 +151,14 @@ def entry_name(encoder: str, picture: str, prompt: str) -> str:
 def encoder_digest(encoder: nn.Module, precision: str = "no") -> str:
     """A digest of an encoder's kind, settings and weights, to the last value.
 
+    Another version of diffenc may make other tokens of the same weights, and has another digest.
+
     Args:
         encoder: Frozen encoder.
         precision: Mixed precision that it runs in.
     """
     return hashlib.blake2b(
-        f"{precision} {full_digest(encoder)}".encode(), digest_size=16
+        f"{__version__} {precision} {full_digest(encoder)}".encode(), digest_size=16
     ).hexdigest()
 
 
