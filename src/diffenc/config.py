@@ -141,6 +141,8 @@ class EncoderConfig:
                 f"taps must be a tuple of module paths with at least one entry, got {self.taps!r}"
             )
         conform(self)
+        if twice := [tap for tap in self.taps or () if (self.taps or ()).count(tap) > 1]:
+            raise ConfigError(f"taps name {shown(twice[0])} twice, and it is read once")
         if not self.timesteps:
             raise ConfigError("timestep must be an int or a tuple with one or more, got none")
         check_timesteps(self.timesteps)

@@ -1,6 +1,7 @@
 """A diffusion U-Net as a vision encoder that reads the question."""
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,6 +21,7 @@ from diffenc.errors import ConfigError, OutputError, PromptError
 from diffenc.features import Features, check_guidance
 from diffenc.inputs.images import Images, as_list, decoded, image_sizes, to_pixel_values
 from diffenc.inputs.prompts import PromptEmbeds, match_batch
+from diffenc.inputs.tokenizing import limits_of
 from diffenc.inputs.transform import Transform
 from diffenc.memory.object_watch import object_key
 from diffenc.models import Architecture, TapInfo, load_backbone, model_name
@@ -223,8 +225,6 @@ class DiffusionEncoder(TrainableParts):
                 "clip= is for the captioner of a saved encoder, and this model holds none; call "
                 "add_captioner(clip) afterwards"
             )
-        if options.get("taps") is not None:
-            options["taps"] = tap_patterns(options["taps"])
         if isinstance(name, Backbone) and truncate:
             raise ConfigError("a Backbone is not truncated; pass the name that it is loaded by")
 
@@ -234,10 +234,7 @@ class DiffusionEncoder(TrainableParts):
             published = (
                 {} if preset is None else preset_options(text("preset", preset), model.family)
             )
-            kept = config.to_dict()
-            if options.get("tokens") == "grid":
-                del kept["word_count"]  # of tokens of words, which are not wanted any more
-            config = EncoderConfig.from_dict({**kept, **published, **options})
+            config = _changed(config, {**published, **options})
             taps = model.match_taps(config.taps or model.default_taps)
             return [tap.name for tap in taps] if truncate else None
 
@@ -270,7 +267,7 @@ class DiffusionEncoder(TrainableParts):
             self.load_captioner(folder / CAPTIONER_FOLDER, clip=clip, trainable=trainable)
 
     def save_pretrained(
-        self, folder: "str | os.PathLike[str]", *, include_backbone: bool = False
+        self, folder: "str | os.PathLike[str]", *, include_backbone: bool | None = None
     ) -> None:
         """Write the config, every adapter, the captioner, and a reference to the backbone.
 
@@ -281,11 +278,15 @@ class DiffusionEncoder(TrainableParts):
             folder: Folder to write to; see `diffenc.models.encoder_folder` for what lies where.
             include_backbone: Whether to write the backbone's weights too, in its dtype, as a
                 diffusers folder; the result then needs nothing else, except for a captioner's CLIP.
+                None writes them where weights of the backbone itself require a gradient, and so
+                may not be what its name stands for.
 
         Raises:
             OutputError: The folder cannot be written.
             ConfigError: The backbone was given as a pipeline, which no file can name; include it.
         """
+        if include_backbone is None:
+            include_backbone = self._trains_backbone()
         include_backbone = flag("include_backbone", include_backbone)
         target = checked_path("a saved encoder", folder, error=OutputError)
         backbone, config = self.backbone, self.config
@@ -322,6 +323,31 @@ class DiffusionEncoder(TrainableParts):
             mark=backbone.mark(),
         )
         write_config(target, config, contents)
+
+    def _trains_backbone(self) -> bool:
+        added = {id(parameter) for parameter in self._precise().values()}
+        return any(p.requires_grad and id(p) not in added for p in self.backbone.parameters())
+
+    def with_options(self, **options: Any) -> "DiffusionEncoder":
+        """Another encoder over the same backbone, adapters and captioner: nothing is loaded again.
+
+        Args:
+            options: Attributes of `EncoderConfig` that change, such as `timestep` or `taps`.
+
+        Raises:
+            ConfigError: An option is unknown or not allowed.
+            TapError: A tap does not exist in this model, or lies behind where it was truncated.
+
+        Examples:
+            >>> encoder = DiffusionEncoder.from_pretrained("shapes")
+            >>> encoder.with_options(timestep=300, grid=4)(picture, "a circle").shape
+            torch.Size([1, 16, 224])
+        """
+        config = _changed(self.config, options)
+        other = type(self)(self.backbone, config, use_cache=self.use_cache)
+        other.captioner, other.clip = self.captioner, self.clip
+        other._waiting, other._compile_options = self._waiting, self._compile_options
+        return other.train(self.training)
 
     @property
     def _taps(self) -> tuple[TapInfo, ...]:  # type: ignore[override]  # an attribute to the parts
@@ -420,7 +446,15 @@ class DiffusionEncoder(TrainableParts):
             DiffencError: As `extract`.
             PromptError: Tokens of words under texts that were encoded before.
         """
-        return self.tokens_and_features(images, prompts, grid=grid)[0]
+        if prompts is None and self.config.tokens != "grid":
+            warnings.warn(
+                f"tokens={self.config.tokens!r} are gathered by the words of a prompt, and there "
+                "is none: all but the last of them are zeros. Pass the question as prompts.",
+                stacklevel=3,
+            )
+        tokens, features = self.tokens_and_features(images, prompts, grid=grid)
+        self._tell_of_cuts(features)  # tokens do not
+        return tokens
 
     encode = forward
 
@@ -591,7 +625,19 @@ class DiffusionEncoder(TrainableParts):
         features, attention = self._read_words(
             images, each, spans, reads, conditioning, guidance_scale
         )
+        self._tell_of_cuts(features)
         return gather_words(features, attention, spans, count=count, power=power, rest=rest)
+
+    def _tell_of_cuts(self, features: Features) -> None:
+        """Warn where prompts were cut, in words that are the same for every batch."""
+        if any(features.truncated):
+            limit = limits_of(self.backbone.tokenizers)
+            warnings.warn(
+                f"prompts are longer than the {limit} tokens that the text encoder reads, and were "
+                "cut: words behind that have no effect. Shorten them, or read all of them with "
+                'long_prompts="chunk".',
+                stacklevel=3,
+            )
 
     def _read_words(
         self,
@@ -704,6 +750,15 @@ class DiffusionEncoder(TrainableParts):
 
 
 _TINY_VAE = f"{BACKBONE_FOLDER}/vae"
+
+
+def _changed(config: EncoderConfig, options: Mapping[str, Any]) -> EncoderConfig:
+    """A config with other options."""
+    kept = config.to_dict()
+    if options.get("tokens") == "grid":
+        del kept["word_count"]  # it counts tokens of words, which are not wanted any more
+    taps = {"taps": tap_patterns(options["taps"])} if options.get("taps") is not None else {}
+    return EncoderConfig.from_dict({**kept, **options, **taps})
 
 
 def _included_parts(backbone: Backbone) -> dict[str, str | None]:

@@ -271,7 +271,7 @@ class FusedEncoder(nn.Module):
         return fused
 
     def save_pretrained(
-        self, folder: "str | os.PathLike[str]", *, include_backbone: bool = False
+        self, folder: "str | os.PathLike[str]", *, include_backbone: bool | None = None
     ) -> None:
         """Write the options, the diffusion encoder's folder, the mixer's, and CLIP.
 

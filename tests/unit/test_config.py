@@ -24,6 +24,7 @@ from marks import wrong_type
         ({"guidance_scale": float("nan")}, "finite"),
         wrong_type({"taps": "mid_block"}, "tuple of module paths"),
         ({"taps": ()}, "at least one"),
+        ({"taps": ("mid_block", "mid_block")}, "twice, and it is read once"),
         ({"size": 0}, "size must be a positive int"),
         wrong_type({"size": (64, 64, 64)}, "size must be"),
         ({"grid": -2}, "grid must be"),

@@ -100,6 +100,40 @@ def test_what_is_saved_comes_back(kind, parts, included, clip_folder, tmp_path, 
 
 
 @pytest.mark.long
+def test_a_backbone_that_was_trained_is_saved_with_its_weights(tiny_sd_folder, tmp_path):
+    """Its name alone would stand for other weights."""
+    encoder = DiffusionEncoder.from_pretrained(tiny_sd_folder, **ARGUMENTS)
+    encoder.add_lora(rank=2)
+    encoder.save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "backbone").exists()
+    encoder.backbone.unet.mid_block.requires_grad_(True)
+    shake(encoder)
+    encoder.save_pretrained(tmp_path / "whole")
+    assert_equal(encoder, DiffusionEncoder.from_pretrained(tmp_path / "whole"))
+
+
+def test_another_encoder_on_the_same_model_has_its_adapter_and_captioner(
+    tiny_sd_folder, clip_folder
+):
+    encoder = DiffusionEncoder.from_pretrained(tiny_sd_folder, **ARGUMENTS)
+    encoder.add_captioner(clip_folder)
+    encoder.add_lora(rank=2)
+    shake(encoder)
+    other = encoder.with_options(timestep=50, taps="up_blocks.0", grid=2)
+    assert other.backbone is encoder.backbone
+    assert other.captioner is encoder.captioner
+    assert (other.config.timestep, other.config.size) == (50, 64)
+    assert encoder.config.timestep == 261
+    alone = DiffusionEncoder.from_pretrained(
+        encoder.backbone, **{**ARGUMENTS, "timestep": 50, "taps": "up_blocks.0", "grid": 2}
+    )
+    alone.captioner, alone.clip = encoder.captioner, encoder.clip
+    assert_equal(other, alone)
+    assert other.train().training and not encoder.eval().with_options().training
+    with pytest.raises(ConfigError, match="Did you mean 'timestep'"):
+        encoder.with_options(timesteps=5)
+
+
 def test_no_adapter_in_use_and_a_merged_one_come_back_as_they_were(
     tiny_sd_folder, clip_folder, tmp_path
 ):

@@ -119,12 +119,23 @@ def test_values_that_parse_and_are_not_allowed_are_told_with_the_text(text) -> N
         ("diffenc:shapes?words=4", "add tokens=words or tokens=grid+words"),
         ("diffenc:shapes?tokens=grid&k=4", "add tokens=words or tokens=grid+words"),
         ("diffenc:shapes?scale=3", "read with cond=cfg alone"),
+        ("diffenc:shapes?how=tokens", "name it by fuse="),
+        ("diffenc:shapes?tokens=words&grid=4", "tokens=words has none"),
+        ("diffenc:shapes?taps=up1%2Bup1", "taps name 'up_blocks.1' twice"),
         ("diffenc:shapes?scale=3&cond=concat", "read with cond=cfg alone"),
     ],
 )
 def test_options_that_nothing_reads_are_refused_with_what_reads_them(text, said) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
         TowerSpec.parse(text)
+
+
+@pytest.mark.parametrize("size", [66, 500 + 2, 3])
+def test_sizes_that_the_model_does_not_take_are_told_before_a_host_builds_on_them(size) -> None:
+    spec = TowerSpec.parse(f"diffenc:shapes?size={size}")
+    for name in ("image_size", "num_patches", "num_patches_per_side"):
+        with pytest.raises(ConfigError, match=f"size={size} is no multiple of 4"):
+            getattr(spec, name)
 
 
 def test_unknown_models_and_taps_are_told_when_their_sizes_are_asked_for() -> None:

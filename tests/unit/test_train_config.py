@@ -36,6 +36,22 @@ def test_a_table_changes_what_it_names_and_nothing_else():
     assert isinstance(optim.learning_rate, float)
 
 
+@pytest.mark.parametrize("policy", ["empty", "empty | dropout(0.5)"])
+@pytest.mark.parametrize("kind", ["words", "grid+words"])
+def test_tokens_of_words_without_words_are_refused(kind, policy):
+    model = {"options": {"tokens": kind}}
+    with pytest.raises(ConfigError, match="gathered by the words of a prompt"):
+        minimal(model=model, data={**DATA, "prompts": policy})
+    assert minimal(model=model, data={**DATA, "prompts": "caption | dropout(0.3)"})
+
+
+def test_a_guidance_scale_that_nothing_reads_is_refused():
+    for options in ({"guidance_scale": 4.0}, {"guidance_scale": 4.0, "conditioning": "cond"}):
+        with pytest.raises(ConfigError, match='conditioning = "cfg" alone'):
+            minimal(model={"options": options})
+    assert minimal(model={"options": {"guidance_scale": 4.0, "conditioning": "cfg"}})
+
+
 def test_written_and_read_again_it_is_the_same(tmp_path):
     config = TrainConfig(
         stage="instruct",

@@ -110,6 +110,18 @@ SAMPLES = [1, 0, 2]
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    "name", ["prompts", "prompt", "prompt_ids", "vision_prompt_ids", "question", "prompt_mask"]
+)
+@pytest.mark.parametrize("call", ["forward", "generate", "get_image_features"])
+def test_prompts_by_another_name_are_refused_and_not_dropped(model, name, call):
+    inputs = {"pixel_values": tiny_llava.pixel_values()}
+    if call != "get_image_features":
+        inputs |= tiny_llava.text_ids([1, 1])
+    with pytest.raises(PromptError, match=f"unknown argument '{name}'; pass prompts as"):
+        getattr(model, call)(**inputs, **{name: QUESTIONS[:1]})
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 def test_a_mixed_batch_answers_as_its_samples_alone(model, beams):
     ids, pixel_values = tiny_llava.text_ids(SAMPLES), tiny_llava.pixel_values(3)

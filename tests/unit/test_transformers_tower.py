@@ -54,6 +54,17 @@ def features(model, pixel_values, **options):
         return model(pixel_values, **options).last_hidden_state
 
 
+@pytest.mark.parametrize(
+    "option",
+    [{"tokens": "words"}, {"rank": 4}, {"k": 4}, {"timestep": 9}, {"taps": "up9"}],
+    ids=str,
+)
+def test_options_of_the_spec_are_refused_beside_it(option):
+    (name,) = option
+    with pytest.raises(ConfigError, match=f"{name} belongs in the spec.*diffenc:shapes.{name}="):
+        DiffEncConfig("diffenc:shapes", **option)
+
+
 def test_the_config_tells_sizes_without_weights_and_survives_json(tmp_path):
     config = DiffEncConfig("diffenc:shapes?t=50&grid=4&rank=2&taps=up1")
     assert (config.hidden_size, config.image_size) == (64, 64)

@@ -5,6 +5,7 @@ Hosts repeat, scatter and move tensors, and lose or misalign texts. A tower ther
 scope, and that over the null prompt.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,7 +19,7 @@ from torch import Tensor
 from diffenc._typing import Uncond
 from diffenc.errors import PromptError
 from diffenc.inputs.prompts import PromptEmbeds, match_batch
-from diffenc.inputs.tokenizing import fit_rows, marks_of, prompt_ids
+from diffenc.inputs.tokenizing import fit_rows, limit_of, marks_of, prompt_ids
 from diffenc.memory.cache import Entry, content_key, recall
 from diffenc.models import resolve_folder
 from diffenc.models.base import Backbone
@@ -147,7 +148,14 @@ class PromptTokenizer:
         """
         if isinstance(prompts, PromptTokens):
             return prompts
-        return tokenize_prompts(self.tokenizer, prompts)
+        rows, limit = prompt_ids(self.tokenizer, _texts(prompts)), limit_of(self.tokenizer)
+        if any(len(row) > limit for row in rows):
+            warnings.warn(
+                f"prompts are longer than the {limit} tokens that the text encoder reads, and are "
+                "cut: words behind that have no effect. Shorten them.",
+                stacklevel=2,
+            )
+        return PromptTokens(*fit_rows(self.tokenizer, rows))
 
     @property
     def tokenizer(self) -> Any:
@@ -162,9 +170,11 @@ class PromptTokenizer:
 
 def tokenize_prompts(tokenizer: Any, prompts: str | Sequence[str]) -> PromptTokens:
     """Tokenize texts with a model's tokenizer, cut and padded to its limit."""
-    count = 1 if isinstance(prompts, str) else len(prompts)
-    texts = match_batch(prompts, count)
-    return PromptTokens(*fit_rows(tokenizer, prompt_ids(tokenizer, texts)))
+    return PromptTokens(*fit_rows(tokenizer, prompt_ids(tokenizer, _texts(prompts))))
+
+
+def _texts(prompts: str | Sequence[str]) -> list[str]:
+    return match_batch(prompts, 1 if isinstance(prompts, str) else len(prompts))
 
 
 def embed_tokens(

@@ -69,6 +69,10 @@ _SYNONYMS = {
 }
 
 
+SPEC_KEYS = (*_KEYS, *_SYNONYMS)
+"""Words for options in the text of a spec."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TowerSpec:
     """Options of a tower, checked before any weight is read.
@@ -159,6 +163,12 @@ class TowerSpec:
                 f"scale={self.guidance_scale:g} is read with cond=cfg alone; add that"
             )
         check_choice("how", self.how, get_args(How))
+        if self.fuse is None and self.how != TowerSpec.how:
+            raise ConfigError(f"how={self.how} joins a second encoder; name it by fuse=")
+        if self.fuse is None and self.grid is not None and self.tokens == "words":
+            raise ConfigError(
+                f"grid={self.grid} is of cells, and tokens=words has none; leave it out"
+            )
         if self.how not in get_args(Placed):
             raise ConfigError(
                 f"how={self.how} has weights of its own, for which no host has a place; in a tower "
@@ -254,7 +264,19 @@ class TowerSpec:
 
     @property
     def image_size(self) -> int:
-        """Side of the square images that the tower takes, in pixels."""
+        """Side of the square images that the tower takes, in pixels.
+
+        Raises:
+            ConfigError: The model needs another multiple.
+        """
+        if self.size is not None and self.size % self.architecture.multiple:
+            multiple = self.architecture.multiple
+            below = self.size - self.size % multiple
+            near = ", ".join(str(side) for side in (below, below + multiple) if side)
+            raise ConfigError(
+                f"size={self.size} is no multiple of {multiple}, which this model needs; near it "
+                f"are {near} (in {str(self)!r})"
+            )
         return self.size or self.architecture.default_size
 
     @property

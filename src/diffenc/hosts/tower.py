@@ -337,10 +337,18 @@ class DiffusionVisionTower(nn.Module):
             shown = pixel_values.to(self.device, torch.float32)
             # A host's autocast would bring VAE and noise to half precision.
             with torch.autocast(self.device.type, enabled=False), self.encoder.backbone.lock:
-                features: Tensor = self.encoder(shown, self._embeds(tokens, len(shown)))
+                features: Tensor = self._read(shown, self._embeds(tokens, len(shown)))
         features = features.to(pixel_values.device, pixel_values.dtype).contiguous()
         require_finite(features, "tokens of the tower", "pass images in bfloat16 or float32")
         return features
+
+    def _read(self, shown: Tensor, embeds: Any) -> Tensor:
+        """The encoder's tokens; what it would warn of, the tower has told in a host's words."""
+        if hasattr(self.encoder, "tokens_and_features"):
+            tokens: Tensor = self.encoder.tokens_and_features(shown, embeds)[0]
+            return tokens
+        fused: Tensor = self.encoder(shown, embeds)
+        return fused
 
     def _embeds(self, tokens: PromptTokens | None, images: int) -> Any:
         """What the encoder is given: embeddings, or None for the unconditional text alone."""
@@ -372,11 +380,18 @@ class DiffusionVisionTower(nn.Module):
         return all(tokens.is_unconditional(rule))
 
     def _tell_of_null(self) -> None:
-        if self.spec.prompted and not self._told_of_null:
+        words = self.spec.tokens != "grid"
+        if (self.spec.prompted or words) and not self._told_of_null:
             self._told_of_null = True
+            why = (
+                f"this tower's tokens are of a prompt's words (tokens={self.spec.tokens}) and it "
+                "was called without one: all but the last of them are zeros"
+                if words and not self.spec.null
+                else "this tower was trained with prompts (prompted=1) and was called without; it "
+                "reads the null prompt"
+            )
             warnings.warn(
-                "this tower was trained with prompts (prompted=1) and was called without; it reads "
-                "the null prompt. Pass prompts, open diffenc.hosts.prompts.prompt_scope, or let "
+                f"{why}. Pass prompts, open diffenc.hosts.prompts.prompt_scope, or let "
                 "the host's model take them (diffenc.hosts.llava.take_prompts).",
                 stacklevel=5,
             )

@@ -99,8 +99,8 @@ class PictureInputs(nn.Module):
         pictures = self._project(tokens)
         if each is not None and (others := {len(values) for values in pictures} - {each}):
             raise ShapeError(
-                f"pictures have {min(others)} tokens, and {each} were announced, by which texts are "
-                "cut and lengths checked: encoder, projector and image_tokens must go together"
+                f"pictures have {min(others)} tokens, and {each} were announced, by which texts "
+                "are cut and checked: encoder, projector and image_tokens must go together"
             )
         for values in pictures:
             require_finite(values, "tokens of the projector", "check its weights, and its dtype")

@@ -1,18 +1,21 @@
 """Everything that a tower needs to be built without its weights, as transformers keeps it."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from diffenc.errors import ConfigError
-from diffenc.hosts.spec import TowerSpec
+from diffenc.hosts.spec import SPEC_KEYS, TowerSpec
 from diffenc.models import Architecture
 from diffenc.models.sources import lasting_source
 
 INSIDE = "checkpoint"
 """Name of a backbone whose weights are part of the checkpoint."""
+
+_SPEC_NAMES = ({field.name for field in fields(TowerSpec)} | {*SPEC_KEYS}) - {"dtype"}
+"""Options of a spec; transformers' own configs have a `dtype` too."""
 
 
 class DiffEncConfig(PretrainedConfig):  # type: ignore[misc]  # transformers is seen as Any
@@ -57,6 +60,11 @@ class DiffEncConfig(PretrainedConfig):  # type: ignore[misc]  # transformers is 
         **kwargs: Any,
     ) -> None:
         parsed = TowerSpec.parse(spec)
+        if of_spec := sorted(kwargs.keys() & _SPEC_NAMES):
+            raise ConfigError(
+                f"{of_spec[0]} belongs in the spec, which says everything of the tower: "
+                f'"{spec}{"&" if "?" in spec else "?"}{of_spec[0]}=..." in the words of TowerSpec'
+            )
         if architecture is None:
             architecture = parsed.architecture.configs
         if "unet" not in architecture:

@@ -7,7 +7,8 @@ its tower finds them; that works under PEFT, in threads and in every version of 
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -20,6 +21,9 @@ from diffenc.hosts.prompts import Prompts, PromptTokens, current_scope, prompt_s
 from diffenc.hosts.transformers.modeling import DiffEncModel
 
 PROMPT_ARGUMENTS = ("prompt_input_ids", "prompt_attention_mask")
+_OF_GENERATION = ("prompt_lookup_num_tokens",)
+"""Options of transformers' `generate` that are named like a prompt."""
+_LIKE_A_PROMPT = re.compile("prompt|question")
 _PER_IMAGE = ("pixel_values", "image_sizes", *PROMPT_ARGUMENTS)
 
 
@@ -34,6 +38,7 @@ def _forward(stock: Callable[..., Any]) -> Callable[..., Any]:
         prompt_attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
+        refuse_other_names(kwargs)
         tokens = _as_tokens(prompt_input_ids, prompt_attention_mask)
         if tokens is None:
             return stock(self, *args, **kwargs)
@@ -55,6 +60,7 @@ def _image_features(stock: Callable[..., Any]) -> Callable[..., Any]:
         prompt_attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
+        refuse_other_names(kwargs)
         scope = current_scope()
         prompts: Prompts | None = _as_tokens(prompt_input_ids, prompt_attention_mask)
         if prompts is None and scope is not None:
@@ -69,6 +75,20 @@ def _image_features(stock: Callable[..., Any]) -> Callable[..., Any]:
             return stock(self, *args, **kwargs)
 
     return _signed(get_image_features, stock)
+
+
+def refuse_other_names(arguments: Mapping[str, Any]) -> None:
+    """Raise where prompts come under a name that stock classes would drop without a word.
+
+    Raises:
+        PromptError: An argument is none of `PROMPT_ARGUMENTS` and named like a prompt.
+    """
+    for name in arguments:
+        if _LIKE_A_PROMPT.search(name) and name not in (*PROMPT_ARGUMENTS, *_OF_GENERATION):
+            raise PromptError(
+                f"unknown argument {name!r}; pass prompts as {' and '.join(PROMPT_ARGUMENTS)}, "
+                "which DiffEncLlavaProcessor makes of prompts=[...]"
+            )
 
 
 def spread(tokens: PromptTokens, tiles: Sequence[int]) -> PromptTokens:
@@ -187,6 +207,7 @@ class GeneratesWithPrompts(TakesPrompts):
         Raises:
             PromptError: There are prompts, and no images.
         """
+        refuse_other_names(kwargs)
         tokens = _as_tokens(*(kwargs.get(name) for name in PROMPT_ARGUMENTS))
         if tokens is not None:
             _check_use(tokens, kwargs)

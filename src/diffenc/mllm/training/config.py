@@ -116,7 +116,14 @@ class ModelConfig:
 
     def encoder_config(self) -> EncoderConfig:
         """The options, checked."""
-        return EncoderConfig.from_dict({**EncoderConfig().to_dict(), **self.options})
+        config = EncoderConfig.from_dict({**EncoderConfig().to_dict(), **self.options})
+        usual = EncoderConfig().guidance_scale
+        if config.guidance_scale != usual and config.conditioning != "cfg":
+            raise ConfigError(
+                f"model.options guidance_scale = {config.guidance_scale:g} is read with "
+                'conditioning = "cfg" alone; add that, or leave the scale out'
+            )
+        return config
 
     def mixing_config(self, seed: int = 0) -> MixingConfig | None:
         """What `mixing` says, checked; None where nothing is mixed."""
@@ -376,9 +383,23 @@ class TrainConfig:
             raise ConfigError("adapt.unet_rank is for a diffusion model, and model.kind is vision")
         self._check_data()
         self._check_ground()
+        self._check_words()
         _check_range("seed", self.seed, 2**32)
         if self.save_steps < 0 or self.keep < 1 or self.log_steps < 1:
             raise ConfigError("save_steps must be 0 or more, keep and log_steps 1 or more")
+
+    def _check_words(self) -> None:
+        """Raise where tokens are of words and prompts never have any."""
+        kind, policy = self.model.options.get("tokens", "grid"), self.data.prompts
+        if (
+            self.stage != "ground"
+            and kind != "grid"
+            and policy.partition("|")[0].strip() == "empty"
+        ):
+            raise ConfigError(
+                f"model.options tokens = {kind!r} are gathered by the words of a prompt, and "
+                f'data.prompts = "{policy}" has none; take "question", "caption" or tokens = "grid"'
+            )
 
     def _check_data(self) -> None:
         """Raise unless there are conversations where they are learnt from, and nowhere else."""
