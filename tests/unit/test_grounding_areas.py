@@ -241,6 +241,12 @@ def test_a_broken_box_is_refused_in_words(value):
             read_box(value, "here", corners=corners)
 
 
+@pytest.mark.parametrize("value", [[40, 12, -16, 16], [40, 12, 16, -0.5]])
+def test_a_box_of_negative_extent_is_refused(value):
+    with pytest.raises(ConfigError, match=r"here must be .*negative width or height"):
+        read_box(value, "here", corners=False)
+
+
 def test_a_box_of_coco_is_width_and_height_and_ours_is_edges():
     assert read_box([1, 2, 3, 4], "here", corners=False) == (1, 2, 4, 6)
     assert read_box([1, 2, 3, 4], "here", corners=True) == (1, 2, 3, 4)

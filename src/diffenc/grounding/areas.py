@@ -213,7 +213,7 @@ def read_box(value: Any, where: str, *, corners: bool) -> Box:
             as in COCO's layout.
 
     Raises:
-        ConfigError: It is none.
+        ConfigError: It is none, or its width or height is negative.
     """
     if not isinstance(value, (list, tuple)) or len(value) != 4:
         form = "[left, top, right, bottom]" if corners else "[left, top, width, height]"
@@ -221,6 +221,11 @@ def read_box(value: Any, where: str, *, corners: bool) -> Box:
     first, second, third, fourth = (number(where, each) for each in value)
     if corners:
         return first, second, third, fourth
+    if min(third, fourth) < 0:
+        raise ConfigError(
+            f"{where} must be [left, top, width, height], and {shown(list(value))} has a negative "
+            "width or height"
+        )
     return first, second, first + third, second + fourth
 
 
