@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import ImageError
 from diffenc.grounding.areas import Area, covered
+from diffenc.grounding.picture_bounds import find_misfit
 from diffenc.grounding.samples import GroundedImage, GroundedText
 from diffenc.inputs.images import load_image, to_pixel_values
 from diffenc.inputs.words import span_positions
@@ -140,11 +141,7 @@ def collate_phrases(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _checked(image: Image.Image, sample: GroundedImage) -> Image.Image:
-    if sample.size not in (None, (image.height, image.width)):
-        assert sample.size is not None
-        height, width = sample.size
-        raise ImageError(
-            f"{sample.image} has {image.height} x {image.width} pixels, and its areas are measured "
-            f"in {height} x {width}: it is another copy of the picture, or was turned"
-        )
+    misfit = find_misfit(sample, (image.height, image.width))
+    if misfit is not None:
+        raise ImageError(f"{sample.image}: {misfit.detail}")
     return image
