@@ -73,6 +73,85 @@ def test_what_covers_a_cell_twice_covers_it_once_and_what_is_outside_does_not():
     assert outside.sum() == 0
 
 
+def painted(size, *parts):
+    """Share of each cell of 8 pixels that is painted; parts are boxes in quarters of a pixel."""
+    canvas = np.zeros((4 * size[0], 4 * size[1]))
+    for left, top, right, bottom in parts:
+        canvas[max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)] = 1
+    rows, columns = (4 * side // 32 for side in size)
+    return torch.from_numpy(canvas.reshape(rows, 32, columns, 32).mean(axis=(1, 3))).float()
+
+
+def in_pixels(part):
+    return tuple(edge / 4 for edge in part)
+
+
+def some_boxes(rng, count, size, step=1):
+    """Boxes in quarters of a pixel, some of which stick out."""
+    boxes = []
+    for _ in range(count):
+        edges = [sorted(rng.choice(range(-8, 4 * side + 8, step), 2, False)) for side in size[::-1]]
+        boxes.append(tuple(int(edge) for pair in zip(*edges, strict=True) for edge in pair))
+    return boxes
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 30])
+def test_boxes_cover_what_a_painted_picture_of_them_shows(count):
+    rng = np.random.default_rng(count)
+    for size in ((64, 48), (16, 80)):
+        boxes = some_boxes(rng, count, size)
+        areas = [Area(in_pixels(box)) for box in boxes]
+        shares = covered(areas, size, size, resize="squash", cell=CELL)
+        torch.testing.assert_close(shares, painted(size, *boxes), rtol=0, atol=1e-6)
+        again = covered([*areas, *areas[::-1]], size, size, resize="squash", cell=CELL)
+        assert torch.equal(again, shares)
+
+
+def test_half_a_cell_told_twice_is_half_a_cell():
+    boxes = [Area((0, 0, 32, 64)), Area((0, 0, 32.001, 64))]
+    for masks in (True, False):
+        shares = covered(boxes, (64, 64), (64, 64), resize="squash", cell=64, masks=masks)
+        assert shares.item() == pytest.approx(0.5, abs=1e-4)
+
+
+@pytest.mark.parametrize("with_boxes", [False, True], ids=["masks", "masks and boxes"])
+def test_masks_and_boxes_cover_what_a_painted_picture_of_them_shows(with_boxes):
+    size, rng = (64, 48), np.random.default_rng(1)
+    masked = some_boxes(rng, 3, size, step=4)
+    boxes = some_boxes(rng, 3, size) if with_boxes else []
+    areas = [Area(in_pixels(box)) for box in boxes]
+    for box in masked:
+        left, top, right, bottom = (max(edge // 4, 0) for edge in box)
+        mask = np.zeros(size, dtype=bool)
+        mask[top:bottom, left:right] = True
+        areas.append(Area(in_pixels(box), runs=runs_of(mask)))
+    shares = covered(areas, size, size, resize="squash", cell=CELL)
+    expected = painted(size, *masked, *boxes)
+    assert (expected < sum(painted(size, box) for box in [*masked, *boxes])).any()  # they overlap
+    torch.testing.assert_close(shares, expected, rtol=0, atol=1e-6)
+
+
+def test_a_mask_and_a_box_apart_are_added():
+    mask = np.zeros((64, 64), dtype=bool)
+    mask[:4, :4] = True
+    areas = [Area((0, 0, 4, 4), runs=runs_of(mask)), Area((41.3, 33.7, 50, 60.1))]
+    one, other = (covered([each], (64, 64), (64, 64), resize="squash", cell=8) for each in areas)
+    both = covered(areas, (64, 64), (64, 64), resize="squash", cell=8)
+    assert torch.equal(both, one + other)
+
+
+@pytest.mark.parametrize("kind", ["box", "polygon"])
+def test_what_sticks_out_of_a_picture_covers_nothing_of_its_padding(kind):
+    box = (10.0, -9.0, 30.0, 40.0)
+    left, top, right, bottom = box
+    polygons = ((left, top, right, top, right, bottom, left, bottom),)
+    area = Area(box, polygons if kind == "polygon" else ())
+    shares = covered([area], (32, 64), (64, 64), resize="pad", cell=8)  # 16 rows above and below
+    assert shares[:2].sum() == shares[6:].sum() == 0
+    expected = painted((32, 64), (40, 0, 120, 128))
+    torch.testing.assert_close(shares[2:6], expected, rtol=0, atol=0.04)
+
+
 def test_masks_are_left_aside_on_request_and_where_they_are_thinner_than_a_pixel():
     triangle = Area((0, 0, 64, 64), ((0, 0, 64, 0, 0, 64),))
     place = {"picture": (64, 64), "result": (64, 64), "resize": "squash", "cell": 64}
@@ -160,6 +239,12 @@ def test_a_broken_box_is_refused_in_words(value):
     for corners in (True, False):
         with pytest.raises(ConfigError, match="here must be"):
             read_box(value, "here", corners=corners)
+
+
+@pytest.mark.parametrize("value", [[40, 12, -16, 16], [40, 12, 16, -0.5]])
+def test_a_box_of_negative_extent_is_refused(value):
+    with pytest.raises(ConfigError, match=r"here must be .*negative width or height"):
+        read_box(value, "here", corners=False)
 
 
 def test_a_box_of_coco_is_width_and_height_and_ours_is_edges():

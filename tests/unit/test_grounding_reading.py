@@ -53,6 +53,26 @@ def test_letters_of_a_caption_name_boxes_as_in_mdetrs_files(tmp_path):
     assert [len(phrase.areas) for phrase in text.phrases] == [2, 1]
 
 
+def test_boxes_of_a_caption_without_extent_name_nothing(tmp_path):
+    images = pictures(tmp_path / "images", "a.jpg", "b.jpg")
+    boxes = {1: [[20, 10, 0, 0], [4, 4, 8, 8]], 2: [[20, 10, 0, 5], [3, 4, 2, 0]]}
+    table = {
+        "images": [{"id": key, "file_name": "a.jpg", "caption": "a man, a dog"} for key in boxes],
+        "annotations": [
+            {"id": 10 * key + place, "image_id": key, "bbox": box, "tokens_positive": [span]}
+            for key, some in boxes.items()
+            for place, (box, span) in enumerate(zip(some, ([2, 5], [9, 12]), strict=True))
+        ],
+        "categories": [],
+    }
+    path = write(tmp_path / "m.json", table)
+    with pytest.raises(ConfigError, match=r"1 of 2 .*broken annotations .*no box has an extent"):
+        read_phrases(path, images)
+    (sample,) = read_phrases(path, images, skip_broken=True)
+    assert words(sample.texts[0]) == [["dog"]]
+    assert sample.texts[0].phrases[0].areas == (Area((4, 4, 12, 12)),)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -70,6 +90,10 @@ def test_letters_of_a_caption_name_boxes_as_in_mdetrs_files(tmp_path):
         (lambda t: t.update(annotations={}), "annotations must be a list"),
         (lambda t: t.update(categories=[3]), "categories must be a list"),
         (lambda t: t["annotations"][0].update(image_id=None), "image_id must be"),
+        (lambda t: t["annotations"][0].update(bbox=[4, 2, -3, 4]), "negative width or height"),
+        (lambda t: t["annotations"][1].update(id=1), r"annotations hold 1 ids more than once \(1"),
+        (lambda t: t["images"][1].update(id=7), r"images hold 1 ids more than once \(7"),
+        (lambda t: t["categories"][1].update(id=1), "categories hold 1 ids more than once"),
     ],
 )
 def test_what_is_wrong_in_cocos_layout_is_told(tmp_path, change, message):
@@ -201,6 +225,11 @@ def test_expressions_are_read_out_of_the_hubs_parquet(tmp_path):
     assert is_the_dog(read_phrases(path, images), images)
     with pytest.raises(ConfigError, match="no split 'testA'"):
         read_phrases(path, images, split="testA")
+    other = json.dumps({**TABLES["images"][0], "id": 8})
+    rows[0]["raw_image_info"] = other
+    parquet.write_table(arrow.Table.from_pylist(rows), path)
+    with pytest.raises(ConfigError, match="raw_anns is of image 7, and its expression of image 8"):
+        read_phrases(path, images)
     parquet.write_table(arrow.Table.from_pylist([{"x": 1}]), path)
     with pytest.raises(ConfigError, match=r"no column \['sentences', 'raw_anns'"):
         read_phrases(path, images)
@@ -217,7 +246,9 @@ def test_expressions_are_read_out_of_the_hubs_parquet(tmp_path):
         ({"sentences": []}, "there is no sentence"),
         ({"sentences": [{"sent": 4}]}, "sent must be"),
         ({"sentences": "x"}, "sentences must be"),
-        ({"ann_id": 4}, "has no extent"),
+        ({"ann_id": 4, "image_id": 8}, "has no extent"),
+        ({"ann_id": 5}, "annotation 5 of instances.json is of image 8, and its expression of .* 7"),
+        ({"sentences": [{"sent": "..."}]}, "there is no sentence"),
     ],
 )
 def test_what_is_wrong_in_an_expression_is_told(tmp_path, change, message):

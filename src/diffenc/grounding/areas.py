@@ -76,6 +76,9 @@ def covered(
 ) -> Float[Tensor, "h w"]:
     """Share of each cell that some areas cover together, from 0 to 1, after a picture's resizing.
 
+    What several areas cover counts once. Of boxes alone the share is exact; outlines are drawn on a
+    grid. What lies outside of the picture is left out.
+
     Args:
         areas: Areas in pixels of the picture.
         picture: (height, width) of the upright picture.
@@ -86,41 +89,86 @@ def covered(
     """
     (inner, corner), grid = placement(picture, result, resize), tuple(s // cell for s in result)
     factors = tuple(side / before for side, before in zip(inner, picture, strict=True))
-    total = np.zeros(grid, dtype=np.float32)
+    boxes: list[Box] = []
+    outlined: np.ndarray | None = None
     for area in areas:
-        share = _covered_by_outline(area, result, inner, factors, corner, cell) if masks else None
-        if share is None or not share.any():  # thinner than a pixel
-            share = _covered_by_box(area.box, grid, factors, corner, cell)
-        total += share
-    return torch.from_numpy(total.clip(max=1))
+        pixels = None
+        if masks:
+            pixels = _outline(area, picture, result, inner, factors, corner)
+        if pixels is not None:
+            rows, columns = (count * cell * _FINER for count in grid)
+            pixels = pixels[:rows, :columns]
+        if pixels is None or not pixels.any():  # thinner than a pixel
+            boxes.append(_clamped(area.box, picture))
+        else:
+            outlined = pixels if outlined is None else outlined | pixels
+    share = _covered_by_boxes(boxes, grid, factors, corner, cell)
+    if outlined is not None:
+        of_outlines = _means(outlined, grid)
+        if ((share > 0) & (of_outlines > 0)).any():
+            fine = _covered_by_boxes(boxes, outlined.shape, factors, corner, 1 / _FINER)
+            share = _means(np.where(outlined, np.float32(1), fine), grid)
+        else:
+            share = share + of_outlines
+    return torch.from_numpy(share.clip(max=1))
 
 
-def _covered_by_box(
-    box: Box,
+def _clamped(box: Box, picture: tuple[int, int]) -> Box:
+    left, top, right, bottom = box
+    height, width = picture
+    return max(left, 0), max(top, 0), min(right, width), min(bottom, height)
+
+
+def _covered_by_boxes(
+    boxes: Sequence[Box],
     grid: Sequence[int],
     factors: Sequence[float],
     corner: Sequence[int],
-    cell: int,
+    cell: float,
 ) -> Float[np.ndarray, "h w"]:
-    left, top, right, bottom = box
-    sides = []
-    for edges, count, factor, start in zip(
-        ((top, bottom), (left, right)), grid, factors, corner, strict=True
-    ):
-        low, high = ((edge * factor + start) / cell for edge in edges)
-        cells = np.arange(count)
+    """Share of each cell that lies in one box or more.
+
+    The edges of all boxes cut the picture into rectangles, each of which lies in a box as a whole
+    or not at all. A cell's share of a rectangle is a product of two lengths.
+    """
+    boxes = [box for box in boxes if box[0] < box[2] and box[1] < box[3]]
+    if not boxes:
+        return np.zeros(tuple(grid), dtype=np.float32)
+    sides, places = [], []
+    for axis, (count, factor, start) in enumerate(zip(grid, factors, corner, strict=True)):
+        spans = [(box[1 - axis], box[3 - axis]) for box in boxes]
+        lines = sorted({edge for span in spans for edge in span})
+        index = {edge: place for place, edge in enumerate(lines)}
+        places.append([slice(index[low], index[high]) for low, high in spans])
+        edges = [(edge * factor + start) / cell for edge in lines]
+        cells = np.arange(count)[:, None]
+        low, high = np.array(edges[:-1]), np.array(edges[1:])
         sides.append((np.minimum(cells + 1, high) - np.maximum(cells, low)).clip(0, 1))
-    return np.outer(*sides).astype(np.float32)
+    inside = np.zeros((sides[0].shape[1], sides[1].shape[1]))
+    for part in zip(*places, strict=True):
+        inside[part] = 1
+    share: np.ndarray = sides[0] @ inside @ sides[1].T
+    return share.astype(np.float32)
 
 
-def _covered_by_outline(
+def _means(pixels: np.ndarray, grid: Sequence[int]) -> Float[np.ndarray, "h w"]:
+    """Mean of the pixels of each cell."""
+    rows, columns = grid
+    height, width = pixels.shape
+    cells = pixels.reshape(rows, height // rows, columns, width // columns)
+    share: np.ndarray = cells.mean(axis=(1, 3), dtype=np.float32)
+    return share
+
+
+def _outline(
     area: Area,
+    picture: tuple[int, int],
     result: tuple[int, int],
     inner: tuple[int, int],
     factors: Sequence[float],
     corner: Sequence[int],
-    cell: int,
-) -> "Float[np.ndarray, 'h w'] | None":
+) -> "Bool[np.ndarray, 'h w'] | None":
+    """An outline drawn `_FINER` times finer than the result; None where there is none."""
     if area.polygons:
         (height, width), (across_y, across_x), (top, left) = result, factors, corner
         canvas = Image.new("1", (width * _FINER, height * _FINER))
@@ -132,22 +180,27 @@ def _covered_by_outline(
                 for x, y in zip(polygon[::2], polygon[1::2], strict=True)
             ]
             draw.polygon(points, fill=1)
-        pixels = np.asarray(canvas, dtype=bool)
-    elif area.runs is not None:
-        pixels = area.runs.mask()
-        for axis in (0, 1):
-            middles = (np.arange(result[axis] * _FINER) + 0.5) / _FINER - corner[axis]
-            nearest = np.floor(middles * pixels.shape[axis] / inner[axis]).astype(np.int64)
-            there = (nearest >= 0) & (nearest < pixels.shape[axis])
-            pixels = np.take(pixels, nearest.clip(0, pixels.shape[axis] - 1), axis=axis)
-            pixels = pixels & (there[:, None] if axis == 0 else there)
-    else:
+        pixels = np.array(canvas, dtype=bool)
+        box = outline_box(area.polygons, None)
+        if box != _clamped(box, picture):  # what sticks out would lie on padding
+            rows, columns = (
+                slice(max(first, 0) * _FINER, (first + side) * _FINER)
+                for first, side in zip(corner, inner, strict=True)
+            )
+            within = np.zeros_like(pixels)
+            within[rows, columns] = pixels[rows, columns]
+            pixels = within
+        return pixels
+    if area.runs is None:
         return None
-    side = cell * _FINER
-    rows, columns = (length // side for length in pixels.shape)
-    cells = pixels[: rows * side, : columns * side].reshape(rows, side, columns, side)
-    share: np.ndarray = cells.mean(axis=(1, 3), dtype=np.float32)
-    return share
+    pixels = area.runs.mask()
+    for axis in (0, 1):
+        middles = (np.arange(result[axis] * _FINER) + 0.5) / _FINER - corner[axis]
+        nearest = np.floor(middles * pixels.shape[axis] / inner[axis]).astype(np.int64)
+        there = (nearest >= 0) & (nearest < pixels.shape[axis])
+        pixels = np.take(pixels, nearest.clip(0, pixels.shape[axis] - 1), axis=axis)
+        pixels = pixels & (there[:, None] if axis == 0 else there)
+    return pixels
 
 
 def read_box(value: Any, where: str, *, corners: bool) -> Box:
@@ -160,7 +213,7 @@ def read_box(value: Any, where: str, *, corners: bool) -> Box:
             as in COCO's layout.
 
     Raises:
-        ConfigError: It is none.
+        ConfigError: It is none, or its width or height is negative.
     """
     if not isinstance(value, (list, tuple)) or len(value) != 4:
         form = "[left, top, right, bottom]" if corners else "[left, top, width, height]"
@@ -168,6 +221,11 @@ def read_box(value: Any, where: str, *, corners: bool) -> Box:
     first, second, third, fourth = (number(where, each) for each in value)
     if corners:
         return first, second, third, fourth
+    if min(third, fourth) < 0:
+        raise ConfigError(
+            f"{where} must be [left, top, width, height], and {shown(list(value))} has a negative "
+            "width or height"
+        )
     return first, second, first + third, second + fourth
 
 

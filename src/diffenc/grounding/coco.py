@@ -5,7 +5,7 @@ Source:
     files of RefCOCO, Flickr30k and others say by `tokens_positive` which letters name a box.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +41,7 @@ def coco_tables(content: Mapping[str, Any], path: Path) -> CocoTables:
     """The tables of a file of COCO's.
 
     Raises:
-        ConfigError: A table is no list of records with ids.
+        ConfigError: A table is no list of records with ids, or two records of it have one id.
     """
     lists = {
         name: _records(content.get(name, []), f"{printable(path)}: {name}")
@@ -64,7 +64,8 @@ def coco_tables(content: Mapping[str, Any], path: Path) -> CocoTables:
 def coco_samples(tables: CocoTables, images: Path) -> Iterator[GroundedImage | Fault]:
     """A sample for each picture: a text for each of its categories, or its caption.
 
-    The name of a category names all of its instances together, crowds included.
+    The name of a category names all of its instances together, crowds included. Boxes without
+    extent, of which published files hold a few, name nothing.
 
     Args:
         tables: Tables of the file.
@@ -125,14 +126,18 @@ def _captioned(
 ) -> GroundedText:
     caption = record["caption"]
     areas: dict[Span, list[Area]] = {}
-    for each in annotations:
+    own = [(each, area_of(each)) for each in annotations]
+    if own and all(area.is_empty for _, area in own):
+        raise ConfigError(f"no box has an extent: {shown([list(area.box) for _, area in own])}")
+    for each, area in own:
         spans = checked(each.get("tokens_positive"), list[tuple[int, int]], "tokens_positive")
         for start, stop in spans:
             if not 0 <= start < stop <= len(caption):
                 raise ConfigError(
                     f"tokens_positive [{start}, {stop}] is no part of the caption {shown(caption)}"
                 )
-            areas.setdefault((start, stop), []).append(area_of(each))
+            if not area.is_empty:
+                areas.setdefault((start, stop), []).append(area)
     phrases = (Phrase(naming_spans(caption, *span), tuple(some)) for span, some in areas.items())
     return GroundedText(caption, tuple(phrases))
 
@@ -140,6 +145,11 @@ def _captioned(
 def _records(value: Any, where: str) -> list[Mapping[str, Any]]:
     if not isinstance(value, list) or not all(isinstance(each, Mapping) for each in value):
         raise ConfigError(f"{where} must be a list of objects")
-    for each in value:
-        checked(each.get("id"), int, f"{where}: id")
+    ids = Counter(checked(each.get("id"), int, f"{where}: id") for each in value)
+    twice = [number for number, times in ids.items() if times > 1]
+    if twice:
+        raise ConfigError(
+            f"{where} hold {len(twice)} ids more than once ({shown(twice[0])}, ...): others refer "
+            "to a record by its id, which must be its own. Take the files of one data set"
+        )
     return value

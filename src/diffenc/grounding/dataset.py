@@ -12,9 +12,10 @@ from torch.utils.data import Dataset
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import ImageError
 from diffenc.grounding.areas import Area, covered
+from diffenc.grounding.phrase_tokens import check_phrases_have_tokens, phrase_positions
+from diffenc.grounding.picture_bounds import find_misfit
 from diffenc.grounding.samples import GroundedImage, GroundedText
 from diffenc.inputs.images import load_image, to_pixel_values
-from diffenc.inputs.words import span_positions
 
 
 class PhraseDataset(Dataset[dict[str, Any]]):
@@ -29,7 +30,12 @@ class PhraseDataset(Dataset[dict[str, Any]]):
         masks: Whether outlines are taken where the data have some; otherwise boxes.
         seed: Seed of texts and noise.
         skip_broken: Whether a sample whose picture cannot be read gets a blank one that teaches
-            nothing, so that batches keep their shape; otherwise an error is raised.
+            nothing, so that batches keep their shape, and phrases without tokens are a warning in
+            the log; otherwise an error is raised.
+
+    Raises:
+        ConfigError: A phrase has no word that the text encoder reads as whole tokens and
+            `skip_broken` is not set, or no phrase at all can be taught.
     """
 
     def __init__(
@@ -47,6 +53,9 @@ class PhraseDataset(Dataset[dict[str, Any]]):
         self._tokenizers = encoder.backbone.tokenizers
         self._windows = encoder.config.long_prompts == "chunk"
         self._cell = encoder.backbone.reduction
+        check_phrases_have_tokens(
+            samples, self._tokenizers, windows=self._windows, skip_broken=skip_broken
+        )
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -90,11 +99,10 @@ class PhraseDataset(Dataset[dict[str, Any]]):
         """
         named: dict[int, dict[Area, None]] = {}
         for phrase in text.phrases:
-            for start, stop in phrase.spans:
-                for position in span_positions(
-                    self._tokenizers, text.text, start, stop, windows=self._windows
-                ):
-                    named.setdefault(position, {}).update(dict.fromkeys(phrase.areas))
+            for position in phrase_positions(
+                self._tokenizers, text.text, phrase.spans, windows=self._windows
+            ):
+                named.setdefault(position, {}).update(dict.fromkeys(phrase.areas))
         return {position: tuple(areas) for position, areas in named.items()}
 
     def _blank_size(self) -> tuple[int, int]:
@@ -140,11 +148,7 @@ def collate_phrases(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _checked(image: Image.Image, sample: GroundedImage) -> Image.Image:
-    if sample.size not in (None, (image.height, image.width)):
-        assert sample.size is not None
-        height, width = sample.size
-        raise ImageError(
-            f"{sample.image} has {image.height} x {image.width} pixels, and its areas are measured "
-            f"in {height} x {width}: it is another copy of the picture, or was turned"
-        )
+    misfit = find_misfit(sample, (image.height, image.width))
+    if misfit is not None:
+        raise ImageError(f"{sample.image}: {misfit.detail}")
     return image

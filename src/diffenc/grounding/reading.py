@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from diffenc.checks.arguments import whole
 from diffenc.errors import ConfigError
 from diffenc.grounding.coco import coco_samples, coco_tables
 from diffenc.grounding.jsonl import record_samples
+from diffenc.grounding.picture_bounds import find_misfit, picture_size
 from diffenc.grounding.refcoco import PICKLES, refs_file, refs_samples, table_samples
 from diffenc.grounding.samples import Fault, GroundedImage
 from diffenc.grounding.visual_genome import region_samples
@@ -46,7 +48,9 @@ def read_phrases(
 
     Raises:
         ConfigError: The annotations cannot be read or hold nothing that can be used, or some of
-            them cannot and `skip_broken` is not set.
+            them cannot and `skip_broken` is not set: records that are broken, pictures that are
+            missing or of another size than annotated, and areas that cannot be meant in their
+            picture, see `diffenc.grounding.picture_bounds.find_misfit`.
     """
     samples, faults = find_phrases(annotations, images, split=split, limit=limit)
     if faults and not skip_broken:
@@ -80,8 +84,8 @@ def find_phrases(
         images: Folder of the pictures.
         split: Split of RefCOCO's expressions.
         limit: Largest number of records that are looked at; None is all.
-        left_out: Indices of records that are left out; the existence of pictures is not checked
-            then. None looks.
+        left_out: Indices of records that are left out; pictures are not looked at then, nor whether
+            areas fit them. None looks.
 
     Raises:
         ConfigError: The annotations cannot be read, or are of no known layout.
@@ -93,6 +97,7 @@ def find_phrases(
     samples: list[GroundedImage] = []
     faults: list[Fault] = []
     keys: Counter[str] = Counter()
+    size_of = lru_cache(None)(picture_size)  # several expressions are about one picture
     for each in _records(expanded(annotations), folder, split):
         if most is not None and len(samples) + len(faults) >= most:
             break
@@ -102,6 +107,9 @@ def find_phrases(
             faults.append(each)
         elif left_out is None and not is_file(each.image):
             faults.append(Fault("with missing images", each.image.name, each.place))
+        elif left_out is None and (misfit := find_misfit(each, size_of(each.image))):
+            where = f"sample {printable(each.key)} on {printable(each.image.name)}: {misfit.detail}"
+            faults.append(Fault(misfit.kind, where, each.place))
         else:
             keys[each.key] += 1
             times = keys[each.key]

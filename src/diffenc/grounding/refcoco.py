@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from diffenc._optional import require
+from diffenc.checks.arguments import shown
 from diffenc.errors import ConfigError
 from diffenc.grounding.areas import Area
 from diffenc.grounding.coco import area_of, coco_tables, size_of
@@ -77,9 +78,11 @@ def refs_samples(
             annotation = tables.annotations.get(number)
             if annotation is None:
                 raise ConfigError(f"{_INSTANCES} has no annotation {number}")
-            picture = pictures.get(checked(annotation.get("image_id"), int, "image_id"))
+            own = checked(annotation.get("image_id"), int, "image_id")
+            picture = pictures.get(own)
             if picture is None:
-                raise ConfigError(f"{_INSTANCES} has no image {annotation['image_id']}")
+                raise ConfigError(f"{_INSTANCES} has no image {own}")
+            _require_same(own, ref.get("image_id"), f"annotation {number} of {_INSTANCES}")
             texts = _texts(ref.get("sentences"), area_of(annotation))
             image = inside(images, checked(picture.get("file_name"), str, "file_name"))
             size = size_of(picture)
@@ -118,6 +121,7 @@ def table_samples(path: Path, images: Path, split: str) -> Iterator[GroundedImag
             annotation = parse_json(checked(row["raw_anns"], str, "raw_anns"), where="raw_anns")
             info = checked(row["raw_image_info"], str, "raw_image_info")
             picture = parse_json(info, where="raw_image_info")
+            _require_same(annotation.get("image_id"), picture.get("id"), "raw_anns")
             texts = _texts(row["sentences"], area_of(annotation))
             image = inside(images, checked(picture.get("file_name"), str, "file_name"))
             size = size_of(picture)
@@ -173,6 +177,15 @@ def _in_split(refs: Sequence[Any], split: str, path: Path) -> list[tuple[int, Ma
     return chosen
 
 
+def _require_same(own: Any, told: Any, what: str) -> None:
+    """Raise where an area and its expression are of two pictures; None tells none."""
+    if None not in (own, told) and own != told:
+        raise ConfigError(
+            f"{what} is of image {shown(own)}, and its expression of image {shown(told)}: they are "
+            "of two data sets"
+        )
+
+
 def _texts(sentences: Any, area: Area) -> tuple[GroundedText, ...]:
     if area.is_empty:
         raise ConfigError(f"the box {list(area.box)} has no extent")
@@ -180,7 +193,8 @@ def _texts(sentences: Any, area: Area) -> tuple[GroundedText, ...]:
         checked(each.get("sent"), str, "sent").strip()
         for each in checked(sentences, list[Mapping[str, Any]], "sentences")
     ]
-    named = [GroundedText(text, (Phrase(head_spans(text), (area,)),)) for text in texts if text]
+    heads = [(text, head_spans(text)) for text in texts]
+    named = [GroundedText(text, (Phrase(spans, (area,)),)) for text, spans in heads if spans]
     if not named:
         raise ConfigError("there is no sentence")
     return tuple(named)
