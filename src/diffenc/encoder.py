@@ -347,7 +347,8 @@ class DiffusionEncoder(TrainableParts):
         other = type(self)(self.backbone, config, use_cache=self.use_cache)
         other.captioner, other.clip = self.captioner, self.clip
         other._waiting, other._compile_options = self._waiting, self._compile_options
-        return other.train(self.training)
+        other.train(self.training)
+        return other
 
     @property
     def _taps(self) -> tuple[TapInfo, ...]:  # type: ignore[override]  # an attribute to the parts

@@ -129,7 +129,8 @@ def test_another_encoder_on_the_same_model_has_its_adapter_and_captioner(
     )
     alone.captioner, alone.clip = encoder.captioner, encoder.clip
     assert_equal(other, alone)
-    assert other.train().training and not encoder.eval().with_options().training
+    assert other.train().training
+    assert not encoder.eval().with_options().training
     with pytest.raises(ConfigError, match="Did you mean 'timestep'"):
         encoder.with_options(timesteps=5)
 

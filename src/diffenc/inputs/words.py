@@ -83,8 +83,8 @@ def words_of_ids(tokenizer: Any, ids: Sequence[int]) -> dict[str, tuple[int, ...
     first: dict[str, str] = {}
     for word, places in words:
         if any(map(_in_word, word)):
-            own = first.setdefault(folded(word), word)
-            distinct[own] = (*distinct.get(own, ()), *places)
+            spelt = first.setdefault(folded(word), word)
+            distinct[spelt] = (*distinct.get(spelt, ()), *places)
     return distinct
 
 
