@@ -157,6 +157,15 @@ def test_pooled_tokens_are_those_of_the_words_that_there_are(
     assert (rows[1] != 0).all()
 
 
+def test_a_number_of_words_is_for_an_encoder_that_has_them(make, encoder, pictures, tmp_path):
+    config = replace(encoder.config, tokens="words", word_count=3)
+    DiffusionEncoder(encoder.backbone, config).save_pretrained(tmp_path)
+    more = Extractor(tmp_path, tokens=True, prompt="a", maps=False, device="cpu", word_count=5)
+    assert more({"image": pictures[:1]})["tokens"].shape[1] == 5
+    with pytest.raises(ConfigError, match="word_count=5 is read with tokens='words'"):
+        make(tokens=True, prompt="a", word_count=5)({"image": pictures[:1]})
+
+
 def test_no_pictures_give_no_rows_of_the_right_shape(make):
     result = make(pool="mean")({"image": [], "label": []})
     assert {name: rows.shape for name, rows in result.items()} == {

@@ -359,7 +359,10 @@ def _checked_options(options: Mapping[str, Any], *, prompted: bool) -> dict[str,
                 f"{name}= must be a name or a path, which every process can load, got "
                 f"{shown(checked[name])}"
             )
-    config = EncoderConfig.from_dict({k: v for k, v in checked.items() if k in known})
+    stated = {name: value for name, value in checked.items() if name in known}
+    if "word_count" in stated:
+        stated["tokens"] = "words"  # a saved encoder may have them, and tells when it is loaded
+    config = EncoderConfig.from_dict(stated)
     if config.conditioning not in (None, "uncond") and not prompted:
         raise ConfigError(f"conditioning {config.conditioning!r} needs a prompt or prompt_column")
     return checked
