@@ -55,6 +55,11 @@ def run_python(*arguments):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+def test_the_package_itself_is_the_program():
+    done = run_python("-m", "diffenc", "--version")
+    assert (done.returncode, done.stdout) == (0, run("--version").stdout)
+
+
 @pytest.mark.parametrize("option", ["-h", "--help"])
 def test_help_lists_the_commands(option):
     result = run(option)

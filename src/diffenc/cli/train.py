@@ -53,7 +53,7 @@ def train(
 
     Or teach an encoder alone where words are, from boxes or masks (ground).
 
-    On several processes: torchrun --nproc-per-node 2 -m diffenc.cli.main train CONFIG.toml
+    On several processes: torchrun --nproc-per-node 2 -m diffenc train CONFIG.toml
     """
     if not plan and any(option is not None for option in (processes, tflops, samples)):
         raise ConfigError("--processes, --tflops and --samples are for --plan")
