@@ -20,6 +20,7 @@ from diffenc import DiffusionEncoder, Extractor, open_features, write_features
 from diffenc.errors import ConfigError, ImageError, MissingExtraError, OutputError
 from diffenc.extraction.decoding import decode_ahead
 from diffenc.extraction.listing import list_pictures
+from diffenc.extraction.reader import FeatureFolder
 
 COUNT = 11
 TAP = "mid_block"
@@ -382,12 +383,20 @@ def test_without_pyarrow_the_extra_is_named_before_anything_happens(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("opens", [open_features, FeatureFolder])
+@pytest.mark.parametrize("path", [str, Path])
 @pytest.mark.parametrize("name", ["gone", "file", "empty"])
-def test_what_is_no_folder_of_features_is_told(tmp_path, name):
+def test_what_is_no_folder_of_features_is_told(tmp_path, name, path, opens):
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"no such folder of features|holds no features"):
-        open_features(tmp_path / name)
+        opens(path(tmp_path / name))
+
+
+def test_the_class_opens_a_folder_too(pictures, make, tmp_path):
+    write_features(pictures, tmp_path / "out", make(pool="mean"))
+    opened = FeatureFolder(str(tmp_path / "out"))
+    assert (len(opened), opened.folder) == (COUNT, tmp_path / "out")
 
 
 def test_a_folder_that_lost_a_shard_says_which(pictures, make, tmp_path):

@@ -40,18 +40,7 @@ def open_features(folder: StrPath) -> "FeatureFolder":
         >>> open_features(folder / "features")["circle.png"]["up_blocks.0.attentions.1"].shape
         torch.Size([128])
     """
-    root = checked_path("a folder of features", folder)
-    if not is_folder(root):
-        raise ConfigError(f"there is no such folder of features: {printable(root)}")
-    if not is_file(root / PLAN_FILE):
-        raise ConfigError(f"{printable(root)} holds no features: it has no {PLAN_FILE}")
-    if not is_file(root / INDEX_FILE):
-        shards = len(list(shard_paths(root)))
-        raise ConfigError(
-            f"the features in {printable(root)} are not complete ({shards} shards are there): "
-            "repeat the command or the call that wrote them, which goes on where it stopped"
-        )
-    return FeatureFolder(root)
+    return FeatureFolder(folder)
 
 
 class FeatureFolder(Dataset[dict[str, Any]]):
@@ -63,15 +52,22 @@ class FeatureFolder(Dataset[dict[str, Any]]):
     tensor of all rows. It is a map-style torch dataset, which workers can pickle. Only the rows
     that are asked for are read.
 
+    Args:
+        folder: Folder of the features, as for `open_features`.
+
     Attributes:
         folder: Folder that the features lie in.
         made_from: What the features were made from: model, config, taps, what is kept.
+
+    Raises:
+        ConfigError: See `open_features`.
+        MissingExtraError: pyarrow is not installed.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.made_from: dict[str, Any] = read_json(folder / PLAN_FILE)
-        table = read_index(folder)
+    def __init__(self, folder: StrPath) -> None:
+        self.folder = _complete(folder)
+        self.made_from: dict[str, Any] = read_json(self.folder / PLAN_FILE)
+        table = read_index(self.folder)
         self._rows = table.filter(table["shard"].is_valid())
         self._left_out = table.filter(table["reason"].is_valid())
         self._shards = self._rows["shard"].to_numpy()
@@ -208,3 +204,22 @@ class FeatureFolder(Dataset[dict[str, Any]]):
         if not -len(self) <= number < len(self):
             raise IndexError(f"there are {len(self)} rows; there is no row {number}")
         return number % len(self)
+
+
+def _complete(folder: StrPath) -> Path:
+    """The folder, if it holds features and all of them."""
+    root = checked_path("a folder of features", folder)
+    if not is_folder(root):
+        raise ConfigError(f"there is no such folder of features: {printable(root)}")
+    if not is_file(root / PLAN_FILE):
+        raise ConfigError(
+            f"{printable(root)} holds no features: it has no {PLAN_FILE}; write_features and "
+            "`diffenc encode` write such folders"
+        )
+    if not is_file(root / INDEX_FILE):
+        shards = len(list(shard_paths(root)))
+        raise ConfigError(
+            f"the features in {printable(root)} are not complete ({shards} shards are there): "
+            "repeat the command or the call that wrote them, which goes on where it stopped"
+        )
+    return root
