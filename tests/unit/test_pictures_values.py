@@ -147,7 +147,9 @@ def test_eight_bit_floats_are_read():
         (BYTES[:, :, :2], r"\(height, width\[, 1 \| 3 \| 4\]\)"),
         (np.zeros(3, np.uint8), "must be"),
         (np.array([[BYTES]], dtype=object), "must be"),
-        (torch.from_numpy(BYTES), r"\(3, height, width\), got \(5, 7, 3\)"),
+        (torch.from_numpy(BYTES), r"\(3, height, width\), got \(5, 7, 3\).*permute\(2, 0, 1\)"),
+        (EXPECTED.permute(1, 2, 0), r"got \(5, 7, 3\).*pass tensor\.permute\(2, 0, 1\)"),
+        (EXPECTED[0], r"got \(5, 7\); arrays are"),
         (EXPECTED.to_sparse(), "plain values"),
         (EXPECTED.to("meta"), "plain values, got one that is meta"),
         (EXPECTED.int(), "uint8 or float"),
@@ -160,7 +162,7 @@ def test_eight_bit_floats_are_read():
         wrong_type([BYTES, None], "image 1 of 2: .*got NoneType"),
         wrong_type([float("nan")], "got float"),
     ],
-    ids=map(str, range(27)),
+    ids=map(str, range(29)),
 )
 def test_values_that_are_unclear_or_no_picture_are_refused(image, message):
     with pytest.raises(ImageError, match=message):

@@ -41,9 +41,14 @@ def values_of_tensor(values: Tensor) -> Float[Tensor, "3 h w"]:
         kind = "meta" if values.device.type == "meta" else values.layout
         raise ImageError(f"an image tensor must hold plain values, got one that is {kind}")
     if values.ndim != 3 or values.shape[0] not in (1, 3) or 0 in values.shape:
+        last = values.ndim == 3 and values.shape[2] in (1, 3)
+        hint = (
+            "channels come last here: pass tensor.permute(2, 0, 1), of a batch permute(0, 3, 1, 2)"
+            if last
+            else "arrays are (height, width, 3)"
+        )
         raise ImageError(
-            f"an image tensor must be (3, height, width), got {tuple(values.shape)}; "
-            "arrays are (height, width, 3)"
+            f"an image tensor must be (3, height, width), got {tuple(values.shape)}; {hint}"
         )
     values = values.expand(3, -1, -1)
     if values.dtype == torch.uint8:
