@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffenc.errors import ConfigError, NonFiniteError, ShapeError
+from diffenc.errors import ConfigError, ImageError, NonFiniteError, ShapeError
 from diffenc.viz.heatmap import HeatMap, colorize
 
 
@@ -107,3 +107,56 @@ def test_a_notebook_shows_the_map_over_its_picture():
     shown = Image.open(io.BytesIO(HeatMap(np.eye(3), picture=picture)._repr_png_()))
     assert shown.size == (256, 171)
     assert Image.open(io.BytesIO(HeatMap(np.eye(4)[:2])._repr_png_())).size == (256, 128)
+
+
+@pytest.fixture
+def picture():
+    return Image.fromarray(np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3))
+
+
+KINDS = {
+    "path": lambda picture, file: str(file),
+    "bytes": lambda picture, file: file.read_bytes(),
+    "array": lambda picture, file: np.array(picture),
+    "tensor": lambda picture, file: torch.from_numpy(np.array(picture)).permute(2, 0, 1),
+    "batch": lambda picture, file: np.array(picture)[None],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_picture_under_a_map_is_of_any_kind(picture, tmp_path, kind):
+    picture.save(tmp_path / "picture.png")
+    source = KINDS[kind](picture, tmp_path / "picture.png")
+    expected = np.asarray(HeatMap(np.eye(2)).to_pil(overlay=picture))
+    assert np.array_equal(HeatMap(np.eye(2)).to_pil(overlay=source), expected)
+    heat = HeatMap(np.eye(2), picture=source)
+    assert np.array_equal(heat.to_pil(overlay=True), expected)
+    assert Image.open(io.BytesIO(heat._repr_png_())).size == (256, 171)
+
+
+def test_the_picture_of_many_maps_is_not_copied(picture):
+    assert HeatMap(np.eye(2), picture=picture).picture is picture
+
+
+@pytest.mark.wrong_type
+@pytest.mark.parametrize("size", ["a", 3.5, (1,), (1, 2, 3), (0, 3), (2.5, 3), True], ids=str)
+def test_a_size_that_is_none_is_refused(size):
+    for draw in (HeatMap(np.eye(2)).to_pil, HeatMap(np.eye(2)).legend):
+        with pytest.raises(ConfigError, match=r"size must be a positive int or \(height, width\)"):
+            draw(size)
+
+
+@pytest.mark.wrong_type
+def test_what_is_no_picture_and_no_number_is_refused(tmp_path):
+    with pytest.raises(ImageError, match="no such image file"):
+        HeatMap(np.eye(2)).to_pil(overlay=str(tmp_path / "absent.png"))
+    with pytest.raises(ImageError, match="got int"):
+        HeatMap(np.eye(2)).to_pil(overlay=3)
+    with pytest.raises(ShapeError, match="one picture is needed, got 2"):
+        HeatMap(np.eye(2), picture=np.zeros((2, 4, 4, 3), np.uint8))
+    with pytest.raises(ConfigError, match="alpha must be a finite number, got 'x'"):
+        HeatMap(np.eye(2)).to_pil(alpha="x")
+    with pytest.raises(ConfigError, match="high must be a finite number"):
+        HeatMap(np.eye(2), high="x")
+    with pytest.raises(ShapeError, match=r"expected numbers over \(h w\), got 'map'"):
+        HeatMap("map")

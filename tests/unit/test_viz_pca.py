@@ -123,7 +123,7 @@ def test_bad_input():
         pca_maps([features() * float("nan")])
     with pytest.raises(ConfigError, match="components must be 3"):
         pca_maps([features()], components=2)
-    with pytest.raises(ConfigError, match="1 pixel or more"):
+    with pytest.raises(ConfigError, match="must be a positive int"):
         pca_maps([features()], size=0)
     with pytest.raises((ConfigError, TypeCheckError), match="resample"):
         pca_maps([features()], size=9, resample="linear")

@@ -3,14 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from einops import rearrange
-from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from diffenc.inputs.images import Images, ImageSource, as_list, to_pixel_values
+from diffenc.inputs.images import Images, as_list, to_image, to_picture
+
+__all__ = ["VisionModel", "process", "to_image", "to_pictures"]
 
 
 class VisionModel(nn.Module):
@@ -47,11 +46,7 @@ class VisionModel(nn.Module):
 
 def to_pictures(images: Images) -> list[Image.Image]:
     """Upright RGB pictures of 8 bits at their own size, from pictures of any kind."""
-    return [_picture(source) for source in as_list(images)]
-
-
-def _picture(source: ImageSource) -> Image.Image:
-    return to_image(to_pixel_values([source], size=None, resize="none", multiple=1)[0])
+    return [to_picture(source) for source in as_list(images)]
 
 
 def process(image_processor: Any, pictures: Sequence[Image.Image]) -> Mapping[str, Tensor]:
@@ -59,9 +54,3 @@ def process(image_processor: Any, pictures: Sequence[Image.Image]) -> Mapping[st
     with torch.device("cpu"):  # before transformers 5 they are made on torch's default device
         shown: Mapping[str, Tensor] = image_processor(images=list(pictures), return_tensors="pt")
     return shown
-
-
-def to_image(pixel_values: Float[Tensor, "3 h w"]) -> Image.Image:
-    """Values in [-1, 1] as a picture of 8 bits."""
-    levels = ((pixel_values.detach().cpu() + 1) * 127.5).round().clamp(0, 255).byte()
-    return Image.fromarray(np.ascontiguousarray(rearrange(levels.numpy(), "c h w -> h w c")))

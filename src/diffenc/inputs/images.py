@@ -32,6 +32,8 @@ __all__ = [
     "describe_broken",
     "image_sizes",
     "load_image",
+    "to_image",
+    "to_picture",
     "to_pixel_values",
 ]
 
@@ -150,6 +152,27 @@ def to_pixel_values(
         rows = [fit(values, size, resize, center) for values in _read_all(pictures)]
     warn_of_unit_range(pictures)
     return _stack(rows)
+
+
+def to_image(pixel_values: Float[Tensor, "3 h w"]) -> Image.Image:
+    """Values in [-1, 1] as a picture of 8 bits."""
+    levels = ((pixel_values.detach().cpu() + 1) * 127.5).round().clamp(0, 255).byte()
+    return Image.fromarray(np.ascontiguousarray(rearrange(levels.numpy(), "c h w -> h w c")))
+
+
+def to_picture(image: Images) -> Image.Image:
+    """One picture of any kind, see `to_pixel_values`, as an upright RGB picture of 8 bits.
+
+    Raises:
+        ImageError: The picture cannot be read.
+        ShapeError: No picture, or several.
+    """
+    pictures = as_list(image)
+    if len(pictures) != 1:
+        raise ShapeError(f"one picture is needed, got {len(pictures)}; pass one of them")
+    if isinstance(pictures[0], FILE_TYPES):
+        return load_image(pictures[0])
+    return to_image(to_pixel_values(pictures, size=None, resize="none", multiple=1)[0])
 
 
 def check_size(size: int | tuple[int, int] | None, multiple: int) -> tuple[int, int]:

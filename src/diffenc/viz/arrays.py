@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Float64
 from PIL import Image
 
+from diffenc.checks.arguments import shown, sides
 from diffenc.errors import ConfigError, NonFiniteError, ShapeError
 
 Resample = Literal["nearest", "bicubic"]
@@ -21,12 +22,15 @@ def to_array(values: Any, axes: str) -> Float64[np.ndarray, "..."]:
         axes: Names of the axes, such as "h w"; their number is checked.
 
     Raises:
-        ShapeError: Other axes, or one of length 0.
+        ShapeError: No numbers, other axes, or one of length 0.
         NonFiniteError: NaN or infinity.
     """
     if hasattr(values, "detach"):
         values = values.detach().double().cpu().numpy()
-    array = np.asarray(values, dtype=np.float64)
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ShapeError(f"expected numbers over ({axes}), got {shown(values)}") from None
     if array.ndim != len(axes.split()) or 0 in array.shape:
         raise ShapeError(f"expected values over ({axes}), got shape {array.shape}")
     if not np.isfinite(array).all():
@@ -38,11 +42,9 @@ def pil_size(size: int | tuple[int, int]) -> tuple[int, int]:
     """(width, height), as PIL wants it, of a side or (height, width).
 
     Raises:
-        ConfigError: A side below 1.
+        ConfigError: It is neither, or a side is below 1.
     """
-    height, width = (size, size) if isinstance(size, int) else size
-    if min(height, width) < 1:
-        raise ConfigError(f"a picture needs sides of 1 pixel or more, got {size}")
+    height, width = sides("size", size)
     return width, height
 
 

@@ -7,8 +7,9 @@ import numpy as np
 from jaxtyping import Float64, UInt8
 from PIL import Image
 
-from diffenc.checks.arguments import shown
+from diffenc.checks.arguments import number, shown
 from diffenc.errors import ConfigError, PromptError, near_matches
+from diffenc.inputs.images import Images, to_picture
 from diffenc.viz.arrays import Resample, pil_filter, pil_size, to_array
 
 # From dark blue over magenta to pale yellow: lightness (CIE L*) rises evenly from 5 to 90, so that
@@ -41,8 +42,8 @@ class HeatMap:
         low: Value of the darkest colour; None is the smallest of `values`.
         high: Value of the lightest colour; None is the largest of `values`.
         label: Name of what the map shows, such as a word; None gives none.
-        picture: Picture that the map lies over in a notebook and if `overlay` is True; None for no
-            picture.
+        picture: Picture that the map lies over in a notebook and if `overlay` is True, of any kind
+            that an encoder takes; None for no picture.
 
     Attributes:
         low: Value of the darkest colour.
@@ -51,9 +52,10 @@ class HeatMap:
         picture: Picture under the map; None if it was not given.
 
     Raises:
-        ShapeError: Not (h w).
+        ShapeError: Not (h w), or several pictures.
         NonFiniteError: NaN or infinity.
-        ConfigError: `low` above `high`.
+        ConfigError: `low` above `high`, or one that is no number.
+        ImageError: The picture cannot be read.
     """
 
     def __init__(
@@ -63,14 +65,17 @@ class HeatMap:
         low: float | None = None,
         high: float | None = None,
         label: str | None = None,
-        picture: Image.Image | None = None,
+        picture: "Images | None" = None,
     ) -> None:
         self._values = to_array(values, "h w")
-        self.low = float(self._values.min()) if low is None else float(low)
-        self.high = float(self._values.max()) if high is None else float(high)
+        self.low = float(self._values.min()) if low is None else number("low", low)
+        self.high = float(self._values.max()) if high is None else number("high", high)
         if not self.low <= self.high:
             raise ConfigError(f"low must not be above high, got {self.low} and {self.high}")
-        self.label, self.picture = label, picture
+        self.label = label
+        # Maps of many words share one picture: one of PIL is not copied.
+        kept = picture is None or isinstance(picture, Image.Image)
+        self.picture: Image.Image | None = picture if kept else to_picture(picture)
 
     @property
     def array(self) -> Float64[np.ndarray, "h w"]:
@@ -96,7 +101,7 @@ class HeatMap:
         self,
         size: int | tuple[int, int] | None = None,
         *,
-        overlay: Image.Image | bool | None = None,
+        overlay: "Images | bool | None" = None,
         alpha: float = 0.7,
         resample: Resample = "bicubic",
     ) -> Image.Image:
@@ -105,18 +110,21 @@ class HeatMap:
         Args:
             size: Size of the picture in pixels, as one side or (height, width); None is the size of
                 `overlay`, or one pixel per cell.
-            overlay: Picture under the colours, shown in grey so that it does not tint them, and
-                resized to the same size; True takes `picture`.
+            overlay: Picture under the colours, of any kind that an encoder takes, shown in grey so
+                that it does not tint them, and resized to the same size; True takes `picture`.
             alpha: Weight of the colours over the overlay, 0 to 1.
             resample: Way of resizing: "bicubic" smooths the values, "nearest" shows the cells.
 
         Raises:
             ConfigError: `alpha` or `size` is out of range, or there is no picture to take.
+            ImageError: The overlay cannot be read.
+            ShapeError: Several pictures.
         """
         if overlay is True and self.picture is None:
             raise ConfigError("overlay=True needs a map with a picture; pass the picture itself")
-        under = self.picture if overlay is True else overlay or None
-        if not 0 <= alpha <= 1:
+        source = self.picture if overlay is True else None if overlay is False else overlay
+        under = None if source is None else to_picture(source)
+        if not 0 <= number("alpha", alpha) <= 1:
             raise ConfigError(f"alpha must be in [0, 1], got {alpha}")
         if size is None:
             width, height = under.size if under is not None else self._values.shape[::-1]
