@@ -40,7 +40,7 @@ from diffenc.models.encoder_folder import (
     write_config,
 )
 from diffenc.models.pipelines import PIPELINE
-from diffenc.models.presets import preset_options
+from diffenc.models.presets import naming_preset, preset_options
 from diffenc.models.sources import lasting_source
 from diffenc.models.taps import LATENTS, tap_patterns
 from diffenc.models.writing import write_folder
@@ -228,6 +228,7 @@ class DiffusionEncoder(TrainableParts):
         if isinstance(name, Backbone) and truncate:
             raise ConfigError("a Backbone is not truncated; pass the name that it is loaded by")
 
+        @naming_preset(preset if options.get("taps") is None else None)
         def choose_taps(model: Backbone | Architecture) -> list[str] | None:
             """Make the config and check its taps, before weights are loaded."""
             nonlocal config

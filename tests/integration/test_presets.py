@@ -7,7 +7,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from diffenc import DiffusionEncoder, list_taps
-from diffenc.errors import ConfigError
+from diffenc.errors import ConfigError, TapError
 from diffenc.inputs.noise import shared_noise
 from diffenc.models import match_taps
 from diffenc.models.presets import preset_options
@@ -98,6 +98,15 @@ def test_every_preset_samples_the_posterior_as_the_released_code_does():
         assert preset_options(name, "sd")["posterior"] == "sample"
     assert preset_options("gdf", "sdxl")["uncond"] == "empty"
     assert "uncond" not in preset_options("gdf", "sd")
+
+
+def test_taps_that_a_preset_asks_for_are_not_held_against_the_caller():
+    message = r"preset 'gdf' reads taps.*: no tap matches 'up_blocks\.1\.resnets\.2'\. The preset"
+    for model in ("shapes", DiffusionEncoder.from_pretrained("shapes").backbone):
+        with pytest.raises(TapError, match=message):
+            DiffusionEncoder.from_pretrained(model, preset="gdf")
+        with pytest.raises(TapError, match="no tap matches 'up_block'. Did you mean"):
+            DiffusionEncoder.from_pretrained(model, preset="gdf", taps="up_block")
 
 
 def test_options_win_over_a_preset(tiny_sd_folder):

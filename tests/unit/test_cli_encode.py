@@ -222,6 +222,15 @@ def test_register_cells_are_replaced_in_maps_and_tokens(
     assert said["registers"] is False
 
 
+def test_taps_that_a_preset_asks_for_are_not_held_against_the_caller(pictures, tmp_path):
+    arguments = (pictures[0], "-o", tmp_path / "features.safetensors", "--preset", "gdf")
+    refused = run(*arguments)
+    assert refused.exit_code == 2
+    assert "preset 'gdf' reads taps that this model does not have: no tap" in refused.output
+    assert "Did you mean" not in refused.output
+    assert run(*arguments, "--taps", "mid_block").exit_code == 0
+
+
 def test_a_preset_reads_as_a_published_method_does(tiny_sd_folder, pictures, tmp_path):
     output = tmp_path / "f.safetensors"
     arguments = (pictures[0], "-m", tiny_sd_folder, "-o", output, "--preset")

@@ -8,10 +8,12 @@ generator's.
 Where a preset still differs from its release stands in "Taps and timesteps" of the documentation.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from diffenc.checks.arguments import shown
-from diffenc.errors import ConfigError, near_matches
+from diffenc.errors import ConfigError, TapError, near_matches
 
 _GDF_SD = (
     "up_blocks.1.attentions.1.transformer_blocks.0.attn2.to_q",
@@ -111,3 +113,26 @@ def preset_options(name: str, family: str) -> dict[str, Any]:
             f"{note}"
         )
     return dict(families[family])
+
+
+@contextmanager
+def naming_preset(name: str | None) -> Iterator[None]:
+    """Say of taps that a model does not have that a preset, and nobody else, asked for them.
+
+    Args:
+        name: Name of the preset whose taps are matched; None if they are the caller's own.
+
+    Raises:
+        TapError: The model lacks one of them.
+    """
+    try:
+        yield
+    except TapError as error:
+        if name is None:
+            raise
+        raise TapError(
+            f"preset {name!r} reads taps that this model does not have: "
+            f"{str(error).partition('. ')[0]}. The preset is for a model of another size: leave it "
+            "out and pass taps and timestep of your own; diffenc.list_taps(model) gives the taps "
+            "that there are"
+        ) from error
