@@ -94,7 +94,13 @@ class WordTokens:
         if taps is not None and kind != "change":
             raise ConfigError('taps are for the question map "change": maps of words have layers')
         if kind == "change":
-            halves = (self.features.select("uncond"), self.features.select("cond"))
+            try:
+                halves = (self.features.select("uncond"), self.features.select("cond"))
+            except ConfigError as error:
+                raise ConfigError(
+                    'the question map "change" is between the features with the text and without, '
+                    'and this pass has one of them; call word_tokens(..., conditioning="cfg")'
+                ) from error
             leading = self.maps.shape[:-3]
             chosen = halves[0] if taps is None else checked_texts("taps", taps, error=TapError)
             flat = [{tap: half[tap].flatten(0, -4) for tap in chosen} for half in halves]
