@@ -134,6 +134,14 @@ def test_a_builder_that_only_another_of_its_name_hides_is_refused(fork, around) 
     built = fork.arch.LlavaMetaModel(SimpleNamespace(mm_vision_tower=NAME)).vision_tower
     assert isinstance(built, DiffusionVisionTower)
     assert fork.arch.LlavaMetaModel(SimpleNamespace(mm_vision_tower="clip")).vision_tower != built
+    assert repr(done).split("\n") == [
+        "Registration(",
+        "  package='toyfork',",
+        "  builder='model.llava_arch:build_vision_tower',",
+        "  loader='model.builder:load_pretrained_model',",
+        "  specs=('diffenc:shapes?grid=2&rank=2',),",
+        ")",
+    ]
     done.undo()
 
 
@@ -335,6 +343,25 @@ def test_data_by_hand_has_the_prompts_of_the_prepared_script() -> None:
         lacking = {key: value for key, value in plain.items() if key != part}
         with pytest.raises(ConfigError, match="train_dataset, and data_collator"):
             prompted_data(lacking, tower)
+
+
+@pytest.mark.wrong_type
+@pytest.mark.parametrize(
+    ("data", "tower", "message"),
+    [
+        ({}, None, "a tower of diffenc, a DiffusionVisionTower, got None; in LLaVA"),
+        ({}, torch.nn.Identity(), "got a value of type Identity"),
+        (
+            [1],
+            DiffusionVisionTower(NAME, delay_load=True),
+            r"what make_super.*got \[1\]",
+        ),
+    ],
+    ids=["none", "other", "data"],
+)
+def test_what_is_no_tower_and_no_data_is_refused(data, tower, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        prompted_data(data, tower, "question")
 
 
 def test_prompts_reach_a_tower_that_the_model_has_no_call_for() -> None:

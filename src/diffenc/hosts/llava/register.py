@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from diffenc.config import described
 from diffenc.errors import ConfigError
 from diffenc.hosts.installed_towers import spec_of, specs_of, towers_of
 from diffenc.hosts.llava.layout import function_at, require_caller, require_one_value
@@ -30,6 +31,15 @@ class Registration:
         self.package, self.builder, self.loader = package, builder, loader
         self.specs: list[TowerSpec] = []
         self.patches = Patches()
+
+    def __repr__(self) -> str:
+        facts: dict[str, object] = {
+            "package": self.package,
+            "builder": self.builder,
+            "loader": self.loader,
+            "specs": tuple(map(str, self.specs)),
+        }
+        return described(type(self).__name__, facts)
 
     def undo(self) -> None:
         """Leave the package as it was found."""

@@ -2,12 +2,13 @@
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 from torch import nn
 
+from diffenc.checks.arguments import shown
 from diffenc.errors import ConfigError
 from diffenc.hosts.llava.callback import AdapterCallback
 from diffenc.hosts.llava.data import PromptCollator, PromptDataset
@@ -15,6 +16,7 @@ from diffenc.hosts.llava.layout import import_part, names_used, splicing_models,
 from diffenc.hosts.llava.prompting import take_prompts
 from diffenc.hosts.llava.register import Registration, register, registration_of
 from diffenc.hosts.prompts import PromptTokenizer
+from diffenc.hosts.spec import PREFIX
 from diffenc.hosts.tower import DiffusionVisionTower
 from diffenc.inputs.policies import PromptPolicy, parse_policy
 
@@ -128,15 +130,27 @@ def prompted_data(
         ``vision_prompt_ids`` and ``vision_prompt_mask``.
 
     Raises:
-        ConfigError: There is no collator or no dataset, a dataset keeps no `list_data_dict`, or the
-            policy does not parse.
+        ConfigError: There is no collator or no dataset, a dataset keeps no `list_data_dict`, the
+            policy does not parse, or the tower is none of diffenc's.
     """
-    return _with_prompts(data_module, tower.tokenizer, policy, seed)
+    tokenizer = getattr(tower, "tokenizer", None)
+    if not isinstance(tokenizer, PromptTokenizer):
+        raise ConfigError(
+            f"prompts are for a tower of diffenc, a DiffusionVisionTower, got {shown(tower)}; in "
+            "LLaVA model.get_vision_tower() is the tower, once it was built by a name that begins "
+            f"with {PREFIX!r}"
+        )
+    return _with_prompts(data_module, tokenizer, policy, seed)
 
 
 def _with_prompts(
     data_module: "dict[str, Any]", tokenizer: PromptTokenizer, policy: str | PromptPolicy, seed: int
 ) -> dict[str, Any]:
+    if not isinstance(data_module, Mapping):
+        raise ConfigError(
+            f"prompts need what {_MAKE_DATA} returns, a dict of datasets and a collator, got "
+            f"{shown(data_module)}"
+        )
     datasets = {
         name: PromptDataset(dataset, policy, seed)
         for name, dataset in data_module.items()
