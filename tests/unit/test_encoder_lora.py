@@ -567,8 +567,10 @@ def test_broken_folders_are_refused_and_leave_the_encoder_alone(tiny_sd_folder, 
         encoder.load_lora(folder)
     assert list(encoder.state_dict()) == names
     encoder.load_lora(whole)
-    with pytest.raises(ConfigError, match="already"):
+    with pytest.raises(ConfigError, match=r"already; known are \['default'\]\. Pass another name="):
         encoder.load_lora(whole)
+    with pytest.raises(BackboneError, match=r"there is no folder .*gone; an adapter is a folder"):
+        encoder.load_lora(tmp_path / "gone")
 
 
 def test_wrong_calls_are_told(sd, tmp_path):
@@ -576,10 +578,13 @@ def test_wrong_calls_are_told(sd, tmp_path):
         sd.add_lora(rank=0)
     with pytest.raises(ConfigError, match="projections"):
         sd.add_lora(projections=("to_w",))
-    with pytest.raises(ConfigError, match="no adapter 'defalt'"):
+    adding = r"there is none yet: add_lora\(\) makes one, load_lora\(folder\) reads one"
+    with pytest.raises(ConfigError, match=f"no adapter 'defalt'; {adding}"):
         sd.set_lora("defalt")
-    with pytest.raises(ConfigError, match="no adapter is active"):
+    with pytest.raises(ConfigError, match=f"no adapter is active.*{adding}"):
         sd.save_lora(tmp_path)
+    with pytest.raises(ConfigError, match=f"nothing to merge; {adding}"):
+        sd.merge_lora()
     sd.unmerge_lora()
     assert sd.lora_names == ()
     assert sd.active_lora is None

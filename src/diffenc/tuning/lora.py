@@ -12,6 +12,7 @@ from diffenc.denoiser.lora.adapters import (
     active_lora,
     add_lora,
     is_merged,
+    listed_loras,
     lora_names,
     lora_parameters,
     merge_lora,
@@ -142,8 +143,8 @@ class LoraPart(nn.Module):
         with self.backbone.lock:
             if self.active_lora is None:
                 raise ConfigError(
-                    "no adapter is active, so there is nothing to merge; known are "
-                    f"{self.lora_names}"
+                    "no adapter is active, so there is nothing to merge; "
+                    f"{listed_loras(self.backbone.denoiser)}"
                 )
             self._set_aside(self._lora_in_use())
             merge_lora(self.backbone.denoiser)
@@ -172,7 +173,10 @@ class LoraPart(nn.Module):
         """
         name = self.active_lora if name is None else name
         if name is None:
-            raise ConfigError(f"no adapter is active; pass name=, one of {self.lora_names}")
+            raise ConfigError(
+                "no adapter is active, so name= must say which one is meant; "
+                f"{listed_loras(self.backbone.denoiser)}"
+            )
         origin = {"backbone": self.backbone.name, "taps": [tap.name for tap in self._taps]}
         save_lora(self.backbone.denoiser, folder, name=name, origin=origin)
 

@@ -95,12 +95,20 @@ def active_lora(unet: nn.Module) -> str | None:
     return None
 
 
+def listed_loras(unet: nn.Module) -> str:
+    """Part of a message that says which adapters there are, or how to have one."""
+    known = lora_names(unet)
+    if not known:
+        return "there is none yet: add_lora() makes one, load_lora(folder) reads one"
+    return f"known are {known}"
+
+
 def require_lora(unet: nn.Module, name: str) -> None:
     """Raise a `ConfigError` that lists the adapters unless there is one by that name."""
     known = lora_names(unet)
     if not isinstance(name, str) or name not in known:
         raise ConfigError(
-            f"there is no adapter {shown(name)}; known are {known}.{near_matches(name, known)}"
+            f"there is no adapter {shown(name)}; {listed_loras(unet)}.{near_matches(name, known)}"
         )
 
 
@@ -234,7 +242,10 @@ def require_free(unet: nn.Module, name: str) -> None:
     if not isinstance(name, str):
         raise ConfigError(f"an adapter's name must be a text, got {shown(name)}")
     if name in lora_names(unet):
-        raise ConfigError(f"there is an adapter {name!r} already; known are {lora_names(unet)}")
+        raise ConfigError(
+            f"there is an adapter {name!r} already; {listed_loras(unet)}. Pass another name=, or "
+            f"set_lora({name!r}) to use that one"
+        )
     if not name.isidentifier() or hasattr(nn.ModuleDict(), name):
         raise ConfigError(
             f"an adapter's name must be letters, digits and underscores, and no attribute of a "

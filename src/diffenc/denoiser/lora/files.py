@@ -14,7 +14,7 @@ from diffenc.denoiser.lora.adapters import inject, lora_parameters, require_free
 from diffenc.denoiser.transformers import layout_of, word_for
 from diffenc.errors import BackboneError, ConfigError, OutputError
 from diffenc.runtime.inference import lasting
-from diffenc.storage.names import checked_path, is_file, reason
+from diffenc.storage.names import checked_path, is_file, is_folder, printable, reason
 from diffenc.storage.reading import read_json
 from diffenc.storage.schema import checked
 from diffenc.storage.tensors import read_tensors, write_tensors
@@ -149,8 +149,8 @@ def load_lora(
         ConfigError: The name is taken or cannot be one.
     """
     source = checked_path("an adapter", folder, error=BackboneError)
-    require_free(unet, name)
     config, weights = _read(source)
+    require_free(unet, name)
     targets = _require_fitting(unet, weights, config.r, source)
     _require_own(unet, source)
     if unused := sorted(path for path in targets if only is not None and path not in only):
@@ -172,6 +172,11 @@ def load_lora(
 def _read(source: Path) -> tuple[Any, dict[str, Tensor]]:
     from peft import LoraConfig
 
+    if not is_folder(source):
+        raise BackboneError(
+            f"there is no folder {printable(source)}; an adapter is a folder with {_PEFT_CONFIG} "
+            f"and {_PEFT_WEIGHTS}, as save_lora and peft write it"
+        )
     try:
         read_json(source / _PEFT_CONFIG)  # which peft would look for on the Hub
         state = read_tensors(source / _PEFT_WEIGHTS, finite=True)
