@@ -151,6 +151,11 @@ class FusedEncoder(nn.Module):
         check_choice("how", how, get_args(How))
         check_choice("view", view, get_args(View))
         freeze_clip = flag("freeze_clip", freeze_clip)
+        if isinstance(clip, DiffusionEncoder):
+            raise ConfigError(
+                "the order is FusedEncoder(clip, diffusion), and a DiffusionEncoder was passed as "
+                "clip; exchange the two"
+            )
         if grid is not None:
             grid = sides("grid", grid)
         if not isinstance(diffusion, DiffusionEncoder):

@@ -19,6 +19,7 @@ from diffenc.errors import BackboneError, ConfigError
 from diffenc.memory.digests import is_alike
 from diffenc.models.base import Backbone
 from diffenc.models.sources import SOURCES
+from diffenc.storage.folder_kinds import kind_of_folder
 from diffenc.storage.names import exists, expanded, inside, is_file, is_folder
 from diffenc.storage.pretrained import read_name, stored_name
 from diffenc.storage.reading import read_json
@@ -71,7 +72,8 @@ def is_saved(name: "str | os.PathLike[str]") -> bool:
         return True
     if is_folder(folder) and not exists(folder / "model_index.json"):
         own = (BACKBONE_FOLDER, LORA_FOLDER, CAPTIONER_FOLDER, f"{BACKBONE_FOLDER}.partial")
-        if left := [part for part in own if is_folder(folder / part)]:
+        left = [part for part in own if is_folder(folder / part)]
+        if left and not kind_of_folder(folder):  # that of a language model has adapters too
             raise BackboneError(
                 f"{folder} holds {', '.join(left)} and no {CONFIG_FILE}: saving an encoder was "
                 "interrupted. Save it again."

@@ -23,6 +23,7 @@ from diffenc.models.parts import GivenParts, fitting_tokenizer, load_tokenizer
 from diffenc.models.schedules import make_scheduler
 from diffenc.models.stored import load_stored, read_plain, stem_of
 from diffenc.models.variants import pipeline_family
+from diffenc.storage.folder_kinds import kind_of_folder
 from diffenc.storage.names import is_file, is_folder, printable
 from diffenc.storage.reading import read_json
 from diffenc.storage.remote_code import refuse_remote_code
@@ -38,6 +39,8 @@ def read_model_index(folder: Path) -> tuple[str, dict[str, Any]]:
     index_file = folder / "model_index.json"
     if not is_folder(folder):
         raise BackboneError(f"no such model folder: {folder}")
+    if not is_file(index_file) and (kind := kind_of_folder(folder)):
+        raise BackboneError(f"{folder} is no diffusers folder: it holds {kind}")
     if not is_file(index_file):
         raise BackboneError(
             f"{folder} is no diffusers folder: it has no model_index.json. Pass the folder that "

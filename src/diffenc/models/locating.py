@@ -6,6 +6,7 @@ from typing import Any
 
 from diffenc.config import check_choice
 from diffenc.errors import BackboneError, ConfigError, near_matches
+from diffenc.models.base import Backbone
 from diffenc.models.configs import Architecture, known_architecture
 from diffenc.models.family_files import FAMILY_FILES
 from diffenc.models.folder import read_architecture
@@ -131,6 +132,10 @@ def model_name(name: object) -> str:
         BackboneError: It is neither a text nor a path, or one that no file system takes.
     """
     if not isinstance(name, (str, os.PathLike)):
+        if way := _way_to_backbone(name):
+            raise BackboneError(
+                f"a model is wanted, and a {type(name).__name__} holds one: pass {way}"
+            )
         raise BackboneError(
             "a model is given by an alias, a Hub id, a diffusers folder, a .safetensors file, a "
             f"pipeline of diffusers or a Backbone, got {type(name).__name__}. Known aliases are "
@@ -138,3 +143,12 @@ def model_name(name: object) -> str:
         )
     checked_path("a model", name, error=BackboneError)
     return lasting_source(name)
+
+
+def _way_to_backbone(holder: object) -> str:
+    """How to write the model that an encoder, a scorer or a multimodal model holds, or ""."""
+    if isinstance(getattr(holder, "backbone", None), Backbone):
+        return "its backbone, such as encoder.backbone"
+    if isinstance(getattr(getattr(holder, "encoder", None), "backbone", None), Backbone):
+        return "the backbone of its encoder, such as vlm.encoder.backbone"
+    return ""

@@ -18,7 +18,7 @@ from diffenc.models.shapes import BUNDLED_MODELS, shapes_folder
 from diffenc.models.stored import part_dtype, stem_of
 from diffenc.storage.hub import hub_folder
 from diffenc.storage.names import expanded, is_file, is_folder
-from diffenc.storage.pretrained import lasting_name
+from diffenc.storage.pretrained import BUNDLED, BUNDLED_CLIPS, lasting_name
 from diffenc.storage.weights import choose_weights, shard_names
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -169,6 +169,13 @@ def resolve_folder(
     if is_folder(folder):
         return folder
     looks_like_path = isinstance(name, os.PathLike) or label.startswith((".", "/", "~", "\\"))
+    if label in BUNDLED and not looks_like_path:
+        kind = "CLIP" if label in BUNDLED_CLIPS else "language model"
+        raise BackboneError(
+            f"{label!r} is a bundled {kind} and no diffusion model. Known are "
+            f"{', '.join(SOURCES)}. FusedEncoder takes the CLIP first and then the diffusion "
+            "encoder, DiffusionVLM the encoder and then the language model"
+        )
     if looks_like_path or not _HUB_ID.fullmatch(label):
         raise BackboneError(
             f"unknown model {label!r}.{near_matches(label, SOURCES)} Known are "

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from diffenc.errors import BackboneError, DiffencError
+from diffenc.errors import BackboneError, DiffencError, near_matches
 from diffenc.runtime.defaults import torch_defaults
 from diffenc.storage.hub import cached_conversion, converted_revision, hub_folder
 from diffenc.storage.names import exists, expanded, is_file, is_folder
@@ -255,7 +255,10 @@ def loading(what: str, label: str, *, instead: str) -> Iterator[None]:
         raise
     except Exception as error:  # missing, offline, broken: each in words of its own
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise BackboneError(f"cannot load {what} from {label!r}: {lines[0]}. {instead}") from error
+        hint = "" if "/" in label else near_matches(label, BUNDLED, limit=1)
+        raise BackboneError(
+            f"cannot load {what} from {label!r}: {lines[0].rstrip('.')}.{hint} {instead}"
+        ) from error
 
 
 def load_whole(

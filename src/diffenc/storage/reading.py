@@ -10,9 +10,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 from diffenc.errors import ConfigError, DiffencError
+from diffenc.storage.folder_kinds import kind_of_folder
 from diffenc.storage.names import SURROGATE, StrPath, printable, reason
 
 if sys.version_info >= (3, 11):
@@ -80,7 +82,10 @@ def _read(path: StrPath, error: type[DiffencError], most: int) -> bytes:
                 os.set_blocking(file.fileno(), True)
             content = file.read(most + 1)
     except (OSError, ValueError, MemoryError) as failure:
-        raise error(f"cannot read {printable(path)}: {reason(failure)}") from failure
+        missing = isinstance(failure, FileNotFoundError)
+        kind = kind_of_folder(Path(path).parent) if missing else ""
+        hint = f"; the folder holds {kind}" if kind else ""
+        raise error(f"cannot read {printable(path)}: {reason(failure)}{hint}") from failure
     if len(content) > most:
         raise error(f"cannot read {path}: it is larger than {most:,} bytes")
     return content
