@@ -369,7 +369,7 @@ class CrossAttnScorer(ConfiguredScorer):
         folder: "str | os.PathLike[str]",
         *,
         names: Sequence[str] | None = None,
-        dtype: torch.dtype = torch.float16,
+        dtype: torch.dtype | str = torch.float16,
         shard_bytes: int = SHARD_BYTES,
         skip_broken: bool = False,
         overwrite: bool = False,
@@ -389,7 +389,8 @@ class CrossAttnScorer(ConfiguredScorer):
             folder: Folder to write to: new or empty, or one where such a call was interrupted.
             names: Names of the images, no two alike; None takes their paths, and for images without
                 a path their place in the list.
-            dtype: Floating point type of the stored queries: float32, float16 or bfloat16.
+            dtype: Floating point type of the stored queries, or its name: float32, float16 or
+                bfloat16.
             shard_bytes: Approximate largest size of one file, in bytes.
             skip_broken: Whether to leave out pictures that cannot be read, and name them in the
                 bank's `skipped`.

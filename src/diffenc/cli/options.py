@@ -45,7 +45,9 @@ Device = Annotated[
 Dtype = Annotated[
     str,
     typer.Option(
-        metavar="NAME", help="Floating point type of the weights: float32, float16 or bfloat16."
+        metavar="NAME",
+        help="Floating point type of the weights: float32, float16 or bfloat16, or fp32, fp16 or "
+        "bf16.",
     ),
 ]
 SkipBroken = Annotated[

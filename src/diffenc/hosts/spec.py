@@ -12,8 +12,6 @@ from functools import cached_property
 from typing import Any, get_args
 from urllib.parse import quote, unquote
 
-import torch
-
 from diffenc._typing import Conditioning, How, Placed, Reused, Tokens, Uncond
 from diffenc.checks.arguments import whole
 from diffenc.checks.fields import conform
@@ -22,13 +20,14 @@ from diffenc.denoiser.grids import middle_grid
 from diffenc.errors import ConfigError, near_matches
 from diffenc.hosts.fused_encoders import Companion, find_companion
 from diffenc.models import Architecture, TapInfo, describe
-from diffenc.models.sources import SOURCES, lasting_source
+from diffenc.models.device import DTYPE_NAMES, SHORT_DTYPES
+from diffenc.models.sources import DOTLESS, lasting_source
 from diffenc.models.tap_names import is_literature_name
 from diffenc.passes.question_tokens import token_channels, token_count
 
 PREFIX = "diffenc:"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_ALIASES = {alias.replace(".", ""): alias for alias in SOURCES}
+DTYPES = SHORT_DTYPES
+_SHORT_NAMES = {kind: name for name, kind in SHORT_DTYPES.items()}
 _STAGES = {"up": "up_blocks", "down": "down_blocks", "mid": "mid_block"}
 _LAYERS = {"a": "attentions", "r": "resnets", "b": "transformer_blocks"}
 _SHORT_TAP = re.compile(r"(up|down|mid)(\d*)((?:[arb]\d+)*)((?:-\w+)*)")
@@ -108,7 +107,8 @@ class TowerSpec:
             called without one.
         cut: Whether to load nothing that lies behind the last tap.
         dtype: Floating point type of the frozen model, whatever the host casts it to: "fp32",
-            "bf16" or "fp16". None follows the host.
+            "bf16" or "fp16"; "float32", "bfloat16" and "float16" are the same. None follows the
+            host.
     """
 
     model: str
@@ -153,7 +153,8 @@ class TowerSpec:
         if self.seed < 0:
             raise ConfigError(f"seed must be 0 or more, got {self.seed}")
         if self.dtype is not None:
-            check_choice("dtype", self.dtype, list(DTYPES))
+            check_choice("dtype", self.dtype, list(DTYPE_NAMES))
+            object.__setattr__(self, "dtype", _SHORT_NAMES[DTYPE_NAMES[self.dtype]])
         if self.word_count != TowerSpec.word_count and self.tokens == "grid":
             raise ConfigError(
                 f"k={self.word_count} counts tokens of words; add tokens=words or tokens=grid+words"
@@ -222,9 +223,8 @@ class TowerSpec:
             )
         name, mark, options = text.removeprefix(PREFIX).partition("?")
         if not name:
-            raise _at(text, len(PREFIX), 1, f"a model must follow; known are {sorted(_ALIASES)}")
-        model = unquote(name)
-        values: dict[str, Any] = {"model": _ALIASES.get(model, model)}
+            raise _at(text, len(PREFIX), 1, f"a model must follow; known are {sorted(DOTLESS)}")
+        values: dict[str, Any] = {"model": unquote(name)}
         start = len(PREFIX) + len(name) + len(mark)
         for part in options.split("&") if mark else ():
             _read_part(text, start, part, values)
@@ -236,7 +236,7 @@ class TowerSpec:
 
     def __str__(self) -> str:
         """The text that `parse` reads back to an equal spec; what is as usual is left out."""
-        dotless = {alias: short for short, alias in _ALIASES.items()}
+        dotless = {alias: short for short, alias in DOTLESS.items()}
         parts = []
         usual = {field.name: field.default for field in fields(self)}
         for key, attribute in _KEYS.items():
@@ -393,7 +393,7 @@ def _read(attribute: str, written: str) -> Any:
         return None if value == "none" else value
     choices = {"conditioning": get_args(Conditioning), "uncond": get_args(Uncond)}
     choices |= {"reuse": get_args(Reused), "tokens": get_args(Tokens)}
-    choices |= {"how": get_args(How), "dtype": tuple(DTYPES)}
+    choices |= {"how": get_args(How), "dtype": tuple(DTYPE_NAMES)}
     if attribute in choices:
         check_choice(attribute, value, choices[attribute])
     if attribute == "null" and not value:

@@ -11,7 +11,13 @@ from diffenc.errors import ConfigError
 from diffenc.storage.names import printable
 from diffenc.storage.names import reason as reason_of
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHORT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Floating point types that models are loaded in, by their short names."""
+
+DTYPES = tuple(SHORT_DTYPES.values())
+
+DTYPE_NAMES = {str(kind).removeprefix("torch."): kind for kind in DTYPES} | SHORT_DTYPES
+"""The same by all names that are taken: "float16" and "fp16"."""
 
 Device: TypeAlias = "str | int | torch.device | None"
 Dtype: TypeAlias = "torch.dtype | str | None"
@@ -46,13 +52,12 @@ def as_dtype(dtype: Dtype) -> torch.dtype:
     """
     if dtype is None:
         return torch.float32
-    names = {str(known): known for known in DTYPES}
-    names |= {name.removeprefix("torch."): known for name, known in names.items()}
-    if isinstance(dtype, str) and dtype in names:
-        return names[dtype]
+    if isinstance(dtype, str) and (name := dtype.removeprefix("torch.")) in DTYPE_NAMES:
+        return DTYPE_NAMES[name]
     if not isinstance(dtype, torch.dtype) or dtype not in DTYPES:
         raise ConfigError(
-            f"dtype must be one of {[str(known) for known in DTYPES]}, or its name, got "
+            f"dtype must be one of {[str(known) for known in DTYPES]}, or its name, one of "
+            f"{', '.join(DTYPE_NAMES)}; got "
             f"{dtype if isinstance(dtype, torch.dtype) else printable(repr(dtype))}"
         )
     return dtype
@@ -70,15 +75,13 @@ def named_device(name: str) -> torch.device:
 
 
 def named_dtype(name: str) -> torch.dtype:
-    """The floating point type of a name, such as "bfloat16" or "bf16".
+    """The floating point type of one of `DTYPE_NAMES`.
 
     Raises:
         ConfigError: There is none.
     """
-    long = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
-    names = long | {word.replace("float", "fp").replace("bfp", "bf"): d for word, d in long.items()}
-    check_choice("dtype", name, list(names))
-    return names[name]
+    check_choice("dtype", name, list(DTYPE_NAMES))
+    return DTYPE_NAMES[name]
 
 
 def _as_device(device: "str | int | torch.device") -> torch.device:

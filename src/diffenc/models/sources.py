@@ -113,8 +113,17 @@ SOURCES = {
 }
 
 
+DOTLESS = {alias.replace(".", ""): alias for alias in SOURCES}
+"""Aliases by their spelling without dots, which the names of towers need: "sd21-base"."""
+
+
 def lasting_source(name: "str | os.PathLike[str]") -> str:
-    """A name of `load_backbone` that means the same in every directory, see `lasting_name`."""
+    """A name of `load_backbone` that means the same in every directory, see `lasting_name`.
+
+    An alias comes back in its usual spelling: "sd21-base" is "sd2.1-base".
+    """
+    if isinstance(name, str):
+        name = DOTLESS.get(name, name)
     return lasting_name(name, aliases=SOURCES)
 
 
@@ -159,7 +168,7 @@ def resolve_folder(
     Raises:
         BackboneError: Nothing by that name, or it lacks the weights.
     """
-    label = os.fspath(name)
+    label = DOTLESS.get(name, name) if isinstance(name, str) else os.fspath(name)
     if label in BUNDLED_MODELS:
         return shapes_folder(label)
     if label in SOURCES:

@@ -14,7 +14,8 @@ from diffenc.errors import ConfigError, ImageError, NonFiniteError
 from diffenc.inputs.images import ImageSource, to_pixel_values
 from diffenc.memory.cache import TensorCache, content_key
 from diffenc.models.base import Backbone
-from diffenc.scoring.bank_files import DTYPES, FORMAT, Shapes, json_digest
+from diffenc.models.device import as_dtype
+from diffenc.scoring.bank_files import FORMAT, Shapes, json_digest
 from diffenc.scoring.bank_plan import (
     begin,
     check_folder,
@@ -130,7 +131,7 @@ def write_bank(
     *,
     names: Sequence[str],
     references: References | None,
-    dtype: torch.dtype,
+    dtype: torch.dtype | str,
     shard_bytes: int,
     skip_broken: bool,
     overwrite: bool,
@@ -148,7 +149,9 @@ def write_bank(
         ShapeError: Images of different sizes, or another number of names.
         NonFiniteError: Queries that `dtype` does not hold.
     """
-    _check_options(dtype, shard_bytes)
+    dtype = as_dtype(dtype)
+    if isinstance(shard_bytes, bool) or not isinstance(shard_bytes, int) or shard_bytes < 1:
+        raise ConfigError(f"shard_bytes must be an int of 1 or more, got {shard_bytes!r}")
     config = replace(config, mode="shared-query")
     names = check_names(names, len(images))
     check_folder(folder, overwrite=overwrite)
@@ -170,13 +173,6 @@ def write_bank(
             if progress is not None and not of_references:
                 progress(places.stop)
         writer.finish(build.content)
-
-
-def _check_options(dtype: torch.dtype, shard_bytes: int) -> None:
-    if dtype not in DTYPES.values():
-        raise ConfigError(f"dtype must be one of {[*DTYPES]}, got {dtype}")
-    if isinstance(shard_bytes, bool) or not isinstance(shard_bytes, int) or shard_bytes < 1:
-        raise ConfigError(f"shard_bytes must be an int of 1 or more, got {shard_bytes!r}")
 
 
 def _planned(
