@@ -1,5 +1,6 @@
 """`diffenc study guidance` and its like: train multimodal models, measure and compare them."""
 
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +13,7 @@ from diffenc.cli.options import Debug, Device, Force, quiet_libraries, to_device
 from diffenc.cli.study_report import Output, Quick, run_and_report
 from diffenc.cli.tables import print_tables
 from diffenc.errors import ConfigError
+from diffenc.storage.names import is_folder
 from diffenc.storage.writing import write_text
 
 if TYPE_CHECKING:
@@ -60,7 +62,10 @@ Clip = Annotated[
     str | None, typer.Option(metavar="NAME", help="Folder or Hub id in place of the bundled CLIP.")
 ]
 PlanOnly = Annotated[
-    bool, typer.Option("--plan", help="List of trainings and measurements with times; no run.")
+    bool,
+    typer.Option(
+        "--plan", help="List of trainings and measurements with times; no run, and no file."
+    ),
 ]
 
 
@@ -137,14 +142,16 @@ def _print_plan(plan: "StudyPlan", work: Path, device: str) -> None:
     from diffenc.studies.vlm.workshop import Workshop
 
     quiet_libraries()
-    workshop = Workshop(plan, work, device=to_device(device))
-    missing = workshop.missing()
-    if len(missing) == len(plan.trainings):
-        raise ConfigError(f"no training can be done: {next(iter(missing.values()))}")
-    all_work = work_of(plan, missing, measure_costs(workshop))
+    with tempfile.TemporaryDirectory() as scratch:  # for the pictures that are timed
+        workshop = Workshop(plan, scratch, device=to_device(device))
+        missing = workshop.missing()
+        if len(missing) == len(plan.trainings):
+            raise ConfigError(f"no training can be done: {next(iter(missing.values()))}")
+        all_work = work_of(plan, missing, measure_costs(workshop))
+    done = Workshop(plan, work).count_trained() if is_folder(work) else 0
     print_tables([training_table(plan), measurement_table(plan), _work_table(all_work)])
     typer.echo(
-        f"{workshop.count_trained()} trainings are there already. Times are told from a few "
+        f"{done} trainings are there already. Times are told from a few "
         "pictures and a batch on this machine, as if nothing were there; tokens of pictures that "
         "studies share are read once."
     )
