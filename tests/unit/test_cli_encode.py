@@ -196,6 +196,20 @@ def test_anything_else_is_no_size_and_no_timestep(text):
         parse_timestep(text)
 
 
+@pytest.mark.parametrize("kind", ["words", "grid", "grid+words"])
+def test_a_value_behind_the_switch_of_tokens_is_no_picture(pictures, tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    for arguments in ((pictures[0], "--tokens", kind), ("--tokens", kind, pictures[0])):
+        refused = run(*arguments)
+        assert refused.exit_code == 2
+        assert f"--tokens takes no value, and '{kind}' is no picture" in refused.output
+        assert "--word-tokens N" in refused.output
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    (tmp_path / "a.png").rename(tmp_path / kind)
+    assert run("--tokens", kind, "-o", "f.safetensors").exit_code == 0
+    assert set(read(tmp_path / "f.safetensors")[0]) > {"tokens"}
+
+
 def test_register_cells_are_replaced_in_maps_and_tokens(
     tiny_sd_folder, pictures, tmp_path, monkeypatch
 ):

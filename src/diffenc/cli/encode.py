@@ -3,10 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
+from diffenc._typing import Tokens
 from diffenc.cli.encode_outputs import encode_to_file, encode_to_folder
 from diffenc.cli.fields import Changes, with_fields
 from diffenc.cli.files import check_output
@@ -24,7 +25,7 @@ from diffenc.cli.options import (
 from diffenc.cli.parsing import parse_channels
 from diffenc.config import EncoderConfig
 from diffenc.errors import ConfigError
-from diffenc.storage.names import is_folder
+from diffenc.storage.names import exists, is_folder
 
 _FILE = ".safetensors"
 
@@ -88,7 +89,11 @@ def _encode(
     ] = True,
     tokens: Annotated[
         bool,
-        typer.Option("--tokens/--no-tokens", help='Write "tokens": all taps on one grid, in rows.'),
+        typer.Option(
+            "--tokens/--no-tokens",
+            help='Write "tokens": all taps on one grid, in rows. A switch without a value; '
+            "--word-tokens writes those of words.",
+        ),
     ] = False,
     word_tokens: Annotated[
         int | None,
@@ -172,6 +177,12 @@ def _encode(
     each image's row is. After an interruption the same command goes on where it stopped.
     diffenc.open_features reads it.
     """
+    if tokens and (given := [str(image) for image in images if _is_kind_of_tokens(image)]):
+        raise ConfigError(
+            f"--tokens takes no value, and {given[0]!r} is no picture here: it is a switch that "
+            "writes the tokens of the grid. For tokens of words pass --word-tokens N, such as 8; "
+            "alone or beside --tokens"
+        )
     target = output or Path("features" if _is_collection(images) else f"features{_FILE}")
     in_folder = not target.suffix or is_folder(target)
     if not in_folder:
@@ -234,6 +245,11 @@ def _encode(
     else:
         paths = None if _is_collection(images) else images
         encode_to_file(listing, extractor, target, paths=paths)
+
+
+def _is_kind_of_tokens(image: Path) -> bool:
+    """Whether a picture that is not there is called like a kind of `EncoderConfig.tokens`."""
+    return str(image) in get_args(Tokens) and not exists(image)
 
 
 def _is_collection(sources: Sequence[Path]) -> bool:
