@@ -105,7 +105,7 @@ def test_taps_that_a_preset_asks_for_are_not_held_against_the_caller():
     for model in ("shapes", DiffusionEncoder.from_pretrained("shapes").backbone):
         with pytest.raises(TapError, match=message):
             DiffusionEncoder.from_pretrained(model, preset="gdf")
-        with pytest.raises(TapError, match="no tap matches 'up_block'. Did you mean"):
+        with pytest.raises(TapError, match=r"no tap matches 'up_block'\. Did you mean"):
             DiffusionEncoder.from_pretrained(model, preset="gdf", taps="up_block")
 
 

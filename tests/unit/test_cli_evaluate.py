@@ -199,7 +199,7 @@ def test_the_draw_study_writes_table_and_picture(model, tmp_path, calls):
         (["mmvp-vlm", "--data", "MMVP/MMVP_VLM"], "hf download MMVP/MMVP_VLM"),
         (["winoground", *MINI, "--preset", "papers"], "Did you mean 'paper'"),
         (["winoground", *MINI, "--preset", "none"], "nothing to score with"),
-        (["winoground", *MINI, "--timesteps", ""], "timestep must be like"),
+        (["winoground", *MINI, "--timesteps", ""], "timesteps must be like"),
         (["winoground", *MINI, "--timesteps", "1000"], "timesteps must be ints in [0, 1000)"),
         (["winoground", *MINI, "--template", "a photo"], "must hold {}"),
         (["winoground", *MINI, "--clip", "no-such-clip"], "cannot load a CLIP from"),

@@ -114,7 +114,7 @@ def test_own_references_and_shared_queries(tiny_sd_folder, pictures):
     [
         (("score", "none.png", "-t", "a"), "no such image file"),
         (("score", "{a}", "-t", "a", "--preset", "papers"), "Did you mean 'paper'"),
-        (("score", "{a}", "-t", "a", "--timesteps", "x"), "timestep must be like"),
+        (("score", "{a}", "-t", "a", "--timesteps", "x"), "timesteps must be like"),
         pytest.param(
             ("score", "{a}", "-t", "a", "--calibration", "grey"),
             "Did you mean 'gray'",

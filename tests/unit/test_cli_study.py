@@ -62,7 +62,7 @@ def test_existing_files_are_refused_before_the_model_is_looked_at(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--timesteps", "fifty"), "timestep must be like"),
+        (("--timesteps", "fifty"), "timesteps must be like"),
         pytest.param(("--texts", "uncond,answer"), "must be one of", marks=pytest.mark.wrong_type),
         (("--scenes", "3"), "scenes must be an int of 30 or more"),
         (("--taps", "mid_blok"), "no tap matches 'mid_blok'"),

@@ -120,7 +120,7 @@ def timesteps_study(
     grid = GRID if timesteps is None else parse_timesteps(timesteps)
     averaged = tuple(t for t in ENSEMBLE if t in grid) or grid
     if ensemble is not None:
-        averaged = parse_timesteps(ensemble)
+        averaged = parse_timesteps(ensemble, option="ensemble")
     if set(averaged) - set(grid):
         raise ConfigError(f"the ensemble must be some of the timesteps {grid}, not {averaged}")
     options = replace(options, presets=(preset,), timesteps=grid)

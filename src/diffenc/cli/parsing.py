@@ -23,20 +23,24 @@ def parse_timestep(text: str) -> int | tuple[int, ...]:
     Raises:
         ConfigError: Anything else.
     """
-    steps = text.split(",")
-    if not all(step.strip().isdecimal() for step in steps):
-        raise ConfigError(f"timestep must be like 50 or 50,261, got {text!r}")
-    return int(text) if len(steps) == 1 else tuple(int(step) for step in steps)
+    steps = parse_timesteps(text, option="timestep")
+    return steps[0] if len(steps) == 1 else steps
 
 
-def parse_timesteps(text: str) -> tuple[int, ...]:
+def parse_timesteps(text: str, *, option: str = "timesteps") -> tuple[int, ...]:
     """Read ``"50"`` as (50,) and ``"50,261"`` as (50, 261).
+
+    Args:
+        text: Value of the option.
+        option: Name of the option, for the message.
 
     Raises:
         ConfigError: Anything else.
     """
-    steps = parse_timestep(text)
-    return (steps,) if isinstance(steps, int) else steps
+    steps = text.split(",")
+    if not all(step.strip().isdecimal() for step in steps):
+        raise ConfigError(f"{option} must be like 50 or 50,261, got {text!r}")
+    return tuple(int(step) for step in steps)
 
 
 def parse_heads(text: str) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ import typer
 from diffenc.cli.fields import split_names
 from diffenc.cli.noted import NotedCommand
 from diffenc.cli.options import Debug, Device, Dtype, Force, to_device, to_dtype
-from diffenc.cli.parsing import parse_scales, parse_timestep, parse_timesteps
+from diffenc.cli.parsing import parse_scales, parse_timesteps
 from diffenc.cli.study_budget import budget
 from diffenc.cli.study_report import Backbone, Clip, Output, Quick, Seeds, run_and_report
 from diffenc.cli.study_table import table
@@ -81,7 +81,7 @@ def features(
     a question and under a caption; then whether a text acts inside the object that it names. Takes
     some minutes with the bundled model on one core.
     """
-    steps = None if timesteps is None else parse_timestep(timesteps)
+    steps = None if timesteps is None else parse_timesteps(timesteps)
     conditionings = tuple(name.strip() for name in texts.split(",") if name.strip())
 
     from diffenc.studies.features import TIMESTEPS, study_features
@@ -93,7 +93,7 @@ def features(
         lambda progress: study_features(
             backbone,
             taps=split_names(taps),
-            timesteps=TIMESTEPS if steps is None else (steps,) if isinstance(steps, int) else steps,
+            timesteps=TIMESTEPS if steps is None else steps,
             conditionings=conditionings,  # type: ignore[arg-type]  # checked there
             scenes=scenes,
             focus_scenes=focus_scenes,
