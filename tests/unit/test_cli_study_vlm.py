@@ -6,8 +6,9 @@ from typer.testing import CliRunner
 
 from diffenc.cli.main import app
 from diffenc.storage.reading import tomllib
-from diffenc.studies.vlm import STUDIES
+from diffenc.studies.vlm import STUDIES, read_plan
 from diffenc.studies.vlm.plan_file import bundled_text
+from diffenc.studies.vlm.workshop import Workshop
 from train_builders import trains
 from vlm_builders import save_tiny_lm
 
@@ -114,7 +115,20 @@ def test_plan_tells_and_trains_nothing(config, language_model, tmp_path):
     for words in ("trainings", "6 steps", "9 answers", "minutes", "not run: clip", "0 trainings"):
         assert words in result.stdout, words
     assert not (tmp_path / "out").exists()
-    assert not (tmp_path / "work" / "trainings").exists()
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_plan_counts_what_another_run_left_and_adds_nothing(config, language_model, tmp_path):
+    study = read_plan("guidance", config).with_options(language_model=str(language_model))
+    workshop = Workshop(study, tmp_path / "work")
+    model = workshop.folder_of(next(iter(study.trainings)), 0) / "model"
+    model.mkdir(parents=True)
+    (model / "vlm.json").write_text("{}")
+    there = sorted((tmp_path / "work").rglob("*"))
+    options = ("--config", config, "--language-model", language_model, "--work", tmp_path / "work")
+    result = run("guidance", "--plan", *options)
+    assert "1 trainings are there already" in result.stdout
+    assert sorted((tmp_path / "work").rglob("*")) == there
 
 
 @pytest.mark.parametrize("name", STUDIES)
