@@ -74,7 +74,9 @@ class _Saved:
 class FusedEncoder(nn.Module):
     """Tokens of a CLIP (or SigLIP) and of a diffusion encoder that see the same pictures.
 
-    It stands wherever a `DiffusionEncoder` does. Only the diffusion encoder reads the prompts.
+    It is called like a `DiffusionEncoder`, and stands in its place before a projector and in a
+    `DiffusionVLM`; features, tokens of words and adapters are those of its `diffusion`, which alone
+    reads the prompts.
     Every token is `hidden_size` channels wide, first CLIP's, then the diffusion encoder's. With
     "channel" both are filled. With "tokens" and "interleave" a token belongs to one of the two and
     is zero in the channels of the other, so that a plain projector, too, has a first layer of its
