@@ -52,6 +52,7 @@ READERS = {
     "encoder": DiffusionEncoder.from_pretrained,
     "fused": FusedEncoder.from_pretrained,
     "scorer": CrossAttnScorer.from_pretrained,
+    "vlm": DiffusionVLM.from_pretrained,
     "model": load_backbone,
     "taps": list_taps,
     "lora": lambda folder: DiffusionEncoder.from_pretrained("shapes").load_lora(folder),

@@ -6,11 +6,20 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from diffenc import DiffusionEncoder, list_backbones, list_taps, load_backbone
+from diffenc import (
+    CrossAttnScorer,
+    DiffusionEncoder,
+    DiffusionVLM,
+    FusedEncoder,
+    list_backbones,
+    list_taps,
+    load_backbone,
+)
 from diffenc.cli.main import app
-from diffenc.errors import BackboneError
+from diffenc.errors import BackboneError, ConfigError
 from diffenc.extraction.extractor import Extractor
 from diffenc.hosts.spec import TowerSpec
+from diffenc.mllm.training.downloads import _download
 from diffenc.models import describe, model_name, resolve_folder
 from diffenc.models.device import as_dtype, named_dtype
 from diffenc.models.encoder_folder import is_saved, read_source
@@ -35,6 +44,11 @@ def test_an_alias_may_be_without_its_dot(alias, tmp_path):
     if alias != "sd3.5-medium":  # its U-Net takes seconds to describe
         assert describe(short) == describe(alias)
         assert list_taps(short) == list_taps(alias)
+
+
+def test_the_plan_of_a_training_knows_where_a_short_alias_leads():
+    told = [_download("model.encoder", name, 1.0) for name in ("sd21-base", "sd2.1-base")]
+    assert told[0].repository == told[1].repository == SOURCES["sd2.1-base"].hub_ids[0]
 
 
 def test_no_two_aliases_are_alike_without_dots():
@@ -84,9 +98,18 @@ def test_a_dtype_has_two_names(long, short, tiny_sd_folder):
         Extractor("shapes", dtype=name, output_dtype=name, maps=True)
 
 
-def test_the_program_and_an_index_take_both_names_of_a_dtype(tmp_path):
-    from diffenc import CrossAttnScorer
+def test_models_of_two_parts_take_both_names_of_a_dtype(tmp_path):
+    FusedEncoder("shapes-clip", "shapes").save_pretrained(tmp_path / "fused")
+    DiffusionVLM("shapes", "shapes-lm").save_pretrained(tmp_path / "vlm")
+    for name in ("bf16", "bfloat16"):
+        assert FusedEncoder.from_pretrained(tmp_path / "fused", dtype=name).dtype == torch.bfloat16
+        vlm = DiffusionVLM.from_pretrained(tmp_path / "vlm", dtype=name)
+        assert vlm.encoder.dtype == vlm.language_model.dtype == torch.bfloat16
+    with pytest.raises(ConfigError, match="dtype must be one of"):
+        DiffusionVLM.from_pretrained(tmp_path / "vlm", dtype="int8")
 
+
+def test_the_program_and_an_index_take_both_names_of_a_dtype(tmp_path):
     (scene,) = sample_scenes(1, seed=0)
     render(scene).save(tmp_path / "a.png")
     scorer = CrossAttnScorer.from_pretrained("shapes", timesteps=(50,), mode="shared-query")

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from diffenc.errors import BackboneError, ConfigError
+from diffenc.models.device import as_dtype
 from diffenc.runtime.defaults import torch_defaults
 from diffenc.runtime.inference import lasting
 from diffenc.runtime.threads import without_warnings
@@ -33,7 +34,7 @@ def load_language_model(
     name: "str | os.PathLike[str]",
     *,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
 ) -> tuple[Any, Any]:
     """A causal language model and its tokenizer.
 
@@ -41,17 +42,18 @@ def load_language_model(
         name: Name of the model: a folder, a Hub id such as ``"lmsys/vicuna-7b-v1.5"``, or
             "shapes-lm", the bundled miniature.
         device: Device of the model.
-        dtype: Floating point type of the weights.
+        dtype: Floating point type of the weights, or its name.
 
     Raises:
         BackboneError: There is no such model.
+        ConfigError: Another dtype.
     """
     import transformers
 
-    label = os.fspath(name)
+    label, kind = os.fspath(name), as_dtype(dtype)
     with loading("a language model", label, instead=_INSTEAD):
         tokenizer = load_tokenizer(name)
-        model = load_whole(transformers.AutoModelForCausalLM, name, dtype=dtype)
+        model = load_whole(transformers.AutoModelForCausalLM, name, dtype=kind)
     model.name_or_path = lasting_name(name)
     return model.to(device), tokenizer
 

@@ -26,6 +26,7 @@ from diffenc.mllm.language import (
 )
 from diffenc.mllm.samples import Pictures, pad, prompts_of, samples_of, with_marks
 from diffenc.mllm.vision import check_square
+from diffenc.models.device import as_dtype
 from diffenc.projector.choosing import projector_for
 from diffenc.runtime.inference import lasting, make_plain
 from diffenc.runtime.threads import lock_of
@@ -123,7 +124,7 @@ class DiffusionVLM(PictureInputs):
         folder: "str | os.PathLike[str]",
         *,
         device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         trainable: bool = False,
         language_model: Any = None,
         **encoder_options: Any,  # of DiffusionEncoder.from_pretrained, which checks their names
@@ -133,8 +134,8 @@ class DiffusionVLM(PictureInputs):
         Args:
             folder: Folder that `save_pretrained` wrote.
             device: Device of the model.
-            dtype: Floating point type of the frozen parts; the projector and the adapters are in
-                float32.
+            dtype: Floating point type of the frozen parts, or its name; the projector and the
+                adapters are in float32.
             trainable: Whether saved adapters go on training.
             language_model: Replacement for the language model that was saved by its name; None
                 takes that one.
@@ -143,11 +144,12 @@ class DiffusionVLM(PictureInputs):
 
         Raises:
             BackboneError: The folder does not hold a whole model, or a part is missing.
+            ConfigError: Another dtype.
         """
         parts, options = model_folder.load(
             folder,
             device=device,
-            dtype=dtype,
+            dtype=as_dtype(dtype),
             trainable=trainable,
             language_model=language_model,
             encoder_options=encoder_options,

@@ -30,6 +30,7 @@ from diffenc.projector.fused import FusedProjector
 from diffenc.projector.plain import Projector
 from diffenc.runtime.defaults import torch_defaults
 from diffenc.runtime.threads import without_warnings
+from diffenc.storage.folder_kinds import kind_of_folder
 from diffenc.storage.names import checked_path, is_file, is_folder, printable, reason
 from diffenc.storage.pretrained import (
     lasting_name,
@@ -101,8 +102,10 @@ def read_saved(folder: Path) -> VLMContents:
         BackboneError: The folder holds none, or a broken one.
     """
     if not is_saved(folder):
+        kind = kind_of_folder(folder)
+        other = f", it holds {kind}" if kind else ""
         raise BackboneError(
-            f"{printable(folder)} does not hold a model: there is no {CONFIG_FILE} in it. "
+            f"{printable(folder)} does not hold a model: there is no {CONFIG_FILE} in it{other}. "
             "`diffenc train` and DiffusionVLM.save_pretrained write such folders"
         )
     try:

@@ -73,9 +73,9 @@ class HeatMap:
         if not self.low <= self.high:
             raise ConfigError(f"low must not be above high, got {self.low} and {self.high}")
         self.label = label
-        # Maps of many words share one picture: one of PIL is not copied.
-        kept = picture is None or isinstance(picture, Image.Image)
-        self.picture: Image.Image | None = picture if kept else to_picture(picture)
+        if picture is not None and not isinstance(picture, Image.Image):
+            picture = to_picture(picture)
+        self.picture = picture  # one of PIL is not copied: maps of many words share it
 
     @property
     def array(self) -> Float64[np.ndarray, "h w"]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from diffenc.mllm.training.config import TrainConfig
 from diffenc.mllm.training.meta import MetaEncoder, MetaLanguageModel
-from diffenc.models.sources import SOURCES
+from diffenc.models.sources import DOTLESS, SOURCES
 from diffenc.storage.names import expanded, is_folder
 from diffenc.storage.pretrained import BUNDLED
 
@@ -50,8 +50,8 @@ def downloads(
 
 
 def _download(part: str, name: str, size: float) -> Download:
-    if name in SOURCES:
-        ids = SOURCES[name].hub_ids
+    if (alias := DOTLESS.get(name, name)) in SOURCES:
+        ids = SOURCES[alias].hub_ids
         return Download(part, name, ids[0] if ids else "", float(size) if ids else 0.0)
     if name in BUNDLED or is_folder(expanded(name)):
         return Download(part, name, "", 0.0)
