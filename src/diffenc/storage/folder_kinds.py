@@ -33,8 +33,8 @@ def kind_of_folder(folder: StrPath) -> str:
     values = _config(root / "config.json")
     if "backbone" in values and "timestep" in values:
         return _ENCODER
-    kind = values.get("model_type")
-    return f"a model of transformers, of the kind {kind[:40]!r}" if isinstance(kind, str) else ""
+    model = values.get("model_type")
+    return f"a model of transformers, of the kind {model[:40]!r}" if isinstance(model, str) else ""
 
 
 def _config(path: Path) -> dict[str, object]:
