@@ -177,9 +177,9 @@ def _encode(
     each image's row is. After an interruption the same command goes on where it stopped.
     diffenc.open_features reads it.
     """
-    if tokens and (given := [str(image) for image in images if _is_kind_of_tokens(image)]):
+    if tokens and (kinds := [str(image) for image in images if _is_kind_of_tokens(image)]):
         raise ConfigError(
-            f"--tokens takes no value, and {given[0]!r} is no picture here: it is a switch that "
+            f"--tokens takes no value, and {kinds[0]!r} is no picture here: it is a switch that "
             "writes the tokens of the grid. For tokens of words pass --word-tokens N, such as 8; "
             "alone or beside --tokens"
         )
