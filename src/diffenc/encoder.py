@@ -90,8 +90,9 @@ class DiffusionEncoder(TrainableParts):
         super().__init__()
         if not isinstance(backbone, Backbone):
             raise ConfigError(
-                f"an encoder is made of a Backbone, got {shown(backbone)}; another encoder has it as "
-                ".backbone, and DiffusionEncoder.from_pretrained takes names, folders and pipelines"
+                f"an encoder is made of a Backbone, got {shown(backbone)}; another encoder has its "
+                "own as .backbone, and DiffusionEncoder.from_pretrained takes a name, folder or "
+                "pipeline"
             )
         self.backbone = backbone
         self.config = config if config is not None else EncoderConfig()

@@ -20,6 +20,7 @@ from diffenc.mllm import DiffusionVLM, tokens_per_image
 from diffenc.passes.question_tokens import PLACE_CHANNELS, embed_places
 from dit_builders import save_pixart
 from loaded import fresh
+from marks import wrong_type
 from vlm_builders import picture, save_tiny_clip, save_tiny_lm
 
 QUESTION, LONGER = "what color is the circle?", "is a red circle left of the blue square?"
@@ -183,9 +184,9 @@ def test_texts_that_were_encoded_without_their_words_are_refused(encoder):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tokens": "word"}, "tokens"),
+        wrong_type({"tokens": "word"}, "tokens"),
         ({"word_count": 0}, "word_count"),
-        ({"word_count": 2.5}, "word_count"),
+        wrong_type({"word_count": 2.5}, "word_count"),
     ],
 )
 def test_other_options_are_refused(options, message):
