@@ -180,8 +180,8 @@ def test_an_unknown_architecture_asks_for_configs(pair, tmp_path):
     folder, file = pair
     with pytest.raises(BackboneError, match=r"no Stable Diffusion 1.x, 2.x or XL.*architecture="):
         load_backbone(file)
-    with pytest.raises(BackboneError, match=r"unknown architecture 'sd15'.*Did you mean"):
-        load_backbone(file, architecture="sd15")
+    with pytest.raises(BackboneError, match=r"unknown architecture 'sd16'.*Did you mean"):
+        load_backbone(file, architecture="sd16")
     with pytest.raises(BackboneError, match=r"does not fit .* made for another"):
         load_backbone(file, architecture="sdxl", tokenizer=folder)
     with pytest.raises(ConfigError, match="architecture= is for a single file"):
