@@ -37,7 +37,8 @@ from diffenc.scoring.word_maps import (
     words_of,
 )
 from diffenc.storage.names import checked_path
-from diffenc.viz.heatmap import HeatMap, WordMaps
+from diffenc.viz.heatmap import HeatMap
+from diffenc.viz.word_maps import WordMaps
 
 _MOST_TRIALS = 2**20
 

@@ -207,6 +207,7 @@ def test_trials_are_seeds_in_a_row_with_a_sample_deviation(backbone, images):
     assert scores.by_timestep.shape == (3, 3, 3, 2)
     np.testing.assert_allclose(scores.by_timestep.mean(dim=3), expected, rtol=1e-6)
     assert scores.best_texts() == [TEXTS[i] for i in expected.mean(axis=0).argmax(axis=1)]
+    assert scores.best_images() == expected.mean(axis=0).argmax(axis=0).tolist()
     assert torch.isnan(scorer.score(images, TEXTS).std).all()
 
 

@@ -7,6 +7,7 @@ from PIL import Image
 
 from diffenc.errors import ConfigError, ImageError, NonFiniteError, ShapeError
 from diffenc.viz.heatmap import HeatMap, colorize
+from diffenc.viz.word_maps import WordMaps
 
 
 def lightness(colors):
@@ -160,3 +161,30 @@ def test_what_is_no_picture_and_no_number_is_refused(tmp_path):
         HeatMap(np.eye(2), high="x")
     with pytest.raises(ShapeError, match=r"expected numbers over \(h w\), got 'map'"):
         HeatMap("map")
+
+
+@pytest.mark.parametrize(("words", "columns", "rows"), [(3, 4, 1), (3, 2, 2), (5, 1, 6)])
+def test_all_words_are_one_picture_with_the_picture_first(words, columns, rows):
+    picture = Image.new("RGB", (128, 64), (9, 200, 40))
+    maps = WordMaps(
+        (f"word {place}", HeatMap(np.eye(4) + place, picture=picture)) for place in range(words)
+    )
+    drawn = maps.to_pil(side=64, columns=columns)
+    across = min(columns, words + 1)
+    assert drawn.width == across * 64 + (across + 1) * 6
+    plain = np.asarray(drawn)
+    assert (plain == (9, 200, 40)).all(axis=-1).sum() == 64 * 32
+    taller = np.asarray(maps.to_pil(side=64, columns=columns, title="a title"))
+    assert taller.shape[0] > plain.shape[0]
+    one_row = maps.to_pil(side=64, columns=words + 1)
+    assert (drawn.size == one_row.size) == (rows == 1)
+    assert drawn.height > 0.8 * (rows - 0.5) * one_row.height
+
+
+def test_words_without_a_picture_are_drawn_alone_and_none_are_refused():
+    maps = WordMaps({"a": HeatMap(np.eye(4))})
+    assert maps.to_pil(side=64).width == 64 + 2 * 6
+    with pytest.raises(ConfigError, match="a figure needs a panel"):
+        WordMaps().to_pil()
+    with pytest.raises(ConfigError, match="columns"):
+        maps.to_pil(columns=0)

@@ -13,7 +13,6 @@ from diffenc.cli.scorers import load_scorer, scorer_changes
 from diffenc.cli.tables import print_table
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-_COLUMNS, _SIDE = 4, 256
 _SHARE = "Share of each cell's attention that the word gets"
 _MEANINGS = {"concept-attention": "Share of each cell that the concept gets among the concepts"}
 
@@ -86,20 +85,10 @@ def _maps(
         timesteps=changes.get("timesteps"),
         heads=None if heads is None else parse_heads(heads),
     )
-    from diffenc.viz import Panel, figure
-    from diffenc.viz.figure import fitted
-
-    panels: list[Panel | None] = [Panel(picture, "picture")]
-    for word, heat in heat_maps.items():
-        over = heat.to_pil(fitted(heat.picture or picture, _SIDE), overlay=True)
-        panels.append(Panel(over, word, legend=heat))
-    rows = [panels[start : start + _COLUMNS] for start in range(0, len(panels), _COLUMNS)]
-    drawn = figure(
-        rows,
+    drawn = heat_maps.to_pil(
         title=text,
         note=f"Model: {scorer.backbone.name}. {_MEANINGS.get(preset or '', _SHARE)}, each word in "
         "its own range. Made by: diffenc maps",
-        side=_SIDE,
     )
     write_whole(output, drawn.save)
     print_table(

@@ -50,6 +50,15 @@ class Scores:
         """Text with the highest mean for each image; of equal ones the first."""
         return [self.texts[index] for index in self.mean.argmax(dim=1).tolist()]
 
+    def best_images(self) -> list[int]:
+        """Index of the image with the highest mean for each text; of equal ones the first.
+
+        Scores that are errors ("diffusion-classifier") do not compare over images, some of which
+        are easier than others whatever the text.
+        """
+        best: list[int] = self.mean.argmax(dim=0).tolist()
+        return best
+
 
 def stack_trials(trials: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Scores and scores by timestep of several trials."""

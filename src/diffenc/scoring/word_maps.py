@@ -23,7 +23,8 @@ from diffenc.models.base import Backbone
 from diffenc.passes.forward import read_head_attention
 from diffenc.scoring.concept_maps import concept_maps
 from diffenc.scoring.config import SCORE_TIMESTEPS
-from diffenc.viz.heatmap import HeatMap, WordMaps
+from diffenc.viz.heatmap import HeatMap
+from diffenc.viz.word_maps import WordMaps
 
 __all__ = [
     "WORD_LAYERS",

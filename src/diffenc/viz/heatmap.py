@@ -1,14 +1,14 @@
 """One number per cell as a colour, alone or over the picture it belongs to."""
 
 import io
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float64, UInt8
 from PIL import Image
 
-from diffenc.checks.arguments import number, shown
-from diffenc.errors import ConfigError, PromptError, near_matches
+from diffenc.checks.arguments import number
+from diffenc.errors import ConfigError
 from diffenc.inputs.images import Images, to_picture
 from diffenc.viz.arrays import Resample, pil_filter, pil_size, to_array
 
@@ -145,39 +145,3 @@ class HeatMap:
         width, height = pil_size(size)
         ramp = np.broadcast_to(np.linspace(0, 1, width), (height, width))
         return Image.fromarray(colorize(ramp))
-
-
-class WordMaps(dict[str, HeatMap]):
-    """A map per word, in the order of the words; `maps[0]` is the first, `maps[:2]` a list of two.
-
-    Raises:
-        PromptError: On reading a word that has no map, with those that have one.
-        ConfigError: On reading a place beyond the last.
-    """
-
-    @overload
-    def __getitem__(self, word: str | int) -> HeatMap: ...
-
-    @overload
-    def __getitem__(self, word: slice) -> list[HeatMap]: ...
-
-    def __getitem__(self, word: str | int | slice) -> HeatMap | list[HeatMap]:
-        maps = list(self.values())
-        if isinstance(word, slice):
-            return maps[word]
-        if isinstance(word, int):
-            if not -len(maps) <= word < len(maps):
-                raise ConfigError(
-                    f"no map {word}: there are {len(maps)}, of the words {list(self)}"
-                )
-            return maps[word]
-        if not isinstance(word, str) or word not in self:
-            raise PromptError(
-                f"no map of {shown(word)} was made.{near_matches(word, self)} The words with a map "
-                f"are {list(self)}; pass words=[{shown(word)}] for another one of the text"
-            )
-        return super().__getitem__(word)
-
-    def __repr__(self) -> str:
-        lines = [f"  {heat!r}," for heat in self.values()]
-        return "\n".join(["WordMaps(", *lines, ")"])
