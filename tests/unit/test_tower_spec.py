@@ -116,6 +116,9 @@ def test_values_that_parse_and_are_not_allowed_are_told_with_the_text(text) -> N
     ("text", "said"),
     [
         ("diffenc:shapes?k=4", "add tokens=words or tokens=grid+words"),
+        ("diffenc:shapes?k=8", "add tokens=words or tokens=grid+words"),
+        ("diffenc:shapes?scale=1%2E5&cond=cond", "read with cond=cfg alone"),
+        ("diffenc:shapes?how=channel", "name it by fuse="),
         ("diffenc:shapes?words=4", "add tokens=words or tokens=grid+words"),
         ("diffenc:shapes?tokens=grid&k=4", "add tokens=words or tokens=grid+words"),
         ("diffenc:shapes?scale=3", "read with cond=cfg alone"),

@@ -7,6 +7,7 @@ hosts split, and no name of another tower.
 
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, get_args
@@ -155,21 +156,7 @@ class TowerSpec:
         if self.dtype is not None:
             check_choice("dtype", self.dtype, list(DTYPE_NAMES))
             object.__setattr__(self, "dtype", _SHORT_NAMES[DTYPE_NAMES[self.dtype]])
-        if self.word_count != TowerSpec.word_count and self.tokens == "grid":
-            raise ConfigError(
-                f"k={self.word_count} counts tokens of words; add tokens=words or tokens=grid+words"
-            )
-        if self.guidance_scale != TowerSpec.guidance_scale and self.conditioning != "cfg":
-            raise ConfigError(
-                f"scale={self.guidance_scale:g} is read with cond=cfg alone; add that"
-            )
         check_choice("how", self.how, get_args(How))
-        if self.fuse is None and self.how != TowerSpec.how:
-            raise ConfigError(f"how={self.how} joins a second encoder; name it by fuse=")
-        if self.fuse is None and self.grid is not None and self.tokens == "words":
-            raise ConfigError(
-                f"grid={self.grid} is of cells, and tokens=words has none; leave it out"
-            )
         if self.how not in get_args(Placed):
             raise ConfigError(
                 f"how={self.how} has weights of its own, for which no host has a place; in a tower "
@@ -178,7 +165,26 @@ class TowerSpec:
             )
         if self.fuse is not None:
             object.__setattr__(self, "fuse", find_companion(self.fuse).spelling)
+        usual = {field.name: field.default for field in fields(self)}
+        self._check_read([name for name, value in usual.items() if getattr(self, name) != value])
         self.encoder_config()
+
+    def _check_read(self, named: Collection[str]) -> None:
+        """Raise where an option is named that nothing reads beside the others."""
+        if "word_count" in named and self.tokens == "grid":
+            raise ConfigError(
+                f"k={self.word_count} counts tokens of words; add tokens=words or tokens=grid+words"
+            )
+        if "guidance_scale" in named and self.conditioning != "cfg":
+            raise ConfigError(
+                f"scale={self.guidance_scale:g} is read with cond=cfg alone; add that"
+            )
+        if "how" in named and self.fuse is None:
+            raise ConfigError(f"how={self.how} joins a second encoder; name it by fuse=")
+        if "grid" in named and self.fuse is None and self.tokens == "words":
+            raise ConfigError(
+                f"grid={self.grid} is of cells, and tokens=words has none; leave it out"
+            )
 
     def encoder_config(self) -> EncoderConfig:
         """The options of `DiffusionEncoder` that this tower reads with."""
@@ -230,9 +236,11 @@ class TowerSpec:
             _read_part(text, start, part, values)
             start += len(part) + 1
         try:
-            return cls(**values)
+            spec = cls(**values)
+            spec._check_read(values)  # those too that are as usual
         except ConfigError as error:
             raise ConfigError(f"{error} (in {text!r})") from error
+        return spec
 
     def __str__(self) -> str:
         """The text that `parse` reads back to an equal spec; what is as usual is left out."""
