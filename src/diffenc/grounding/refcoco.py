@@ -177,12 +177,12 @@ def _in_split(refs: Sequence[Any], split: str, path: Path) -> list[tuple[int, Ma
     return chosen
 
 
-def _require_same(own: Any, told: Any, what: str) -> None:
-    """Raise where an area and its expression are of two pictures; None tells none."""
-    if None not in (own, told) and own != told:
+def _require_same(own: Any, other: Any, what: str) -> None:
+    """Raise where an area and its expression are of two pictures; None says none."""
+    if None not in (own, other) and own != other:
         raise ConfigError(
-            f"{what} is of image {shown(own)}, and its expression of image {shown(told)}: they are "
-            "of two data sets"
+            f"{what} is of image {shown(own)}, and its expression of image {shown(other)}: they "
+            "are of two data sets"
         )
 
 
