@@ -168,6 +168,22 @@ def test_an_archive_gives_its_pictures_in_place_with_the_texts_beside_them(tmp_p
         list_pictures(path, prompt_column="cap")
 
 
+def test_a_picture_in_an_archive_gets_the_text_of_its_own_name_alone(tmp_path):
+    path = tmp_path / "some.tar"
+    with tarfile.open(path, "w") as archive:
+        for name in ("v1.0.png", "v1.1.png", "cat.png", "dog.left.png", "dog.right.png", "b.jpg"):
+            add(archive, name, png("red"))
+        for name in ("v1.0", "v1.1", "cat", "cat.de", "dog", "b.jpg"):
+            add(archive, f"{name}.txt", f"of {name}".encode())
+    prompts = list_pictures(path, prompt_column="txt").prompts
+    assert prompts == ["of v1.0", "of v1.1", "of cat", "of dog", "of dog", "of b.jpg"]
+    with tarfile.open(path, "w") as archive:
+        add(archive, "v1.0.png", png("red"))
+        add(archive, "v1.1.txt", b"of another picture")
+    with pytest.raises(PromptError, match=r"there is no v1.0.txt and no v1.0.png.txt and no v1.tx"):
+        list_pictures(path, prompt_column="txt")
+
+
 @pytest.mark.parametrize(
     ("mode", "names", "message"),
     [

@@ -29,7 +29,7 @@ class Listing:
     """Pictures in an order, each with a name of its own.
 
     Attributes:
-        ids: Name of each picture; no two are alike.
+        ids: Name of each picture; in a folder of features no two are alike.
         picture: Function that gives the picture at a place, as `load_image` takes it.
         prompts: Text of each picture; None where the source holds none.
         left_alone: Number of other files in the folder or the archive.
@@ -70,7 +70,7 @@ def list_pictures(
             with a column of paths, .txt with a path per line; paths are relative to the list's
             folder); a plain .tar archive; or paths of pictures.
         prompt_column: Name of the column with a text for each picture. In an archive it is an
-            ending: "txt" takes "cat.txt" for "cat.jpg".
+            ending: "txt" takes "cat.txt" for "cat.jpg", and "1.5.txt" for "1.5.jpg".
         image_column: Name of a list's column with the paths.
         id_column: Name of a list's column with a name for each row; None takes the path.
 
@@ -98,7 +98,7 @@ def list_pictures(
         listing = _archive(path, prompt_column)
     else:
         return _listed_paths([path], prompt_column)
-    _check_apart(listing.ids, listing.source, has_ids=id_column is not None)
+    check_apart(listing, has_ids=id_column is not None)
     return listing
 
 
@@ -178,7 +178,7 @@ def _archive(path: Path, prompt_ending: str | None) -> Listing:
         if _is_picture(member.name) and not Path(member.name).name.startswith("."):
             members.append(member)
         elif prompt_ending is not None and member.name.endswith(f".{prompt_ending.lstrip('.')}"):
-            texts[_stem(member.name)] = member
+            texts[member.name] = member
         else:
             others += 1
     if not members:
@@ -202,11 +202,12 @@ def _archive(path: Path, prompt_ending: str | None) -> Listing:
 
 
 def _text_beside(path: Path, member: Member, texts: dict[str, Member], ending: str) -> str:
-    beside = texts.get(_stem(member.name))
+    names = [f"{stem}.{ending.lstrip('.')}" for stem in _stems(member.name)]
+    beside = next((texts[name] for name in names if name in texts), None)
     if beside is None:
         raise PromptError(
             f"{printable(member.name)} in {printable(path)} has no text beside it: there is no "
-            f"{printable(_stem(member.name))}.{ending}"
+            f"{' and no '.join(map(printable, names))}"
         )
     content = read_tar_member(path, beside, error=PromptError)
     try:
@@ -217,10 +218,14 @@ def _text_beside(path: Path, member: Member, texts: dict[str, Member], ending: s
         ) from error
 
 
-def _stem(name: str) -> str:
-    """A member's name up to the first point of its last part, as WebDataset has it."""
+def _stems(name: str) -> list[str]:
+    """What a text beside a picture may be called: as the picture is, or as WebDataset has it.
+
+    That is the name up to its last point, whole, and up to the first point of its last part.
+    """
     folder, slash, file = name.rpartition("/")
-    return f"{folder}{slash}{file.partition('.')[0]}"
+    first = f"{folder}{slash}{file.partition('.')[0]}"
+    return list(dict.fromkeys([name.rpartition(".")[0], name, first]))
 
 
 def _is_picture(name: str) -> bool:
@@ -232,15 +237,25 @@ def _plain(name: str) -> str:
     return SURROGATE.sub(lambda half: f"\\x{ord(half[0]) & 0xFF:02x}", name)
 
 
-def _check_apart(ids: Sequence[str], source: str, *, has_ids: bool) -> None:
+def check_apart(listing: Listing, *, has_ids: bool = False) -> None:
+    """Refuse two pictures of one name, of which features are found for the last alone.
+
+    Args:
+        listing: Pictures.
+        has_ids: Whether the names come from a column for names.
+
+    Raises:
+        ConfigError: There are such pictures.
+    """
     places: dict[str, int] = {}
-    for place, name in enumerate(ids):
+    for place, name in enumerate(listing.ids):
         if places.setdefault(name, place) != place:
-            hint = "" if has_ids else " (--id-column, id_column=)"
+            hint = "" if has_ids else " of a list (--id-column, id_column=)"
+            source = printable(listing.source) or "the list of pictures"
             raise ConfigError(
-                f"{printable(source)} names {printable(name)} twice, as pictures "
-                f"{places[name] + 1} and {place + 1}: leave one of them, or give each row a name "
-                f"of its own in a column{hint}"
+                f"{source} names {printable(name)} twice, as pictures {places[name] + 1} and "
+                f"{place + 1}: leave one of them, or give each row a name of its own in a "
+                f"column{hint}"
             )
 
 

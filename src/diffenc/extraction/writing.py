@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffenc.checks.arguments import whole
-from diffenc.errors import ImageError, OutputError
+from diffenc.errors import ConfigError, ImageError, OutputError
 from diffenc.extraction.extractor import Extractor
 from diffenc.extraction.filling import decoded_pictures, fill
 from diffenc.extraction.index import require_parquet, write_index
-from diffenc.extraction.listing import Listing, list_pictures, missing_files
+from diffenc.extraction.listing import Listing, check_apart, list_pictures, missing_files
 from diffenc.extraction.plan import (
     SKIPPED_FILE,
     begin,
@@ -107,7 +107,8 @@ def write_features(
         The folder, opened.
 
     Raises:
-        ConfigError: There are no pictures; the source or an option is wrong.
+        ConfigError: There are no pictures, or two of one name; the source or an option is wrong; or
+            the extractor reads texts that the source does not have, or none where it has them.
         ImageError: A picture cannot be read, and broken ones are not to be skipped; or none can.
             What was done stays.
         OutputError: The folder holds other features or is in use, or cannot be written.
@@ -120,6 +121,8 @@ def write_features(
         whole("shard_size", shard_size, least=1)
     check_folder(target, overwrite=overwrite)
     listing = source if isinstance(source, Listing) else _listed(source, extractor, id_column)
+    check_apart(listing)
+    _check_prompts(listing, extractor)
     if not extractor.skip_broken:
         _refuse_missing(listing)
     shapes = extractor.row_shapes
@@ -149,6 +152,22 @@ def _listed(
         prompt_column=extractor.prompt_column,
         image_column=extractor.image_column,
         id_column=id_column,
+    )
+
+
+def _check_prompts(listing: Listing, extractor: Extractor) -> None:
+    """Refuse texts that the extractor would not read, and one that reads what is not there."""
+    column = extractor.prompt_column
+    if (listing.prompts is None) == (column is None):
+        return
+    if column is None:
+        raise ConfigError(
+            "the listing has a text for each picture, and the extractor reads none of them: make "
+            "it with prompt_column=, or list the pictures without"
+        )
+    raise ConfigError(
+        f"the extractor reads the texts of {column!r}, and the listing has none: list the "
+        f"pictures with list_pictures(..., prompt_column={column!r})"
     )
 
 
