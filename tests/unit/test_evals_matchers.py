@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from diffenc import CrossAttnScorer
+from diffenc import CrossAttnScorer, DiffusionEncoder
 from diffenc.errors import ConfigError
 from diffenc.evals import evaluate, shapes_benchmark
 from diffenc.evals.matching.matchers import (
@@ -46,6 +46,20 @@ def test_cut_texts_are_counted_and_not_warned_of(scorer):
 def test_sdxl_counts_by_both_tokenizers(tiny_sdxl_folder):
     scorer = CrossAttnScorer.from_pretrained(tiny_sdxl_folder, preset="paper", timesteps=(100,))
     assert list(ScorerMatcher(scorer).truncated(["circle " * 76])) == [1]
+
+
+def test_an_adapter_counts_with_its_scale_and_only_where_it_is_used(tiny_sd_folder):
+    used, aside = [], []
+    for alpha in (2, 8):
+        encoder = DiffusionEncoder.from_pretrained(tiny_sd_folder)
+        encoder.add_lora(rank=2, alpha=alpha)
+        for parameter in encoder.trainable_parameters():
+            torch.nn.init.constant_(parameter, 0.1)
+        used.append(weights_digest(encoder.backbone.parts().items()))
+        encoder.set_lora(None)
+        aside.append(weights_digest(encoder.backbone.parts().items()))
+    assert used[0] != used[1]
+    assert aside[0] == aside[1] != used[0]
 
 
 def test_a_description_names_what_scores_depend_on(scorer):

@@ -16,7 +16,7 @@ from diffenc.extraction.extractor import Extractor
 from diffenc.extraction.index import INDEX_FILE
 from diffenc.extraction.listing import Listing
 from diffenc.extraction.shards import shard_paths
-from diffenc.memory.digests import is_alike
+from diffenc.memory.digests import adapters_in_use, is_alike
 from diffenc.storage.names import exists, is_file, is_folder, printable
 from diffenc.storage.reading import parse_json, read_json
 from diffenc.storage.writing import remove_file, reporting, write_json
@@ -91,7 +91,8 @@ def make_plan(
 
 def trained_digest(encoder: DiffusionEncoder) -> str:
     """A digest of LoRA and captioner, which the mark of a backbone passes over; "" without any."""
-    digest, any_ = hashlib.blake2b(digest_size=16), False
+    adapters = adapters_in_use(encoder)
+    digest, any_ = hashlib.blake2b(adapters.encode(), digest_size=16), bool(adapters)
     for name, value in sorted(encoder.named_parameters()):
         if "lora_" in name or name.startswith("captioner."):
             any_ = True

@@ -66,6 +66,21 @@ def full_digest(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def adapters_in_use(module: nn.Module) -> str:
+    """Names and scales of peft's adapters that are in use, layer by layer; "" without any adapter.
+
+    They decide results and stand in no weight.
+    """
+    lines = []
+    for path, layer in module.named_modules():
+        if hasattr(layer, "lora_A"):
+            adapted: Any = layer
+            names = [] if adapted.disable_adapters else list(adapted.active_adapters)
+            scales = {name: adapted.scaling.get(name) for name in names}
+            lines.append(f"{path} {scales} {adapted.merged_adapters}")
+    return "\n".join(lines)
+
+
 def weights_mark(module: nn.Module) -> list[float]:
     """Numbers by which a model is known again: of some of its weights, in any floating dtype.
 

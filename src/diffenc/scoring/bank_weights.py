@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffenc.memory.cache import content_key
+from diffenc.memory.digests import adapters_in_use
 from diffenc.models.base import Backbone
 
 _SAMPLES = 4096  # values of a tensor that count; training and merging change all of them
@@ -66,11 +67,7 @@ def _digest(module: nn.Module) -> str:
     for name, tensor in module.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} ".encode())
         digest.update(_sample(tensor).numpy().tobytes())
-    for name, layer in module.named_modules():
-        if hasattr(layer, "lora_A"):  # of peft: which adapters are on, and which are merged
-            layer_state: Any = layer
-            digest.update(f"{name} {layer_state.disable_adapters} ".encode())
-            digest.update(f"{layer_state.active_adapters} {layer_state.merged_adapters}".encode())
+    digest.update(adapters_in_use(module).encode())
     return digest.hexdigest()
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from diffenc.errors import ConfigError
 from diffenc.evals.matching.sizes import tower_sizes
 from diffenc.inputs.prompts import tokenize
+from diffenc.memory.digests import adapters_in_use
 from diffenc.scorer import CrossAttnScorer
 from diffenc.scoring.encoded_call import cuts_known
 from diffenc.storage.names import is_folder
@@ -110,7 +111,7 @@ def short_name(name: str) -> str:
 
 
 def weights_digest(parts: Iterable[tuple[str, nn.Module]]) -> str:
-    """A digest of a few numbers of every parameter: other weights have another one."""
+    """A digest of a few numbers of every parameter, and of adapters: other weights have another."""
     digest = hashlib.sha256()
     for part, module in parts:
         for name, parameter in module.named_parameters():
@@ -118,4 +119,5 @@ def weights_digest(parts: Iterable[tuple[str, nn.Module]]) -> str:
             picked = flat[:: max(1, flat.numel() // _SAMPLED)][:_SAMPLED]
             digest.update(f"{part}.{name} {tuple(parameter.shape)}".encode())
             digest.update(picked.to("cpu", torch.float32).numpy().tobytes())
+        digest.update(adapters_in_use(module).encode())
     return digest.hexdigest()[:16]
