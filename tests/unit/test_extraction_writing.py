@@ -408,6 +408,56 @@ def test_a_folder_that_lost_a_shard_says_which(pictures, make, tmp_path):
         opened[4]
 
 
+def test_a_shard_of_another_run_is_not_read(pictures, make, tmp_path):
+    for name in ("a red circle", "a blue square"):
+        write_features(pictures, tmp_path / name, make(prompt=name, pool="mean"), shard_size=4)
+    strange = tmp_path / "a red circle/shard-000001.safetensors"
+    strange.replace(tmp_path / "a blue square/shard-000001.safetensors")
+    opened = open_features(tmp_path / "a blue square")
+    assert opened[0][TAP].shape == opened[8][TAP].shape
+    for read in (lambda: opened[4], lambda: opened.stack(TAP)):
+        with pytest.raises(ConfigError, match=r"shard-000001.* is of another run than features.js"):
+            read()
+
+
+def test_pictures_of_one_name_are_refused_however_they_are_listed(pictures, make, tmp_path):
+    first, second = sorted(pictures.glob("*.png"))[:2]
+    names = [first, second, first]
+    listing = list_pictures(names)
+    assert len(listing) == 3  # for a file, in which rows have places alone
+    for source in (names, listing):
+        with pytest.raises(ConfigError, match=r"list of pictures names .* as pictures 1 and 3"):
+            write_features(source, tmp_path / "out", make())
+    assert files(tmp_path) == []
+
+
+def test_texts_that_would_not_be_read_and_texts_that_are_not_there_are_refused(
+    pictures, make, tmp_path
+):
+    table = tmp_path / "list.csv"
+    table.write_text(f"image,question\n{pictures / '00.png'},a red circle\n")
+    with pytest.raises(ConfigError, match="reads the texts of 'question', and the listing has no"):
+        write_features(list_pictures(table), tmp_path / "out", make(prompt_column="question"))
+    asked = list_pictures(table, prompt_column="question")
+    for options in ({}, {"prompt": "a blue square"}):
+        with pytest.raises(ConfigError, match="a text for each picture, and the extractor reads n"):
+            write_features(asked, tmp_path / "out", make(**options))
+
+
+def test_a_run_does_not_go_on_with_an_adapter_of_another_scale(tiny_sd_folder, pictures, tmp_path):
+    for alpha in (4, 16):
+        encoder = DiffusionEncoder.from_pretrained(tiny_sd_folder, taps=TAP, size=64)
+        encoder.add_lora(rank=4, alpha=alpha)
+        for parameter in encoder.trainable_parameters():
+            torch.nn.init.constant_(parameter, 0.1)
+        encoder.save_pretrained(tmp_path / f"scale{alpha}")
+    first, second = (Extractor(tmp_path / f"scale{alpha}", device="cpu") for alpha in (4, 16))
+    with pytest.raises(StopError):
+        write_features(pictures, tmp_path / "out", first, shard_size=4, progress=_stop)
+    with pytest.raises(OutputError, match="trained on top of the model are others"):
+        write_features(pictures, tmp_path / "out", second, shard_size=4)
+
+
 def test_pictures_come_in_order_from_several_threads_and_not_all_at_once():
     begun, lock = [], threading.Lock()
 

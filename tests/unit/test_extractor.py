@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from diffenc import DiffusionEncoder, Extractor
-from diffenc.errors import ConfigError, ImageError, PromptError, ShapeError
+from diffenc.errors import ConfigError, ImageError, NonFiniteError, PromptError, ShapeError
 from diffenc.extraction import extractor as module
 from diffenc.extraction.rows import row_bytes
 
@@ -100,6 +100,29 @@ def test_copies_in_one_process_share_a_model_and_a_fork_does_not(make, monkeypat
     monkeypatch.setattr(module.os, "getpid", os.getppid)
     assert make(timestep=7).encoder.config.timestep == 7
     assert make().encoder is not encoder
+
+
+def test_a_folder_that_was_written_anew_is_loaded_anew(encoder, pictures, tmp_path):
+    adapted = encoder.with_options(timestep=50)
+    adapted.save_pretrained(tmp_path / "model")
+    before = Extractor(tmp_path / "model", device="cpu")
+    assert before.encoder.config.timestep == 50
+    adapted.with_options(timestep=300).save_pretrained(tmp_path / "model")
+    assert Extractor(tmp_path / "model", device="cpu").encoder.config.timestep == 300
+    assert before.encoder.config.timestep == 50  # an object reads all its batches by one model
+
+
+def test_features_beyond_half_precision_are_refused(make, pictures, monkeypatch):
+    extractor = make(output_dtype="float16", pool="max")
+    tap = dict(extractor.encoder.backbone.unet.named_modules())["mid_block"]
+    hook = tap.register_forward_hook(lambda module, args, output: output * 1e7)
+    try:
+        with pytest.raises(NonFiniteError, match=r"'mid_block', of up to .*e\+0.* output_dtype='b"):
+            extractor({"image": pictures[:1]})
+        wide = make(output_dtype="bfloat16", pool="max")
+        assert wide({"image": pictures[:1]})["mid_block"].max() > 65504
+    finally:
+        hook.remove()
 
 
 @pytest.mark.parametrize(

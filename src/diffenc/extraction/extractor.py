@@ -22,7 +22,9 @@ from diffenc.inputs.images import as_list, as_list_entry, describe_broken, load_
 from diffenc.inputs.pictures.files import FILE_TYPES
 from diffenc.inputs.pictures.values import range_known
 from diffenc.models.device import named_device, named_dtype
+from diffenc.models.sources import SOURCES
 from diffenc.models.taps import tap_patterns
+from diffenc.storage.names import exists, expanded, is_file, is_folder
 
 _LOADING = frozenset(
     (
@@ -32,6 +34,9 @@ _LOADING = frozenset(
     )
 )
 """Arguments of `DiffusionEncoder.from_pretrained` that are passed on."""
+
+_WORDS = frozenset({"preset", "architecture", "prediction_type", "variant"})
+"""Those of them that name no file."""
 
 _MOST_THREADS = 8
 _BUILDING = threading.Lock()
@@ -169,11 +174,15 @@ class Extractor:
 
     @property
     def encoder(self) -> DiffusionEncoder:
-        """The encoder of this process, loaded when it is first asked for."""
+        """The encoder of this process, loaded when it is first asked for.
+
+        Copies of this object share it, and others of the same model and options, unless the
+        model's files were written anew in between.
+        """
         global _built  # noqa: PLW0603  # one model in a process, whatever copies of this there are
         if self._encoder is None:
             loading = {"model": self.model, "device": self.device, "dtype": self.dtype}
-            key = self._key({**loading, **self.options})
+            key = self._key({**loading, **self.options, "files": self._files()})
             with _BUILDING:
                 # A forked process has a copy of the entry, but not the right to its device.
                 if _built is None or _built[:2] != (os.getpid(), key):
@@ -185,6 +194,11 @@ class Extractor:
     @staticmethod
     def _key(values: Mapping[str, Any]) -> str:
         return json.dumps(values, sort_keys=True, default=str)
+
+    def _files(self) -> list[list[tuple[str, int, int]]]:
+        """Files that the model is loaded from: a folder that was written anew is another model."""
+        parts = (self.options.get(name) for name in sorted(_LOADING - _WORDS))
+        return [_files_of(name) for name in (self.model, *parts) if isinstance(name, str)]
 
     def _load(self) -> DiffusionEncoder:
         return DiffusionEncoder.from_pretrained(
@@ -339,6 +353,19 @@ class Extractor:
             }
             return {name: _to_numpy(rows) for name, rows in empty.items()}
         return {name: _to_numpy(torch.cat([part[name] for part in parts])) for name in parts[0]}
+
+
+def _files_of(name: str) -> list[tuple[str, int, int]]:
+    """Path, size and time of the files of a model; none of an alias or a Hub id."""
+    place = expanded(name)
+    if name in SOURCES or not exists(place):
+        return []
+    facts = []
+    for path in sorted(place.rglob("*")) if is_folder(place) else [place]:
+        if is_file(path):
+            state = path.stat()
+            facts.append((str(path), state.st_size, state.st_mtime_ns))
+    return facts
 
 
 def _checked_options(options: Mapping[str, Any], *, prompted: bool) -> dict[str, Any]:

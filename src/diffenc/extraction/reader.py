@@ -14,8 +14,8 @@ from torch.utils.data import Dataset
 from diffenc.config import described
 from diffenc.errors import ConfigError, near_matches
 from diffenc.extraction.index import INDEX_FILE, read_index
-from diffenc.extraction.plan import PLAN_FILE
-from diffenc.extraction.shards import shard_name, shard_paths
+from diffenc.extraction.plan import PLAN_FILE, run_digest
+from diffenc.extraction.shards import read_table, shard_name, shard_paths
 from diffenc.storage.names import StrPath, checked_path, is_file, is_folder, printable
 from diffenc.storage.reading import read_json
 from diffenc.storage.tensors import open_tensors
@@ -76,6 +76,8 @@ class FeatureFolder(Dataset[dict[str, Any]]):
         self._places: dict[str, int] | None = None
         self._ids: tuple[str, ...] | None = None
         self._opened: OrderedDict[int, Any] = OrderedDict()
+        self._run = run_digest(self.made_from)
+        self._known: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -176,7 +178,16 @@ class FeatureFolder(Dataset[dict[str, Any]]):
         if number in self._opened:
             self._opened.move_to_end(number)
             return self._opened[number]
-        self._opened[number] = open_tensors(self.folder / shard_name(number))
+        path = self.folder / shard_name(number)
+        opened = open_tensors(path)
+        if number not in self._known and read_table(path, self._run) is None:
+            raise ConfigError(
+                f"{printable(path)} is of another run than {PLAN_FILE} says, or of none: files of "
+                "two folders are mixed, or a copy ended half-way. Copy the whole folder again, or "
+                "write it again"
+            )
+        self._known.add(number)
+        self._opened[number] = opened
         if len(self._opened) > _OPEN_SHARDS:
             self._opened.popitem(last=False)
         return self._opened[number]

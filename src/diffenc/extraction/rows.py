@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffenc.checks.arguments import flag, whole
+from diffenc.checks.fields import require_finite
 from diffenc.config import check_choice
 from diffenc.denoiser.grids import middle_grid
 from diffenc.encoder import DiffusionEncoder
@@ -99,6 +100,7 @@ def read_rows(
         kept: What is kept.
 
     Raises:
+        NonFiniteError: A feature lies beyond what `output_dtype` holds.
         DiffencError: See `DiffusionEncoder.extract` and `word_tokens`.
     """
     gathered: WordTokens | None = None
@@ -117,13 +119,29 @@ def read_rows(
     if gathered is not None:
         tensors["word_tokens"] = gathered.tokens
     if kept.output_dtype is not None:
-        dtype = as_dtype(kept.output_dtype)
-        tensors = {name: rows.to(dtype) for name, rows in tensors.items()}
+        tensors = _cast(tensors, as_dtype(kept.output_dtype))
     words: tuple[tuple[str, ...], ...] = ()
     if gathered is not None:
         tensors |= {"word_places": gathered.places, "word_mask": gathered.mask}
         words = gathered.words
     return Rows(tensors, features.truncated, words, features.conditioning, features.grid)
+
+
+def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tensors in another dtype.
+
+    Raises:
+        NonFiniteError: A value lies beyond what the dtype holds.
+    """
+    cast = {name: rows.to(dtype) for name, rows in tensors.items()}
+    for name, rows in cast.items():
+        largest = tensors[name].detach().abs().amax() if rows.numel() else 0.0
+        require_finite(
+            rows,
+            f"features {name!r}, of up to {float(largest):.3g},",
+            "take output_dtype='bfloat16' or 'float32' (--output-dtype)",
+        )
+    return cast
 
 
 def _reads_words(encoder: DiffusionEncoder, kept: Kept) -> bool:
