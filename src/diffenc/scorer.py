@@ -145,7 +145,8 @@ class CrossAttnScorer(ConfiguredScorer):
             seed: Seed of the noise of the first trial; None takes the config's.
             screen: Number of candidates that are scored at every step, and so exactly; after each
                 step the lower half of the candidates is dropped, until only this many are left.
-                None scores all candidates at every step.
+                The first trial drops, and the others score what it left. None scores all
+                candidates at every step.
             screen_over: Kind of candidates that compete: the "texts" of an image, or the "images"
                 of a text.
 
@@ -167,13 +168,11 @@ class CrossAttnScorer(ConfiguredScorer):
             call = ScoreCall(self, images, texts)
             pairs = call.every_pair()
             dropped = torch.zeros_like(pairs)
-            for trial_seed in seeds:
-                if screen is None:
-                    results.append(call.trial(pairs, trial_seed))
-                    continue
-                result, out = call.screened(trial_seed, screen, screen_over)
+            if screen is not None:  # trials that each dropped others would leave none
+                result, dropped = call.screened(seeds[0], screen, screen_over)
                 results.append(result)
-                dropped |= out
+            for trial_seed in seeds[len(results) :]:
+                results.append(call.trial(pairs & ~dropped, trial_seed))
         scores, by_timestep = stack_trials(results)
         return Scores(
             trials=scores.masked_fill(dropped, -torch.inf),

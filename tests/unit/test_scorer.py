@@ -114,8 +114,13 @@ def test_word_maps_read_sdxl(sdxl):
 
 
 def test_bad_input(backbone):
-    with pytest.raises(ConfigError, match="one scheduler step or more"):
+    with pytest.raises(ConfigError, match="timesteps must hold one int or more"):
         denoising_scores(backbone, latents(), TEXTS, timesteps=[])
+    for size in (-1, 0):  # of a negative one every score was 0, the best there is
+        with pytest.raises(ConfigError, match="batch_size must be an int of 1 or more"):
+            denoising_scores(backbone, latents(), TEXTS, timesteps=[50], batch_size=size)
+    with pytest.raises((PromptError, TypeCheckError), match=r"one text or more|texts"):
+        denoising_scores(backbone, latents(), [], timesteps=[50])
     with pytest.raises(ConfigError, match=r"\[0, 1000\)"):
         denoising_scores(backbone, latents(), TEXTS, timesteps=[1000])
     with pytest.raises((PromptError, TypeCheckError), match=r"got int|texts"):

@@ -7,8 +7,10 @@ from einops import reduce
 from jaxtyping import Float
 from torch import Tensor
 
+from diffenc.checks.arguments import texts as listed
+from diffenc.checks.arguments import whole, wholes
 from diffenc.checks.fields import require_finite
-from diffenc.errors import ConfigError
+from diffenc.errors import PromptError
 from diffenc.inputs.noise import add_noise, shared_noise
 from diffenc.inputs.prompts import match_batch
 from diffenc.models.base import Backbone
@@ -44,14 +46,15 @@ def denoising_scores(
         Scores in float32 on the CPU; 0 is the best possible score.
 
     Raises:
-        PromptError: A text is no text.
-        ConfigError: No timestep, or one outside the schedule.
+        PromptError: No text, or something that is none.
+        ConfigError: No timestep, one outside the schedule, or a batch of no text.
 
     Source:
         Li et al. 2023 (Diffusion Classifier), arXiv:2303.16203, equation 6.
     """
-    if not timesteps:
-        raise ConfigError("timesteps must hold one scheduler step or more, got none")
+    timesteps = wholes("timesteps", timesteps)
+    batch_size = whole("batch_size", batch_size, least=1)
+    texts = listed("texts", texts, error=PromptError)
     texts = match_batch(texts, len(texts))
     h, w = latents.shape[2:]
     errors = torch.zeros(len(latents), len(texts), dtype=torch.float32, device="cpu")

@@ -21,8 +21,8 @@ class Scores:
         seeds: Seeds of the noise, one per trial.
         texts: Texts that were scored.
         truncated: Number of tokens of each text that the text encoder did not read.
-        dropped: Mask of the candidates that `screen` left out in any trial (images texts); their
-            score is -inf.
+        dropped: Mask of the candidates that `screen` left out in the first trial (images texts);
+            their score is -inf.
         config: Config of the scorer.
     """
 
