@@ -342,6 +342,32 @@ def test_screening_scores_the_kept_exactly_and_tells_the_dropped(backbone, count
         scorer.with_options(mode="shared-query").score(images, texts, screen=2)
 
 
+def test_trials_of_a_screened_call_score_the_same_candidates(backbone, images):
+    texts = [f"{color} {noun}" for color in ("red", "blue") for noun in ("a", "of", "left")]
+    scorer = scorer_of(backbone, "diffusion-classifier", timesteps=(100, 400, 700))
+    first, several = (scorer.score(images, texts, screen=1, trials=count) for count in (1, 4))
+    assert torch.equal(first.dropped, several.dropped)
+    assert several.dropped.sum(dim=1).tolist() == [4, 4, 4]  # of 6 texts 3, then 2 are left
+    kept = ~several.dropped
+    whole = scorer.score(images, texts, trials=4)
+    torch.testing.assert_close(several.mean[kept], whole.mean[kept], rtol=0, atol=2e-6)
+    best = whole.mean.masked_fill(several.dropped, -torch.inf).argmax(dim=1)
+    assert several.best_texts() == [texts[index] for index in best.tolist()]
+
+
+def test_options_that_a_score_does_not_read_are_refused(backbone):
+    scorer = scorer_of(backbone, "diffusion-classifier")
+    for options in ({"layers": "mid_block"}, {"lse_lambda": 2.0}, {"token_mask": "content"}):
+        with pytest.raises(ConfigError, match=f"{next(iter(options))}: read by the attention par"):
+            scorer.with_options(**options)
+        with pytest.raises(ConfigError, match="take a preset with attention"):
+            scorer_of(backbone, "denoising-gap", **options)
+        assert scorer.with_options(preset="paper", **options).config.attention
+    with pytest.raises(ConfigError, match="query_prompt is read by mode='shared-query' alone"):
+        scorer_of(backbone, query_prompt="a photo")
+    assert scorer_of(backbone, "calibrated").with_options(attention=False, error_term="mse")
+
+
 def test_cut_texts_are_told(backbone, images):
     long = "red " * 99
     with pytest.warns(UserWarning, match="1 of 2 texts are longer than the 77 tokens"):

@@ -4,12 +4,14 @@ import torch
 from diffenc import CrossAttnScorer, DiffusionEncoder
 from diffenc.errors import ConfigError
 from diffenc.evals import evaluate, shapes_benchmark
+from diffenc.evals.matching.contenders import load_matchers
 from diffenc.evals.matching.matchers import (
     ScorerMatcher,
     scorer_matchers,
     short_name,
     weights_digest,
 )
+from diffenc.evals.matching.options import MatchOptions
 from evals_data import picture
 
 IMAGES = [picture(0, 0), picture(1, 1)]
@@ -46,6 +48,18 @@ def test_cut_texts_are_counted_and_not_warned_of(scorer):
 def test_sdxl_counts_by_both_tokenizers(tiny_sdxl_folder):
     scorer = CrossAttnScorer.from_pretrained(tiny_sdxl_folder, preset="paper", timesteps=(100,))
     assert list(ScorerMatcher(scorer).truncated(["circle " * 76])) == [1]
+
+
+def test_layers_are_for_the_presets_that_read_them(tiny_sd_folder):
+    benchmark = shapes_benchmark("winoground", per_label=1)
+    options = {"model": str(tiny_sd_folder), "layers": ("mid_block",), "device": "cpu"}
+    both = MatchOptions(presets=("diffusion-classifier", "paper"), **options)
+    error, attention = load_matchers(benchmark, both)
+    assert attention.scorer.config.layers == ("mid_block",)
+    assert error.description["config"]["layers"] == "all"
+    alone = MatchOptions(presets=("diffusion-classifier",), **options)
+    with pytest.raises(ConfigError, match="--layers belongs to scores by attention"):
+        load_matchers(benchmark, alone)
 
 
 def test_an_adapter_counts_with_its_scale_and_only_where_it_is_used(tiny_sd_folder):

@@ -127,7 +127,7 @@ class ConfiguredScorer(nn.Module):
 
         Raises:
             BackboneError: The model is unknown, missing, incomplete or broken.
-            ConfigError: An option or a preset is unknown or not allowed.
+            ConfigError: An option or a preset is unknown or not allowed, or nothing reads it.
             TapError: A layer does not exist in this model.
         """
         preset = preset if preset is None else text("preset", preset)
@@ -139,6 +139,7 @@ class ConfiguredScorer(nn.Module):
             values = {**saved.options, **({} if preset is None else scorer_preset(preset))}
             name, references = saved.backbone, saved.references
         config = ScorerConfig.from_dict({**values, **_plain(options)})
+        config.check_read(options)
         parts = {} if saved is None else dict(saved.parts)
         if variant is not None:
             parts["variant"] = variant
@@ -179,10 +180,11 @@ class ConfiguredScorer(nn.Module):
             options: Attributes of `ScorerConfig` that change.
 
         Raises:
-            ConfigError: An option or a preset is unknown or not allowed.
+            ConfigError: An option or a preset is unknown or not allowed, or nothing reads it.
         """
         values = self.config.to_dict() if preset is None else scorer_preset(text("preset", preset))
         config = ScorerConfig.from_dict({**values, **_plain(options)})
+        config.check_read(options)
         return type(self)(
             self.backbone, config, use_cache=self.use_cache, references=self.references
         )

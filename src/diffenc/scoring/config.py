@@ -1,5 +1,6 @@
 """What a scorer is told to do: its options, the presets of published scores, their timesteps."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -178,6 +179,27 @@ class ScorerConfig:
         if self.include_uncond and not self.attention:
             raise ConfigError("include_uncond belongs to the attention part, which is off")
 
+    def check_read(self, stated: Iterable[str]) -> None:
+        """Refuse options that were stated and that nothing reads.
+
+        Args:
+            stated: Names of the options that somebody stated, and that no preset brought.
+
+        Raises:
+            ConfigError: There is one.
+        """
+        unread = set(stated)
+        if not self.attention and (names := sorted(unread & ATTENTION_OPTIONS)):
+            raise ConfigError(
+                f"{', '.join(names)}: read by the attention part of a score, and this one has an "
+                "error part alone; leave that out, or take a preset with attention, such as "
+                "'calibrated'"
+            )
+        if self.mode == "exact" and "query_prompt" in unread:
+            raise ConfigError(
+                "query_prompt is read by mode='shared-query' alone; pass that too, or leave it out"
+            )
+
     @property
     def steps(self) -> tuple[tuple[int, int], ...]:
         """Every (timestep, draw), in the order in which they are scored."""
@@ -302,6 +324,14 @@ def _check_count(count: int) -> None:
     if not 1 <= whole("the number of timesteps", count) <= 1000:
         raise ConfigError(f"the number of timesteps must be in [1, 1000], got {count}")
 
+
+ATTENTION_OPTIONS = frozenset(
+    (
+        *("layers", "layer_weights", "space", "lse_axis", "lse_lambda"),
+        *("token_mask", "head_reduce", "include_uncond"),
+    )
+)
+"""Attributes of `ScorerConfig` that belong to the attention part."""
 
 DECODER = ("up_blocks",)
 """The decoder of a U-Net. A transformer has none, and presets read all of its layers."""

@@ -45,13 +45,18 @@ def load_matchers(
     matchers: list[Matcher] = []
     if presets:
         changed = _changed_fields(options)
-        first = presets[0].partition("+")[0]
-        reads = ScorerConfig.from_dict(scorer_preset(first)).attention
+        readers = [name for name in presets if _reads_attention(name)]
+        if "layers" in changed and not readers:
+            raise ConfigError(
+                f"--layers belongs to scores by attention, and {' and '.join(presets)} read none; "
+                "leave it out, or add --preset calibrated"
+            )
+        first = (*readers, *presets)[0].partition("+")[0]
         scorer = CrossAttnScorer.from_pretrained(
             options.model,
             device=device,
             dtype=dtype,
-            preset="paper" if reads else first,  # a model may have no cross-attention
+            preset="paper" if readers else first,  # a model may have no cross-attention
             **changed,
         )
         changed = {name: getattr(scorer.config, name) for name in changed}
@@ -61,6 +66,10 @@ def load_matchers(
         matchers += _calibrated(rows, pictures)
     matchers += [load_baseline(name, device=device, dtype=dtype) for name in clip]
     return matchers
+
+
+def _reads_attention(spec: str) -> bool:
+    return ScorerConfig.from_dict(scorer_preset(spec.partition("+")[0])).attention
 
 
 def _changed_fields(options: MatchOptions) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from diffenc.evals.matching.sizes import tower_sizes
 from diffenc.inputs.prompts import tokenize
 from diffenc.memory.digests import adapters_in_use
 from diffenc.scorer import CrossAttnScorer
+from diffenc.scoring.config import ATTENTION_OPTIONS, scorer_preset
 from diffenc.scoring.encoded_call import cuts_known
 from diffenc.storage.names import is_folder
 
@@ -84,7 +85,7 @@ def scorer_matchers(
         scorer: Scorer whose backbone and reference images are shared.
         specs: Names of presets, "paper", "calibrated", ... or, for one pass per image,
             "calibrated+shared-query".
-        options: Fields of `ScorerConfig` that replace those of every preset.
+        options: Fields of `ScorerConfig` that replace those of every preset that reads them.
         by_timestep: Whether scores are given for each timestep, see `ScorerMatcher`.
 
     Raises:
@@ -98,7 +99,9 @@ def scorer_matchers(
                 f"a score is a preset's name, or one with '+shared-query' behind it; got {spec!r}"
             )
         own = {"mode": "shared-query"} if mode else {}
-        made = scorer.with_options(preset=preset, **{**own, **options})
+        reads = scorer_preset(preset).get("attention", True)
+        read = {k: v for k, v in options.items() if reads or k not in ATTENTION_OPTIONS}
+        made = scorer.with_options(preset=preset, **{**own, **read})
         name = f"{short_name(scorer.backbone.name)} {spec}"
         matchers.append(ScorerMatcher(made, name=name, by_timestep=by_timestep))
     return matchers
