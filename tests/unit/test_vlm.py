@@ -171,6 +171,14 @@ def test_numbers_that_do_not_fit_are_refused(images, questions, prompts, message
         make().generate(images, questions, prompts, **SHORT)
 
 
+@pytest.mark.parametrize(
+    "options", [{"num_return_sequences": 2, "do_sample": True}, {"return_dict_in_generate": True}]
+)
+def test_options_that_give_several_answers_to_a_question_are_refused(options):
+    with pytest.raises(ConfigError, match=f"{next(iter(options))}=.* one answer per question"):
+        make().generate(picture(0), ["a"], **SHORT, **options)
+
+
 def test_a_forward_pass_names_the_sample_whose_pictures_do_not_fit():
     ids = torch.tensor([[5, IMAGE_ID], [5, 6]])
     with pytest.raises(ShapeError, match="sample 1 has 0 places"):

@@ -288,7 +288,9 @@ class DiffusionVLM(PictureInputs):
             PromptError: Questions, pictures and prompts differ in number.
             ShapeError: More tokens than the context holds.
             NonFiniteError: The projector or the language model gave NaN.
+            ConfigError: An option that gives something else than one answer per question.
         """
+        _check_single(options)
         question_texts, shown = samples_of(images, questions)
         turns = [
             with_marks(each, len(own)) for each, own in zip(question_texts, shown, strict=True)
@@ -343,6 +345,16 @@ class DiffusionVLM(PictureInputs):
                 yield
             finally:
                 self.train(was_training)
+
+
+def _check_single(options: Mapping[str, Any]) -> None:
+    """Raise a `ConfigError` where transformers would give more than one row per question."""
+    for name, usual in (("num_return_sequences", 1), ("return_dict_in_generate", False)):
+        if options.get(name) not in (None, usual):
+            raise ConfigError(
+                f"{name}={options[name]!r} gives something else than one answer per question; "
+                "leave it out, and ask a question as often as there shall be answers"
+            )
 
 
 def _require_numbers(_: Tensor, scores: Tensor) -> Tensor:
