@@ -9,7 +9,13 @@ from diffenc.evals.choices import shapes_blink, shapes_mmvp
 from diffenc.inputs.policies import parse_policy
 from diffenc.mllm import IMAGE_ID, Chat
 from diffenc.mllm.training.data import read_samples, require_usable
-from diffenc.mllm.training.dataset import ConversationDataset, EpochSampler, ImageFile, collate
+from diffenc.mllm.training.dataset import (
+    BROKEN,
+    ConversationDataset,
+    EpochSampler,
+    ImageFile,
+    collate,
+)
 from diffenc.mllm.training.miniature import write_miniature
 from diffenc.shapes import sample_scenes
 from shapes_oracle import answer
@@ -119,6 +125,18 @@ def test_rows_depend_on_epoch_and_sample_alone(tmp_path):
     assert batch["images"][0][0].size == (64, 64)
     short = ConversationDataset(samples, chat, policy, tokens_per_image=4, max_length=12)
     assert short.tokens(0).length(4) == 12
+
+
+def test_a_sample_whose_answer_is_cut_off_is_named(folder):
+    text = [{"id": "far", "image": "a.png", "conversations": turns("<image> a " + "b " * 9, "c")}]
+    (folder / "data.json").write_text(json.dumps([*RECORDS[:1], *text]))
+    samples, _ = read_samples(folder / "data.json", folder)
+    chat, policy = Chat(tiny_lm_tokenizer(), "v1", system=""), parse_policy("empty")
+    length = ConversationDataset(samples, chat, policy, tokens_per_image=4).tokens(0).length(4)
+    dataset = ConversationDataset(samples, chat, policy, tokens_per_image=4, max_length=length)
+    assert "broken" not in dataset[0, 0]
+    batch = collate([dataset[0, 0], dataset[0, 1]])
+    assert batch[BROKEN] == [f"far: no token of its answer within data.max_length = {length}"]
 
 
 def test_an_order_is_new_in_each_epoch_and_the_same_again():

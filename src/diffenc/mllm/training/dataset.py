@@ -24,7 +24,8 @@ from diffenc.mllm.training.config import DataConfig
 from diffenc.mllm.training.data import TrainSample
 
 BROKEN = "broken"
-"""Key of a batch for the samples whose pictures could no longer be read after the first check."""
+"""Key of a batch for the samples that teach nothing: their pictures could no longer be read after
+the first check, or their answers are cut off."""
 
 
 class ConversationDataset(Dataset[dict[str, Any]]):
@@ -77,7 +78,12 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, place: "int | tuple[int, int]") -> dict[str, Any]:
         epoch, index = (0, place) if isinstance(place, int) else place
-        sample, tokens, broken = self.samples[index], self.tokens(index), None
+        sample, tokens = self.samples[index], self.tokens(index)
+        broken = None
+        if all(label == IGNORE_ID for label in tokens.labels):
+            broken = (
+                f"{sample.key}: no token of its answer within data.max_length = {self.max_length}"
+            )
         try:
             files, pictures = self._pictures(sample)
         except ImageError as error:

@@ -69,7 +69,8 @@ class TrainResult:
         data: Report of the samples that were found in the data.
         cache_hits: Number of pictures whose tokens were in the cache.
         cache_misses: Number of pictures that were encoded, where there was a cache.
-        skipped: Samples whose pictures broke while this call trained, and why.
+        skipped: Samples that taught nothing, and why: their pictures broke while this call trained,
+            or their answers lie behind `data.max_length`.
         held: Bytes that this process held at the end, by use: its part of the weights, trained and
             frozen, and of AdamW's moments.
         phrases: Report of the phrases that were learnt beside conversations; None where there were
