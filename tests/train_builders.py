@@ -38,6 +38,7 @@ def config(parts: Parts, output: Path, stage: Any = "align", **options: Any) -> 
     }
     if options.get("kind") == "diffusion":
         model["encoder"] = str(parts.diffusion)
+        del model["layer"]
     data = {"annotations": str(parts.data[stage]), "images": str(parts.data["images"])}
     optim = {
         "learning_rate": 1e-2,

@@ -100,6 +100,11 @@ def test_examples_can_be_read(path):
         ({"model": {"pad": True}}, 'model.pad is for model.kind = "vision"'),
         ({"adapt": {"unet_rank": 4}}, "align"),
         ({"model": {"template": "v7"}}, "model.template"),
+        ({"model": {"clip": "x"}}, "model.clip = 'x' is for model.kind = \"fused\", and"),
+        ({"model": {"kind": "vision", "how": "tokens"}}, "model.how = 'tokens' is for"),
+        ({"model": {"layer": -1}}, 'is for model.kind = "fused" or "vision"'),
+        ({"adapt": {"rank": 8}}, 'adapt.rank = 8 .* set adapt.language_model = "lora"'),
+        ({"adapt": {"unet_alpha": 8.0}}, "adapt.unet_alpha = 8.0 .* set adapt.unet_rank"),
     ],
     ids=str,
 )

@@ -148,6 +148,71 @@ def test_a_later_stage_keeps_the_captioner_and_trains_it_where_it_is_named(
     assert any(value.any() for name, value in after.named_parameters() if ".lora_B." in name)
 
 
+@pytest.fixture(scope="module")
+def begun(parts, clip_folder, tmp_path_factory):
+    """Models of a first stage by kind, as they are before training."""
+    folder = tmp_path_factory.mktemp("begun")
+    shown = {"diffusion": ADAPTED, "vision": SHORT}
+    runs = {
+        kind: config(parts, folder, "instruct", **options, language_model="lora", rank=2)
+        for kind, options in shown.items()
+    }
+    runs["fused"] = fused(parts, folder, clip_folder, "channel", captioner=str(clip_folder))
+    for kind, run in runs.items():
+        build_vlm(run).save_pretrained(folder / kind)
+    return folder, runs
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("diffusion", {"encoder": "shapes"}, "trained with encoder = .*, and model.encoder is 'sh"),
+        ("diffusion", {"projector_norm": False}, "trained with projector_norm = True"),
+        ("diffusion", {"captioner": "shapes-clip"}, None),
+        ("vision", {"encoder": "shapes-clip"}, "trained with encoder = "),
+        ("vision", {"layer": -3}, "trained with layer = -1, and model.layer is -3"),
+        ("fused", {"clip": "shapes-clip"}, "trained with clip = .* model.clip is 'shapes-clip'"),
+        ("fused", {"layer": -1}, "trained with layer = -2, and model.layer is -1"),
+        ("fused", {"captioner": "shapes-clip"}, "trained with captioner = "),
+        ("fused", {}, None),
+    ],
+    ids=str,
+)
+def test_a_later_stage_that_names_another_part_is_refused(begun, kind, changes, message):
+    folder, runs = begun
+    run = runs[kind]
+    model = replace(run.model, start=str(folder / kind), **changes)
+    adapt = replace(run.adapting, unet_rank=0) if kind != "fused" else run.adapting
+    if message is None:
+        assert build_vlm(replace(run, model=model, adapt=adapt))
+        return
+    with pytest.raises(ConfigError, match=message):
+        build_vlm(replace(run, model=model, adapt=adapt))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"unet_rank": 4}, "encoder has a LoRA already, with rank 2, .* adapt.unet_rank is 4"),
+        ({"unet_alpha": 4.0}, "encoder has a LoRA already, with alpha 2"),
+        ({"rank": 4}, "language model has a LoRA already, with rank 2, .* adapt.rank is 4"),
+        ({"dropout": 0.5}, "language model has a LoRA already, with dropout 0.05"),
+        ({}, None),
+    ],
+    ids=str,
+)
+def test_another_adapter_than_there_is_is_refused(begun, changes, message):
+    folder, runs = begun
+    run = runs["diffusion"]
+    model = replace(run.model, start=str(folder / "diffusion"))
+    changed = replace(run, model=model, adapt=replace(run.adapting, **changes))
+    if message is None:
+        assert any(".lora_" in name for name, _ in build_vlm(changed).named_trainable_parameters())
+        return
+    with pytest.raises(ConfigError, match=message):
+        build_vlm(changed)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("rank", [2, 0])
 def test_a_later_stage_trains_the_lora_of_an_earlier_one_where_it_is_asked_to(

@@ -1,5 +1,6 @@
 """The model that a config describes, with what its stage trains unfrozen."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,11 @@ from diffenc.mllm.model_folder import is_saved
 from diffenc.mllm.training.config import AdaptConfig, ModelConfig, TrainConfig
 from diffenc.mllm.training.grounded import GroundedEncoder
 from diffenc.mllm.vision import VisionTokens
+from diffenc.models.encoder_folder import BACKBONE_FOLDER, read_config
+from diffenc.models.encoder_folder import is_saved as is_saved_encoder
+from diffenc.models.sources import lasting_source
 from diffenc.projector.choosing import projector_for
+from diffenc.storage.names import expanded
 from diffenc.storage.pretrained import lasting_name
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -150,18 +155,58 @@ def _check_agreement(vlm: DiffusionVLM, model: ModelConfig) -> None:
     if isinstance(vlm.encoder, VisionTokens):
         vlm.encoder.pad = model.pad
     default = ModelConfig()
-    named = getattr(vlm.language_model, "name_or_path", "")
-    requested = lasting_name(model.language_model)
-    if requested not in (default.language_model, named) and named:
-        raise ConfigError(
-            f"{start} was trained with the language model {named!r}, and model.language_model is "
-            f"{model.language_model!r}; leave that out, or begin with the earlier stage"
-        )
+    for key, trained in _trained_parts(vlm).items():
+        stated = getattr(model, key)
+        if stated == getattr(default, key):
+            continue
+        if (_lasting(key, kind, stated) if isinstance(stated, str) else stated) != trained:
+            raise ConfigError(
+                f"{start} was trained with {key} = {trained!r}, and model.{key} is {stated!r}; "
+                "leave that out, or begin with the earlier stage"
+            )
     if vlm.projector.kind != model.projector:
         raise ConfigError(
             f"{start} has a projector of the kind {vlm.projector.kind!r}, and model.projector is "
             f"{model.projector!r}; make them agree"
         )
+
+
+def _trained_parts(vlm: DiffusionVLM) -> dict[str, Any]:
+    """What an earlier stage trained with, by key of `ModelConfig`; but parts without a name."""
+    encoder: Any = vlm.encoder
+    diffusion: Any = getattr(encoder, "diffusion", encoder)
+    clip: Any = getattr(encoder, "clip", None) if isinstance(encoder, FusedEncoder) else None
+    reader = encoder if isinstance(encoder, VisionTokens) else clip
+    vision = isinstance(encoder, VisionTokens)
+    name = encoder.name if vision else lasting_source(diffusion.backbone.name)
+    captioner = None if getattr(diffusion, "captioner", None) is None else diffusion.clip.name
+    trained = {
+        "encoder": name,
+        "clip": None if clip is None else clip.name,
+        "layer": None if reader is None else reader.layer,
+        "captioner": captioner,
+        "language_model": getattr(vlm.language_model, "name_or_path", "") or None,
+        "projector_norm": bool(_norms(vlm.projector)),
+    }
+    return {key: value for key, value in trained.items() if value is not None}
+
+
+def _norms(projector: Any) -> list[int]:
+    """Widths of the norms of a projector, of both of a fused one."""
+    groups = projector.norm_channels
+    flat = [each if isinstance(each, Sequence) else (each,) for each in groups]
+    return [width for group in flat for width in group]
+
+
+def _lasting(key: str, kind: str, name: str) -> str:
+    """A stated name as a model has it; for a saved encoder the name of its backbone."""
+    if key != "encoder" or kind == "vision":
+        return lasting_name(name)
+    if is_saved_encoder(name):
+        folder = expanded(name)
+        contents = read_config(folder)[1]
+        name = str(folder / BACKBONE_FOLDER) if contents.included else contents.backbone
+    return lasting_source(name)
 
 
 def _check_how(encoder: FusedEncoder, model: ModelConfig) -> None:
@@ -238,8 +283,11 @@ def _unfreeze(vlm: DiffusionVLM, model: ModelConfig, adapt: AdaptConfig) -> None
     if adapt.language_model == "full":
         vlm.language_model.requires_grad_(True)
     elif adapt.language_model == "lora":
-        if not hasattr(vlm.language_model, "peft_config"):
+        adapters = getattr(vlm.language_model, "peft_config", None)
+        if adapters is None:
             vlm.add_language_lora(rank=adapt.rank, alpha=adapt.alpha, dropout=adapt.dropout)
+        else:
+            _check_lora(next(iter(adapters.values())), adapt, "language model", "")
         for path, parameter in vlm.language_model.named_parameters():
             parameter.requires_grad_(".lora_" in path)
     for _, parameter in vlm.named_trainable_parameters():
@@ -247,11 +295,30 @@ def _unfreeze(vlm: DiffusionVLM, model: ModelConfig, adapt: AdaptConfig) -> None
 
 
 def _train_lora(encoder: DiffusionEncoder, adapt: AdaptConfig) -> None:
-    """Train the LoRA that an encoder has, or a new one."""
-    if encoder.active_lora is None:
+    """Train the LoRA that an encoder has, or a new one.
+
+    Raises:
+        ConfigError: It has one of another rank, scale or dropout.
+    """
+    name = encoder.active_lora
+    if name is None:
         encoder.add_lora(rank=adapt.unet_rank, alpha=adapt.unet_alpha, dropout=adapt.unet_dropout)
-    else:
-        encoder.set_lora(encoder.active_lora, trainable=True)
+        return
+    _check_lora(encoder.backbone.denoiser.peft_config[name], adapt, "encoder", "unet_")
+    encoder.set_lora(name, trainable=True)
+
+
+def _check_lora(has: Any, adapt: AdaptConfig, owner: str, prefix: str) -> None:
+    """Raise a `ConfigError` where a config states another adapter than there is."""
+    usual = AdaptConfig()
+    for key, value in (("rank", has.r), ("alpha", has.lora_alpha), ("dropout", has.lora_dropout)):
+        name = f"{prefix}{key}"
+        stated = getattr(adapt, name)
+        if stated not in (getattr(usual, name), value):
+            raise ConfigError(
+                f"the {owner} has a LoRA already, with {key} {value:g}, which goes on training, "
+                f"and adapt.{name} is {stated:g}; make them agree, or begin with a model without"
+            )
 
 
 def _kind_of(encoder: nn.Module) -> str:

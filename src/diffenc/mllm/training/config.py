@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from textwrap import wrap
 from typing import Any, Literal, get_args
@@ -110,9 +110,23 @@ class ModelConfig:
             raise ConfigError(
                 f'model.how = "{self.how}" and model.mixing are for model.kind = "fused"'
             )
+        if self.kind != "fused":
+            self._refuse_unread(("clip", "how"), 'model.kind = "fused"')
+        if self.kind == "diffusion":
+            self._refuse_unread(("layer",), 'model.kind = "fused" or "vision"')
         self.mixing_config()
         if self.kind != "vision":
             self.encoder_config()
+
+    def _refuse_unread(self, names: Sequence[str], owner: str) -> None:
+        """Raise where a value is stated that this kind of encoder does not read."""
+        usual = {each.name: each.default for each in fields(self)}
+        for name in names:
+            if getattr(self, name) != usual[name]:
+                raise ConfigError(
+                    f"model.{name} = {getattr(self, name)!r} is for {owner}, and model.kind is "
+                    f'"{self.kind}"; leave it out, or say the other kind'
+                )
 
     def encoder_config(self) -> EncoderConfig:
         """The options, checked."""
@@ -319,10 +333,30 @@ class AdaptConfig:
                 raise ConfigError(f"adapt.{name} must be in [0, 1), got {getattr(self, name)}")
         if self.rank < 1 or self.unet_rank < 0:
             raise ConfigError("adapt.rank must be 1 or more, and adapt.unet_rank 0 or more")
+        self._check_read()
         for name in ("alpha", "dropout", "unet_alpha", "unet_dropout"):
             if getattr(self, name) is not None:
                 below = 1 if "dropout" in name else math.inf
                 _check_range(f"adapt.{name}", getattr(self, name), below)
+
+    def _check_read(self) -> None:
+        """Raise where options of an adapter are stated that is not trained."""
+        usual = {each.name: each.default for each in fields(self)}
+        kinds = (
+            (
+                self.language_model == "lora",
+                ("rank", "alpha", "dropout"),
+                'language_model = "lora"',
+            ),
+            (self.unet_rank > 0, ("unet_alpha", "unet_dropout"), "unet_rank, such as 16"),
+        )
+        for trains, names, switch in kinds:
+            stated = [name for name in names if getattr(self, name) != usual[name]]
+            if stated and not trains:
+                raise ConfigError(
+                    f"adapt.{stated[0]} = {getattr(self, stated[0])} is of a LoRA that is not "
+                    f"trained: set adapt.{switch}, or leave it out"
+                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
