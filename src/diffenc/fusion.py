@@ -51,6 +51,7 @@ View = Literal["same", "own"]
 
 _APART = ("tokens", "cross_attention")
 """Ways of joining in which each encoder may keep tokens of its own."""
+_LAYER = -2
 _CONFIG_FILE, _CLIP, _DIFFUSION = "fusion.json", "clip", "diffusion"
 _PROCESSOR, _MIXER = "image_processor", "mixer"
 
@@ -117,9 +118,9 @@ class FusedEncoder(nn.Module):
         mixer: Module that mixes the two streams; None with "channel", "tokens" and "interleave".
 
     Raises:
-        ConfigError: An option is not allowed, the CLIP is of another kind or its grid cannot be
-            matched, the two are on different devices, or the diffusion encoder reads several
-            timesteps, which only cross-attention takes in which CLIP asks.
+        ConfigError: An option is not allowed or contradicts a `ClipTokens`, the CLIP is of another
+            kind or its grid cannot be matched, the two are on different devices, or the diffusion
+            encoder reads several timesteps, which only cross-attention takes in which CLIP asks.
         BackboneError: There is no model of that name.
 
     Examples:
@@ -143,7 +144,7 @@ class FusedEncoder(nn.Module):
         how: How = "channel",
         *,
         image_processor: Any = None,
-        layer: int = -2,
+        layer: int = _LAYER,
         grid: int | tuple[int, int] | None = None,
         view: View = "same",
         freeze_clip: bool = True,
@@ -536,6 +537,7 @@ def _as_clip(
         "use_cache": diffusion.use_cache,
     }
     if isinstance(clip, ClipTokens):
+        _check_own(clip, image_processor, layer, frozen=frozen)
         return clip
     if isinstance(clip, str | os.PathLike):
         return ClipTokens.from_pretrained(
@@ -548,6 +550,21 @@ def _as_clip(
     if image_processor is None:
         image_processor = _processor_of(clip)
     return ClipTokens(clip, image_processor, **options)
+
+
+def _check_own(clip: ClipTokens, image_processor: Any, layer: int, *, frozen: bool) -> None:
+    """Raise a `ConfigError` where an option contradicts a `ClipTokens`, which has its own."""
+    others = image_processor is not None and image_processor is not clip.image_processor
+    for name, contradicts in (
+        ("image_processor", others),
+        ("layer", layer not in (_LAYER, clip.layer)),
+        ("freeze_clip", not frozen and clip.frozen),
+    ):
+        if contradicts:
+            raise ConfigError(
+                f"a ClipTokens has its own {name}, and another one is passed beside it; make the "
+                "ClipTokens with it, or pass the model itself"
+            )
 
 
 def _processor_of(clip: nn.Module) -> Any:

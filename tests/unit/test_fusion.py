@@ -521,3 +521,14 @@ def test_bad_pictures_and_prompts_say_so_as_without_fusion(fuse, images, prompts
 def test_a_clip_of_ones_own_making_is_taken(diffusion) -> None:
     clip = ClipTokens(clip_vision(), PROCESSOR, layer=-1)
     assert FusedEncoder(clip, diffusion).clip is clip
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("layer", -3), ("freeze_clip", False), ("image_processor", object())]
+)
+def test_options_beside_clip_tokens_are_theirs_or_refused(diffusion, name, value) -> None:
+    clip = ClipTokens(clip_vision(), PROCESSOR, layer=-1)
+    with pytest.raises(ConfigError, match=f"ClipTokens has its own {name}, and another"):
+        FusedEncoder(clip, diffusion, **{name: value})
+    own = FusedEncoder(clip, diffusion, layer=-1, image_processor=clip.image_processor)
+    assert own.clip is clip
