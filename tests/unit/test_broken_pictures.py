@@ -201,6 +201,26 @@ def test_a_question_whose_picture_breaks_takes_its_pair_along():
         evaluate_choices(benchmark(set(range(6))), model, skip_broken=True)
 
 
+def test_two_pictures_of_one_name_are_refused_and_one_may_stand_twice():
+    def benchmark(*pictures):
+        items = [
+            ChoiceItem(str(n), (each,), "what?", "what?", ("a", "b"), 0, "all")
+            for n, each in enumerate(pictures)
+        ]
+        return ChoiceBenchmark(name="mine", source="here", items=tuple(items), score="tasks")
+
+    red, blue = (Picture("picture", Image.new("RGB", (8, 8), color)) for color in ("red", "blue"))
+    model = Says(lambda *_: "(a)")
+    with pytest.raises(ConfigError, match="two pictures that are called 'picture'"):
+        evaluate_choices(benchmark(red, blue), model)
+    torn = Picture("picture", lambda: b"no picture")
+    for pair in ((red, torn), (torn, red)):
+        found = evaluate_choices(benchmark(*pair, fading(1, 9)), model, skip_broken=True)
+        assert [item.id for item in found.items] == ["2"]
+    same = Picture("picture", Image.new("RGB", (8, 8), "red"))
+    assert evaluate_choices(benchmark(red, same, red), model).accuracy == 100
+
+
 def test_captions_go_on_in_the_next_pass_without_it():
     items = tuple(CaptionItem(str(n), fading(n, 2 if n == 1 else 99), ("a cup",)) for n in range(3))
     found = evaluate_captions(

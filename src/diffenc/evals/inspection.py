@@ -74,7 +74,8 @@ def read_pictures(
     """Open each picture once, and refuse what is broken, all of it in one message.
 
     Args:
-        pictures: Pictures of all items; one that several items share is opened once.
+        pictures: Pictures of all items; one that several items share is opened once. Two of one
+            name are the same picture.
         source: Origin of the pictures, named in the error message.
         problems: Problems that were found when the tables were read.
         skip_broken: Whether broken items are left out, instead of raising an error.
@@ -82,18 +83,30 @@ def read_pictures(
             all pictures; None reports nothing.
 
     Raises:
-        ConfigError: There are problems and they are not to be skipped.
+        ConfigError: There are problems and they are not to be skipped, or two pictures differ and
+            have the same name.
     """
     every = list(problems)
     digests: dict[str, str] = {}
-    different = {picture.name: picture for picture in pictures}
-    for done, (name, picture) in enumerate(different.items(), start=1):
+    broken: set[str] = set()
+    different = {(picture.name, id(picture.source)): picture for picture in pictures}
+    for done, ((name, _), picture) in enumerate(different.items(), start=1):
         try:
-            digests[name] = picture.read()[1]
+            digest = picture.read()[1]
         except ImageError as error:
-            every.append(unreadable(name, error, f"cannot read the image {name}: "))
+            if name not in broken:
+                every.append(unreadable(name, error, f"cannot read the image {name}: "))
+            broken.add(name)
+        else:
+            if digests.setdefault(name, digest) != digest:
+                raise ConfigError(
+                    f"{source} has two pictures that are called {name!r}, of which one would get "
+                    "the answers of the other; give each a name of its own"
+                )
         if progress is not None:
             progress(done, len(different))
+    for name in broken:
+        digests.pop(name, None)
     if every and not skip_broken:
         raise ConfigError(
             f"{source} has {len(every)} problems: {summary(every, NAMED)}. Mend them, or go on "
