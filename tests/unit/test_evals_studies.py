@@ -71,6 +71,8 @@ def test_the_papers_table_has_its_place_beside_the_real_pairs_alone(by_timestep,
 def test_an_ensemble_of_other_timesteps_is_refused(by_timestep):
     with pytest.raises(ConfigError, match=r"must be some of the timesteps \[100, 300, 500\]"):
         timestep_study(by_timestep, "parts", STEPS, (189,))
+    with pytest.raises(ConfigError, match="each once"):
+        timestep_study(by_timestep, "parts", STEPS, (100, 300, 100))
     with pytest.raises(ConfigError, match="for 2 timesteps"):
         timestep_study(by_timestep, "parts", STEPS[:2], STEPS[:1])
 

@@ -121,8 +121,10 @@ def timesteps_study(
     averaged = tuple(t for t in ENSEMBLE if t in grid) or grid
     if ensemble is not None:
         averaged = parse_timesteps(ensemble, option="ensemble")
-    if set(averaged) - set(grid):
-        raise ConfigError(f"the ensemble must be some of the timesteps {grid}, not {averaged}")
+    if set(averaged) - set(grid) or len(set(averaged)) < len(averaged):
+        raise ConfigError(
+            f"the ensemble must be some of the timesteps {grid}, each once, not {averaged}"
+        )
     options = replace(options, presets=(preset,), timesteps=grid)
     folder = output or Path(f"{benchmark}-timesteps-results")
     names = tuple(f"timesteps{suffix}" for suffix in (".md", ".json", ".png"))

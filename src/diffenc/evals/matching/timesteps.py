@@ -80,9 +80,14 @@ def timestep_study(
         raise ConfigError(
             f"scores of {model!r} are {tuple(scores.shape)} for {len(timesteps)} timesteps"
         )
-    if not ensemble or set(ensemble) - set(timesteps):
+    if (
+        not ensemble
+        or set(ensemble) - set(timesteps)
+        or len(set(ensemble)) < len(ensemble)  # it would count twice
+    ):
         raise ConfigError(
-            f"the ensemble must be some of the timesteps {list(timesteps)}, got {list(ensemble)}"
+            f"the ensemble must be some of the timesteps {list(timesteps)}, each once, got "
+            f"{list(ensemble)}"
         )
     picked = {str(t): scores[..., index] for index, t in enumerate(timesteps)}
     places = [list(timesteps).index(t) for t in ensemble]
