@@ -206,7 +206,7 @@ def test_the_draw_study_writes_table_and_picture(model, tmp_path, calls):
         (["winoground", "--data", ".", "--per-label", 2], "belongs to --data shapes"),
         (["timesteps", "blink", "--data", "shapes"], "benchmark must be one of"),
         (["timesteps", "winoground", *MINI, "--ensemble", "5"], "the ensemble must be some of"),
-        (["timesteps", "winoground", *MINI, "--ensemble", "189,189"], "each once, not (189, 189)"),
+        (["timesteps", "winoground", *MINI, "--ensemble", "100,100"], "each once, not (100, 100)"),
         (["timesteps", "winoground", *MINI, "--ensemble", "x"], "ensemble must be like 50"),
         (["draws", "winoground", *MINI, "--noises", 5], "--noises"),
     ],
