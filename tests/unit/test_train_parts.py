@@ -190,6 +190,21 @@ def test_a_later_stage_that_names_another_part_is_refused(begun, kind, changes, 
         build_vlm(replace(run, model=model, adapt=adapt))
 
 
+def test_tokens_of_words_that_an_earlier_stage_brings_want_words(parts, tmp_path):
+    words = {
+        "options": {**DIFFUSION["options"], "tokens": "grid+words", "word_count": 2, "grid": 2}
+    }
+    options = {"kind": "diffusion", "prompts": "question", **SHORT}
+    build_vlm(config(parts, tmp_path, **options, **words)).save_pretrained(tmp_path / "model")
+    later = config(parts, tmp_path, start=str(tmp_path / "model"), **options)
+    assert build_vlm(later).encoder.config.tokens == "grid+words"
+    later = config(
+        parts, tmp_path, start=str(tmp_path / "model"), **{**options, "prompts": "empty"}
+    )
+    with pytest.raises(ConfigError, match=r"tokens = 'grid\+words' .* \"empty\" has none"):
+        build_vlm(later)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

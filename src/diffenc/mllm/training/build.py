@@ -60,6 +60,8 @@ def build_vlm(config: TrainConfig, *, device: str | torch.device = "cpu") -> Dif
             image_batch_size=model.image_batch_size,
         )
         _unfreeze(vlm, model, adapt)
+    if not isinstance(vlm.encoder, VisionTokens):
+        config.check_words(vlm.encoder.config.tokens)
     return vlm
 
 

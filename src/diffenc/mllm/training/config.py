@@ -417,21 +417,28 @@ class TrainConfig:
             raise ConfigError("adapt.unet_rank is for a diffusion model, and model.kind is vision")
         self._check_data()
         self._check_ground()
-        self._check_words()
+        self.check_words(self.model.options.get("tokens", "grid"))
         _check_range("seed", self.seed, 2**32)
         if self.save_steps < 0 or self.keep < 1 or self.log_steps < 1:
             raise ConfigError("save_steps must be 0 or more, keep and log_steps 1 or more")
 
-    def _check_words(self) -> None:
-        """Raise where tokens are of words and prompts never have any."""
-        kind, policy = self.model.options.get("tokens", "grid"), self.data.prompts
+    def check_words(self, kind: str) -> None:
+        """Raise where tokens are of words and prompts never have any.
+
+        Args:
+            kind: Kind of the encoder's tokens, which a saved encoder or an earlier stage may bring.
+
+        Raises:
+            ConfigError: They are.
+        """
+        policy = self.data.prompts
         if (
             self.stage != "ground"
             and kind != "grid"
             and policy.partition("|")[0].strip() == "empty"
         ):
             raise ConfigError(
-                f"model.options tokens = {kind!r} are gathered by the words of a prompt, and "
+                f"tokens = {kind!r} (model.options) are gathered by the words of a prompt, and "
                 f'data.prompts = "{policy}" has none; take "question", "caption" or tokens = "grid"'
             )
 
