@@ -238,6 +238,26 @@ def test_other_pictures_and_another_model_are_refused(
         write_features(pictures, begun, other, shard_size=4)
 
 
+def test_other_pictures_of_the_same_names_are_refused_and_a_mended_one_is_not(
+    pictures, make, expected, tmp_path
+):
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    for path in sorted(pictures.glob("*.png")):
+        (tmp_path / "first" / path.name).write_bytes(path.read_bytes())
+        Image.new("RGB", (90, 70), "red").save(tmp_path / "second" / path.name)
+    whole = (tmp_path / "first/09.png").read_bytes()
+    (tmp_path / "first/09.png").write_bytes(whole[:100])
+    with pytest.raises(ImageError, match=r"09.png"):
+        write_features(tmp_path / "first", tmp_path / "out", make(), shard_size=4)
+    with pytest.raises(OutputError, match="the pictures of these names are others, by the sizes"):
+        write_features(tmp_path / "second", tmp_path / "out", make(), shard_size=4)
+    (tmp_path / "first/09.png").write_bytes(whole)
+    (tmp_path / "first").rename(tmp_path / "moved")
+    features = write_features(tmp_path / "moved", tmp_path / "out", make(), shard_size=4)
+    torch.testing.assert_close(features.stack(TAP), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_folder_with_something_else_in_it_is_left_alone(written, pictures, make, tmp_path):
     with pytest.raises(OutputError, match="holds complete features; name another folder"):
         write_features(pictures, written.folder, make())
