@@ -349,6 +349,23 @@ def test_a_padded_baseline_sees_all_of_a_picture_as_llava_does(vision_folder, lm
         VisionTokens.from_pretrained(vision_folder, pad="yes")
 
 
+def test_adapters_that_a_saved_model_would_lose_are_refused(lm_folder, vision_folder, tmp_path):
+    vlm = DiffusionVLM(VisionTokens.from_pretrained(vision_folder), lm_folder)
+    vlm.add_language_lora(rank=2, alpha=4)
+    vlm.language_model.base_model.disable_adapter_layers()  # it would be in use again
+    with pytest.raises(ConfigError, match=r"the adapters \['default'\], of which none are in use"):
+        vlm.save_pretrained(tmp_path)
+    vlm.language_model.base_model.enable_adapter_layers()
+    vlm.save_pretrained(tmp_path)
+    vlm.language_model.add_adapter("other", vlm.language_model.peft_config["default"])
+    for name in ("other", "default"):  # one of the two would come back
+        vlm.language_model.set_adapter(name)
+        with pytest.raises(ConfigError, match=rf"'other'\], of which \['{name}'\] are in use"):
+            vlm.save_pretrained(tmp_path)
+    vlm.language_model.delete_adapter("other")
+    vlm.save_pretrained(tmp_path)
+
+
 def test_an_adapter_that_is_not_whole_is_refused(lm_folder, vision_folder, tmp_path):
     """By itself peft draws what is missing at random, and leaves out what has no place."""
     vlm = DiffusionVLM(VisionTokens.from_pretrained(vision_folder), lm_folder)

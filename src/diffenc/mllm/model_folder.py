@@ -43,6 +43,7 @@ from diffenc.storage.schema import check_keys, checked, make
 from diffenc.storage.writing import begin_folder, reporting, write_json
 
 CONFIG_FILE = "vlm.json"
+_ADAPTER = "default"
 PROJECTOR, ENCODER, LANGUAGE_MODEL, LORA = "projector", "encoder", "language_model", "lora"
 
 
@@ -128,12 +129,15 @@ def save(vlm: Any, folder: "str | os.PathLike[str]", include_language_model: boo
 
     Raises:
         OutputError: The folder cannot be written.
-        ConfigError: The language model has no name and shall not be included.
+        ConfigError: The language model has no name and shall not be included, or adapters that the
+            folder does not hold.
     """
     from peft import PeftModel
 
     target, model = Path(folder), vlm.language_model
     adapted = isinstance(model, PeftModel)
+    if adapted:
+        _check_adapter(model)
     base = model.get_base_model() if adapted else model
     name = getattr(base, "name_or_path", "") or ""
     name = lasting_name(name) if name else ""
@@ -180,6 +184,22 @@ def save(vlm: Any, folder: "str | os.PathLike[str]", include_language_model: boo
         if adapted:
             model.save_pretrained(target / LORA)
     write_json(target / CONFIG_FILE, content)
+
+
+def _check_adapter(model: Any) -> None:
+    """Raise a `ConfigError` unless one adapter is there and in use: the folder holds no other."""
+    names = list(model.peft_config)
+    layers = [layer for layer in model.modules() if hasattr(layer, "lora_A")]
+    used = {() if layer.disable_adapters else tuple(layer.active_adapters) for layer in layers}
+    if names == [_ADAPTER] and used <= {(_ADAPTER,)}:
+        return
+    active = sorted({name for each in used for name in each})
+    raise ConfigError(
+        f"the language model has the adapters {names}, of which {active or 'none'} are in use, and "
+        f"a saved model has one, {_ADAPTER!r}, that is: delete the others with "
+        "vlm.language_model.delete_adapter(name), turn that one on, or merge it and save the whole "
+        "with include_language_model=True"
+    )
 
 
 def load(
