@@ -22,6 +22,7 @@ from diffenc.mllm.training import (
     train,
     write_miniature,
 )
+from diffenc.mllm.training.build import build_grounded
 from diffenc.mllm.training.grounded import GroundedConversations
 from diffenc.mllm.training.plan import make_plan
 from train_builders import Parts, trains
@@ -240,6 +241,18 @@ def beside(parts, output, **options):
 
 @trains
 @pytest.mark.long
+def test_a_lora_that_is_there_is_grounded_by_its_own_rank(parts, tmp_path):
+    encoder = DiffusionEncoder.from_pretrained(parts.diffusion)
+    encoder.add_lora(rank=4)
+    encoder.save_pretrained(tmp_path / "begun")
+    options = {"model": ModelConfig(encoder=str(tmp_path / "begun"))}
+    model = build_grounded(config(parts, tmp_path, **options, adapt=None))  # of rank 16 by default
+    ranks = {min(p.shape) for name, p in model.named_trainable_parameters() if ".lora_A" in name}
+    assert ranks == {4}
+    with pytest.raises(ConfigError, match=r"with rank 4, .* adapt\.unet_rank is 2"):
+        build_grounded(config(parts, tmp_path, **options))
+
+
 def test_phrases_are_learnt_beside_the_second_stage(parts, tmp_path):
     result = train(beside(parts, tmp_path / "a"))
     lines = read_log(tmp_path / "a")

@@ -14,7 +14,7 @@ from diffenc.fusion import FusedEncoder
 from diffenc.mllm.language import load_language_model, width_of
 from diffenc.mllm.model import DiffusionVLM
 from diffenc.mllm.model_folder import is_saved
-from diffenc.mllm.training.config import AdaptConfig, ModelConfig, TrainConfig
+from diffenc.mllm.training.config import AdaptConfig, ModelConfig, TrainConfig, usual_adapt
 from diffenc.mllm.training.grounded import GroundedEncoder
 from diffenc.mllm.vision import VisionTokens
 from diffenc.models.encoder_folder import BACKBONE_FOLDER, read_config
@@ -85,7 +85,7 @@ def build_grounded(config: TrainConfig, *, device: str | torch.device = "cpu") -
         whole = ground.denoising is not False
         encoder = load_encoder(config.model, device=device, dtype=dtype, truncate=not whole)
         encoder.requires_grad_(False)
-        _train_lora(encoder, config.adapting)
+        _train_lora(encoder, config.adapting, usual_adapt("ground"))
         model = GroundedEncoder(encoder, ground)
     for _, parameter in model.named_trainable_parameters():
         parameter.data = parameter.data.float()
@@ -281,7 +281,7 @@ def _unfreeze(vlm: DiffusionVLM, model: ModelConfig, adapt: AdaptConfig) -> None
     if getattr(diffusion, "captioner", None) is not None:
         diffusion.captioner.requires_grad_(bool(model.captioner))
     if adapt.unet_rank:
-        _train_lora(diffusion, adapt)
+        _train_lora(diffusion, adapt, AdaptConfig())
     if adapt.language_model == "full":
         vlm.language_model.requires_grad_(True)
     elif adapt.language_model == "lora":
@@ -289,15 +289,21 @@ def _unfreeze(vlm: DiffusionVLM, model: ModelConfig, adapt: AdaptConfig) -> None
         if adapters is None:
             vlm.add_language_lora(rank=adapt.rank, alpha=adapt.alpha, dropout=adapt.dropout)
         else:
-            _check_lora(next(iter(adapters.values())), adapt, "language model", "")
+            has = next(iter(adapters.values()))
+            _check_lora(has, adapt, AdaptConfig(), "language model", "")
         for path, parameter in vlm.language_model.named_parameters():
             parameter.requires_grad_(".lora_" in path)
     for _, parameter in vlm.named_trainable_parameters():
         parameter.data = parameter.data.float()
 
 
-def _train_lora(encoder: DiffusionEncoder, adapt: AdaptConfig) -> None:
+def _train_lora(encoder: DiffusionEncoder, adapt: AdaptConfig, usual: AdaptConfig) -> None:
     """Train the LoRA that an encoder has, or a new one.
+
+    Args:
+        encoder: Encoder, frozen.
+        adapt: Options of the LoRA.
+        usual: Options where nothing is stated; of a LoRA that is there they say nothing.
 
     Raises:
         ConfigError: It has one of another rank, scale or dropout.
@@ -306,13 +312,12 @@ def _train_lora(encoder: DiffusionEncoder, adapt: AdaptConfig) -> None:
     if name is None:
         encoder.add_lora(rank=adapt.unet_rank, alpha=adapt.unet_alpha, dropout=adapt.unet_dropout)
         return
-    _check_lora(encoder.backbone.denoiser.peft_config[name], adapt, "encoder", "unet_")
+    _check_lora(encoder.backbone.denoiser.peft_config[name], adapt, usual, "encoder", "unet_")
     encoder.set_lora(name, trainable=True)
 
 
-def _check_lora(has: Any, adapt: AdaptConfig, owner: str, prefix: str) -> None:
+def _check_lora(has: Any, adapt: AdaptConfig, usual: AdaptConfig, owner: str, prefix: str) -> None:
     """Raise a `ConfigError` where a config states another adapter than there is."""
-    usual = AdaptConfig()
     for key, value in (("rank", has.r), ("alpha", has.lora_alpha), ("dropout", has.lora_dropout)):
         name = f"{prefix}{key}"
         stated = getattr(adapt, name)

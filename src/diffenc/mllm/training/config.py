@@ -359,6 +359,11 @@ class AdaptConfig:
                 )
 
 
+def usual_adapt(run: Run) -> AdaptConfig:
+    """What trains beside the projector where a config does not say."""
+    return AdaptConfig(**_ADAPTED[run])
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
     """One run of one stage.
@@ -406,7 +411,7 @@ class TrainConfig:
         if self.optim is None:
             object.__setattr__(self, "optim", DEFAULTS[self.stage])
         if self.adapt is None:
-            object.__setattr__(self, "adapt", AdaptConfig(**_ADAPTED[self.stage]))
+            object.__setattr__(self, "adapt", usual_adapt(self.stage))
         if self.model.template is None:
             template = "auto" if self.stage == "instruct" else "plain"
             object.__setattr__(self, "model", replace(self.model, template=template))
