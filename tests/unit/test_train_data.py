@@ -108,6 +108,20 @@ def test_what_a_prompt_policy_lacks_is_found_before_training(folder):
     assert report.problems == {"without what the prompt policy 'caption' needs": ["long"]}
 
 
+def test_captions_without_words_are_told_where_they_are_drawn_on(folder):
+    captions = {"bare": [""], "half": ["a cat", "<image> "], "good": ["a cat"]}
+    records = [{**RECORDS[0], "id": name, "captions": texts} for name, texts in captions.items()]
+    records.append({"id": "mute", "image": "a.png", "conversations": turns("<image>", " ")})
+    (folder / "data.json").write_text(json.dumps(records))
+    for policy in ("caption", "question+caption | dropout(0.3)"):
+        _, report = read_samples(folder / "data.json", folder, policy=parse_policy(policy))
+        told = {name: kind for kind, names in report.problems.items() for name in names}
+        assert told["bare"].startswith("with a caption without words, on which the prompt policy")
+        assert (told.keys(), report.samples) == ({"bare", "half", "mute"}, 1)
+    _, report = read_samples(folder / "data.json", folder, policy=parse_policy("empty"))
+    assert report.samples == 4
+
+
 def test_rows_depend_on_epoch_and_sample_alone(tmp_path):
     paths = write_miniature(tmp_path, scenes=6, seed=3)
     samples, _ = read_samples(paths["instruct"], paths["images"])

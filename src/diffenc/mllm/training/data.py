@@ -10,13 +10,14 @@ from typing import Any, Protocol, TypeVar
 
 from diffenc.errors import ConfigError, PromptError
 from diffenc.inputs.images import broken_images
-from diffenc.inputs.policies import PromptPolicy, PromptSample, captions_of
+from diffenc.inputs.policies import PromptPolicy, PromptSample, captions_of, strip_template
 from diffenc.mllm.chat import IMAGE_MARK, as_messages
 from diffenc.mllm.training.config import DataConfig
 from diffenc.storage.lines import parse_json_lines
 from diffenc.storage.names import expanded, is_file
 from diffenc.storage.reading import DATA_BYTES, parse_json, read_text
 
+_CAPTION = "caption"
 _NAMED = 20
 _THREADS = 8
 
@@ -312,4 +313,6 @@ def _lack(policy: PromptPolicy, sample: TrainSample) -> str | None:
         policy(sample.prompt_sample())
     except PromptError:
         return f"without what the prompt policy {str(policy)!r} needs"
+    if _CAPTION in str(policy) and not all(map(strip_template, sample.captions)):
+        return f"with a caption without words, on which the prompt policy {str(policy)!r} draws"
     return None
