@@ -15,6 +15,7 @@ from diffenc.errors import (
     PromptError,
     ShapeError,
 )
+from diffenc.scoring.bank_weights import model_mark
 
 TEXTS = ["a red circle", "a blue square", "left"]
 
@@ -141,6 +142,18 @@ def test_text_encoders_that_were_exchanged_and_adapters_left_out_are_refused(
     scorer_of(encoder.backbone).build_index(images, tmp_path / "adapted").scores(TEXTS)
     with pytest.raises(BackboneError, match="built with other weights"):
         QueryBank.load(tmp_path / "adapted")
+
+
+def test_a_bank_is_not_gone_on_with_under_an_adapter_of_another_scale(tiny_sd_folder):
+    marks = []
+    for alpha in (2, 8):
+        encoder = DiffusionEncoder.from_pretrained(tiny_sd_folder)
+        encoder.add_lora(rank=2, alpha=alpha)
+        for parameter in encoder.trainable_parameters():
+            torch.nn.init.constant_(parameter, 0.1)
+        marks.append(model_mark(encoder.backbone))
+    assert marks[0]["unet"] != marks[1]["unet"]
+    assert marks[0]["vae"] == marks[1]["vae"]
 
 
 def test_folders_that_hold_something_are_left_alone(backbone, images, tmp_path):
