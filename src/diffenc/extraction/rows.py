@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from diffenc.checks.arguments import flag, whole
-from diffenc.checks.fields import require_finite
 from diffenc.config import check_choice
 from diffenc.denoiser.grids import middle_grid
 from diffenc.encoder import DiffusionEncoder
-from diffenc.errors import ConfigError
+from diffenc.errors import ConfigError, NonFiniteError
 from diffenc.features import Features
 from diffenc.inputs.images import Images
 from diffenc.models.device import as_dtype
@@ -135,12 +134,11 @@ def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor
     """
     cast = {name: rows.to(dtype) for name, rows in tensors.items()}
     for name, rows in cast.items():
-        largest = tensors[name].detach().abs().amax() if rows.numel() else 0.0
-        require_finite(
-            rows,
-            f"features {name!r}, of up to {float(largest):.3g},",
-            "take output_dtype='bfloat16' or 'float32' (--output-dtype)",
-        )
+        if not bool(rows.isfinite().all()):
+            raise NonFiniteError(
+                f"features {name!r}, of up to {float(tensors[name].abs().amax()):.3g}, are beyond "
+                f"{dtype}; take output_dtype='bfloat16' or 'float32' (--output-dtype)"
+            )
     return cast
 
 
