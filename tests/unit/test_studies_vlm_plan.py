@@ -94,11 +94,11 @@ def test_every_bundled_study_is_whole(name):
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_every_bundled_study_needs_less_than_forty_minutes_and_that_of_tokens_an_hour(name):
+def test_every_bundled_study_needs_less_than_forty_minutes_and_that_of_tokens_ninety(name):
     """With what a picture, a sample and an answer cost on two cores that are free."""
     told = bundled_plan(name)
     work = work_of(told, (), Costs(encode=0.0065, learn=0.009, answer=0.012))
-    assert work.total < (60 if name == "tokens" else 40) * 60
+    assert work.total < (90 if name == "tokens" else 40) * 60
 
 
 def test_studies_share_trainings():
