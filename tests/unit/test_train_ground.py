@@ -239,8 +239,6 @@ def beside(parts, output, **options):
     return stage_config(parts, output, "instruct", **values)
 
 
-@trains
-@pytest.mark.long
 def test_a_lora_that_is_there_is_grounded_by_its_own_rank(parts, tmp_path):
     encoder = DiffusionEncoder.from_pretrained(parts.diffusion)
     encoder.add_lora(rank=4)
@@ -253,6 +251,8 @@ def test_a_lora_that_is_there_is_grounded_by_its_own_rank(parts, tmp_path):
         build_grounded(config(parts, tmp_path, **options))
 
 
+@trains
+@pytest.mark.long
 def test_phrases_are_learnt_beside_the_second_stage(parts, tmp_path):
     result = train(beside(parts, tmp_path / "a"))
     lines = read_log(tmp_path / "a")
