@@ -111,7 +111,11 @@ SAMPLES = [1, 0, 2]
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "name", ["prompts", "prompt", "prompt_ids", "vision_prompt_ids", "question", "prompt_mask"]
+    "name",
+    [
+        *("prompts", "prompt", "prompt_ids", "vision_prompt_ids", "prompt_mask"),
+        *("question", "text", "texts", "captions"),
+    ],
 )
 @pytest.mark.parametrize("call", ["forward", "generate", "get_image_features"])
 def test_prompts_by_another_name_are_refused_and_not_dropped(model, name, call):
@@ -120,6 +124,16 @@ def test_prompts_by_another_name_are_refused_and_not_dropped(model, name, call):
         inputs |= tiny_llava.text_ids([1, 1])
     with pytest.raises(PromptError, match=f"unknown argument '{name}'; pass prompts as"):
         getattr(model, call)(**inputs, **{name: QUESTIONS[:1]})
+
+
+def test_options_of_generation_that_are_named_like_a_prompt_are_read(model):
+    ids = tiny_llava.text_ids([1, 1])
+    given = {**ids, "pixel_values": tiny_llava.pixel_values(), **asked(2)}
+    told = {**GENERATE, "output_scores": True, "return_dict_in_generate": True}
+    plain = model.generate(**given, **told)
+    other = torch.full_like(ids["input_ids"], 5)  # text without a picture
+    guided = model.generate(**given, **told, guidance_scale=3.0, negative_prompt_ids=other)
+    assert not torch.allclose(plain.scores[0], guided.scores[0], atol=1e-3)
 
 
 @pytest.mark.parametrize("beams", [1, 3])

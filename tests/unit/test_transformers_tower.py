@@ -333,6 +333,8 @@ WRONG = [
     ({}, ConfigError, "pixel_values"),
     ({"prompts": ["a", "b", "c"]}, PromptError, "3 prompts, 1 images"),
     ({"prompt_ids": torch.zeros(1, 32)}, PromptError, "unknown argument 'prompt_ids'"),
+    ({"question": "is there a cat?"}, PromptError, "unknown argument 'question'"),
+    ({"text": ["a cat"]}, PromptError, "unknown argument 'text'"),
     ({"prompt_input_ids": torch.zeros(1, 32).long()}, PromptError, "go together"),
 ]
 

@@ -5,6 +5,7 @@ Hosts repeat, scatter and move tensors, and lose or misalign texts. A tower ther
 scope, and that over the null prompt.
 """
 
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,13 @@ from diffenc.models.base import Backbone
 from diffenc.models.folder import read_tokenizer
 from diffenc.passes.question_tokens import spans_of_ids
 from diffenc.passes.word_tokens import Spans
+
+_LIKE_A_PROMPT = re.compile("prompt|question|caption|^texts?$")
+
+
+def like_a_prompt(name: str) -> bool:
+    """Whether an argument is named like a prompt; what no host knows is dropped without a word."""
+    return _LIKE_A_PROMPT.search(name) is not None
 
 
 @dataclass(frozen=True, slots=True)

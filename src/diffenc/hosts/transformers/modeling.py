@@ -15,7 +15,7 @@ from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import BackboneError, ConfigError, PromptError, near_matches
 from diffenc.hosts.adapter import Adapter
 from diffenc.hosts.loading import load_encoder
-from diffenc.hosts.prompts import Prompts, PromptTokens
+from diffenc.hosts.prompts import Prompts, PromptTokens, like_a_prompt
 from diffenc.hosts.tower import DiffusionVisionTower
 from diffenc.hosts.transformers.configuration import INSIDE, DiffEncConfig
 from diffenc.hosts.transformers.inside import (
@@ -307,7 +307,7 @@ def _explicit(
     ids: Tensor | None, mask: Tensor | None, prompts: Prompts | None, others: dict[str, Any]
 ) -> Prompts | None:
     """The prompts that a call was given, or None."""
-    if strange := [name for name in others if "prompt" in name]:
+    if strange := [name for name in others if like_a_prompt(name)]:
         hint = near_matches(strange[0], _PROMPT_ARGUMENTS)
         raise PromptError(
             f"unknown argument {strange[0]!r}.{hint} Prompts are passed as prompt_input_ids and "

@@ -7,7 +7,6 @@ its tower finds them; that works under PEFT, in threads and in every version of 
 
 import functools
 import inspect
-import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
@@ -17,13 +16,21 @@ from jaxtyping import Int
 from torch import Tensor
 
 from diffenc.errors import ConfigError, PromptError
-from diffenc.hosts.prompts import Prompts, PromptTokens, current_scope, prompt_scope
+from diffenc.hosts.prompts import (
+    Prompts,
+    PromptTokens,
+    current_scope,
+    like_a_prompt,
+    prompt_scope,
+)
 from diffenc.hosts.transformers.modeling import DiffEncModel
 
 PROMPT_ARGUMENTS = ("prompt_input_ids", "prompt_attention_mask")
-_OF_GENERATION = ("prompt_lookup_num_tokens",)
+_OF_GENERATION = (
+    "prompt_lookup_num_tokens",
+    *("negative_prompt_ids", "negative_prompt_attention_mask"),
+)
 """Options of transformers' `generate` that are named like a prompt."""
-_LIKE_A_PROMPT = re.compile("prompt|question")
 _PER_IMAGE = ("pixel_values", "image_sizes", *PROMPT_ARGUMENTS)
 
 
@@ -84,7 +91,7 @@ def refuse_other_names(arguments: Mapping[str, Any]) -> None:
         PromptError: An argument is none of `PROMPT_ARGUMENTS` and named like a prompt.
     """
     for name in arguments:
-        if _LIKE_A_PROMPT.search(name) and name not in (*PROMPT_ARGUMENTS, *_OF_GENERATION):
+        if like_a_prompt(name) and name not in (*PROMPT_ARGUMENTS, *_OF_GENERATION):
             raise PromptError(
                 f"unknown argument {name!r}; pass prompts as {' and '.join(PROMPT_ARGUMENTS)}, "
                 "which DiffEncLlavaProcessor makes of prompts=[...]"
