@@ -360,6 +360,19 @@ def test_each_orientation_is_turned_back(orientation):
         np.testing.assert_array_equal(np.asarray(load_image(content)), PIXELS)
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", [6, 8])
+def test_a_picture_that_was_turned_is_not_turned_again(kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    once = load_image(encoded(kind, PICTURE, exif=exif))
+    assert once.size == PICTURE.size[::-1]
+    np.testing.assert_array_equal(np.asarray(load_image(once)), np.asarray(once))
+    again = io.BytesIO()
+    once.save(again, "PNG")
+    np.testing.assert_array_equal(np.asarray(load_image(again)), np.asarray(once))
+
+
 def test_exif_that_cannot_be_read_turns_nothing():
     content = encoded(exif=b"Exif\0\0MM\0\x2a\0\0\0\x08\xff\xff\x01\x12\0\x03")
     np.testing.assert_array_equal(np.asarray(load_image(content)), PIXELS)

@@ -29,6 +29,8 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_TURN_KEYS = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
+"""Entries of an image's `info` in which Pillow looks for an orientation."""
 
 
 @runtime_checkable
@@ -255,13 +257,26 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turn an image as its EXIF says; EXIF that cannot be read is ignored."""
+    """Turn an image as its EXIF says; EXIF that cannot be read is ignored.
+
+    What is turned says so no more: it may be read again.
+    """
+    turn = _turn(image)
+    if turn is None:
+        return image
+    turned = image.transpose(turn)
+    for key in _TURN_KEYS:
+        turned.info.pop(key, None)
+    return turned
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """How an image is to be turned by its EXIF."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # Pillow's readers of EXIF and XMP raise what they like
-        return image
-    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
-    return image if turn is None else image.transpose(turn)
+        return None
+    return _TURNS.get(orientation) if isinstance(orientation, int) else None
 
 
 def _deep_gray_to_bytes(image: Image.Image) -> np.ndarray:
