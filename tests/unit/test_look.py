@@ -103,6 +103,19 @@ def test_pictures_keep_their_shape_in_every_panel():
     }
 
 
+def test_a_picture_that_lies_is_drawn_upright():
+    lying = noise_picture(30, 90)
+    lying.getexif()[0x0112] = 6
+    rows = question_rows(lying, maps_of(), ["one?", "two?"], side=90)
+    upright = question_rows(lying.rotate(-90, expand=True), maps_of(), ["one?", "two?"], side=90)
+    for row, expected in zip(rows, upright, strict=True):
+        for panel, other in zip(row, expected, strict=True):
+            assert panel is other is None or panel.image == other.image
+    drawn = question_figure(lying, [maps_of(questions=1)], ["one?"])
+    turned = question_figure(lying.rotate(-90, expand=True), [maps_of(questions=1)], ["one?"])
+    assert drawn == turned
+
+
 def test_registers_are_white_at_their_place():
     cells = torch.zeros(1, 4, 5, dtype=torch.bool)
     cells[0, 1, 2] = True

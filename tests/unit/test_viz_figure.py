@@ -27,6 +27,20 @@ def test_panels_stand_in_rows_at_their_size():
     assert (pixels[-gap - 100 : -gap, -gap - 100 : -gap] == (255, 0, 0)).all()
 
 
+def test_panels_show_pictures_as_an_encoder_sees_them():
+    lying = Image.new("RGB", (64, 32), (255, 0, 0))
+    lying.getexif()[0x0112] = 6
+    pictures = {
+        "turned": (lying, (255, 0, 0)),
+        "transparent": (Image.new("RGBA", (32, 64), (0, 0, 0, 0)), (255, 255, 255)),
+        "16 bits": (Image.fromarray(np.full((64, 32), 128 * 257, np.uint16)), (128, 128, 128)),
+    }
+    for kind, (picture, color) in pictures.items():
+        drawn = figure([[Panel(picture)]], side=64)
+        expected = figure([[Panel(Image.new("RGB", (32, 64), color))]], side=64)
+        np.testing.assert_array_equal(np.asarray(drawn), np.asarray(expected), err_msg=kind)
+
+
 def test_text_makes_room_and_nothing_is_cut():
     panel = Panel(RED, title=LONG, caption=LONG, legend=HeatMap(np.eye(2)))
     plain, full = figure([[panel]], side=128), figure([[panel]], side=128, title=LONG, note=LONG)

@@ -163,6 +163,23 @@ def test_what_is_no_picture_and_no_number_is_refused(tmp_path):
         HeatMap("map")
 
 
+def test_small_differences_between_large_values_are_seen():
+    values = np.array([[0.0, 1.0], [2.0, 4.0]])
+    expected = np.asarray(HeatMap(values).to_pil(size=8))
+    np.testing.assert_array_equal(np.asarray(HeatMap(values + 2.0**40).to_pil(size=8)), expected)
+
+
+def test_the_picture_under_a_map_stands_upright():
+    lying = Image.new("RGB", (80, 40), "red")
+    lying.getexif()[0x0112] = 6
+    heat = HeatMap(np.zeros((8, 4)), picture=lying)
+    assert heat.picture.size == (40, 80)
+    assert Image.open(io.BytesIO(heat._repr_png_())).size == (128, 256)
+    upright = WordMaps({"a": HeatMap(np.zeros((8, 4)), picture=lying.rotate(-90, expand=True))})
+    drawn = WordMaps({"a": heat}).to_pil(side=64)
+    np.testing.assert_array_equal(np.asarray(drawn), np.asarray(upright.to_pil(side=64)))
+
+
 @pytest.mark.parametrize(("words", "columns", "rows"), [(3, 4, 1), (3, 2, 2), (5, 1, 6)])
 def test_all_words_are_one_picture_with_the_picture_first(words, columns, rows):
     picture = Image.new("RGB", (128, 64), (9, 200, 40))

@@ -8,6 +8,8 @@ from PIL import Image
 
 from diffenc.checks.arguments import shown, sides
 from diffenc.errors import ConfigError, NonFiniteError, ShapeError
+from diffenc.inputs.images import Images, to_picture
+from diffenc.inputs.pictures.files import is_plain
 
 Resample = Literal["nearest", "bicubic"]
 
@@ -36,6 +38,19 @@ def to_array(values: Any, axes: str) -> Float64[np.ndarray, "..."]:
     if not np.isfinite(array).all():
         raise NonFiniteError(f"values over ({axes}) hold NaN or infinity")
     return array
+
+
+def as_picture(image: Images) -> Image.Image:
+    """One picture of any kind as an encoder sees it: upright, in RGB, over white.
+
+    One of PIL that is so already is not copied: maps of many words share it.
+
+    Raises:
+        ImageError: The picture cannot be read.
+        ShapeError: No picture, or several.
+    """
+    picture = to_picture(image)
+    return image if isinstance(image, Image.Image) and is_plain(image) else picture
 
 
 def pil_size(size: int | tuple[int, int]) -> tuple[int, int]:

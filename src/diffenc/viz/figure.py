@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw, ImageFont
 
 from diffenc.errors import ConfigError
+from diffenc.viz.arrays import as_picture
 from diffenc.viz.heatmap import HeatMap
 
 _INK, _FAINT, _PAPER = (28, 28, 32), (95, 95, 102), (255, 255, 255)
@@ -29,8 +30,8 @@ class Panel:
     """One place of a figure.
 
     Attributes:
-        image: Picture whose longer side fills the panel, with its aspect ratio kept; None leaves
-            the place to the caption.
+        image: Picture whose longer side fills the panel, with its aspect ratio kept; it is kept
+            upright, in RGB and over white. None leaves the place to the caption.
         title: Text above the image, in dark letters.
         caption: Text below the image, in grey letters; it is wrapped, never cut.
         legend: Heat map whose colours and range are shown under the image; None shows none.
@@ -40,6 +41,10 @@ class Panel:
     title: str = ""
     caption: str = ""
     legend: HeatMap | None = None
+
+    def __post_init__(self) -> None:
+        if self.image is not None:
+            object.__setattr__(self, "image", as_picture(self.image))
 
 
 def figure(
@@ -208,7 +213,7 @@ def _fit(image: Image.Image, side: int) -> Image.Image:
     height, width = fitted(image, side)
     grows = side > max(image.size)
     method = Image.Resampling.NEAREST if grows else Image.Resampling.LANCZOS
-    return image.convert("RGB").resize((width, height), method)
+    return image.resize((width, height), method)
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:

@@ -10,7 +10,7 @@ from PIL import Image
 from diffenc.checks.arguments import number
 from diffenc.errors import ConfigError
 from diffenc.inputs.images import Images, to_picture
-from diffenc.viz.arrays import Resample, pil_filter, pil_size, to_array
+from diffenc.viz.arrays import Resample, as_picture, pil_filter, pil_size, to_array
 
 # From dark blue over magenta to pale yellow: lightness (CIE L*) rises evenly from 5 to 90, so that
 # the map reads in grey and with any colour vision.
@@ -49,7 +49,7 @@ class HeatMap:
         low: Value of the darkest colour.
         high: Value of the lightest colour.
         label: Name of what the map shows; None if it was not given.
-        picture: Picture under the map; None if it was not given.
+        picture: Picture under the map, upright and in RGB; None if it was not given.
 
     Raises:
         ShapeError: Not (h w), or several pictures.
@@ -73,9 +73,7 @@ class HeatMap:
         if not self.low <= self.high:
             raise ConfigError(f"low must not be above high, got {self.low} and {self.high}")
         self.label = label
-        if picture is not None and not isinstance(picture, Image.Image):
-            picture = to_picture(picture)
-        self.picture = picture  # one of PIL is not copied: maps of many words share it
+        self.picture = None if picture is None else as_picture(picture)
 
     @property
     def array(self) -> Float64[np.ndarray, "h w"]:
@@ -130,11 +128,12 @@ class HeatMap:
             width, height = under.size if under is not None else self._values.shape[::-1]
         else:
             width, height = pil_size(size)
-        cells = Image.fromarray(self._values.astype(np.float32))
-        values = np.asarray(cells.resize((width, height), pil_filter(resample)), dtype=np.float64)
         span = self.high - self.low
-        unit = np.clip((values - self.low) / span, 0, 1) if span > 0 else np.zeros_like(values)
-        colors = Image.fromarray(colorize(unit))
+        unit = (self._values - self.low) / span if span > 0 else np.zeros_like(self._values)
+        # Pillow resizes float32, which has no room for small differences between large values.
+        cells = Image.fromarray(unit.astype(np.float32))
+        resized = np.asarray(cells.resize((width, height), pil_filter(resample)), dtype=np.float64)
+        colors = Image.fromarray(colorize(np.clip(resized, 0, 1)))
         if under is None:
             return colors
         grey = under.convert("L").resize((width, height), Image.Resampling.BICUBIC)

@@ -9,7 +9,7 @@ from jaxtyping import Float64
 from PIL import Image
 
 from diffenc.errors import ConfigError, ShapeError
-from diffenc.viz.arrays import to_array
+from diffenc.viz.arrays import as_picture, to_array
 from diffenc.viz.figure import Panel, figure, fitted
 from diffenc.viz.heatmap import HeatMap
 from diffenc.viz.pca import pca_maps
@@ -77,6 +77,7 @@ def question_figure(
     """
     if not taps or not questions:
         raise ConfigError(f"got {len(taps)} taps and {len(questions)} questions; pass one or more")
+    picture = as_picture(picture)
     rows: list[list[Panel | None]] = [[Panel(picture, "picture", _size_of(picture)), *_legend()]]
     for maps in taps:
         rows += question_rows(picture, maps, questions, guidance_scale=guidance_scale, side=side)
@@ -104,7 +105,8 @@ def question_rows(
         ShapeError: Maps that fit neither each other nor the questions.
         NonFiniteError: A map holds NaN or infinity.
     """
-    picture = _shrunk(picture, side)  # drawn over many times, and large ones take a second each
+    # Drawn over many times, and large ones take a second each.
+    picture = _shrunk(as_picture(picture), side)
     uncond, cond = to_array(maps.uncond, "t c h w"), to_array(maps.cond, "q t c h w")
     if cond.shape != (len(questions), *uncond.shape) or len(uncond) != len(maps.timesteps):
         raise ShapeError(
@@ -171,6 +173,7 @@ def word_panels(
         timestep: End of each title, such as ", t = 50".
         side: Side of a panel in pixels.
     """
+    picture = as_picture(picture)
     titles = [f'where "{word}" is seen{timestep}' for word in words]
     return [
         _over(heat, picture, title, text, side)

@@ -270,6 +270,11 @@ def _upright(image: Image.Image) -> Image.Image:
     return turned
 
 
+def is_plain(image: Image.Image) -> bool:
+    """Whether an image is as `load_image` gives it: upright, in RGB, without transparency."""
+    return image.mode == "RGB" and not image.has_transparency_data and _turn(image) is None
+
+
 def _turn(image: Image.Image) -> Image.Transpose | None:
     """How an image is to be turned by its EXIF."""
     try:
