@@ -120,6 +120,13 @@ def test_a_field_without_default_must_be_given():
     assert "--data" in result.output
 
 
+@pytest.mark.parametrize("names", ["", ",", " , "])
+def test_names_that_are_given_are_names(names):
+    _, result = run(Given, "here", "--data", "d", "--name", names)
+    assert isinstance(result.exception, ConfigError)
+    assert f"an option that takes names got {names!r}" in str(result.exception)
+
+
 @pytest.mark.parametrize("scales", ["1,x", "nan", "inf"])
 def test_numbers_are_numbers(scales):
     _, result = run(Given, "here", "--data", "d", "--scales", scales)

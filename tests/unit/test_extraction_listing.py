@@ -248,8 +248,14 @@ def test_columns_are_refused_where_there_are_none(tmp_path):
         list_pictures(tmp_path, prompt_column="text")
     with pytest.raises(ConfigError, match="is no list, and has no column 'key'"):
         list_pictures(tmp_path, id_column="key")
-    with pytest.raises(ConfigError, match="pictures alone have no column"):
-        list_pictures([tmp_path / "a.png"], prompt_column="text")
+    with pytest.raises(ConfigError, match="is no list, and has no column 'path'"):
+        list_pictures(tmp_path, image_column="path")
+    for column in ("prompt_column", "image_column", "id_column"):
+        with pytest.raises(ConfigError, match="pictures alone have no column 'text'"):
+            list_pictures([tmp_path / "a.png"], **{column: "text"})
+    (tmp_path / "a.txt").write_text("a.png\n")
+    with pytest.raises(ConfigError, match="is a list of paths without columns"):
+        list_pictures(tmp_path / "a.txt", image_column="path")
     with pytest.raises(ConfigError, match="there is no such list"):
         list_pictures(tmp_path / "no.csv")
     with pytest.raises(ConfigError, match="there are no pictures"):

@@ -226,6 +226,8 @@ def test_pictures_and_layers_that_are_none(encoder):
         look(encoder, "no-such-file.png", "red")
     with pytest.raises(TapError, match="no cross-attention in 'nowhere'"):
         look(encoder, noise_picture(), "red", words=True, layers=["nowhere"])
+    with pytest.raises(ConfigError, match="no words are mapped"):
+        look(encoder, noise_picture(), "red", layers="mid_block")
 
 
 def test_words_are_read_near_a_tap():

@@ -133,9 +133,22 @@ def summary_of(kind: type) -> str:
 
 
 def split_names(entries: list[str] | None) -> tuple[str, ...] | None:
-    """Names of an option that takes commas and repetition."""
-    names = tuple(name for entry in entries or () for name in entry.split(",") if name)
+    """Names of an option that takes commas and repetition; None where it was not given.
+
+    Raises:
+        ConfigError: It was given without a name.
+    """
+    names = _parts(entries)
+    if entries and not names:
+        raise ConfigError(
+            f"an option that takes names got {', '.join(map(repr, entries))}; write them like "
+            "mid_block,up_blocks.1, or leave the option out"
+        )
     return names or None
+
+
+def _parts(entries: list[str] | None) -> tuple[str, ...]:
+    return tuple(part for entry in entries or () for part in entry.split(",") if part.strip())
 
 
 def _whole_texts(entries: list[str] | None) -> tuple[str, ...] | None:
@@ -225,7 +238,7 @@ def _members(hint: Any) -> tuple[Any, ...]:
 def _numbers(entries: list[str] | None, flag: str) -> tuple[float, ...] | None:
     """``["1,1.5", "7"]`` to ``(1.0, 1.5, 7.0)``."""
     numbers = []
-    for entry in split_names(entries) or ():
+    for entry in _parts(entries):
         try:
             number = float(entry)
         except ValueError:

@@ -89,12 +89,15 @@ def list_pictures(
             cannot be read; a column that the source does not have.
         PromptError: A picture without a text, where there is a column for them.
     """
+    of_lists = [image_column] * (image_column != "image") + [id_column] * bool(id_column)
     if not isinstance(source, (str, os.PathLike)):
+        if of_lists:
+            raise ConfigError(f"pictures alone have no column {of_lists[0]!r}; give a list of them")
         return _listed_paths(source, prompt_column)
     path = Path(source)
     ending = path.suffix.lower()
-    if id_column is not None and (is_folder(path) or ending not in LIST_ENDINGS):
-        raise ConfigError(f"{printable(path)} is no list, and has no column {id_column!r}")
+    if of_lists and (is_folder(path) or ending not in LIST_ENDINGS):
+        raise ConfigError(f"{printable(path)} is no list, and has no column {of_lists[0]!r}")
     if is_folder(path):
         if prompt_column is not None:
             raise ConfigError(

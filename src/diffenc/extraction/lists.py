@@ -50,7 +50,7 @@ def read_list(path: Path, *, image: str, prompt: str | None, id_: str | None) ->
         raise ConfigError(f"there is no such list: {printable(path)}")
     ending, shown = path.suffix.lower(), printable(path)
     if ending == ".txt":
-        if prompt is not None or id_ is not None:
+        if prompt is not None or id_ is not None or image != "image":
             raise ConfigError(
                 f"{shown} is a list of paths without columns; give a .csv, .jsonl or .parquet file"
             )

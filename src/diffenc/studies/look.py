@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 
+from diffenc.checks.arguments import shown
 from diffenc.checks.arguments import texts as listed
 from diffenc.clip.vision_models import to_image, to_pictures
 from diffenc.denoiser.attention import cross_attention_layers, match_layers, nearest_layers
@@ -143,7 +144,7 @@ def look(
     Raises:
         ImageError: The picture cannot be read.
         ShapeError: More than one picture.
-        ConfigError: The model has no half without a text.
+        ConfigError: The model has no half without a text; or layers, and no words.
         PromptError: No question, one without a word, or a word that no question has.
         TapError: No cross-attention of such a name.
         NonFiniteError: NaN or infinity in the features.
@@ -157,6 +158,11 @@ def look(
         "Towards Multimodal Understanding via Stable Diffusion as a Task-Aware Feature Extractor",
         arXiv:2507.07106, figures 1, 4, 5a and 7.
     """
+    if layers is not None and words is False:
+        raise ConfigError(
+            f"layers={shown(layers)} are those that words are read from, and no words are mapped; "
+            "pass words=True (--words) or words, or leave layers out"
+        )
     texts = _questions(questions)
     named = _words(texts, words, encoder.backbone.tokenizer)
     images = decoded(image)
