@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from diffenc import CrossAttnScorer, ScorerConfig
 from diffenc.cli.main import app
 from diffenc.inputs.pictures import world
+from diffenc.shapes.example import example_picture
 
 
 def run(*arguments):
@@ -86,6 +87,23 @@ def test_a_foreign_picture_under_the_bundled_model_is_warned_of(pictures, monkey
     with pytest.warns(UserWarning, match="knows coloured shapes on a plain background alone"):
         result = run("score", pictures[0], "-t", "a red circle", "--timesteps", "200")
     assert result.exit_code == 0, result.output
+
+
+def test_a_text_that_was_left_out_everywhere_has_no_best_image_and_names_tell_pictures(tmp_path):
+    places = [tmp_path / part / "x.png" for part in ("one", "two")]
+    for place in places:
+        place.parent.mkdir()
+        example_picture(64).save(place)
+    options = ("score", *places, "-t", "a red circle", "-t", "zebra", "--timesteps", "200,700")
+    table = run(*options, "--screen", 1)
+    assert table.exit_code == 0, table.output
+    lines = table.stdout.splitlines()[2:6]
+    assert [line.split()[0] for line in lines] == [str(place) for place in places for _ in "12"]
+    assert not any("dropped" in line and "best" in line for line in lines)
+    content = json.loads(run(*options, "--screen", 1, "--json").stdout)
+    (gone,) = {row.index(None) for row in content["mean"]}
+    assert content["best_image"][gone] is None
+    assert content["best_image"][1 - gone] == 0
 
 
 @pytest.mark.long

@@ -353,6 +353,9 @@ def test_trials_of_a_screened_call_score_the_same_candidates(backbone, images):
     torch.testing.assert_close(several.mean[kept], whole.mean[kept], rtol=0, atol=2e-6)
     best = whole.mean.masked_fill(several.dropped, -torch.inf).argmax(dim=1)
     assert several.best_texts() == [texts[index] for index in best.tolist()]
+    gone = [index for index in range(len(texts)) if several.dropped[:, index].all()]
+    assert gone
+    assert [text for text, image in enumerate(several.best_images()) if image is None] == gone
 
 
 def test_options_that_a_score_does_not_read_are_refused(backbone):

@@ -114,18 +114,21 @@ def _content(scores: "Scores", images: list[Path], model: str) -> dict[str, obje
         "dropped": scores.dropped.tolist(),
         "truncated": list(scores.truncated),
         "best_text": scores.mean.argmax(dim=1).tolist(),
-        "best_image": scores.mean.argmax(dim=0).tolist(),
+        "best_image": scores.best_images(),
     }
 
 
 def _print(scores: "Scores", images: list[Path], model: str) -> None:
     mean, std, dropped = scores.mean, scores.std, scores.dropped
-    best_text, best_image = mean.argmax(dim=1).tolist(), mean.argmax(dim=0).tolist()
+    best_text, best_image = mean.argmax(dim=1).tolist(), scores.best_images()
+    names = [image.name for image in images]
+    if len(set(names)) < len(names):
+        names = list(map(str, images))
     rows = []
-    for i, image in enumerate(images):
+    for i, name in enumerate(names):
         for j, text in enumerate(scores.texts):
             value = "dropped" if dropped[i, j] else f"{mean[i, j]:.4f}"
-            row = [image.name, text, value]
+            row = [name, text, value]
             if len(scores.seeds) > 1:
                 row.append("" if dropped[i, j] else f"{std[i, j]:.4f}")
             if len(scores.texts) > 1:

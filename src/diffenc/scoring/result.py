@@ -50,14 +50,17 @@ class Scores:
         """Text with the highest mean for each image; of equal ones the first."""
         return [self.texts[index] for index in self.mean.argmax(dim=1).tolist()]
 
-    def best_images(self) -> list[int]:
+    def best_images(self) -> list[int | None]:
         """Index of the image with the highest mean for each text; of equal ones the first.
+
+        None for a text that `screen` left out for every image.
 
         Scores that are errors ("diffusion-classifier") do not compare over images, some of which
         are easier than others whatever the text.
         """
         best: list[int] = self.mean.argmax(dim=0).tolist()
-        return best
+        gone: list[bool] = self.dropped.all(dim=0).tolist()
+        return [None if out else image for image, out in zip(best, gone, strict=True)]
 
 
 def stack_trials(trials: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
