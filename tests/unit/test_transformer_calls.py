@@ -205,6 +205,18 @@ def test_a_tower_gives_the_encoders_tokens(models, family):
             assert agree(tower(pixels, prompts=tokens), encoder(pixels, TEXT))
 
 
+@pytest.mark.parametrize("family", [each for each in FAMILIES if each not in JOINT])
+def test_a_prompt_of_one_token_is_read(models, family):
+    pixels = torch.linspace(-1, 1, 3 * 64 * 64).reshape(1, 3, 64, 64)
+    tower = DiffusionVisionTower(f"diffenc:{models / family}?size=64")
+    encoder = DiffusionEncoder.from_pretrained(models / family, size=64)
+    with torch.no_grad():
+        for prompts in (["a"], ["a", ""], ["", "x"]):
+            rows = pixels.expand(len(prompts), -1, -1, -1)
+            assert agree(tower(rows, prompts), encoder(rows, prompts))
+        assert not agree(tower(pixels, ["a"]), encoder(pixels), 1e-3)
+
+
 def test_another_transformer_takes_the_place_of_the_models_own(models, family):
     if family == "pixart":
         other = dit_builders.PIPELINES[family](num_layers=3).transformer

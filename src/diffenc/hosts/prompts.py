@@ -109,9 +109,13 @@ class PromptTokens:
             )
         return self.take([0] * images)
 
-    def is_null(self) -> list[bool]:
-        """Whether each row has no words: start and end alone."""
-        empty: list[bool] = (self.mask.sum(dim=1) <= 2).tolist()
+    def is_null(self, marks: int = 2) -> list[bool]:
+        """Whether each row has no words, but marks alone.
+
+        Args:
+            marks: Number of special tokens around every text, see `Backbone.marks_of_texts`.
+        """
+        empty: list[bool] = (self.mask.sum(dim=1) <= marks).tolist()
         return empty
 
     def is_absent(self) -> list[bool]:
@@ -119,9 +123,16 @@ class PromptTokens:
         nothing: list[bool] = (self.mask.sum(dim=1) == 0).tolist()
         return nothing
 
-    def is_unconditional(self, rule: Uncond) -> list[bool]:
-        """Whether each row reads the unconditional embedding; with "empty", "" does too."""
-        return self.is_null() if rule == "empty" else self.is_absent()
+    def is_unconditional(self, backbone: Backbone, rule: Uncond | None) -> list[bool]:
+        """Whether each row reads the unconditional embedding; with "empty", "" does too.
+
+        Args:
+            backbone: Model that the tokens are of.
+            rule: Rule of the unconditional embedding; None is the model's own.
+        """
+        if (rule or backbone.uncond_rule) == "empty":
+            return self.is_null(backbone.marks_of_texts)
+        return self.is_absent()
 
     @staticmethod
     def concat(parts: "Sequence[PromptTokens]") -> "PromptTokens":
@@ -206,8 +217,8 @@ def embed_tokens(
         use_cache: Whether encoded prompts are looked up in the cache and kept there.
     """
     state = backbone.states().prompts if use_cache else None
-    on_cpu, rule = tokens.to("cpu"), uncond or backbone.uncond_rule
-    absent = on_cpu.is_unconditional(rule)
+    on_cpu = tokens.to("cpu")
+    absent = on_cpu.is_unconditional(backbone, uncond)
     keys: list[tuple[object, ...]] = [
         (state, "", size, uncond) if null else (state, content_key(ids), content_key(mask), size)
         for ids, mask, null in zip(on_cpu.ids, on_cpu.mask, absent, strict=True)

@@ -376,8 +376,7 @@ class DiffusionVisionTower(nn.Module):
 
     def _is_unconditional(self, tokens: PromptTokens) -> bool:
         """Whether the encoder may be given nothing, and look up what it knows of the pictures."""
-        rule = self.spec.uncond or self.encoder.backbone.uncond_rule
-        return all(tokens.is_unconditional(rule))
+        return all(tokens.is_unconditional(self.encoder.backbone, self.spec.uncond))
 
     def _tell_of_null(self) -> None:
         words = self.spec.tokens != "grid"

@@ -197,6 +197,8 @@ class Backbone(nn.Module):
         reads_windows: Whether long texts may be encoded in windows.
         shares_words: Whether all tokenizers split a text in the same way.
         pads_texts: Whether every text has as many states, whatever its length.
+        marks_of_texts: Number of special tokens that the first tokenizer puts around every text: 2
+            for CLIP, which marks start and end.
         reads_sizes: Whether prompts tell the denoiser the size of their picture.
         reads_pooled: Whether the denoiser reads a pooled state of the text beside the others.
         pipeline: Class of diffusers' pipeline that the model is written as.
@@ -211,6 +213,7 @@ class Backbone(nn.Module):
     uncond_rule: Uncond = "empty"
     reads_windows: bool = True
     pads_texts: bool = True
+    marks_of_texts: int = 2
     shares_words: bool = True
     reads_sizes: bool = False
     reads_pooled: bool = False

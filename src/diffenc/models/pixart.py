@@ -41,6 +41,7 @@ class PixArt(Backbone):
 
     family = "pixart"
     reads_windows = pads_texts = False
+    marks_of_texts = 1  # T5 marks the end of a text, Gemma its start
 
     def __init__(
         self,
