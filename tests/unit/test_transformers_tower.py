@@ -15,8 +15,10 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel
 import tiny_llava
 from diffenc import DiffusionEncoder
 from diffenc.errors import BackboneError, ConfigError, ImageError, PromptError, ShapeError
-from diffenc.hosts.prompts import prompt_scope
+from diffenc.hosts.guidance import guide
+from diffenc.hosts.prompts import PromptTokenizer, prompt_scope
 from diffenc.hosts.transformers import DiffEncConfig, DiffEncImageProcessor, DiffEncModel
+from diffenc.models.shapes import shapes_folder
 from loaded import fresh
 
 QUESTIONS = ["what color is the circle?", "how many squares are there?"]
@@ -388,6 +390,50 @@ def test_another_source_is_used_and_checked(tiny_sd_folder):
     model = DiffEncModel(DiffEncConfig("diffenc:shapes", "checkpoint"))
     with pytest.raises(BackboneError, match="other weights than the config"):
         model.load_backbone(str(tiny_sd_folder))
+
+
+def test_a_tower_has_the_sizes_of_its_config_whatever_its_source_takes(tiny_sd_folder):
+    pixel_values = tiny_llava.pixel_values(1)
+    model = DiffEncModel(DiffEncConfig("diffenc:shapes", default_taps=["mid_block"]))
+    encoder = DiffusionEncoder.from_pretrained("shapes", taps="mid_block", timestep=50)
+    torch.testing.assert_close(features(model, pixel_values), encoder(pixel_values))
+    larger = DiffEncModel(DiffEncConfig("diffenc:shapes"))
+    larger.load_backbone("shapes-many")
+    size = (larger.config.num_patches, larger.config.hidden_size)
+    assert features(larger, pixel_values).shape[1:] == size
+    with pytest.raises(BackboneError, match="has other configs than the tower was made for"):
+        DiffEncModel(DiffEncConfig("diffenc:shapes?taps=mid")).load_backbone(str(tiny_sd_folder))
+
+
+def test_a_source_means_the_same_in_every_directory(tmp_path, monkeypatch):
+    shutil.copytree(shapes_folder("shapes"), tmp_path / "own")
+    monkeypatch.chdir(tmp_path)
+    model = DiffEncModel(DiffEncConfig("diffenc:shapes"))
+    model.load_backbone("own")
+    assert model.config.backbone_source == str(tmp_path / "own")
+
+
+def test_a_tower_is_guided_where_its_model_has_gone(tmp_path):
+    shutil.copytree(shapes_folder("shapes"), tmp_path / "own")
+    model = DiffEncModel(DiffEncConfig(f"diffenc:{tmp_path / 'own'}?taps=mid", "checkpoint"))
+    model.load_backbone()
+    shutil.rmtree(tmp_path / "own")
+    guide(model.tower, 3.0)
+    pixel_values, tokens = tiny_llava.pixel_values(1), PromptTokenizer("shapes")("a circle")
+    encoder = DiffusionEncoder.from_pretrained(
+        "shapes", taps="mid_block", timestep=50, conditioning="cfg", guidance_scale=3.0
+    )
+    torch.testing.assert_close(
+        features(model, pixel_values, prompts=tokens), encoder(pixel_values, "a circle")
+    )
+
+
+def test_tokens_of_words_need_a_tokenizer_and_so_no_checkpoint_alone():
+    spec = "diffenc:shapes?tokens=words"
+    with pytest.raises(ConfigError, match="holds the tokenizer that tells words"):
+        DiffEncConfig(spec, "checkpoint")
+    with pytest.raises(ConfigError, match="holds the tokenizer that tells words"):
+        DiffEncModel(DiffEncConfig(spec)).include_backbone()
 
 
 @pytest.mark.parametrize("form", ["call", "preprocess"])

@@ -18,7 +18,9 @@ def guide(tower: DiffusionVisionTower, scale: float) -> None:
     """
     check_guidable(tower.spec.conditioning, tower.vision_tower_name)
     guided = {"conditioning": "cfg", "guidance_scale": scale}
+    known = tower.spec.architecture  # which the place that the spec names may no longer have
     tower.spec = replace(tower.spec, **guided)  # type: ignore[arg-type]  # the spec checks them
+    tower.spec.__dict__["architecture"] = known
     if tower.is_loaded:
         diffusion = getattr(tower.encoder, "diffusion", tower.encoder)
         diffusion.config = replace(diffusion.config, **guided)

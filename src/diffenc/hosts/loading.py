@@ -1,7 +1,7 @@
 """Whether, where and how a tower may load its frozen encoder inside other people's programs."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from diffenc.encoder import DiffusionEncoder
-from diffenc.errors import ConfigError
+from diffenc.errors import BackboneError, ConfigError
 from diffenc.fusion import FusedEncoder
 from diffenc.hosts.spec import TowerSpec
+from diffenc.models import TapInfo
 from diffenc.runtime.defaults import torch_defaults
 
 
@@ -66,20 +67,31 @@ def load_encoder(
     """The frozen encoder of a spec.
 
     Raises:
-        BackboneError: A model cannot be had.
+        BackboneError: A model cannot be had, or is not as the spec's configs say.
         ConfigError: The options do not fit it.
     """
+    # Hosts know sizes by the spec's configs, whatever the model itself takes by default.
+    known = {"taps": tuple(tap.name for tap in spec.tap_infos), "size": spec.image_size}
     with without_zero3():
         encoder = DiffusionEncoder.from_pretrained(
             spec.model,
             device=device,
             dtype=dtype,
             truncate=spec.cut,
-            **spec.encoder_config().to_dict(),
+            **{**spec.encoder_config().to_dict(), **known},
         )
+        if encoder.feature_info != spec.tap_infos:
+            raise BackboneError(
+                f"{spec.model!r} has other configs than the tower was made for: its taps are "
+                f"{_listed(encoder.feature_info)}, and those of the tower {_listed(spec.tap_infos)}"
+            )
         if spec.companion is None:
             return encoder
         return FusedEncoder(spec.companion.name, encoder, spec.how, grid=spec.grid)
+
+
+def _listed(taps: Sequence[TapInfo]) -> str:
+    return ", ".join(f"{tap.name} ({tap.channels} channels, 1/{tap.reduction})" for tap in taps)
 
 
 @contextmanager

@@ -82,11 +82,8 @@ class DiffEncConfig(PretrainedConfig):  # type: ignore[misc]  # transformers is 
         self.architecture = {part: dict(config) for part, config in architecture.items()}
         self.default_taps = list(default_taps)
         tower = self.tower_spec
-        if tower.fuse is not None and backbone_source == INSIDE:
-            raise ConfigError(
-                f"{spec!r} joins a second encoder, which no checkpoint of this tower holds; leave "
-                "backbone_source out, which refers to both"
-            )
+        if backbone_source == INSIDE:
+            check_inside(tower)
         sizes = {
             "hidden_size": tower.hidden_size,
             "image_size": tower.image_size,
@@ -126,3 +123,17 @@ class DiffEncConfig(PretrainedConfig):  # type: ignore[misc]  # transformers is 
     def inside(self) -> bool:
         """Whether the weights of the backbone are part of the checkpoint."""
         return bool(self.backbone_source == INSIDE)
+
+
+def check_inside(spec: TowerSpec) -> None:
+    """Raise a `ConfigError` where a checkpoint cannot hold all that a tower reads with."""
+    if spec.fuse is not None:
+        raise ConfigError(
+            f"{str(spec)!r} joins a second encoder, which no checkpoint of this tower holds; leave "
+            "backbone_source out, which refers to both"
+        )
+    if spec.tokens != "grid":
+        raise ConfigError(
+            f"{str(spec)!r} has tokens of words, and no checkpoint of this tower holds the "
+            "tokenizer that tells words; leave backbone_source out, or take tokens=grid"
+        )

@@ -17,7 +17,7 @@ from diffenc.hosts.adapter import Adapter
 from diffenc.hosts.loading import load_encoder
 from diffenc.hosts.prompts import Prompts, PromptTokens, like_a_prompt
 from diffenc.hosts.tower import DiffusionVisionTower
-from diffenc.hosts.transformers.configuration import INSIDE, DiffEncConfig
+from diffenc.hosts.transformers.configuration import INSIDE, DiffEncConfig, check_inside
 from diffenc.hosts.transformers.inside import (
     build_backbone,
     check_marks,
@@ -29,6 +29,7 @@ from diffenc.hosts.transformers.inside import (
     show_adapter,
     store_tokens,
 )
+from diffenc.models.sources import lasting_source
 
 _PROMPT_ARGUMENTS = ("prompt_input_ids", "prompt_attention_mask", "prompts")
 
@@ -118,7 +119,7 @@ class DiffEncModel(PreTrainedModel):  # type: ignore[misc]  # transformers is se
                 raise ConfigError(
                     "the backbone is loaded already; give its source before the first call"
                 )
-            self.config.backbone_source = source
+            self.config.backbone_source = lasting_source(source)
             self.tower.spec = self.config.tower_spec
         self._require_memory()
         with ExitStack() as stack:
@@ -172,16 +173,12 @@ class DiffEncModel(PreTrainedModel):  # type: ignore[misc]  # transformers is se
         ``backbone_source="checkpoint"`` to the config from the start, and call `load_backbone`.
 
         Raises:
-            ConfigError: The spec joins a second encoder.
+            ConfigError: The spec joins a second encoder, or has tokens of words.
             BackboneError: The model cannot be had.
         """
         if self.config.inside:
             return
-        if self.config.tower_spec.fuse is not None:
-            raise ConfigError(
-                f"{self.config.spec!r} joins a second encoder, which no checkpoint of this tower "
-                "holds; refer to both"
-            )
+        check_inside(self.config.tower_spec)
         self.load_backbone()
         self.config.backbone_source = INSIDE
         self._register(self.tower.encoder.backbone)
