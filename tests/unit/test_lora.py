@@ -145,6 +145,24 @@ def test_what_is_saved_comes_back(unet, tmp_path) -> None:
     assert not any(p.requires_grad for p in lora_parameters(again, "mine").values())
 
 
+@pytest.mark.parametrize("options", [{}, {"alpha": 3.0}], ids=str)
+def test_a_scale_that_was_changed_is_saved(unet, options, tmp_path) -> None:
+    plain = copy.deepcopy(unet)
+    shaken(adapted(unet, **options))
+    layers = [layer for layer in unet.modules() if hasattr(layer, "lora_A")]
+    for layer in layers:
+        layer.set_scale("default", 0.25)
+    expected = run(unet)
+    save_lora(unet, tmp_path)
+    again = copy.deepcopy(plain)
+    load_lora(again, tmp_path)
+    torch.testing.assert_close(run(again), expected)
+    torch.testing.assert_close(run(PeftModel.from_pretrained(plain, tmp_path)), expected)
+    layers[0].set_scale("default", 2.0)
+    with pytest.raises(ConfigError, match="layers of the adapter 'default' have the scales"):
+        save_lora(unet, tmp_path)
+
+
 def test_peft_itself_reads_the_folder(unet, tmp_path) -> None:
     adapted(unet, alpha=5.0)
     shaken(unet)

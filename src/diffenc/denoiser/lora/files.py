@@ -78,7 +78,7 @@ def save_lora(
             none.
 
     Raises:
-        ConfigError: There is no such adapter.
+        ConfigError: There is no such adapter, or its layers have several scales.
         OutputError: The folder cannot be written.
     """
     weights = {
@@ -98,6 +98,7 @@ def save_lora(
     config: Any = copy.copy(unet.peft_config[name])  # type: ignore[index]
     # peft shortens paths to endings that are unique in this very model, and not in a longer one.
     config.target_modules = targets
+    config.lora_alpha = _alpha(config, set(scales.values()), name)
     facts = {**(origin or {}), "fingerprint": fingerprint(unet)}
     target = begin_folder(checked_path("an adapter", folder, error=OutputError), _PEFT_CONFIG)
     write_tensors(target / _PEFT_WEIGHTS, peft)
@@ -105,6 +106,19 @@ def save_lora(
     write_json(target / _ORIGIN, facts)
     with reporting(target):
         config.save_pretrained(str(target))
+
+
+def _alpha(config: Any, scales: set[float], name: str) -> float:
+    """The alpha of an adapter's scale, which peft and diffusers let a program change."""
+    unit = math.sqrt(config.r) if config.use_rslora else config.r
+    if scales == {config.lora_alpha / unit}:
+        return config.lora_alpha  # type: ignore[no-any-return]
+    if len(scales) > 1:
+        raise ConfigError(
+            f"layers of the adapter {name!r} have the scales {sorted(scales)}, and a saved one has "
+            "one alone; set it by layer.set_scale(name, 1.0) of each"
+        )
+    return scales.pop() * unit
 
 
 def read_origin(folder: "str | os.PathLike[str]") -> dict[str, Any]:
