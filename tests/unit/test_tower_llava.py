@@ -212,8 +212,9 @@ def test_prompts_that_fit_neither_samples_nor_images_are_told(model, images) -> 
     with pytest.raises(PromptError, match="2 images"):
         logits(model, ids, images[:3], [ONE, ONE])
     tokens = model.get_vision_tower().tokenize([ONE])
-    with pytest.raises(PromptError, match="vision_prompt_ids"):
-        model(ids, images=images[:2], vision_prompt_mask=tokens.mask)
+    for part in ({"vision_prompt_mask": tokens.mask}, {"vision_prompt_ids": tokens.ids}):
+        with pytest.raises(PromptError, match="vision_prompt_ids and vision_prompt_mask go toget"):
+            model(ids, images=images[:2], **part)
 
 
 def tower_calls(model, monkeypatch) -> list[Any]:

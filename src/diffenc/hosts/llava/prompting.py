@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from diffenc.errors import ConfigError, PromptError
@@ -223,12 +222,12 @@ def _prepare(original: Any) -> Any:
 @contextmanager
 def _samples(ids: Tensor | None, mask: Tensor | None) -> Iterator[None]:
     """The scope of prompts that were passed; the one around the call where there are none."""
-    if ids is None:
-        if mask is not None:
-            raise PromptError(f"{MASK} was passed without {IDS}")
+    if ids is None and mask is None:
         yield
         return
-    tokens = PromptTokens(ids, torch.ones_like(ids) if mask is None else mask)
+    if ids is None or mask is None:
+        raise PromptError(f"{IDS} and {MASK} go together, as tower.tokenize makes them; got one")
+    tokens = PromptTokens(ids, mask)
     with prompt_scope(tokens, per="sample"):
         yield
 
