@@ -84,10 +84,24 @@ def test_it_is_copied_pickled_and_saved(picture, tmp_path) -> None:
         assert twin.size == processor.size
 
 
-@pytest.mark.parametrize("size", [0, -4, {}, {"longest_edge": 3}, 2.5])
+@pytest.mark.parametrize(
+    "size",
+    [
+        *(0, -4, {}, {"longest_edge": 3}, 2.5, True, (64, 96), [64], "64", None),
+        *({"height": 64, "width": 96}, {"shortest_edge": 64, "height": 32}, {"height": [64]}),
+    ],
+    ids=str,
+)
 def test_sizes_that_are_none_are_told(size) -> None:
-    with pytest.raises((ConfigError, TypeError)):
+    with pytest.raises(ConfigError, match="size must be"):
         TowerImageProcessor(size)
+
+
+def test_a_side_is_any_whole_number_and_a_rule_of_resizing_one_that_there_is() -> None:
+    assert TowerImageProcessor(np.int64(32)).size["height"] == 32
+    assert TowerImageProcessor({"height": 32, "width": 32}).crop_size["width"] == 32
+    with pytest.raises(ConfigError, match="resize must be one of"):
+        TowerImageProcessor(32, "stretch")
 
 
 def test_pictures_that_are_none_are_told() -> None:

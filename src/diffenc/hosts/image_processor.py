@@ -1,15 +1,18 @@
 """Pictures to `pixel_values`, in the forms in which hosts ask their image processor."""
 
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
 from diffenc._typing import Resize
+from diffenc.checks.arguments import whole
+from diffenc.config import check_choice
 from diffenc.errors import ConfigError
 from diffenc.inputs.images import to_pixel_values
 
+_EDGES = ("shortest_edge", "height", "width")
 _HALF = [0.5, 0.5, 0.5]
 
 
@@ -20,7 +23,8 @@ class TowerImageProcessor(BaseImageProcessor):  # type: ignore[misc]  # untyped
     `crop_size`, `image_mean` and `image_std`. It holds no tensors, so it may be copied and pickled.
 
     Args:
-        size: Side in pixels, or a mapping that holds it under "shortest_edge" or "height".
+        size: Side in pixels, or a mapping that holds it under "shortest_edge", or "height" and
+            "width".
         resize: Way in which pictures are brought to the size, see `EncoderConfig.resize`; "none" is
             not for towers.
         ignored: Further values that hosts save with an image processor; ignored.
@@ -33,15 +37,16 @@ class TowerImageProcessor(BaseImageProcessor):  # type: ignore[misc]  # untyped
 
     def __init__(self, size: Any = 512, resize: Resize = "squash", **ignored: Any) -> None:
         super().__init__()
-        side = size
-        if not isinstance(size, int):
-            sides = dict(size)
-            side = sides.get("shortest_edge") or sides.get("height")
-        if not isinstance(side, int) or side < 1 or resize == "none":
+        known = dict(size) if hasattr(size, "get") else {"height": size}  # SizeDict is no Mapping
+        sides = [known[edge] for edge in _EDGES if known.get(edge) is not None]
+        if not sides or sides.count(sides[0]) < len(sides) or resize == "none":
             raise ConfigError(
-                f"size must be a side in pixels and resize 'squash', 'crop' or 'pad', got {size!r} "
-                f"and {resize!r}"
+                "size must be a side in pixels, alone or as shortest_edge, height and width, which "
+                f"are alike in a square, and resize 'squash', 'crop' or 'pad', got {size!r} and "
+                f"{resize!r}"
             )
+        side = whole("size", sides[0], least=1)
+        check_choice("resize", resize, get_args(Resize))
         self.size = {"shortest_edge": side, "height": side, "width": side}
         self.crop_size = {"height": side, "width": side}
         self.image_mean, self.image_std = list(_HALF), list(_HALF)
