@@ -136,6 +136,18 @@ def test_ids_are_encoded_as_their_texts_are(folder, request) -> None:
             assert torch.equal(mine.time_ids, expected.time_ids)
 
 
+def test_tokens_of_another_model_are_refused_or_padded_as_this_one_pads(tiny_sd_folder) -> None:
+    backbone = load_backbone(tiny_sd_folder)
+    tokens = PromptTokenizer(str(tiny_sd_folder))("a red circle")
+    padded = PromptTokens(tokens.ids.masked_fill(tokens.mask == 0, 5), tokens.mask)
+    expected, other = (
+        embed_tokens(backbone, each, size=(64, 64), use_cache=False) for each in (tokens, padded)
+    )
+    assert torch.equal(other.prompt_embeds, expected.prompt_embeds)
+    with pytest.raises(PromptError, match="prompts are of 32 tokens, and those of .* to 77"):
+        embed_tokens(backbone, PromptTokenizer("shapes")("a red circle"), size=(64, 64))
+
+
 def test_equal_rows_are_encoded_once_and_remembered(tiny_sd_folder, monkeypatch) -> None:
     backbone = load_backbone(tiny_sd_folder)
     rows = []

@@ -20,7 +20,7 @@ from diffenc.denoiser.transformers import layout_of, word_for
 from diffenc.errors import BackboneError, ConfigError, PromptError, ShapeError, TapError
 from diffenc.inputs.noise import is_flow, signal_levels
 from diffenc.inputs.prompts import PromptEmbeds, count_windows, tokenize, tokenize_windows
-from diffenc.inputs.tokenizing import limits_of, own_places
+from diffenc.inputs.tokenizing import limit_of, limits_of, own_places
 from diffenc.inputs.words import shared_positions
 from diffenc.memory.cache import TensorCache
 from diffenc.memory.digests import scaling_mark, schedule_mark, weights_mark, words_mark
@@ -464,18 +464,28 @@ class Backbone(nn.Module):
             input_ids: Token ids of the (first) tokenizer, padded to its limit.
             attention_mask: Mask that is 1 for a text's own tokens and 0 for padding.
             size: Size of the pictures in pixels, (height, width), as for `embed`.
+
+        Raises:
+            PromptError: Rows of another length, or tokens that a text encoder does not know.
         """
         if not self.shares_words:
             raise ConfigError(
                 f"the text encoders of {self.name!r} split texts in different ways, so that no ids "
                 "stand for a text; pass texts, or embeddings"
             )
+        limit = limit_of(self.tokenizers[0])
+        if input_ids.shape[1] != limit:
+            raise PromptError(
+                f"prompts are of {input_ids.shape[1]} tokens, and those of {self.name!r} are padded "
+                f"to {limit}: another tokenizer made them, or they lack padding. A tower's tokenize "
+                "makes them, and so do processors that have its model as prompt_model"
+            )
         # All tokenizers have the same words and pad with different ones.
         padding = attention_mask.to(input_ids.device) == 0
-        others = [input_ids.masked_fill(padding, each.pad_token_id) for each in self.tokenizers[1:]]
+        ids = [input_ids.masked_fill(padding, each.pad_token_id) for each in self.tokenizers]
         ones = (1,) * len(input_ids)
-        self._prepare_encoders([input_ids, *others])
-        return self._embeds([input_ids, *others], ones, (0,) * len(input_ids), size)
+        self._prepare_encoders(ids)
+        return self._embeds(ids, ones, (0,) * len(input_ids), size)
 
     def _check_text_width(self, encoders: Sequence[Any]) -> None:
         """Raise a `BackboneError` unless text encoders give what the denoiser reads."""
