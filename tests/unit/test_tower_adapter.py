@@ -149,6 +149,17 @@ def test_the_checkpoints_of_hosts_are_searched(tmp_path) -> None:
     assert len(adapter_weights(state)) == 72
 
 
+def test_a_checkpoint_with_adapters_of_two_towers_is_refused(tmp_path) -> None:
+    state = {
+        f"model.{place}vision_tower.{key}": value
+        for place, number in (("", 0.25), ("aux.", 0.5))
+        for key, value in filled(number).state_dict().items()
+    }
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match="holds adapters of several towers"):
+        DiffusionVisionTower(ADAPTED, delay_load=True).load_adapter(tmp_path)
+
+
 def test_the_side_file_wins_over_the_checkpoint(tmp_path) -> None:
     state = {f"model.vision_tower.{k}": v for k, v in filled(0.25).state_dict().items()}
     torch.save(state, tmp_path / "non_lora_trainables.bin")

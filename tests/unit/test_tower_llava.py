@@ -477,3 +477,17 @@ def test_the_callback_writes_adapters_beside_checkpoints(tower, tmp_path, held) 
     other = SimpleNamespace(global_step=9, is_world_process_zero=False)
     callback.on_save(args, other, None, model=model)
     assert not (tmp_path / "checkpoint-9").exists()
+
+
+def test_a_checkpoint_has_no_place_for_two_adapters(tmp_path) -> None:
+    model = torch.nn.Module()
+    for timestep in (50, 300):
+        tower = DiffusionVisionTower(f"diffenc:shapes?t={timestep}&rank=2", delay_load=True)
+        model.add_module(f"tower_{timestep}", tower)
+    with pytest.raises(ConfigError, match="2 towers have an adapter, diffenc:shapes"):
+        AdapterCallback().on_train_begin(None, None, None, model=model)
+    state = SimpleNamespace(global_step=3, is_world_process_zero=True)
+    with pytest.raises(ConfigError, match="a checkpoint has a place for one"):
+        AdapterCallback().on_save(SimpleNamespace(output_dir=tmp_path), state, None, model=model)
+    model.tower_300 = DiffusionVisionTower("diffenc:shapes?t=300", delay_load=True)
+    AdapterCallback().on_train_begin(None, None, None, model=model)

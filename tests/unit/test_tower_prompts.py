@@ -144,7 +144,7 @@ def test_tokens_of_another_model_are_refused_or_padded_as_this_one_pads(tiny_sd_
         embed_tokens(backbone, each, size=(64, 64), use_cache=False) for each in (tokens, padded)
     )
     assert torch.equal(other.prompt_embeds, expected.prompt_embeds)
-    with pytest.raises(PromptError, match="prompts are of 32 tokens, and those of .* to 77"):
+    with pytest.raises(PromptError, match=r"prompts are of 32 tokens, and those of .* to 77"):
         embed_tokens(backbone, PromptTokenizer("shapes")("a red circle"), size=(64, 64))
 
 

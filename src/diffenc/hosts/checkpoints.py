@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffenc.errors import BackboneError
+from diffenc.errors import BackboneError, ConfigError
 from diffenc.hosts.adapter import ADAPTER_FILE, read_adapter
 from diffenc.hosts.spec import TowerSpec
 from diffenc.storage.names import is_file, is_folder
@@ -18,10 +18,23 @@ _ADAPTER_KEY = re.compile(r"(?:.*\.)?vision_tower\.(?:.*\.)?adapter\.(\d+_(?:dow
 
 
 def adapter_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A tower's adapter in a host's state dict, by the adapter's own names."""
-    return {
-        match[1]: value for key, value in state.items() if (match := _ADAPTER_KEY.fullmatch(key))
-    }
+    """A tower's adapter in a host's state dict, by the adapter's own names.
+
+    Raises:
+        ConfigError: Adapters of several towers are in it.
+    """
+    names: dict[str, str] = {}
+    for key in state:
+        if (match := _ADAPTER_KEY.fullmatch(key)) is None:
+            continue
+        if match[1] in names:
+            raise ConfigError(
+                f"a checkpoint holds adapters of several towers, as {names[match[1]]!r} and "
+                f"{key!r}, so it is not known which is this tower's; write each by save_adapter "
+                "into a folder of its own"
+            )
+        names[match[1]] = key
+    return {name: state[key] for name, key in names.items()}
 
 
 def find_adapter(
@@ -41,7 +54,7 @@ def find_adapter(
 
     Raises:
         BackboneError: There is no such file or folder, or a file is broken.
-        ConfigError: The side file belongs to another spec.
+        ConfigError: The side file belongs to another spec, or a file holds several adapters.
     """
     path = Path(source)
     if is_file(path):

@@ -476,9 +476,9 @@ class Backbone(nn.Module):
         limit = limit_of(self.tokenizers[0])
         if input_ids.shape[1] != limit:
             raise PromptError(
-                f"prompts are of {input_ids.shape[1]} tokens, and those of {self.name!r} are padded "
-                f"to {limit}: another tokenizer made them, or they lack padding. A tower's tokenize "
-                "makes them, and so do processors that have its model as prompt_model"
+                f"prompts are of {input_ids.shape[1]} tokens, and those of {self.name!r} are "
+                f"padded to {limit}: another tokenizer made them, or they lack padding. A tower's "
+                "tokenize makes them, and so do processors that have its model as prompt_model"
             )
         # All tokenizers have the same words and pad with different ones.
         padding = attention_mask.to(input_ids.device) == 0
