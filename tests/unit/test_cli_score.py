@@ -10,6 +10,7 @@ from diffenc import CrossAttnScorer, ScorerConfig
 from diffenc.cli.main import app
 from diffenc.inputs.pictures import world
 from diffenc.shapes.example import example_picture
+from diffenc.viz.word_maps import WordMaps
 
 
 def run(*arguments):
@@ -168,6 +169,22 @@ def test_maps_are_drawn_in_rows(tiny_sd_folder, pictures, tmp_path):
         width, height = drawn.size
     assert (width > 4 * 256, height > 2 * 256) == (True, True)  # a picture and seven words
     assert run("maps", pictures[0], "-t", "red", "-o", output).exit_code == 2  # it exists
+
+
+def test_the_figure_of_a_preset_says_what_it_maps(tiny_sd_folder, pictures, tmp_path, monkeypatch):
+    notes = []
+
+    def drawn(_maps, *, title, note):
+        notes.append(note)
+        return Image.new("RGB", (8, 8))
+
+    monkeypatch.setattr(WordMaps, "to_pil", drawn)
+    options = ("-t", "red", "-m", tiny_sd_folder, "--size", 64, "--timesteps", "50,90", "--force")
+    for preset in ((), ("--preset", "daam")):
+        result = run("maps", pictures[0], *options, *preset, "-o", tmp_path / "maps.png")
+        assert result.exit_code == 0, result.output
+    assert ". Share of each cell's attention that the word gets, each word" in notes[0]
+    assert ". Sum over timesteps of the share" in notes[1]
 
 
 @pytest.mark.long

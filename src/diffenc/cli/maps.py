@@ -14,7 +14,11 @@ from diffenc.cli.tables import print_table
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _SHARE = "Share of each cell's attention that the word gets"
-_MEANINGS = {"concept-attention": "Share of each cell that the concept gets among the concepts"}
+_MEANINGS = {
+    "concept-attention": "Share of each cell that the concept gets among the concepts",
+    "daam": "Sum over timesteps of the share of each cell's attention that the word gets, mean "
+    "over its pieces",
+}
 
 
 def _maps(
