@@ -1,5 +1,6 @@
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -276,8 +277,9 @@ def test_sdxls_zeros_score_log_77_and_the_empty_text_does_not(sdxl, images, mode
 
 
 def test_shared_queries_do_not_come_from_sdxls_zeros(sdxl, images):
+    config = scorer_of(sdxl, mode="shared-query").config
     shared = [
-        scorer_of(sdxl, mode="shared-query", uncond=rule)(images, "red")
+        CrossAttnScorer(sdxl, replace(config, uncond=rule))(images, "red")
         for rule in ("zeros", "empty")
     ]
     assert torch.equal(*shared)
@@ -368,6 +370,9 @@ def test_options_that_a_score_does_not_read_are_refused(backbone):
         assert scorer.with_options(preset="paper", **options).config.attention
     with pytest.raises(ConfigError, match="query_prompt is read by mode='shared-query' alone"):
         scorer_of(backbone, query_prompt="a photo")
+    with pytest.raises(ConfigError, match="part of a score without the text, and this one has non"):
+        scorer_of(backbone, "diffusion-classifier", uncond="zeros")
+    assert scorer_of(backbone, "discffusion", uncond="zeros").with_options(uncond=None)
     assert scorer_of(backbone, "calibrated").with_options(attention=False, error_term="mse")
 
 

@@ -250,12 +250,30 @@ def test_other_pictures_of_the_same_names_are_refused_and_a_mended_one_is_not(
     (tmp_path / "first/09.png").write_bytes(whole[:100])
     with pytest.raises(ImageError, match=r"09.png"):
         write_features(tmp_path / "first", tmp_path / "out", make(), shard_size=4)
-    with pytest.raises(OutputError, match="the pictures of these names are others, by the sizes"):
+    with pytest.raises(OutputError, match="the pictures of these names are others, by what a"):
         write_features(tmp_path / "second", tmp_path / "out", make(), shard_size=4)
     (tmp_path / "first/09.png").write_bytes(whole)
     (tmp_path / "first").rename(tmp_path / "moved")
     features = write_features(tmp_path / "moved", tmp_path / "out", make(), shard_size=4)
     torch.testing.assert_close(features.stack(TAP), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_other_pictures_of_the_same_names_and_sizes_are_refused(make, tmp_path):
+    for folder, color in (("first", "red"), ("second", "blue")):
+        (tmp_path / folder).mkdir()
+        for place in range(5):
+            Image.new("RGB", (64, 64), color).save(tmp_path / folder / f"{place}.bmp")
+    with pytest.raises(StopError):
+        write_features(
+            tmp_path / "first", tmp_path / "out", make(), shard_size=1, progress=_stop_after_two
+        )
+    with pytest.raises(OutputError, match="the pictures of these names are others, by what a few"):
+        write_features(tmp_path / "second", tmp_path / "out", make(), shard_size=1)
+
+
+def _stop_after_two(done, _total):
+    if done >= 2:
+        raise StopError
 
 
 def test_a_folder_with_something_else_in_it_is_left_alone(written, pictures, make, tmp_path):

@@ -23,7 +23,7 @@ PICTURE_ENDINGS = frozenset(
 
 ARCHIVE_ENDING = ".tar"
 
-_SIZED = 32
+_SAMPLES, _HEAD = 32, 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +57,14 @@ class Listing:
             digest.update(f"{len(name)} {name}{len(prompt)} {prompt}".encode())
         return digest.hexdigest()
 
-    def sizes(self) -> list[int]:
-        """Sizes of some of the files in bytes, spread over all; -1 where there is none.
+    def samples(self) -> list[str]:
+        """Marks of some of the files, spread over all: size and a digest of how each begins.
 
-        They tell another folder with the same names, and little of a single picture.
+        They tell another folder with the same names, and nothing of a single picture. "" stands
+        for a file that cannot be read.
         """
-        step = max(1, len(self) // _SIZED)
-        return [_size(self.picture, place) for place in range(0, len(self), step)]
+        step = max(1, len(self) // _SAMPLES)
+        return [_mark(self.picture, place) for place in range(0, len(self), step)]
 
 
 def list_pictures(
@@ -272,16 +273,23 @@ def check_apart(listing: Listing, *, has_ids: bool = False) -> None:
             )
 
 
-def _size(picture: Callable[[int], FileSource], place: int) -> int:
-    """Size of a picture's file in bytes, or of its content; -1 where it cannot be had."""
+def _mark(picture: Callable[[int], FileSource], place: int) -> str:
+    """Size of a picture's file in bytes and a digest of its first ones; "" where it has none."""
     try:
         source = picture(place)
-    except ImageError:  # of a member of an archive, which is told when its turn comes
-        return -1
-    if isinstance(source, (str, os.PathLike)):
-        return Path(source).stat().st_size if is_file(source) else -1
-    content = source["bytes"] if isinstance(source, Mapping) else source
-    return len(content) if isinstance(content, (bytes, bytearray, memoryview)) else -1
+        if isinstance(source, (str, os.PathLike)):
+            if not is_file(source):
+                return ""
+            with Path(source).open("rb") as file:
+                size, head = os.fstat(file.fileno()).st_size, file.read(_HEAD)
+        else:
+            content = source["bytes"] if isinstance(source, Mapping) else source
+            if not isinstance(content, (bytes, bytearray, memoryview)):
+                return ""
+            size, head = len(content), bytes(content[:_HEAD])
+    except (ImageError, OSError):  # which is told when the picture's turn comes
+        return ""
+    return f"{size} {hashlib.blake2b(head, digest_size=8).hexdigest()}"
 
 
 def missing_files(listing: Listing) -> dict[int, str]:

@@ -35,7 +35,7 @@ _NAMES = {
     "prompt": "the prompt",
     "pictures": "the number of pictures",
     "listing": "the names, the order or the texts of the pictures",
-    "sizes": "the pictures of these names",
+    "samples": "the pictures of these names",
     "shard_size": "the number of pictures per shard",
     "taps": "the taps",
     "tensors": "the shapes of the features",
@@ -43,8 +43,8 @@ _NAMES = {
 _EFFECTS = {
     "model": ("mark", "trained", "taps", "tensors"),
     "dtype": ("tensors", "mark"),
-    "pictures": ("listing", "sizes"),
-    "listing": ("sizes",),
+    "pictures": ("listing", "samples"),
+    "listing": ("samples",),
     "taps": ("tensors",),
     **dict.fromkeys(("size", "conditioning", "timestep", "grid"), ("tensors",)),
     **dict.fromkeys(("maps", "tokens", "word_tokens", "pool", "output_dtype"), ("tensors",)),
@@ -83,7 +83,7 @@ def make_plan(
         "source": listing.source,
         "pictures": len(listing),
         "listing": listing.digest(),
-        "sizes": listing.sizes(),
+        "samples": listing.samples(),
         "shard_size": shard_size,
         "trained": trained,
         "mark": encoder.backbone.mark(),
@@ -195,9 +195,9 @@ def differences(begun: Mapping[str, Any], plan: Mapping[str, Any]) -> list[str]:
         elif name == "mark":
             if not _same_marks(before, now):
                 lines[name] = f"{_NAMES[name]} are others"
-        elif name == "sizes":
+        elif name == "samples":
             if _are_others(before, now):
-                lines[name] = f"{_NAMES[name]} are others, by the sizes of their files"
+                lines[name] = f"{_NAMES[name]} are others, by what a few of their files hold"
         elif before != now:
             changed = name in ("listing", "trained", "taps", "tensors")
             was = f"was {_shown(before)} and is {_shown(now)}"
@@ -217,7 +217,7 @@ def _option_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> di
 
 
 def _are_others(before: Any, now: Any) -> bool:
-    """Whether most sizes differ: some pictures may have been mended, or be there since."""
+    """Whether most samples differ: some pictures may have been mended, or be there since."""
     if not isinstance(before, list) or not isinstance(now, list) or len(before) != len(now):
         return False
     changed: int = sum(one != other for one, other in zip(before, now, strict=True))

@@ -195,6 +195,11 @@ class ScorerConfig:
                 "error part alone; leave that out, or take a preset with attention, such as "
                 "'calibrated'"
             )
+        if "uncond" in unread and self.uncond is not None and not self.needs_uncond:
+            raise ConfigError(
+                "uncond is the embedding of the part of a score without the text, and this one has "
+                "none: leave it out, or take include_uncond=True or an error_term such as 'l2_gap'"
+            )
         if self.mode == "exact" and "query_prompt" in unread:
             raise ConfigError(
                 "query_prompt is read by mode='shared-query' alone; pass that too, or leave it out"
