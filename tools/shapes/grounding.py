@@ -3,7 +3,7 @@
 Without it, binding a word to a place takes a small U-Net far longer than a small machine has.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,14 +20,22 @@ GROUNDED_LAYERS = ("up_blocks.1", "up_blocks.2")
 def spoken_of(
     tokenizer: CLIPTokenizer, text: str, scene: Scene, *, colors: bool = False
 ) -> list[int]:
-    """Per token of the padded text a bit set of the scene's objects; 0 where it names none.
+    """Per token of the padded text a bit set of the scene's objects; 0 where it names none."""
+    return bit_sets(tokenizer, text, lambda words: named_objects(scene, words, colors=colors))
+
+
+def bit_sets(
+    tokenizer: CLIPTokenizer,
+    text: str,
+    naming: Callable[[Sequence[str]], Sequence[Sequence[int]]],
+) -> list[int]:
+    """Per token of the padded text the objects that it names, as bits.
 
     The tokenizer of the scenes has a token for each of their words.
     """
     ids = tokenizer(text, padding="max_length", truncation=True).input_ids
     words = [piece.removesuffix("</w>") for piece in tokenizer.convert_ids_to_tokens(ids)]
-    named = named_objects(scene, words, colors=colors)
-    return [sum(1 << index for index in objects) for objects in named]
+    return [sum(1 << index for index in objects) for objects in naming(words)]
 
 
 def outside(maps: Mapping[str, Tensor], shares: Tensor, bits: Tensor, weight: Tensor) -> Tensor:

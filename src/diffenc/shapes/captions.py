@@ -128,7 +128,7 @@ def _of_crowd(scene: Scene, rng: random.Random) -> str:
     sized = rng.random() < 0.35
     things = [scene.objects[rng.choice(members)] for _, members in named]
     phrases = [_phrase(thing, rng, sized=sized, colored=True) for thing in things]
-    return _open(join(phrases), rng, be="is" if len(phrases) == 1 else "are")
+    return opened(join(phrases), rng, be="is" if len(phrases) == 1 else "are")
 
 
 def _of_one(scene: Scene, rng: random.Random) -> str:
@@ -138,7 +138,7 @@ def _of_one(scene: Scene, rng: random.Random) -> str:
         return f"{phrase} {PLACE_PHRASES[thing.place]}"
     if rng.random() < 0.15:
         return f"{phrase} on a {scene.background} background"
-    return _open(phrase, rng, be="is")
+    return opened(phrase, rng, be="is")
 
 
 def _of_pair(scene: Scene, first: int, second: int, rng: random.Random) -> str | None:
@@ -171,7 +171,7 @@ def _of_groups(scene: Scene, rng: random.Random) -> str:
                 count=len(members),
             )
         )
-    return _open(join(parts), rng, be="are")  # two objects at least
+    return opened(join(parts), rng, be="are")  # two objects at least
 
 
 def join(parts: Sequence[str]) -> str:
@@ -189,5 +189,6 @@ def _phrase(thing: SceneObject, rng: random.Random, *, sized: bool, colored: boo
     )
 
 
-def _open(phrase: str, rng: random.Random, *, be: str) -> str:
+def opened(phrase: str, rng: random.Random, *, be: str) -> str:
+    """The phrase, or a sentence or title that begins before it; `be` is "is" or "are"."""
     return rng.choice(_OPENINGS).format(phrase, be=be)

@@ -32,7 +32,7 @@ def render(scene: Scene, size: int = 64) -> Image.Image:
     Raises:
         ConfigError: `size` is smaller than 8 pixels.
     """
-    full = _canvas_side(size)
+    full = canvas_side(size)
     canvas = Image.new("RGB", (full, full), GROUND[scene.background])
     draw = ImageDraw.Draw(canvas)
     for thing in scene.objects:
@@ -53,7 +53,7 @@ def masks(scene: Scene, size: int = 64) -> Bool[np.ndarray, "objects size size"]
     Raises:
         ConfigError: `size` is smaller than 8 pixels.
     """
-    full = _canvas_side(size)
+    full = canvas_side(size)
     index = Image.new("L", (full, full), 0)
     draw = ImageDraw.Draw(index)
     for number, thing in enumerate(scene.objects, start=1):
@@ -66,7 +66,12 @@ def masks(scene: Scene, size: int = 64) -> Bool[np.ndarray, "objects size size"]
     return owned
 
 
-def _canvas_side(size: int) -> int:
+def canvas_side(size: int) -> int:
+    """Side of the canvas on which a picture of `size` x `size` pixels is drawn.
+
+    Raises:
+        ConfigError: `size` is smaller than 8 pixels.
+    """
     if size < 8:
         raise ConfigError(f"a picture needs at least 8 pixels a side, got {size}")
     return size * _SUPERSAMPLING

@@ -118,12 +118,7 @@ class Scene:
     def relation(self, first: int, second: int) -> Relation | None:
         """Relation of object `first` to object `second`, or None if no single word is right."""
         a, b = self.objects[first], self.objects[second]
-        dx, dy = a.x - b.x, a.y - b.y
-        if not _dominates(dx, dy):
-            return None
-        if abs(dx) > abs(dy):
-            return "left of" if dx < 0 else "right of"
-        return "above" if dy < 0 else "below"
+        return direction(a.x - b.x, a.y - b.y)
 
     def count(self, *, shape: Shape | None = None, color: Color | None = None) -> int:
         """Number of objects of that shape and colour; None stands for any."""
@@ -137,6 +132,15 @@ class Scene:
         for index, thing in enumerate(self.objects):
             groups.setdefault(thing.kind, []).append(index)
         return list(groups.items())
+
+
+def direction(dx: float, dy: float) -> Relation | None:
+    """Relation of what lies dx to the right and dy below, or None if no single word is right."""
+    if not _dominates(dx, dy):
+        return None
+    if abs(dx) > abs(dy):
+        return "left of" if dx < 0 else "right of"
+    return "above" if dy < 0 else "below"
 
 
 def _dominates(dx: float, dy: float) -> bool:
