@@ -13,7 +13,7 @@ sys.path.insert(0, str(FOLDER))
 from grounding import outside, spoken_of
 from texts import said, training_scene, training_text, wrong_captions
 from train_clip import different_captions
-from train_vae import LATENT_STDS, SCALING_FACTOR, build, correlations, pictures, whiten
+from train_vae import LATENT_STDS, SCALING_FACTOR, build, correlations, drawn, whiten
 from transformers import CLIPTokenizer
 
 from diffenc.models.shapes import shapes_folder
@@ -75,10 +75,10 @@ def test_attention_inside_costs_nothing_and_outside_everything() -> None:
 def test_whitening_changes_the_latents_and_not_the_pictures() -> None:
     torch.manual_seed(0)
     vae = build((16, 32, 64), 64).eval().requires_grad_(False)
-    held_out = pictures(16, "test", size=64, crowds=0.0)
+    held_out = drawn(16, "test", size=64, crowds=0.0, pictures=0.0)
     before = vae.decode(vae.encode(held_out).latent_dist.mode()).sample
     units = torch.tensor(LATENT_STDS) / SCALING_FACTOR
-    whiten(vae, pictures(256, "whiten", size=64, crowds=0.0), units)
+    whiten(vae, drawn(256, "whiten", size=64, crowds=0.0, pictures=0.0), units)
     latents = vae.encode(held_out).latent_dist.mode()
     torch.testing.assert_close(vae.decode(latents).sample, before, rtol=0, atol=1e-3)
     mean, covariance = correlations(latents / units.view(1, 4, 1, 1))

@@ -26,23 +26,18 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from crowd_texts import false_caption
+import worlds
 from denoisers import KINDS, SIGNAL, build_scheduler, own_tokens, taught_by
 from diffusers import AutoencoderKL
-from grounding import outside, spoken_of
-from texts import training_scene, training_text, wrong_captions
+from grounding import outside
 from torch import Tensor
 from torch.nn import functional as F
-from train_clip import pixels
 from training import VALIDATION_SEED, Run, mixed_precision
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffenc.denoiser.attention import CrossAttnTaps
-from diffenc.shapes.crowds import COUNTS, sample_crowd
+from diffenc.shapes.crowds import COUNTS
 from diffenc.shapes.pairs import WINOGROUND_KINDS, WinogroundKind, winoground_items
-from diffenc.shapes.phrases import scene_text
-from diffenc.shapes.render import masks
-from diffenc.shapes.scenes import Scene
 
 Denoise = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Predicts noise of noisy latents, timesteps, text states and which tokens are a text's own."""
@@ -97,6 +92,7 @@ def cached_data(
     *,
     size: int,
     crowds: float,
+    pictures: float,
     colors: bool,
 ) -> dict[str, Tensor]:
     """What the training reads of its scenes, in integers and half precision.
@@ -112,38 +108,29 @@ def cached_data(
     found: dict[str, list[Tensor]] = {"latents": [], "shares": [], "ids": [], "bits": []}
     found["wrong"] = []
     other = random.Random("unet/twins")
-    most = COUNTS[1] if crowds else 3
+    most = COUNTS[1] if crowds or pictures else 3
     for start in range(0, count, CHUNK):
-        drawn = [
-            (sample_crowd(rng), ()) if crowds and rng.random() < crowds else training_scene(rng)
-            for _ in range(CHUNK)
-        ]
+        drawn = [worlds.drawn(rng, crowds=crowds, pictures=pictures) for _ in range(CHUNK)]
         scenes = [scene for scene, _ in drawn]
-        found["latents"].append(encode(vae, pixels(scenes, size)).half())
+        found["latents"].append(encode(vae, worlds.pixels(scenes, size)).half())
         side = found["latents"][0].shape[-1]
-        found["shares"].append(torch.stack([covered(scene, size, side, most) for scene in scenes]))
+        shares = [worlds.covered(scene, size, side, most) for scene in scenes]
+        found["shares"].append(torch.stack(shares))
         texts = [
-            [
-                scene_text(scene, rng)
-                if len(scene.objects) >= COUNTS[0]
-                else training_text(scene, rng, saying=saying)
-                for _ in range(TEXTS_PER_SCENE)
-            ]
+            [worlds.text(scene, rng, saying) for _ in range(TEXTS_PER_SCENE)]
             for scene, saying in drawn
         ]
         ids = text.ids([line for lines in texts for line in lines])
         found["ids"].append(ids.view(CHUNK, TEXTS_PER_SCENE, -1).short())
         wrong = [
-            [false_caption(scene, line, other) for line in lines]
-            if len(scene.objects) >= COUNTS[0]
-            else wrong_captions(scene, lines, other)
+            worlds.false_texts(scene, lines, other)
             for scene, lines in zip(scenes, texts, strict=True)
         ]
         twins = text.ids([line or "" for lines in wrong for line in lines])
         twins *= torch.tensor([[line is not None] for lines in wrong for line in lines])
         found["wrong"].append(twins.view(CHUNK, TEXTS_PER_SCENE, -1).short())
         bits = [
-            [spoken_of(text.tokenizer, line, scene, colors=colors) for line in lines]
+            [worlds.named(text.tokenizer, line, scene, colors=colors) for line in lines]
             for scene, lines in zip(scenes, texts, strict=True)
         ]
         found["bits"].append(torch.tensor(bits, dtype=torch.int16))
@@ -154,14 +141,6 @@ def cached_data(
     return data
 
 
-def covered(scene: Scene, size: int, side: int, most: int) -> Tensor:
-    """Share of each of `side` x `side` latent cells that an object covers, in 255ths."""
-    seen = torch.from_numpy(masks(scene, size)).float()
-    shares = torch.zeros(most, side, side)
-    shares[: len(seen)] = F.avg_pool2d(seen, size // side)
-    return (255 * shares).round().byte()
-
-
 @torch.no_grad()
 def winoground_text(
     denoise: Denoise, vae: AutoencoderKL, text: Text, kind: WinogroundKind, items: int
@@ -169,7 +148,7 @@ def winoground_text(
     """Text, image and group score in percent, by negative squared error with shared noise."""
     pairs = winoground_items(items, seed=VALIDATION_SEED, kinds=[kind])
     size = vae.config.sample_size
-    latents = encode(vae, pixels([scene for pair in pairs for scene in pair.scenes], size))
+    latents = encode(vae, worlds.pixels([scene for pair in pairs for scene in pair.scenes], size))
     ids = text.ids([caption for pair in pairs for caption in pair.captions])
     states, own = text.states(ids), own_tokens(ids)
     rows = torch.arange(2 * items)
@@ -249,6 +228,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("runs/shapes"))
     parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
     parser.add_argument("--crowds", type=float, default=0.0, help="share of crowded scenes")
+    parser.add_argument("--pictures", type=float, default=0.0, help="share of little pictures")
     parser.add_argument("--colors", action="store_true", help="ground colour words and 'object'")
     parser.add_argument("--grounding", type=float, default=GROUNDING_WEIGHT)
     parser.add_argument(
@@ -272,6 +252,7 @@ def main() -> None:
         text,
         size=options.size,
         crowds=options.crowds,
+        pictures=options.pictures,
         colors=options.colors,
     )
     side = data["latents"].shape[-1]

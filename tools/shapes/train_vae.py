@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import worlds
 from detector import detect
 from diffusers import AutoencoderKL
 from PIL import Image
@@ -29,6 +30,7 @@ from torch.nn import functional as F
 from training import VALIDATION_SEED, Run
 
 from diffenc.shapes.crowds import sample_crowd
+from diffenc.shapes.pictures import sample_pictures
 from diffenc.shapes.render import render_array
 from diffenc.shapes.scenes import sample_scene, sample_scenes
 
@@ -56,18 +58,21 @@ where they are.
 """
 
 
-def pictures(count: int, seed: str, *, size: int, crowds: float) -> Tensor:
-    """Rendered scenes in [-1, 1], a share of them crowded; some overlap, as users' own may."""
+def drawn(count: int, seed: str, *, size: int, crowds: float, pictures: float) -> Tensor:
+    """Rendered scenes in [-1, 1], shares of them crowded or of little pictures.
+
+    Some of the others overlap, as users' own may.
+    """
     rng = random.Random(seed)
-    scenes = [
-        sample_crowd(rng)
+    scenes: list[worlds.AnyScene] = [
+        sample_pictures(rng)
+        if pictures and rng.random() < pictures
+        else sample_crowd(rng)
         if crowds and rng.random() < crowds
         else sample_scene(rng, overlap=rng.choice((0.0, 0.5)))
         for _ in range(count)
     ]
-    pixels = np.stack([render_array(scene, size) for scene in scenes])
-    values = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return values.contiguous(memory_format=torch.channels_last)
+    return worlds.pixels(scenes, size).contiguous(memory_format=torch.channels_last)
 
 
 def build(channels: Sequence[int], size: int) -> AutoencoderKL:
@@ -147,12 +152,13 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
     parser.add_argument("--channels", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--crowds", type=float, default=0.0, help="share of crowded scenes")
+    parser.add_argument("--pictures", type=float, default=0.0, help="share of little pictures")
     parser.add_argument("--stds", type=float, nargs=4, default=LATENT_STDS)
     parser.add_argument("--warm-start", type=Path, help="a diffusers folder to go on from")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    draw = partial(pictures, size=options.size, crowds=options.crowds)
+    draw = partial(drawn, size=options.size, crowds=options.crowds, pictures=options.pictures)
     units = torch.tensor(options.stds) / SCALING_FACTOR
     vae = build(options.channels, options.size)
     if options.warm_start is not None:

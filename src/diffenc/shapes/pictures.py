@@ -1,7 +1,7 @@
 """Scenes of little pictures: five to nine things such as a dog, a pizza or a car.
 
 Where shapes share colours and outlines and a question has to say which is meant, each of these has
-a word of its own. What they look like is in `diffenc/shapes/art`, whose licence lies beside it.
+a word of its own. They are emoji of Noto Emoji, see `diffenc/shapes/art`.
 """
 
 import math
