@@ -167,6 +167,22 @@ def test_preprocessing_is_clip_s_own(tmp_path):
     assert (seen[0] - expected).abs().max() < 0.2
 
 
+@pytest.mark.parametrize("by_name", [True, False])
+def test_the_preprocessing_that_was_passed_counts_and_is_saved(tmp_path, by_name):
+    tiny_clip().save_pretrained(tmp_path / "clip")
+    loaded = CLIPVisionModelWithProjection.from_pretrained(tmp_path / "clip")
+    processor = CLIPImageProcessor(
+        image_mean=[0.1, 0.2, 0.3], image_std=[0.5, 0.6, 0.7], do_center_crop=False
+    )
+    encoder = tiny_encoder()
+    encoder.add_captioner(tmp_path / "clip" if by_name else loaded, processor=processor)
+    encoder.save_pretrained(tmp_path / "saved", include_backbone=True)
+    for each in (encoder, DiffusionEncoder.from_pretrained(tmp_path / "saved")):
+        assert each.clip.mean == (0.1, 0.2, 0.3)
+        assert each.clip.std == (0.5, 0.6, 0.7)
+        assert not each.clip.crops
+
+
 def test_pictures_and_prompts_change_what_it_says(encoder):
     opened(encoder)
     plain = tiny_encoder()

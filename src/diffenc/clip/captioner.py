@@ -5,6 +5,7 @@ begins at zero, so that training starts from exactly what the prompt alone gives
 """
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -226,11 +227,12 @@ class ClipEmbedder(nn.Module):
 
     @classmethod
     @lasting
-    def from_name(cls, name: "str | os.PathLike[str]") -> "ClipEmbedder":
+    def from_name(cls, name: "str | os.PathLike[str]", *, processor: Any = None) -> "ClipEmbedder":
         """Load a CLIP and the values of its preprocessing.
 
         Args:
             name: A folder, a Hub id, or "shapes-clip", the bundled miniature.
+            processor: Image processor, or the values of one; None takes what lies beside the model.
 
         Raises:
             BackboneError: There is no CLIP of that name.
@@ -243,12 +245,11 @@ class ClipEmbedder(nn.Module):
             source = model_folder(name)
             # The embedding is small work and remembered: no half precision, whatever the file has.
             model = load_whole(CLIPVisionModelWithProjection, label)
-        try:
-            processor, _ = ImageProcessingMixin.get_image_processor_dict(
-                source, local_files_only=True
-            )
-        except OSError:
-            processor = None
+        if processor is None:
+            with suppress(OSError):  # there is none beside it
+                processor, _ = ImageProcessingMixin.get_image_processor_dict(
+                    source, local_files_only=True
+                )
         return cls(model, name=lasting_name(name), processor=processor)
 
     @property

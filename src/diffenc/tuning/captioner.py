@@ -199,5 +199,5 @@ def _embedder(clip: Any, processor: Any) -> ClipEmbedder:
         )
     if isinstance(clip, (str, os.PathLike)):
         checked_path("a CLIP", clip, error=BackboneError)
-        return ClipEmbedder.from_name(clip)
+        return ClipEmbedder.from_name(clip, processor=processor)
     return ClipEmbedder(clip, processor=processor)
