@@ -89,6 +89,14 @@ def test_a_system_message_comes_first():
     assert read(tokenizer, encoded.input_ids).startswith("<bos><|system|>be brief\n<|user|>")
 
 
+def test_a_system_message_that_the_template_leaves_out_is_refused():
+    deaf = tiny_lm_tokenizer(template=TEMPLATE.replace("<|system|>{{ m['content'] }}", ""))
+    for tokenizer, template in ((deaf, "chat"), (tiny_lm_tokenizer(), "plain")):
+        Chat(tokenizer, template)
+        with pytest.raises(ConfigError, match=f"'{template}' has no place for a system message"):
+            Chat(tokenizer, template, system="be brief")
+
+
 @pytest.mark.parametrize(
     ("turns", "message"),
     [

@@ -84,8 +84,8 @@ class Chat:
         template: Name of the template that is used, never "auto".
 
     Raises:
-        ConfigError: "chat" without a chat template, or a tokenizer that cannot tell where its
-            tokens stand in a text.
+        ConfigError: "chat" without a chat template, a system message without a place in the
+            template, or a tokenizer that cannot tell where its tokens stand in a text.
 
     Source:
         Templates "v1" and "plain": Liu et al. 2023 (LLaVA-1.5), arXiv:2310.03744, and its code.
@@ -116,6 +116,11 @@ class Chat:
                     stacklevel=3,
                 )
         self.tokenizer, self.template, self.system = tokenizer, template, system
+        if system and system.strip() not in self.text([{"from": "human", "value": ""}]):
+            raise ConfigError(
+                f"the template {template!r} has no place for a system message, which is missing in "
+                "the text that the model reads; leave system out, or say it in the first question"
+            )
 
     def encode(self, turns: Turns) -> ChatTokens:
         """Token ids and labels of a conversation.
