@@ -90,6 +90,9 @@ def test_tokens_that_were_encoded_before_take_the_place_of_pictures():
         vlm(ids, image_tokens=[tokens[0], tokens[0]])
     with pytest.raises(ShapeError, match="pictures have 2 tokens, and 3 were announced"):
         vlm(ids, image_tokens=[tokens[0][:2]])
+    for beside in ({"images": [picture(2)]}, {"prompts": ["other"]}):
+        with pytest.raises(ConfigError, match="pass image_tokens alone"):
+            vlm(ids, image_tokens=list(tokens), **beside)
 
 
 def greedy(vlm, question, pictures, prompt, steps):
@@ -177,6 +180,14 @@ def test_numbers_that_do_not_fit_are_refused(images, questions, prompts, message
 def test_options_that_give_several_answers_to_a_question_are_refused(options):
     with pytest.raises(ConfigError, match=f"{next(iter(options))}=.* one answer per question"):
         make().generate(picture(0), ["a"], **SHORT, **options)
+    vlm = make()
+    for name, value in options.items():
+        setattr(vlm.language_model.generation_config, name, value)
+    with pytest.raises(ConfigError, match=f"{next(iter(options))}=.* one answer per question"):
+        vlm.generate(picture(0), ["a"], **SHORT)
+    config = vlm.language_model.generation_config
+    with pytest.raises(ConfigError, match=f"{next(iter(options))}=.* one answer per question"):
+        make().generate(picture(0), ["a"], **SHORT, generation_config=config)
 
 
 def test_a_forward_pass_names_the_sample_whose_pictures_do_not_fit():
@@ -417,3 +428,26 @@ def test_another_tokenizer_than_the_one_that_was_saved_is_refused(
     vlm.save_pretrained(tmp_path / "saved", include_language_model=False)
     with pytest.raises(BackboneError, match="has not the tokenizer"):
         DiffusionVLM.from_pretrained(tmp_path / "saved")
+
+
+def test_an_answer_ends_where_the_template_ends_it_whatever_the_language_model_says():
+    vlm = make(template="v1")
+    assert vlm.language_model.generation_config.eos_token_id == 2
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    assert vlm.chat.encode(turns).labels[-1] == 2
+    steps = []
+
+    def ends_third(_, scores):
+        steps.append(1)
+        chosen = torch.zeros_like(scores)
+        chosen[:, 2 if len(steps) == 3 else 50] = 1
+        return chosen
+
+    for own in (None, 9, [9, 2]):
+        steps.clear()
+        vlm.language_model.generation_config.eos_token_id = own
+        vlm.generate(None, "a", max_new_tokens=8, logits_processor=[ends_third])
+        assert len(steps) == 3
+    steps.clear()
+    vlm.generate(None, "a", max_new_tokens=8, logits_processor=[ends_third], eos_token_id=9)
+    assert len(steps) == 8

@@ -80,6 +80,11 @@ class PictureInputs(nn.Module):
         side: Any = "right",
         more: int = 0,
     ) -> Spliced:
+        if image_tokens is not None and (images is not None or prompts is not None):
+            raise ConfigError(
+                "image_tokens are what the encoder made of pictures and prompts, which it is not "
+                "called with again; pass image_tokens alone, or leave them out"
+            )
         shown = [pictures_of(entry) for entry in images or [None] * len(input_ids)]
         if len(shown) != len(input_ids):
             raise ShapeError(f"images for {len(shown)} samples, and {len(input_ids)} texts")

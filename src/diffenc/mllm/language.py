@@ -106,6 +106,14 @@ def filler_id(tokenizer: Any) -> int:
     )
 
 
+def ends_of(generation_config: Any, tokenizer: Any) -> list[int] | None:
+    """Tokens that end an answer: the config's, and the tokenizer's, which templates write."""
+    own = generation_config.eos_token_id
+    ends = own if isinstance(own, (list, tuple)) else [own]
+    known = (token for token in (*ends, tokenizer.eos_token_id) if token is not None)
+    return list(dict.fromkeys(known)) or None
+
+
 def width_of(language_model: Any) -> int:
     """Channels of a token's embedding."""
     embedding: Any = language_model.get_input_embeddings()

@@ -20,6 +20,7 @@ from diffenc.mllm.chat import IGNORE_ID, Chat, Template, Turns
 from diffenc.mllm.inputs import PictureInputs, check_encoder
 from diffenc.mllm.language import (
     add_language_lora,
+    ends_of,
     filler_id,
     load_language_model,
     width_of,
@@ -221,7 +222,7 @@ class DiffusionVLM(PictureInputs):
             prompts: Prompts of the encoder, one per sample; all pictures of a sample share it.
             labels: Labels in the shape of `input_ids`, `IGNORE_ID` where nothing is learnt.
             image_tokens: Tokens that `encode_images` gave for every picture in order, in place of
-                `images`.
+                `images` and `prompts`.
             num_items_in_batch: Number by which the summed loss is divided; None is the number of
                 labels.
 
@@ -232,6 +233,7 @@ class DiffusionVLM(PictureInputs):
             ShapeError: Pictures and their places in the texts differ in number, or a sample is
                 longer than the context.
             PromptError: Prompts and samples differ in number.
+            ConfigError: Tokens of pictures, and pictures or prompts beside them.
         """
         from transformers.modeling_outputs import CausalLMOutput
 
@@ -290,7 +292,8 @@ class DiffusionVLM(PictureInputs):
             NonFiniteError: The projector or the language model gave NaN.
             ConfigError: An option that gives something else than one answer per question.
         """
-        _check_single(options)
+        own = self.language_model.generation_config
+        _check_single(options, options.get("generation_config") or own)
         question_texts, shown = samples_of(images, questions)
         turns = [
             with_marks(each, len(own)) for each, own in zip(question_texts, shown, strict=True)
@@ -306,7 +309,13 @@ class DiffusionVLM(PictureInputs):
                 max_new_tokens=max_new_tokens,
                 do_sample=do_sample,
                 logits_processor=[_require_numbers, *(options.pop("logits_processor", None) or [])],
-                **{"pad_token_id": filler_id(self.tokenizer), **options},
+                **{
+                    "pad_token_id": filler_id(self.tokenizer),
+                    "eos_token_id": ends_of(
+                        options.get("generation_config") or own, self.tokenizer
+                    ),
+                    **options,
+                },
             )
         answers = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
         return [answer.strip() for answer in answers]
@@ -347,13 +356,20 @@ class DiffusionVLM(PictureInputs):
                 self.train(was_training)
 
 
-def _check_single(options: Mapping[str, Any]) -> None:
-    """Raise a `ConfigError` where transformers would give more than one row per question."""
+def _check_single(options: Mapping[str, Any], config: Any) -> None:
+    """Raise a `ConfigError` where transformers would give more than one row per question.
+
+    Args:
+        options: Arguments of transformers' `generate`.
+        config: Generation config, which has what is not among them.
+    """
     for name, usual in (("num_return_sequences", 1), ("return_dict_in_generate", False)):
-        if options.get(name) not in (None, usual):
+        value = options.get(name, getattr(config, name, None))
+        if value not in (None, usual):
             raise ConfigError(
-                f"{name}={options[name]!r} gives something else than one answer per question; "
-                "leave it out, and ask a question as often as there shall be answers"
+                f"{name}={value!r} gives something else than one answer per question; leave it "
+                "out, here and in the generation config, and ask a question as often as there "
+                "shall be answers"
             )
 
 
