@@ -18,6 +18,7 @@ from diffenc.errors import (
 from diffenc.mllm import IGNORE_ID, IMAGE_ID, DiffusionVLM, VisionTokens, pad, tokens_per_image
 from diffenc.projector import Projector
 from vlm_builders import (
+    TEMPLATE,
     RecordingEncoder,
     picture,
     save_tiny_lm,
@@ -428,6 +429,20 @@ def test_another_tokenizer_than_the_one_that_was_saved_is_refused(
     vlm.save_pretrained(tmp_path / "saved", include_language_model=False)
     with pytest.raises(BackboneError, match="has not the tokenizer"):
         DiffusionVLM.from_pretrained(tmp_path / "saved")
+
+
+def test_a_model_with_an_adapter_keeps_the_tokenizer_it_was_trained_with(
+    lm_folder, vision_folder, tmp_path
+):
+    tokenizer = tiny_lm_tokenizer(template=TEMPLATE.replace("<|user|>", "<|user|>they say "))
+    vlm = DiffusionVLM(VisionTokens.from_pretrained(vision_folder), lm_folder, tokenizer)
+    vlm.add_language_lora(rank=2, alpha=4)
+    vlm.save_pretrained(tmp_path)
+    turns = [{"from": "human", "value": "hi"}]
+    assert DiffusionVLM.from_pretrained(tmp_path).chat.text(turns) == vlm.chat.text(turns)
+    (tmp_path / "lora" / "tokenizer.json").unlink()
+    with pytest.raises(BackboneError, match="cannot load a tokenizer"):
+        DiffusionVLM.from_pretrained(tmp_path)
 
 
 def test_an_answer_ends_where_the_template_ends_it_whatever_the_language_model_says():

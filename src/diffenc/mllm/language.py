@@ -164,6 +164,19 @@ def open_language_lora(folder: Path) -> StoredWeights:
     return StoredWeights({folder / "adapter_model.safetensors": None}, where=str(folder))
 
 
+def open_language_tokenizer(folder: Path) -> Any:
+    """The tokenizer beside a language model's LoRA adapter.
+
+    Raises:
+        BackboneError: There is none.
+    """
+    from transformers import AutoTokenizer
+
+    with loading("a tokenizer", str(folder), instead="Save the model again."):
+        refuse_remote_code(folder)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
 def check_language_lora(language_model: Any, weights: StoredWeights) -> None:
     """Raise unless an adapter that peft has loaded is the one in its files.
 

@@ -24,7 +24,12 @@ from diffenc.errors import BackboneError, ConfigError, PromptError
 from diffenc.fusion import FusedEncoder
 from diffenc.inputs.policies import parse_policy
 from diffenc.memory.digests import is_alike, is_marked, weights_mark, words_mark
-from diffenc.mllm.language import check_language_lora, load_language_model, open_language_lora
+from diffenc.mllm.language import (
+    check_language_lora,
+    load_language_model,
+    open_language_lora,
+    open_language_tokenizer,
+)
 from diffenc.mllm.vision import VisionTokens
 from diffenc.projector.fused import FusedProjector
 from diffenc.projector.plain import Projector
@@ -246,6 +251,8 @@ def load(
         weights = open_language_lora(source / LORA)
         model = _with_lora(model, source / LORA, trainable)
         check_language_lora(model, weights)
+    if adapted and language_model is None:
+        tokenizer = open_language_tokenizer(source / LORA)
     projector = _load_projector(source / PROJECTOR).to(device)
     options = ("template", "system", "prompt_policy", "image_batch_size")
     return (encoder, model, tokenizer, projector), {key: getattr(saved, key) for key in options}
