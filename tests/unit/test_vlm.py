@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import BitImageProcessor
 
 from diffenc.encoder import DiffusionEncoder
 from diffenc.errors import (
@@ -466,3 +467,14 @@ def test_an_answer_ends_where_the_template_ends_it_whatever_the_language_model_s
     steps.clear()
     vlm.generate(None, "a", max_new_tokens=8, logits_processor=[ends_third], eos_token_id=9)
     assert len(steps) == 8
+
+
+def test_a_baseline_refuses_pictures_that_are_not_of_the_size_it_counts_on(vision_folder):
+    loose = BitImageProcessor(
+        size={"height": 16, "width": 16}, do_resize=False, do_center_crop=False
+    )
+    vision = VisionTokens.from_pretrained(vision_folder, image_processor=loose)
+    assert vision(picture(1, (16, 16))).shape == (1, 4, 8)
+    for size in ((64, 64), (32, 16)):
+        with pytest.raises(ShapeError, match="says that it makes 2 x 2 patches"):
+            vision(picture(1, size))

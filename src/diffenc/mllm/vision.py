@@ -84,6 +84,7 @@ class VisionTokens(VisionModel):
         if not -depth - 1 <= layer <= depth:
             raise ConfigError(f"layer must be {-depth - 1} to {depth}, got {layer}")
         self.hidden_size = width
+        self.patch = patch
         self.side = processed_side(image_processor) // patch
         self.model.eval().requires_grad_(False)
 
@@ -178,6 +179,12 @@ class VisionTokens(VisionModel):
             hidden: Tensor = self.model(sources)
             return hidden
         pixel_values = process(self.image_processor, to_pictures(sources))["pixel_values"]
+        if {side // self.patch for side in pixel_values.shape[-2:]} != {self.side}:
+            raise ShapeError(
+                f"the image processor gives {tuple(pixel_values.shape[-2:])} pixels, and says that "
+                f"it makes {self.side} x {self.side} patches of {self.patch}; pass one that "
+                "resizes or crops all pictures to its size"
+            )
         inputs = pixel_values.to(self.device, self.dtype)
         with lock_of(self.model), torch.no_grad():
             states = self.model(inputs, output_hidden_states=True).hidden_states[self.layer]
