@@ -111,6 +111,20 @@ def greedy(vlm, question, pictures, prompt, steps):
     return vlm.tokenizer.decode(found, skip_special_tokens=True).strip()
 
 
+def test_prompts_of_pictures_that_are_encoded_are_as_many_as_these():
+    pictures = [picture(0), picture(1)]
+    for step in (None, 1):
+        vlm = make(image_batch_size=step)
+        with pytest.raises(PromptError, match="got one text for 2 pictures"):
+            vlm.encode_images(pictures, "what colour?")
+        for prompts in (["a", "b", "c"], ["a"]):
+            with pytest.raises(PromptError, match=f"{len(prompts)} prompts for 2 pictures"):
+                vlm.encode_images(pictures, prompts)
+        with pytest.raises(PromptError, match="got one text for 1 samples"):
+            vlm(torch.tensor([[5, IMAGE_ID]]), images=pictures[:1], prompts="a")
+        assert not vlm.encoder.calls
+
+
 @torch.no_grad()
 def test_answers_are_the_likeliest_tokens_whatever_else_is_in_the_batch():
     vlm = make()
@@ -235,6 +249,10 @@ def test_generation_leaves_the_mode_as_it_was_also_after_an_error():
     with pytest.raises(ShapeError):
         vlm.generate(picture(0), "a", max_new_tokens=10_000)
     assert vlm.training
+    vlm.language_model.eval()  # as a frozen part is kept while others train
+    vlm.generate(picture(0), "a", **SHORT)
+    assert not any(module.training for module in vlm.language_model.modules())
+    assert vlm.projector.training
 
 
 def test_checkpointing_gives_the_same_gradients():

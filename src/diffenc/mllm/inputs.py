@@ -59,7 +59,12 @@ class PictureInputs(nn.Module):
         Args:
             images: One picture or more.
             prompts: Prompts, one for each picture; None is unconditional.
+
+        Raises:
+            PromptError: Prompts and pictures differ in number.
         """
+        if prompts is not None:
+            _check_prompts(prompts, len(images), "pictures")
         step = self.image_batch_size or len(images)
         tokens = []
         for first in range(0, len(images), step):
@@ -88,8 +93,8 @@ class PictureInputs(nn.Module):
         shown = [pictures_of(entry) for entry in images or [None] * len(input_ids)]
         if len(shown) != len(input_ids):
             raise ShapeError(f"images for {len(shown)} samples, and {len(input_ids)} texts")
-        if prompts is not None and len(prompts) != len(input_ids):
-            raise PromptError(f"{len(prompts)} prompts for {len(input_ids)} samples")
+        if prompts is not None:
+            _check_prompts(prompts, len(input_ids), "samples")
         _check_places(input_ids, attention_mask, shown, image_tokens)
         each = self.tokens_per_image
         if each is not None:
@@ -132,6 +137,13 @@ class PictureInputs(nn.Module):
         longest = int((keep.sum(1) + pictures * (each - 1)).max())
         if longest + more > self.context:
             raise _too_long(longest, more, self.context, int(pictures.max()), each)
+
+
+def _check_prompts(prompts: Sequence[str], count: int, what: str) -> None:
+    if isinstance(prompts, str):
+        raise PromptError(f"got one text for {count} {what}; pass a list with a prompt for each")
+    if len(prompts) != count:
+        raise PromptError(f"{len(prompts)} prompts for {count} {what}")
 
 
 def _check_places(

@@ -348,12 +348,13 @@ class DiffusionVLM(PictureInputs):
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         with lock_of(self):  # its mode is that of all threads
-            was_training = self.training
+            modes = {module: module.training for module in self.modules()}
             self.eval()
             try:
                 yield
             finally:
-                self.train(was_training)
+                for module, was_training in modes.items():
+                    module.training = was_training
 
 
 def _check_single(options: Mapping[str, Any], config: Any) -> None:
