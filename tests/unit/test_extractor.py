@@ -50,6 +50,13 @@ def test_rows_are_what_the_encoder_gives_and_other_columns_stay(make, encoder, p
     assert result["label"].tolist() == [3, 1, 4, 1, 5]
 
 
+def test_one_text_for_a_batch_is_read_as_a_whole_and_not_by_letters(make, pictures):
+    extractor = make()
+    shown = list(map(extractor.prepare(), pictures[:2]))
+    one, each = (extractor.read(shown, prompts).tensors for prompts in ("ab", ["ab", "ab"]))
+    assert all(torch.equal(one[tap], each[tap]) for tap in TAPS)
+
+
 def test_cells_are_pooled_to_one_vector(make, encoder, pictures):
     maps = encoder.extract(pictures)
     mean, most = (make(tokens=True, pool=pool)({"image": pictures}) for pool in ("mean", "max"))

@@ -257,3 +257,9 @@ def test_tokens_that_the_text_encoder_does_not_know_are_refused():
     with pytest.raises(PromptError, match="tokens were added to the tokenizer alone"):
         backbone.embed_ids(ids, mask, size=(16, 16))
     assert len(backbone.embed(["a red circle"], size=(16, 16))) == 1
+
+
+def test_one_text_in_the_place_of_several_is_refused(either):
+    for read in (token_ids, tokenize, count_windows):
+        with pytest.raises(PromptError, match=r"got one string, 'ab'; pass \[text\]"):
+            read(either, "ab")

@@ -241,18 +241,18 @@ class Extractor:
         """
         return row_shapes(self.encoder, self.kept)
 
-    def read(self, pictures: Sequence[Any], prompts: Sequence[str] | None = None) -> Rows:
+    def read(self, pictures: Sequence[Any], prompts: str | Sequence[str] | None = None) -> Rows:
         """Features of one batch, as tensors.
 
         Args:
             pictures: What the function of `prepare` gave.
-            prompts: One text for each; None takes `prompt`.
+            prompts: One text for all or one for each; None takes `prompt`.
 
         Raises:
             DiffencError: See `DiffusionEncoder.extract`.
         """
         with range_known():
-            texts = self.prompt if prompts is None else list(prompts)
+            texts = self.prompt if prompts is None else prompts
             return read_rows(self.encoder, list(pictures), texts, self.kept)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:

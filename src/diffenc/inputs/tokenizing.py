@@ -51,7 +51,12 @@ def token_ids(
             neither used nor changed.
         texts: Texts, any number of them.
         special_tokens: Whether start and end tokens are added around each text.
+
+    Raises:
+        PromptError: One text, whose letters would be taken for texts.
     """
+    if isinstance(texts, str):
+        raise PromptError(f"texts are a list of strings, got one string, {texts!r}; pass [text]")
     if not texts:
         return []
     if backend := _backend(tokenizer):
