@@ -14,7 +14,7 @@ TURNS = [
 V1 = (
     "<bos>A chat between a curious user and an artificial intelligence assistant. The assistant "
     "gives helpful, detailed, and polite answers to the user's questions. USER: <image>\nwhat "
-    "colour? ASSISTANT: red<eos> USER: and <image> here? ASSISTANT: two <unknown> blues<eos>"
+    "colour? ASSISTANT: red<eos>USER: and <image> here? ASSISTANT: two <unknown> blues<eos>"
 )
 TEXTS = {
     "chat": "<bos><|user|><image>\nwhat colour?\n<|assistant|>red<eos><|user|>and <image> here?\n"
@@ -63,6 +63,22 @@ def test_what_is_asked_is_the_beginning_of_what_was_learnt(template):
     whole = chat.encode(TURNS)
     assert whole.input_ids[: len(asked.input_ids)] == asked.input_ids
     assert whole.labels[len(asked.input_ids)] != IGNORE_ID
+
+
+def test_turns_of_v1_are_separated_as_in_llava():
+    def llava(system, messages, seps=(" ", "<eos>")):
+        """`SeparatorStyle.TWO` of LLaVA's `conversation.py`."""
+        text = system + seps[0]
+        for index, (role, message) in enumerate(messages):
+            text += f"{role}: {message}{seps[index % 2]}" if message else f"{role}:"
+        return text
+
+    chat = Chat(tiny_lm_tokenizer(), "v1", system="be brief")
+    roles = {"human": "USER", "gpt": "ASSISTANT"}
+    for count in (1, 2, 3, 4):
+        turns = [(roles[turn["from"]], turn["value"]) for turn in TURNS[:count]]
+        asked_for = [("ASSISTANT", None)] if count % 2 else []
+        assert chat.text(TURNS[:count]) == "<bos>" + llava("be brief", turns + asked_for)
 
 
 def test_without_a_chat_template_llavas_own_is_used_with_a_warning():

@@ -190,10 +190,10 @@ class Chat:
         return text
 
     def _v1(self, messages: list[dict[str, str]]) -> str:
-        text = self._begin + (_V1_SYSTEM if self.system is None else self.system)
+        text = self._begin + (_V1_SYSTEM if self.system is None else self.system) + " "
         for message in messages:
             if message["role"] == "user":
-                text += f" USER: {message['content']} ASSISTANT:"
+                text += f"USER: {message['content']} ASSISTANT:"
             else:
                 text += f" {message['content']}{self._end}"
         return text
