@@ -2,8 +2,9 @@
 
     python tools/shapes/extend_tokenizer.py --model runs/shapes-many
 
-Tokens that were there keep their numbers and their embeddings, so old texts are encoded as before.
-New embeddings begin near those of shape words; `train_denoiser.py --learn-words` trains them.
+Tokens that were there keep their numbers and their embeddings, so texts about shapes are encoded as
+before; words that are no token may fall apart in another way. New embeddings begin near those of
+shape words; `train_denoiser.py --learn-words` trains them.
 """
 
 import argparse
