@@ -11,6 +11,7 @@ from shapes_tools import FOLDER
 
 sys.path.insert(0, str(FOLDER))
 
+from measure_pictures import picture_pair
 from picture_falsehoods import false_caption, holds
 
 from diffenc.errors import ConfigError
@@ -141,3 +142,14 @@ def test_what_there_is_not_is_said():
         render_pictures(SCENES[0], 4)
     with pytest.raises(ConfigError, match="8 pixels"):
         picture_masks(SCENES[0], 4)
+
+
+@pytest.mark.parametrize("kind", ["noun", "relation"])
+def test_captions_of_a_pair_are_true_of_their_own_scene_alone(kind):
+    rng = random.Random(kind)
+    for _ in range(40):
+        scenes, lines = picture_pair(rng, kind)
+        true = [[is_true(scene, line) for line in lines] for scene in scenes]
+        assert true == [[True, False], [False, True]], lines
+        apart = [a != b for a, b in zip(*(scene.objects for scene in scenes), strict=True)]
+        assert sum(apart) == {"noun": 1, "relation": 2}[kind]

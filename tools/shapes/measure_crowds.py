@@ -13,12 +13,14 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import worlds
 from grounding import GROUNDED_LAYERS
 from measure import DRAWS, ERROR_TIMESTEPS, dilated
 from torch import Tensor
@@ -37,7 +39,7 @@ from diffenc.passes.forward import read_attention
 from diffenc.scorer import denoising_scores
 from diffenc.shapes.captions import RELATION_PHRASES, noun_phrase
 from diffenc.shapes.crowds import sample_crowd
-from diffenc.shapes.render import masks, render
+from diffenc.shapes.pictures import sample_pictures
 from diffenc.shapes.scenes import COLORS, SHAPES, Color, Scene, SceneObject, Shape
 from diffenc.studies.focus import contrast
 
@@ -53,8 +55,10 @@ TAPS = tuple(
 )
 BATCH = 25
 
-Naming = Callable[[SceneObject], str]
+Naming = Callable[[Any], str]
+"""Words for a `SceneObject` or a `Thing`."""
 NAMINGS: dict[str, Naming] = {
+    "noun": lambda thing: f"the {thing.noun}",
     "color": lambda thing: f"the {thing.color} object",
     "shape": lambda thing: f"the {thing.shape}",
     "both": lambda thing: f"the {thing.color} {thing.shape}",
@@ -65,35 +69,38 @@ NAMINGS: dict[str, Naming] = {
 class Asked:
     """A scene, an object of it and another one that the same kind of words names."""
 
-    scene: Scene
+    scene: worlds.AnyScene
     target: int
     control: int
 
-    def things(self) -> tuple[SceneObject, SceneObject]:
+    def things(self) -> tuple[Any, Any]:
         return self.scene.objects[self.target], self.scene.objects[self.control]
 
 
-def unique(scene: Scene, naming: str) -> list[int]:
+def unique(scene: worlds.AnyScene, naming: str) -> list[int]:
     """Objects that the words of this kind fit alone."""
     words = [NAMINGS[naming](thing) for thing in scene.objects]
     return [index for index, text in enumerate(words) if words.count(text) == 1]
 
 
 def asked_scenes(count: int, seed: int, naming: str) -> list[Asked]:
-    """Crowded scenes with two objects that words of this kind name; one is asked about."""
+    """Scenes with two objects that words of this kind name; one is asked about.
+
+    A noun alone names little pictures, all other words objects of crowded scenes.
+    """
     rng = random.Random(f"asked/{naming}/{seed}")
     drawn: list[Asked] = []
     while len(drawn) < count:
-        scene = sample_crowd(rng)
+        scene = sample_pictures(rng) if naming == "noun" else sample_crowd(rng)
         names = unique(scene, naming)
         if len(names) > 1:
             drawn.append(Asked(scene, *rng.sample(names, 2)))
     return drawn
 
 
-def latents_of(backbone: Backbone, scenes: list[Scene]) -> Tensor:
+def latents_of(backbone: Backbone, scenes: Sequence[worlds.AnyScene]) -> Tensor:
     size = backbone.vae.config.sample_size
-    images = [render(scene, size) for scene in scenes]
+    images = [worlds.image(scene, size) for scene in scenes]
     parts = [
         encode_latents(backbone.vae, to_pixel_values(images[start : start + 64], size=size))
         for start in range(0, len(images), 64)
@@ -109,7 +116,7 @@ def noised(backbone: Backbone, latents: Tensor, timestep: int) -> Tensor:
 
 @torch.no_grad()
 def maxima(
-    backbone: Backbone, trials: list[Asked], naming: str, word_of: Callable[[SceneObject], str]
+    backbone: Backbone, trials: list[Asked], naming: str, word_of: Naming
 ) -> dict[tuple[str, int], float]:
     """Per layer and timestep the percentage of maxima of a word's map that lie on its object."""
     size = backbone.vae.config.sample_size
@@ -126,7 +133,7 @@ def maxima(
         ]
         positions = sorted({position for span in spans for position in span})
         embeds = backbone.embed(texts, size=(size, size))
-        allowed = [dilated(masks(item.scene, size)[item.target]) for item in part]
+        allowed = [dilated(worlds.seen(item.scene, size)[item.target]) for item in part]
         for timestep in TIMESTEPS:
             noisy = noised(backbone, latents[start : start + BATCH], timestep)
             read = read_attention(backbone, noisy, timestep, embeds, positions, layers)
@@ -153,7 +160,7 @@ def gathered_maxima(
     encoder: DiffusionEncoder,
     trials: list[Asked],
     naming: str,
-    word_of: Callable[[SceneObject], str],
+    word_of: Naming,
 ) -> float:
     """The same for the maps that `word_tokens` has by default, all its layers joined."""
     size = encoder.backbone.vae.config.sample_size
@@ -163,12 +170,12 @@ def gathered_maxima(
         things = [item.things()[0] for item in part]
         words = list(dict.fromkeys(word_of(thing) for thing in things))
         maps = encoder.word_tokens(
-            [render(item.scene, size) for item in part],
+            [worlds.image(item.scene, size) for item in part],
             [NAMINGS[naming](thing) for thing in things],
             words,
         ).maps
         for row, (item, thing) in enumerate(zip(part, things, strict=True)):
-            allowed = dilated(masks(item.scene, size)[item.target])
+            allowed = dilated(worlds.seen(item.scene, size)[item.target])
             hits += peaks_on(maps[row, words.index(word_of(thing))], allowed)
     return round(100 * hits / len(trials), 1)
 
@@ -179,8 +186,10 @@ def changes(
 ) -> dict[str, dict[str, float]]:
     """Per tap: change under the text, inside the object over outside; under a control text too."""
     size = encoder.backbone.vae.config.sample_size
-    images = [render(item.scene, size) for item in trials]
-    insides = [torch.from_numpy(masks(item.scene, size)[item.target]).float() for item in trials]
+    images = [worlds.image(item.scene, size) for item in trials]
+    insides = [
+        torch.from_numpy(worlds.seen(item.scene, size)[item.target]).float() for item in trials
+    ]
     ratios: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
     for start in range(0, len(trials), BATCH):
         rows = slice(start, start + BATCH)
@@ -208,7 +217,7 @@ def one_token(
     encoder: DiffusionEncoder,
     trials: list[Asked],
     naming: str,
-    word_of: Callable[[SceneObject], str],
+    word_of: Naming,
 ) -> dict[str, dict[str, float]]:
     """How often a linear layer names the asked trait of one token, per tap, in percent.
 
@@ -226,7 +235,7 @@ def one_token(
     tokens: dict[tuple[str, str], list[Tensor]] = {}
     for start in range(0, len(trials), BATCH):
         part = trials[start : start + BATCH]
-        images = [render(item.scene, size) for item in part]
+        images = [worlds.image(item.scene, size) for item in part]
         things = [item.things()[0] for item in part]
         texts = [NAMINGS[naming](thing) for thing in things]
         words = list(dict.fromkeys(word_of(thing) for thing in things))
@@ -238,7 +247,7 @@ def one_token(
             word_map = F.interpolate(shares[:, None], grid, mode="area")[:, 0]
             truth = F.adaptive_avg_pool2d(
                 torch.stack(
-                    [torch.from_numpy(masks(i.scene, size)[i.target]).float() for i in part]
+                    [torch.from_numpy(worlds.seen(i.scene, size)[i.target]).float() for i in part]
                 ),
                 grid,
             )
@@ -274,7 +283,10 @@ def readout(tokens: Tensor, labels: Tensor, classes: int) -> float:
     return round(100 * float(right.float().mean()), 1)
 
 
-Pair = tuple[tuple[Scene, Scene], tuple[str, str]]
+Pair = tuple[tuple[worlds.AnyScene, worlds.AnyScene], tuple[str, str]]
+DrawPair = Callable[[random.Random, str], Pair]
+Kinds = tuple[str, ...]
+KINDS: Kinds = ("noun", "color", "relation")
 
 
 def crowd_pair(rng: random.Random, kind: str) -> Pair:
@@ -327,18 +339,20 @@ def _said(scene: Scene, first: int, second: int, relation: str) -> str:
     return f"{a} {RELATION_PHRASES[relation][0]} {b}"  # type: ignore[index]
 
 
-def pair_scores(backbone: Backbone, items: int, seed: int) -> dict[str, dict[str, float]]:
+def pair_scores(
+    backbone: Backbone, items: int, seed: int, draw: DrawPair = crowd_pair, kinds: Kinds = KINDS
+) -> dict[str, dict[str, float]]:
     """Text, image and group score in percent by denoising error, as `measure.py` has them."""
     table = {}
-    for kind in ("noun", "color", "relation"):
+    for kind in kinds:
         rng = random.Random(f"crowd-pairs/{kind}/{seed}")
         hits: Counter[str] = Counter()
         for _ in range(items):
-            scenes, lines = crowd_pair(rng, kind)
+            scenes, lines = draw(rng, kind)
             latents = latents_of(backbone, list(scenes))
             draws = [
-                denoising_scores(backbone, latents, lines, timesteps=ERROR_TIMESTEPS, seed=draw)
-                for draw in range(DRAWS)
+                denoising_scores(backbone, latents, lines, timesteps=ERROR_TIMESTEPS, seed=number)
+                for number in range(DRAWS)
             ]
             s = torch.stack(draws).mean(dim=0)
             text = bool(s[0, 0] > s[0, 1] and s[1, 1] > s[1, 0])
@@ -351,7 +365,9 @@ def pair_scores(backbone: Backbone, items: int, seed: int) -> dict[str, dict[str
 
 
 @torch.no_grad()
-def told_apart(backbone: Backbone, items: int, seed: int) -> dict[str, dict[str, float]]:
+def told_apart(
+    backbone: Backbone, items: int, seed: int, draw: DrawPair = crowd_pair, kinds: Kinds = KINDS
+) -> dict[str, dict[str, float]]:
     """How often one prediction explains the noise better under the true caption, in percent.
 
     Over all cells, as the text score has it, and over those alone where the two pictures of a pair
@@ -359,9 +375,9 @@ def told_apart(backbone: Backbone, items: int, seed: int) -> dict[str, dict[str,
     """
     size = backbone.vae.config.sample_size
     table = {}
-    for kind in ("noun", "color", "relation"):
+    for kind in kinds:
         rng = random.Random(f"crowd-pairs/{kind}/{seed}")
-        pairs = [crowd_pair(rng, kind) for _ in range(items)]
+        pairs = [draw(rng, kind) for _ in range(items)]
         latents = latents_of(backbone, [scene for scenes, _ in pairs for scene in scenes])
         unlike = torch.stack([differing(*scenes, size) for scenes, _ in pairs])
         unlike = F.adaptive_max_pool2d(unlike, latents.shape[-2:]).repeat_interleave(2, dim=0)
@@ -386,14 +402,14 @@ def told_apart(backbone: Backbone, items: int, seed: int) -> dict[str, dict[str,
     return table
 
 
-def differing(scene: Scene, other: Scene, size: int) -> Tensor:
+def differing(scene: worlds.AnyScene, other: worlds.AnyScene, size: int) -> Tensor:
     """Pixels (size size) on which an object of one scene lies that the other does not have."""
     changed = [
         index
         for index, (a, b) in enumerate(zip(scene.objects, other.objects, strict=True))
         if a != b
     ]
-    seen = [torch.from_numpy(masks(each, size)[changed]).float() for each in (scene, other)]
+    seen = [torch.from_numpy(worlds.seen(each, size)[changed]).float() for each in (scene, other)]
     return torch.cat(seen).amax(dim=0)
 
 
@@ -422,7 +438,7 @@ def main() -> None:
     started = time.monotonic()
     backbone = load_backbone(options.model)
     seed = VALIDATION_SEED if options.validation else HELD_OUT_SEED
-    words: dict[str, tuple[str, Callable[[SceneObject], str]]] = {
+    words: dict[str, tuple[str, Naming]] = {
         "shape word": ("shape", lambda thing: thing.shape),
         "color word": ("color", lambda thing: thing.color),
         "the red object": ("color", lambda _: "object"),

@@ -8,6 +8,8 @@ import picture_falsehoods
 import torch
 from crowd_texts import false_caption
 from grounding import bit_sets, spoken_of
+from jaxtyping import Bool
+from PIL import Image
 from texts import training_scene, training_text, wrong_captions
 from torch import Tensor
 from torch.nn import functional as F
@@ -34,21 +36,27 @@ def drawn(
     return training_scene(rng)
 
 
+def image(scene: AnyScene, size: int) -> Image.Image:
+    """The scene as an RGB picture."""
+    return render_pictures(scene, size) if isinstance(scene, PictureScene) else render(scene, size)
+
+
+def seen(scene: AnyScene, size: int) -> Bool[np.ndarray, "objects size size"]:
+    """Visible pixels of each object."""
+    return picture_masks(scene, size) if isinstance(scene, PictureScene) else masks(scene, size)
+
+
 def pixels(scenes: Sequence[AnyScene], size: int) -> Tensor:
     """Rendered scenes (b 3 size size) in [-1, 1]."""
-    images = [
-        render_pictures(scene, size) if isinstance(scene, PictureScene) else render(scene, size)
-        for scene in scenes
-    ]
-    stacked = np.stack([np.asarray(image) for image in images])
+    stacked = np.stack([np.asarray(image(scene, size)) for scene in scenes])
     return torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def covered(scene: AnyScene, size: int, side: int, most: int) -> Tensor:
     """Share of each of `side` x `side` latent cells that an object covers, in 255ths."""
-    seen = picture_masks(scene, size) if isinstance(scene, PictureScene) else masks(scene, size)
+    visible = torch.from_numpy(seen(scene, size)).float()
     shares = torch.zeros(most, side, side)
-    shares[: len(seen)] = F.avg_pool2d(torch.from_numpy(seen).float(), size // side)
+    shares[: len(visible)] = F.avg_pool2d(visible, size // side)
     return (255 * shares).round().byte()
 
 
