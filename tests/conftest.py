@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # on busy cores spinning ta
 import cpu_torchvision  # noqa: F401  # before all that imports torchvision
 
 # isort: split
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerBase
 
 import builders
+from shapes_tools import shapes_tools
 
 torch.set_num_threads(2)  # the same order of sums on every machine
 
@@ -68,6 +70,18 @@ def shapes_tokenizer() -> PreTrainedTokenizerBase:
     from diffenc.mllm.language import load_language_model
 
     return load_language_model("shapes-lm")[1]
+
+
+@pytest.fixture(scope="session")
+def extended_shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the miniature whose tokenizer has a token for each noun of the little pictures."""
+    from diffenc.models.shapes import shapes_folder
+
+    folder = tmp_path_factory.mktemp("extended") / "model"
+    shutil.copytree(shapes_folder(), folder)
+    with shapes_tools("extend_tokenizer") as tools:
+        tools["extend_tokenizer"].extend(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

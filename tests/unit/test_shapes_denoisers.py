@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shapes_tools import FOLDER
@@ -18,6 +19,7 @@ from train_denoiser import Text, unlike_changes
 from training import mixed_precision
 
 from diffenc.models.shapes import shapes_folder
+from diffenc.shapes.pictures import NOUNS
 
 SHAPE = (2, 4, 16, 16)
 
@@ -103,6 +105,45 @@ def test_a_run_writes_averaged_weights_and_goes_on(tmp_path, monkeypatch, kind, 
     assert scheduler["prediction_type"] == KINDS[kind].predicts
     steps = [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
     assert steps == [2, 3]
+
+
+def test_nouns_are_learnt_and_all_other_words_kept(extended_shapes):
+    text = Text(extended_shapes)
+    table = text.learn(NOUNS)
+    before = table.weight.detach().clone()
+    optimizer = torch.optim.AdamW(table.parameters(), lr=0.1)
+    text.states(text.ids(["a dog left of a red circle"])).square().sum().backward()
+    optimizer.step()
+    text.restore()
+    dog, red = text.numbers(["dog", "red"])
+    moved = (table.weight != before).any(dim=1)
+    assert moved[dog]
+    assert not moved[red]
+    assert not moved[: len(Text(shapes_folder()).tokenizer)].any()
+
+
+@pytest.mark.long
+def test_a_run_on_little_pictures_marks_false_captions_and_learns_nouns(
+    tmp_path, monkeypatch, extended_shapes
+):
+    model = tmp_path / "model"
+    for part in ("vae", "text_encoder", "tokenizer"):
+        shutil.copytree(extended_shapes / part, model / part)
+    words = load_file(model / "text_encoder" / "model.safetensors")
+    monkeypatch.setattr(train_denoiser, "CHUNK", 20)
+    monkeypatch.setattr(train_denoiser, "WINOGROUND_KINDS", ("noun",))
+    options = ["--batch", "12", "--scenes", "20", "--threads", "1", "--colors", "--pictures", "1"]
+    options += ["--crowds", "0.5", "--size", "64", "--learn-words", "--marked", "0.3"]
+    options += ["--beside", "1", "--run", str(tmp_path / "run"), "--model", str(model)]
+    monkeypatch.setattr(sys, "argv", ["train_denoiser.py", *options, "--steps", "2"])
+    train_denoiser.main()
+    record = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
+    assert record["step"] == 2
+    after = load_file(model / "text_encoder" / "model.safetensors")
+    (name,) = [key for key in words if key.endswith("token_embedding.weight")]
+    count = len(Text(shapes_folder()).tokenizer)
+    assert torch.equal(after[name][:count], words[name][:count])
+    assert not torch.equal(after[name][count:], words[name][count:])
 
 
 class Kernels(TorchDispatchMode):

@@ -1,18 +1,15 @@
 """What training reads of scenes of shapes and of little pictures, and tokens for new nouns."""
 
 import random
-import shutil
 import sys
 
 import numpy as np
-import pytest
 import torch
 
 from shapes_tools import FOLDER
 
 sys.path.insert(0, str(FOLDER))
 
-import extend_tokenizer
 import worlds
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -23,18 +20,8 @@ from diffenc.shapes.pictures import NOUNS, PictureScene
 from diffenc.shapes.scenes import sample_scene
 
 
-@pytest.fixture(scope="module")
-def extended(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("extended") / "model"
-    shutil.copytree(shapes_folder(), folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["extend_tokenizer.py", "--model", str(folder)])
-        extend_tokenizer.main()
-    return folder
-
-
-def test_new_nouns_are_one_token_each_and_old_texts_are_encoded_as_before(extended):
-    folders = (shapes_folder(), extended)
+def test_new_nouns_are_one_token_each_and_old_texts_are_encoded_as_before(extended_shapes):
+    folders = (shapes_folder(), extended_shapes)
     before, after = (CLIPTokenizer.from_pretrained(folder / "tokenizer") for folder in folders)
     assert [len(after.tokenize(noun)) for noun in NOUNS] == [1] * 48
     rng = random.Random(0)
@@ -49,15 +36,15 @@ def test_new_nouns_are_one_token_each_and_old_texts_are_encoded_as_before(extend
     assert torch.equal(*states)
     new = after("a dog left of a pizza", return_tensors="pt").input_ids
     assert new.max() >= len(before)
-    model = CLIPTextModel.from_pretrained(extended / "text_encoder").float()
+    model = CLIPTextModel.from_pretrained(extended_shapes / "text_encoder").float()
     dog, cat = (
         model(after(f"a {noun}", return_tensors="pt").input_ids)[0] for noun in ("dog", "cat")
     )
     assert (dog - cat).abs().max() > 0.1
 
 
-def test_words_of_a_text_name_things_by_their_bits(extended):
-    tokenizer = CLIPTokenizer.from_pretrained(extended / "tokenizer")
+def test_words_of_a_text_name_things_by_their_bits(extended_shapes):
+    tokenizer = CLIPTokenizer.from_pretrained(extended_shapes / "tokenizer")
     scene = sample_pictures(random.Random(1), nouns=["dog", "cat", "dog", "key", "pizza"])
     bits = worlds.named(tokenizer, "a dog left of a key", scene, colors=True)
     assert bits[:8] == [0, 0, 0b101, 0, 0, 0, 0b1000, 0]

@@ -33,14 +33,12 @@ def add_token(folder: Path, word: str) -> None:
         (folder / "merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=Path("runs/shapes-many"))
-    options = parser.parse_args()
+def extend(model: Path) -> tuple[int, int]:
+    """Add the nouns to a model's tokenizer and text encoder; number of tokens before and after."""
     for noun in NOUNS:
-        add_token(options.model / "tokenizer", noun)
-    tokenizer = CLIPTokenizer.from_pretrained(options.model / "tokenizer")
-    encoder = CLIPTextModel.from_pretrained(options.model / "text_encoder").float()
+        add_token(model / "tokenizer", noun)
+    tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
+    encoder = CLIPTextModel.from_pretrained(model / "text_encoder").float()
     known = encoder.get_input_embeddings().num_embeddings
     encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     rows = encoder.get_input_embeddings().weight.data
@@ -48,8 +46,15 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(len(rows) - known, rows.shape[1], generator=generator)
     rows[known:] = like.mean(dim=0) + _SPREAD * like.std(dim=0) * drawn
-    encoder.save_pretrained(options.model / "text_encoder")
-    print(f"{known} tokens, now {len(rows)}")
+    encoder.save_pretrained(model / "text_encoder")
+    return known, len(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=Path("runs/shapes-many"))
+    before, after = extend(parser.parse_args().model)
+    print(f"{before} tokens, now {after}")
 
 
 if __name__ == "__main__":

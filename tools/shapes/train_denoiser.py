@@ -9,7 +9,9 @@ training scenes are computed once and kept beside the run. Writes averaged weigh
 
 A quarter of each batch are negatives: rows again, with the same noise, under a near twin's caption.
 As in HardNeg-DiffusionITM (Krojer et al., NeurIPS 2023) the true caption must explain the noise
-better; by denoising alone a small U-Net hardly learns to count.
+better; by denoising alone a small U-Net hardly learns to count. With `--marked` the two are held
+against each other over the cells alone of which they say different things, and with `--beside` what
+a text changes elsewhere is held down.
 
 With `--teacher` the target is what the trained U-Net of another folder predicts, under true and
 false captions, in place of the noise: the same mean without its scatter, so fewer steps do. What
@@ -20,7 +22,7 @@ import argparse
 import json
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -30,7 +32,8 @@ import worlds
 from denoisers import KINDS, SIGNAL, build_scheduler, own_tokens, taught_by
 from diffusers import AutoencoderKL
 from grounding import outside
-from torch import Tensor
+from spoken_cells import beside, cells, concerned, missed, spoken_about
+from torch import Tensor, nn
 from torch.nn import functional as F
 from training import VALIDATION_SEED, Run, mixed_precision
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -38,6 +41,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from diffenc.denoiser.attention import CrossAttnTaps
 from diffenc.shapes.crowds import COUNTS
 from diffenc.shapes.pairs import WINOGROUND_KINDS, WinogroundKind, winoground_items
+from diffenc.shapes.pictures import NOUNS
+from diffenc.shapes.scenes import SHAPES
 
 Denoise = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Predicts noise of noisy latents, timesteps, text states and which tokens are a text's own."""
@@ -54,6 +59,8 @@ LOW = 150
 GROUNDING_WEIGHT = 0.5
 NEGATIVES = 0.25
 """Share of the rows that are negatives."""
+BARE = 0.2
+"""Share of the rows that are there again without a text, where that is compared (`--beside`)."""
 MARGIN = 0.02
 """By how much a wrong caption's error should be larger, as a share of the level's usual error."""
 
@@ -65,6 +72,8 @@ class Text:
         self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
         self.encoder = CLIPTextModel.from_pretrained(folder / "text_encoder").eval()
         self.encoder.requires_grad_(False)
+        self.learnt: Tensor | None = None
+        self.kept = torch.empty(0)
 
     def ids(self, texts: list[str]) -> Tensor:
         ids: Tensor = self.tokenizer(
@@ -73,9 +82,28 @@ class Text:
         return ids
 
     def states(self, ids: Tensor) -> Tensor:
-        with torch.no_grad():
-            states: Tensor = self.encoder(ids).last_hidden_state
+        states: Tensor = self.encoder(ids).last_hidden_state
         return states
+
+    def learn(self, words: Sequence[str]) -> nn.Module:
+        """The module that holds the embeddings, to be trained; see `restore`."""
+        table: nn.Embedding = self.encoder.get_input_embeddings()
+        self.learnt = torch.zeros(len(table.weight), 1, dtype=torch.bool)
+        self.learnt[self.numbers(words)] = True
+        self.kept = table.weight.detach().clone()
+        return table.requires_grad_(True)
+
+    def restore(self) -> None:
+        """Give all words but those that are learnt the embeddings that they had."""
+        if self.learnt is not None:
+            weight = self.encoder.get_input_embeddings().weight
+            weight.data.copy_(torch.where(self.learnt, weight.data, self.kept))
+
+    def numbers(self, words: Sequence[str]) -> Tensor:
+        """Token ids of words that are one token each."""
+        pieces = [f"{word}</w>" for word in words]
+        known = self.tokenizer.get_vocab()
+        return torch.tensor([known[piece] for piece in pieces if piece in known])
 
 
 @torch.no_grad()
@@ -239,6 +267,16 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, help="a model whose U-Net says what is predicted")
     parser.add_argument("--half", action="store_true", help="matrix products in bfloat16")
     parser.add_argument("--warm-start", type=Path, help="a denoiser's folder to go on from")
+    parser.add_argument("--learn-words", action="store_true", help="train the pictures' nouns too")
+    parser.add_argument(
+        "--marked", type=float, default=0.0, help="by how much false captions are to miss; 0: not"
+    )
+    parser.add_argument(
+        "--beside",
+        type=float,
+        default=0.0,
+        help="weight of what a text changes beside what it names",
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -264,13 +302,17 @@ def main() -> None:
         model.train()
     denoise: Denoise = partial(kind.noise, model)
     teacher = None if options.teacher is None else taught_by(options.teacher)
-    modules = {kind.part: model}
+    modules: dict[str, nn.Module] = {kind.part: model}
+    if options.learn_words:
+        modules["words"] = text.learn(NOUNS)
+    nouns = text.numbers((*SHAPES, "object", *NOUNS))
     run = Run(options.run, modules, steps=options.steps, lr=options.lr, ema_decay=0.9985)
     snr = SIGNAL / (1 - SIGNAL)
     usual = torch.full((LEVELS,), math.nan)
     empty = text.ids([""]).short()
     negatives = round(NEGATIVES * options.batch)
-    count = options.batch - negatives
+    bare = round(BARE * options.batch) if options.beside else 0
+    count = options.batch - negatives - bare
     means: list[float] = []
     while run.step < options.steps:
         generator = torch.Generator().manual_seed(run.step)
@@ -281,13 +323,17 @@ def main() -> None:
         wrong = data["wrong"][rows, which]
         order = torch.randperm(count, generator=generator)
         again = order[(wrong.any(dim=1) & ~dropped)[order]][:negatives]
-        ids = torch.cat([ids, wrong[again]]).long()
         bits = torch.where(dropped[:, None], 0, data["bits"][rows, which])
-        bits = torch.cat([bits, torch.zeros_like(bits[again])])
+        untexted = order[~dropped[order]][-bare:] if bare else order[:0]
+        own_bits, true_ids, false_ids = bits, ids.long(), wrong[again].long()
+        nothing = empty.expand(len(untexted), -1)
+        ids = torch.cat([ids, wrong[again], nothing]).long()
+        more = len(again) + len(untexted)
+        bits = torch.cat([bits, bits.new_zeros(more, bits.shape[1])])
         noise = torch.randn((count, *data["latents"].shape[1:]), generator=generator)
         timesteps = draw_timesteps(count, generator, low=options.low)
-        both = torch.cat([torch.arange(count), again])
-        rows, noise, timesteps = rows[both], noise[both], timesteps[both]
+        every = torch.cat([torch.arange(count), again, untexted])
+        rows, noise, timesteps = rows[every], noise[every], timesteps[every]
         latents = data["latents"][rows].float()
         signal = SIGNAL[timesteps].view(-1, 1, 1, 1)
         noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
@@ -300,19 +346,33 @@ def main() -> None:
         errors = row_errors(predicted, target)
         levels = timesteps * LEVELS // 1000
         usual = recent(usual, errors[:count].detach(), levels[:count])
-        errors = errors / usual[levels]
-        loss = errors[:count].mean() if teacher is None else errors.mean()
+        unit = usual[levels]
+        errors = errors / unit
+        false = slice(count, count + len(again))
+        plainly = torch.cat([errors[:count], errors[false.stop :]])
+        loss = plainly.mean() if teacher is None else errors.mean()
         shares = data["shares"][rows].float() / 255
         weights = (snr[timesteps] / options.clear).clamp(max=1)
         astray = outside(taps.maps(), shares, bits, weights)
-        gap = errors[count:] - errors[again]
-        if teacher is None:
+        gap = errors[false] - errors[again]
+        scaled, right = (each / unit.sqrt().view(-1, 1, 1, 1) for each in (predicted, noise))
+        if options.marked:
+            disputed = concerned(true_ids[again], false_ids, own_bits[again], nouns)
+            inside = cells(disputed, shares[again])
+            pairs = missed(scaled[again], scaled[false], right[again], inside, options.marked)
+            pairs = pairs + options.beside * beside(scaled[false], scaled[again], inside)
+        elif teacher is None:
             pairs = MARGIN * F.softplus(-gap / MARGIN).sum() / count
         else:
             pairs = unlike_changes(predicted, target, again)
+        if bare:
+            about = spoken_about(true_ids[untexted], own_bits[untexted], nouns)
+            inside = cells(about, shares[untexted])
+            pairs = pairs + options.beside * beside(scaled[untexted], scaled[false.stop :], inside)
         run.update(loss + options.grounding * astray + pairs)
+        text.restore()
         plain = row_errors(predicted.detach(), noise)
-        told_apart = 100 * (plain[count:] > plain[again]).float().mean()
+        told_apart = 100 * (plain[false] > plain[again]).float().mean()
         latest = [value.item() for value in (loss, astray, told_apart, pairs)]
         means = [
             0.98 * mean + 0.02 * value for mean, value in zip(means or latest, latest, strict=True)
@@ -327,10 +387,13 @@ def main() -> None:
             )
         if run.step % 500 == 0 or run.step == options.steps:
             run.swap_average()
+            text.restore()
             model.eval()
             found = {k: winoground_text(denoise, vae, text, k, 40) for k in WINOGROUND_KINDS}
             run.log(**found)
             model.save_pretrained(options.model / kind.part)
+            if options.learn_words:
+                text.encoder.save_pretrained(options.model / "text_encoder")
             model.train()
             run.swap_average()
             run.save()
