@@ -70,10 +70,12 @@ def ask_shared(backbone: StableDiffusion, use_cache: bool) -> Callable[[], list[
 
 
 def ask_tokens(backbone: StableDiffusion, use_cache: bool) -> Callable[[], list[Tensor]]:
-    """As a tower does, whose prompts come as token ids; the ids themselves do not change."""
-    tokens = tokenize_prompts(builders.tiny_tokenizer(), [TEXT, ""])
+    """As a tower does, whose prompts come as token ids; none of them changes but their number."""
+    tokenizer = builders.tiny_tokenizer()
 
     def ask() -> list[Tensor]:
+        tokenizer.model_max_length = backbone.tokenizer.model_max_length
+        tokens = tokenize_prompts(tokenizer, [TEXT, ""])
         embeds = embed_tokens(backbone, tokens, size=(SIZE, SIZE), use_cache=use_cache)
         return [embeds.prompt_embeds]
 
