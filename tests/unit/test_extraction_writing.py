@@ -458,6 +458,37 @@ def test_a_shard_of_another_run_is_not_read(pictures, make, tmp_path):
             read()
 
 
+def test_an_index_of_other_pictures_is_not_read(pictures, make, tmp_path):
+    paths = sorted(pictures.glob("*.png"))
+    mixed = write_features(paths[:4], tmp_path / "features", make(), shard_size=2).folder
+    other = write_features(paths[4:8], tmp_path / "other", make(), shard_size=2).folder
+    (mixed / "index.parquet").write_bytes((other / "index.parquet").read_bytes())
+    for read in (lambda folder: folder[0], lambda folder: folder.stack(TAP)):
+        with pytest.raises(ConfigError, match=r"other pictures than index\.parquet says"):
+            read(open_features(mixed))
+
+
+def test_an_index_in_another_order_is_not_stacked(pictures, make, tmp_path):
+    paths = sorted(pictures.glob("*.png"))[:3]
+    folder = write_features(paths, tmp_path / "features", make()).folder
+    index = pq.read_table(folder / "index.parquet")
+    pq.write_table(index.take([2, 0, 1]), folder / "index.parquet")
+    with pytest.raises(ConfigError, match=r"other pictures than index\.parquet says"):
+        open_features(folder).stack(TAP)
+
+
+def test_a_shard_that_was_written_anew_is_not_read_by_a_folder_opened_before(
+    pictures, make, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("diffenc.extraction.reader._OPEN_SHARDS", 1)
+    paths = sorted(pictures.glob("*.png"))
+    features = write_features(paths[:2], tmp_path / "features", make(), shard_size=1)
+    features.stack(TAP)
+    write_features(paths[4:6], features.folder, make(), shard_size=1, overwrite=True)
+    with pytest.raises(ConfigError, match="written anew since it was opened"):
+        features[0]
+
+
 def test_pictures_of_one_name_are_refused_however_they_are_listed(pictures, make, tmp_path):
     first, second = sorted(pictures.glob("*.png"))[:2]
     names = [first, second, first]

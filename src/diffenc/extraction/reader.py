@@ -7,6 +7,7 @@ from operator import index
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -77,7 +78,6 @@ class FeatureFolder(Dataset[dict[str, Any]]):
         self._ids: tuple[str, ...] | None = None
         self._opened: OrderedDict[int, Any] = OrderedDict()
         self._run = run_digest(self.made_from)
-        self._known: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -180,17 +180,29 @@ class FeatureFolder(Dataset[dict[str, Any]]):
             return self._opened[number]
         path = self.folder / shard_name(number)
         opened = open_tensors(path)
-        if number not in self._known and read_table(path, self._run) is None:
-            raise ConfigError(
-                f"{printable(path)} is of another run than {PLAN_FILE} says, or of none: files of "
-                "two folders are mixed, or a copy ended half-way. Copy the whole folder again, or "
-                "write it again"
-            )
-        self._known.add(number)
+        self._check(number, path)
         self._opened[number] = opened
         if len(self._opened) > _OPEN_SHARDS:
             self._opened.popitem(last=False)
         return self._opened[number]
+
+    def _check(self, number: int, path: Path) -> None:
+        """Raise a `ConfigError` unless a shard is of this run and has the index's pictures."""
+        table = read_table(path, self._run)
+        if table is None:
+            raise ConfigError(
+                f"{printable(path)} is of another run than {PLAN_FILE} says, or of none: files of "
+                "two folders are mixed, a copy ended half-way, or the folder was written anew "
+                "since it was opened. Open it again; if that fails too, copy the whole folder "
+                "again, or write it again"
+            )
+        (places,) = np.nonzero(self._shards == number)
+        if [self.ids[place] for place in places] != table.ids:
+            raise ConfigError(
+                f"{printable(path)} has the rows of other pictures than {INDEX_FILE} says: files "
+                "of two folders are mixed, or the index was changed. Copy the whole folder again, "
+                "or write it again"
+            )
 
     def _by_name(self) -> dict[str, int]:
         if self._places is None:
