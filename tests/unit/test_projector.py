@@ -137,6 +137,14 @@ def test_files_that_hold_no_projector_are_refused(tmp_path) -> None:
             Projector(6, 4).load_llava(tmp_path / name)
 
 
+def test_a_file_with_several_projectors_is_refused(tmp_path) -> None:
+    state = Host(llava_mlp(6, 4)).state_dict()
+    copies = {f"saved.{key}": torch.zeros_like(value) for key, value in state.items()}
+    torch.save({**state, **copies}, tmp_path / "two.bin")
+    with pytest.raises(ConfigError, match=r"several projectors, model\.mm_projector\., saved"):
+        Projector(6, 4).load_llava(tmp_path / "two.bin")
+
+
 def test_a_file_with_code_in_it_is_not_run(tmp_path) -> None:
     class Payload:
         def __reduce__(self):

@@ -137,19 +137,21 @@ class Projector(SavedProjector):
         """Read LLaVA's `mm_projector.bin`, or a safetensors file with such keys; weights only.
 
         Raises:
-            ConfigError: The file cannot be read, or holds no projector.
+            ConfigError: The file cannot be read, or holds no projector or several.
             ShapeError: It holds a projector of another kind or width.
         """
         read = read_tensors if Path(path).suffix == ".safetensors" else read_pickled
         weights = read(path, finite=True)
-        state = {
-            f"layers.{key.rpartition('mm_projector.')[2]}": value
-            for key, value in weights.items()
-            if "mm_projector." in key
-        }
-        if not state:
+        places = [key.rpartition("mm_projector.") for key in weights if "mm_projector." in key]
+        if not places:
             some = sorted(weights)[:3]
             raise ConfigError(f"{path} holds no mm_projector; its first keys are {some}")
+        prefixes = sorted({prefix + name for prefix, name, _ in places})
+        if len(prefixes) > 1:
+            raise ConfigError(
+                f"{path} holds several projectors, {', '.join(prefixes)}; leave the keys of one"
+            )
+        state = {f"layers.{name}": weights[f"{prefixes[0]}{name}"] for _, _, name in places}
         load_weights(self, state, str(path))
 
 
