@@ -115,6 +115,24 @@ class TestArchives:
         )
 
 
+class TestPicturesOfTables:
+    def write(self, folder, contents):
+        for name, content in contents.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+        return DatasetFiles(folder)
+
+    def test_a_name_that_different_pictures_have_is_refused(self, tmp_path):
+        files = self.write(tmp_path, {"one/1.png": b"red", "two/1.png": b"blue"})
+        with pytest.raises(ConfigError, match=r"1\.png may be one/1\.png or two/1\.png"):
+            files.picture("1.png")
+        assert files.picture("two/1.png") == "two/1.png"
+
+    def test_copies_and_other_forms_of_a_picture_are_no_obstacle(self, tmp_path):
+        files = self.write(tmp_path, {"a/1.png": b"red", "b/1.png": b"red", "b/1.jpg": b"lossy"})
+        assert files.picture("1") == "a/1.png"
+
+
 class TestLines:
     def test_only_line_feeds_end_lines(self):
         texts = ["a\u2028b", "c\u0085d", "e\x1cf", "ü"]

@@ -81,13 +81,16 @@ class DatasetFiles:
 
         Among several with that stem, the one that shares most of the end of its path with the value
         is taken, then a lossless one.
+
+        Raises:
+            ConfigError: Several fit equally well, and are not copies of one picture.
         """
         path = PurePosixPath(value.strip().replace("\\", "/"))
         known = path.suffix.lower() in PICTURE_SUFFIXES
         stem = (path.stem if known else path.name).lower()
         above = [part.lower() for part in path.parts[:-1] if part not in (".", "..")]
 
-        def rank(name: str) -> tuple[int, bool, int, str]:
+        def rank(name: str) -> tuple[int, bool, int]:
             place = PurePosixPath(name)
             parts = [part.lower() for part in place.parts[:-1]]
             shared = 0
@@ -95,9 +98,20 @@ class DatasetFiles:
                 shared += 1
             suffix = place.suffix.lower()
             other = known and suffix != path.suffix.lower()
-            return -shared, other, PICTURE_SUFFIXES.index(suffix), name
+            return -shared, other, PICTURE_SUFFIXES.index(suffix)
 
-        return min(self._by_stem.get(stem, []), key=rank, default=None)
+        names = self._by_stem.get(stem, [])
+        if len(names) < 2:
+            return next(iter(names), None)
+        least = min(map(rank, names))
+        first, *others = (name for name in names if rank(name) == least)
+        for other in others:
+            if self.reader(other)() != self.reader(first)():
+                raise ConfigError(
+                    f"{printable(value)} may be {first} or {other} in {self.source}, which differ; "
+                    "leave one of them there, or name the dataset's own folder"
+                )
+        return first
 
     def _add_folder(self) -> None:
         for folder, below, names in os.walk(self.source):
