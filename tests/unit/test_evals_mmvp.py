@@ -182,6 +182,14 @@ class TestLayouts:
         with pytest.raises(ConfigError, match="no question that can be asked"):
             evaluate_choices(benchmark, Says(lambda *_: "a"), skip_broken=True)
 
+    def test_two_pictures_of_a_question_are_refused_unless_they_are_copies(self, tmp_path):
+        mmvp(tmp_path)
+        shutil.copy(tmp_path / "MMVP Images/3.jpg", tmp_path / "MMVP Images/003.jpg")
+        check(load_mmvp(tmp_path))
+        (tmp_path / "MMVP Images/003.jpg").write_bytes(b"another picture")
+        with pytest.raises(ConfigError, match="picture 3 may be"):
+            load_mmvp(tmp_path)
+
     def test_what_is_no_mmvp_is_told(self, tmp_path):
         with pytest.raises(ConfigError, match=r"neither Questions\.csv nor a \.parquet"):
             load_mmvp(tmp_path)

@@ -104,7 +104,15 @@ class DatasetFiles:
         if len(names) < 2:
             return next(iter(names), None)
         least = min(map(rank, names))
-        first, *others = (name for name in names if rank(name) == least)
+        return self.one_of([name for name in names if rank(name) == least], value)
+
+    def one_of(self, names: Sequence[str], value: str) -> str:
+        """The first of some files that a table may mean by a value, which must be copies.
+
+        Raises:
+            ConfigError: They are not.
+        """
+        first, *others = names
         for other in others:
             if self.reader(other)() != self.reader(first)():
                 raise ConfigError(

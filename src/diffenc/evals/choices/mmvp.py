@@ -77,7 +77,7 @@ def load_mmvp(
     if tables:
         name = min(tables, key=lambda name: (name.count("/"), name))
         table = read_csv(files.reader(name)(), _COLUMNS, name)
-        pictures = _pictures(files)
+        pictures = _pictures(files, {_number(row.text("Index")) for row in table.rows})
     elif parts:
         if fix_errata:
             raise ConfigError(
@@ -246,13 +246,18 @@ def _answer(text: str, options: Sequence[str]) -> int | None:
     return index if 0 <= index < len(options) else None
 
 
-def _pictures(files: DatasetFiles) -> dict[int, Picture]:
-    """Pictures by number; those in a folder of the known name come first."""
-    names: dict[int, str] = {}
+def _pictures(files: DatasetFiles, numbers: set[int]) -> dict[int, Picture]:
+    """Pictures of some questions by number; those in a folder of the known name come first."""
+    names: dict[tuple[int, bool], list[str]] = {}
     for name in files.names:
         path = PurePosixPath(name)
         number = _number(path.stem.strip())
         known = any(plain_name(part) in _FOLDERS for part in path.parts[:-1])
-        if path.suffix.lower() in PICTURE_SUFFIXES and number and (number not in names or known):
-            names[number] = name
-    return {number: Picture(name, files.reader(name)) for number, name in names.items()}
+        if path.suffix.lower() in PICTURE_SUFFIXES and number and number in numbers:
+            names.setdefault((number, known), []).append(name)
+    pictures = {}
+    for number in {number for number, _ in names}:
+        alike = names.get((number, True)) or names[number, False]
+        name = files.one_of(alike, f"picture {number}")
+        pictures[number] = Picture(name, files.reader(name))
+    return pictures
