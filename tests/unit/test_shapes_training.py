@@ -10,7 +10,9 @@ from shapes_tools import FOLDER
 
 sys.path.insert(0, str(FOLDER))
 
+import train_vae
 from grounding import outside, spoken_of
+from safetensors.torch import load_file
 from texts import said, training_scene, training_text, wrong_captions
 from train_clip import different_captions
 from train_vae import LATENT_STDS, SCALING_FACTOR, build, correlations, drawn, whiten
@@ -124,3 +126,21 @@ def test_captions_differ_in_wording_or_in_what_they_say():
     scenes, meant = different_captions(256, "seed", in_meaning=True)
     assert len({said(text) for text in meant}) == 256
     assert all(is_true(text, scene) for text, scene in zip(meant, scenes, strict=True))
+
+
+@pytest.mark.long
+def test_a_decoder_alone_is_trained_without_a_change_of_the_latents(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(train_vae, "read_back", lambda *_: 0.0)
+    start, output = shapes_folder() / "vae", tmp_path / "vae"
+    options = ["--decoder", "--pictures", "0.5", "--steps", "2", "--batch", "4", "--threads", "1"]
+    options += ["--squared", "6", "--warm-start", str(start), "--run", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", ["train_vae.py", *options, "--output", str(output)])
+    train_vae.main()
+    before, after = (load_file(next(each.glob("*.safetensors"))) for each in (start, output))
+    for name, weights in before.items():
+        changed = not torch.equal(weights.float(), after[name].float())
+        kept = name.startswith(("encoder", "quant_conv"))
+        assert not (changed and kept), name
+    assert not torch.equal(
+        before["decoder.conv_out.weight"].float(), after["decoder.conv_out.weight"]
+    )

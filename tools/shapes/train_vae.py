@@ -154,6 +154,12 @@ def main() -> None:
     parser.add_argument("--crowds", type=float, default=0.0, help="share of crowded scenes")
     parser.add_argument("--pictures", type=float, default=0.0, help="share of little pictures")
     parser.add_argument("--stds", type=float, nargs=4, default=LATENT_STDS)
+    parser.add_argument(
+        "--squared", type=float, default=1.0, help="weight of the squared error beside the absolute"
+    )
+    parser.add_argument(
+        "--decoder", action="store_true", help="train the decoder alone: latents stay as they are"
+    )
     parser.add_argument("--warm-start", type=Path, help="a diffusers folder to go on from")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -164,9 +170,13 @@ def main() -> None:
     if options.warm_start is not None:
         vae = AutoencoderKL.from_pretrained(options.warm_start)
         vae.register_to_config(scaling_factor=SCALING_FACTOR, sample_size=options.size)
-        whiten(vae, draw(1024, "vae/whiten"), units)
+        if not options.decoder:
+            whiten(vae, draw(1024, "vae/whiten"), units)
     vae = vae.to(memory_format=torch.channels_last)
     vae.requires_grad_(True)
+    if options.decoder:
+        for part in (vae.encoder, vae.quant_conv):
+            part.requires_grad_(False)
     run = Run(options.run, {"vae": vae}, steps=options.steps, lr=options.lr, ema_decay=0.99)
     held_out = draw(64, f"vae/{VALIDATION_SEED}")
     while run.step < options.steps:
@@ -177,7 +187,7 @@ def main() -> None:
         whiteness = mean.square().mean() + (covariance - torch.eye(4)).square().mean()
         spread = NOISE_STD * units.view(1, 4, 1, 1) * torch.rand(len(batch), 1, 1, 1)
         decoded = vae.decode(latents + spread * torch.randn_like(latents)).sample
-        error = F.l1_loss(decoded, batch) + F.mse_loss(decoded, batch)
+        error = F.l1_loss(decoded, batch) + options.squared * F.mse_loss(decoded, batch)
         run.update(error + WHITENESS_WEIGHT * whiteness)
         if run.step % 200 == 0 or run.step == options.steps:
             run.swap_average()
@@ -190,7 +200,8 @@ def main() -> None:
             run.swap_average()
             run.save()
     run.swap_average()
-    whiten(vae, draw(1024, "vae/whiten"), units)
+    if not options.decoder:
+        whiten(vae, draw(1024, "vae/whiten"), units)
     vae.save_pretrained(options.output)
     print(json.dumps({"psnr": psnr(vae, held_out), "read_back": read_back(vae, options.size)}))
 
