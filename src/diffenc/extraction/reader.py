@@ -77,6 +77,7 @@ class FeatureFolder(Dataset[dict[str, Any]]):
         self._places: dict[str, int] | None = None
         self._ids: tuple[str, ...] | None = None
         self._opened: OrderedDict[int, Any] = OrderedDict()
+        self._verified: dict[int, tuple[int, int, int]] = {}
         self._run = run_digest(self.made_from)
 
     def __len__(self) -> int:
@@ -187,7 +188,14 @@ class FeatureFolder(Dataset[dict[str, Any]]):
         return self._opened[number]
 
     def _check(self, number: int, path: Path) -> None:
-        """Raise a `ConfigError` unless a shard is of this run and has the index's pictures."""
+        """Raise a `ConfigError` unless a shard is of this run and has the index's pictures.
+
+        A file that was read before is not read again.
+        """
+        state = path.stat()
+        mark = state.st_ino, state.st_size, state.st_mtime_ns
+        if self._verified.get(number) == mark:
+            return
         table = read_table(path, self._run)
         if table is None:
             raise ConfigError(
@@ -203,6 +211,7 @@ class FeatureFolder(Dataset[dict[str, Any]]):
                 "of two folders are mixed, or the index was changed. Copy the whole folder again, "
                 "or write it again"
             )
+        self._verified[number] = mark
 
     def _by_name(self) -> dict[str, int]:
         if self._places is None:
