@@ -40,7 +40,7 @@ def extend(model: Path) -> tuple[int, int]:
     tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
     encoder = CLIPTextModel.from_pretrained(model / "text_encoder").float()
     known = encoder.get_input_embeddings().num_embeddings
-    encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    encoder.resize_token_embeddings(len(tokenizer))
     rows = encoder.get_input_embeddings().weight.data
     like = rows[tokenizer.convert_tokens_to_ids([f"{shape}</w>" for shape in SHAPES])]
     generator = torch.Generator().manual_seed(0)
