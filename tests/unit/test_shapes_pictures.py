@@ -30,6 +30,11 @@ from diffenc.shapes.pictures import NOUNS, PICTURE_RADII
 SCENES = list(sample_picture_scenes(60, seed=5))
 OFFSETS = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "over": (0, -1)}
 OFFSETS |= {"below": (0, 1), "under": (0, 1)}
+WORDS = {
+    *NOUNS,
+    *OFFSETS,
+    *["a", "an", "and", "the", "of", "to", "picture", "photo", "there", "is", "are", "we", "see"],
+}
 
 
 def is_true(scene, caption):
@@ -104,6 +109,9 @@ def test_captions_are_true_and_false_ones_are_not():
         false = false_caption(scene, line, rng)
         assert false is not None
         assert not is_true(scene, false), (line, false)
+        shown = [len(re.findall(r"\w+", text)) for text in (line, false)]
+        assert shown[0] == shown[1]
+        assert set(re.findall(r"\w+", false)) <= WORDS, false
         related += any(word in OFFSETS for word in line.split())
     assert 60 < related < 150
 
@@ -153,3 +161,11 @@ def test_captions_of_a_pair_are_true_of_their_own_scene_alone(kind):
         assert true == [[True, False], [False, True]], lines
         apart = [a != b for a, b in zip(*(scene.objects for scene in scenes), strict=True)]
         assert sum(apart) == {"noun": 1, "relation": 2}[kind]
+
+
+def test_a_noun_that_begins_another_is_changed_as_a_whole():
+    scene = sample_pictures(random.Random(1), nouns=["carrot", "car", "dog", "cat", "key"])
+    rng = random.Random(0)
+    for _ in range(200):
+        false = false_caption(scene, "a carrot and a car", rng)
+        assert set(false.split()) <= WORDS, false

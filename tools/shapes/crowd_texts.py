@@ -1,8 +1,10 @@
 """Captions of scenes in training: which are true, and false ones made of them."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
+from typing import Protocol
 
 from texts import said
 
@@ -12,18 +14,29 @@ from diffenc.shapes.scenes import COLORS, INVERSE, SHAPES, Scene, SceneObject
 _SIZES = {"small": "small", "large": "large", "big": "large"}
 _TRIES = 24
 
+Change = Callable[[str, random.Random], str | None]
+
+
+class _Related(Protocol):
+    def relation(self, first: int, second: int) -> str | None: ...
+
 
 def holds(scene: Scene, text: str) -> bool:
     """Whether a caption of phrases "a [size] colour shape" is true of the scene."""
+    return holds_by(scene, text, partial(_members, scene))
+
+
+def holds_by(scene: _Related, text: str, members: Callable[[str], Sequence[int]]) -> bool:
+    """Whether a caption is true of a scene, in which `members` finds what a phrase names."""
     parts = said(text)
     if len(parts) == 3 and parts[1] in RELATION_PHRASES:
         return any(
             scene.relation(first, second) == parts[1]
-            for first in _members(scene, parts[0])
-            for second in _members(scene, parts[2])
+            for first in members(parts[0])
+            for second in members(parts[2])
             if first != second
         )
-    return all(_members(scene, part) for part in parts)
+    return all(members(part) for part in parts)
 
 
 def _members(scene: Scene, phrase: str) -> list[int]:
@@ -49,9 +62,16 @@ def false_caption(scene: Scene, text: str, rng: random.Random) -> str | None:
     """
     if "?" in text or not all(any(s in part for s in SHAPES) for part in _phrases(text)):
         return None
+    return falsified(text, rng, (_exchanged, turned, _another), partial(holds, scene))
+
+
+def falsified(
+    text: str, rng: random.Random, changes: Sequence[Change], is_true: Callable[[str], bool]
+) -> str | None:
+    """The text changed in one of some ways until it is not true; None where that does not come."""
     for _ in range(_TRIES):
-        changed = rng.choice((_exchanged, _turned, _another))(text, rng)
-        if changed is not None and changed != text and not holds(scene, changed):
+        changed = rng.choice(changes)(text, rng)
+        if changed is not None and changed != text and not is_true(changed):
             return changed
     return None
 
@@ -70,7 +90,8 @@ def _exchanged(text: str, rng: random.Random) -> str | None:
     return _joined(words)
 
 
-def _turned(text: str, rng: random.Random) -> str | None:
+def turned(text: str, _rng: random.Random) -> str | None:
+    """The text with its relation the other way round; None where it has none."""
     for relation, phrases in RELATION_PHRASES.items():
         for phrase in reversed(phrases):
             if f" {phrase} " in text:

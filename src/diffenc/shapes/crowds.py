@@ -6,7 +6,9 @@ has to say which of many objects is meant.
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Protocol, TypeVar
 
 from diffenc.errors import ConfigError
 from diffenc.shapes.scenes import (
@@ -32,6 +34,18 @@ OVERLAP = 0.3
 
 _MARGIN = 0.01
 _TRIES = 200
+
+
+class _HasPlace(Protocol):
+    @property
+    def x(self) -> float: ...
+    @property
+    def y(self) -> float: ...
+    @property
+    def radius(self) -> float: ...
+
+
+_Placed = TypeVar("_Placed", bound=_HasPlace)
 
 
 def sample_crowd(
@@ -63,7 +77,7 @@ def sample_crowd(
     background = rng.choices(BACKGROUNDS, weights=(3, 1, 1))[0]
     while True:
         drawn = _sample_kinds(rng, count) if kinds is None else list(kinds)
-        objects = _placed(rng, [(*kind, rng.choice(SIZES)) for kind in drawn])
+        objects = placed(_draws(rng, [(*kind, rng.choice(SIZES)) for kind in drawn]))
         if objects is not None:
             return Scene(tuple(objects), background)
 
@@ -90,18 +104,31 @@ def _sample_kinds(rng: random.Random, count: int) -> list[tuple[Color, Shape]]:
     return kinds
 
 
-def _placed(
+def _draws(
     rng: random.Random, drawn: Sequence[tuple[Color, Shape, Size]]
-) -> list[SceneObject] | None:
-    """Objects at places where little of any is hidden, or None where the picture became full."""
-    objects: list[SceneObject] = []
-    for color, shape, size in drawn:
-        radius = rng.uniform(*CROWD_RADII[size])
-        low, high = radius + _MARGIN, 1 - radius - _MARGIN
+) -> Iterator[Callable[[], SceneObject]]:
+    for kind in drawn:
+        radius = rng.uniform(*CROWD_RADII[kind[-1]])
+        yield partial(_at_random, rng, *kind, radius)
+
+
+def _at_random(
+    rng: random.Random, color: Color, shape: Shape, size: Size, radius: float
+) -> SceneObject:
+    low, high = radius + _MARGIN, 1 - radius - _MARGIN
+    return SceneObject(shape, color, size, rng.uniform(low, high), rng.uniform(low, high), radius)
+
+
+def placed(draws: Iterable[Callable[[], _Placed]]) -> list[_Placed] | None:
+    """Objects at places where little of any is hidden, or None where the picture became full.
+
+    Args:
+        draws: Per object a function that draws it anew at another place.
+    """
+    objects: list[_Placed] = []
+    for draw in draws:
         for _ in range(_TRIES):
-            thing = SceneObject(
-                shape, color, size, rng.uniform(low, high), rng.uniform(low, high), radius
-            )
+            thing = draw()
             if all(_apart(thing, other) for other in objects):
                 objects.append(thing)
                 break
@@ -110,6 +137,6 @@ def _placed(
     return objects
 
 
-def _apart(a: SceneObject, b: SceneObject) -> bool:
+def _apart(a: _HasPlace, b: _HasPlace) -> bool:
     reach = a.radius + b.radius - OVERLAP * min(a.radius, b.radius)
     return math.hypot(a.x - b.x, a.y - b.y) >= reach

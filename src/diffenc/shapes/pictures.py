@@ -8,7 +8,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from jaxtyping import Bool
 from PIL import Image
 
 from diffenc.errors import ConfigError, near_matches
-from diffenc.shapes.crowds import COUNTS, OVERLAP
+from diffenc.shapes.crowds import COUNTS, placed
 from diffenc.shapes.render import canvas_side
 from diffenc.shapes.scenes import Relation, direction
 
@@ -41,7 +41,6 @@ GROUNDS = (
 
 _ART = Path(__file__).parent / "art" / "pictures.png"
 _TILE, _IN_A_ROW = 64, 8
-_TRIES = 60
 _TWINS = 0.3
 """Share of the scenes in which one thing is there twice."""
 
@@ -126,7 +125,7 @@ def sample_pictures(
         drawn = list(nouns or rng.sample(NOUNS, count))
         if nouns is None and rng.random() < _TWINS:
             drawn[-1] = drawn[0]
-        objects = _placed(rng, drawn)
+        objects = placed(partial(_at_random, rng, noun) for noun in drawn)
         if objects is not None:
             return PictureScene(tuple(objects), ground)
 
@@ -142,26 +141,9 @@ def sample_picture_scenes(count: int, *, seed: int) -> Iterator[PictureScene]:
     return (sample_pictures(random.Random(f"pictures/{seed}/{index}")) for index in range(count))
 
 
-def _placed(rng: random.Random, nouns: Sequence[str]) -> list[Thing] | None:
-    """Things at places where little of any is hidden, or None where the picture became full."""
-    objects: list[Thing] = []
-    for noun in nouns:
-        for _ in range(_TRIES):
-            radius = rng.uniform(*PICTURE_RADII)
-            thing = Thing(
-                noun, rng.uniform(radius, 1 - radius), rng.uniform(radius, 1 - radius), radius
-            )
-            if all(_apart(thing, other) for other in objects):
-                objects.append(thing)
-                break
-        else:
-            return None
-    return objects
-
-
-def _apart(a: Thing, b: Thing) -> bool:
-    reach = a.radius + b.radius - OVERLAP * min(a.radius, b.radius)
-    return math.hypot(a.x - b.x, a.y - b.y) >= reach
+def _at_random(rng: random.Random, noun: str) -> Thing:
+    radius = rng.uniform(*PICTURE_RADII)
+    return Thing(noun, rng.uniform(radius, 1 - radius), rng.uniform(radius, 1 - radius), radius)
 
 
 def render_pictures(scene: PictureScene, size: int = 96) -> Image.Image:
